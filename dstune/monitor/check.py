@@ -163,7 +163,8 @@ def permutations_for(level: float, statistics: int) -> int:
 
 
 def _stream_values(sides: Sides, families: Sequence[Sequence[Signal]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By signal, the values of the live rows in the order of time and those of the reference; empty where there are no times."""
+    """Return by signal the values of the live rows in the order of time and those of the reference; empty where there are no
+    times."""
     order = reading.by_time(sides.live)
     if order is None:
         return {}
@@ -220,7 +221,7 @@ def _verdict(check: Check, live_rows: int) -> tuple[str, str]:
 
 
 def _locate(check: Check, sides: Sides, settings: Settings) -> None:
-    """Which rows, and since when."""
+    """Find which rows drift, and since when."""
     is_live = sides.is_live
     if min(int(is_live.sum()), int((~is_live).sum())) < reading.FEWEST:
         return

@@ -63,7 +63,7 @@ def grown_clusters(
 
 
 def _words(live: Sequence[Conversation], members: set[int]) -> tuple[str, ...]:
-    """Words that many conversations of a topic share and few others have."""
+    """Return words that many conversations of a topic share and few others have."""
     inside: Counter[str] = Counter()
     outside: Counter[str] = Counter()
     users: dict[str, set[str]] = {}

@@ -158,7 +158,7 @@ def read_reference_config(run: Path) -> Any:
 
 
 def _canaries(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """What became of the canaries; None without any. Raises UserError."""
+    """Return what became of the canaries; None without any. Raises UserError."""
     if arguments.canaries is None:
         return None
     from dstune.monitor.canaries import ask_canaries, read_canaries

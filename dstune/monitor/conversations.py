@@ -87,7 +87,7 @@ def _is_of_user(message: Mapping[str, Any]) -> bool:
 
 
 def _drawn(value: Any, row: Mapping[str, Any]) -> Any:
-    """One text of a request with several: they belong together, and their mean would be like no single text."""
+    """Draw one text of a request with several: they belong together, and their mean would be like no single text."""
     if not (isinstance(value, list) and value and all(isinstance(entry, str) for entry in value)):
         return value
     number = int(hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest(), 16)

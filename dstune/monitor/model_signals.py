@@ -41,7 +41,7 @@ def measure(run: Path, config: RunConfig, conversations: Sequence[Conversation],
 
 
 def _columns(conversation: Conversation, config: RunConfig) -> Mapping[str, Any]:
-    """The row under the names that the run's columns have."""
+    """Return the row under the names that the run's columns have."""
     names = config.data.columns
     return {names.get(role, role): value for role, value in conversation.fields.items() if value is not None}
 
@@ -76,7 +76,7 @@ def _is_known(values: np.ndarray) -> np.ndarray:
 
 
 def _prompt_losses(run: Path, texts: Sequence[str]) -> np.ndarray:
-    """Mean loss per token [texts]; NaN for a text of one token."""
+    """Return mean loss per token [texts]; NaN for a text of one token."""
     import torch
 
     from dstune.inference.voices import open_speaker

@@ -49,7 +49,7 @@ def page(outcome: Outcome, result: Mapping[str, Any], records: Sequence[Mapping[
 
 
 def _history(records: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """The smallest corrected p of each check; None for the first one."""
+    """Return the smallest corrected p of each check; None for the first one."""
     smallest = []
     for record in records:
         entries = record.get("signals")

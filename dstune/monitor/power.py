@@ -78,7 +78,7 @@ def estimate_power(
 
 
 def _topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """By topic: what the squared discrepancy grows by, and 4 times the variance of the witness function [topics]."""
+    """Return by topic what the squared discrepancy grows by, and 4 times the variance of the witness function [topics]."""
     from sklearn.cluster import KMeans
 
     count = min(TOPICS, len(reference) // 5)
@@ -90,7 +90,7 @@ def _topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray,
 
 
 def _smallest(power_at: object) -> int | None:
-    """The smallest number of rows with the wanted power, by bisection; None where MOST_ROWS has it not."""
+    """Return the smallest number of rows with the wanted power, by bisection; None where MOST_ROWS has it not."""
     assert callable(power_at)
     low, high = 2, MOST_ROWS
     if power_at(high) < WANTED:

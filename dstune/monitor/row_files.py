@@ -124,7 +124,7 @@ def _recency(row: Conversation) -> float:
 
 
 def _lot(row: Conversation, number: int) -> float:
-    """A number that depends on nothing but the conversation that the row belongs to, or on its place."""
+    """Return a number that depends on nothing but the conversation that the row belongs to, or on its place."""
     digest = hashlib.sha256(_conversation_name(row, number).encode("utf-8", "surrogatepass")).digest()
     return float(int.from_bytes(digest[:6]))
 

@@ -88,7 +88,7 @@ def _rows(folder: Path, since: float) -> Iterator[dict[str, Any]]:
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation | None:
-    """None for a request that failed, or asks nothing that is compared."""
+    """Read a conversation; None for a request that failed, or asks nothing that is compared."""
     if row["status"] != 200 or not isinstance(row["request"], str) or len(row["request"]) > MOST_TEXT:
         return None
     try:
@@ -118,7 +118,7 @@ def _seconds(moment: datetime.datetime) -> float:
 
 
 def _answer_text(answer: Any) -> str | None:
-    """What the model said, in the forms that the server's routes and its log of streams have."""
+    """Return what the model said, in the forms that the server's routes and its log of streams have."""
     if isinstance(answer, list):
         return answer[0] if answer and isinstance(answer[0], str) else None
     choices = answer.get("choices") if isinstance(answer, dict) else None
@@ -143,7 +143,7 @@ def _with_words(
 
 
 def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
-    """What clients said, by the id of the request and that of the answer."""
+    """Return what clients said, by the id of the request and that of the answer."""
     from dstune.serve import extra
     from dstune.serve.state import opened_database
 
@@ -173,7 +173,7 @@ def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _flagged(folder: Path) -> dict[str, bool]:
-    """Whether the guard objected, by the request's id; empty without a guard."""
+    """Return whether the guard objected, by the request's id; empty without a guard."""
     flagged: dict[str, bool] = {}
     for file in sorted(folder.glob("audit-*.jsonl")):
         try:

@@ -70,7 +70,7 @@ def find_change(
 
 
 def _best_split(values: np.ndarray) -> int:
-    """The index at which two means leave the smallest sum of squares."""
+    """Return the index at which two means leave the smallest sum of squares."""
     counts = np.arange(1, len(values))
     sums = np.cumsum(values)
     sums_before, sums_after = sums[:-1], sums[-1] - sums[:-1]

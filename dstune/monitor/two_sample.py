@@ -103,7 +103,7 @@ class MeanDiscrepancy:
 
 
 def _mean_difference(live: np.ndarray) -> np.ndarray:
-    """Weights [rows, columns] by which a sum over rows is the live mean less the reference mean."""
+    """Return weights [rows, columns] by which a sum over rows is the live mean less the reference mean."""
     count = live.sum(axis=0, dtype=np.float64)
     return np.asarray((live / count - (1 - live) / (len(live) - count)).astype(np.float32))
 

@@ -34,7 +34,7 @@ def embed(conversations: Sequence[Conversation], model: str, batch_size: int = 6
 
 
 def _by_words(texts: Sequence[str]) -> np.ndarray:
-    """Latent semantic analysis: TF-IDF of words and word pairs, projected on its main axes."""
+    """Analyse latent semantics: TF-IDF of words and word pairs, projected on its main axes."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
