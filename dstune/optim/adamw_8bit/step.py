@@ -58,7 +58,7 @@ class AdamW8bitStep(BesideAdamW):
         )
 
     def _code(self, device: torch.device, *, signed: bool) -> Tensor:
-        """The 256 values that a byte stands for."""
+        """Return the 256 values that a byte stands for."""
         from bitsandbytes.functional import create_dynamic_map
 
         if (device, signed) not in self._codes:
