@@ -52,7 +52,8 @@ def layer(s: Setup) -> LayerActivations:
 
 
 def _products(s: Setup) -> int:
-    """Of a layer: queries, keys, values, what is attended, and the feed-forward projections into their width and back."""
+    """Count the products of a layer: queries, keys, values, what is attended, and the feed-forward projections into their width
+    and back."""
     m, n, p = s.model, s.tokens, s.weight_bytes
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
     attended = query + m.hidden if s.attention != "eager" else m.hidden
@@ -79,7 +80,7 @@ def tiled(s: Setup) -> bool:
 
 
 def _rms_norm(s: Setup, width: int) -> int:
-    """The input, and a number for each row of it (`dstune/models/norms.py`)."""
+    """Return the input, and a number for each row of it (`dstune/models/norms.py`)."""
     return s.tokens * (width * s.weight_bytes + 4)
 
 
@@ -101,7 +102,7 @@ def _attention(s: Setup, query: int, key: int) -> int:
 
 
 def _scores(s: Setup) -> int:
-    """What attention keeps of its scores, [b, heads, L, L]; nothing but a sum for each row where it is fused."""
+    """Return what attention keeps of its scores, [b, heads, L, L]; nothing but a sum for each row where it is fused."""
     m, p = s.model, s.weight_bytes
     square = s.rows * s.length * s.length
     sums = 4 * m.heads * s.tokens
@@ -114,7 +115,7 @@ def _scores(s: Setup) -> int:
 
 
 def _attention_working(s: Setup) -> int:
-    """Scores and their gradients of one layer, while its attention is differentiated."""
+    """Return scores and their gradients of one layer, while its attention is differentiated."""
     square = s.rows * s.length * s.length
     if s.attention == "eager" or (s.attention == "sdpa" and s.dropout and not s.on_gpu):
         return 2 * square * s.model.heads * 4
@@ -134,12 +135,12 @@ def _attention_working(s: Setup) -> int:
 
 
 def _noise(s: Setup) -> int:
-    """Bytes of dropout's mask for an element: GPUs keep a boolean, CPUs a factor."""
+    """Return bytes of dropout's mask for an element: GPUs keep a boolean, CPUs a factor."""
     return 1 if s.on_gpu else s.weight_bytes
 
 
 def _adapters(s: Setup) -> int:
-    """LoRA: the product with the first matrix, and with dropout the input of each adapter and its mask."""
+    """Return the bytes of LoRA: the product with the first matrix, and with dropout the input of each adapter and its mask."""
     if not s.adapter:
         return 0
     n, p = s.tokens, s.weight_bytes
@@ -177,7 +178,7 @@ def _encoder_layer(s: Setup) -> int:
 
 
 def _disentangled(s: Setup) -> int:
-    """DeBERTa: scores of content to position and back, gathered from products with all relative positions."""
+    """Return the bytes of DeBERTa: scores of content to position and back, gathered from products with all relative positions."""
     return s.rows * s.length * s.length * s.model.heads * s.weight_bytes * 2
 
 

@@ -71,7 +71,7 @@ model or by peft's name of the pattern that it follows (GLM 4.5 and DeepSeek 3 f
 
 
 def _of_experts(tensor: Tensor, kind: str, targets: list[str], rank: int) -> Iterator[Tensor]:
-    """The matrices beside a router or all experts of a layer: a rank for each expert, and for each of the stacked modules."""
+    """Yield the matrices beside a router or all experts of a layer: a rank for each expert, and for each of the stacked modules."""
     if kind not in EXPERT_TARGETS:
         return
     weight = next((name for name in EXPERT_TARGETS[kind] if tensor.name.endswith(f".mlp.experts.{name}")), None)

@@ -149,7 +149,7 @@ def from_inventory(inventory: Mapping[str, Any]) -> Architecture:
 
 
 def _tensors(c: Mapping[str, Any], inventory: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The tensors, the embedding first, with the layer of each, and the share of positions that it is used by."""
+    """Return the tensors, the embedding first, with the layer of each, and the share of positions that it is used by."""
     layers: dict[str, int] = {}
     chosen = _chosen(c)
     tensors = []
@@ -177,13 +177,14 @@ def _is_expert(tensor: Tensor) -> bool:
 
 
 def _attends(tensor: Tensor) -> bool:
-    """Whether it is a matrix of attention over all positions; models that mix both call the other kind `linear_attn` or so."""
+    """Return whether it is a matrix of attention over all positions; models that mix both call the other kind `linear_attn` or
+    so."""
     return tensor.linear and bool(ATTENTION.search(tensor.name)) and "linear_att" not in tensor.name
 
 
 def _feed_forward_width(layer: Sequence[Tensor], hidden: int) -> float:
-    """The width of the gated feed-forward part that keeps as much as the layer's matrices outside attention: half of what they
-    give to one position, the products back to the hidden size left out."""
+    """Return the width of the gated feed-forward part that keeps as much as the layer's matrices outside attention: half of what
+    they give to one position, the products back to the hidden size left out."""
     width = 0.0
     for tensor in layer:
         if _is_expert(tensor):  # [experts, 2 x width, hidden], or the last two turned around
@@ -203,7 +204,7 @@ def _norms(tensors: Sequence[Tensor], hidden: int, layers: int) -> int:
 
 
 def _windows(c: Mapping[str, Any], layers: int, linear: int) -> tuple[int | None, int]:
-    """The window of attention and how many layers have it; layers without attention have one of `LINEAR_CHUNK`."""
+    """Return the window of attention and how many layers have it; layers without attention have one of `LINEAR_CHUNK`."""
     kinds = c.get("layer_types")
     sliding = sum("sliding" in str(kind) for kind in kinds) if isinstance(kinds, list) else 0
     window = _number(c, "sliding_window", "attention_chunk_size")
@@ -213,7 +214,7 @@ def _windows(c: Mapping[str, Any], layers: int, linear: int) -> tuple[int | None
 
 
 def _chosen(c: Mapping[str, Any]) -> int:
-    """Experts that a position is sent to."""
+    """Return experts that a position is sent to."""
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
     return _number(c, *names) or 1
 
@@ -223,7 +224,7 @@ def _is_encoder(c: Mapping[str, Any]) -> bool:
 
 
 def _number(values: Mapping[str, Any], *names: str) -> int:
-    """The first of `names` that is a whole number; 0 where none is."""
+    """Return the first of `names` that is a whole number; 0 where none is."""
     return next(_numbers(values, names), 0)
 
 

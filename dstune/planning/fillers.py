@@ -20,7 +20,7 @@ def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
     of_step = config.trainer.global_batch_size
 
     def shared(rows: int) -> tuple[int, int]:
-        """Micro-batches of so many rows that all ranks compute, and how many of them count for nothing."""
+        """Return micro-batches of so many rows that all ranks compute, and how many of them count for nothing."""
         needed = ceil(of_step / rows)
         computed = groups * ceil(needed / groups)
         return computed, computed - needed

@@ -78,7 +78,7 @@ def step_flops(s: Setup, work: Work) -> float:
 
 
 def _weights_of_layers(s: Setup) -> list[float]:
-    """Of each layer, the weights that a position is multiplied by, those of adapters included."""
+    """Return for each layer the weights that a position is multiplied by, those of adapters included."""
     counts = [0.0] * s.model.layers
     for tensor in (*s.model.tensors, *(s.trained if s.adapter else ())):
         if tensor.layer is not None:
@@ -87,15 +87,15 @@ def _weights_of_layers(s: Setup) -> list[float]:
 
 
 def _attention(s: Setup, lowest: int, work: Work) -> float:
-    """Scores and weighted values in the forward pass of the layers from `lowest` on. Those with a window are taken to be the
-    lowest ones: how many there are matters, which they are does so only where some layers are frozen."""
+    """Return scores and weighted values in the forward pass of the layers from `lowest` on. Those with a window are taken to be
+    the lowest ones: how many there are matters, which they are does so only where some layers are frozen."""
     windowed = max(s.model.windowed_layers - lowest, 0)
     whole = s.model.layers - lowest - windowed
     return 4.0 * s.model.heads * s.model.head_dim * (windowed * work.windowed_pairs + whole * work.pairs)
 
 
 def _lowest_trained(s: Setup) -> int:
-    """The lowest layer that the backward pass goes through; the number of layers where it goes through none."""
+    """Return the lowest layer that the backward pass goes through; the number of layers where it goes through none."""
     if any(part in tensor.name for tensor in s.trained for part in BELOW_LAYERS if tensor.layer is None):
         return 0
     return min((tensor.layer for tensor in s.trained if tensor.layer is not None), default=s.model.layers)

@@ -85,7 +85,7 @@ GAPS = 0.25
 
 
 def _with_heap(s: Setup, moments: dict[str, Parts]) -> Memory:
-    """A CPU's rank: the heap keeps the size that it had at most, whatever is held later."""
+    """Return a CPU's rank: the heap keeps the size that it had at most, whatever is held later."""
     heap = {name: _in_heap(s, parts) for name, parts in moments.items()}
     held = {name: sum(kinds.values()) for name, kinds in heap.items()}
     size = max(held[name] + _gaps(s, kinds) for name, kinds in heap.items())
@@ -95,7 +95,7 @@ def _with_heap(s: Setup, moments: dict[str, Parts]) -> Memory:
 
 
 def _gaps(s: Setup, kinds: Parts) -> int:
-    """Between the tensors of a pass; experts with adapters, whole and of one size, leave none."""
+    """Return the bytes between the tensors of a pass; experts with adapters, whole and of one size, leave none."""
     merged = (s.model.layers + 2) * activations.merged_experts(s)
     return int(GAPS * (max(0, kinds.get("activations", 0) - merged) + kinds.get("gradients", 0)))
 
@@ -107,7 +107,7 @@ PEFT = 11 * MIB
 
 
 def _in_heap(s: Setup, parts: Parts) -> Parts:
-    """Bytes of tensors that are too small to be mapped one by one, by their kind."""
+    """Return bytes of tensors that are too small to be mapped one by one, by their kind."""
     m, p = s.model, s.weight_bytes
     table = m.vocabulary * m.hidden * p
     small: Parts = {}
@@ -122,7 +122,7 @@ def _in_heap(s: Setup, parts: Parts) -> Parts:
 
 
 def _partitioned(s: Setup) -> int:
-    """Weights that stage 3 partitions: of all tensors but the small ones."""
+    """Return weights that stage 3 partitions: of all tensors but the small ones."""
     return sum(t.count for t in _all(s) if t.count > s.persistence)
 
 
@@ -162,7 +162,7 @@ def gathered(s: Setup) -> int:
 
 
 def _resident(s: Setup) -> tuple[Parts, int]:
-    """What a rank holds from the first step to the last, and what of it lies in the host's memory."""
+    """Return what a rank holds from the first step to the last, and what of it lies in the host's memory."""
     trained = s.trained_count
     share = trained if s.stage == 0 else -(-trained // s.ranks)
     # Stage 0, and stage 3 in fp32, step on the model's own weights.
@@ -190,8 +190,8 @@ def _resident(s: Setup) -> tuple[Parts, int]:
 
 
 def _held_weights(s: Setup, held: HeldModel) -> tuple[int, int]:
-    """Bytes on the device and in the host's memory of a model that only answers: whole, or at stage 3 partitioned beside a whole
-    copy of its projection, which a loss asks for logits a chunk at a time."""
+    """Return bytes on the device and in the host's memory of a model that only answers: whole, or at stage 3 partitioned beside
+    a whole copy of its projection, which a loss asks for logits a chunk at a time."""
     m, p = held.model, s.weight_bytes
     total = m.parameters + held.unreached
     if s.stage < 3:
@@ -209,14 +209,14 @@ def _in_its_forward(s: Setup, held: HeldModel) -> Parts:
 
 
 def _swap_buffers(s: Setup) -> int:
-    """fp32 buffers of the size of the largest sub-group, through which states on a disk are read and written. A sub-group takes
-    whole tensors until it has `swapped_at_once` elements or more."""
+    """Return fp32 buffers of the size of the largest sub-group, through which states on a disk are read and written. A sub-group
+    takes whole tensors until it has `swapped_at_once` elements or more."""
     shares = [-(-t.count // s.ranks) for t in s.trained]
     return swap_buffers(s.moments) * 4 * min(sum(shares), max(shares, default=0) + s.swapped_at_once)
 
 
 def _gradient_store(s: Setup) -> int:
-    """Gradients of a whole step that are held beside those of the running backward pass."""
+    """Return gradients of a whole step that are held beside those of the running backward pass."""
     trained, share = s.trained_count, -(-s.trained_count // s.ranks)
     mixed = s.weight_bytes == 2
     if s.own_sums:
@@ -231,7 +231,7 @@ def _gradient_store(s: Setup) -> int:
 
 
 def _running_gradients(s: Setup, done: int) -> int:
-    """Gradients of the running backward pass when those of `done` weights are computed."""
+    """Return gradients of the running backward pass when those of `done` weights are computed."""
     p = s.weight_bytes
     if s.stage == 1 and p == 2 and s.on_gpu and not s.own_sums:  # added to their sums at once
         return p * min(done, s.model.layer_parameters)
@@ -258,7 +258,7 @@ def _at_the_head(s: Setup, resident: Parts) -> Parts:
 
 
 def _in_the_layers(s: Setup, resident: Parts) -> Parts:
-    """The largest moment of the backward pass through the layers, from the last to the first."""
+    """Return the largest moment of the backward pass through the layers, from the last to the first."""
     act = activations.layer(s)
     m = s.model
     last = sum(t.count for t in s.trained if t.layer is None and not _is_embedding(s, t))
@@ -308,7 +308,7 @@ def _at_the_reduction(s: Setup, resident: Parts) -> Parts:
 
 
 def _copies(s: Setup) -> int:
-    """Copies of gradients while they are reduced and added up."""
+    """Return copies of gradients while they are reduced and added up."""
     p, trained = s.weight_bytes, s.trained_count
     share = -(-trained // s.ranks)
     largest = max((t.count for t in s.trained), default=0)

@@ -88,7 +88,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
         return _choice(setup, cluster, speeds, zero, offload)
 
     def largest(setup: Setup, zero: str, offload: str) -> Choice:
-        """The largest micro-batch that fits, or a row of 1."""
+        """Return the largest micro-batch that fits, or a row of 1."""
         best = choice(replace(setup, micro_batch_size=1), zero, offload)
         for size in _sizes(setup):
             tried = choice(replace(setup, micro_batch_size=size), zero, offload)
@@ -141,7 +141,7 @@ def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str,
 
 
 def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
-    """The fastest that fits: a plain choice before one that offloads, among those about as fast one that leaves room."""
+    """Return the fastest that fits: a plain choice before one that offloads, among those about as fast one that leaves room."""
     fitting = [row for row in choices if row.fits]
     roomy = ROOMY * cluster.device.memory_gib
     return min(
@@ -158,7 +158,7 @@ def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
 
 
 def _offload(setup: Setup) -> str:
-    """What of a run is in host memory, as `CANDIDATES` call it."""
+    """Return what of a run is in host memory, as `CANDIDATES` call it."""
     held = (("optimizer", setup.offload_optimizer), ("param", setup.offload_param))
     return "+".join(name for name, on in held if on) or "none"
 
@@ -205,6 +205,6 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
 
 
 def _sizes(setup: Setup) -> list[int]:
-    """Micro-batches worth trying: powers of two up to a rank's share of the global batch, or its group's."""
+    """Return micro-batches worth trying: powers of two up to a rank's share of the global batch, or its group's."""
     share = max(1, -(-setup.global_batch_size // setup.groups))
     return [2**power for power in range(share.bit_length()) if 2**power <= share]

@@ -62,7 +62,7 @@ def _qwen35(
     *,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """values: heads of values of linear attention. tower: blocks, width and inner width."""
+    """Describe Qwen 3.5. values: heads of values of linear attention. tower: blocks, width and inner width."""
     text = decoder_config(
         "qwen3_5_text", 248320, hidden, inner, layers, heads, kv, head_dim=256, linear_num_value_heads=values
     )
@@ -120,7 +120,7 @@ def _ministral3(hidden: int, inner: int, layers: int, *, tied: bool) -> dict[str
 
 
 def _latent_attention(kind: str, hidden: int, inner: int, layers: int, heads: int, **fields: Any) -> dict[str, Any]:
-    """Latent attention and experts, as DeepSeek 3 has them."""
+    """Describe latent attention and experts, as DeepSeek 3 has them."""
     sizes = {
         "kv_lora_rank": 512,
         "q_lora_rank": 1536,

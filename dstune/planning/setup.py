@@ -244,7 +244,7 @@ def _written(config: RunConfig) -> int:
 
 
 def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
-    """Tokens of the longest row, with its padding."""
+    """Return tokens of the longest row, with its padding."""
     written = _written(config)
     length = config.data.max_length + written
     longest = min(length, row_limit(values) or length)
@@ -280,7 +280,8 @@ def _number(settings: dict[str, Any], key: str, default: int) -> int:
 
 
 def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *, on_gpu: bool, half: bool) -> str:
-    """As `dstune.models.attention` and `dstune.models.varlen` choose, of a GPU that has a kernel for packed rows."""
+    """Choose the attention as `dstune.models.attention` and `dstune.models.varlen` do, of a GPU that has a kernel for packed
+    rows."""
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     dropout = values.get("attention_dropout")

@@ -125,7 +125,7 @@ def summed_bytes(s: Setup) -> int:
 
 
 def _feed_forward_share(s: Setup) -> float:
-    """Of the products of a layer's matrices, those of its feed-forward part."""
+    """Return the share of the feed-forward part in the products of a layer's matrices."""
     m = s.model
     wide = 3 * m.hidden * m.intermediate
     return wide / (wide + 2 * m.hidden * m.head_dim * (m.heads + m.kv_heads))

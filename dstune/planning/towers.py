@@ -25,7 +25,7 @@ def tower_weights(config: Mapping[str, Any]) -> int:
 
 
 def _weights(tower: Mapping[str, Any], language: int) -> int:
-    """Of one tower and its projector. language: hidden size of the language model."""
+    """Count the weights of one tower and its projector. language: hidden size of the language model."""
     width, blocks = _size(tower, "hidden_size", "embed_dim"), _size(tower, "num_hidden_layers", "depth")
     if not width or not blocks:
         return 0
@@ -45,5 +45,5 @@ def _weights(tower: Mapping[str, Any], language: int) -> int:
 
 
 def _size(values: Mapping[str, Any], *names: str) -> int:
-    """The first of `names` that is a whole number; 0 where none is."""
+    """Return the first of `names` that is a whole number; 0 where none is."""
     return next((value for name in names if type(value := values.get(name)) is int), 0)

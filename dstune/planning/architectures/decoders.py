@@ -80,13 +80,13 @@ def decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
 
 
 def _heads(c: dict[str, Any]) -> tuple[int, int, int]:
-    """Heads of queries, of keys and values, and the width of one."""
+    """Return heads of queries, of keys and values, and the width of one."""
     heads = c["num_attention_heads"]
     return heads, c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads
 
 
 def _decoder_layer(add: Collector, c: dict[str, Any], index: int, *, experts: int) -> None:
-    """experts: that a token is sent to; 0 where the layer has one feed-forward part."""
+    """Add a layer. experts: that a token is sent to; 0 where the layer has one feed-forward part."""
     kind, hidden, inner = c["model_type"], c["hidden_size"], c["intermediate_size"]
     heads, kv_heads, head_dim = _heads(c)
     at, output_bias, mlp_bias = f"model.layers.{index}", bool(c.get("attention_bias")), bool(c.get("mlp_bias"))
@@ -108,7 +108,7 @@ def _decoder_layer(add: Collector, c: dict[str, Any], index: int, *, experts: in
 
 
 def _routed_layers(c: dict[str, Any]) -> range | list[int]:
-    """Layers whose feed-forward part is made of experts (of Qwen 3 every `decoder_sparse_step`th may be)."""
+    """Return the layers whose feed-forward part is made of experts (of Qwen 3 every `decoder_sparse_step`th may be)."""
     layers = range(c["num_hidden_layers"])
     match c["model_type"]:
         case "mixtral":
