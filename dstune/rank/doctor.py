@@ -39,7 +39,7 @@ def measure(device: torch.device, size: int) -> dict[str, Any]:
 
 
 def _seconds(tensor: torch.Tensor, rounds: int) -> float:
-    """Of one all-reduce: the mean of `rounds` after two that set connections up."""
+    """Time one all-reduce: the mean of `rounds` after two that set connections up, seconds."""
     for number in range(2 + rounds):
         if number == 2:
             _synchronize(tensor)
@@ -71,7 +71,7 @@ def run(directory: Path, env: RankEnv) -> None:
 
 
 def _over_sockets(run_dir: Path) -> bool:
-    """Whether NCCL says that it goes over TCP sockets between nodes."""
+    """Return whether NCCL says that it goes over TCP sockets between nodes."""
     return any("via NET/Socket" in log.read_text(errors="replace") for log in (run_dir / "logs").glob("nccl-*.log"))
 
 
