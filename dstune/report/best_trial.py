@@ -38,7 +38,7 @@ def best_commands(sweep: Path, records: Sequence[Record], objective: str) -> lis
 
 
 def _fixed(content: Any, best: Record) -> list[str]:
-    """The overrides of the sweep without its own settings and without the keys that it varies."""
+    """Return the overrides of the sweep without its own settings and without the keys that it varies."""
     folders = [word for folder in content.get("config_dirs") or [] for word in ("--config-dir", str(folder))]
     texts = [str(text) for text in content["overrides"]]
     varied = {key.lstrip("+") for key in best.values}

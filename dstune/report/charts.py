@@ -71,7 +71,7 @@ class _Axis:
     ticks: list[tuple[float, str]] = field(default_factory=list)
 
     def at(self, value: float) -> float:
-        """Share of the axis below `value`, from 0 to 1."""
+        """Return share of the axis below `value`, from 0 to 1."""
         low, high = self.low, self.high
         if self.logarithmic:
             value, low, high = math.log10(value), math.log10(low), math.log10(high)

@@ -61,7 +61,7 @@ def _trials(sweep: Path) -> list[Path]:
 
 
 def _default_target(folders: list[Path], runs: list[Path]) -> Path:
-    """Several runs named one by one get a page where the command was given: it belongs to none of them."""
+    """Choose where the page goes. Several runs named one by one get it where the command was given: it belongs to none of them."""
     if len(folders) > 1:
         return Path(REPORT_FILE)
     return (runs[0] if len(runs) == 1 and not is_sweep(folders[0]) else folders[0]) / REPORT_FILE

@@ -78,7 +78,7 @@ def flatten(value: Any, key: str) -> dict[str, str]:
 
 
 def _is_given(key: str, given_keys: set[str]) -> bool:
-    """Also where an override set the whole mapping that `key` is in (`data.columns={...}`)."""
+    """Return whether a key is given, also where an override set the whole mapping that `key` is in (`data.columns={...}`)."""
     return any(key == name or (key.startswith(f"{name}.") and "." in name) for name in given_keys)
 
 

@@ -113,7 +113,7 @@ def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[
 
 
 def _of_run(series: Series, label: str, colour: int, window: int) -> tuple[list[Line], str]:
-    """The line of one run, smoothed over `window` steps with its values behind it (0: as it is), and what to say of it."""
+    """Return the line of one run, smoothed over `window` steps with its values behind it (0: as it is), and what to say of it."""
     if not window:
         return [Line(label, series, colour)], ""
     raw = Line(f"{label}, each step", series, colour, faint=True)

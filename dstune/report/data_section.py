@@ -120,7 +120,7 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
 
 
 def _labels(counted: Mapping[str, Any], rows: Any) -> list[tuple[str, str, str]]:
-    """The rows of each label, the most frequent one first."""
+    """Return the rows of each label, the most frequent one first."""
     ordered = sorted(counted.items(), key=lambda item: -item[1])
     half = MAX_LABELS // 2
     left_out = ordered[half:-half] if len(ordered) > MAX_LABELS else []
@@ -132,7 +132,7 @@ def _labels(counted: Mapping[str, Any], rows: Any) -> list[tuple[str, str, str]]
 
 
 def _changes(augment: Mapping[str, Any]) -> str:
-    """`synonyms 20 words, swap 31 words, models 12 rows`"""
+    """Return `synonyms 20 words, swap 31 words, models 12 rows`"""
     parts = []
     for name, counts_of_change in section(dict(augment), "changed").items():
         parts.append(
@@ -178,7 +178,7 @@ def _share(count: Any, total: Any) -> str:
 
 
 def _steps(counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The steps of cleaning that did something."""
+    """Return the steps of cleaning that did something."""
     steps = section(dict(counts), "clean")
     return {name: entry for name, entry in steps.items() if isinstance(entry, dict) and any(entry.values())}
 

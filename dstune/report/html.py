@@ -34,7 +34,7 @@ def render(template: str, *, package: str = PACKAGE, **values: Any) -> str:
 
 
 def _format(value: Any) -> Any:
-    """What a template writes for `value`; text that is HTML already stays as it is."""
+    """Return what a template writes for `value`; text that is HTML already stays as it is."""
     return visible(value) if type(value) is str else value
 
 

@@ -112,7 +112,7 @@ def _format(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series
 
 
 def _labels(runs: Sequence[RunFiles]) -> list[str]:
-    """A name for each run that no other has: `run.name`, else as much of the path as it takes."""
+    """Return a name for each run that no other has: `run.name`, else as much of the path as it takes."""
     for names in ([run.name for run in runs], [run.path.name for run in runs]):
         if len(set(names)) == len(runs):
             return names
@@ -142,7 +142,7 @@ def _hardware(run: RunFiles) -> str:
 
 
 def _confusion(run: RunFiles) -> dict[str, Any] | None:
-    """The confusion matrix of the last evaluation with the share of each true class; None where there is none."""
+    """Return the confusion matrix of the last evaluation with the share of each true class; None where there is none."""
     counts = run.result.get("confusion")
     if not counts:
         return None

@@ -147,7 +147,7 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
 
 
 def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figure]:
-    """What the untuned model reaches when it is asked, the best number of examples first named, and how far training is
+    """Return what the untuned model reaches when it is asked, the best number of examples first named, and how far training is
     from it: of the metrics that a reader would judge by, those that both have."""
     tested = section(run.result, "test")
     formatted = []
@@ -249,13 +249,13 @@ def _steps(run: RunFiles, curves: Curves) -> int:
 
 
 def _seconds(curves: Curves) -> float | None:
-    """Time of the logged steps and evaluations, for a run without a result."""
+    """Return time of the logged steps and evaluations, for a run without a result."""
     spent = [sum(curves[name].finite) for name in ("step_seconds", "eval/seconds") if name in curves]
     return sum(spent) if spent else None
 
 
 def _mean_speed(curves: Curves) -> float | None:
-    """Tokens over seconds of the logged steps, for a run without a result."""
+    """Return tokens over seconds of the logged steps, for a run without a result."""
     speed, seconds = curves.get("tokens_per_second"), curves.get("step_seconds")
     if not speed or not seconds or len(speed.values) != len(seconds.values):
         return None

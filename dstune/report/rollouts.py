@@ -78,7 +78,7 @@ def _spread(group: list[dict[str, Any]]) -> float:
 
 
 def _total(row: dict[str, Any]) -> float:
-    """What its reward is, as it was added up in training; not a number where nothing could score it."""
+    """Return what its reward is, as it was added up in training; not a number where nothing could score it."""
     value = row.get("reward")
     if isinstance(value, int | float):
         return float(value)
@@ -94,7 +94,7 @@ def _answer(label: str, row: dict[str, Any]) -> Answer:
 
 
 def _text(row: dict[str, Any]) -> str:
-    """What was written; of several turns each one, with what the tools said."""
+    """Return what was written; of several turns each one, with what the tools said."""
     messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
         return str(row["text"])

@@ -180,7 +180,7 @@ def is_odd(value: Any) -> bool:
 
 
 def _rows(path: Path) -> list[Row]:
-    """Objects with a whole number as their step; a line that is just being written, or torn, is passed over."""
+    """Read objects with a whole number as their step; a line that is just being written, or torn, is passed over."""
     rows = []
     try:
         lines = read_file(path, METRICS_BYTES).splitlines()
@@ -217,7 +217,7 @@ def _checkpoints(path: Path) -> list[store.CheckpointInfo]:
 
 
 def _is_alive(launch: Row) -> bool:
-    """Whether the process of launch.json lives on this machine (and is not a later one with the same number)."""
+    """Return whether the process of launch.json lives on this machine (and is not a later one with the same number)."""
     if launch.get("host") != socket.gethostname():
         return False
     import psutil  # not at the top: 10 ms of every command

@@ -178,7 +178,7 @@ def page(sweep: Path) -> str:
 
 
 def _title(sweep: Path) -> str:
-    """`run.name` of the sweep; its path where `sweep.yaml` does not tell."""
+    """Return `run.name` of the sweep; its path where `sweep.yaml` does not tell."""
     try:
         name = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["config"]["run"]["name"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
@@ -258,7 +258,7 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
 
 
 def _work(trials: Sequence[Trial]) -> tuple[int, int]:
-    """Steps that finished trials made, and those that they would have made without pruning."""
+    """Return steps that finished trials made, and those that they would have made without pruning."""
     done = planned = 0
     for trial in trials:
         steps = _steps(trial)
@@ -273,7 +273,7 @@ def _work(trials: Sequence[Trial]) -> tuple[int, int]:
 def _scatters(
     trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str], logarithmic: Collection[str]
 ) -> list[dict[str, Any]]:
-    """The objective over each key; of two objectives also one over the other."""
+    """Return the objective over each key; of two objectives also one over the other."""
     if len(trials) < 2:
         return []
     plots = [(key, [trial.record.values.get(key) for trial in trials], trials) for key in keys]
@@ -318,7 +318,7 @@ def _reached(trials: Sequence[Trial], objective: str) -> list[float]:
 def _parallel(
     trials: Sequence[Trial], objective: str, keys: Sequence[str], logarithmic: Collection[str]
 ) -> dict[str, Any] | None:
-    """A line for each trial through its values to what it reached; from two keys on."""
+    """Return a line for each trial through its values to what it reached; from two keys on."""
     varied = [key for key in keys if len({format_value(trial.record.values.get(key)) for trial in trials}) > 1]
     if len(varied) < 2 or len(trials) < 3:
         return None
@@ -343,7 +343,7 @@ def _parallel(
 
 
 def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
-    """Curves of all trials together; those of the best in colour, the others behind them."""
+    """Draw curves of all trials together; those of the best in colour, the others behind them."""
     charts: list[Chart] = []
     for name in dict.fromkeys([*(f"eval/{name}" for name in objectives), "loss", "eval/loss"]):
         drawn = [trial for trial in trials if name in trial.curves]
