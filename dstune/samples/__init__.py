@@ -283,7 +283,7 @@ def main(argv: list[str]) -> int:
 
 
 def _find(uri: str) -> tuple[Sample, str]:
-    """The sample and the split that `uri` names; an empty split for the main one."""
+    """Return the sample and the split that `uri` names; an empty split for the main one."""
     name, _, split = uri.removeprefix(SCHEME).partition(":")
     if name not in catalogue():
         nearest = difflib.get_close_matches(name, catalogue(), n=1)

@@ -75,7 +75,7 @@ def gemma3(archive: zipfile.ZipFile, target: Path, *parts: zipfile.ZipFile) -> N
 
 
 def _from_gguf(gguf: Path) -> tuple[Any, Any]:
-    """Model (fp32) and tokenizer of a GGUF file."""
+    """Read model (fp32) and tokenizer of a GGUF file."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -189,7 +189,7 @@ _SELECTION = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")
 
 
 def _address(package: Package) -> str:
-    """The http(s) address of the pinned wheel. Reads the index and the package's metadata, not the wheel."""
+    """Return the http(s) address of the pinned wheel. Reads the index and the package's metadata, not the wheel."""
     report = ("--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", "-")
     answer = _pip("install", *report, *_SELECTION, package.requirement, capture_output=True)
     try:

@@ -51,7 +51,7 @@ def _entries(files: Files, testament: str) -> Iterator[str]:
 
 
 def _plain(entry: str) -> str:
-    """The words of an entry in OSIS markup."""
+    """Return the words of an entry in OSIS markup."""
     entry = re.sub(r"<(note|title|speaker)\b[^>]*?(?<!/)>.*?</\1>", " ", entry, flags=re.DOTALL)
     entry = entry.replace("</w><w", "</w> <w")  # some words have lost the space between them
     return " ".join(re.sub(r"<[^>]*>", "", entry).split())
