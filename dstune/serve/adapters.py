@@ -55,7 +55,7 @@ def _problems(adapter: Source, base: Source, one_template: bool) -> Iterator[tup
 
 
 def _same_base(adapter: Source, base: Source) -> bool | None:
-    """None where names alone do not tell: the same base may have several."""
+    """Return whether an adapter and a model have the same base; None where names alone do not tell: it may have several."""
     if adapter.base in (base.path, base.base, str(base.folder)):
         return True
     folder = Path(adapter.base)
@@ -91,7 +91,7 @@ def _added(source: Source) -> set[str]:
 
 
 def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
-    """Modules that the base lacks, or has in another shape."""
+    """Yield modules that the base lacks, or has in another shape."""
     shapes = {name: shape for file in sorted(base.glob("*.safetensors")) for name, shape in tensor_shapes(file).items()}
     settings = object_in(adapter / "adapter_config.json")
     if not shapes or settings.get("peft_type") != "LORA" or settings.get("target_parameters"):
@@ -136,7 +136,8 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
-    """The shape of the weight of a module; files of some bases lack the model's outermost name, or have two names exchanged."""
+    """Return the shape of the weight of a module; files of some bases lack the model's outermost name, or have two names
+    exchanged."""
     for candidate in (*layouts_of(name)[:2], name.partition(".")[2]):
         if candidate in ends:
             return ends[candidate]

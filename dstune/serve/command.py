@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
-    """The models by name; runs without an export of their newest checkpoint, or without a reference, get one."""
+    """Return the models by name; runs without an export of their newest checkpoint, or without a reference, get one."""
     from dstune.serve import source
     from dstune.serve.prepare import prepare, prove_base
 

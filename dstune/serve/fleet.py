@@ -112,7 +112,8 @@ class Fleet:
         self.started.set()
 
     def _grouped(self, sources: Sequence[Source]) -> list[_Group]:
-        """Adapters of one base share an engine. Raises UserError for two models of one name, and adapters that do not fit."""
+        """Group adapters by their base, which share an engine. Raises UserError for two models of one name, and adapters that do
+        not fit."""
         names = [source.name for source in sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(
@@ -165,8 +166,8 @@ class Fleet:
     # -- models
 
     async def _publish(self, group: _Group, *, again: bool = False) -> None:
-        """List the models of an engine that has just started. Raises Refused, UserError, EngineDown. again: an adapter that
-        was served before and is refused now stays out alone."""
+        """List the models of an engine that has just started. Raises Refused, UserError, EngineDown. again: an adapter that was
+        served before and is refused now stays out alone."""
         engine, source = group.engine, group.engine.source
         proof = Proof("base", dtype=engine.dtype)
         if group.named:

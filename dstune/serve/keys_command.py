@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _list(rows: list, organizations: Mapping[str, str], *, as_json: bool) -> None:
-    """organizations: their ids by those of projects."""
+    """Print keys. organizations: their ids by those of projects."""
     for row in rows:
         values = {
             "name": row.name,

@@ -107,7 +107,7 @@ class AssistantMessage(NullsAreAbsent):
 
 
 def _bound_arguments(value: Any) -> Any:
-    """Before they are parsed, which makes an object of each bracket."""
+    """Bound arguments before they are parsed, which makes an object of each bracket."""
     members = 0
     for message in value if isinstance(value, list) else ():
         members += sum(map(members_in, _arguments_of(message)))
@@ -117,7 +117,7 @@ def _bound_arguments(value: Any) -> Any:
 
 
 def _arguments_of(message: Any) -> Iterator[bytes]:
-    """The JSON texts in a message that may be anything."""
+    """Yield the JSON texts in a message that may be anything."""
     calls = message.get("tool_calls") if isinstance(message, dict) else None
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
@@ -205,7 +205,7 @@ def _message_as_trained(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """Clients that gather a stream send "" for a call without arguments."""
+    """Return a call with arguments: clients that gather a stream send "" for a call without."""
     function = call["function"]
     return call if function["arguments"] else call | {"function": function | {"arguments": "{}"}}
 

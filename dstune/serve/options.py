@@ -34,7 +34,8 @@ def served(arguments: argparse.Namespace) -> list[Routes]:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The verb's own words, and those behind `--`, which are the engine's. `serve.engine.python=X` is `--engine-python X`."""
+    """Return the verb's own words, and those behind `--`, which are the engine's. `serve.engine.python=X` is `--engine-python
+    X`."""
     at = argv.index("--") if "--" in argv else len(argv)
     words: list[str] = []
     for word in argv[:at]:
@@ -63,7 +64,7 @@ def _parser(services: list[Routes]) -> VerbParser:
 
 
 def _add_models(parser: VerbParser) -> None:
-    """What is served."""
+    """Add the options of what is served."""
     parser.add_argument(
         "models",
         nargs="*",
@@ -73,7 +74,7 @@ def _add_models(parser: VerbParser) -> None:
 
 
 def _add_address(parser: VerbParser) -> None:
-    """Where it listens."""
+    """Add the options of where it listens."""
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="to listen on (default 8000; 0 takes a free one)"
@@ -81,7 +82,7 @@ def _add_address(parser: VerbParser) -> None:
 
 
 def _add_engine(parser: VerbParser) -> None:
-    """What computes."""
+    """Add the options of what computes."""
     parser.add_argument("--engine", choices=list(ENGINES), default="local", help="what computes (default local)")
     parser.add_argument("--engine-python", metavar="FILE", help="the Python that has vLLM, or the program llama-server")
     parser.add_argument("--engine-url", metavar="URL", help="of a server that runs already (engines vllm and remote)")
@@ -114,7 +115,7 @@ def _add_engine(parser: VerbParser) -> None:
 
 
 def _add_store(parser: VerbParser) -> None:
-    """What is kept, and who may reach the server or be reached by it."""
+    """Add the options of what is kept, and who may reach the server or be reached by it."""
     parser.add_argument("--state", type=Path, metavar="DIR", help=f"keys, logs (default {STATE})")
     parser.add_argument("--store", metavar="URL", help="database, such as postgresql://USER@HOST/NAME (default SQLite)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="host name to answer under")
@@ -127,13 +128,13 @@ def _add_store(parser: VerbParser) -> None:
 
 
 def _add_log(parser: VerbParser) -> None:
-    """What is written down of requests."""
+    """Add the options of what is written down of requests."""
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
     parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
 
 
 def _add_limits(parser: VerbParser) -> None:
-    """How much at once, and for how long."""
+    """Add the options of how much at once, and for how long."""
     parser.add_argument("--max-concurrent", type=int, default=64, metavar="N", help="requests at once (default 64)")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that wait (default 256)")
     parser.add_argument("--max-sequences", type=int, default=16, metavar="N", help="answers at once, engine local (16)")
@@ -201,7 +202,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def _of_engine(arguments: argparse.Namespace) -> Iterator[tuple[str, str | list[str], bool, str]]:
-    """Options that one engine or another would pass over: the flag, its value, whether it acts, and why it would not."""
+    """Yield options that one engine or another would pass over: the flag, its value, whether it acts, and why it would not."""
     kind: EngineKind = arguments.engine_kind
     address, key = arguments.engine_url or "", arguments.engine_key_env or ""
     started = "--engine-python" in kind.options and not address

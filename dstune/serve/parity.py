@@ -140,7 +140,7 @@ def _refuse_other_files(name: str, source: Source, reference: Mapping[str, Any])
 
 
 def _lacking(source: Source) -> str:
-    """What the folder of a whole model lacks of what was exported, or of its base; empty where it lacks nothing."""
+    """Return what the folder of a whole model lacks of what was exported, or of its base; empty where it lacks nothing."""
     if source.folder is None or source.adapter:
         return ""
     record = read_record(source.folder)
@@ -257,7 +257,7 @@ def _bound(engine: Engine) -> float:
 
 
 def _numbers(answer: Mapping[str, Any]) -> list[float]:
-    """All that an answer measures."""
+    """Return all that an answer measures."""
     if "vector" in answer:
         return list(answer["vector"])
     if "probabilities" in answer:
@@ -267,15 +267,15 @@ def _numbers(answer: Mapping[str, Any]) -> list[float]:
 
 
 def _words(answer: Mapping[str, Any], dtype: str) -> Any:
-    """Tags and spans. Beside how sure a reader is that there is no answer, a span is compared in fp32 alone: others decide near
-    ties in their own way."""
+    """Return tags and spans. Beside how sure a reader is that there is no answer, a span is compared in fp32 alone: others
+    decide near ties in their own way."""
     if "no_answer" in answer:
         return answer.get("predicted") if dtype == "float32" else None
     return None if _numbers(answer) else answer.get("predicted")
 
 
 def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str) -> float:
-    """NaN where any number is none."""
+    """Return the largest difference; NaN where any number is none."""
     differences = [abs(first - second) for first, second in zip(logprobs, expected, strict=True)]
     if any(math.isnan(value) for value in differences):
         return math.nan
@@ -285,7 +285,8 @@ def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str
 
 
 def _distance(vector: Sequence[float], expected: Sequence[float]) -> float:
-    """Of two vectors, as a share of the expected one's length: single numbers of long vectors are small in any model."""
+    """Return the distance of two vectors, as a share of the expected one's length: single numbers of long vectors are small in
+    any model."""
     return math.dist(vector, expected) / (math.hypot(*expected) or 1.0)
 
 

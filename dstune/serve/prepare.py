@@ -51,7 +51,7 @@ def prove_base(source: Source, state: Path) -> Source:
 
 
 def _run_apart(command: list[str]) -> tuple[int, Any]:
-    """The exit code of a process, and the JSON of the last line that it printed; None where it printed nothing."""
+    """Return the exit code of a process, and the JSON of the last line that it printed; None where it printed nothing."""
     done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else None

@@ -226,6 +226,6 @@ def base_source(source: Source, name: str, *, one_template: bool) -> Source:
 
 
 def _embeds(folder: Path) -> str:
-    """The task of a folder without a record that has sentence-transformers files."""
+    """Return the task of a folder without a record that has sentence-transformers files."""
     kinds = ((name, kind) for name, kind in TASKS.classes().items() if issubclass(kind, ExportsFiles))
     return next((name for name, kind in kinds if kind.overrides_from(folder)), "")

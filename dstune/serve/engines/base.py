@@ -274,7 +274,7 @@ class Engine:
                 silent = 0 if await self._answers() else silent + 1
 
     async def _answers(self) -> bool:
-        """Whether a server that this one has not started still answers as the one that was asked at the start."""
+        """Return whether a server that this one has not started still answers as the one that was asked at the start."""
         try:
             return await self._healthy()
         except UserError:  # it answers, if only to refuse
@@ -344,7 +344,7 @@ def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:
 
 
 def _value(content: bytes) -> Any:
-    """None where it is no JSON."""
+    """Parse JSON; None where it is none."""
     try:
         return json.loads(content)
     except ValueError:
@@ -352,7 +352,7 @@ def _value(content: bytes) -> Any:
 
 
 def _explains(content: bytes) -> bool:
-    """Whether a 404 is about more than the route, of which servers say "Not Found" alone."""
+    """Return whether a 404 is about more than the route, of which servers say "Not Found" alone."""
     value = _value(content)
     error = value.get("error", value) if isinstance(value, dict) else None
     message = error.get("message") if isinstance(error, dict) else None

@@ -114,8 +114,8 @@ class LlamaCppEngine(Engine):
         return request
 
     def _in_one_text(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages without contents in parts. Raises ApiError where the template would print parts in its own way: llama.cpp has
-        another rule for what a template reads."""
+        """Return messages without contents in parts. Raises ApiError where the template would print parts in its own way:
+        llama.cpp has another rule for what a template reads."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if reads_parts(self.source.template or ""):

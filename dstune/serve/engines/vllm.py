@@ -179,8 +179,8 @@ class VllmEngine(Engine):
         await super().start()
 
     async def _answers(self) -> bool:
-        """Whether it is still the server that was proven: one that was replaced behind its address is healthy as well, and
-        lacks the adapters, or has others by their names."""
+        """Return whether it is still the server that was proven: one that was replaced behind its address is healthy as well,
+        and lacks the adapters, or has others by their names."""
         if not await super()._answers():
             return False
         try:
@@ -222,7 +222,7 @@ class VllmEngine(Engine):
         await super().unload_adapter(name)
 
     def _given(self, flag: str) -> str:
-        """The value of an argument of the user's."""
+        """Return the value of an argument of the user's."""
         for number, word in enumerate(self.arguments):
             if word == flag and number + 1 < len(self.arguments):
                 return self.arguments[number + 1]
@@ -231,7 +231,7 @@ class VllmEngine(Engine):
         return ""
 
     def _stored_dtype(self) -> str:
-        """vLLM computes in the stored number format, and in bf16 where that is fp32."""
+        """Return the number format in which vLLM computes: the stored one, and bf16 where that is fp32."""
         folder = hub_folder(self.source)
         config = None if folder is None else read_object(folder / "config.json")
         if config is None:
@@ -241,8 +241,8 @@ class VllmEngine(Engine):
 
 
 def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`messages` with the reasoning of earlier answers under the name that vLLM reads. It ignores `reasoning_content` without a
-    word, and gives its template both."""
+    """Return `messages` with the reasoning of earlier answers under the name that vLLM reads. It ignores `reasoning_content`
+    without a word, and gives its template both."""
     return [
         {**message, "reasoning": message["reasoning_content"]}
         if isinstance(message, dict) and message.get("reasoning_content") and "reasoning" not in message

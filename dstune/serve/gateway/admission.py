@@ -72,7 +72,7 @@ class Admission:
             self._refuse(f"This key may use {tokens} tokens a day.", (day.number + 1) * DAY - time.time())
 
     async def _day(self, key: str) -> _Day:
-        """What the key has used today: by the database, so that a restart and other gateways change nothing."""
+        """Return what the key has used today: by the database, so that a restart and other gateways change nothing."""
         async with self._reading:
             number, day = int(time.time() // DAY), self._days.get(key)
             if day is not None and day.number == number and time.monotonic() - day.read <= KNOWN_SECONDS:
@@ -178,7 +178,7 @@ class Admission:
         self._free += 1
 
     def _make_room(self, key: str) -> None:
-        """Of a full queue the key that has most in it loses the newest. Raises ApiError where that is this one."""
+        """Make room in a full queue: the key that has most in it loses the newest. Raises ApiError where that is this one."""
         busy = "The server is busy: too many requests wait."
         most = max(self._line, key=lambda waiting_key: len(self._line[waiting_key]), default=key)
         if len(self._line.get(most, ())) <= len(self._line.get(key, ())) + 1:

@@ -77,7 +77,7 @@ class Inference:
             await self._answer(request, path, await request.apart(prepared))
 
     async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
-        """body: that was checked."""
+        """Answer a request. body: that was checked."""
         user = body.get("user") or body.get("safety_identifier")
         request.end_user = user if isinstance(user, str) else None
         async with self.admission.place(request.key, request.receive):
@@ -162,8 +162,8 @@ class Inference:
         guarded: Guarded | None,
         usage: WithoutUsage | None,
     ) -> None:
-        """The engine's answer as it comes: raw bytes, as fast as the client takes them. A guarded one when it was checked.
-        usage: takes that event out."""
+        """Pass the engine's answer on as it comes: raw bytes, as fast as the client takes them. A guarded one when it was
+        checked. usage: takes that event out."""
         answer = await client.send("POST", path, content)
         try:
             if answer.headers.get("content-encoding", "identity") != "identity":
@@ -237,7 +237,7 @@ async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
 
 
 async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
-    """What an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
+    """Return what an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
     content = await _bounded(answer)
     try:
         error = json.loads(content).get("error", {})

@@ -41,7 +41,7 @@ def _members(text: bytes) -> int:
 
 
 def _count(text: bytes, most_deep: int) -> tuple[int, int, int]:
-    """Members, values and depth; of the beginning alone, where that has too much already."""
+    """Count members, values and depth; of the beginning alone, where that has too much already."""
     members = values = level = deepest = start = 0
     within = b""
     while start < len(text) and members <= MOST_MEMBERS and values <= MOST_VALUES and deepest <= most_deep:

@@ -233,7 +233,7 @@ def check_host(request: Request, name: str) -> None:
 
 
 def _check_tenant(request: Request, caller: Caller) -> None:
-    """A client may say whom it asks for; a key is of one project, so that it can only agree."""
+    """Check the tenant: a client may say whom it asks for; a key is of one project, so that it can only agree."""
     for header, caller_value, word in (
         ("openai-organization", caller.organization, "organization"),
         ("openai-project", caller.project, "project"),

@@ -37,7 +37,7 @@ def check_context(path: str, body: Mapping[str, Any], engine: Engine) -> None:
 
 
 def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
-    """What is read at once: a conversation, or each text of a list."""
+    """Yield what is read at once: a conversation, or each text of a list."""
     if not isinstance(value, list) or path == "/v1/responses":
         yield value
     elif name == "messages":
@@ -47,7 +47,7 @@ def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
 
 
 def _characters(value: Any) -> int:
-    """Of all texts; a token id stands for the longest one."""
+    """Count the characters of all texts; a token id stands for the longest one."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list | dict):

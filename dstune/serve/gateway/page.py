@@ -21,7 +21,7 @@ def _digest(tag: str) -> str:
 
 
 def _policy() -> str:
-    """Only the page's own script and style run, and it talks to its own server alone."""
+    """Return the policy: only the page's own script and style run, and it talks to its own server alone."""
     return (
         f"default-src 'none'; script-src 'sha256-{_digest('script')}'; style-src 'sha256-{_digest('style')}'; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -168,7 +168,7 @@ class Recorder:
                 raise
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        """By one statement: an object a row would take the interpreter from the requests for ten times as long."""
+        """Write by one statement: an object a row would take the interpreter from the requests for ten times as long."""
         try:
             with self._database.writing.begin() as session:
                 session.connection().execute(insert(AnswerRow), rows)

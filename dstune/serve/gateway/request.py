@@ -185,7 +185,7 @@ class Request(requests.Request):
         return message
 
     async def _leave_body(self) -> bool:
-        """Whether the client still sends what nobody reads: the connection is closed then. A small body is read, so that
+        """Return whether the client still sends what nobody reads: the connection is closed then. A small body is read, so that
         the client sees the answer and keeps the connection."""
         lengths = self._values.get(b"content-length", [b""])
         if b"expect" in self._values or any(
@@ -335,8 +335,8 @@ class Request(requests.Request):
         await self.respond(200, dumps(value))
 
     async def _answer_and_close(self, error: ApiError, headers: list[tuple[bytes, bytes]]) -> None:
-        """The connection stays open longer than the answer takes, for a small body until it has come: one that is closed while
-        its client writes may lose the client what was answered."""
+        """Answer and close. The connection stays open longer than the answer takes, for a small body until it has come: one that
+        is closed while its client writes may lose the client what was answered."""
         body = self._error_body(error)
         fixed = [JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": error.status, "headers": [*headers, *fixed]})

@@ -65,7 +65,7 @@ class RequestLog:
                 self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        """Of what waits, where that is too much."""
+        """Drop the oldest of what waits, where that is too much."""
         lost = 0
         while len(self._rows) > MOST_ROWS or self._bytes > MOST_BYTES:
             self._bytes -= self._rows.popleft()["bytes"]
@@ -175,7 +175,7 @@ class RequestLog:
 
 
 def _own_key(path: Path) -> bytes:
-    """Of this folder, made where there is none."""
+    """Return the key of this folder, made where there is none."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except FileExistsError:

@@ -183,7 +183,7 @@ async def add_model(gateway: Gateway, request: Request) -> None:
 
 
 def _allowed(path: str, roots: tuple[str, ...]) -> Path:
-    """The folder with its links resolved. Raises UserError where it is not below one of `roots`."""
+    """Return the folder with its links resolved. Raises UserError where it is not below one of `roots`."""
     try:
         folder = Path(path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):

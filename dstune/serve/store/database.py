@@ -64,7 +64,7 @@ class Database:
         return Database(f"sqlite:///{file}")
 
     def _alone(self) -> AbstractContextManager[Any]:
-        """While it is opened: SQLite would not wait to make a new file's log, but fail at once."""
+        """Let one process open the file at a time: SQLite would not wait to make a new file's log, but fail at once."""
         file = self.engine.url.database
         if self.engine.dialect.name != "sqlite" or file in (None, "", ":memory:") or not Path(file).parent.is_dir():
             return nullcontext()
@@ -98,7 +98,7 @@ def _begin(connection: Any) -> None:
 
 
 def _tune(connection: Any, record: Any) -> None:
-    """Readers and one writer at a time; what is committed survives a crash of the process."""
+    """Let there be readers and one writer at a time; what is committed survives a crash of the process."""
     connection.isolation_level = None  # transactions are begun by SQLAlchemy's event, not by the driver's guess
     for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")

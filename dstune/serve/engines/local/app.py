@@ -87,7 +87,7 @@ class LanguageApp(EngineApp):
             answers.cancel()
 
     async def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
-        """Of a request, which is computed from now on."""
+        """Make the answers of a request, which is computed from now on."""
         self._known(body)
         kind = ChatAnswers if handler == self.chat else TextAnswers
         if kind is TextAnswers:
@@ -97,11 +97,11 @@ class LanguageApp(EngineApp):
         return answers
 
     async def _rendered(self, render: Callable[[], T]) -> T:
-        """What `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""
+        """Return what `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""
         return await self._render.run(CLIENT.get(), render)
 
     async def _ids(self, body: dict[str, Any], prompt: str | list[int]) -> list[int]:
-        """Of each prompt by itself: between two of them others have their turn. Raises ApiError."""
+        """Tokenize each prompt by itself: between two of them others have their turn. Raises ApiError."""
         if not isinstance(prompt, str):
             return prompt
         return await self._rendered(lambda: text_ids(self.model, str(body["model"]), prompt))
@@ -129,7 +129,7 @@ class LanguageApp(EngineApp):
         return await (await self._answers(self.complete, body)).answer()
 
     async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The log-probability of each token of a prompt, as vLLM tells them."""
+        """Return the log-probability of each token of a prompt, as vLLM tells them."""
         name = self._known(body)
         (ids,) = prompts_of(body["prompt"])
         if isinstance(ids, str):
@@ -159,7 +159,7 @@ class LanguageApp(EngineApp):
         return {}
 
     def _load(self, name: str, folder: Path) -> None:
-        """For the computing thread."""
+        """Load an adapter, in the computing thread."""
         self.model.forget_retired(self.scheduler.adapters())
         try:
             self.model.load(name, folder)

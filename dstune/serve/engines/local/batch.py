@@ -109,7 +109,7 @@ class _Batch:
         self.sequences.append(sequence)
 
     def leave(self) -> None:
-        """Without the sequences that are done."""
+        """Drop the sequences that are done."""
         remaining = [number for number, sequence in enumerate(self.sequences) if not sequence.done]
         if len(remaining) == len(self.sequences):
             return
@@ -268,14 +268,14 @@ class Scheduler:
                 future.set_exception(error)
 
     def _held(self) -> tuple[int, int]:
-        """Sequences and tokens that are, or may come to be, in the caches."""
+        """Return how many sequences and tokens are, or may come to be, in the caches."""
         running = [sequence for batch in self._batches.values() for sequence in batch.sequences]
         return len(running), sum(
             len(running_sequence.prompt) + running_sequence.sampler.sampling.max_tokens for running_sequence in running
         )
 
     def _read_prompt(self) -> None:
-        """One chunk of the prompt that is being read, or the first of the next one that there is room for."""
+        """Read one chunk of the prompt that is being read, or the first of the next one that there is room for."""
         if self._reading is None:
             with self._changed:
                 while self._waiting and all(waiting_sequence.done for waiting_sequence in self._waiting[0].sequences):
@@ -311,7 +311,7 @@ class Scheduler:
                 sequence.fail(first_line(error))
 
     def _begin(self, prompt: _Prompt, logits: Tensor) -> None:
-        """The first token of each answer, which then joins its batch."""
+        """Begin with the first token of each answer, which then joins its batch."""
         for number, sequence in enumerate(prompt.sequences):
             if sequence.done:
                 continue
@@ -325,7 +325,7 @@ class Scheduler:
             self._batches.setdefault(key, _Batch()).join(sequence, cache, len(prompt.ids))
 
     def _step(self, key: tuple[str, int]) -> None:
-        """One token of each sequence of a batch."""
+        """Draw one token of each sequence of a batch."""
         batch = self._batches[key]
         batch.leave()
         if not batch.sequences:
@@ -348,7 +348,7 @@ class Scheduler:
             del self._batches[key]
 
     def _forward(self, adapter: str, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        """Logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]."""
+        """Return logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]."""
         device = next(self._model.parameters()).device
         inputs: dict[str, Any] = {self._cache: cache}
         if mask is not None:
@@ -360,7 +360,7 @@ class Scheduler:
 
 
 def _joinable(model: Any) -> bool:
-    """Whether the keys and values of a sequence are all that the model remembers."""
+    """Return whether the keys and values of a sequence are all that the model remembers."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     layers = DynamicCache(config=model.config).layers
@@ -368,7 +368,7 @@ def _joinable(model: Any) -> bool:
 
 
 def _new_cache(model: Any, *, plain: bool) -> Any:
-    """An empty cache; `plain` keeps every position, also where a layer looks at the last ones only."""
+    """Return an empty cache; `plain` keeps every position, also where a layer looks at the last ones only."""
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache() if plain else DynamicCache(config=model.config)

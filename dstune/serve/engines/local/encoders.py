@@ -95,7 +95,7 @@ class Batcher:
                     self._answer([job], alone=True)
 
     def _answer(self, jobs: Sequence[_Job], *, alone: bool = False) -> bool:
-        """Whether these are done with. alone: an error is the answer."""
+        """Return whether these are done with. alone: an error is the answer."""
         rows = [row for job in jobs for row in job.rows]
         try:
             answered = iter(self._answered(rows) if rows else [])
@@ -121,7 +121,7 @@ class Batcher:
 
 
 def _fits(jobs: Sequence[_Job]) -> bool:
-    """Whether another one may be computed with these."""
+    """Return whether another one may be computed with these."""
     return sum(len(job.rows) for job in jobs) < MOST_ROWS and sum(job.characters for job in jobs) < MOST_CHARACTERS
 
 
@@ -187,7 +187,7 @@ class EncoderApp(EngineApp):
     async def _answers(
         self, rows: Sequence[Mapping[str, Any]], param: str, *, whole: bool = False
     ) -> tuple[list[Answered], dict[str, int]]:
-        """The answers, and the tokens that they took. whole: refuse rows that are longer than the model reads.
+        """Return the answers, and the tokens that they took. whole: refuse rows that are longer than the model reads.
 
         Raises ApiError for the first row without an answer.
         """
@@ -361,8 +361,8 @@ class EncoderApp(EngineApp):
         }
 
     async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[Score], dict[str, int]]:
-        """How well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last of
-        two labels. And the tokens that it took."""
+        """Return how well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last
+        of two labels. And the tokens that it took."""
         if self._embeds:
             texts = list(dict.fromkeys([*first, *second]))  # a query is computed once
             answered, usage = await self._answers(self._texts(texts), "text_1", whole=True)
@@ -408,7 +408,7 @@ def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> fro
 
 
 def _paired(body: Mapping[str, Any], first_key: str, second_key: str) -> tuple[list[str], list[str]]:
-    """Two lists of texts of one length; a single text goes with all of the other list."""
+    """Return two lists of texts of one length; a single text goes with all of the other list."""
     first, second = ([value] if isinstance(value, str) else value for value in (body[first_key], body[second_key]))
     if len(first) != len(second) and 1 not in (len(first), len(second)):
         raise ApiError(400, f"{first_key} must be one text, or as many as {second_key}.", param=first_key)
@@ -417,7 +417,7 @@ def _paired(body: Mapping[str, Any], first_key: str, second_key: str) -> tuple[l
 
 
 def _words(text: str) -> list[tuple[str, int | None, int | None]]:
-    """The words of a text with their first character and the one behind them."""
+    """Return the words of a text with their first character and the one behind them."""
     return [(match.group(), match.start(), match.end()) for match in re.finditer(r"\S+", text)]
 
 

@@ -69,7 +69,7 @@ class Sampler:
         return Chosen(token, float(logprobs[token]), top)
 
     def _changed(self, logits: Tensor) -> Tensor:
-        """`logits` with penalties and bias."""
+        """Return `logits` with penalties and bias."""
         sampling = self.sampling
         written = torch.tensor(list(self._counts), dtype=torch.long)
         if sampling.repetition_penalty != 1.0:  # Keskar et al. 2019
@@ -90,7 +90,7 @@ class Sampler:
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """`logits` with minus infinity where top-k, top-p and min-p leave nothing; the most probable token always stays."""
+    """Return `logits` with minus infinity where top-k, top-p and min-p leave nothing; the most probable token always stays."""
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     if sampling.min_p > 0:

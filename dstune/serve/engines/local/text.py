@@ -87,7 +87,7 @@ class TextStream:
         return now[len(text_before) :]
 
     def _overlap(self) -> int:
-        """Characters at the end of what is held that a stop text may begin with."""
+        """Return characters at the end of what is held that a stop text may begin with."""
         longest = 0
         for stop in self._stop:
             for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
