@@ -95,7 +95,7 @@ def located(config: RunConfig, console: Console) -> RunConfig:
 
 
 def _format(config: RunConfig, options: Options, console: str) -> Preview:
-    """console: as DSTUNE_CONSOLE, by which progress is shown: rows may be read and cut for minutes."""
+    """Put together what is shown. console: as DSTUNE_CONSOLE, by which progress is shown: rows may be read and cut for minutes."""
     from dstune.tracking.console import Console as Progress
     from dstune.tracking.console import console_activities
 

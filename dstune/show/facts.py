@@ -212,14 +212,15 @@ def show_row(config: RunConfig, place: str) -> Preview:
 
 
 def _as_text(value: Any) -> str:
-    """A value of a table that JSON does not have; an image of bytes as a data URL."""
+    """Return a value of a table that JSON does not have; an image of bytes as a data URL."""
     if isinstance(value, bytes):
         return f"data:image/png;base64,{base64.b64encode(value).decode()}"
     return str(value)
 
 
 def _configuration_of(config: RunConfig, paths: set[Path]) -> RunConfig:
-    """That of the source in `data.mixture` which these files are of: its task, format and columns; else the run's."""
+    """Return the configuration of the source in `data.mixture` which these files are of: its task, format and columns; else the
+    run's."""
     for key, source_config in of_training(config).values():
         try:
             files = sources.of_part(source_config.data, "train", key)
@@ -273,7 +274,7 @@ def _shown(files: ImageFiles, number: int) -> Shown:
 
 
 def _beside(sample: dict[str, Any], tokenizer: Any) -> list[Beside]:
-    """The other texts of a contrastive pair."""
+    """Return the other texts of a contrastive pair."""
     if "positive_input_ids" not in sample:
         return []
     negatives = np.split(sample["negative_input_ids"], np.cumsum(sample["negative_lengths"])[:-1])
@@ -282,7 +283,7 @@ def _beside(sample: dict[str, Any], tokenizer: Any) -> list[Beside]:
 
 
 def _targets(sample: dict[str, Any], trained: np.ndarray | None, weight: float) -> int:
-    """Trained tokens. A pair and a judged answer have the weight 1, however many these are."""
+    """Count trained tokens. A pair and a judged answer have the weight 1, however many these are."""
     of_answers = "rejected_input_ids" in sample or "desirable" in sample
     return int(np.sum(trained != NO_TARGET)) if of_answers and trained is not None else int(weight)
 
@@ -301,7 +302,7 @@ def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
 
 
 def _trained(sample: dict[str, Any]) -> np.ndarray | None:
-    """Labels of the tokens; of a question and its text the answer's tokens have one."""
+    """Return labels of the tokens; of a question and its text the answer's tokens have one."""
     if "start" not in sample:
         return sample.get("labels")
     labels = np.full(len(sample["input_ids"]), NO_TARGET)
@@ -311,7 +312,7 @@ def _trained(sample: dict[str, Any]) -> np.ndarray | None:
 
 
 def _tokens_and_labels(sample: dict[str, Any]) -> tuple[Any, np.ndarray | None]:
-    """Token ids and labels of a sample, the target of an encoder-decoder behind its source."""
+    """Return token ids and labels of a sample, the target of an encoder-decoder behind its source."""
     if "target_ids" not in sample:
         return sample["input_ids"], _trained(sample)
     source, target = sample["input_ids"], sample["target_ids"]
@@ -361,7 +362,7 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
 
 
 def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Token ids and labels of the first `count` samples; a batch of them in memory at a time."""
+    """Yield token ids and labels of the first `count` samples; a batch of them in memory at a time."""
     if "target_ids" in part.table.column_names:
         yield from (_tokens_and_labels(part.sample(number)) for number in range(count))
         return
@@ -376,7 +377,7 @@ def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.nda
 
 
 def _frequent(hashes: np.ndarray) -> list[tuple[int, int]]:
-    """(first place, number of times) of the hashes that occur more than once, the most frequent first."""
+    """Return (first place, number of times) of the hashes that occur more than once, the most frequent first."""
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))[:MAX_REPETITIONS]
     return [(int(first[at]), int(counts[at])) for at in order if counts[at] > 1]

@@ -102,7 +102,7 @@ def joined_repeats(pieces: Sequence[Segment]) -> list[Segment]:
 
 
 def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Of each token the kind that its tag names, and the number of the piece that it belongs to."""
+    """Return for each token the kind that its tag names, and the number of the piece that it belongs to."""
     kinds, groups = [], []
     kind, group = "", 0
     for is_special, label in zip(special, labels, strict=True):

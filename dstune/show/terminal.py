@@ -102,7 +102,7 @@ def _heading(row: Row, formatted: Preview, style: Style) -> str:
 
 
 def _turns(row: Row, style: Style, tags: list[str]) -> list[str]:
-    """The sample; of a conversation with several targets each one under the context that it adds."""
+    """Return the sample; of a conversation with several targets each one under the context that it adds."""
     if len(row.turns) < 2:
         return [_text(row.segments, style, tags)]
     lines = []
@@ -167,7 +167,7 @@ def _facts(described: Part) -> list[str]:
 
 
 def _lengths(formatted: Preview, style: Style) -> list[str]:
-    """A bar for each power of two, and how many rows other lengths would cut."""
+    """Return a bar for each power of two, and how many rows other lengths would cut."""
     counted = {int(bound): int(rows) for bound, rows in (formatted.report.get("lengths") or {}).items()}
     if not counted:
         return []
