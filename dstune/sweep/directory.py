@@ -126,7 +126,7 @@ def given_before(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """Of the `sweep.yaml` in the directory `path`. Raises UserError."""
+    """Read the `sweep.yaml` in the directory `path`. Raises UserError."""
     file = path / SWEEP_FILE
     try:
         content = load(read_file(file).decode("utf-8"), str(file))

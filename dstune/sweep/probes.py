@@ -75,7 +75,7 @@ def configurations(parts: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
 
 
 def _is_value(axis: Axis) -> bool:
-    """Whether the axis is a plain key, whose values can be put into a composed configuration."""
+    """Return whether the axis is a plain key, whose values can be put into a composed configuration."""
     return axis.key in all_keys() and axis.key not in sections() and axis.key != "zero.path"
 
 

@@ -152,7 +152,8 @@ class Schedule:
         self._console.stage(f"{trial.name} starts{again} on {slot.label}")
 
     def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
-        """A sweep that was killed leaves trials that are still saving, and one directory takes one launch at a time."""
+        """Wait for an earlier launch: a sweep that was killed leaves trials that are still saving, and one directory takes one
+        launch at a time."""
         report = False
         while not self._received and (earlier := records.read_launch(run_dir)) and earlier.process(run_dir) is not None:
             if not report:
@@ -221,13 +222,13 @@ class Schedule:
             self._console.message(f"dstune: its output is in {self._sweep / 'logs' / running.trial.name}.log")
 
     def _last_message(self, running: Running) -> str:
-        """What a trial that had no result said last: the user's mistake, with key, value, reason and fix."""
+        """Return what a trial that had no result said last: the user's mistake, with key, value, reason and fix."""
         lines = attempt.last_lines(self._sweep / "logs" / f"{running.trial.name}.log", running.log_start)
         begin = max((at for at, line in enumerate(lines) if line.startswith("dstune: ")), default=None)
         return "\n".join(lines[begin:] if begin is not None else lines[-1:]).removeprefix("dstune: ")
 
     def _abandon(self) -> None:
-        """Something is wrong with the sweep itself: its trials save and end without it."""
+        """Abandon the sweep, with which something is wrong: its trials save and end without it."""
         if platform.system() == "Linux":
             return  # the end of this process asks them (`sweep.trial`), and a second request would not let them save
         for running in self._running:

@@ -160,7 +160,7 @@ class Study:
         return {} if last is None else {name: float(last)}
 
     def _is_free(self, frozen: optuna.trial.FrozenTrial) -> bool:
-        """Whether nobody runs this unfinished trial."""
+        """Return whether nobody runs this unfinished trial."""
         owner, seen = frozen.user_attrs.get(OWNER), frozen.user_attrs.get(SEEN, 0.0)
         if owner is None:  # another program's, or another machine asks for it at this moment
             return self._settings.storage is None
@@ -243,8 +243,8 @@ class Study:
         return kinds.CategoricalDistribution([value.plain for value in axis.values])
 
     def _enqueue_all(self) -> int:
-        """`sweep.sampler=grid`: every combination waits in the study, once. (Optuna's own grid sampler ends the study from
-        inside, which its ask-and-tell interface does not allow.)"""
+        """Return `sweep.sampler=grid`: every combination waits in the study, once. (Optuna's own grid sampler ends the study
+        from inside, which its ask-and-tell interface does not allow.)"""
         combinations = [assignment.plain for assignment in grid(self._axes)]
         enqueued = [
             frozen.params or frozen.system_attrs.get("fixed_params")
