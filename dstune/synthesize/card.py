@@ -48,5 +48,5 @@ def write_card(arguments: argparse.Namespace, made: Made, journal: Journal, requ
 
 
 def _cell(text: str) -> str:
-    """In one cell of a table, whatever it holds."""
+    """Fit a text into one cell of a table, whatever it holds."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")

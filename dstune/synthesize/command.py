@@ -96,7 +96,7 @@ def _fits(kind: str, item: Item) -> bool:
 
 
 def _identity(arguments: argparse.Namespace, requests: Sequence[Ask]) -> dict[str, Any]:
-    """What the answers follow from. The address is not part of it: the same model may be served elsewhere later."""
+    """Return what the answers follow from. The address is not part of it: the same model may be served elsewhere later."""
     names = ("kind", "model", "temperature", "max_tokens", "seed", "samples", "system")
     asked = digest_of([[ask.key, ask.messages] for ask in requests])
     return {**{name: getattr(arguments, name) for name in names}, "requests": len(requests), "digest": asked}
@@ -166,7 +166,7 @@ def answer_of(teacher: Teacher, arguments: argparse.Namespace, ask: Ask) -> Answ
 
 @contextmanager
 def _interruptible(stop: threading.Event) -> Iterator[None]:
-    """A first SIGINT or SIGTERM asks no more; a second one ends the program."""
+    """Ask no more after a first SIGINT or SIGTERM; a second one ends the program."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

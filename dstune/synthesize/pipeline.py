@@ -112,7 +112,8 @@ def _filter(judged: list[Judged], settings: Settings, graders: Graders, *, compa
 
 
 def _paired(judged: Sequence[Judged], graders: Graders) -> list[Judged]:
-    """The best and the worst answer to each prompt, by the sum of their scores; those that were left out before come as well."""
+    """Return the best and the worst answer to each prompt, by the sum of their scores; those that were left out before come as
+    well."""
     names = [*graders.least, *(["reward_model"] if graders.reward_model is not None else [])]
     pairs: list[Judged] = [judged_row for judged_row in judged if judged_row.reason]
     groups: dict[int, list[Judged]] = {}
@@ -155,6 +156,6 @@ def _leave_out(made: Made, reason: str, item: Item, answer: Answer) -> None:
 
 
 def _shortened(reason: str) -> str:
-    """Without the score of a single row."""
+    """Return the reason without the score of a single row."""
     name, separator, _ = reason.partition(" below ")
     return f"{name.rpartition(' ')[0]} too low" if separator else reason

@@ -278,7 +278,7 @@ def json_in(text: str) -> Any:
 
 
 def _filled(value: Any, name: str) -> str:
-    """A text of a JSON object. Raises Unusable."""
+    """Return a text of a JSON object. Raises Unusable."""
     text = value.get(name) if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise Unusable(f"the answer has no {name}")

@@ -132,7 +132,7 @@ class Teacher:
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """What the server says of it, shortened."""
+    """Return what the server says of it, shortened."""
     try:
         content = parse_json(error.read(65_536))
         message = content.get("error", content) if isinstance(content, dict) else content
