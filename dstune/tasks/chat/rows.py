@@ -165,13 +165,13 @@ class Xlam(ConversationFormat):
 
 
 def _question_and_answer(columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
-    """The columns that look like a question and its answer, where none is named."""
+    """Return the columns that look like a question and its answer, where none is named."""
     columns_found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
     return columns_found if all(columns_found) and not mapping else []
 
 
 def _instructed(values: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:
-    """The messages of an Alpaca row. Some have their question in the input alone. Raises RowError."""
+    """Return the messages of an Alpaca row. Some have their question in the input alone. Raises RowError."""
     instruction = values["instruction"]
     if isinstance(instruction, str | None) and not (instruction or "").strip():
         instruction, values = values.get("input") or "", {**values, "input": None}

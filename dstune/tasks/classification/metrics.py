@@ -55,7 +55,7 @@ def multi_label_metrics(
 
 
 def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Mean area under the ROC curve over the last `labels.shape[1]` columns; a class that no row or every row has is left
+    """Return mean area under the ROC curve over the last `labels.shape[1]` columns; a class that no row or every row has is left
     out. labels: 0 and 1, [rows, classes]."""
     from sklearn.metrics import roc_auc_score
 

@@ -101,7 +101,7 @@ class PromptedLabels:
         return sample
 
     def _loss(self, engine: Engine, head: Head, split: Split, index: int, label: int, context: list[int]) -> float:
-        """Negative log-likelihood of the label and of the end behind it."""
+        """Return the negative log-likelihood of the label and of the end behind it."""
         sample = self._answer(split, index, label)
         ids = joined([context, sample.input_ids], self._tokenizer) if context else sample.input_ids.tolist()
         labels = np.full(len(ids), -100)

@@ -121,7 +121,7 @@ def _splits_by_name(data: PreparedData) -> dict[str, Split]:
 
 
 def _starts(split: Split) -> np.ndarray:
-    """Where the targets of each row of the split's table begin among all, int64 [rows + 1]."""
+    """Return where the targets of each row of the split's table begin among all, int64 [rows + 1]."""
     counts = np.zeros(len(split.table), dtype=np.int64)
     counts[slice(None) if split.rows is None else split.rows] = split.weights
     return np.concatenate([[0], np.cumsum(counts)])
@@ -188,7 +188,7 @@ def _moved_from(folder: Path) -> Callable[[Path], None]:
 
 
 def _as_array(states: Tensor) -> np.ndarray:
-    """[targets, hidden size] on the host; numpy has no bfloat16, so of two bytes a number the bits."""
+    """Return states [targets, hidden size] on the host; numpy has no bfloat16, so of two bytes a number the bits."""
     states = states.detach().cpu().contiguous()
     return (states if states.dtype is torch.float32 else states.view(torch.int16)).numpy()
 

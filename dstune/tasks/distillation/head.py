@@ -76,7 +76,7 @@ class DistillationHead(ProbedHead):
     def _without_adapter(
         self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, width: int
     ) -> ChunkedLogits:
-        """What the model expects with its adapter switched off."""
+        """Return what the model expects with its adapter switched off."""
         with without_adapters(self._model):
             if not self._examined:
                 self._kept = positions, width

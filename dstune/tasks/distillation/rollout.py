@@ -81,11 +81,11 @@ class OwnAnswers:
         pass
 
     def _is_own(self, step: int) -> bool:
-        """Of a step, the same on every rank and after a resume."""
+        """Return whether a step trains on own answers: the same on every rank and after a resume."""
         return random.Random(f"{self._config.trainer.seed}/{step}").random() < self._task.on_policy
 
     def _answer(self, parts: Sequence[MicroBatch], step: int) -> list[tuple[MicroBatch, list[Completion]]]:
-        """The answers to the prompts of each micro-batch; of fillers as well, since ranks may have to sample in step."""
+        """Return the answers to the prompts of each micro-batch; of fillers as well, since ranks may have to sample in step."""
         answered = []
         with speaking(self._engine, self._world) as (module, in_step):
             for part in parts:
@@ -108,7 +108,7 @@ class OwnAnswers:
         return answered
 
     def _prompt(self, index: int) -> np.ndarray:
-        """Everything in front of the last answer of a sample. Raises UserError where there is nothing."""
+        """Return everything in front of the last answer of a sample. Raises UserError where there is nothing."""
         sample = self._split.sample(index)
         others = np.flatnonzero(sample["labels"] == NO_TARGET)
         end = int(np.flatnonzero(sample["labels"] != NO_TARGET)[-1])
@@ -122,7 +122,7 @@ class OwnAnswers:
     def _training_batch(
         self, answered: Sequence[tuple[MicroBatch, list[Completion]]], batch: RankBatch, step: int
     ) -> RankBatch:
-        """Micro-batches of `trainer.micro_batch_size` answers; equally many on every rank."""
+        """Return micro-batches of `trainer.micro_batch_size` answers; equally many on every rank."""
         world, size = self._world, self._config.trainer.rows
         rows = [(completion, not part.filler) for part, completions in answered for completion in completions]
         rows.sort(key=lambda row: not row[1])  # fillers last; stable
@@ -143,7 +143,7 @@ class OwnAnswers:
         return RankBatch(totals[0] or 1.0, int(totals[1]), batch.epoch, tuple(batches))
 
     def _write(self, step: int, completions: Sequence[Completion]) -> None:
-        """The answers of all ranks, a line each, for whoever wants to read them."""
+        """Write the answers of all ranks, a line each, for whoever wants to read them."""
         rows = [
             {
                 "prompt": completion.prompt,

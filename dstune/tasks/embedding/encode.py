@@ -63,7 +63,7 @@ class ContrastiveEncoder(Encoder):
         return samples
 
     def _tokens(self, text: str) -> tuple[np.ndarray, int]:
-        """Tokens of `text`, and how many there were before it was cut."""
+        """Return tokens of `text`, and how many there were before it was cut."""
         if self._control.first(text):
             ids, _, length = self._control.sequence([text], self._max_length)
             return np.array(ids, dtype=np.int32), length
@@ -92,5 +92,5 @@ def contrastive_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[s
 
 
 def _key(ids: np.ndarray) -> int:
-    """Equal for equal tokens; a signed number of 64 bits."""
+    """Return a signed number of 64 bits that is equal for equal tokens."""
     return xxhash.xxh3_64_intdigest(np.asarray(ids, dtype=np.int32).tobytes()) - 2**63

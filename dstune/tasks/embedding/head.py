@@ -93,7 +93,7 @@ def _by_kind(vectors: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 
 
 def _rows(vectors: Tensor, batch: Batch) -> dict[str, list[Tensor]]:
-    """By pair: the vectors of its texts and their keys, of any number of negatives. They come in the order of the pairs."""
+    """Return by pair the vectors of its texts and their keys, of any number of negatives. They come in the order of the pairs."""
     anchors, positives, negatives = _by_kind(vectors, batch)
     owners = batch["negative_owner"].tolist()
     sizes = [owners.count(pair) for pair in range(len(anchors))]

@@ -69,8 +69,8 @@ def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: in
 
 
 def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict[str, Any]:
-    """The next sample behind `index` with another prompt, since the answers to one stand together in the data, and as good or
-    bad an answer, so that the shares of both stay; without the latter where none is near."""
+    """Return the next sample behind `index` with another prompt, since the answers to one stand together in the data, and as
+    good or bad an answer, so that the shares of both stay; without the latter where none is near."""
     prompt = _prompt(sample)
     first: dict[str, Any] | None = None
     for distance in range(1, NEAR + 1):
@@ -83,13 +83,13 @@ def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict
 
 
 def _prompt(sample: dict[str, Any]) -> np.ndarray:
-    """Everything in front of the first target."""
+    """Return everything in front of the first target."""
     ids: np.ndarray = sample["input_ids"][: int(np.argmax(sample["labels"] != NO_TARGET))]
     return ids
 
 
 def _exchanged(sample: dict[str, Any], other: dict[str, Any], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The prompt of `sample` with the answer of `other`, which is everything from its first target on; ids and labels."""
+    """Return the prompt of `sample` with the answer of `other`, which is everything from its first target on; ids and labels."""
     prompt, answer = (len(_prompt(source_sample)) for source_sample in (sample, other))
     ids = np.concatenate([_prompt(sample), other["input_ids"][answer:]])
     labels = np.concatenate([sample["labels"][:prompt], other["labels"][answer:]])

@@ -88,7 +88,7 @@ def with_reference_model(
 
 
 def _other_model(config: RunConfig) -> RunConfig | None:
-    """The configuration under which `task.reference_model` is the model; None where there is none."""
+    """Return the configuration under which `task.reference_model` is the model; None where there is none."""
     task = config.task
     if not isinstance(task, PreferenceConfig) or not task.compares or task.reference_model is None:
         return None
@@ -111,7 +111,7 @@ class _Cache:
         self._key = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
     def filled(self, data: PreparedData, world: World, compute: Any) -> PreparedData:
-        """`data` with the arrays; computed by all ranks where any node lacks them."""
+        """Return `data` with the arrays; computed by all ranks where any node lacks them."""
         if world.any(not (self._root / self._key).is_dir()):
             computed = compute()
 
@@ -135,7 +135,7 @@ class _Cache:
 def _compute(
     config: RunConfig, data: PreparedData, engine: Engine, head: PairHead | JudgedHead, world: World, pad_token_id: int
 ) -> dict[str, np.ndarray]:
-    """Log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
+    """Compute log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
     engine.train(False)
     logps_by_part = {}
     for part in PARTS:

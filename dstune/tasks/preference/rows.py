@@ -74,7 +74,7 @@ class OpenAIPreference(RowFormat):
 
 
 def _instead(fields: Mapping[str, Any], removed: Sequence[str], **columns: Any) -> dict[str, Any]:
-    """`fields` with other columns in the place of some."""
+    """Return `fields` with other columns in the place of some."""
     return {name: value for name, value in fields.items() if name not in removed} | columns
 
 

@@ -131,7 +131,7 @@ def swapped_answers(
 
 
 def _given(task: QuestionAnsweringConfig, split: Split, outputs: Sequence[Row]) -> list[str]:
-    """The answer to each question, empty where there is none."""
+    """Return the answer to each question, empty where there is none."""
     spans, margins = best_spans(split, outputs)
     none = [task.no_answer and margin > task.threshold for margin in margins]
     return ["" if no_answer else span for no_answer, span in zip(none, spans, strict=True)]

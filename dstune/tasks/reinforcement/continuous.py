@@ -94,7 +94,7 @@ def _advance(model: nn.Module, rows: _Rows, token: Tensor) -> None:
 
 
 def _select(rows: _Rows, row_numbers: list[int], device: torch.device) -> _Rows | None:
-    """The rows that go on, without what is padding in all of them."""
+    """Return the rows that go on, without what is padding in all of them."""
     if not row_numbers:
         return None
     index = torch.tensor(row_numbers, device=device)
@@ -118,7 +118,7 @@ def _fill(
     keys: tuple[int, int],
     device: torch.device,
 ) -> _Rows:
-    """`current` with completions of the next prompts, where all samples of one have room."""
+    """Return `current` with completions of the next prompts, where all samples of one have room."""
     room = most - (len(current.completions) if current is not None else 0)
     batch = [waiting.popleft() for _ in range(min(len(waiting), room // samples))]
     if not batch and current is None:  # a prompt has more samples than there are rows
@@ -138,7 +138,7 @@ def _read(
     keys: tuple[int, int],
     device: torch.device,
 ) -> _Rows:
-    """Rows whose prompts have been read, once for all samples."""
+    """Return rows whose prompts have been read, once for all samples."""
     from transformers import DynamicCache
 
     width = max(len(ids) for _, ids in prompts)
@@ -162,7 +162,7 @@ def _read(
 
 
 def _joined(first: _Rows, second: _Rows) -> _Rows:
-    """Both as one batch; the shorter cache gets padding on the left."""
+    """Return both as one batch; the shorter cache gets padding on the left."""
     length = max(first.mask.shape[1], second.mask.shape[1])
     for rows in (first, second):
         if missing := length - rows.mask.shape[1]:

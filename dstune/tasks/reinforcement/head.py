@@ -79,7 +79,7 @@ class PolicyHead(CausalLmHead):
     def _of_targets(
         self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor, width: int
     ) -> Tensor:
-        """Log-probabilities of `targets`, fp32 [targets]."""
+        """Compute log-probabilities of `targets`, fp32 [targets]."""
         self._kept, self._targets = (positions, width), targets if self.examined else None
         try:
             output: Tensor = forward(**inputs, use_cache=False).logits
@@ -97,7 +97,7 @@ class PolicyHead(CausalLmHead):
 
 
 def _shifted(values: Tensor) -> Tensor:
-    """What stands at the next position, [rows, sequence]; 0 behind the last."""
+    """Return what stands at the next position, [rows, sequence]; 0 behind the last."""
     return torch.nn.functional.pad(values[:, 1:], (0, 1))
 
 

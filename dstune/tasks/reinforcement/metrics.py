@@ -99,5 +99,5 @@ def weighted_reward(scores: Sequence[float | None], weights: Sequence[float]) ->
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; 0 for fewer than two values."""
+    """Return the standard deviation of a sample; 0 for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

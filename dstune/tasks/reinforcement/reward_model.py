@@ -80,7 +80,7 @@ class RemoteRewardModel(RewardModel):
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:
-    """What a server says with an error."""
+    """Return what a server says with an error."""
     text = ""
     with suppress(OSError, http.client.HTTPException):
         text = error.read(2**16).decode(errors="replace")

@@ -163,7 +163,7 @@ class RewardProcess:
             raise UserError(Problem("task.rewards", reason, "import what they need inside of the plugin's file"))
 
     def _ask(self, request: Mapping[str, Any], seconds: float, key: str) -> dict[str, Any]:
-        """The child's answer, or an `error`, after which there is no child any more."""
+        """Return the child's answer, or an `error`, after which there is no child any more."""
         child = self._child
         assert child is not None and child.stdin is not None and child.stdout is not None
         deadline = time.monotonic() + seconds
@@ -220,5 +220,5 @@ def _write(descriptor: int, content: bytes, deadline: float) -> None:
 
 
 def _is_secret(name: str) -> bool:
-    """Whether a variable may hold a key: rewards run code of many authors on texts of the model."""
+    """Return whether a variable may hold a key: rewards run code of many authors on texts of the model."""
     return any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL"))

@@ -121,7 +121,7 @@ class Rollouts:
         return self._training_batch(local_completions, step.batch, groups)
 
     def _logged(self) -> dict[str, float]:
-        """What rewards logged in this step on any rank, the mean by name: the same on all of them."""
+        """Return what rewards logged in this step on any rank, the mean by name: the same on all of them."""
         everyone = self._world.gather(self._scorer.logged)
         self._scorer.logged = {}
         names = sorted({name for of_rank in everyone for name in of_rank})
@@ -199,7 +199,7 @@ class Rollouts:
         *,
         in_step: bool,
     ) -> list[list[Scored]]:
-        """The same in a batch that is kept full. Raises UserError where ranks compute in step; on all of them alike."""
+        """Return the same in a batch that is kept full. Raises UserError where ranks compute in step; on all of them alike."""
         if in_step:
             reason = "each rank writes at its own pace, and the whole weights have no room on every rank"
             raise UserError(Problem("task.rollout", reason, "task.rollout=exact", "fast"))
@@ -290,7 +290,7 @@ class Rollouts:
     def _training_batch(
         self, local_completions: Sequence[Sequence[Scored]], batch: RankBatch, groups: Sequence[Sequence[Scored]]
     ) -> RankBatch:
-        """Micro-batches of `trainer.micro_batch_size` completions; equally many on every rank."""
+        """Return micro-batches of `trainer.micro_batch_size` completions; equally many on every rank."""
         world, size = self._world, self._config.trainer.rows
         rows: list[tuple[Scored, bool]] = []
         for (part, _), completed in zip(batch.batches, local_completions, strict=True):
@@ -314,7 +314,7 @@ class Rollouts:
         return len(completion.prompt_ids) if completion.prompt_ids else int(self._split.lengths[completion.prompt])
 
     def _trained(self, scored: Scored) -> int:
-        """Tokens of a completion that train."""
+        """Return tokens of a completion that train."""
         completion = scored.completion
         is_left_out = self._task.mask_truncated and not completion.ended
         return 0 if is_left_out else len(completion.ids) - len(completion.read)
@@ -339,7 +339,7 @@ class Rollouts:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _sums_of(self, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-        """Of all ranks together; see `metrics.reinforcement_metrics`."""
+        """Sum over all ranks together; see `metrics.reinforcement_metrics`."""
         return rollout_sums(self._task, groups)
 
     def _refuse_different(self, step: int, signed: float, absolute: float, largest: float) -> None:
@@ -358,7 +358,7 @@ class Rollouts:
     # ---- what is written down ----
 
     def _written(self, step: int) -> dict[str, Scored]:
-        """What an earlier launch of this run had scored at this step, by `identity_of`; the same on every rank."""
+        """Return what an earlier launch of this run had scored at this step, by `identity_of`; the same on every rank."""
         rows: list[dict[str, Any]] = []
         if self._world.is_main and self._run_dir is not None:
             rows = read_records(self._run_dir / FOLDER, step)
@@ -366,7 +366,7 @@ class Rollouts:
         return {identity_of(scored.completion): scored for scored in records if scored is not None}
 
     def _recorded(self, step: int) -> dict[str, Scored] | None:
-        """The completions of the run that `task.replay` names, by prompt and sample; None without one.
+        """Return the completions of the run that `task.replay` names, by prompt and sample; None without one.
 
         Raises:
             UserError: it has none for this step. On all ranks alike.

@@ -107,7 +107,7 @@ def check_machine(task: ReinforcementConfig) -> Iterator[Problem]:
 
 
 def _kinds_of_graders(task: ReinforcementConfig) -> tuple[set[str], list[Problem]]:
-    """The types of graders in `task.graders`, and what is wrong with the files."""
+    """Return the types of graders in `task.graders`, and what is wrong with the files."""
     if not task.graders:
         return set(), []
     from dstune.grading.grader import kinds_in

@@ -158,8 +158,8 @@ def _continued(
     goes_on: Callable[[bool], bool],
     positions_before: Sequence[int] = (),
 ) -> list[Drawn]:
-    """What is drawn behind each row of `input_ids`, `samples` times; of each result at most so many tokens as `limits` says, which
-    ends the loop where `goes_on` is told that nothing is unfinished."""
+    """Return what is drawn behind each row of `input_ids`, `samples` times; of each result at most so many tokens as `limits`
+    says, which ends the loop where `goes_on` is told that nothing is unfinished."""
     from transformers import DynamicCache
 
     rows, device = len(input_ids) * samples, input_ids.device
@@ -232,7 +232,7 @@ def mixed(keys: Tensor, number: Tensor | int) -> Tensor:
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right of int64."""
+    """Return a logical shift to the right of int64."""
     return (value >> bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 

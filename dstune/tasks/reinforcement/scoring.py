@@ -97,6 +97,6 @@ class Scorer:
 
 
 def _last_answer(scored: Scored) -> str:
-    """Of a completion of several turns, what the model wrote last."""
+    """Return what the model wrote last, of a completion of several turns."""
     written = [message["content"] for message in scored.messages if message["role"] == "assistant"]
     return written[-1] if written else scored.text

@@ -102,7 +102,7 @@ class Environments:
         return [self._scored(episode) for episode in episodes]
 
     def _begin(self, prompts: Sequence[int], samples: int, keys: tuple[int, int]) -> tuple[list[Episode], str]:
-        """An episode for each completion, and what is wrong with one."""
+        """Return an episode for each completion, and what is wrong with one."""
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(samples)]
         rows = [self._scorer.columns_of(completion.prompt) for completion in completions]
         requests = [
@@ -138,7 +138,7 @@ class Environments:
     def _write(
         self, module: nn.Module, active: Sequence[Episode], keys: tuple[int, int], goes_on: Callable[[bool], bool]
     ) -> None:
-        """The next answer of each."""
+        """Write the next answer of each."""
         turns, lengths_before = [], []
         for episode in active:
             completion = episode.completion
@@ -228,7 +228,7 @@ class Environments:
         return ids[places[-1 - ends] + 1 :] if len(places) > ends else ids
 
     def _plain_suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
-        """The same with results in which nothing reads like the end of a turn."""
+        """Return the same with results in which nothing reads like the end of a turn."""
         plain = [{**message, "content": "ok"} for message in results]
         options: dict[str, Any] = {"tools": self.tools or None, "arguments": arguments}
         text_before = self._template.text([*map(self._renderer.facts.adapted, history)], **options)
@@ -277,7 +277,7 @@ def tool_schemas(name: str) -> list[dict[str, Any]]:
 
 
 def _unbound(method: Any) -> Any:
-    """`method` without `self`, which is no argument of the tool."""
+    """Return `method` without `self`, which is no argument of the tool."""
     import functools
     import inspect
 
@@ -293,7 +293,7 @@ def _unbound(method: Any) -> Any:
 
 
 def _keywords(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns that `reset` gets: those with names that arguments may have."""
+    """Return the columns that `reset` gets: those with names that arguments may have."""
     return {name: value for name, value in row.items() if name.isidentifier()}
 
 

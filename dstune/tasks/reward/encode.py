@@ -20,7 +20,7 @@ class RewardEncoder(PairEncoder):
 
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
-        """An encoder's separator serves as well: what ends the text writes nothing."""
+        """Return an encoder's separator serves as well: what ends the text writes nothing."""
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
             reason = "the tokenizer has neither an end-of-sequence token nor a separator"

@@ -132,7 +132,7 @@ def _rouge(rows: Sequence[Generated]) -> dict[str, float]:
 
 @cache
 def _warn_without(package: str, metrics: str) -> None:
-    """Once in a process."""
+    """Warn once in a process."""
     log.warning(
         "%s of generated targets are not computed: %s is missing (pip install '.[generation]' in a clone of dstune)",
         metrics,

@@ -53,7 +53,7 @@ class TokenEncoder(Encoder):
         return samples
 
     def _words(self, words: list[str], ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sub-words of a sentence and the number of the word of each; -1 for a token of the space between words."""
+        """Return sub-words of a sentence and the number of the word of each; -1 for a token of the space between words."""
         ends = np.cumsum([len(word) + 1 for word in words])  # the space behind included
         if len(ids):
             # By the last character, since a token may bring the space in front of its word.
@@ -103,5 +103,5 @@ class TokenEncoder(Encoder):
 
 
 def _inside(tag: str) -> str:
-    """The tag of a word's later sub-words: they continue the entity that the word begins."""
+    """Return the tag of a word's later sub-words: they continue the entity that the word begins."""
     return f"I-{tag[2:]}" if tag.startswith("B-") else tag
