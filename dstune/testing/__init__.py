@@ -98,7 +98,7 @@ def _same_weights(resumed: Path, undisturbed: Path) -> list[str]:
 
 
 def _evaluated(run: Any) -> dict[str, Any]:
-    """The metrics of `dstune evaluate`, which are those of the run's last evaluation."""
+    """Return the metrics of `dstune evaluate`, which are those of the run's last evaluation."""
     measured: dict[str, Any] = run.evaluate()["metrics"]
     final = run.result["eval_final"]
     both = [name for name in measured if isinstance(final.get(name), (int, float))]
