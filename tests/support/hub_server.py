@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, content, headers | {"Content-Type": "application/octet-stream"})
 
     def _folder(self, repository: str, revision: str) -> tuple[str, Path] | None:
-        """Commit and folder; answers with the hub's own errors where there is none."""
+        """Find commit and folder; answers with the hub's own errors where there is none."""
         if repository not in self.server.folders:
             self._error(401, "RepoNotFound")
             return None

@@ -158,7 +158,7 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
 
 
 def _answers(port: int, seconds: float = 60.0) -> None:
-    """Returns when the server listens."""
+    """Wait until the server listens."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -170,14 +170,14 @@ def _answers(port: int, seconds: float = 60.0) -> None:
 
 
 def _works(report: Report, requests: int, seconds: float = 30.0) -> None:
-    """Returns when so many more requests were answered: on a slow machine a server that is killed sooner had nothing to lose."""
+    """Wait until so many more requests were answered: on a slow machine a server that is killed sooner had nothing to lose."""
     deadline, until = time.monotonic() + seconds, report.requests + requests
     while report.requests < until and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
 def _load(report: Report, over: threading.Event, url: str, key: str, number: int, seed: int) -> None:
-    """What one client does until it is told to stop. The official client repeats what was cut."""
+    """Run one client until it is told to stop. The official client repeats what was cut."""
     draw = random.Random(f"{seed} {number}")
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=8, timeout=5)
     count = 0
@@ -247,7 +247,7 @@ def _judge(report: Report, database: Database, folder: Path) -> None:
 
 
 def _overlaps(file: Path, job: str) -> list[str]:
-    """Two processes of a job at a time."""
+    """Return where two processes of a job ran at a time."""
     if not file.is_file():
         return []
     words = [line.split()[0] for line in file.read_text().splitlines()]

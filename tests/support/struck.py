@@ -201,7 +201,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def _launches(run_dir: Path) -> list[dict[str, Any]]:
-    """The launches of a run that came to training, each with the step that it began from."""
+    """Return the launches of a run that came to training, each with the step that it began from."""
     try:
         return json.loads((run_dir / "environment.json").read_text())["launches"]
     except (OSError, ValueError):  # not there yet, or being written
@@ -209,7 +209,7 @@ def _launches(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _last_written(run_dir: Path) -> float:
-    """When the last row was written, on the clock of `time.monotonic`."""
+    """Return when the last row was written, on the clock of `time.monotonic`."""
     written = run_dir / "metrics.jsonl"
     if not written.exists():  # it failed before the first step, and what it wrote last are the rank's last words
         written = max((run_dir / "logs").glob("rank-*.log"), key=lambda log: log.stat().st_mtime)

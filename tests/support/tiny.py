@@ -18,7 +18,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def _saved(folder: Path, seed: int, model_class: Any, config: Any) -> Path:
-    """A model of random weights with the tokenizer."""
+    """Return a model of random weights with the tokenizer."""
     import torch
 
     torch.manual_seed(seed)

@@ -90,7 +90,7 @@ def _qwen3_vl() -> Any:
 
 
 def _mistral3() -> Any:
-    """As Ministral 3."""
+    """Build Ministral 3."""
     from transformers import Mistral3Config
 
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
