@@ -98,7 +98,7 @@ LISTED = 20
 
 
 def _between(text: str, start: str, table: str, end: str) -> str:
-    """`text` with `table` between the two marks."""
+    """Return `text` with `table` between the two marks."""
     before, _, rest = text.partition(start)
     return f"{before}{start}\n{table}{end}{rest.partition(end)[2]}"
 

@@ -85,7 +85,7 @@ def _stages(method: str, task: str, notes: list[str]) -> Iterator[str]:
 
 
 def _note(text: str, notes: list[str]) -> str:
-    """`no` with the number of its note below the table."""
+    """Return `no` with the number of its note below the table."""
     short, _, reason = text.partition(": ")
     if reason not in notes:
         notes.append(reason)

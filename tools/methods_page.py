@@ -64,13 +64,13 @@ def methods_page(root: Path) -> str:
 
 
 def _paragraphs(cls: type) -> list[str]:
-    """The docstring's paragraphs, each a line and a blank one: what the method is, then when to use it."""
+    """Return the docstring's paragraphs, each a line and a blank one: what the method is, then when to use it."""
     text = inspect.getdoc(cls) or ""
     return [line for part in text.split("\n\n") for line in (" ".join(part.split()), "")]
 
 
 def _command(path: Path, name: str) -> str:
-    """The command that the comment of the method's file gives, else the plainest one."""
+    """Return the command that the comment of the method's file gives, else the plainest one."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     given = [line.lstrip("# ") for line in lines if re.match(r"#\s+dstune train", line)]
     return f"```bash\n{given[0] if given else f'dstune train method={name} data.train=rows.jsonl'}\n```\n"
