@@ -138,7 +138,7 @@ class RunLog:
         self._row = replace(self._row, metrics={**self._row.metrics, **metrics}, time=time.time(), samples=answers)
 
     def _send(self, *, to_be_continued: bool = False) -> None:
-        """to_be_continued: the launch that continues the run may still evaluate at this step."""
+        """Send rows to trackers. to_be_continued: the launch that continues the run may still evaluate at this step."""
         if self._row is not None:
             for tracker in self._trackers:
                 tracker.write(self._row, only_if_rebuilt=to_be_continued)

@@ -60,7 +60,7 @@ def write_trainer_state(
 
 
 def _history(path: Path, every: int) -> Iterator[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, each with its step last, as Trainer has them."""
+    """Yield the rows of `metrics.jsonl`, each with its step last, as Trainer has them."""
     epoch: float | None = None
     if not path.is_file():
         return

@@ -70,7 +70,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether the values of a Record are of the kinds that a sweep writes."""
+    """Return whether the values of a Record are of the kinds that a sweep writes."""
     texts = (record.name, record.status, record.reason, record.place)
     if not all(isinstance(value, str) for value in texts) or "/" in record.name or record.name in ("", ".", ".."):
         return False

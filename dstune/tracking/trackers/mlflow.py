@@ -135,7 +135,7 @@ class Mlflow(Tracker):
         self._client.set_terminated(self._run, STATUS[status])
 
     def _known(self) -> str | None:
-        """The run of the earlier launches, open again; None where there is none in this store."""
+        """Return the run of the earlier launches, open again; None where there is none in this store."""
         from mlflow.exceptions import MlflowException
 
         if not self._id.exists():

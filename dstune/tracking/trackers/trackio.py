@@ -66,7 +66,7 @@ class Trackio(Tracker):
 
 
 def _runs(api: Any, project: str) -> list[Any]:
-    """The runs of a project; none where there is no such project yet."""
+    """Return the runs of a project; none where there is no such project yet."""
     try:
         return list(api.runs(project))
     except ValueError:

@@ -168,7 +168,7 @@ class Wandb(Tracker):
             self._remove_older()  # the server has the whole run now
 
     def _start_online(self, wandb: Any) -> Any:
-        """The run on the server, or None: then it is tracked offline, with a warning that says why."""
+        """Return the run on the server, or None: then it is tracked offline, with a warning that says why."""
         reason = "no W&B key found (WANDB_API_KEY or `wandb login`)"
         try:
             if _has_credentials(wandb):
@@ -237,7 +237,7 @@ def ignore_working_directory(wandb: Any) -> None:
 
 
 def _has_credentials(wandb: Any) -> bool:
-    """Whether W&B would find a key by itself: environment, netrc file or its settings files. Asks nobody."""
+    """Return whether W&B would find a key by itself: environment, netrc file or its settings files. Asks nobody."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     from wandb.sdk.lib import wbauth
