@@ -213,7 +213,7 @@ class CallbackList:
 
 
 def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
-    """What `callback` asks for. An end has a reason, without which the run would count as completed.
+    """Return what `callback` asks for. An end has a reason, without which the run would count as completed.
 
     Raises:
         UserError: no request, or one for what is `ignored` at this moment.
@@ -231,7 +231,7 @@ def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE
 
 
 def _of_type(kind: type, callback: Callback, hook: str, returned: Any) -> Any:
-    """`returned`, which the loop needs. Raises UserError where a hook of `callback` ends without it."""
+    """Return `returned`, which the loop needs. Raises UserError where a hook of `callback` ends without it."""
     if isinstance(returned, kind):
         return returned
     wrong, right = type(returned).__name__, kind.__name__.removeprefix("Abstract")
@@ -240,7 +240,7 @@ def _of_type(kind: type, callback: Callback, hook: str, returned: Any) -> Any:
 
 
 def _not_json(value: Any, *, numpy: bool = False) -> str:
-    """What JSON has no type for in `value`; empty where there is nothing.
+    """Return what JSON has no type for in `value`; empty where there is nothing.
 
     numpy: scalars of numpy and torch are fine, since `tracking.jsonl.plain` converts them.
     """

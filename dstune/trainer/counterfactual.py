@@ -52,7 +52,7 @@ def _summary(changes: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
 
 
 def _losses(split: Split, outputs: Sequence[Row]) -> np.ndarray:
-    """Mean loss of each row's targets."""
+    """Return mean loss of each row's targets."""
     return np.array(
         [
             sum(float(chunk["loss"]) for chunk in chunks) / max(sum(float(chunk["weight"]) for chunk in chunks), 1e-9)

@@ -130,7 +130,7 @@ class Evaluator:
     def _of_each_task(
         self, split: Split, tasks: Mapping[str, TaskConfig], progress: Callable[[int, int], None] | None
     ) -> Evaluation:
-        """The metrics of a language model over all rows, and those of each task as NAME/METRIC."""
+        """Return the metrics of a language model over all rows, and those of each task as NAME/METRIC."""
         assert split.sources is not None, "rows of several tasks come from a mixture"
         loss_sum = weight = correct = 0.0
         metrics: dict[str, float] = {}
@@ -165,7 +165,7 @@ class Evaluator:
         return compare(self.config, swapped, (unswapped, kept_before), (changed, kept_after))
 
     def _run(self, split: Split, progress: Callable[[int, int], None] | None) -> tuple[Totals, list[dict[str, Any]]]:
-        """Sums over all rows on all ranks, and what the head keeps of each sample, in the order of `split`."""
+        """Sum over all rows on all ranks; return the sums, and what the head keeps of each sample, in the order of `split`."""
         evaluate = self.config.evaluate
         each = bool(evaluate.slices or evaluate.counterfactual)
         # What is told of single rows needs a row of the model for each; the sum is the same (proven at start).
@@ -210,7 +210,7 @@ class Evaluator:
         return totals, [kept_rows for _, kept_rows in sorted(everyone, key=itemgetter(0))]
 
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
-        """each: with the numbers of the samples, for the head to tell single rows."""
+        """Build a batch. each: with the numbers of the samples, for the head to tell single rows."""
         config = replace(self.config, data=replace(self.config.data, packing=packing))
         batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=each)
         return on_device(indexed(self.head, batch), self.engine.device)
@@ -239,7 +239,7 @@ class KeptRows:
 
 
 def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> dict[str, Column]:
-    """Columns of a batch on the CPU."""
+    """Return columns of a batch on the CPU."""
     return {
         name: column.cpu().numpy() if isinstance(column, torch.Tensor) else [part.cpu().numpy() for part in column]
         for name, column in columns.items()
@@ -247,7 +247,7 @@ def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> di
 
 
 def _by_row(columns: Mapping[str, Column]) -> list[dict[str, np.ndarray]]:
-    """One dictionary a row."""
+    """Return one dictionary a row."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -104,6 +104,7 @@ def answers_on_all_ranks(
 
 
 def _dealt(prompts: Sequence[T], world: World) -> list[T]:
-    """This rank's prompts, every `world.size`th; the ranks have equally many, the last of them one again that another has."""
+    """Return this rank's prompts, every `world.size`th; the ranks have equally many, the last of them one again that another
+    has."""
     rows = -(-len(prompts) // world.size)
     return [prompts[(row * world.size + world.rank) % len(prompts)] for row in range(rows)]

@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def _named(label: Any, names: Sequence[str]) -> Any:
-    """The name of a label's index, or those of the labels that a row has; what is no index is told as it is."""
+    """Return the name of a label's index, or those of the labels that a row has; what is no index is told as it is."""
     if isinstance(label, list) and label and isinstance(label[0], int):
         return [name for name, on in zip(names, label, strict=True) if on]
     return names[label] if isinstance(label, int) else label

@@ -219,7 +219,7 @@ class Trials:
     def _timed_step(
         self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None
     ) -> list[float]:
-        """Seconds of the forward and backward pass of each, in a step that is left out."""
+        """Return seconds of the forward and backward pass of each, in a step that is left out."""
         seeds, times = list(range(len(batches))), []
         shares = joined(self.head, self.engine, batches, self.world, seeds)
         for position, batch in enumerate(batches):
@@ -246,7 +246,7 @@ class Trials:
             accelerator.synchronize()
 
     def _without_padding(self, rows: int) -> float:
-        """Share of the positions that hold a token in the micro-batches of an epoch, at this size."""
+        """Return share of the positions that hold a token in the micro-batches of an epoch, at this size."""
         if self.config.data.packing:
             return 1.0  # the rows are about full whatever the size
         sized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))

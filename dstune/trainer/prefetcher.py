@@ -88,7 +88,7 @@ def needs_images(config: RunConfig, world: World) -> bool:
 
 
 def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:
-    """Whether every rank has its next step. A collective of at most about `WAIT_SECONDS`."""
+    """Return whether every rank has its next step. A collective of at most about `WAIT_SECONDS`."""
     item = feeds.peek(WAIT_SECONDS)
     if isinstance(item, BaseException) and not isinstance(item, DstuneError):
         raise item  # a fault of this rank alone, whose end is that of the others

@@ -146,8 +146,8 @@ def rows_problem(
 def _trial(
     architecture: Any, max_length: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[dict[str, torch.Tensor], torch.Tensor]]]:
-    """Samples; numbers of the logits of each that are compared, `NO_TARGET` elsewhere; and (inputs, these numbers) of the same
-    samples packed and padded."""
+    """Return samples; numbers of the logits of each that are compared, `NO_TARGET` elsewhere; and (inputs, these numbers) of the
+    same samples packed and padded."""
     window = getattr(architecture, "sliding_window", None) or 0
     longest = window + 9 if window and window + 9 <= min(max_length, LONGEST_PROOF) else 21
     generator = torch.Generator().manual_seed(0)

@@ -94,8 +94,8 @@ class _TwoImages:
 
 
 def _trial_batches(split: Split, *, packing: bool) -> tuple[Mapping[str, Any], ...]:
-    """Two samples in two equal rows (packed) or the first of them alone (padded), the second one alone, and the first of these
-    batches with another image in the first sample."""
+    """Return two samples in two equal rows (packed) or the first of them alone (padded), the second one alone, and the first of
+    these batches with another image in the first sample."""
     assert split.vision is not None
     ids, _ = processor_of(split.vision).blank
     text = [token for token in range(3, 3 + 4 * TEXT_TOKENS) if token not in ids][:TEXT_TOKENS]

@@ -77,8 +77,8 @@ class Preemption(Callback):
         self._received, self._received_at = signal.Signals(number).name, now
 
     def _is_forwarded(self, name: str) -> bool:
-        """Whether the launcher sends, as SIGTERM, the signal that this rank has already received by itself: SLURM signals the
-        ranks of a job as well as the agents that started them."""
+        """Return whether the launcher sends, as SIGTERM, the signal that this rank has already received by itself: SLURM signals
+        the ranks of a job as well as the agents that started them."""
         if name != "SIGTERM" or self._was_forwarded:
             return False
         with suppress(OSError):
@@ -109,7 +109,7 @@ class Preemption(Callback):
         return CONTINUE
 
     def _first_received(self, name: str) -> str:
-        """What the user or the scheduler sent, where the launching process forwarded it."""
+        """Return what the user or the scheduler sent, where the launching process forwarded it."""
         try:
             return self._forwarded.read_text() if name == "SIGTERM" else name
         except OSError:

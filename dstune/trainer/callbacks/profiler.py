@@ -74,7 +74,7 @@ class StepProfiler(Callback):
         return self._recording is not None or self._waits
 
     def _before_step(self, step: int) -> None:
-        """step: from 1, as it is shown."""
+        """Begin to record before a step. step: from 1, as it is shown."""
         self._waits, self._written = self._written, False
         if not self._left:
             return
@@ -91,7 +91,7 @@ class StepProfiler(Callback):
         self._mark.__enter__()
 
     def _after_step(self, *, pause: bool) -> None:
-        """The step is over. pause: what comes next is none."""
+        """Stop after a step. pause: what comes next is none."""
         if self._recording is None or self._mark is None:
             return
         self._mark.__exit__(None, None, None)
@@ -132,7 +132,7 @@ class StepProfiler(Callback):
             self._message(f"profile of {steps}: {self._folder} (tables, and traces for https://ui.perfetto.dev)")
 
     def _survives(self, action: Callable[[], object]) -> bool:
-        """Whether `action` is done; a profiler or a disk that fails costs the run its profile and nothing else."""
+        """Return whether `action` is done; a profiler or a disk that fails costs the run its profile and nothing else."""
         try:
             action()
             return True

@@ -77,7 +77,7 @@ class StartupTimer(Callback):
 
 
 def _started(process: str) -> float | None:
-    """When a process of this machine began, in seconds since the machine did; None where that is not known."""
+    """Return when a process of this machine began, in seconds since the machine did; None where that is not known."""
     if process != "self" and not process.isdigit():
         return None
     try:

@@ -152,6 +152,6 @@ class Stragglers(Callback):
 
 
 def _projection(module: nn.Module) -> nn.Module | None:
-    """The vocabulary projection of a model, or of the one that adapters are on."""
+    """Return the vocabulary projection of a model, or of the one that adapters are on."""
     projection = getattr(module, "get_output_embeddings", lambda: None)()
     return getattr(projection, "base_layer", projection)

@@ -180,7 +180,7 @@ def in_collective() -> bool:
 
 
 def _files(frame: FrameType, depth: int = 6) -> list[str]:
-    """The files of the innermost `depth` calls."""
+    """Return the files of the innermost `depth` calls."""
     files: list[str] = []
     step: FrameType | None = frame
     while step is not None and len(files) < depth:
