@@ -55,7 +55,7 @@ def deepspeed_config(
 
 
 def _zero(config: RunConfig, replicas: int, *, on_gpu: bool, prefetch: tuple[int, int] | None) -> dict[str, Any]:
-    """The section `zero_optimization`. replicas: ranks with weights of their own, as DeepSpeed counts them."""
+    """Return the section `zero_optimization`. replicas: ranks with weights of their own, as DeepSpeed counts them."""
     stage = stage_of(config.zero)
     zero: dict[str, Any] = {"stage": stage}
     if stage > 0:
@@ -89,8 +89,8 @@ def _zero(config: RunConfig, replicas: int, *, on_gpu: bool, prefetch: tuple[int
 
 
 def _immediate(config: RunConfig, precision: Precision, *, on_gpu: bool) -> dict[str, bool]:
-    """At stage 1 in bf16 with sums in fp32, DeepSpeed adds a gradient to its sum as soon as it is there: else those of the
-    whole model are held in bf16 beside their sums until the backward pass ends."""
+    """Return the settings that add a gradient to its sum as soon as it is there, at stage 1 in bf16 with sums in fp32: else
+    those of the whole model are held in bf16 beside their sums until the backward pass ends."""
     summed = (
         stage_of(config.zero) == 1 and precision is Precision.bf16 and config.zero.gradient_dtype is GradientDtype.fp32
     )
@@ -98,7 +98,7 @@ def _immediate(config: RunConfig, precision: Precision, *, on_gpu: bool) -> dict
 
 
 def _with(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with `zero.settings` in it; what it says about offloading needs something to be offloaded."""
+    """Return `settings` with `zero.settings` in it; what it says about offloading needs something to be offloaded."""
     for key, value in changes.items():
         if isinstance(value, dict):
             if key in settings or not key.startswith("offload_"):

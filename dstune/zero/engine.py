@@ -52,7 +52,7 @@ def _announce_borrowed_weights(model: nn.Module) -> None:
 
 @contextmanager
 def _no_word_of_overflow() -> Iterator[None]:
-    """DeepSpeed says `OVERFLOW! Skipping step` of a step that is left out on purpose."""
+    """Silence DeepSpeed, which says `OVERFLOW! Skipping step` of a step that is left out on purpose."""
     from deepspeed.utils import logger
 
     level = logger.level
@@ -64,8 +64,8 @@ def _no_word_of_overflow() -> Iterator[None]:
 
 
 def _other_names_of_frozen(model: nn.Module) -> list[str]:
-    """Names under which a frozen parameter is in the module's state beside its own: a vocabulary projection that is tied to
-    the embedding. DeepSpeed leaves frozen ones out of checkpoints by their own names alone: 57 MB more a save for SmolLM2."""
+    """Return names under which a frozen parameter is in the module's state beside its own: a vocabulary projection that is tied
+    to the embedding. DeepSpeed leaves frozen ones out of checkpoints by their own names alone: 57 MB more a save for SmolLM2."""
     parameter_by_name = dict(model.named_parameters())
     frozen = {id(parameter) for parameter in parameter_by_name.values() if not parameter.requires_grad}
     state = model.state_dict(keep_vars=True)
@@ -261,7 +261,7 @@ class Engine:
         return Update(norm, applied, loss_scale, lowest, vetoed, reads.beside)
 
     def _loss_scale(self) -> tuple[float, float]:
-        """Of this step, and the lowest that there can be."""
+        """Return the loss scale of this step, and the lowest that there can be."""
         if not self._fp16:
             return 1.0, 1.0
         scaler = self._engine.optimizer.loss_scaler
@@ -326,7 +326,7 @@ class Engine:
 
     @contextmanager
     def _all_trained(self) -> Iterator[None]:
-        """DeepSpeed files a parameter without gradients under those that are never trained."""
+        """Count all parameters as trained: DeepSpeed files one without gradients under those that are never trained."""
         for number in self._frozen_groups:
             self._require_gradients(number, True)
         try:
@@ -499,7 +499,7 @@ class Engine:
         return self._save_pieces(directory, tag, background=background)
 
     def _save_pieces(self, directory: Path, tag: str, *, states: bool = False, background: bool = False) -> Save:
-        """Pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
+        """Return pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
         save = self._files.begin(directory / tag, background=background)
         try:
             if self.stage > 0 or self._replica == 0:

@@ -150,7 +150,7 @@ def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Itera
 def _partitions(
     wrapper: Any, stage: int, names: dict[int, str], rank: int, *, write: bool = False
 ) -> Iterator[Partition]:
-    """What this rank's optimizer updates, at any stage. write: what is changed of a partition on a disk goes back to it."""
+    """Yield what this rank's optimizer updates, at any stage. write: what is changed of a partition on a disk goes back to it."""
     if stage == 0:
         for group in wrapper.param_groups:
             for parameter in group["params"]:
@@ -197,8 +197,8 @@ def _end_to_end(parameters: list[nn.Parameter]) -> list[int]:
 def _overlaps(
     parameters: list[nn.Parameter], offsets: list[int], names: dict[int, str], rank: int, size: int
 ) -> list[Fragment]:
-    """Stages 1 and 2: the group's parameters stand at `offsets` of one vector, of which this rank has the `size`
-    elements from rank * size."""
+    """Return the fragments of a rank at stages 1 and 2: the group's parameters stand at `offsets` of one vector, of which this
+    rank has the `size` elements from rank * size."""
     begin, end = rank * size, (rank + 1) * size
     fragments = []
     for parameter, offset in zip(parameters, offsets, strict=True):
@@ -209,7 +209,8 @@ def _overlaps(
 
 
 def _shares(parameters: list[nn.Parameter], names: dict[int, str], rank: int) -> list[Fragment]:
-    """Stage 3: this rank has an equal share of every parameter; the last rank's is shorter and padded."""
+    """Return the fragments of a rank at stage 3: it has an equal share of every parameter; the last rank's is shorter and
+    padded."""
     fragments, offset = [], 0
     for parameter in parameters:
         share = parameter.partition_numel()  # type: ignore[attr-defined]
@@ -227,7 +228,7 @@ def _fill(target: Tensor, fragments: list[Fragment], source: Source, kind: str) 
 
 
 def _fill_state(inner: torch.optim.Optimizer, partition: Partition, source: Source) -> None:
-    """The optimizer's own tensors for a partition; those of its padding stay zero."""
+    """Fill in the optimizer's own tensors for a partition; those of its padding stay zero."""
     state: dict[str, Any] = {}
     old_state = inner.state.get(partition.key, {})
     for kind in source.kinds(partition.like):
@@ -242,7 +243,7 @@ def _fill_state(inner: torch.optim.Optimizer, partition: Partition, source: Sour
 
 
 def _weights_from_partition(wrapper: Any, number: int) -> None:
-    """Stage 3: the parameters' own partitions, in the model's dtype, after the fp32 ones of a sub-group."""
+    """Set the parameters' own partitions at stage 3, in the model's dtype, after the fp32 ones of a sub-group."""
     flat, weights = wrapper.fp32_partitioned_groups_flat[number], wrapper.fp16_partitioned_groups_flat[number]
     if flat.numel():
         weights.copy_(flat)

@@ -91,7 +91,7 @@ def use_expandable_segments(variables: MutableMapping[str, str]) -> None:
 
 
 def _device_of(env: RankEnv) -> int:
-    """The index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
+    """Return the index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
     visible = accelerator.count()
     # Where each rank is shown its own GPU only (srun --gpus-per-task=1, Kubernetes, a wrapper around each rank of mpirun), it
     # is number 0 of each. `refuse_shared_devices` tells that from a single GPU for all.
@@ -127,7 +127,8 @@ def _shared(what: str, ranks: int) -> UserError:
 
 @contextmanager
 def _named_duplicates(env: RankEnv) -> Iterator[None]:
-    """NCCL, which connects as soon as ranks meet on devices that are named, finds two of them on one by itself.
+    """Name duplicates that NCCL finds: it connects as soon as ranks meet on devices that are named, and finds two of them on one by
+    itself.
 
     Raises UserError in place of its error."""
     try:
@@ -140,8 +141,8 @@ def _named_duplicates(env: RankEnv) -> Iterator[None]:
 
 
 def _import_muon() -> None:
-    """DeepSpeed's engines import its Muon, whose functions are compiled as they are defined: that brings the whole compiler, 1.5 s
-    of each rank's 11, for an optimizer which dstune does not offer."""
+    """Import Muon without its compiler: DeepSpeed's engines import it, and its functions are compiled as they are defined, which
+    takes 1.5 s of each rank's 11 for an optimizer that dstune does not offer."""
     from deepspeed.runtime import compiler
 
     compile_function = getattr(compiler, "compile", None)
@@ -156,8 +157,8 @@ def _import_muon() -> None:
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """While open, `module` cannot be imported. DeepSpeed's autotuner, which dstune has no use for, imports MLflow wherever it
-    is installed: 0.7 s of each rank's 7."""
+    """Forbid the import of `module` within the block. DeepSpeed's autotuner, which dstune has no use for, imports MLflow
+    wherever it is installed: 0.7 s of each rank's 7."""
     if module in sys.modules:
         yield
         return

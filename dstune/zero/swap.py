@@ -134,14 +134,14 @@ def _unusable(place: Path) -> Problem | None:
 
 
 def _file_system(place: Path) -> str:
-    """The type of the file system that `place` is on; empty where nobody knows."""
+    """Return the type of the file system that `place` is on; empty where nobody knows."""
     above = [place.resolve(), *place.resolve().parents]
     types = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     return next((types[folder] for folder in above if folder in types), "")
 
 
 def _compiled(*, tell: bool) -> Problem | None:
-    """Compile DeepSpeed's asynchronous I/O, or load what was compiled; what keeps it from that."""
+    """Compile DeepSpeed's asynchronous I/O, or load what was compiled; return what keeps it from that."""
     try:
         _compile(tell)
     except Exception as error:  # of a compiler, a linker or a disk, in whatever words it has
@@ -152,8 +152,8 @@ def _compiled(*, tell: bool) -> Problem | None:
 
 
 def _compile(tell: bool) -> None:
-    """One process at a time, so that a lock of torch's which is there was left by one that was killed while it compiled:
-    every later one would wait for it for ever."""
+    """Compile one process at a time, so that a lock of torch's that is found was left by a process that was killed while it
+    compiled: every later one would wait for it for ever."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
