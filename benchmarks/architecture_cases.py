@@ -120,21 +120,21 @@ def all_cases(kinds: list[str] | None, part: str | None, every: bool) -> list[Ca
     of eight."""
     from transformers.models.auto import modeling_auto
 
-    found = [
+    pairs = [
         (group, kind)
         for group, mapping in GROUPS.items()
         for kind in getattr(modeling_auto, mapping)
         if kinds is None or kind in kinds or f"{group}:{kind}" in kinds
     ]
-    found.sort(key=lambda pair: pair[1] not in USUAL)
+    pairs.sort(key=lambda pair: pair[1] not in USUAL)
     if part:
         number, parts = map(int, part.split("/"))
-        found = found[number - 1 :: parts]
+        pairs = pairs[number - 1 :: parts]
     chosen = {group: every_combination(group) if every else FEWER[group] for group in GROUPS}
     return [
         Case(group, kind, *chosen[group][turn])
         for turn in range(max(map(len, chosen.values())))
-        for group, kind in found
+        for group, kind in pairs
         if turn < len(chosen[group])
     ]
 

@@ -22,7 +22,7 @@ def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, A
     plain, start, losses, norms = train_plainly(case, config, folder, run_dir / "start")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "loss": max(relative(row["loss"], loss) for row, loss in zip(rows, losses, strict=True)),
         "norm": max(relative(row["grad_norm"], norm) for row, norm in zip(rows, norms, strict=True)),
     }
@@ -41,35 +41,35 @@ def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, A
         share = math.sqrt(difference / max(float(change.square().sum()), 1e-20))
         if difference > 1e-16 and share > worst:
             worst, worst_name = share, name
-    found |= {"update": math.sqrt(apart / max(moved, 1e-30)), "worst": worst, "worst_tensor": worst_name}
-    found |= {
+    result |= {"update": math.sqrt(apart / max(moved, 1e-30)), "worst": worst, "worst_tensor": worst_name}
+    result |= {
         "moved": math.sqrt(moved),
         "missing": missing,
         "trained": sum(map(torch.numel, plain_changes(plain).values())),
     }
-    found["logits"] = logits_apart(case, config, plain, exported)
-    found["class"] = type(exported if case.method == "full" else exported.get_base_model()).__name__
+    result["logits"] = logits_apart(case, config, plain, exported)
+    result["class"] = type(exported if case.method == "full" else exported.get_base_model()).__name__
     if case.method == "lora":
-        found["checkpoint_names"] = named_as_checkpoint(folder, run_dir / "export")
+        result["checkpoint_names"] = named_as_checkpoint(folder, run_dir / "export")
     bad = [
         key
         for key, limit in (("loss", LOSS), ("norm", 10 * LOSS), ("update", UPDATE), ("logits", LOGITS))
-        if not found[key] <= limit
+        if not result[key] <= limit
     ]
     if missing:
         bad.append("missing")
-    found["status"] = "wrong" if bad else "equal"
+    result["status"] = "wrong" if bad else "equal"
     if bad:
-        found["reason"] = ", ".join(f"{key} {found[key]}" for key in bad)
-    return found
+        result["reason"] = ", ".join(f"{key} {result[key]}" for key in bad)
+    return result
 
 
 def plain_changes(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def relative(found: float, expected: float) -> float:
-    return abs(found - expected) / max(abs(expected), 1e-12) if math.isfinite(found) else math.inf
+def relative(measured: float, expected: float) -> float:
+    return abs(measured - expected) / max(abs(expected), 1e-12) if math.isfinite(measured) else math.inf
 
 
 def load_plain(case: Case, folder: Path) -> Any:
@@ -161,10 +161,12 @@ def logits_apart(case: Case, config: Any, plain: Any, exported: Any) -> float:
 
     sample = next(iter(samples_of(config)))[0]
     ids = torch.as_tensor(sample["input_ids"]).long()[None]
-    more = {"labels": torch.as_tensor(sample["target_ids"]).long()[None]} if case.group == "seq2seq" else {}
+    options = {"labels": torch.as_tensor(sample["target_ids"]).long()[None]} if case.group == "seq2seq" else {}
     with torch.no_grad():
-        left, right = (model.eval()(input_ids=ids, **more).logits.float() for model in (plain, exported))
-    return float((left - right).abs().max() / left.abs().max())
+        plain_logits, exported_logits = (
+            model.eval()(input_ids=ids, **options).logits.float() for model in (plain, exported)
+        )
+    return float((plain_logits - exported_logits).abs().max() / plain_logits.abs().max())
 
 
 def named_as_checkpoint(folder: Path, export: Path) -> float:

@@ -89,8 +89,8 @@ def planted(fault: str) -> Iterator[None]:
     build_training, inputs_of = Setup.build_training, language.inputs_of
     active: list[str] = []
 
-    def build(setup: Any, *arguments: Any, **named: Any) -> Any:
-        training = build_training(setup, *arguments, **named)
+    def build(setup: Any, *arguments: Any, **keywords: Any) -> Any:
+        training = build_training(setup, *arguments, **keywords)
         active.append(fault)
         if fault in MODELS:
             MODELS[fault](training.engine.module)
@@ -107,13 +107,13 @@ def planted(fault: str) -> Iterator[None]:
         return labels
 
     def inputs(batch: Any) -> Any:
-        found = inputs_of(batch)
-        if active and fault == "samples of a row see each other" and "position_ids" in found:
+        model_inputs = inputs_of(batch)
+        if active and fault == "samples of a row see each other" and "position_ids" in model_inputs:
             import torch
 
-            positions = torch.arange(found["position_ids"].shape[1]).expand_as(found["position_ids"])
-            found = {**found, "position_ids": positions}
-        return found
+            positions = torch.arange(model_inputs["position_ids"].shape[1]).expand_as(model_inputs["position_ids"])
+            model_inputs = {**model_inputs, "position_ids": positions}
+        return model_inputs
 
     with (
         patch.object(Setup, "build_training", build),
@@ -152,7 +152,7 @@ def main() -> None:
 
     work, world = Path(json.loads(sys.argv[1])), start_rank()
     case = Case("causal", "llama", "full", True, 0)
-    compare, found = architecture_rank.compare, {}
+    compare, status_by_fault = architecture_rank.compare, {}
     for fault in ("none", *FAULTS):
 
         def spoiled(case: Any, config: Any, folder: Path, run_dir: Path, fault: str = fault) -> Any:
@@ -161,9 +161,9 @@ def main() -> None:
             return compare(case, config, folder, run_dir)
 
         with planted(fault), patch.object(architecture_rank, "compare", spoiled):
-            found[fault] = architecture_rank.run_case(case, world, work).get("status")
+            status_by_fault[fault] = architecture_rank.run_case(case, world, work).get("status")
     if world.is_main:
-        print("FOUND", json.dumps(found))
+        print("FOUND", json.dumps(status_by_fault))
 
 
 if __name__ == "__main__":

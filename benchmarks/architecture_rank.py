@@ -64,11 +64,11 @@ def overrides(case: Case, folder: Path, data: Path, run_dir: Path) -> list[str]:
     from support.workshop import AT_THE_END, PLAIN
 
     tasks = {"causal": "chat", "classification": "classification", "seq2seq": "seq2seq"}
-    more = []
+    further = []
     if case.group == "seq2seq":
-        more = ["data.columns.source=source", "data.columns.target=target"]
+        further = ["data.columns.source=source", "data.columns.target=target"]
     if case.method == "lora":
-        more += ["method.rank=4", "method.alpha=8"]
+        further += ["method.rank=4", "method.alpha=8"]
     rows = 2 if case.packed else 4
     return [
         *PLAIN,
@@ -87,7 +87,7 @@ def overrides(case: Case, folder: Path, data: Path, run_dir: Path) -> list[str]:
         "trainer.max_steps=2",
         # At ZeRO-3 Gemma 3n reads weights of its router outside their module. They are small: by default every rank has them whole.
         *(["zero.param_persistence_threshold=100"] if "gemma3n" in case.kind else []),
-        *more,
+        *further,
     ]
 
 

@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         write_dialogues(work / "causal.jsonl", 24, turns=(1, 2))
         write_labelled(work / "classification.jsonl", 16)
         write_pairs(work / "seq2seq.jsonl", 16)
-        while left := [case for case in cases if case.name not in read_state(state)]:
-            (work / "cases.json").write_text(json.dumps([asdict(case) for case in left]))
+        while remaining := [case for case in cases if case.name not in read_state(state)]:
+            (work / "cases.json").write_text(json.dumps([asdict(case) for case in remaining]))
             port, ranks = free_port(), []
             for rank in range(2):
                 command = [

@@ -34,10 +34,10 @@ ATTACKS = (*PROCESSES, *CODE, *RUNS_OF_OTHERS, *SERVER, *FILES, *HANGS)
 def table() -> str:
     """Return the attacks as a Markdown table."""
     lines = ["| attack | where | how it is held | test | undone in |", "| --- | --- | --- | --- | --- |"]
-    for one in ATTACKS:
-        file, _, name = one.test.partition(".")
-        undone = ", ".join(f"`{place}`" for place in MUTATIONS[one.place].files)
-        cells = (one.what, one.where, one.held, f"`{name}` in `tests/security/test_{file}.py`", undone)
+    for attack in ATTACKS:
+        file, _, name = attack.test.partition(".")
+        undone = ", ".join(f"`{place}`" for place in MUTATIONS[attack.place].files)
+        cells = (attack.what, attack.where, attack.held, f"`{name}` in `tests/security/test_{file}.py`", undone)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--run", action="store_true", help="replay them first")
     code = 0
     if arguments.parse_args(argv).run:
-        tests = sorted({one.place for one in ATTACKS})
+        tests = sorted({attack.place for attack in ATTACKS})
         code = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
         print(f"{len(ATTACKS)} attacks, {'all of them held' if code == 0 else 'not all of them held'}\n")
     print(table(), end="")

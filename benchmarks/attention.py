@@ -42,21 +42,21 @@ def main() -> None:
             torch.randn(2, width, heads, options.size, dtype=torch.float64)
             for heads in (options.heads, options.key_heads, options.key_heads, options.heads)
         ]
-        *given, outward = (part.to(dtype).transpose(1, 2) for part in exact)
-        for part in given:
+        *states, outward = (part.to(dtype).transpose(1, 2) for part in exact)
+        for part in states:
             part.requires_grad_()
         ways = {"transformers": masked(width, length), "dstune": one_by_one(width, length)}
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        found: dict[str, States] = {}
+        gradients: dict[str, States] = {}
         for _ in range(options.rounds + 2):
             for name, way in ways.items():
                 began = time.perf_counter()
-                output = way(*given)
+                output = way(*states)
                 between = time.perf_counter()
-                found[name] = torch.autograd.grad(output, given, outward)
+                gradients[name] = torch.autograd.grad(output, states, outward)
                 taken[name].append((between - began, time.perf_counter() - between))
         seconds = {name: [statistics.median(part) for part in zip(*taken[name][2:], strict=True)] for name in ways}
-        errors = [error(found[name], right(given, outward, ways["transformers"])) for name in ways]
+        errors = [error(gradients[name], right(states, outward, ways["transformers"])) for name in ways]
         columns = [" / ".join(f"{seconds[name][part] * 1e3:.1f}" for name in ways) for part in (0, 1)]
         faster = sum(seconds["transformers"]) / sum(seconds["dstune"])
         wrong = " / ".join(f"{value:.1e}" for value in errors)
@@ -80,13 +80,13 @@ def one_by_one(width: int, length: int) -> Callable[..., torch.Tensor]:
     return lambda query, key, value: CausalAttention.apply(query, key, value, spans, query.shape[-1] ** -0.5, None)
 
 
-def right(given: list[torch.Tensor], outward: torch.Tensor, attend: Callable[..., torch.Tensor]) -> States:
-    exact = [part.detach().double().requires_grad_() for part in given]
+def right(states: list[torch.Tensor], outward: torch.Tensor, attend: Callable[..., torch.Tensor]) -> States:
+    exact = [part.detach().double().requires_grad_() for part in states]
     return torch.autograd.grad(attend(*exact), exact, outward.double())
 
 
-def error(found: States, expected: States) -> float:
-    apart = sum(float((part.double() - exact).square().sum()) for part, exact in zip(found, expected, strict=True))
+def error(gradients: States, expected: States) -> float:
+    apart = sum(float((part.double() - exact).square().sum()) for part, exact in zip(gradients, expected, strict=True))
     return (apart / sum(float(exact.square().sum()) for exact in expected)) ** 0.5
 
 

@@ -157,7 +157,7 @@ def stored_text(repositories: Path, entry: dict[str, Any]) -> str:
     )
     text = shown.stdout
     if name := entry.get("entry"):
-        text = next(of["chat_template"] for of in json.loads(text) if of["model_name"] == name)
+        text = next(listed["chat_template"] for listed in json.loads(text) if listed["model_name"] == name)
     if hashlib.sha256(text.encode()).hexdigest() != entry["sha256"]:
         sys.exit(f"{entry['path']}: another text than the one that was measured")
     return str(text)
@@ -211,7 +211,9 @@ class Reference:
     """Reasoning is sent in the content, between these."""
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def render(self, messages: list[dict[str, Any]], tools: Any, given: dict[str, Any], *, prompt: bool) -> str | None:
+    def render(
+        self, messages: list[dict[str, Any]], tools: Any, variables: dict[str, Any], *, prompt: bool
+    ) -> str | None:
         try:
             source = freeze_date(self.tokenizer.get_chat_template(tools=tools), DATE)
             text = self.tokenizer.apply_chat_template(
@@ -220,7 +222,7 @@ class Reference:
                 chat_template=source,
                 add_generation_prompt=prompt,
                 tokenize=False,
-                **{**given, **self.arguments},
+                **{**variables, **self.arguments},
             )
         except Exception:
             return None
@@ -250,26 +252,26 @@ class Reference:
         self, message: dict[str, Any], form: str, as_text: bool, content: str, reasoning: str, numbers: dict[str, str]
     ) -> dict[str, Any]:
         sent = {key: value for key, value in message.items() if key != "reasoning_content"}
-        for of in message.get("tool_calls", []):
+        for call in message.get("tool_calls", []):
             changed = {
-                "own": of["id"],
-                "nine": of["id"][-9:],
-                "functions": f"functions.{of['function']['name']}:{len(numbers)}",
+                "own": call["id"],
+                "nine": call["id"][-9:],
+                "functions": f"functions.{call['function']['name']}:{len(numbers)}",
             }
-            numbers[of["id"]] = changed[form]
+            numbers[call["id"]] = changed[form]
         if "tool_calls" in message:
             sent["tool_calls"] = [
                 {
-                    **of,
-                    "id": numbers[of["id"]],
+                    **call,
+                    "id": numbers[call["id"]],
                     "function": {
-                        **of["function"],
-                        "arguments": json.dumps(of["function"]["arguments"])
+                        **call["function"],
+                        "arguments": json.dumps(call["function"]["arguments"])
                         if as_text
-                        else of["function"]["arguments"],
+                        else call["function"]["arguments"],
                     },
                 }
-                for of in message["tool_calls"]
+                for call in message["tool_calls"]
             ]
             if not message["content"]:
                 del sent["content"]
@@ -297,7 +299,7 @@ class Reference:
     def judge(self, dialogue: dict[str, Any], samples: list[Any]) -> tuple[str, int]:
         """Return (what is wrong, turns that are not trained since no way of asking shows their reasoning)."""
         messages, tools = dialogue["messages"], dialogue.get("tools")
-        left, expected = 0, 0
+        untrained, expected = 0, 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -305,18 +307,18 @@ class Reference:
                 filter(None, (self._trained(way, messages, tools, number, samples) for way in self.ways(messages))), 0
             )
             if not length and self._shows_reasoning(messages, tools, number):
-                return f"message {number + 1} is not trained as any way of asking shows it", left
-            left += not length
+                return f"message {number + 1} is not trained as any way of asking shows it", untrained
+            untrained += not length
             expected += length
         trained = sum(int((sample.labels != NO_TARGET).sum()) for sample in samples)
-        return (f"{trained} tokens are trained, servers ask for {expected}" if trained != expected else ""), left
+        return (f"{trained} tokens are trained, servers ask for {expected}" if trained != expected else ""), untrained
 
     def _shows_reasoning(self, messages: list[dict[str, Any]], tools: Any, number: int) -> bool:
         thought = messages[number].get("reasoning_content")
         if thought is None:
             return True
         without_tags = {key: value for key, value in messages[number].items() if key != "reasoning_content"}
-        for sent, given in self.ways(messages):
+        for sent, variables in self.ways(messages):
             # A server shows what stands in a content, but nobody has to send reasoning there who was not told to.
             if (
                 self.marks is None
@@ -324,7 +326,7 @@ class Reference:
                 and "<think>" not in str(without_tags)
             ):
                 continue
-            text = self.render(sent[: number + 1], tools, given, prompt=False)
+            text = self.render(sent[: number + 1], tools, variables, prompt=False)
             if text and thought in text and "'thinking'" not in text:  # a list of parts as Python writes it
                 return True
         return False
@@ -338,9 +340,9 @@ class Reference:
         samples: list[Any],
     ) -> int:
         """Return how many tokens a sample trains as this way of asking has them written, if one does."""
-        sent, given = way
-        prompt = self.render(sent[:number], tools, given, prompt=True)
-        answered = self.render(sent[: number + 1], tools, given, prompt=False)
+        sent, variables = way
+        prompt = self.render(sent[:number], tools, variables, prompt=True)
+        answered = self.render(sent[: number + 1], tools, variables, prompt=False)
         if prompt is None or answered is None:
             return 0
         asked = self._ids(prompt)
@@ -366,8 +368,8 @@ class Reference:
         says_first = [message.get("reasoning_content") or "", message["content"] or ""]
         calls = [
             text
-            for of in message.get("tool_calls", [])
-            for text in (of["function"]["name"], of["function"]["arguments"]["city"])
+            for call in message.get("tool_calls", [])
+            for text in (call["function"]["name"], call["function"]["arguments"]["city"])
         ]
         others = [
             other["content"]
@@ -439,12 +441,12 @@ class Attempt:
 def remedies(reason: str, tried: Attempt) -> Iterator[Attempt]:
     """Yield what a refusal proposes and keeps all of the row, its own template first."""
     if "task.reasoning=inline" in reason and not tried.inline:
-        given = re.search(r"task\.reasoning_marks='?\[([^],]+),([^],]+)\]", reason)
-        yield Attempt(tried.packaged, (given[1], given[2]) if given else None, True, tried.arguments)
-    for found in re.finditer(r"task\.chat_template_kwargs=\{(\w+): (\w+)\}", reason):
-        yield Attempt(tried.packaged, tried.marks, tried.inline, ((found[1], found[2] == "true"),))
-    for found in re.finditer(r"model\.chat_template=(\w+)|the packaged (\w+) does", reason):
-        name = found[1] or found[2]
+        marks_match = re.search(r"task\.reasoning_marks='?\[([^],]+),([^],]+)\]", reason)
+        yield Attempt(tried.packaged, (marks_match[1], marks_match[2]) if marks_match else None, True, tried.arguments)
+    for match in re.finditer(r"task\.chat_template_kwargs=\{(\w+): (\w+)\}", reason):
+        yield Attempt(tried.packaged, tried.marks, tried.inline, ((match[1], match[2] == "true"),))
+    for match in re.finditer(r"model\.chat_template=(\w+)|the packaged (\w+) does", reason):
+        name = match[1] or match[2]
         if name in NAMES and not tried.packaged:
             yield Attempt(name)
 
@@ -471,8 +473,8 @@ def attempt(model: Model, dialogue: dict[str, Any], tried: Attempt, *, show: boo
             print("   trained:", repr(tokenizer.decode(sample.labels[sample.labels != NO_TARGET])))
     assert encode.renderer is not None
     marks = encode.renderer.inline_marks if tried.inline else None
-    wrong, left = Reference(tokenizer, model.ends, marks, dict(tried.arguments)).judge(dialogue, samples)
-    return Cell("WRONG", f"{tried} {wrong}") if wrong else Cell(state, str(tried), len(samples), left)
+    wrong, untrained = Reference(tokenizer, model.ends, marks, dict(tried.arguments)).judge(dialogue, samples)
+    return Cell("WRONG", f"{tried} {wrong}") if wrong else Cell(state, str(tried), len(samples), untrained)
 
 
 def cell(model: Model, dialogue: dict[str, Any], *, show: bool = False) -> Cell:
@@ -482,40 +484,46 @@ def cell(model: Model, dialogue: dict[str, Any], *, show: bool = False) -> Cell:
         return first
     waiting = list(remedies(first.detail, Attempt()))
     seen = set(waiting)
-    found = first
+    best = first
     while waiting:
         tried = waiting.pop(0)
         result = attempt(model, dialogue, tried, show=show)
         if result.state in ("setting", "WRONG"):
             return result
-        if result.state == "packaged" and not found.served:
-            found = result
+        if result.state == "packaged" and not best.served:
+            best = result
         if result.state == "-":
             new = [further for further in remedies(result.detail, tried) if further not in seen]
             waiting += new
             seen.update(new)
-    return found
+    return best
 
 
 def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
     """Return what servers make of a conversation that is refused: those that render the model's template as transformers does."""
     reference = Reference(model.tokenizer(), model.ends)
     messages, tools = dialogue["messages"], dialogue.get("tools")
-    ways = [way for way in reference.ways(messages) if not any("<think>" in str(of.get("content")) for of in way[0])]
-    texts = [text for sent, given in ways if (text := reference.render(sent, tools, given, prompt=False))]
+    ways = [
+        way for way in reference.ways(messages) if not any("<think>" in str(entry.get("content")) for entry in way[0])
+    ]
+    texts = [text for sent, variables in ways if (text := reference.render(sent, tools, variables, prompt=False))]
     texts = [text for text in texts if "'thinking'" not in text]
     if not texts:
         return "every server refuses it: the template raises an error"
     said = {
-        "the tools": [of["function"]["description"] for of in tools or []],
-        "calls": [of["function"]["arguments"]["city"] for message in messages for of in message.get("tool_calls", [])],
+        "the tools": [entry["function"]["description"] for entry in tools or []],
+        "calls": [
+            entry["function"]["arguments"]["city"] for message in messages for entry in message.get("tool_calls", [])
+        ],
         "results": [message["content"] for message in messages if message["role"] == "tool"],
         "the text beside a call": [
             message["content"] for message in messages if message.get("tool_calls") and message["content"]
         ],
         "reasoning": [message["reasoning_content"] for message in messages if "reasoning_content" in message],
     }
-    absent = [what for what, expected in said.items() if not any(all(of in text for of in expected) for text in texts)]
+    absent = [
+        name for name, expected in said.items() if not any(all(entry in text for entry in expected) for text in texts)
+    ]
     if absent:
         return f"every server drops {' and '.join(filter(None, [', '.join(absent[:-1]), absent[-1]]))} without a word"
     return "every server asks the model to think first"
@@ -530,22 +538,22 @@ def table(chosen: list[Model], show: str | None = None) -> tuple[list[str], list
     for model in chosen:
         row = []
         for name, dialogue in DIALOGUES.items():
-            found = cell(model, dialogue, show=name == show)
-            counts[name][found.state] += model.of_forty
-            text = {"setting": "inline" if "inline" in found.detail else "argument"}.get(found.state, found.state)
-            if found.state == "packaged":
-                named = re.search(r"model\.chat_template=(\w+)", found.detail)
-                assert named is not None
-                text = f"`{named[1]}`"
-            if found.state == "-":
+            result = cell(model, dialogue, show=name == show)
+            counts[name][result.state] += model.of_forty
+            text = {"setting": "inline" if "inline" in result.detail else "argument"}.get(result.state, result.state)
+            if result.state == "packaged":
+                match = re.search(r"model\.chat_template=(\w+)", result.detail)
+                assert match is not None
+                text = f"`{match[1]}`"
+            if result.state == "-":
                 reason = re.sub(
-                    r"^message \d+ \(\w+\): |: the prompt goes on .*?(?=; |$)", "", found.detail, flags=re.S
+                    r"^message \d+ \(\w+\): |: the prompt goes on .*?(?=; |$)", "", result.detail, flags=re.S
                 )
                 note = f"{reason.rstrip('.!')}. Servers: {of_servers(model, dialogue)}."
                 text = f"r{notes.setdefault(note, len(notes) + 1)}"
-            if found.state == "WRONG":
-                wrong.append(f"{model.name} x {name}: {found.detail}")
-            if found.left:
+            if result.state == "WRONG":
+                wrong.append(f"{model.name} x {name}: {result.detail}")
+            if result.left:
                 text += " *"
             row.append(text)
         lines.append(f"| {model.name} | " + " | ".join(row) + " |")
@@ -563,13 +571,14 @@ def main() -> int:
     options = parser.parse_args()
     if not options.packaged and options.repositories is None:
         parser.error("--repositories FOLDER or --packaged")
-    found = packaged_models() if options.packaged else models(options.repositories)
-    lines, wrong, counts = table([model for model in found if options.only in model.name], options.show)
+    chosen_models = packaged_models() if options.packaged else models(options.repositories)
+    lines, wrong, counts = table([model for model in chosen_models if options.only in model.name], options.show)
     print("\n".join(line for line in lines if line.startswith("- r")))
-    for name, of in counts.items():
-        own = of["yes"] + of["setting"]
+    for name, state_counts in counts.items():
+        with_own_template = state_counts["yes"] + state_counts["setting"]
         print(
-            f"{name}: {of['yes']} as it is, {own} with a setting, {own + of['packaged']} with a packaged template; {dict(of)}"
+            f"{name}: {state_counts['yes']} as it is, {with_own_template} with a setting, "
+            f"{with_own_template + state_counts['packaged']} with a packaged template; {dict(state_counts)}"
         )
     print(f"{len(wrong)} wrong", *wrong, sep="\n")
     if options.page and not options.only:
@@ -592,9 +601,9 @@ def block_of(page: str, name: str) -> list[str]:
 
 
 def with_block(page: str, name: str, lines: list[str]) -> str:
-    before, found, rest = page.partition(f"<!-- {name} -->\n")
-    assert found, f"{PAGE} has no place for {name}"
-    return before + found + "\n".join(lines) + "\n" + rest[rest.index(f"<!-- /{name} -->") :]
+    text_before, mark, text_behind = page.partition(f"<!-- {name} -->\n")
+    assert mark, f"{PAGE} has no place for {name}"
+    return text_before + mark + "\n".join(lines) + "\n" + text_behind[text_behind.index(f"<!-- /{name} -->") :]
 
 
 def counts_table(counts: dict[str, Counter[str]]) -> list[str]:
@@ -602,20 +611,24 @@ def counts_table(counts: dict[str, Counter[str]]) -> list[str]:
         "| of the forty | own template | with a setting as well | with a packaged template as well |",
         "| --- " * 4 + "|",
     ]
-    for name, of in counts.items():
-        own = of["yes"] + of["setting"]
-        lines.append(f"| {name} | {of['yes']} | {own} | {own + of['packaged']} |")
+    for name, state_counts in counts.items():
+        with_own_template = state_counts["yes"] + state_counts["setting"]
+        lines.append(
+            f"| {name} | {state_counts['yes']} | {with_own_template} | {with_own_template + state_counts['packaged']} |"
+        )
     return lines
 
 
 def sources_table() -> list[str]:
     lines = ["| model | template | date | commit | SHA-256 |", "| --- " * 5 + "|"]
     for entry in json.loads(LIST.read_text(encoding="utf-8")):
-        for of, which in ((entry, ""), (entry.get("without_tools"), ", without tools")):
-            if of is not None:
-                place = f"{of['repository']}: {of['path']}" + (f" ({of['entry']})" if "entry" in of else "")
-                digests = f"{of['commit'][:10]} | {of['sha256'][:16]}"
-                lines.append(f"| {entry['model']}{which} | {place} | {of['date']} | {digests} |")
+        for source, which in ((entry, ""), (entry.get("without_tools"), ", without tools")):
+            if source is not None:
+                place = f"{source['repository']}: {source['path']}" + (
+                    f" ({source['entry']})" if "entry" in source else ""
+                )
+                digests = f"{source['commit'][:10]} | {source['sha256'][:16]}"
+                lines.append(f"| {entry['model']}{which} | {place} | {source['date']} | {digests} |")
     return lines
 
 

@@ -67,11 +67,11 @@ def main() -> None:
                 stream.write(near.signature(text))
         signatures = near.open_signatures(file, len(rows))
         anything = lambda first, second: np.ones(len(first), dtype=bool)  # noqa: E731
-        before = peak_mib()
+        mib_before = peak_mib()
         search = near.NearCopies(signatures, compared.__getitem__, anything, 0.9)
         seconds = best(1, lambda: search.find())
         print(f"| near duplicates: groups and comparisons | {len(rows) / seconds:,.0f} |")
-        print(f"\nmemory of the groups: {(peak_mib() - before) * 2**20 / len(rows):,.0f} bytes a row at most")
+        print(f"\nmemory of the groups: {(peak_mib() - mib_before) * 2**20 / len(rows):,.0f} bytes a row at most")
     unequal = len(rows) - len({row_hashes(row)[0] for row in rows})
     print(f"equal to an earlier row: {unequal}; languages: {counted(message)}")
     print(f"texts with personal data: {sum(bool(sensitive.find_personal_data(text)) for text in message)}")

@@ -150,20 +150,24 @@ def report(results: dict[str, Any]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for cell in CELLS:
         for side in SIDES:
-            mine = rounds(results, cell, side)
-            if not mine:
+            side_runs = rounds(results, cell, side)
+            if not side_runs:
                 continue
-            own = rounds(results, cell, "dstune")
-            ratios = [speed(own[number]) / speed(found) for number, found in mine.items() if number in own]
+            dstune_runs = rounds(results, cell, "dstune")
+            ratios = [
+                speed(dstune_runs[number]) / speed(rival_run)
+                for number, rival_run in side_runs.items()
+                if number in dstune_runs
+            ]
 
-            def median(name: str, found: dict[int, dict[str, Any]] = mine) -> float:
-                return statistics.median(run[name] for run in found.values())
+            def median(name: str, runs: dict[int, dict[str, Any]] = side_runs) -> float:
+                return statistics.median(run[name] for run in runs.values())
 
             ratio = f"{statistics.median(ratios):.3f}" if ratios and side != "dstune" else ""
-            loss = statistics.median(run["losses"][-1] for run in mine.values())
+            loss = statistics.median(run["losses"][-1] for run in side_runs.values())
             print(
-                f"| {cell} | {NAMES[side]} | {statistics.median(map(speed, mine.values())):.1f} | {ratio} | "
-                f"{median('peak_memory_gib'):.2f} | {median('first_step_seconds'):.1f} | {loss:.4f} | {len(mine)} |"
+                f"| {cell} | {NAMES[side]} | {statistics.median(map(speed, side_runs.values())):.1f} | {ratio} | "
+                f"{median('peak_memory_gib'):.2f} | {median('first_step_seconds'):.1f} | {loss:.4f} | {len(side_runs)} |"
             )
 
 
@@ -174,16 +178,22 @@ def table(results: dict[str, Any]) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for cell, job in CELLS.items():
-        found = {side: rounds(results, cell, side) for side in SIDES}
-        if not all(found.values()):
+        runs_by_side = {side: rounds(results, cell, side) for side in SIDES}
+        if not all(runs_by_side.values()):
             continue
-        own = found["dstune"]
+        dstune_runs = runs_by_side["dstune"]
         ratios = [
-            statistics.median(speed(own[number]) / speed(run) for number, run in found[side].items() if number in own)
+            statistics.median(
+                speed(dstune_runs[number]) / speed(run)
+                for number, run in runs_by_side[side].items()
+                if number in dstune_runs
+            )
             for side in SIDES[1:]
         ]
         columns = [
-            " / ".join(f"{statistics.median(value(run) for run in found[side].values()):{form}}" for side in SIDES)
+            " / ".join(
+                f"{statistics.median(value(run) for run in runs_by_side[side].values()):{form}}" for side in SIDES
+            )
             for value, form in (
                 (lambda run: run["peak_memory_gib"], ".2f"),
                 (lambda run: run["first_step_seconds"], ".0f"),
@@ -192,15 +202,17 @@ def table(results: dict[str, Any]) -> None:
         ]
         method = "LoRA" if job.method == "lora" else job.method
         targets = "the assistant's" if job.targets == "assistant" else "all tokens"
-        tokens = statistics.median(map(speed, own.values()))
+        tokens = statistics.median(map(speed, dstune_runs.values()))
         formatted = " | ".join([f"{tokens:.0f}", *(f"{ratio:.2f}" for ratio in ratios), *columns])
         print(f"| {method}, {targets}, ZeRO-{job.stage} | {formatted} |")
 
 
 def rounds(results: dict[str, Any], cell: str, side: str) -> dict[int, dict[str, Any]]:
     """Return the runs of a side in a cell, by round."""
-    found = {name.split("/")[1]: run for name, run in results["runs"].items() if name.split("/")[::2] == [cell, side]}
-    return {int(number): run for number, run in found.items()}
+    run_by_round = {
+        name.split("/")[1]: run for name, run in results["runs"].items() if name.split("/")[::2] == [cell, side]
+    }
+    return {int(number): run for number, run in run_by_round.items()}
 
 
 if __name__ == "__main__":

@@ -129,12 +129,12 @@ def write_tensors(job: Job, path: Path) -> list[int]:
 
 
 def run_script(
-    script: str, arguments: list[str], job: Job, tensors: Path, folder: Path, more: dict[str, Any] | None = None
+    script: str, arguments: list[str], job: Job, tensors: Path, folder: Path, further: dict[str, Any] | None = None
 ) -> Measured:
-    """Run `script SETTINGS ARGUMENTS` on every rank, with the environment that dstune gives its ranks. more: settings of the
+    """Run `script SETTINGS ARGUMENTS` on every rank, with the environment that dstune gives its ranks. further: settings of the
     script's own."""
     path = folder / "settings.json"
-    path.write_text(json.dumps(job.settings(tensors) | (more or {})))
+    path.write_text(json.dumps(job.settings(tensors) | (further or {})))
     port = free_port()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // job.ranks))
     began = time.time()
@@ -169,11 +169,11 @@ def run_script(
     )
 
 
-def run_dstune(job: Job, folder: Path, more: tuple[str, ...] = ()) -> Measured:
+def run_dstune(job: Job, folder: Path, overrides: tuple[str, ...] = ()) -> Measured:
     """Run `dstune train`, as a user runs it: data path, logging, checks and final save included."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, "-m", "dstune", "train", *job.overrides(), *more, f"run.dir={run_dir}"]
+    command = [sys.executable, "-m", "dstune", "train", *job.overrides(), *overrides, f"run.dir={run_dir}"]
     began = time.time()
     with (folder / "dstune.log").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

@@ -86,8 +86,8 @@ def share_named(model: Path, folder: Path) -> float:
     from dstune.cli import main
 
     output = folder / f"answers-{time.time_ns()}.jsonl"
-    given = ["--input", str(folder / "digits" / "asked.jsonl"), "--max-new-tokens", "2", "--output", str(output)]
-    assert main(["generate", str(model), *given]) == 0
+    options = ["--input", str(folder / "digits" / "asked.jsonl"), "--max-new-tokens", "2", "--output", str(output)]
+    assert main(["generate", str(model), *options]) == 0
     digits = [json.loads(line)["digit"] for line in (folder / "digits" / "asked.jsonl").read_text().splitlines()]
     answers = [json.loads(line)["answer"].strip() for line in output.read_text().splitlines()]
     return sum(answer == digit for answer, digit in zip(answers, digits, strict=True)) / len(digits)
@@ -100,7 +100,7 @@ def measure(folder: Path, steps: int = STEPS) -> tuple[float, float, float]:
     os.environ.setdefault("DSTUNE_CACHE", str(folder / "cache"))
     write_digits(folder / "digits")
     save_model(folder / "model")
-    before = share_named(folder / "model", folder)
+    share_before = share_named(folder / "model", folder)
     words = [
         "task=chat",
         "method=full",
@@ -123,17 +123,19 @@ def measure(folder: Path, steps: int = STEPS) -> tuple[float, float, float]:
     began = time.monotonic()
     assert main(["train", *words]) == 0
     seconds = time.monotonic() - began
-    return before, share_named(folder / "run" / "export", folder), seconds
+    return share_before, share_named(folder / "run" / "export", folder), seconds
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, default=STEPS)
-    given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="digits-"))
-    before, after, seconds = measure(folder, given.steps)
-    print(f"named {before:.1%} of {HELD_OUT} held-out digits before training, {after:.1%} after {seconds:.0f} s")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="digits-"))
+    share_before, share_after, seconds = measure(folder, arguments.steps)
+    print(
+        f"named {share_before:.1%} of {HELD_OUT} held-out digits before training, {share_after:.1%} after {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

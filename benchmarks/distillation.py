@@ -137,11 +137,18 @@ def train_students(arguments: argparse.Namespace) -> dict[str, Any]:
         run("prune", str(teacher / "export"), "--layers", str(arguments.layers), "--output", str(student))
     rows = [{"seed": "", "model": "teacher", "text_loss": final(teacher)["loss"]}]
     for seed in range(arguments.seeds):
-        own = [*common, steps, f"trainer.seed={seed}", f"model.path={student}", "optimizer.lr=3e-4", "run.export=none"]
+        overrides = [
+            *common,
+            steps,
+            f"trainer.seed={seed}",
+            f"model.path={student}",
+            "optimizer.lr=3e-4",
+            "run.export=none",
+        ]
         texts, taught = folder / f"texts-{seed}", folder / f"taught-{seed}"
-        run("train", *own, "task=chat", f"run.dir={texts}", "evaluate.at_start=true")
+        run("train", *overrides, "task=chat", f"run.dir={texts}", "evaluate.at_start=true")
         keys = [f"task.teacher={teacher}", "task.beta=0", "task.text_weight=0.3"]
-        run("train", *own, "task=distillation", *keys, f"run.dir={taught}")
+        run("train", *overrides, "task=distillation", *keys, f"run.dir={taught}")
         rows += [
             {"seed": seed, "model": "texts alone", "text_loss": final(texts)["loss"]},
             {"seed": seed, "model": "taught", "text_loss": final(taught)["text_loss"]},

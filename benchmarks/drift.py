@@ -131,14 +131,17 @@ def streams(trials: int) -> Iterator[dict[str, Any]]:
                 for _ in range(4)
             )
         yield counted(f"four streams of {size}, 5% in all", count, trials)
-    found = []
+    errors = []
     for trial in range(min(trials, 200)):
         generator = np.random.default_rng([4, trial])
         values = generator.normal(size=1000) + 0.5 * (np.arange(1000) >= 500)
         change = find_change("x", values, None, generator.normal(size=1000), 0.01 / 12 / 4)
-        found.append(None if change is None else change.index - 500)
-    places = [place for place in found if place is not None]
-    row: dict[str, Any] = {"case": "0.5 sd from the middle of 1000, corrected level", "found": len(places) / len(found)}
+        errors.append(None if change is None else change.index - 500)
+    places = [place for place in errors if place is not None]
+    row: dict[str, Any] = {
+        "case": "0.5 sd from the middle of 1000, corrected level",
+        "found": len(places) / len(errors),
+    }
     if places:
         row["placed_off_by"] = {str(share): float(np.quantile(places, share)) for share in (0.05, 0.5, 0.95)}
     yield row
@@ -166,8 +169,8 @@ def pools() -> dict[str, np.ndarray]:
         }
         made["labels"] = np.array([row["label"] for row in reviews])
         np.savez(CACHE, **made)
-    with np.load(CACHE) as found:
-        return dict(found)
+    with np.load(CACHE) as cached:
+        return dict(cached)
 
 
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, Callable[[SignalTable, str], None]]]
@@ -180,8 +183,8 @@ def drifts(pool: dict[str, np.ndarray]) -> dict[str, Draw]:
         def draw(generator: np.random.Generator, size: int) -> tuple[np.ndarray, Callable[[SignalTable, str], None]]:
             count = round(share * size)
             rows = pool[base][generator.permutation(len(pool[base]))[: 2 * size - count]]
-            more = pool[other][generator.permutation(len(pool[other]))[:count]]
-            return np.concatenate([rows, more]), lambda table, against: None
+            other_rows = pool[other][generator.permutation(len(pool[other]))[:count]]
+            return np.concatenate([rows, other_rows]), lambda table, against: None
 
         return draw
 

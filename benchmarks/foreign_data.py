@@ -97,9 +97,9 @@ class Trainer:
         RowError."""
         rows = [as_chat(row, answer) for answer in ANSWERS] if "chosen" in row else [row]
         seen, trained = [], []
-        for one in rows:
-            encode = self._text if "text" in one else self._chat
-            for sample in encode.samples([json.loads(json_text(one))], [0]):
+        for part in rows:
+            encode = self._text if "text" in part else self._chat
+            for sample in encode.samples([json.loads(json_text(part))], [0]):
                 if sample.problem:
                     raise RowError(sample.problem)
                 seen.append(self._tokenizer.decode(sample.input_ids))
@@ -147,59 +147,59 @@ def read(file: Path, trainer: Trainer, compared: int, shown: int) -> Reading:
     first: Reading | None = None
     for name, task in TASKS.items():
         try:
-            found = _read(file, name, task, trainer, compared, shown)
+            reading = _read(file, name, task, trainer, compared, shown)
         except UserError as error:
             problem = error.problems[0]
             reason = re.sub(r", the columns here are .*", "", problem.reason)
-            found = Reading(name, rows=sum(1 for _ in _rows(file)))
-            found.refused[f"{reason} ({problem.fix})"] = found.rows
-        if found.good:
-            return found
+            reading = Reading(name, rows=sum(1 for _ in _rows(file)))
+            reading.refused[f"{reason} ({problem.fix})"] = reading.rows
+        if reading.good:
+            return reading
         # Refused row by row says more than a format that does not fit.
-        if first is None or (found.format and not first.format):
-            first = found
+        if first is None or (reading.format and not first.format):
+            first = reading
     assert first is not None
     return first
 
 
 def _rows(file: Path) -> Iterator[sources.RawRow]:
-    for of in sources.expand(str(file), "data.train"):
-        yield from sources.read(of)
+    for data_file in sources.expand(str(file), "data.train"):
+        yield from sources.read(data_file)
 
 
 def _read(file: Path, name: str, task: TaskConfig, trainer: Trainer, compared: int, shown: int) -> Reading:
-    found = Reading(name)
+    reading = Reading(name)
     unread: Unread | None = None
     for raw in _rows(file):
-        found.rows += 1
+        reading.rows += 1
         try:
             if raw.fields is None:
                 raise RowError(raw.error)
             if unread is None:
-                found.format = recognise(raw.fields, {}, AUTOMATIC, task, raw.place)
-                unread = Unread(found.format, {})
-            check_task(found.format, raw.fields, {}, AUTOMATIC, task, raw.place)
-            row = normalise(raw.fields, found.format, {}, task)
+                reading.format = recognise(raw.fields, {}, AUTOMATIC, task, raw.place)
+                unread = Unread(reading.format, {})
+            check_task(reading.format, raw.fields, {}, AUTOMATIC, task, raw.place)
+            row = normalise(raw.fields, reading.format, {}, task)
             unread.add(raw.fields)
-            if found.good < compared:
+            if reading.good < compared:
                 seen, trained = trainer.texts(row)
                 if missing := lost(raw.fields, unread, row, seen, trained):
-                    found.wrong.append(f"{raw.place}: {missing}")
-                if found.good < shown:
-                    found.trained.append(trained[:300])
-            found.good += 1
+                    reading.wrong.append(f"{raw.place}: {missing}")
+                if reading.good < shown:
+                    reading.trained.append(trained[:300])
+            reading.good += 1
         except RowError as error:
-            found.refused[re.sub(r" in '.*?;", ";", str(error), flags=re.S)] += 1
+            reading.refused[re.sub(r" in '.*?;", ";", str(error), flags=re.S)] += 1
     assert task_of(task) is not None
-    if unread is not None and found.good:
-        found.unread = dict(unread.rows)
-    return found
+    if unread is not None and reading.good:
+        reading.unread = dict(unread.rows)
+    return reading
 
 
 def lost(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str, trained: str) -> str:
     """Return a text of the file that the model does not see, or of the assistant that is not trained; empty where there is none."""
-    given = {key: value for key, value in fields.items() if key not in unread.rows}
-    for text in (*leaves(given), *schemas(given)):
+    read_fields = {key: value for key, value in fields.items() if key not in unread.rows}
+    for text in (*leaves(read_fields), *schemas(read_fields)):
         if _flat(text) not in _flat(seen):
             return f"{text[:200]!r} is not in what the model sees"
     conversations = [as_chat(row, answer) for answer in ANSWERS] if "chosen" in row else [row]

@@ -67,41 +67,41 @@ class Measured:
         self.inputs = 0
         self.slowest = 0.0
 
-    def __call__(self, given: Any) -> None:
+    def __call__(self, value: Any) -> None:
         self.inputs += 1
-        (self.root / "input").write_text(repr(given)[:3000], errors="replace")
-        seconds = self._parse(given)
+        (self.root / "input").write_text(repr(value)[:3000], errors="replace")
+        seconds = self._parse(value)
         if (
             self.inputs == 1 or seconds > SECONDS / 4
         ):  # once more: the first one that comes so far imports what it needs
-            seconds = self._parse(given)
+            seconds = self._parse(value)
         self.slowest = max(self.slowest, seconds)
         if seconds > SECONDS:
-            self.note(f"slow: {seconds:.1f} s", given, "")
+            self.note(f"slow: {seconds:.1f} s", value, "")
             raise Slow
 
-    def _parse(self, given: Any) -> float:
+    def _parse(self, value: Any) -> float:
         """Return seconds of the processor."""
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             began = spent()
             try:
                 signal.signal(signal.SIGALRM, _give_up)
                 signal.alarm(HANGS_SECONDS * 6)
-                self.parser.parse(given, Path(folder))
+                self.parser.parse(value, Path(folder))
             except self.parser.allowed:
                 pass
             except Exception as error:
-                self.note(f"{type(error).__name__}: {str(error)[:200]}", given, _place(error))
+                self.note(f"{type(error).__name__}: {str(error)[:200]}", value, _place(error))
                 raise
             except TooSlow as error:
-                self.note(f"TooSlow: {error}", given, _place(error))
+                self.note(f"TooSlow: {error}", value, _place(error))
                 raise Slow from None
             finally:
                 signal.alarm(0)
         return spent() - began
 
-    def note(self, error: str, given: Any, place: str) -> None:
-        self.findings[place or error[:4]] = Finding(self.parser.name, error, place, repr(given)[:3000])
+    def note(self, error: str, value: Any, place: str) -> None:
+        self.findings[place or error[:4]] = Finding(self.parser.name, error, place, repr(value)[:3000])
 
 
 def spent() -> float:
@@ -116,8 +116,12 @@ def _give_up(number: int, frame: Any) -> None:
 
 def _place(error: BaseException) -> str:
     """Return the last line of dstune in a traceback."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/dstune/" in frame.filename]
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}" if own else "elsewhere"
+    own_frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/dstune/" in frame.filename]
+    return (
+        f"{Path(own_frames[-1].filename).name}:{own_frames[-1].lineno} {own_frames[-1].name}"
+        if own_frames
+        else "elsewhere"
+    )
 
 
 def fuzz(parser: Parser, inputs: int, number: int, root: Path) -> dict[str, Any]:
@@ -139,8 +143,8 @@ def fuzz(parser: Parser, inputs: int, number: int, root: Path) -> dict[str, Any]
             os._exit(0)
     _, status = os.waitpid(child, 0)
     if answer.exists():
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
+        result: dict[str, Any] = json.loads(answer.read_text())
+        return result
     last = (root / "input").read_text(errors="replace") if (root / "input").exists() else ""
     crash = Finding(parser.name, f"the process ended: {os.waitstatus_to_exitcode(status)}", "", last)
     return {"inputs": inputs, "slowest": 0.0, "findings": [vars(crash)]}
@@ -178,7 +182,7 @@ def scratch() -> Path | None:
 
 
 def main(argv: list[str]) -> int:
-    known = parsers()
+    parser_by_name = parsers()
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--inputs", type=int, default=200_000, help="over all parsers")
     arguments.add_argument("--only", default="", help="names of parsers")
@@ -186,9 +190,13 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--output", type=Path, default=Path("fuzz.jsonl"))
     arguments.add_argument("--list", action="store_true")
     requested = arguments.parse_args(argv)
-    chosen = [known[name] for name in requested.only.split(",")] if requested.only else list(known.values())
+    chosen = (
+        [parser_by_name[name] for name in requested.only.split(",")]
+        if requested.only
+        else list(parser_by_name.values())
+    )
     if requested.list:
-        print("\n".join(one.name for one in chosen))
+        print("\n".join(chosen_parser.name for chosen_parser in chosen))
         return 0
     prepare()
     done: dict[str, int] = {}
@@ -198,19 +206,23 @@ def main(argv: list[str]) -> int:
             row = json.loads(line)
             done[row["parser"]] = done.get(row["parser"], 0) + row["inputs"]
             rounds[row["parser"]] = rounds.get(row["parser"], 0) + 1
-    weight = sum(one.weight for one in chosen)
-    wanted = {one.name: math.ceil(requested.inputs * one.weight / weight) for one in chosen}
-    found = 0
+    weight = sum(chosen_parser.weight for chosen_parser in chosen)
+    wanted = {
+        chosen_parser.name: math.ceil(requested.inputs * chosen_parser.weight / weight) for chosen_parser in chosen
+    }
+    finding_count = 0
     with tempfile.TemporaryDirectory(dir=scratch()) as root, requested.output.open("a") as output:
         # A round of each in turn, so that a run that is cut short has seen all of them.
-        while left := [one for one in chosen if done.get(one.name, 0) < wanted[one.name]]:
-            for parser in left:
+        while unfinished := [
+            chosen_parser for chosen_parser in chosen if done.get(chosen_parser.name, 0) < wanted[chosen_parser.name]
+        ]:
+            for parser in unfinished:
                 number = rounds.get(parser.name, 0)
                 count = min(ROUND, wanted[parser.name] - done.get(parser.name, 0))
                 answer = fuzz(parser, count, requested.seed + number, Path(root))
                 done[parser.name] = done.get(parser.name, 0) + answer["inputs"]
                 rounds[parser.name] = number + 1
-                found += len(answer["findings"])
+                finding_count += len(answer["findings"])
                 print(json.dumps({"parser": parser.name, "round": number, **answer}), file=output, flush=True)
                 counts = (
                     f"{answer['inputs']} inputs, slowest {answer['slowest']:.2f} s, {len(answer['findings'])} findings"
@@ -220,7 +232,7 @@ def main(argv: list[str]) -> int:
                     print(
                         f"    {finding['error']}\n      {finding['place']}\n      {finding['given'][:300]}", flush=True
                     )
-    return 1 if found else 0
+    return 1 if finding_count else 0
 
 
 if __name__ == "__main__":

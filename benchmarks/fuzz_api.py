@@ -137,8 +137,8 @@ class Fuzzer:
                 self.findings[fault] = f"{fault}: {sent} -> {answered.status} {answered.body[:300]!r}"
             raise Broken(faults[0])
         if not self.findings:  # what a smaller request is made of stays as it was
-            for found in re.findall(rb'"id":\s?"([\w:-]{6,80})"', answered.body)[:1]:
-                self.ids = [*self.ids[-200:], found.decode()]
+            for match in re.findall(rb'"id":\s?"([\w:-]{6,80})"', answered.body)[:1]:
+                self.ids = [*self.ids[-200:], match.decode()]
 
     # -- requests
 
@@ -170,7 +170,9 @@ class Fuzzer:
     def segment(self) -> str:
         if self.random.random() < 0.6:
             return self.random.choice(self.ids)
-        text = str(self.random.choice([one for one in NASTY if isinstance(one, str) and one] + ["a/b", "ft:x/y::z"]))
+        text = str(
+            self.random.choice([nasty for nasty in NASTY if isinstance(nasty, str) and nasty] + ["a/b", "ft:x/y::z"])
+        )
         return text.encode("utf-8", "replace").decode()[:300]
 
     def content(self, route: Route) -> tuple[bytes, bytes]:
@@ -220,7 +222,7 @@ class Fuzzer:
         pick = self.random
         content = pick.choice((b"x" * 10, b"", b"--b--", b"\r\n--b\r\n", bytes(range(256)), b'{"messages": []}\n' * 20))
         parts = [("purpose", pick.choice(("fine-tune", "batch", "batch", "vision", "", "\0")).encode(), None)]
-        parts.append((file, content, str(pick.choice([one for one in NASTY if isinstance(one, str)]))))
+        parts.append((file, content, str(pick.choice([nasty for nasty in NASTY if isinstance(nasty, str)]))))
         if pick.random() < 0.4:
             names = ("expires_after[anchor]", "expires_after[seconds]", "purpose", file, "x", "")
             parts.append(
@@ -229,12 +231,12 @@ class Fuzzer:
         pick.shuffle(parts)
         body = b""
         for name, value, filename in parts:
-            given = f'; filename="{filename}"'.encode("utf-8", "replace") if filename is not None else b""
+            disposition = f'; filename="{filename}"'.encode("utf-8", "replace") if filename is not None else b""
             body += (
                 b'--b\r\nContent-Disposition: form-data; name="'
                 + name.encode()
                 + b'"'
-                + given
+                + disposition
                 + b"\r\n\r\n"
                 + value
                 + b"\r\n"
@@ -279,42 +281,42 @@ class Fuzzer:
         return answered
 
     def faults(self, answered: Answered) -> list[str]:
-        found = []
+        faults = []
         if answered.status in (0, 422) or answered.status >= 500:
-            found.append("status")
+            faults.append("status")
         if not answered.headers.get("x-request-id", "").startswith("req_"):
-            found.append("no x-request-id")
+            faults.append("no x-request-id")
         if answered.status == 409 and answered.headers.get("x-should-retry") != "false":
-            found.append("a 409 that is repeated")
+            faults.append("a 409 that is repeated")
         if any("\n" in value or "\r" in value for value in answered.headers.values()):
-            found.append("a header of several lines")
+            faults.append("a header of several lines")
         text = answered.body.decode("utf-8", "replace")
         if any(word in text for word in ("Traceback", str(self.folder), "site-packages", *self.keys)):
-            found.append("it tells what it must not")
+            faults.append("it tells what it must not")
         if answered.headers.get("content-type", "").startswith("application/json"):
             try:
                 value = json.loads(text)
             except ValueError:
-                return [*found, "no JSON"]
+                return [*faults, "no JSON"]
             if "detail" in value:
-                found.append("detail")
+                faults.append("detail")
             error = value.get("error") if answered.status >= 400 else None
             if answered.status >= 400 and (
                 set(value) != {"error"} or set(error) != {"message", "type", "param", "code"} or not error["message"]
             ):
-                found.append("the shape of an error")
+                faults.append("the shape of an error")
         elif answered.status >= 400:
-            found.append("an error that is no JSON")
-        return found
+            faults.append("an error that is no JSON")
+        return faults
 
 
 async def main(count: int, seed: int, folder: Path, store: str) -> int:
     from dstune.serve.store.database import Database
     from tests.support.finetuning import cloud
 
-    async with cloud(folder, database=Database(store) if store else None) as found:
-        keys = [found.key, found.owner, found.owner, found.admin, found.other, found.reader, "nothing"]
-        fuzzer = Fuzzer(found.gateway, keys, folder, seed)
+    async with cloud(folder, database=Database(store) if store else None) as server:
+        keys = [server.key, server.owner, server.owner, server.admin, server.other, server.reader, "nothing"]
+        fuzzer = Fuzzer(server.gateway, keys, folder, seed)
         await fuzzer.run(count)
     for finding in fuzzer.findings.values():
         print(finding)

@@ -143,20 +143,20 @@ def like(draw: Draw, example: Any) -> Any:
     return example
 
 
-def as_json(given: Any) -> str:
+def as_json(value: Any) -> str:
     with digits():
-        return json.dumps(given, default=str)
+        return json.dumps(value, default=str)
 
 
 @contextmanager
 def digits() -> Iterator[None]:
     """Allow numbers of any length to be written, within the block; parsers have Python's own limit."""
-    before = sys.get_int_max_str_digits()
+    limit_before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
         yield
     finally:
-        sys.set_int_max_str_digits(before)
+        sys.set_int_max_str_digits(limit_before)
 
 
 @st.composite
@@ -165,14 +165,14 @@ def damaged(draw: Draw, content: bytes) -> bytes:
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
-        more = draw(st.one_of(st.binary(max_size=7), text.map(lambda one: one.encode("utf-8", "surrogatepass"))))
+        inserted = draw(st.one_of(st.binary(max_size=7), text.map(lambda part: part.encode("utf-8", "surrogatepass"))))
         match draw(st.sampled_from(("put", "cut", "over", "end", "double"))):
             case "put":
-                data[at:at] = more
+                data[at:at] = inserted
             case "cut":
                 del data[at : at + draw(st.integers(1, 60))]
             case "over":
-                data[at : at + len(more)] = more
+                data[at : at + len(inserted)] = inserted
             case "end":
                 del data[at:]
             case _:
@@ -180,8 +180,8 @@ def damaged(draw: Draw, content: bytes) -> bytes:
     return bytes(data)
 
 
-def json_bytes(given: Any) -> bytes:
-    return as_json(given).encode("utf-8", "surrogatepass")
+def json_bytes(value: Any) -> bytes:
+    return as_json(value).encode("utf-8", "surrogatepass")
 
 
 def json_file(example: Any) -> Make:
@@ -189,12 +189,12 @@ def json_file(example: Any) -> Make:
     return one_of(mapped(like(example), json_bytes), damaged(json.dumps(example).encode()), mapped(value, json_bytes))
 
 
-def yaml_text(given: Any) -> bytes:
+def yaml_text(value: Any) -> bytes:
     with digits():
         try:
-            return yaml.safe_dump(given, allow_unicode=True).encode("utf-8", "surrogatepass")
+            return yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
         except yaml.YAMLError:
-            return json_bytes(given)
+            return json_bytes(value)
 
 
 def yaml_file(example: Any) -> Make:

@@ -21,9 +21,9 @@ def model_folder(content: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(content)
     description_problems(folder, ModelConfig(path=str(folder)), configuration())
     task_of_head(folder)
-    found = config_json(ModelConfig(path=str(folder)))
-    row_limit(found)
-    architecture(found)
+    values = config_json(ModelConfig(path=str(folder)))
+    row_limit(values)
+    architecture(values)
 
 
 def opened_model(files: dict[str, bytes], folder: Path) -> None:
@@ -36,11 +36,11 @@ def opened_model(files: dict[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(content)
     for read in (load_config, load_tokenizer):
         try:
-            found = read(ModelConfig(path=str(folder)))
+            tokenizer = read(ModelConfig(path=str(folder)))
         except DstuneError:
             continue
         if read is load_tokenizer:
-            found(["a b <s>", "abc " * 20], return_offsets_mapping=True)
+            tokenizer(["a b <s>", "abc " * 20], return_offsets_mapping=True)
 
 
 def adapter(content: bytes, folder: Path) -> None:
@@ -116,13 +116,13 @@ def served_adapter(files: dict[str, bytes], folder: Path) -> None:
 
     from dstune.serve import adapters, source
 
-    base, own = folder / "base", folder / "own"
-    base.mkdir(), own.mkdir()
+    base, adapter = folder / "base", folder / "own"
+    base.mkdir(), adapter.mkdir()
     save_file({"a.weight": np.zeros((2, 3), np.float32)}, base / "model.safetensors")
     (base / "config.json").write_text("{}")
     for name, content in files.items():
-        (own / name).write_bytes(content)
-    adapters.check(source.resolve("m", str(own)), source.resolve("b", str(base)), one_template=True)
+        (adapter / name).write_bytes(content)
+    adapters.check(source.resolve("m", str(adapter)), source.resolve("b", str(base)), one_template=True)
 
 
 @cache

@@ -138,7 +138,7 @@ def prepare() -> None:
 def parsers() -> dict[str, Parser]:
     lines = [json.dumps(CHAT), json.dumps({"messages": CHAT["messages"][1:3]})]
     cells = lists(lists(one_of(text, st.sampled_from(('"a"', '"a\nb"', '"', "messages"))), 5), 5)
-    found = [
+    all_parsers = [
         Parser("row", one_of(*map(like, ROWS.values())), one_row, weight=3),
         Parser(
             "rows.jsonl",
@@ -194,7 +194,7 @@ def parsers() -> dict[str, Parser]:
             "hostfile",
             one_of(
                 damaged(b"node1 slots=4\n# x\nnode2 slots=2 # y\n"),
-                mapped(text, lambda one: one.encode("utf-8", "surrogatepass")),
+                mapped(text, lambda parser: parser.encode("utf-8", "surrogatepass")),
             ),
             hostfile,
         ),
@@ -263,4 +263,4 @@ def parsers() -> dict[str, Parser]:
         Parser("importance.json", json_file(CHOICE), choice_of_tensors, weight=0.5),
         Parser("metrics of a run that goes on", mapped(lists(like(METRICS[1]), 4), jsonl), continued, weight=0.5),
     ]
-    return {one.name: one for one in found}
+    return {parser.name: parser for parser in all_parsers}

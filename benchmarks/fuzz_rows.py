@@ -72,7 +72,7 @@ def tables() -> dict[str, bytes]:
     messages = pa.table(
         {"messages": [CHAT["messages"][:2], CHAT["messages"][:2]], "at": pa.array([0, 1], pa.timestamp("us"))}
     )
-    found = {}
+    content_by_ending = {}
     for name, table in (("labelled", labelled), ("messages", messages)):
         parquet, arrow, stream = io.BytesIO(), io.BytesIO(), io.BytesIO()
         pq.write_table(table, parquet)
@@ -80,17 +80,17 @@ def tables() -> dict[str, bytes]:
             writer.write_table(table)
         with pa.ipc.new_stream(stream, table.schema) as writer:
             writer.write_table(table)
-        found |= {
+        content_by_ending |= {
             f"parquet {name}": parquet.getvalue(),
             f"arrow {name}": arrow.getvalue(),
             f"stream {name}": stream.getvalue(),
         }
-    found["gzip"] = gzip.compress(jsonl([CHAT, CHAT]), mtime=0)
+    content_by_ending["gzip"] = gzip.compress(jsonl([CHAT, CHAT]), mtime=0)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as writer:
         writer.writestr("rows.jsonl", jsonl([CHAT]))
-    found["zip"] = archive.getvalue()
-    return found
+    content_by_ending["zip"] = archive.getvalue()
+    return content_by_ending
 
 
 def table_files(kind: str) -> Make:
@@ -102,8 +102,8 @@ def zipped(content: bytes, folder: Path) -> None:
 
     file = folder / "rows.zip"
     file.write_bytes(content)
-    for one in sources.expand(str(file), "data.train"):
-        check_rows(list(sources.read(one)), ("chat",))
+    for data_file in sources.expand(str(file), "data.train"):
+        check_rows(list(sources.read(data_file)), ("chat",))
 
 
 def saved_set(content: bytes, folder: Path) -> None:
@@ -127,9 +127,9 @@ def template(text: str, folder: Path) -> None:
     from dstune.data.chat.template import RenderError
     from dstune.data.render import ChatRenderer
 
-    own = tokenizer()
-    own.chat_template = text
-    renderer = ChatRenderer(own, "2025-03-09")
+    own_tokenizer = tokenizer()
+    own_tokenizer.chat_template = text
+    renderer = ChatRenderer(own_tokenizer, "2025-03-09")
     try:
         renderer.passages([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
     except RenderError:

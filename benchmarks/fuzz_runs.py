@@ -44,8 +44,8 @@ def imported(content: bytes, folder: Path) -> None:
     # Composing the experiment takes 100 times as long, and Hydra's parser is not ours: one in so many.
     composes = hash(content) % 50 == 0
     with mock.patch.object(conversion, "problems_of", conversion.problems_of if composes else lambda text: []):
-        found = conversion.convert(raw, tool_of(raw, None, str(file)), file)
-    yaml.safe_load(found.text)
+        experiment = conversion.convert(raw, tool_of(raw, None, str(file)), file)
+    yaml.safe_load(experiment.text)
 
 
 def imported_script(content: bytes, folder: Path) -> None:
@@ -126,9 +126,9 @@ def runs_verb(files: dict[str, bytes], folder: Path) -> None:
     from dstune.launch.runs import as_text, listed
 
     in_run(files, folder)
-    found = listed(folder)
-    assert len(found) == 1, "a bad directory is listed too"
-    as_text(found, [folder])
+    lines = listed(folder)
+    assert len(lines) == 1, "a bad directory is listed too"
+    as_text(lines, [folder])
 
 
 def report(files: dict[str, bytes], folder: Path) -> None:

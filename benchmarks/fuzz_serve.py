@@ -69,8 +69,8 @@ def request(draw: Draw) -> tuple[str, bytes]:
     return path, draw(one_of(mapped(like(BODIES[path]), as_bytes), damaged(body)))
 
 
-def as_bytes(given: Any) -> bytes:
-    return json.dumps(given).encode()
+def as_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 @cache
@@ -83,7 +83,7 @@ def engines() -> list[Any]:
     return [RemoteEngine(*place, Limits(), context=context) for context in (0, 4096)]
 
 
-def taken(given: tuple[str, bytes], folder: Path) -> None:
+def taken(path_and_content: tuple[str, bytes], folder: Path) -> None:
     """Take a request as the gateway does, until an engine would get it."""
     from dstune.serve.fields import checked
     from dstune.serve.gateway.output_bound import bounded
@@ -91,7 +91,7 @@ def taken(given: tuple[str, bytes], folder: Path) -> None:
     from dstune.serve.gateway.routes import INFERENCE
     from dstune.serve.gateway.settings import Settings
 
-    path, content = given
+    path, content = path_and_content
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": content, "more_body": False}
@@ -110,9 +110,9 @@ def taken(given: tuple[str, bytes], folder: Path) -> None:
 def events() -> Make:
     piece = one_of(mapped(like(CHUNK), as_bytes), damaged(as_bytes(CHUNK)))
     event = st.tuples(piece, st.sampled_from((b"\n\n", b"\r\n\r\n", b"\n"))).map(
-        lambda one: b"data: " + one[0] + one[1]
+        lambda pair: b"data: " + pair[0] + pair[1]
     )
-    return lists(event, 5).map(lambda found: b"".join(found) + b"data: [DONE]\n\n")
+    return lists(event, 5).map(lambda parts: b"".join(parts) + b"data: [DONE]\n\n")
 
 
 def streamed(content: bytes, folder: Path) -> None:
@@ -168,7 +168,7 @@ def uploaded(content: bytes, folder: Path) -> None:
 
 
 def uploads(chat: Any, pair: Any) -> Make:
-    rows = [mapped(like(one), as_bytes) for one in (chat, pair, LINE)]
+    rows = [mapped(like(example), as_bytes) for example in (chat, pair, LINE)]
     return one_of(
         *(mapped(lists(row, 4), b"\n".join) for row in rows), damaged(as_bytes(chat) + b"\n" + as_bytes(LINE))
     )
@@ -197,11 +197,11 @@ def commits() -> Make:
     return one_of(lines, names, damaged(b"\n".join(map(as_bytes, COMMIT))))
 
 
-def pooled(given: dict[str, bytes], folder: Path) -> None:
+def pooled(content_by_name: dict[str, bytes], folder: Path) -> None:
     from dstune.tasks.embedding.sentence_transformers import embedding_overrides
 
     (folder / "1_Pooling").mkdir()
-    for name, content in given.items():
+    for name, content in content_by_name.items():
         (folder / name).write_bytes(content)
     embedding_overrides(folder)
 

@@ -75,10 +75,10 @@ class Bench:
     def peak_gib(self, action: Callable[[], object]) -> float:
         module = self.accelerator.module()
         module.reset_peak_memory_stats()
-        before = module.memory_allocated()
+        bytes_before = module.memory_allocated()
         action()
         self.accelerator.synchronize()
-        return float(module.max_memory_allocated() - before) / 2**30
+        return float(module.max_memory_allocated() - bytes_before) / 2**30
 
     # -- models and rows ----------------------------------------------------------------------------------------------
 
@@ -99,8 +99,8 @@ class Bench:
                     (folder / file.name).write_bytes(file.read_bytes())
             config = json.loads((folder / "config.json").read_text())
             small = {key: value for key, value in values.items() if key.startswith("num_") and "layers" not in key}
-            given = small | {"hidden_size": 16 * small["num_attention_heads"]} if self.simulate else values
-            (folder / "config.json").write_text(json.dumps(config | given | {"max_position_embeddings": 8192}))
+            sizes = small | {"hidden_size": 16 * small["num_attention_heads"]} if self.simulate else values
+            (folder / "config.json").write_text(json.dumps(config | sizes | {"max_position_embeddings": 8192}))
         return folder
 
     def weights(self, folder: Path) -> Path:
@@ -144,17 +144,17 @@ class Bench:
     def run(self, name: str, *words: str, on_cpu: bool = False) -> dict[str, Any]:
         """Return a run of one rank in a process of its own, and what its files say. Raises Failed."""
         flags = ["--simulate"] * (self.simulate and not on_cpu) + ["--cpu"] * on_cpu
-        own = {word.partition("=")[0] for word in words}
+        own_keys = {word.partition("=")[0] for word in words}
         common = ["data=files", "launch.processes=1", "run.export=none", "data.max_length=64", "trainer.epochs=100"]
         common += ["trainer.max_steps=4", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"]
         common += ["evaluate.at_start=false", "checkpoint.every=4"]
-        if "data.train" not in own:
+        if "data.train" not in own_keys:
             common.append(f"data.train={self.dialogues(self.size(400, 60))}")
-        given = [word for word in common if word.partition("=")[0] not in own] + list(words)
+        overrides = [word for word in common if word.partition("=")[0] not in own_keys] + list(words)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         if on_cpu:
             env |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, str(RUN), str(self.folder / name), *flags, *given]
+        command = [sys.executable, str(RUN), str(self.folder / name), *flags, *overrides]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             raise Failed("\n".join((done.stdout + done.stderr).splitlines()[-8:]))
@@ -163,14 +163,14 @@ class Bench:
     def reported(self, name: str, *words: str) -> dict[str, Any]:
         """Return `run`, and a row of what it reached, or of why it failed; empty where it did."""
         try:
-            found = self.run(name, *words)
+            result = self.run(name, *words)
         except Failed as error:
             self.row(run=name, failed=str(error)[-1500:])
             return {}
-        first, last = found["losses"][0], found["losses"][-1]
-        figures = {key: found[key] for key in ("tokens_per_second", "peak_gib", "attention", "utilization")}
+        first, last = result["losses"][0], result["losses"][-1]
+        figures = {key: result[key] for key in ("tokens_per_second", "peak_gib", "attention", "utilization")}
         self.row(run=name, loss=f"{first:.4f} -> {last:.4f}", **figures)
-        return found
+        return result
 
 
 def result(folder: Path) -> dict[str, Any]:

@@ -58,10 +58,10 @@ def losses(bench: Bench) -> None:
     words = (f"model.path={bench.tiny_model()}", "trainer.precision=fp32", "optimizer.lr=1e-3")
     expected = bench.run("cpu", *words, "zero=stage2", on_cpu=True)
     for stage in ("stage2", "stage3", "stage1"):
-        found = bench.reported(f"{stage}-fp32", *words, f"zero={stage}")
-        if found:
+        result = bench.reported(f"{stage}-fp32", *words, f"zero={stage}")
+        if result:
             apart = {
-                key: max(abs(a / b - 1) for a, b in zip(found[key], expected[key], strict=True))
+                key: max(abs(a / b - 1) for a, b in zip(result[key], expected[key], strict=True))
                 for key in ("losses", "norms")
             }
             bench.row(run=f"{stage}-fp32 against the CPU", loss_apart=apart["losses"], norm_apart=apart["norms"])
@@ -99,11 +99,11 @@ def whole_steps(bench: Bench) -> None:
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)
     plain = bench.reported("none fused", *words, "zero=stage2", *(f"model.{name}=false" for name in SWITCHES))
     for switch in SWITCHES:
-        found = bench.reported(
+        result = bench.reported(
             switch, *words, "zero=stage2", *(f"model.{name}={name == switch}".lower() for name in SWITCHES)
         )
-        if plain and found:
-            bench.row(run=f"{switch} beside none", speed=found["tokens_per_second"] / plain["tokens_per_second"])
+        if plain and result:
+            bench.row(run=f"{switch} beside none", speed=result["tokens_per_second"] / plain["tokens_per_second"])
 
 
 @case
@@ -127,15 +127,15 @@ def plan(bench: Bench) -> None:
     words = bench.packed(ONE_AND_A_HALF, "one-and-a-half", steps=4, rows=2, micro=1)
     values = json.loads((bench.folder / "one-and-a-half" / "config.json").read_text())
     for stage in ("stage2", "stage3"):
-        found = bench.reported(f"plan-{stage}", *words, f"zero={stage}")
+        result = bench.reported(f"plan-{stage}", *words, f"zero={stage}")
         config = compose(["data=files", *words, f"zero={stage}"]).config
         model = architecture(values, head_of(config))
-        more = {"ranks": 1, "ranks_per_node": 1, "on_gpu": True, "precision": Precision.bf16, "values": values}
-        planned = memory(setup(config, model, **more))
+        options = {"ranks": 1, "ranks_per_node": 1, "on_gpu": True, "precision": Precision.bf16, "values": values}
+        planned = memory(setup(config, model, **options))
         tensors, whole = sum(planned.parts.values()) / 2**30, planned.total / 2**30
-        if found:
-            figures = {"planned_gib": whole, "of_it_tensors": tensors, "peak_gib": found["peak_gib"]}
-            bench.row(run=f"plan-{stage}", **figures, ratio=tensors / max(found["peak_gib"], 1e-9))
+        if result:
+            figures = {"planned_gib": whole, "of_it_tensors": tensors, "peak_gib": result["peak_gib"]}
+            bench.row(run=f"plan-{stage}", **figures, ratio=tensors / max(result["peak_gib"], 1e-9))
 
 
 @case

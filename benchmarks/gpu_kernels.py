@@ -139,7 +139,7 @@ def elementwise(bench: Bench) -> None:
     turns = angles.cos().bfloat16(), angles.sin().bfloat16()
 
     def rotary(compute: Callable[..., Any]) -> Callable[[], torch.Tensor]:
-        return lambda: torch.cat([one.flatten() for one in compute(query, key, *turns)])
+        return lambda: torch.cat([part.flatten() for part in compute(query, key, *turns)])
 
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "SwiGLU": lambda: swiglu(gate, up),

@@ -49,7 +49,7 @@ def requirements() -> list[Requirement]:
     """Return what `pyproject.toml` requires and the report uses."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = [Requirement(text) for text in (*project["dependencies"], *BESIDE)]
-    return [one for one in needed if canonicalize_name(one.name) not in NOT_USED]
+    return [requirement for requirement in needed if canonicalize_name(requirement.name) not in NOT_USED]
 
 
 def read_present(lines: Iterable[str]) -> dict[str, str | None]:
@@ -64,20 +64,20 @@ def read_present(lines: Iterable[str]) -> dict[str, str | None]:
 def missing_here() -> list[str]:
     """Return what this interpreter lacks of the requirements, or has in a version that they do not take."""
     problems = []
-    for one in requirements():
+    for requirement in requirements():
         try:
-            version = importlib.metadata.version(one.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{one.name} is not installed")
+            problems.append(f"{requirement.name} is not installed")
         else:
-            if not one.specifier.contains(version, prereleases=True):
-                problems.append(f"{one.name} {version} is not {one.specifier}")
+            if not requirement.specifier.contains(version, prereleases=True):
+                problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
     return problems
 
 
 def outdated(present: dict[str, str | None], needed: Sequence[Requirement]) -> set[str]:
     """Return the packages that are present in a version that dstune does not take."""
-    versions = ((canonicalize_name(one.name), one.specifier) for one in needed)
+    versions = ((canonicalize_name(requirement.name), requirement.specifier) for requirement in needed)
     return {name for name, allowed in versions if (version := present.get(name)) and version not in allowed}
 
 
@@ -94,7 +94,7 @@ def is_enough(name: str, resolved: str, present: dict[str, str | None]) -> bool:
 
 def build_from_source(folder: Path, needed: Sequence[Requirement], names: Sequence[str] = FROM_SOURCE) -> None:
     """Build wheels of packages that are published as source alone. They contain no compiled part, so they fit any Python."""
-    ranges = {canonicalize_name(one.name): str(one) for one in needed}
+    ranges = {canonicalize_name(requirement.name): str(requirement) for requirement in needed}
     words = [ranges.get(canonicalize_name(Requirement(name).name), name) for name in names]
     run("pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), *words)
     for wheel in folder.glob("*.whl"):
@@ -110,7 +110,7 @@ def resolve(words: Sequence[str], python: str, present: dict[str, str | None], b
     """Return the version of every package that `words` need on the target, by name. What dstune imports itself stays in the version
     that is present there. Packages below are not pinned: a distribution's PyTorch runs with another sympy than its metadata names.
     uv reads metadata alone; pip's resolver tries the versions of torch's CUDA packages for minutes."""
-    direct = {canonicalize_name(one.name) for one in requirements()}
+    direct = {canonicalize_name(requirement.name) for requirement in requirements()}
     pins = [f"{package}=={version}" for package, version in present.items() if version and package in direct]
     (built / "constraints.txt").write_text("\n".join(pins))
     lines = run(
@@ -160,21 +160,26 @@ def fill(folder: Path, python: str, present: dict[str, str | None]) -> dict[int,
     if folder.exists():
         shutil.rmtree(folder)
     common, needed = folder / "wheels", requirements()
-    kept = {name: version for name, version in present.items() if name not in outdated(present, needed)}
+    usable = {name: version for name, version in present.items() if name not in outdated(present, needed)}
     with tempfile.TemporaryDirectory() as name:
         built = Path(name)
         build_from_source(built, needed)
-        versions = resolve([str(one) for one in needed], python, kept, built)
-        download({n: v for n, v in versions.items() if not is_enough(n, v, kept)}, python, built, common)
+        versions = resolve([str(requirement) for requirement in needed], python, usable, built)
+        download({n: v for n, v in versions.items() if not is_enough(n, v, usable)}, python, built, common)
         folders = {part: [common] for part in (1, 2, 3)}
         for part, words in OF_PART.items():
-            wanted = {canonicalize_name(Requirement(word).name) for word in words} - set(kept)
-            found = resolve(list(words), python, kept, built) if wanted else {}
-            own = folder / f"part-{part}"
-            download({name: version for name, version in found.items() if name in wanted}, python, built, own)
+            wanted = {canonicalize_name(Requirement(word).name) for word in words} - set(usable)
+            version_by_name = resolve(list(words), python, usable, built) if wanted else {}
+            own_folder = folder / f"part-{part}"
+            download(
+                {name: version for name, version in version_by_name.items() if name in wanted},
+                python,
+                built,
+                own_folder,
+            )
             if wanted:
-                folders[part].append(own)
-            for wheel in own.glob("*.whl"):
+                folders[part].append(own_folder)
+            for wheel in own_folder.glob("*.whl"):
                 drop_other_accelerators(wheel, present)
     return folders
 

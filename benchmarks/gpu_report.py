@@ -63,13 +63,13 @@ PACKAGES = ("dstune", "torch", "deepspeed", "transformers", "peft", "trl", "flas
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    version_by_name = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            version_by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return version_by_name
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,36 +98,36 @@ def run_case(name: str, seconds: float, out: Path, options: argparse.Namespace) 
             os.killpg(process.pid, 9)
             process.wait()
             code = None
-    found = {"case": name, "seconds": round(time.monotonic() - began, 1), "conditions": conditions(options)}
+    result = {"case": name, "seconds": round(time.monotonic() - began, 1), "conditions": conditions(options)}
     measured = folder / "measured.json"
     rows = json.loads(measured.read_text()) if measured.exists() else []
     outcome = "ok" if code == 0 else f"over its {seconds:.0f} s" if code is None else f"exit code {code}"
     if code not in (0, None):
-        found["last_lines"] = (folder / "output.log").read_text(errors="replace").splitlines()[-5:]
-    return {**found, "outcome": outcome, "rows": rows}
+        result["last_lines"] = (folder / "output.log").read_text(errors="replace").splitlines()[-5:]
+    return {**result, "outcome": outcome, "rows": rows}
 
 
 def run_part(part: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / f"part-{part}.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    same = conditions(options)
-    known = {line["case"]: line for line in lines if line["outcome"] == "ok" and line["conditions"] == same}
+    results_file = out / f"part-{part}.jsonl"
+    lines = [json.loads(line) for line in results_file.read_text().splitlines()] if results_file.exists() else []
+    same_conditions = conditions(options)
+    done = {line["case"]: line for line in lines if line["outcome"] == "ok" and line["conditions"] == same_conditions}
     patience = PATIENCE if options.simulate else 1
     deadline = time.monotonic() + patience * SECONDS
     results = []
     for name, seconds in PARTS[part].items():
         if options.only and name not in options.only:
             continue
-        left = deadline - time.monotonic()
-        if name in known:
-            result = known[name]
-        elif left < 20:
+        seconds_left = deadline - time.monotonic()
+        if name in done:
+            result = done[name]
+        elif seconds_left < 20:
             result = {"case": name, "seconds": 0, "outcome": "not run: the time of the part was over", "rows": []}
         else:
-            result = run_case(name, min(patience * seconds, left), out.resolve(), options)
-            with kept.open("a") as stream:
+            result = run_case(name, min(patience * seconds, seconds_left), out.resolve(), options)
+            with results_file.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
             write_archive(options)
         results.append(result)

@@ -107,7 +107,7 @@ def train_by_trl(bench: Bench, folder: Path, data: str, kind: str, *, liger: boo
     ends: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **keywords: Any) -> None:
             if "num_tokens" in logs:  # the loss was read: the device has come so far
                 ends.append(time.perf_counter())
 

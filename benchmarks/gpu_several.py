@@ -24,9 +24,9 @@ def on_all_gpus(bench: Bench, name: str, *words: str) -> None:
     if done.returncode:
         bench.row(run=name, failed="\n".join((done.stdout + done.stderr).splitlines()[-8:])[-600:])
         return
-    found = result(bench.folder / name)
-    losses = str([round(loss, 4) for loss in found["losses"]])
-    bench.row(run=name, losses=losses, tokens_per_second=found["tokens_per_second"])
+    figures = result(bench.folder / name)
+    losses = str([round(loss, 4) for loss in figures["losses"]])
+    bench.row(run=name, losses=losses, tokens_per_second=figures["tokens_per_second"])
 
 
 @case

@@ -45,9 +45,9 @@ def summarize(trace: dict[str, Any]) -> Iterator[dict[str, Any]]:
     main_busy = union(streams[main])
     for stream, intervals in streams.items():
         if stream != main:
-            own = union(intervals)
-            share = length(intersection(own, main_busy)) / length(own)
-            yield {"stream": stream, "share_of_step": length(own) / whole, "beside_the_main_stream": share}
+            stream_busy = union(intervals)
+            share = length(intersection(stream_busy, main_busy)) / length(stream_busy)
+            yield {"stream": stream, "share_of_step": length(stream_busy) / whole, "beside_the_main_stream": share}
 
 
 def kind_of(event: dict[str, Any]) -> str:

@@ -44,35 +44,35 @@ def rouge_and_bleu(text: str, reference: str) -> dict[str, Any]:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smoothing = SmoothingFunction().method1
-    found: dict[str, Any] = {"import rouge_score, seconds": round(rouge_import, 2)}
+    seconds_by_function: dict[str, Any] = {"import rouge_score, seconds": round(rouge_import, 2)}
     for name, texts in (("long", (text, reference)), ("short", SHORT)):
-        one, other = texts
-        found[name] = {
-            "rouge_2": measured(lambda: similarity.rouge(2)(one, other)),  # noqa: B023
-            "rouge_2 of rouge-score": measured(lambda: scorers["rouge2"].score(other, one)["rouge2"].fmeasure),  # noqa: B023
-            "rouge_l": measured(lambda: similarity.rouge_l(one, other)),  # noqa: B023
-            "rouge_l of rouge-score": measured(lambda: scorers["rougeL"].score(other, one)["rougeL"].fmeasure),  # noqa: B023
-            "bleu": measured(lambda: similarity.bleu(one, other)),  # noqa: B023
+        first, second = texts
+        seconds_by_function[name] = {
+            "rouge_2": measured(lambda: similarity.rouge(2)(first, second)),  # noqa: B023
+            "rouge_2 of rouge-score": measured(lambda: scorers["rouge2"].score(second, first)["rouge2"].fmeasure),  # noqa: B023
+            "rouge_l": measured(lambda: similarity.rouge_l(first, second)),  # noqa: B023
+            "rouge_l of rouge-score": measured(lambda: scorers["rougeL"].score(second, first)["rougeL"].fmeasure),  # noqa: B023
+            "bleu": measured(lambda: similarity.bleu(first, second)),  # noqa: B023
             "bleu of nltk": measured(
-                lambda: sentence_bleu([other.split()], one.split(), smoothing_function=smoothing)  # noqa: B023
+                lambda: sentence_bleu([second.split()], first.split(), smoothing_function=smoothing)  # noqa: B023
             ),
-            "bleu of sacrebleu": measured(lambda: sacrebleu.sentence_bleu(one, [other]).score / 100),  # noqa: B023
+            "bleu of sacrebleu": measured(lambda: sacrebleu.sentence_bleu(first, [second]).score / 100),  # noqa: B023
         }
-    return found
+    return seconds_by_function
 
 
 def formulas() -> dict[str, Any]:
     import simpleeval
 
-    found = {}
+    result_by_formula = {}
     for text in FORMULAS:
         values = {"pass": 3.0}
         try:
-            theirs: Any = simpleeval.SimpleEval(names=values).eval(text)
+            simpleeval_result: Any = simpleeval.SimpleEval(names=values).eval(text)
         except Exception as error:
-            theirs = f"{type(error).__name__}: {error}"
-        found[text] = {"ours": Formula(text, values)(values), "simpleeval": theirs}
-    return found
+            simpleeval_result = f"{type(error).__name__}: {error}"
+        result_by_formula[text] = {"ours": Formula(text, values)(values), "simpleeval": simpleeval_result}
+    return result_by_formula
 
 
 def main() -> None:

@@ -92,10 +92,10 @@ def print_window(export: str, count: int) -> None:
     model = GuardModel.load(export)
     for title, sentence in (("harmless", HARMLESS), ("an attack, which is read again in parts", ATTACK)):
         (window, *_) = model.windows(sentence * 40)
-        (found, *_) = model.score_windows([window] * 3)
-        if bool(found.parts) != (sentence is ATTACK):
+        (score, *_) = model.score_windows([window] * 3)
+        if bool(score.parts) != (sentence is ATTACK):
             raise SystemExit(
-                f"{title}: read again {bool(found.parts)} (score {found.value:.3f}); calibrate the model first"
+                f"{title}: read again {bool(score.parts)} (score {score.value:.3f}); calibrate the model first"
             )
         seconds = []
         for _ in range(count):
@@ -122,10 +122,10 @@ def print_family(family: str, folder: Path, overrides: Sequence[str]) -> None:
     """Print the figures of a model trained without a family: its attacks are in no row of the training, alone or hidden in
     documents."""
     rows = rows_of("sample://attacks")
-    kept = [one for one in rows if one["label"] == "benign" or one["family"] != family]
+    remaining = [kept_row for kept_row in rows if kept_row["label"] == "benign" or kept_row["family"] != family]
     data = folder / f"without-{family}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps(one) + "\n" for one in kept))
+    data.write_text("".join(json.dumps(kept_row) + "\n" for kept_row in remaining))
     run = folder / f"without-{family}"
     command = [sys.executable, "-m", "dstune"]
     train = ["train", "experiment=guard", f"data.train={data}", f"run.dir={run}", *overrides]
@@ -144,7 +144,7 @@ def print_family(family: str, folder: Path, overrides: Sequence[str]) -> None:
         "--json",
     ]
     report = json.loads(subprocess.run([*command, *test], check=True, stdout=subprocess.PIPE).stdout)
-    print(f"without {family}: {len(rows) - len(kept)} of {len(rows)} rows left out")
+    print(f"without {family}: {len(rows) - len(remaining)} of {len(rows)} rows left out")
     print(row(f"{family}, never trained on", report["recall"]["unseen"]["by_family"][family]))
     print(row("the other families", _others(report["recall"]["unseen"]["by_family"], family)))
     print(row("false alarms, natural", report["false_alarms"]["natural"]["all"]), flush=True)
@@ -166,31 +166,42 @@ def print_linear(families: Sequence[str]) -> None:
     from sklearn.linear_model import LogisticRegression
 
     training, test = rows_of("sample://attacks"), rows_of("sample://attacks:test")
-    calibration = [one for one in rows_of("sample://attacks:calibration") if one["direction"] == "input"]
+    calibration = [
+        suite_row for suite_row in rows_of("sample://attacks:calibration") if suite_row["direction"] == "input"
+    ]
     print("| family | unseen packages, family in training | family left out | natural false alarms then |")
     print("| --- | --- | --- | --- |")
-    found: dict[str, dict[str, Any]] = {}
+    cells_by_family: dict[str, dict[str, Any]] = {}
     for left_out in ("", *families):
-        rows = [one for one in training if one["label"] == "benign" or one["family"] != left_out]
+        rows = [
+            suite_row for suite_row in training if suite_row["label"] == "benign" or suite_row["family"] != left_out
+        ]
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=80_000)
-        vectors = vectorizer.fit_transform(one["text"] for one in rows)
-        model = LogisticRegression(C=10, max_iter=200).fit(vectors, [one["label"] == "attack" for one in rows])
+        vectors = vectorizer.fit_transform(suite_row["text"] for suite_row in rows)
+        model = LogisticRegression(C=10, max_iter=200).fit(
+            vectors, [suite_row["label"] == "attack" for suite_row in rows]
+        )
 
         def scores(chosen: Sequence[Mapping[str, Any]], vectorizer: Any = vectorizer, model: Any = model) -> Any:
-            return model.predict_proba(vectorizer.transform(one["text"][:2000] for one in chosen))[:, 1]
+            return model.predict_proba(vectorizer.transform(row["text"][:2000] for row in chosen))[:, 1]
 
         threshold = np.quantile(scores(calibration), 0.99, method="higher")
         for suite, family in [("natural", ""), *(("unseen", family) for family in families)]:
-            own = [one for one in test if one["suite"] == suite and (not family or one["family"] == family)]
-            flagged = scores(own) > threshold
-            found.setdefault(left_out, {})[family] = cell(
-                [Judged(one, bool(on)) for one, on in zip(own, flagged, strict=True)]
+            suite_rows = [
+                suite_row
+                for suite_row in test
+                if suite_row["suite"] == suite and (not family or suite_row["family"] == family)
+            ]
+            flagged = scores(suite_rows) > threshold
+            cells_by_family.setdefault(left_out, {})[family] = cell(
+                [Judged(suite_row, bool(on)) for suite_row, on in zip(suite_rows, flagged, strict=True)]
             )
     for family in families:
-        cells = (found[""][family], found[family][family], found[family][""])
+        cells = (cells_by_family[""][family], cells_by_family[family][family], cells_by_family[family][""])
         values = (
-            f"{percent(one['rate'])} ({one['flagged']} of {one['rows']}; {percent(one['low'])} to {percent(one['high'])})"
-            for one in cells
+            f"{percent(suite_row['rate'])} ({suite_row['flagged']} of {suite_row['rows']}; "
+            f"{percent(suite_row['low'])} to {percent(suite_row['high'])})"
+            for suite_row in cells
         )
         print(f"| {family} | {' | '.join(values)} |")
 

@@ -65,7 +65,10 @@ def stand_in(folder: Path) -> Path:
 
 def everything() -> dict[str, Any]:
     """Return a policy that looks for all that there is, in both directions."""
-    exact = [{"detector": one, "action": "flag"} for one in ("prompt_attack/rules", "pii", "secrets", "unknown_links")]
+    exact = [
+        {"detector": detector, "action": "flag"}
+        for detector in ("prompt_attack/rules", "pii", "secrets", "unknown_links")
+    ]
     model = [{"detector": "prompt_attack", "level": "l2_very_likely", "action": "block"}]
     leak = [{"detector": "system_prompt_leak", "action": "flag"}]
     return {"input": exact + model, "tool_result": exact + model, "output": exact + model + leak}
@@ -81,19 +84,19 @@ async def behind_guard(model: Path, folder: Path):
     from tests.support.guards import write_policies
     from tests.support.serving import served
 
-    async with served(folder) as found:
+    async with served(folder) as server:
         policies = read(write_policies(folder, everything(), models={"prompt_attack": str(model.resolve())}))
         with tempfile.TemporaryDirectory(prefix="dstune-guard-") as runtime:
             guarding = Guarding(policies, folder, Path(runtime), Limits(threads=1))
             await guarding.start()
             try:
-                found.gateway.add_routes(guard_routes(found.gateway, guarding, folder, 1.0)[0])
-                guard = found.gateway.guard
+                server.gateway.add_routes(guard_routes(server.gateway, guarding, folder, 1.0)[0])
+                guard = server.gateway.guard
 
                 def switch(on: bool) -> None:
-                    found.gateway.inference.guard = guard if on else None
+                    server.gateway.inference.guard = guard if on else None
 
-                yield found, switch, psutil.Process(guarding.engine.process.pid)
+                yield server, switch, psutil.Process(guarding.engine.process.pid)
             finally:
                 await guarding.stop()
 
@@ -117,15 +120,15 @@ async def measure_input(model: Path, requests: int) -> None:
     from tests.support.serving import chat
 
     with tempfile.TemporaryDirectory() as name:
-        async with behind_guard(model, Path(name)) as (found, switch, process):
-            client = found.client()
+        async with behind_guard(model, Path(name)) as (server, switch, process):
+            client = server.client()
             for characters in LENGTHS:
                 spent = sum(process.cpu_times()[:2])
                 taken: dict[bool, list[float]] = {True: [], False: []}
                 for number in range(requests):
                     for on in (True, False):
                         switch(on)
-                        found.app.pieces = ["fine"]
+                        server.app.pieces = ["fine"]
                         body = chat(prose(characters, number * 7919 + characters))
                         began = time.perf_counter()
                         answer = await client.post("/v1/chat/completions", json=body)
@@ -141,15 +144,15 @@ async def measure_stream(model: Path, streams: int) -> None:
     from tests.support.serving import chat
 
     with tempfile.TemporaryDirectory() as name:
-        async with behind_guard(model, Path(name)) as (found, switch, _):
-            client, figures = found.client(), {}
-            found.app.seconds = TOKEN_SECONDS
+        async with behind_guard(model, Path(name)) as (server, switch, _):
+            client, figures = server.client(), {}
+            server.app.seconds = TOKEN_SECONDS
             for on in (True, False):
                 first: list[float] = []
                 whole: list[float] = []
                 for number in range(streams):
                     switch(on)
-                    found.app.pieces = [f"{word} " for word in prose(800, number).split()]
+                    server.app.pieces = [f"{word} " for word in prose(800, number).split()]
                     began, seen = time.perf_counter(), False
                     body = chat(f"question {number} {on}", stream=True)
                     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -182,8 +185,8 @@ def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
 
     policies = read(policy, str(model) if model else None)
     scanner = Scanner.load(policies.models)
-    own = policies.of_route("/v1/chat/completions")
-    assert own is not None
+    route_policy = policies.of_route("/v1/chat/completions")
+    assert route_policy is not None
 
     async def scan(items):
         return [scanner.scan(item) for item in items]
@@ -192,13 +195,20 @@ def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
     blocked, detectors, messages = 0, Counter(), 0
     for turns in conversations(rows):
         verdict = asyncio.run(
-            check(own, [Text(turn["content"], turn["role"], n) for n, turn in enumerate(turns)], everything=True)
+            check(
+                route_policy, [Text(turn["content"], turn["role"], n) for n, turn in enumerate(turns)], everything=True
+            )
         )
         blocked += bool(verdict.blocked)
         messages += len(turns)
         detectors.update({entry.detector for entry in verdict.detected})
-    found = {name: f"{100 * count / rows:.2f}%" for name, count in sorted(detectors.items())}
-    figures = {"conversations": rows, "messages": messages, "blocked": f"{100 * blocked / rows:.2f}%", "found": found}
+    share_by_detector = {name: f"{100 * count / rows:.2f}%" for name, count in sorted(detectors.items())}
+    figures = {
+        "conversations": rows,
+        "messages": messages,
+        "blocked": f"{100 * blocked / rows:.2f}%",
+        "found": share_by_detector,
+    }
     print(json.dumps(figures | {"prompt_attack": "ran" if scanner.models else "did not run: no model"}))
 
 
@@ -208,16 +218,16 @@ def measure_rules() -> None:
     from dstune.guard.rules import matching
     from dstune.guard.variants import variants
 
-    count, found, names = Counter(), Counter(), Counter()
+    count, found_counts, names = Counter(), Counter(), Counter()
     for split in ("test", "calibration"):
         with samples.resolve(f"sample://attacks:{split}").open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 readings = variants(row["text"])
                 tool = row["direction"] == "tool_result"
-                rules = {rule.name for one in readings for rule in matching(one.text, tool_result=tool)}
+                rules = {rule.name for reading in readings for rule in matching(reading.text, tool_result=tool)}
                 kind = (row["label"], row.get("suite", split))
                 count[kind] += 1
-                found[kind] += bool(rules)
+                found_counts[kind] += bool(rules)
                 names.update(rules if row["label"] == "benign" else ())
     for kind in sorted(count):
         print(
@@ -226,7 +236,7 @@ def measure_rules() -> None:
                     "label": kind[0],
                     "suite": kind[1],
                     "rows": count[kind],
-                    "found": f"{100 * found[kind] / count[kind]:.1f}%",
+                    "found": f"{100 * found_counts[kind] / count[kind]:.1f}%",
                 }
             )
         )

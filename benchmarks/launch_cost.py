@@ -53,21 +53,23 @@ def of_signing() -> dict[str, float]:
     from dstune.config.run_file import read_run_content, write_run
     from dstune.core import signing
 
-    found: dict[str, float] = {}
+    seconds_by_step: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
 
         def first_key() -> float:
             os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(dir=folder)
             return seconds(lambda: signing.sign({}))
 
-        found["the first key of a user, once"] = median(first_key)
+        seconds_by_step["the first key of a user, once"] = median(first_key)
         run = Path(folder) / "run.yaml"
         words = ["experiment=quickstart", "tracking.mlflow.uri=http://x", "model.trust_remote_code=true"]
         write_run(run, compose(words))
         content = read_run_content(run)
-        found["signature of a run"] = median(lambda: seconds(lambda: signing.sign(trust.statement(content))))
-        found["look at the signature of a stored run"] = median(lambda: seconds(lambda: trust.cleared(content, run)))
-    return found
+        seconds_by_step["signature of a run"] = median(lambda: seconds(lambda: signing.sign(trust.statement(content))))
+        seconds_by_step["look at the signature of a stored run"] = median(
+            lambda: seconds(lambda: trust.cleared(content, run))
+        )
+    return seconds_by_step
 
 
 def of_tokenizer() -> dict[str, float]:
@@ -114,9 +116,9 @@ def rank(number: int, folder: str, kind: str) -> None:
     def pickles() -> None:
         torch_dist.all_gather_object([None, None], sent, group=control)
 
-    found = {"group": store, "proof": proof, "numbers": seconds(numbers, STEPS)}
-    found |= {"pickles": seconds(pickles, STEPS), "json": seconds(lambda: messages.gather(sent, control), STEPS)}
-    print(json.dumps(found))
+    figures = {"group": store, "proof": proof, "numbers": seconds(numbers, STEPS)}
+    figures |= {"pickles": seconds(pickles, STEPS), "json": seconds(lambda: messages.gather(sent, control), STEPS)}
+    print(json.dumps(figures))
 
 
 def of_ranks(kind: str) -> dict[str, float]:
@@ -126,8 +128,8 @@ def of_ranks(kind: str) -> dict[str, float]:
         ranks = [
             subprocess.Popen([*command, str(n), folder, kind], stdout=subprocess.PIPE, text=True) for n in range(2)
         ]
-        outputs = [json.loads(one.communicate(timeout=300)[0]) for one in ranks]
-    return {name: max(one[name] for one in outputs) for name in outputs[0]}
+        outputs = [json.loads(output.communicate(timeout=300)[0]) for output in ranks]
+    return {name: max(output[name] for output in outputs) for name in outputs[0]}
 
 
 RUN = (
@@ -183,24 +185,24 @@ def beside(other: Path, rounds: int) -> None:
     if len(available) < 2:
         raise SystemExit("--beside needs two processors, one for each tree")
     halves = [set(available[0::2]), set(available[1::2])]
-    found: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         scratch = [Path(folder) / name for name in ("this", "other")]
         for number in range(rounds + 1):
-            here, there = pool.map(whole_run, trees, scratch, halves if number % 2 else halves[::-1])
+            this_tree, other_tree = pool.map(whole_run, trees, scratch, halves if number % 2 else halves[::-1])
             print(
                 *(
                     f"{name} {first:.2f} s, {step:.4f} s"
-                    for name, (first, step) in zip(("this", "other"), (here, there), strict=True)
+                    for name, (first, step) in zip(("this", "other"), (this_tree, other_tree), strict=True)
                 ),
                 flush=True,
             )
             if number:  # the first one prepares the rows
-                found.append((here, there))
+                pairs.append((this_tree, other_tree))
     print("\n| | this tree | the other | this / the other |\n| --- | ---: | ---: | ---: |")
     for at, name in enumerate(("to the end of the first step, s", "a step, s")):
-        sides = [statistics.median(pair[side][at] for pair in found) for side in (0, 1)]
-        ratios = sorted(here[at] / there[at] for here, there in found)
+        sides = [statistics.median(pair[side][at] for pair in pairs) for side in (0, 1)]
+        ratios = sorted(this_tree[at] / other_tree[at] for this_tree, other_tree in pairs)
         cells = (
             f"{sides[0]:.3g} | {sides[1]:.3g} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         )
@@ -235,12 +237,12 @@ class TimedRun:
             time.sleep(0.05)
 
     def ranks(self) -> list[psutil.Process]:
-        found = []
+        processes = []
         for process in psutil.process_iter(["cmdline", "status"]):
             words = process.info["cmdline"] or []
             if "dstune.worker" in words and str(self.folder) in words and process.info["status"] != "zombie":
-                found.append(process)
-        return found
+                processes.append(process)
+        return processes
 
     def wait_for(self, wanted: Callable[[int], bool]) -> float:
         """Return seconds since the command until the newest row is of a wanted step."""
@@ -289,22 +291,22 @@ def warm_and_cold(rounds: int) -> None:
                         f"{ranks} rank{s}, {word}: first {first:.1f}, later {later:.1f}, again {again:.1f} s",
                         flush=True,
                     )
-                    for what, value in (
+                    for measurement, value in (
                         ("a first start", first),
                         ("a later start", later),
                         ("training again after a kill", again),
                     ):
                         if number:
-                            measured[f"{what}, {ranks} rank{s}", is_warm].append(value)
+                            measured[f"{measurement}, {ranks} rank{s}", is_warm].append(value)
     print(
         f"\nload {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n| seconds to the first step | cold | warm | warm / cold |"
     )
     print("| --- | ---: | ---: | ---: |")
-    for what in dict.fromkeys(what for what, _ in measured):
-        cold, forked = measured[what, False], measured[what, True]
-        ratios = sorted(one / other for one, other in zip(forked, cold, strict=True))
+    for measurement in dict.fromkeys(measurement for measurement, _ in measured):
+        cold, forked = measured[measurement, False], measured[measurement, True]
+        ratios = sorted(warm_seconds / cold_seconds for warm_seconds, cold_seconds in zip(forked, cold, strict=True))
         middle = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"| {what} | {statistics.median(cold):.1f} | {statistics.median(forked):.1f} | {middle} |")
+        print(f"| {measurement} | {statistics.median(cold):.1f} | {statistics.median(forked):.1f} | {middle} |")
 
 
 def main() -> None:
@@ -315,12 +317,12 @@ def main() -> None:
     arguments.add_argument("--beside", type=Path, metavar="TREE")
     arguments.add_argument("--warm", action="store_true")
     arguments.add_argument("--rounds", type=int, default=6)
-    given = arguments.parse_args()
-    if given.warm:
-        warm_and_cold(given.rounds)
+    options = arguments.parse_args()
+    if options.warm:
+        warm_and_cold(options.rounds)
         return
-    if given.beside is not None:
-        beside(given.beside, given.rounds)
+    if options.beside is not None:
+        beside(options.beside, options.rounds)
         return
     from dstune.launch.commands import free_port
 
@@ -329,7 +331,7 @@ def main() -> None:
     ports = [of_ranks(str(free_port())) for _ in range(3)]
 
     def middle(runs: list[dict[str, float]], name: str) -> float:
-        return statistics.median(one[name] for one in runs)
+        return statistics.median(run[name] for run in runs)
 
     rows["a group that meets in a folder, beside one that meets at a port"] = middle(files, "group") - middle(
         ports, "group"

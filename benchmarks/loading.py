@@ -46,12 +46,12 @@ def main() -> None:
         print(f"{whole:.2f} GiB of weights in {len(files)} files of {file:.2f} GiB at most, {options.ranks} ranks")
         print("| ZeRO | peak GiB a rank | of it share and one file | afterwards | s |\n| --- | --- | --- | --- | --- |")
         for stage in options.stages:
-            found = run(folder, stage, options.precision, options.ranks)
+            ranks = run(folder, stage, options.precision, options.ranks)
             size = whole * (2 if options.precision == "fp32" else 1)
             share = size / options.ranks if stage == 3 else size
             print(
-                f"| {stage} | {max(rank['peak'] for rank in found):.2f} | {share + file:.2f} "
-                f"| {max(rank['after'] for rank in found):.2f} | {max(rank['seconds'] for rank in found):.1f} |",
+                f"| {stage} | {max(rank['peak'] for rank in ranks):.2f} | {share + file:.2f} "
+                f"| {max(rank['after'] for rank in ranks):.2f} | {max(rank['seconds'] for rank in ranks):.1f} |",
                 flush=True,
             )
 

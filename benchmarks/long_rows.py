@@ -33,20 +33,20 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dstune-benchmark-"))
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    runs_by_way: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     try:
         write_texts(folder / "texts.jsonl", options)
         for number in range(options.rounds):
             for way in WAYS:
-                one = measure(way, folder, number, options)
-                found[way].append(one)
-                print(f"round {number + 1}, {way}: {json.dumps(one)}", flush=True)
+                measured_run = measure(way, folder, number, options)
+                runs_by_way[way].append(measured_run)
+                print(f"round {number + 1}, {way}: {json.dumps(measured_run)}", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     print(f"\n{os.cpu_count()} cores; {packages}; {options.precision}, rows of {options.length:,} tokens")
     print("| | peak GiB a rank | tokens/s | loss of the last step |\n| --- | --- | --- | --- |")
-    for way, runs in found.items():
+    for way, runs in runs_by_way.items():
         peak, speed, loss = (statistics.median(run[key] for run in runs) for key in ("peak", "speed", "loss"))
         print(f"| {way} | {peak:.2f} | {speed:.0f} | {loss:.5f} |")
 

@@ -54,12 +54,12 @@ def main() -> None:
     for name in chosen:
         row = measure(name)
         print(json.dumps(row, indent=1), flush=True)
-        kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
+        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
         packages = {package: version(package) for package in ("torch", "deepspeed", "transformers", "peft")}
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        kept |= {"machine": machine, "packages": packages, "rows": {**kept["rows"], name: row}}
-        kept["rows"] = {method: kept["rows"][method] for method in METHODS if method in kept["rows"]}
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        results |= {"machine": machine, "packages": packages, "rows": {**results["rows"], name: row}}
+        results["rows"] = {method: results["rows"][method] for method in METHODS if method in results["rows"]}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     table(json.loads(RESULTS.read_text()))
 
 
@@ -106,10 +106,10 @@ def measure(name: str) -> dict[str, object]:
     return found
 
 
-def table(kept: dict) -> None:
-    print(f"\n{kept['machine']}; {', '.join(f'{name} {number}' for name, number in kept['packages'].items())}")
+def table(results: dict) -> None:
+    print(f"\n{results['machine']}; {', '.join(f'{name} {number}' for name, number in results['packages'].items())}")
     print("| method | accuracy | trained | seconds | peak GiB a rank |\n|---|---|---|---|---|")
-    for name, row in kept["rows"].items():
+    for name, row in results["rows"].items():
         print(
             f"| {name} | {row['accuracy']:.4f} | {row['trained_share']:.2%} | {row['seconds']:.0f} "
             f"| {row['peak_memory_gib']:.2f} |"

@@ -65,24 +65,24 @@ def undo(
     file: str, old: str, new: str = "", *further: tuple[str, str, str], case: str = "", count: int = 1
 ) -> Mutation:
     first = Change(file, old, new, count)
-    return Mutation((first, *(Change(*one) for one in further)), case)
+    return Mutation((first, *(Change(*change) for change in further)), case)
 
 
 @contextlib.contextmanager
 def mutated(root: Path, mutation: Mutation) -> Iterator[None]:
     """Make the changes in the tree at `root`, and take them back at the end."""
-    before: dict[Path, tuple[str, os.stat_result]] = {}
+    original_by_path: dict[Path, tuple[str, os.stat_result]] = {}
     try:
         for change in mutation.changes:
             path = root / "dstune" / change.file
             text = change.applied(root)
-            before.setdefault(path, (path.read_text(encoding="utf-8"), path.stat()))
+            original_by_path.setdefault(path, (path.read_text(encoding="utf-8"), path.stat()))
             path.write_text(text, encoding="utf-8")
             # Python tells by time and size whether what it has compiled is of this text.
             os.utime(path, (time.time() + 3600, time.time() + 3600))
         yield
     finally:
-        for path, (text, status) in before.items():
+        for path, (text, status) in original_by_path.items():
             path.write_text(text, encoding="utf-8")
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -130,8 +130,8 @@ def run(root: Path, test: str, case: str) -> dict[str, Any] | None:
         time.sleep(0.2)
     if not answer.exists():
         return {"failed": 1, "passed": 0, "skipped": 0, "reason": "the process ended"}
-    found: dict[str, Any] = json.loads(answer.read_text())
-    return found
+    outcome: dict[str, Any] = json.loads(answer.read_text())
+    return outcome
 
 
 def _in_child(root: Path, test: str, case: str, answer: Path) -> None:
@@ -161,12 +161,12 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("table", choices=("attacks", "faults", "devices"))
     arguments.add_argument("--only", default="", help="tests with this in their name")
     arguments.add_argument("--output", type=Path, default=Path("mutations.jsonl"))
-    given = arguments.parse_args(argv)
+    options = arguments.parse_args(argv)
     sys.path.insert(0, str(ROOT))
-    table: Mapping[str, Mutation] = importlib.import_module(f"benchmarks.{given.table[:-1]}_mutations").MUTATIONS
-    lines = given.output.read_text().splitlines() if given.output.exists() else []
+    table: Mapping[str, Mutation] = importlib.import_module(f"benchmarks.{options.table[:-1]}_mutations").MUTATIONS
+    lines = options.output.read_text().splitlines() if options.output.exists() else []
     done = {row["test"]: row for row in map(json.loads, lines)}
-    chosen = {test: one for test, one in table.items() if given.only in test}
+    chosen = {test: candidate for test, candidate in table.items() if options.only in test}
     for package in ("torch", "transformers", "datasets", "peft", "yaml", "hydra", "pytest"):
         importlib.import_module(package)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,16 +176,16 @@ def main(argv: list[str]) -> int:
             if test in done:
                 continue
             with mutated(root, mutation):
-                found = run(root, test, mutation.case)
-            if found is None:
+                outcome = run(root, test, mutation.case)
+            if outcome is None:
                 print(f"NOT DONE after {SECONDS} s: {test}", flush=True)
                 continue
-            done[test] = {"test": test, "files": mutation.files, **found}
-            with given.output.open("a") as output:
+            done[test] = {"test": test, "files": mutation.files, **outcome}
+            with options.output.open("a") as output:
                 print(json.dumps(done[test]), file=output)
-            survived = "" if found["failed"] else "PASSED ALL THE SAME  " if found["passed"] else "DID NOT RUN  "
+            survived = "" if outcome["failed"] else "PASSED ALL THE SAME  " if outcome["passed"] else "DID NOT RUN  "
             print(
-                f"{survived}{found['failed']} failed, {found['passed']} passed: {test}  {found['reason'][:160]}",
+                f"{survived}{outcome['failed']} failed, {outcome['passed']} passed: {test}  {outcome['reason'][:160]}",
                 flush=True,
             )
     survivors = [test for test in chosen if test not in done or not done[test]["failed"]]

@@ -187,7 +187,10 @@ class Campaign:
         losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         measure = [(row["step"], row["loss"]) for row in expected if "loss" in row]
         same_steps = [step for step, _ in losses] == [step for step, _ in measure]
-        apart = max((abs(one / other - 1) for (_, one), (_, other) in zip(losses, measure, strict=False)), default=1.0)
+        apart = max(
+            (abs(loss / measured_loss - 1) for (_, loss), (_, measured_loss) in zip(losses, measure, strict=False)),
+            default=1.0,
+        )
         return {
             "launcher": self.launcher,
             "mode": self.mode,
@@ -201,10 +204,10 @@ class Campaign:
             "seconds": round(time.monotonic() - began),
         }
 
-    def past(self, more: int = 2) -> bool:
+    def past(self, steps: int = 2) -> bool:
         """Return whether the run has trained on since the last strike."""
         done = self.figures[-1]["step"] if self.figures else 0
-        return last_step(self.run_dir) >= done + more
+        return last_step(self.run_dir) >= done + steps
 
     def strike(self, kind: str, command: subprocess.Popen) -> None:
         status, starts = self.status(), self.starts()
@@ -284,13 +287,13 @@ class Campaign:
 
         def reached() -> Any:
             try:
-                found = condition()
+                value = condition()
             except (OSError, ValueError):
-                found = False
+                value = False
             # A job needs all its nodes: one whose batch node died is requeued, and waits for this one to come back.
             if during and time.monotonic() - began > 25 and not self.nodes.machines.is_up(during):
                 self.nodes.revive(during)
-            return found or command.poll() is not None
+            return value or command.poll() is not None
 
         wait_until(reached, timeout=seconds)
         assert condition(), f"the command ended with {command.poll()}"
@@ -302,13 +305,13 @@ def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
     campaign.run_dir = campaign.run_dir.with_name(f"{launcher}-pauses")
     command = nodes.login.start(*campaign.words("trainer.max_steps=80"))
     figures = []
-    for what, seconds in (("a node stopped", 10.0), ("the leader's node stopped", 10.0), ("a step", 60.0)):
+    for paused, seconds in (("a node stopped", 10.0), ("the leader's node stopped", 10.0), ("a step", 60.0)):
         step = last_step(campaign.run_dir)
         campaign.until(lambda step=step: last_step(campaign.run_dir) >= step + 2, command)  # type: ignore[misc]
         status, starts = campaign.status(), campaign.starts()
         other = next(node for node in status["training"] if node != status["leader"])
-        node = status["leader"] if "leader" in what else other
-        processes = nodes.ranks(node) if what == "a step" else nodes.processes(node)
+        node = status["leader"] if "leader" in paused else other
+        processes = nodes.ranks(node) if paused == "a step" else nodes.processes(node)
         for process in processes:
             process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
@@ -316,7 +319,9 @@ def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
             process.send_signal(signal.SIGCONT)
         step = last_step(campaign.run_dir)
         campaign.until(lambda step=step: last_step(campaign.run_dir) > step + 1, command)  # type: ignore[misc]
-        figures.append({"launcher": launcher, "what": what, "seconds": seconds, "restarts": campaign.starts() - starts})
+        figures.append(
+            {"launcher": launcher, "what": paused, "seconds": seconds, "restarts": campaign.starts() - starts}
+        )
         print(figures[-1], flush=True)
     assert command.wait(timeout=300) == 0, nodes.login.log
     return figures

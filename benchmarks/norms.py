@@ -33,10 +33,10 @@ def main() -> None:
         keep_freed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    theirs = LlamaRMSNorm(options.width).to(device, dtype)
-    ours = copy.deepcopy(theirs)
-    use_lean_norms(ours)
-    norms = {"transformers": theirs, "dstune": ours}
+    hf_norm = LlamaRMSNorm(options.width).to(device, dtype)
+    lean_norm_module = copy.deepcopy(hf_norm)
+    use_lean_norms(lean_norm_module)
+    norms = {"transformers": hf_norm, "dstune": lean_norm_module}
     rows = torch.randn(options.rows, options.width, device=device).to(dtype).requires_grad_()
     incoming = torch.randn_like(rows)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in norms}

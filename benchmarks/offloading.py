@@ -51,15 +51,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--disk", default="/var/tmp", help="folder for the states on a disk")
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CHOICES}
+    rows_by_choice: dict[str, list[dict[str, float]]] = {name: [] for name in CHOICES}
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
             for name, overrides in CHOICES.items():
-                more = [f"zero.nvme_path={arguments.disk}"] if "nvme" in name else []
-                found[name].append(train(Path(folder), name, [*overrides, *more], arguments.steps))
-                print(f"{name}: {found[name][-1]}", flush=True)
+                further = [f"zero.nvme_path={arguments.disk}"] if "nvme" in name else []
+                rows_by_choice[name].append(train(Path(folder), name, [*overrides, *further], arguments.steps))
+                print(f"{name}: {rows_by_choice[name][-1]}", flush=True)
     print(f"\n{'optimizer states':22}{'peak GiB a rank':>16}{'s a step':>10}{'of it update':>14}  last loss")
-    for name, rows in found.items():
+    for name, rows in rows_by_choice.items():
         gib, seconds, update = (statistics.median(row[key] for row in rows) for key in ("gib", "seconds", "update"))
         last = ", ".join(sorted({f"{row['loss']:.6f}" for row in rows}))
         print(f"{name:22}{gib:16.2f}{seconds:10.2f}{update:14.2f}  {last}")

@@ -47,11 +47,11 @@ def main() -> None:
         folder = Path(name)
         tensors = folder / "tensors.pt"
         write_tensors(replace(job, steps=MICRO_BATCHES), tensors)
-        more = {"micro_batches": MICRO_BATCHES}
+        settings = {"micro_batches": MICRO_BATCHES}
         for number in range(options.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
                 if side in bare:
-                    measured = run_script("bare.py", [], job, tensors, folder, more | {"passes": bare[side]})
+                    measured = run_script("bare.py", [], job, tensors, folder, settings | {"passes": bare[side]})
                 else:
                     staged = replace(job, stage=stages[side])
                     window = f"trainer.global_batch_size={job.rows * job.ranks * MICRO_BATCHES}"
@@ -62,7 +62,10 @@ def main() -> None:
     for side in stages:
         ratios = []
         for other in bare:
-            each = [ours / theirs for ours, theirs in zip(seconds[side], seconds[other], strict=True)]
+            each = [
+                side_seconds / other_seconds
+                for side_seconds, other_seconds in zip(seconds[side], seconds[other], strict=True)
+            ]
             ratios.append(f"{statistics.median(each):.3f} ({', '.join(f'{ratio:.3f}' for ratio in each)})")
         print(f"| {side.removeprefix('dstune, ')} | {statistics.median(seconds[side]):.2f} | {' | '.join(ratios)} |")
 

@@ -42,47 +42,47 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--only", nargs="+", choices=list(CASES))
     options = parser.parse_args()
-    found = json.loads(options.results.read_text()) if options.results.is_file() else {}
+    results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="dstune-benchmark-") as scratch:
         if not options.report:
-            measure(found, Path(scratch), options.only or list(CASES))
+            measure(results, Path(scratch), options.only or list(CASES))
             options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(found, indent=1))
-        report(found, Path(scratch))
+            options.results.write_text(json.dumps(results, indent=1))
+        report(results, Path(scratch))
 
 
-def measure(found: dict, scratch: Path, names: list[str]) -> None:
+def measure(results: dict, scratch: Path, names: list[str]) -> None:
     env = os.environ | {"DSTUNE_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if "speeds" not in found:
+    if "speeds" not in results:
         began = time.perf_counter()
         command = [sys.executable, "-m", "dstune", "plan", "--calibrate", "launch.processes=2", "--json"]
         subprocess.run(command, env=env, check=True, capture_output=True)
-        found["calibration_seconds"] = time.perf_counter() - began
-        found["speeds"] = json.loads((scratch / "cache" / "calibration-2.json").read_text())["2"]["speeds"]
-    found.setdefault("steps", {})
+        results["calibration_seconds"] = time.perf_counter() - began
+        results["speeds"] = json.loads((scratch / "cache" / "calibration-2.json").read_text())["2"]["speeds"]
+    results.setdefault("steps", {})
     for name in names:
-        if name in found["steps"]:
+        if name in results["steps"]:
             continue
         folder = scratch / name
         case = CASES[name]
         accuracy.write_model(folder / "model", case.config)
         accuracy.write_rows(folder / "rows.jsonl", case)
-        more = [f"run.dir={folder / 'run'}", f"trainer.max_steps={STEPS}"]
+        further = [f"run.dir={folder / 'run'}", f"trainer.max_steps={STEPS}"]
         overrides = case.overrides(folder / "model", folder / "rows.jsonl")
         subprocess.run(
-            [sys.executable, "-m", "dstune", "train", *overrides, *more], env=env, check=True, capture_output=True
+            [sys.executable, "-m", "dstune", "train", *overrides, *further], env=env, check=True, capture_output=True
         )
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
-        found["steps"][name] = statistics.median(seconds[2:])
+        results["steps"][name] = statistics.median(seconds[2:])
         print(name, seconds, flush=True)
 
 
-def report(found: dict, scratch: Path) -> None:
-    speeds = {int(size): Speed(**numbers) for size, numbers in found["speeds"].items()}
-    print(f"calibrated in {found['calibration_seconds']:.0f} s: {json.dumps(found['speeds'])}")
+def report(results: dict, scratch: Path) -> None:
+    speeds = {int(size): Speed(**numbers) for size, numbers in results["speeds"].items()}
+    print(f"calibrated in {results['calibration_seconds']:.0f} s: {json.dumps(results['speeds'])}")
     print("| case | predicted s | measured s | error |\n| --- | --- | --- | --- |")
-    for name, seconds in found["steps"].items():
+    for name, seconds in results["steps"].items():
         case = CASES[name]
         folder = scratch / f"{name}-plan"
         folder.mkdir()

@@ -136,8 +136,8 @@ def measure(kind: str, rows: int, folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in process.stdout.read().splitlines() if line.startswith("{")]
     assert process.wait() == 0, f"the preparation of {rows} rows failed"
     shutil.rmtree(cache)
-    found = {name: value for line in lines for name, value in line.items()}
-    return {"kind": kind, "rows": rows, "peak": peak, "disk": disk, "file": file.stat().st_size, **found}
+    figures = {name: value for line in lines for name, value in line.items()}
+    return {"kind": kind, "rows": rows, "peak": peak, "disk": disk, "file": file.stat().st_size, **figures}
 
 
 def main() -> None:
@@ -157,16 +157,18 @@ def main() -> None:
     for rows in arguments.rows:
         for kind in arguments.kinds:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                one = measure(kind, rows, Path(folder))
-            by_kind.setdefault(kind, []).append(one)
+                row = measure(kind, rows, Path(folder))
+            by_kind.setdefault(kind, []).append(row)
             print(
-                f"{kind:8}{rows:12,}{one['read'] / one['seconds']:10,.0f}{one['seconds']:9.1f}{one['again']:9.2f}"
-                f"{one['imported'] / 2**20:13,.0f}{one['peak'] / 2**20:10,.0f}{one['file'] / 1e6:9,.0f}{one['disk'] / 1e6:9,.0f}",
+                f"{kind:8}{rows:12,}{row['read'] / row['seconds']:10,.0f}{row['seconds']:9.1f}{row['again']:9.2f}"
+                f"{row['imported'] / 2**20:13,.0f}{row['peak'] / 2**20:10,.0f}{row['file'] / 1e6:9,.0f}{row['disk'] / 1e6:9,.0f}",
                 flush=True,
             )
-    for kind, found in by_kind.items():
-        if len(found) > 1:
-            grown = (found[-1]["peak"] - found[0]["peak"]) / (found[-1]["rows"] - found[0]["rows"])
+    for kind, rows_of_kind in by_kind.items():
+        if len(rows_of_kind) > 1:
+            grown = (rows_of_kind[-1]["peak"] - rows_of_kind[0]["peak"]) / (
+                rows_of_kind[-1]["rows"] - rows_of_kind[0]["rows"]
+            )
             print(f"{kind}: {grown:.1f} bytes of memory more for each row more")
 
 

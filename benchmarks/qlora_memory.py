@@ -39,10 +39,10 @@ def main() -> None:
         for model in options.models:
             path = "sample://smollm2" if model == "smollm2" else str(save_large(folder / "large"))
             for number, method in enumerate(options.methods):
-                found = measure(path, method, folder / f"{model}-{number}", options)
+                result = measure(path, method, folder / f"{model}-{number}", options)
                 print(
-                    f"| {model} | {method} | {found['peak_memory_gib']:.2f} | {found['tokens_per_second']:.0f} "
-                    f"| {found['loss']:.3f} |",
+                    f"| {model} | {method} | {result['peak_memory_gib']:.2f} | {result['tokens_per_second']:.0f} "
+                    f"| {result['loss']:.3f} |",
                     flush=True,
                 )
     finally:

@@ -102,7 +102,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 def times_of(folder: Path) -> list[float]:
     """Return processor seconds of each step but the first."""
     ends = [json.loads(line)["seconds"] for line in (folder / "processor_time.jsonl").read_text().splitlines()]
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -162,10 +162,10 @@ def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     settings += ["method=full", "trainer.precision=fp32", "optimizer.lr=1e-6", f"trainer.global_batch_size={count}"]
     settings += [f"trainer.micro_batch_size={count * arguments.samples}", f"trainer.max_steps={arguments.steps}"]
     settings += ["evaluate.every=0", "trainer.activation_checkpointing=false"]
-    ours, theirs = [], []
+    dstune_seconds, trl_seconds = [], []
     for pair in range(arguments.pairs):
         run = train(folder, f"run-{pair}", *settings)
-        ours += times_of(folder)
+        dstune_seconds += times_of(folder)
         lengths = [row["completions/mean_length"] for row in rows_of(run)]
         command = [sys.executable, __file__, "trl-run", "--model", model, "--steps", str(arguments.steps)]
         command += ["--prompts", str(count), "--samples", str(arguments.samples), "--tokens", str(arguments.tokens)]
@@ -173,15 +173,15 @@ def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         if done.returncode:
             sys.exit(done.stderr)
         told = json.loads(done.stdout.splitlines()[-1])
-        theirs += told["seconds"]
+        trl_seconds += told["seconds"]
     return {
         "work": f"{count} prompts x {arguments.samples} samples x {arguments.tokens} tokens, fp32, one thread",
-        "steps": len(ours),
-        "dstune_processor_seconds": statistics.median(ours),
-        "trl_processor_seconds": statistics.median(theirs),
-        "ratio": statistics.median(ours) / statistics.median(theirs),
-        "dstune": ours,
-        "trl": theirs,
+        "steps": len(dstune_seconds),
+        "dstune_processor_seconds": statistics.median(dstune_seconds),
+        "trl_processor_seconds": statistics.median(trl_seconds),
+        "ratio": statistics.median(dstune_seconds) / statistics.median(trl_seconds),
+        "dstune": dstune_seconds,
+        "trl": trl_seconds,
         "tokens_of_a_completion": {"dstune": statistics.mean(lengths), "trl": told["length"]},
     }
 
@@ -197,7 +197,7 @@ def run_trl(arguments: argparse.Namespace) -> None:
     ends: list[float] = []
 
     class Timer(TrainerCallback):
-        def on_step_end(self, *given: Any, **named: Any) -> None:
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
             ends.append(time.process_time())
 
     def vowels(completions: list[str], **kwargs: Any) -> list[float]:
@@ -232,7 +232,7 @@ def run_trl(arguments: argparse.Namespace) -> None:
     )
     trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
     print(json.dumps({"seconds": seconds, "length": statistics.mean(lengths)}))
 
 

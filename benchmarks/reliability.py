@@ -53,11 +53,11 @@ def soak(scene: Scene, kills: int, mode: str, seed: int) -> dict[str, Any]:
         choose = random.Random(f"{seed}-{done['kills']}")
         fresh = scene.overrides(run_dir, longer, "checkpoint.every=1", *SOAK_MODES[mode])
         command = scene.commands.start("train", *([str(run_dir)] if (run_dir / "run.yaml").exists() else fresh))
-        before = last_step(run_dir)
+        step_before = last_step(run_dir)
         began = time.monotonic()
         # Most launches get far enough to train a step or two; some are killed while they start.
         if choose.random() < 0.8:
-            wait_until(lambda: last_step(run_dir) > before or command.poll() is not None)  # noqa: B023
+            wait_until(lambda: last_step(run_dir) > step_before or command.poll() is not None)  # noqa: B023
             done["starts"].append(time.monotonic() - began)
             time.sleep(choose.uniform(0.0, 0.3))
         else:
@@ -171,8 +171,8 @@ def note_commit(folder: Path) -> str:
     return note.read_text()
 
 
-def write_page(known: dict[str, Outcome], soaks: list[str], commit: str) -> None:
-    ordered = [known[fault.name] for fault in FAULTS if fault.name in known]
+def write_page(outcome_by_fault: dict[str, Outcome], soaks: list[str], commit: str) -> None:
+    ordered = [outcome_by_fault[fault.name] for fault in FAULTS if fault.name in outcome_by_fault]
     (ROOT / "docs" / "reliability.md").write_text(page(ordered, soaks, commit))
 
 
@@ -191,25 +191,25 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="dstune-reliability-"))
     folder.mkdir(parents=True, exist_ok=True)
     notes, commit = folder / "outcomes.json", note_commit(folder)
-    known = {row["name"]: Outcome(**row) for row in json.loads(notes.read_text())} if notes.exists() else {}
+    outcome_by_fault = {row["name"]: Outcome(**row) for row in json.loads(notes.read_text())} if notes.exists() else {}
     if options.page:
         soaks = [soaked(mode, json.loads((folder / f"soak-{mode}.json").read_text())) for mode in ended_soaks(folder)]
-        write_page(known, soaks, commit)
+        write_page(outcome_by_fault, soaks, commit)
         return
     failures: list[str] = []
     try:
         scene = Scene(folder.absolute())
         for fault in faults:
-            if fault.name not in known:
+            if fault.name not in outcome_by_fault:
                 try:
-                    known[fault.name] = play(scene, fault)
+                    outcome_by_fault[fault.name] = play(scene, fault)
                 except Exception as error:  # the other faults are measured all the same
                     failures.append(f"{fault.name}: {type(error).__name__}: {str(error)[-2000:]}")
                     print(failures[-1], flush=True)
                     continue
-                notes.write_text(json.dumps([outcome.to_dict() for outcome in known.values()], indent=1))
-            print(table([known[fault.name]]).splitlines()[-1], flush=True)
-            if wrong := check(fault, known[fault.name]):
+                notes.write_text(json.dumps([outcome.to_dict() for outcome in outcome_by_fault.values()], indent=1))
+            print(table([outcome_by_fault[fault.name]]).splitlines()[-1], flush=True)
+            if wrong := check(fault, outcome_by_fault[fault.name]):
                 failures.append(f"{fault.name}: {'; '.join(wrong)}")
         soaks = []
         if not options.only or "soak" in options.only:
@@ -221,7 +221,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     print("\n".join(["as it should be" if not failures else "NOT as it should be:", *failures]))
     if not options.only:
-        write_page(known, soaks, commit)
+        write_page(outcome_by_fault, soaks, commit)
     sys.exit(bool(failures))
 
 

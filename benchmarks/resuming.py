@@ -98,9 +98,9 @@ def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
 
     def restore_and_measure(source: Any) -> None:
         restore(source)
-        before = bytes_read()
+        bytes_before = bytes_read()
         mapped[0] = mapped_bytes(checkpoints)
-        read_by_measuring[0] = bytes_read() - before
+        read_by_measuring[0] = bytes_read() - bytes_before
 
     engine.restore = restore_and_measure  # type: ignore[method-assign]
     world.barrier()

@@ -98,8 +98,8 @@ class Distributed:
         import torch.distributed.checkpoint as dcp
 
         writer = dcp.FileSystemWriter(self.folder / name, sync_files=True)
-        found = dcp.async_save(dict(states), storage_writer=writer, async_checkpointer_type=self.kind)
-        self.future = getattr(found, "upload_completion", found)
+        future = dcp.async_save(dict(states), storage_writer=writer, async_checkpointer_type=self.kind)
+        self.future = getattr(future, "upload_completion", future)
 
     def before_update(self) -> None: ...
 
@@ -139,9 +139,9 @@ WAYS: dict[str, Callable[[Path], Any]] = {
 
 
 def step(states: States, work: list[torch.Tensor], before_update: Callable[[], None]) -> None:
-    left, right = work
+    first, second = work
     for _ in range(4):
-        left @ right
+        first @ second
     before_update()
     for tensor in states.values():
         tensor.mul_(0.999)
@@ -176,7 +176,7 @@ def measure(name: str, folder: Path, gigabytes: float, saves: int) -> str:
         blocked[-1] += time.perf_counter() - requested
 
     for number in range(saves):
-        kept = {key: value.clone() for key, value in states.items()}
+        original = {key: value.clone() for key, value in states.items()}
         began = time.perf_counter()
         way.save(states, str(number))
         blocked.append(time.perf_counter() - began)
@@ -187,15 +187,15 @@ def measure(name: str, folder: Path, gigabytes: float, saves: int) -> str:
         waiter = threading.Thread(target=wait_for, args=(way, ended))
         waiter.start()
         while not ended.is_set():
-            one = time.perf_counter()
+            step_began = time.perf_counter()
             step(states, work, lambda: None)
-            during.append(time.perf_counter() - one)
+            during.append(time.perf_counter() - step_began)
         waiter.join()
         whole.append(time.perf_counter() - began)
-        slow += [one / usual for one in during[:-1]]
+        slow += [step_began / usual for step_began in during[:-1]]
         saved = way.load(str(number))
-        assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in kept), name
-        del saved, kept
+        assert saved.keys() == original.keys() and all(torch.equal(saved[key], original[key]) for key in original), name
+        del saved, original
         shutil.rmtree(folder / str(number))
     first, later = held[0], statistics.median(held[1:])
     slower = f"{statistics.mean(slow):.2f}" if slow else ""

@@ -162,14 +162,14 @@ class Processes:
     def of(self, role: str) -> psutil.Process:
         return psutil.Process(self.running[role][0].pid)
 
-    def client(self, role: str, **given: Any) -> httpx2.AsyncClient:
+    def client(self, role: str, **options: Any) -> httpx2.AsyncClient:
         headers = {"authorization": f"Bearer {self.running[role][1].get('key', 'none')}"}
         limits = httpx2.Limits(
             max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
         )  # servers': 5 s
         timeout = httpx2.Timeout(120)
         return httpx2.AsyncClient(
-            base_url=self.url(role), headers=headers, limits=limits, timeout=timeout, trust_env=False, **given
+            base_url=self.url(role), headers=headers, limits=limits, timeout=timeout, trust_env=False, **options
         )
 
     def cpu_seconds(self, role: str) -> float:
@@ -214,11 +214,11 @@ async def overhead(streams: int, requests: int, rounds: int = 4) -> dict[str, An
                 for role in order:
                     seconds[role].append(await _seconds(clients[role]))
             for role in ROLES[1:]:  # by themselves: the relay's requests are the stub's too
-                used = [processes.cpu_seconds(one) for one in ("stub", role)]
+                used = [processes.cpu_seconds(process_name) for process_name in ("stub", role)]
                 for _ in range(requests):
                     await _seconds(clients[role])
-                for one, before in zip(("stub", role), used, strict=True):
-                    cpu[one]["request"] = 1000 * (processes.cpu_seconds(one) - before) / requests
+                for process_name, cpu_before in zip(("stub", role), used, strict=True):
+                    cpu[process_name]["request"] = 1000 * (processes.cpu_seconds(process_name) - cpu_before) / requests
             for _ in range(rounds):
                 for role in ROLES:
                     used = [processes.cpu_seconds(role)]
@@ -229,8 +229,8 @@ async def overhead(streams: int, requests: int, rounds: int = 4) -> dict[str, An
         processes.stop()
 
     def added(role: str, other: str) -> dict[str, float]:
-        found = [1000 * (one - two) for one, two in zip(seconds[role], seconds[other], strict=True)]
-        return {"median": statistics.median(found), "p95": statistics.quantiles(found, n=20)[-1]}
+        differences = [1000 * (first - second) for first, second in zip(seconds[role], seconds[other], strict=True)]
+        return {"median": statistics.median(differences), "p95": statistics.quantiles(differences, n=20)[-1]}
 
     throughput = {role: statistics.median(values) for role, values in rates.items()}
     return {
@@ -279,17 +279,17 @@ async def cpu(tree: Path, requests: int, rounds: int) -> dict[str, Any]:
             clients = {"old": first, "new": second}
             for number in range(rounds + 1):
                 for side in random.sample(list(sides), 2):
-                    before = sides[side].cpu_seconds("gateway")
+                    cpu_before = sides[side].cpu_seconds("gateway")
                     for _ in range(requests):
                         await _seconds(clients[side], 0)
                     if number:  # the first round is a warm-up
-                        used[side].append(1000 * (sides[side].cpu_seconds("gateway") - before) / requests)
+                        used[side].append(1000 * (sides[side].cpu_seconds("gateway") - cpu_before) / requests)
     finally:
         old.stop()
         new.stop()
-    more = [after - before for before, after in zip(used["old"], used["new"], strict=True)]
-    margin = 2 * statistics.stdev(more) / len(more) ** 0.5
-    mean = statistics.mean(more)
+    differences = [later - cpu_before for cpu_before, later in zip(used["old"], used["new"], strict=True)]
+    margin = 2 * statistics.stdev(differences) / len(differences) ** 0.5
+    mean = statistics.mean(differences)
     return {
         "load": os.getloadavg()[0],
         "requests": requests * rounds,
@@ -304,7 +304,7 @@ async def cpu(tree: Path, requests: int, rounds: int) -> dict[str, Any]:
 async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
     processes, choose = Processes("stub", "gateway"), random.Random(seed)
     gateway = processes.of("gateway")
-    found: dict[str, int] = {}
+    count_by_answer: dict[str, int] = {}
     memory: list[tuple[int, float]] = []
     places = asyncio.Semaphore(48)
     done = 0
@@ -378,7 +378,7 @@ async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
             async with places:
                 run, _, expected = kinds[name]
                 told = await run()
-                found[f"{name}: {told}"] = found.get(f"{name}: {told}", 0) + 1
+                count_by_answer[f"{name}: {told}"] = count_by_answer.get(f"{name}: {told}", 0) + 1
                 assert told in expected, (name, told)
                 done += 1
                 if done % max(requests // 20, 1) == 0:
@@ -401,7 +401,7 @@ async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
     settled = [mib for number, mib in memory if number >= requests // 4]
     return {
         "requests": requests,
-        "answers": dict(sorted(found.items())),
+        "answers": dict(sorted(count_by_answer.items())),
         "active_after": active,
         "client_sockets_after": len(of_clients),
         "memory_mib": {"after a quarter": settled[0], "end": settled[-1], "largest": max(settled)},
@@ -514,8 +514,8 @@ async def send_worst(url: str, key: str, model: str, seconds: float, streams: in
             while time.monotonic() < ends:
                 path, content = next(bodies)
                 try:
-                    given = content.replace(b'"model": "m"', b'"model": "%s"' % model.encode())
-                    told = str((await client.post(path, content=given)).status_code)
+                    sent = content.replace(b'"model": "m"', b'"model": "%s"' % model.encode())
+                    told = str((await client.post(path, content=sent)).status_code)
                 except httpx2.HTTPError as error:
                     told = type(error).__name__
                 counts[told] = counts.get(told, 0) + 1
@@ -537,21 +537,21 @@ async def worst(words: str, seconds: float, streams: int) -> dict[str, Any]:
         engines = process.children(recursive=True)
         return {
             "gateway": process.memory_info().rss / 2**20,
-            "engine": sum(one.memory_info().rss for one in engines) / 2**20,
+            "engine": sum(engine.memory_info().rss for engine in engines) / 2**20,
         }
 
     sizes: list[dict[str, float]] = []
-    before: list[float] = []
+    seconds_before: list[float] = []
     health: list[float] = []
     others: list[float] = []
     admin = (server.state / "admin-key").read_text().strip()  # another key than that of the attack
-    given = {"model": server.model, "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2}
+    request = {"model": server.model, "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2}
     try:
         async with server.client() as client:
             for _ in range(20):  # what is loaded at first use
-                assert (await client.post("/v1/chat/completions", json=given)).status_code == 200
+                assert (await client.post("/v1/chat/completions", json=request)).status_code == 200
             key = client.headers["authorization"].removeprefix("Bearer ")
-            before += [await _health_seconds(client) for _ in range(200)]  # what the machine itself delays
+            seconds_before += [await _health_seconds(client) for _ in range(200)]  # what the machine itself delays
             sizes.append(memory())
             attack = [sys.executable, __file__, "send-worst", server.url, key, server.model, str(seconds), str(streams)]
             sending = subprocess.Popen(attack, stdout=subprocess.PIPE, text=True)
@@ -560,7 +560,7 @@ async def worst(words: str, seconds: float, streams: int) -> dict[str, Any]:
                 health.append(await _health_seconds(client))
                 if len(health) % 20 == 0:
                     began = time.perf_counter()
-                    assert (await client.post("/v1/chat/completions", json=given)).status_code == 200
+                    assert (await client.post("/v1/chat/completions", json=request)).status_code == 200
                     others.append(time.perf_counter() - began)
                 if len(health) % 100 == 0:
                     sizes.append(memory())
@@ -575,7 +575,7 @@ async def worst(words: str, seconds: float, streams: int) -> dict[str, Any]:
     tenth = max(len(sizes) // 10, 1)
     return {
         "load": os.getloadavg()[0],
-        "health_seconds": {"before": _told(before), "meanwhile": _told(health)},
+        "health_seconds": {"before": _told(seconds_before), "meanwhile": _told(health)},
         "other_key_seconds": _told(others),
         "mib": {name: [round(one[name]) for one in sizes[::tenth]] for name in sizes[0]},
         "answers": answers,
@@ -610,10 +610,10 @@ async def engines(commands: list[str], streams: list[int], rounds: int, tokens: 
             for number in streams * rounds:
                 for name, server in servers.items():
                     began = time.perf_counter()
-                    found = await asyncio.gather(*(server.stream(clients[name], tokens) for _ in range(number)))
+                    answers = await asyncio.gather(*(server.stream(clients[name], tokens) for _ in range(number)))
                     seconds = time.perf_counter() - began
-                    rates.setdefault((name, number), []).append(sum(count for _, count in found) / seconds)
-                    firsts.setdefault((name, number), []).append(statistics.median(first for first, _ in found))
+                    rates.setdefault((name, number), []).append(sum(count for _, count in answers) / seconds)
+                    firsts.setdefault((name, number), []).append(statistics.median(first for first, _ in answers))
     finally:
         for server in servers.values():
             server.process.terminate()
@@ -660,7 +660,7 @@ def main() -> None:
     elif arguments.what == "soak":
         result = asyncio.run(soak(arguments.requests or 10_000))
     else:
-        streams = [int(one) for one in (arguments.streams or "1,4,8").split(",")]
+        streams = [int(count) for count in (arguments.streams or "1,4,8").split(",")]
         result = asyncio.run(engines(arguments.given, streams, arguments.rounds or 3))
     print(json.dumps(result, indent=1))
 

@@ -66,10 +66,10 @@ def main() -> None:
     print("| route | seconds | steps trained | ended early | best loss | best trial |\n|---|---|---|---|---|---|")
     for route in ROUTES:
         if (folder / f"{route}.json").exists():
-            found = json.loads((folder / f"{route}.json").read_text())
+            result = json.loads((folder / f"{route}.json").read_text())
             print(
-                f"| {TITLES[route]} | {found['seconds']:.0f} | {found['steps']} | {found['pruned']} | {found['loss']:.4f} "
-                f"| {found['best']} |"
+                f"| {TITLES[route]} | {result['seconds']:.0f} | {result['steps']} | {result['pruned']} | {result['loss']:.4f} "
+                f"| {result['best']} |"
             )
 
 
@@ -81,14 +81,14 @@ def measure(route: str, folder: Path) -> None:
     seconds = time.perf_counter() - began
     report = json.loads(done.stdout)
     steps = [json.loads((Path(trial["run"]) / "result.json").read_text())["steps"] for trial in report["trials"]]
-    found = {
+    result = {
         "seconds": seconds,
         "steps": sum(steps),
         "pruned": sum(trial["status"] == "pruned" for trial in report["trials"]),
         "loss": report["best"]["objective"]["loss"],
         "best": ", ".join(f"{key}={value:g}" for key, value in report["best"]["values"].items()),
     }
-    (folder / f"{route}.json").write_text(json.dumps(found))
+    (folder / f"{route}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

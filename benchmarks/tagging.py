@@ -43,7 +43,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="dstune-benchmark-"))
     try:
         files = split(folder)
-        found = [
+        pairs = [
             pair(folder, files, seed, options.epochs, dropout=not options.no_dropout) for seed in range(options.seeds)
         ]
     finally:
@@ -51,16 +51,18 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "seqeval"))
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {packages}")
     print("| | seed | entity F1 | precision | recall | token accuracy | seconds |\n|---|---|---|---|---|---|---|")
-    for seed, both in enumerate(found):
-        for name, of in zip(("dstune, 2 ranks", "transformers Trainer"), both, strict=True):
-            scores = [of[key] for key in ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")]
-            print(f"| {name} | {seed} | {' | '.join(f'{score:.4f}' for score in scores)} | {of['seconds']:.0f} |")
-    ours, theirs = (statistics.mean(both[which]["entity_f1"] for both in found) for which in (0, 1))
-    for seed, both in enumerate(found):
-        apart = [abs(one - other) for one, other in zip(*(of["losses"] for of in both), strict=True)]
+    for seed, both in enumerate(pairs):
+        for name, result in zip(("dstune, 2 ranks", "transformers Trainer"), both, strict=True):
+            scores = [result[key] for key in ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")]
+            print(f"| {name} | {seed} | {' | '.join(f'{score:.4f}' for score in scores)} | {result['seconds']:.0f} |")
+    dstune_f1, trainer_f1 = (statistics.mean(both[which]["entity_f1"] for both in pairs) for which in (0, 1))
+    for seed, both in enumerate(pairs):
+        apart = [
+            abs(loss - trainer_loss) for loss, trainer_loss in zip(*(result["losses"] for result in both), strict=True)
+        ]
         report = ", ".join(f"{max(apart[:steps]):.4f} in {steps}" for steps in (10, 50, 100, len(apart)))
         print(f"seed {seed}: losses of steps apart by at most {report} (the Trainer's are rounded to four digits)")
-    print(f"mean entity F1: dstune {ours:.4f}, Trainer {theirs:.4f}, difference {ours - theirs:+.4f}")
+    print(f"mean entity F1: dstune {dstune_f1:.4f}, Trainer {trainer_f1:.4f}, difference {dstune_f1 - trainer_f1:+.4f}")
 
 
 def split(folder: Path) -> tuple[Path, Path]:
@@ -78,18 +80,21 @@ def pair(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     run_dir = folder / f"run-{seed}"
     data = [f"data.train={files[0]}", f"data.validation={files[1]}", *SAME_ROWS]
-    more = ["trainer.precision=fp32", f"trainer.seed={seed}", f"trainer.epochs={epochs}", "run.export=none"]
+    overrides = ["trainer.precision=fp32", f"trainer.seed={seed}", f"trainer.epochs={epochs}", "run.export=none"]
     if not dropout:
-        more.append("model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}")
-    command = [sys.executable, "-m", "dstune", "train", "experiment=ner", *data, *more, f"run.dir={run_dir}"]
+        overrides.append("model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}")
+    command = [sys.executable, "-m", "dstune", "train", "experiment=ner", *data, *overrides, f"run.dir={run_dir}"]
     subprocess.run(command, check=True)
     result = json.loads((run_dir / "result.json").read_text())
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    ours = result["eval_final"] | {"seconds": result["seconds"], "losses": losses}
-    theirs = trainer(read_run(run_dir / "run.yaml").config, files, folder / f"trainer-{seed}")
-    print(f"seed {seed}: entity F1 {ours['entity_f1']:.4f}, Trainer {theirs['entity_f1']:.4f}", flush=True)
-    return ours, theirs
+    dstune_result = result["eval_final"] | {"seconds": result["seconds"], "losses": losses}
+    trainer_result = trainer(read_run(run_dir / "run.yaml").config, files, folder / f"trainer-{seed}")
+    print(
+        f"seed {seed}: entity F1 {dstune_result['entity_f1']:.4f}, Trainer {trainer_result['entity_f1']:.4f}",
+        flush=True,
+    )
+    return dstune_result, trainer_result
 
 
 def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[str, Any]:
@@ -126,7 +131,9 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
         inputs = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=config.data.max_length)
         words = inputs.word_ids()
-        first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
+        first = [
+            word is not None and word != word_before for word, word_before in zip(words, [None, *words], strict=False)
+        ]
         tags = [
             labels.index(row["tags"][word]) if is_first else -100 for word, is_first in zip(words, first, strict=True)
         ]
@@ -175,13 +182,13 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
         processing_class=tokenizer,
     )
     run.train()
-    found = run.predict([encoded(row) for row in held])
-    counted = [of != -100 for of in found.label_ids]
-    guessed = np.argmax(found.predictions, axis=-1)
+    prediction = run.predict([encoded(row) for row in held])
+    counted = [label_ids != -100 for label_ids in prediction.label_ids]
+    guessed = np.argmax(prediction.predictions, axis=-1)
     names = np.array(labels)
     true, predicted = (
-        [names[row[kept]].tolist() for row, kept in zip(table, counted, strict=True)]
-        for table in (found.label_ids, guessed)
+        [names[row[mask]].tolist() for row, mask in zip(table, counted, strict=True)]
+        for table in (prediction.label_ids, guessed)
     )
     return {
         "entity_f1": f1_score(true, predicted),

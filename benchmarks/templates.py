@@ -155,19 +155,19 @@ TEXT_TAGS = {
 }
 
 
-def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> Any:
+def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), control_tokens: tuple[str, ...] = ()) -> Any:
     """Return a byte-level tokenizer with the control tokens that `template` prints.
 
-    ends: those of the generation settings, where they are not told by the name; more: control tokens of the vocabulary beside.
+    ends: those of the generation settings, where they are not told by the name; control_tokens: further ones of the vocabulary.
     """
     ends = ends or next((ends for family, ends in ENDS.items() if name.startswith(family)), ("<|im_end|>",))
-    found = dict.fromkeys([*ends, *more, *SPECIAL.findall(template), "<s>"])
+    tokens = dict.fromkeys([*ends, *control_tokens, *SPECIAL.findall(template), "<s>"])
     special = [
         token
-        for token in found
-        if (token not in TEXT_TAGS and not re.fullmatch(r"</?[a-z_]{2,}>", token)) or token in (*ends, *more)
+        for token in tokens
+        if (token not in TEXT_TAGS and not re.fullmatch(r"</?[a-z_]{2,}>", token)) or token in (*ends, *control_tokens)
     ]
-    if "<bos>" in found or name.startswith(("gemma", "diffusion")):
+    if "<bos>" in tokens or name.startswith(("gemma", "diffusion")):
         special.append("<bos>")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*alphabet, "ĊĊ", "ĠĠ"])}
@@ -187,7 +187,7 @@ def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), more: tu
         eos_token=ends[0],
         pad_token=ends[0],
     )
-    tokenizer.add_tokens(sorted(TEXT_TAGS & set(found)))
+    tokenizer.add_tokens(sorted(TEXT_TAGS & set(tokens)))
     tokenizer.chat_template = template
     mark_stops(tokenizer, tokenizer.convert_tokens_to_ids(list(ends)))
     return tokenizer
@@ -195,25 +195,25 @@ def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), more: tu
 
 def family_of(name: str) -> str:
     """Return the name under which ENDS has the family of a template."""
-    known = name.removeprefix("dstune/").lower()
-    if "hermes" in known:
+    plain_name = name.removeprefix("dstune/").lower()
+    if "hermes" in plain_name:
         return "hermes"
-    return next((family for part, family in FAMILIES.items() if part in known), known)
+    return next((family for part, family in FAMILIES.items() if part in plain_name), plain_name)
 
 
 def listed_templates(file: Path) -> dict[str, str]:
     """Return the templates that a list of models has (`FAMILY_FILE`), each text once, under the first model with it. A template
     that is not the one that was measured is reported."""
-    found: dict[str, str] = {}
+    template_by_model: dict[str, str] = {}
     for model in json.loads(file.read_text(encoding="utf-8")):
         name, text = model["model_name"].replace("/", "_"), model.get("chat_template")
-        if not text or text in found.values():
+        if not text or text in template_by_model.values():
             continue
-        found[name] = text
+        template_by_model[name] = text
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         if DIGESTS.get(name, digest) != digest:
             print(f"{name}: another template than the one that was measured")
-    return found
+    return template_by_model
 
 
 def templates(folder: Path | None = None, *, marked: bool = False) -> dict[str, str]:
@@ -221,16 +221,16 @@ def templates(folder: Path | None = None, *, marked: bool = False) -> dict[str, 
     dstune's own."""
     if folder is not None:
         return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.rglob("*.jinja"))}
-    found = {}
+    template_by_name = {}
     spec = importlib.util.find_spec("trl")
     assert spec is not None and spec.origin is not None, "pip install trl"
     for file in sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja")):
         if file.stem.endswith("_training") == marked:
-            found[file.stem] = file.read_text(encoding="utf-8")
+            template_by_name[file.stem] = file.read_text(encoding="utf-8")
     return (
-        found
+        template_by_name
         if marked
-        else found
+        else template_by_name
         | {f"dstune/{file.stem}": file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
     )
 
@@ -239,8 +239,8 @@ def user(text: str = "What is the weather in Paris?") -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def says(text: str | None = "It is sunny.", **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
+def says(text: str | None = "It is sunny.", **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **fields}
 
 
 def call(number: int = 1, city: str = "Paris") -> dict[str, Any]:
@@ -356,8 +356,8 @@ def cell(
         plain = encode.samples([{"messages": harmless}], [0])
         counts, expected = Counter(ids), Counter(token for sample in plain for token in sample.input_ids)
         special = tokenizer.all_special_ids
-        same = all(counts[token] == expected[token] for token in special)
-        return ("=", "") if same else ("WRONG", "a row wrote a control token")
+        is_same = all(counts[token] == expected[token] for token in special)
+        return ("=", "") if is_same else ("WRONG", "a row wrote a control token")
     # As a client sends it, not as the row was read; a server gives calls the ids that the template takes.
     sent = with_call_ids(dialogue["messages"], encode.renderer.facts.call_ids)
     if reasoning is Reasoning.inline:
@@ -394,18 +394,21 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
         return_assistant_tokens_mask=True,
         **encode.renderer.arguments_for(last),
     )
-    theirs = {at for at, trained in enumerate(marked["assistant_masks"]) if trained}
+    marked_tokens = {at for at, trained in enumerate(marked["assistant_masks"]) if trained}
     if len(samples) > 1:
         return f"{len(samples)} samples", "one with the marks: a rewritten history, or an answer inside a token"
     if samples[0].input_ids.tolist() != marked["input_ids"]:
         return "other tokens", "what looks like a control token is one with the marks"
-    ours = set(np.flatnonzero(samples[0].labels != NO_TARGET).tolist())
-    if ours == theirs:
+    rule_tokens = set(np.flatnonzero(samples[0].labels != NO_TARGET).tolist())
+    if rule_tokens == marked_tokens:
         return "=", ""
     ids = marked["input_ids"]
-    formatted = [repr(tokenizer.decode([ids[at] for at in sorted(only)])) for only in (theirs - ours, ours - theirs)]
+    formatted = [
+        repr(tokenizer.decode([ids[at] for at in sorted(only)]))
+        for only in (marked_tokens - rule_tokens, rule_tokens - marked_tokens)
+    ]
     return (
-        f"+{len(theirs - ours)} -{len(ours - theirs)}",
+        f"+{len(marked_tokens - rule_tokens)} -{len(rule_tokens - marked_tokens)}",
         f"the marks alone train {formatted[0]}, the rule alone {formatted[1]}",
     )
 
@@ -429,22 +432,22 @@ OWN = {
 
 def compare_families(folder: Path | None) -> None:
     """Print a row for each family's template that is there."""
-    there = templates() | (templates(folder) if folder else {})
+    template_by_name = templates() | (templates(folder) if folder else {})
     print("| template | family | turns | context and answer equal | context equal | different | not printed by one |")
     print("| --- " * 7 + "|")
     for family, name in OWN.items():
-        if family not in there:
+        if family not in template_by_name:
             continue
-        theirs = re.sub(r"{%-? *(end)?generation *-?%}", "", there[family])
-        both = [there[f"dstune/{name}"], theirs]
+        family_template = re.sub(r"{%-? *(end)?generation *-?%}", "", template_by_name[family])
+        both = [template_by_name[f"dstune/{name}"], family_template]
         kinds: dict[str, list[str]] = {"equal": [], "context": [], "different": [], "dropped": []}
-        for dialogue, given in DIALOGUES.items():
-            row = prepared(given)
+        for dialogue, dialogue_rows in DIALOGUES.items():
+            row = prepared(dialogue_rows)
             last = len(row["messages"])
             for number in (at for at in range(1, last) if row["messages"][at]["role"] == "assistant"):
                 pieces = [_turn_of(family_of(family), text, "".join(both), row, number) for text in both]
                 kinds[_kind_of(pieces)].append(f"{dialogue} [{number + 1}]")
-        counts = [len(of) for of in kinds.values()]
+        counts = [len(kind_names) for kind_names in kinds.values()]
         print(f"| {name} | {family} | {sum(counts)} | {' | '.join(map(str, counts))} |")
         for kind in ("context", "different"):
             if kinds[kind]:
@@ -462,20 +465,20 @@ def _turn_of(
         renderer = ChatRenderer(tokenizer, DATE)
         *context, answer = row["messages"][: number + 1]
         asked = [renderer.facts.adapted(message) for message in context]
-        given = {"tools": row.get("tools"), "arguments": renderer.arguments_for(answer)}
-        prompt = ChatTemplate(tokenizer, DATE).text(asked, prompt=True, **given)
+        options = {"tools": row.get("tools"), "arguments": renderer.arguments_for(answer)}
+        prompt = ChatTemplate(tokenizer, DATE).text(asked, prompt=True, **options)
         silent = [{**message, "weight": 0} for message in context]
-        (found,) = renderer.passages([*silent, {**answer, "weight": 1}], tools=row.get("tools"))
+        (passage,) = renderer.passages([*silent, {**answer, "weight": 1}], tools=row.get("tools"))
     except (RenderError, UserError) as error:
         return (prompt, None) if "than a server would prompt with" in str(error) else None
-    return prompt, found.text[found.places[-1].start : found.places[-1].end]
+    return prompt, passage.text[passage.places[-1].start : passage.places[-1].end]
 
 
 def _kind_of(pieces: list[tuple[str, str | None] | None]) -> str:
     if None in pieces:
         return "dropped"
-    (own, answer), (theirs, their_answer) = (piece for piece in pieces if piece is not None)
-    if own != theirs:
+    (prompt, answer), (other_prompt, their_answer) = (piece for piece in pieces if piece is not None)
+    if prompt != other_prompt:
         return "different"
     return "equal" if answer == their_answer else "context"
 

@@ -77,14 +77,14 @@ def against(options: argparse.Namespace) -> None:
     for name in ("smollm2", "chitchat"):
         samples.resolve(f"sample://{name}")
     trees = (options.against.resolve(), Path(__file__).resolve().parents[1])
-    more = ["checkpoint.every=0", *([f"model.path={options.model.resolve()}"] if options.model else [])]
+    overrides = ["checkpoint.every=0", *([f"model.path={options.model.resolve()}"] if options.model else [])]
     report: dict[str, list[list[dict[str, list[float]]]]] = {}
     print_conditions(options, f"{options.rounds} x {options.turns} pairs of turns of {options.turn} steps")
     print(
         "| method | tokens/s before | now | ratio (95%) | processor time of a step, ratio (95%) |\n|---|---|---|---|---|"
     )
     for method, job in jobs_of(options).items():
-        rounds = measured(trees, job, more, options.turns, options.turn, options.rounds)
+        rounds = measured(trees, job, overrides, options.turns, options.turn, options.rounds)
         report[method] = [
             [{name: [getattr(turn, name) for turn in pair] for name in ("wall", "processor")} for pair in pairs]
             for pairs in rounds

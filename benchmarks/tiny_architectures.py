@@ -226,40 +226,40 @@ def _cut(values: Mapping[str, Any], layers: int | None) -> list[int]:
 def shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration, with small sizes."""
     layers = _layers_of(values)
-    kept = _cut(values, layers)
-    found: dict[str, Any] = {}
+    kept_layers = _cut(values, layers)
+    small_values: dict[str, Any] = {}
     for name, value in values.items():
         if name == "per_layer_config":
-            found[name] = {}
+            small_values[name] = {}
         elif isinstance(value, Mapping) and (name.endswith("config") or name in ("encoder", "decoder")):
-            found[name] = shrunk(value)
+            small_values[name] = shrunk(value)
         elif name in TOKENS:
-            found[name] = TOKENS[name]
+            small_values[name] = TOKENS[name]
         elif name.endswith(("_token_id", "_token_index", "token_ids")):
-            found[name] = _token(value)
+            small_values[name] = _token(value)
         elif isinstance(value, list) and layers and len(value) == layers:
             size = _matching(name)
-            found[name] = [
-                value[index] if size is None or not isinstance(value[index], int) else size for index in kept
+            small_values[name] = [
+                value[index] if size is None or not isinstance(value[index], int) else size for index in kept_layers
             ]
         elif LAYERS.fullmatch(name) and isinstance(value, int):
-            found[name] = len(kept)
+            small_values[name] = len(kept_layers)
         elif NO_DROPOUT.fullmatch(name) and isinstance(value, float | int) and not isinstance(value, bool):
-            found[name] = type(value)(0)
+            small_values[name] = type(value)(0)
         elif name in ("initializer_range", "init_std", "initializer_factor", "std"):
-            found[name] = 0.2 if name != "initializer_factor" else 1.0
+            small_values[name] = 0.2 if name != "initializer_factor" else 1.0
         elif name == "num_key_value_heads" and values.get("kv_lora_rank"):
-            found[name] = HEADS  # latent attention has as many
+            small_values[name] = HEADS  # latent attention has as many
         elif isinstance(value, int) and not isinstance(value, bool) and (size := _matching(name)) is not None:
-            found[name] = min(size, value) if value > 0 else value
+            small_values[name] = min(size, value) if value > 0 else value
         else:
-            found[name] = value
-    return found
+            small_values[name] = value
+    return small_values
 
 
 def _token(value: Any) -> Any:
     if isinstance(value, list):
-        return [_token(one) for one in value]
+        return [_token(entry) for entry in value]
     return VOCABULARY - 2 if isinstance(value, int) and value >= VOCABULARY else value
 
 
@@ -274,8 +274,8 @@ def small_config(kind: str) -> Any:
     return config_class.from_dict(_merged(values, BY_KIND.get(kind, {})))
 
 
-def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in more.items():
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in changes.items():
         values[name] = _merged(dict(values.get(name) or {}), value) if isinstance(value, Mapping) else value
     return values
 

@@ -28,16 +28,16 @@ class Clock(TrainerCallback):
         self.first_step_ended = 0.0
         self._began = 0.0
 
-    def on_train_begin(self, *unused: Any, **more: Any) -> None:
+    def on_train_begin(self, *unused: Any, **keywords: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, *unused: Any, **more: Any) -> None:
+    def on_step_end(self, *unused: Any, **keywords: Any) -> None:
         now = time.perf_counter()
         self.seconds.append(now - self._began)
         self._began = now
         self.first_step_ended = self.first_step_ended or time.time()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **keywords: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
 
@@ -77,8 +77,8 @@ def main() -> None:
         }
         # DeepSpeed is told of by the arguments, which have to be there before the model is loaded.
         if side == "trl":
-            more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
-            training_arguments: Any = trl.SFTConfig(**arguments, **more)
+            further = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+            training_arguments: Any = trl.SFTConfig(**arguments, **further)
         else:
             training_arguments = TrainingArguments(**arguments)
         memory, clock = PeakMemory(), Clock()

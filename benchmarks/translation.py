@@ -84,9 +84,9 @@ def report(result: dict[str, Any], trained: list[dict[str, Any]], prompted: dict
     for name, texts in answers.items():
         print(f"| {name} | {chrf[name]:.2f} | {BLEU().corpus_score(texts, [targets]).score:.2f} |")
     print(f"chrF {chrf['trained'] - chrf[best]:+.2f} over {best}")
-    (test,) = (found for name, found in scores.items() if name.lower().startswith("chrf"))
-    for (name, _), one in zip(systems, test, strict=True):
-        print(f"paired bootstrap, {name}: mean {one.mean:.2f} ± {one.ci:.2f}, p = {one.p_value}")
+    (test,) = (system_scores for name, system_scores in scores.items() if name.lower().startswith("chrf"))
+    for (name, _), score in zip(systems, test, strict=True):
+        print(f"paired bootstrap, {name}: mean {score.mean:.2f} ± {score.ci:.2f}, p = {score.p_value}")
 
 
 if __name__ == "__main__":

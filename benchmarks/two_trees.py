@@ -103,11 +103,11 @@ class Side:
 
 
 def measured(
-    trees: tuple[Path, Path], job: Job, more: list[str], turns: int, steps: int, rounds: int
+    trees: tuple[Path, Path], job: Job, overrides_of_all: list[str], turns: int, steps: int, rounds: int
 ) -> list[list[Pair]]:
     """Return the pairs of turns of `steps` steps of `trees`, old and new: `turns` of each of `rounds` pairs of fresh runs."""
     last = UNTIMED + turns * steps + 1  # a run does not come to its end within its last turn
-    overrides = [*replace(job, steps=last).overrides(), *more]
+    overrides = [*replace(job, steps=last).overrides(), *overrides_of_all]
     return [one_round(trees, overrides, turns, steps, number % 2) for number in range(rounds)]
 
 

@@ -38,17 +38,17 @@ def head(host: str, port: int, key: str, size: int) -> bytes:
 
 def upload(host: str, port: int, key: str, megabytes: int) -> tuple[bytes, int, str]:
     """Return the answer, how many bytes of the file were sent, and their digest."""
-    before = (
+    form_start = (
         b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
     )
-    after = b"\r\n--x--\r\n"
+    form_end = b"\r\n--x--\r\n"
     digest, sent, answer = hashlib.sha256(), 0, b""
     block = os.urandom(CHUNK)
     with socket.create_connection((host, port)) as connection:
         connection.settimeout(120)
         try:
-            connection.sendall(head(host, port, key, len(before) + megabytes * CHUNK + len(after)) + before)
+            connection.sendall(head(host, port, key, len(form_start) + megabytes * CHUNK + len(form_end)) + form_start)
             for number in range(megabytes):
                 piece = number.to_bytes(8, "big") + block[8:]
                 view = memoryview(piece)
@@ -57,7 +57,7 @@ def upload(host: str, port: int, key: str, megabytes: int) -> tuple[bytes, int, 
                     sent += count
                     view = view[count:]
                 digest.update(piece)
-            connection.sendall(after)
+            connection.sendall(form_end)
         except ConnectionError:
             pass
         try:
@@ -84,10 +84,10 @@ def download(host: str, port: int, key: str, file: str) -> str:
 
 def peak(pid: int) -> float:
     """Return the largest resident memory of a process since the last call, in MiB."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     Path(f"/proc/{pid}/clear_refs").write_text("5")
-    assert found is not None
-    return int(found[1]) / 1024
+    assert match is not None
+    return int(match[1]) / 1024
 
 
 def main(megabytes: int) -> int:
@@ -100,11 +100,11 @@ def main(megabytes: int) -> int:
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             lines = iter(server.stdout.readline, "")
-            found = next(match for line in lines if (match := re.match(r"http://([\d.]+):(\d+)/", line)))
-            host, port, key = found[1], int(found[2]), (state / "key").read_text().strip()
+            address = next(match for line in lines if (match := re.match(r"http://([\d.]+):(\d+)/", line)))
+            host, port, key = address[1], int(address[2]), (state / "key").read_text().strip()
             process = psutil.Process(server.pid)
             upload(host, port, key, 8)  # what the first upload loads
-            before, read = peak(server.pid), process.io_counters().read_chars
+            mib_before, read = peak(server.pid), process.io_counters().read_chars
             _, refused, _ = upload(host, port, "nothing", megabytes)
             read = process.io_counters().read_chars - read
             began = time.monotonic()
@@ -113,7 +113,7 @@ def main(megabytes: int) -> int:
             file = json.loads(answer.split(b"\r\n\r\n", 1)[1])["id"]
             returned = download(host, port, key, file)
             result = {
-                "megabytes": megabytes, "seconds": round(seconds, 1), "memory_before": round(before, 1),
+                "megabytes": megabytes, "seconds": round(seconds, 1), "memory_before": round(mib_before, 1),
                 "memory_peak": round(peak(server.pid), 1), "same": returned == digest, "sent_without_a_key": refused,
                 "read_without_a_key": read,
             }  # fmt: skip
