@@ -31,8 +31,8 @@ NAMED_TAGS = TokenClassificationConfig(labels=["O", "B-X", "I-X"])
 QUESTIONS = QuestionAnsweringConfig()
 
 
-def output(role: str, content: Any = "Yes", **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
+def output(role: str, content: Any = "Yes", **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
 
 
 def chat(*messages: Any, **columns: Any) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def part(role: str, **content: Any) -> dict[str, Any]:
     return {"role": role, "parts": [content]}
 
 
-def contents(*given: Any) -> dict[str, Any]:
-    return {"contents": list(given)}
+def contents(*parts: Any) -> dict[str, Any]:
+    return {"contents": list(parts)}
 
 
 GEMINI = contents(part("user", text="Hi"), part("model", text="Yes"))

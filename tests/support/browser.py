@@ -28,10 +28,10 @@ QUIET = (
 
 def browser() -> str:
     """Return the browser's program; the test that asks is skipped where there is none."""
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
+    program = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if program is None:
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    return found
+    return program
 
 
 def run(page: Path, profile: Path, *flags: str, width: int = 1280, height: int = 900, dark: bool = False) -> str:

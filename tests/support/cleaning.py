@@ -40,11 +40,11 @@ def edited(text: str, share: float, random_source: random.Random) -> str:
 
 def edit_distance(first: str, second: str) -> int:
     """Compute Levenshtein's distance by the textbook's table, a row at a time: what the library is held against."""
-    one, two = (np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in (first, second))
-    places = np.arange(len(two) + 1)
+    first_codes, second_codes = (np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in (first, second))
+    places = np.arange(len(second_codes) + 1)
     costs = places.copy()
-    for row, character in enumerate(one, start=1):
-        reached = np.concatenate([[row], np.minimum(costs[1:] + 1, costs[:-1] + (two != character))])
+    for row, character in enumerate(first_codes, start=1):
+        reached = np.concatenate([[row], np.minimum(costs[1:] + 1, costs[:-1] + (second_codes != character))])
         # An insertion takes the cost of the place before and one more: a running minimum.
         costs = np.minimum.accumulate(reached - places) + places
     return int(costs[-1])

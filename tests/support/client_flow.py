@@ -23,15 +23,15 @@ def main(url: str, key: str, training: str, validation: str, chats: str = "") ->
 
     def poll(job: str, *until: str) -> Any:
         deadline = time.monotonic() + 900
-        while (found := client.fine_tuning.jobs.retrieve(job)).status not in (
+        while (job_state := client.fine_tuning.jobs.retrieve(job)).status not in (
             "succeeded",
             "failed",
             "cancelled",
             *until,
         ):
-            assert time.monotonic() < deadline, found
+            assert time.monotonic() < deadline, job_state
             time.sleep(0.2)
-        return found
+        return job_state
 
     files = {"training_file": upload(training), "validation_file": upload(validation)}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 4}}}
@@ -58,7 +58,7 @@ def main(url: str, key: str, training: str, validation: str, chats: str = "") ->
     slow: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50}}}
     second = client.fine_tuning.jobs.create(model="tiny", training_file=files["training_file"], method=slow)
     assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
-    assert [one.id for one in client.fine_tuning.jobs.list(limit=1)][:2] == [second.id, job.id]
+    assert [listed_job.id for listed_job in client.fine_tuning.jobs.list(limit=1)][:2] == [second.id, job.id]
     assert client.models.delete(job.fine_tuned_model).deleted
     code = ""
     try:

@@ -97,22 +97,22 @@ class Server:
 
 def job_processes(state: Path) -> list[psutil.Process]:
     """Return processes of jobs, and of their trainings."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if any(word in words for word in (*MODULES, "train")) and any(str(state) in word for word in words):
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def wait_for(client: openai.OpenAI, job: str, *states: str, seconds: float = 1500.0) -> Any:
     """Return the job when it is in one of these states. Fails where it comes to another end."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found = client.fine_tuning.jobs.retrieve(job)
-        if found.status in states:
-            return found
-        if found.status in ("failed", "cancelled", "succeeded"):
-            raise AssertionError(f"{job} is {found.status}: {found.error}")
+        state = client.fine_tuning.jobs.retrieve(job)
+        if state.status in states:
+            return state
+        if state.status in ("failed", "cancelled", "succeeded"):
+            raise AssertionError(f"{job} is {state.status}: {state.error}")
         time.sleep(0.2)
-    raise AssertionError(f"{job} is {found.status} after {seconds} s")
+    raise AssertionError(f"{job} is {state.status} after {seconds} s")

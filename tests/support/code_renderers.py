@@ -41,12 +41,14 @@ def harmony() -> Callable[..., str]:
     )
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinks: bool) -> str:
-        given = [ChatCompletionToolsParam(**tool) for tool in tools or []]
+        harmony_tools = [ChatCompletionToolsParam(**tool) for tool in tools or []]
         sent = [{**message, "reasoning": message.get("reasoning_content")} for message in messages]
-        instructions, rest = extract_instructions_from_messages(sent)
-        preamble = build_harmony_preamble(instructions=instructions, tools=given or None)
+        instructions, messages_behind = extract_instructions_from_messages(sent)
+        preamble = build_harmony_preamble(instructions=instructions, tools=harmony_tools or None)
         return str(
-            get_encoding().decode(render_for_completion([*preamble, *parse_chat_inputs_to_harmony_messages(rest)]))
+            get_encoding().decode(
+                render_for_completion([*preamble, *parse_chat_inputs_to_harmony_messages(messages_behind)])
+            )
         )
 
     return render
@@ -81,13 +83,13 @@ RENDERERS: dict[str, Callable[[], Callable[..., str]]] = {
 
 def main() -> None:
     render = RENDERERS[sys.argv[1]]()
-    found: dict[str, Any] = {}
+    result_by_name: dict[str, Any] = {}
     for name, conversation in json.load(sys.stdin).items():
         try:
-            found[name] = render(conversation["messages"], conversation.get("tools"), conversation["thinks"])
+            result_by_name[name] = render(conversation["messages"], conversation.get("tools"), conversation["thinks"])
         except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-    print("\n" + json.dumps(found))
+            result_by_name[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    print("\n" + json.dumps(result_by_name))
 
 
 if __name__ == "__main__":

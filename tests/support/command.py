@@ -21,8 +21,8 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 def clean_environment(folder: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return kept | {
+    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return variables | {
         "DSTUNE_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -100,8 +100,8 @@ def exact(run_dir: Path) -> list[dict[str, Any]]:
 def wait_until(condition: Callable[[], Any], timeout: float = 120) -> Any:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.02)
     raise AssertionError(f"nothing happened within {timeout} s")
 
@@ -109,18 +109,18 @@ def wait_until(condition: Callable[[], Any], timeout: float = 120) -> Any:
 def family_of(pid: int) -> list[psutil.Process]:
     """Return the living descendants of a command, but for the twin of a warm one (`warm_start`), which ends by itself when it
     ends."""
-    found = []
+    processes = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # ended meanwhile
-            found += [process] if warm_start.__file__ not in process.cmdline() else []
-    return found
+            processes += [process] if warm_start.__file__ not in process.cmdline() else []
+    return processes
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
     """Return the living worker processes of a run, in no order."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
         if "dstune.worker" in words and str(run_dir) in words and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes

@@ -34,9 +34,9 @@ def _metadata(fields: list[dict[str, Any]], configuration: dict[str, str]) -> di
     }
 
 
-def _add(path: Path, rows: int, **more: Any) -> dict[str, Any]:
+def _add(path: Path, rows: int, **fields: Any) -> dict[str, Any]:
     add = {"path": path.name, "partitionValues": {}, "size": path.stat().st_size, "modificationTime": 1700000000000}
-    return {"add": {**add, "dataChange": True, "stats": json.dumps({"numRecords": rows}), **more}}
+    return {"add": {**add, "dataChange": True, "stats": json.dumps({"numRecords": rows}), **fields}}
 
 
 def mapped_table(table: Path, rows: list[dict[str, str]]) -> Path:

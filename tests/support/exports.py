@@ -58,9 +58,9 @@ def without_pooler(folder: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "pooler" not in name}
-    assert len(kept) == len(weights) - 2
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    remaining = {name: weight for name, weight in weights.items() if "pooler" not in name}
+    assert len(remaining) == len(weights) - 2
+    save_file(remaining, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

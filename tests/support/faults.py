@@ -23,13 +23,13 @@ def rank(run_dir: Path, number: int) -> psutil.Process:
     return next(process for process in ranks_of(run_dir) if process.environ()["RANK"] == str(number))
 
 
-def to_rank(number: int, what: signal.Signals) -> Strike:
-    return lambda command, run_dir: rank(run_dir, number).send_signal(what)
+def to_rank(number: int, sent_signal: signal.Signals) -> Strike:
+    return lambda command, run_dir: rank(run_dir, number).send_signal(sent_signal)
 
 
-def to_command(*what: signal.Signals, pause: float = 0.5) -> Strike:
+def to_command(*signals: signal.Signals, pause: float = 0.5) -> Strike:
     def strike(command: subprocess.Popen, run_dir: Path) -> None:
-        for index, number in enumerate(what):
+        for index, number in enumerate(signals):
             if index:
                 time.sleep(pause)
             command.send_signal(number)
@@ -106,17 +106,17 @@ def half_a_state(newest: Path) -> None:
     state.write_text(state.read_text()[:40])
 
 
-def damaged(name: str, what: str, damage: Callable[[Path], None]) -> Fault:
+def damaged(name: str, description: str, damage: Callable[[Path], None]) -> Fault:
     says = "skipping damaged checkpoint" if damage is flip_a_bit else "skipping incomplete checkpoint"
     keep = ["checkpoint.keep=3"]
     terminate = to_command(signal.SIGTERM)
-    return Fault(name, what, terminate, exit_code=75, says=says, damage=damage, overrides=keep)
+    return Fault(name, description, terminate, exit_code=75, says=says, damage=damage, overrides=keep)
 
 
 def moved(name: str, *again: str, stage: int = 2) -> Fault:
-    what = f"SIGKILL to rank 1 at stage {stage}, then {' '.join(again)}"
+    description = f"SIGKILL to rank 1 at stage {stage}, then {' '.join(again)}"
     layout = [f"zero.stage={stage}"]
-    return Fault(name, what, to_rank(1, signal.SIGKILL), overrides=layout, again=list(again), close=True)
+    return Fault(name, description, to_rank(1, signal.SIGKILL), overrides=layout, again=list(again), close=True)
 
 
 def micro_batches(step: int) -> int:

@@ -44,14 +44,14 @@ class Cloud:
     open_clients: list[Any] = field(default_factory=list)
 
     def openai(self, key: str | None = None, **options: Any) -> openai.AsyncOpenAI:
-        given = {"max_retries": 0, "base_url": f"{self.url}/v1", **options}
-        made = openai.AsyncOpenAI(api_key=self.key if key is None else key, **given)
+        client_options = {"max_retries": 0, "base_url": f"{self.url}/v1", **options}
+        made = openai.AsyncOpenAI(api_key=self.key if key is None else key, **client_options)
         self.open_clients.append(made)
         return made
 
     def http(self, key: str | None = None, **headers: str) -> httpx2.AsyncClient:
-        given = {"authorization": f"Bearer {self.key if key is None else key}"} | headers
-        made = httpx2.AsyncClient(base_url=self.url, headers=given, timeout=30, trust_env=False)
+        sent_headers = {"authorization": f"Bearer {self.key if key is None else key}"} | headers
+        made = httpx2.AsyncClient(base_url=self.url, headers=sent_headers, timeout=30, trust_env=False)
         self.open_clients.append(made)
         return made
 
@@ -78,9 +78,9 @@ async def cloud(
             may_be_empty=not models,
         )
         await fleet.start([stub_source(name) for name in models])
-        async with _running(folder, database, service, fleet, ROUTES if models else COMMON, settings) as found:
-            found.stub = stub
-            yield found
+        async with _running(folder, database, service, fleet, ROUTES if models else COMMON, settings) as running:
+            running.stub = stub
+            yield running
         await fleet.stop()
 
 
@@ -95,17 +95,27 @@ async def _running(
         session.flush()
         session.add(Project(id="proj_other", organization="org-other", name="other", created_at=1))
     keys = gateway.keys
-    own = {role: keys.add(role, role=role) for role in ("member", "owner", "read_only")}
+    key_by_role = {role: keys.add(role, role=role) for role in ("member", "owner", "read_only")}
     admin, other = keys.add("admin", admin=True), keys.add("other", project="proj_other", role="owner")
     recorder.start()
     service.attach(gateway)
     service.start()
     async with listening(gateway) as url:
-        found = Cloud(url, gateway, service, own["member"], own["owner"], own["read_only"], admin, other, folder)
+        cloud = Cloud(
+            url,
+            gateway,
+            service,
+            key_by_role["member"],
+            key_by_role["owner"],
+            key_by_role["read_only"],
+            admin,
+            other,
+            folder,
+        )
         try:
-            yield found
+            yield cloud
         finally:
-            for client in found.open_clients:
+            for client in cloud.open_clients:
                 await (client.close() if isinstance(client, openai.AsyncOpenAI) else client.aclose())
     await service.stop()
     await recorder.stop()

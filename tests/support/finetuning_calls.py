@@ -10,7 +10,7 @@ from tests.support.serving import until as until
 
 def run(test, tmp_path, **options):
     async def main():
-        async with cloud(tmp_path, **options) as found:
-            return await test(found)
+        async with cloud(tmp_path, **options) as opened:
+            return await test(opened)
 
     return asyncio.run(main())

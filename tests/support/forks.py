@@ -62,9 +62,9 @@ class Asking:
 
     def declines(self, **variables: str) -> str:
         """Return why the rank starts cold."""
-        before = len(self.messages)
+        count_before = len(self.messages)
         assert self.fork(**variables) is None
-        assert len(self.messages) == before + 1 and "\n" not in self.messages[-1]
+        assert len(self.messages) == count_before + 1 and "\n" not in self.messages[-1]
         return self.messages[-1]
 
     @property
@@ -78,9 +78,9 @@ def outcome(process: Any) -> tuple[dict[str, Any], dict[str, Any], int]:
     line = process.stdout.readline()
     wait_until(lambda: process.poll() is not None, timeout=20)
     process.stdout.close()
-    same, own = json.loads(line)
-    assert own["pid"] == process.pid
-    return same, own, process.returncode
+    common_facts, own_facts = json.loads(line)
+    assert own_facts["pid"] == process.pid
+    return common_facts, own_facts, process.returncode
 
 
 @pytest.fixture(name="asking")

@@ -33,7 +33,7 @@ def calibrate(
 def calibrated_between(folder: Path, low: str, high: str) -> Path:
     """Return a threshold between the scores of two texts. Raises AssertionError where `low` has not the lower one."""
     model = GuardModel.load(folder, window_tokens=16, stride=12)
-    first, second = (max(one.value for one in scores) for scores in model.scores([low, high]))
+    first, second = (max(score.value for score in scores) for scores in model.scores([low, high]))
     assert first < second
     return calibrate(folder, (first + second) / 2)
 
@@ -54,19 +54,21 @@ class InProcess:
         return await asyncio.to_thread(lambda: [self.scanner.scan(item) for item in items])
 
 
-def write_policies(folder: Path, policy: Mapping[str, Any], **more: Any) -> Path:
+def write_policies(folder: Path, policy: Mapping[str, Any], **fields: Any) -> Path:
     """Return a file with one policy for all routes."""
     routes = dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v2/guard"), "own")
-    value = {"format": 1, "policies": {"own": dict(policy)}, "routes": routes, **more}
+    value = {"format": 1, "policies": {"own": dict(policy)}, "routes": routes, **fields}
     file = folder / "guard.yaml"
     file.write_text(yaml.safe_dump(value))
     return file
 
 
-def guarded(found: Any, policy: Mapping[str, Any], models: Mapping[str, Path] | None = None, **more: Any) -> InProcess:
+def guarded(
+    server: Any, policy: Mapping[str, Any], models: Mapping[str, Path] | None = None, **fields: Any
+) -> InProcess:
     """Put a guard in front of a gateway that runs (`tests.support.serving.served`)."""
-    policies = read(write_policies(found.folder, policy, **more))
+    policies = read(write_policies(server.folder, policy, **fields))
     guarding = InProcess(policies, Scanner.load(models or {}))
     policies.check_models(guarding.scanner.calibrated)
-    found.gateway.add_routes(guard_routes(found.gateway, guarding, found.folder, 30.0)[0])  # type: ignore[arg-type]
+    server.gateway.add_routes(guard_routes(server.gateway, guarding, server.folder, 30.0)[0])  # type: ignore[arg-type]
     return guarding

@@ -75,12 +75,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "EntryNotFound")
 
-    def _api(self, repository: str, rest: list[str], body: bytes) -> None:
-        kind, revision, inside = (rest or ["revision"])[0], (rest[1:2] or ["main"])[0], "/".join(rest[2:])
-        found = self._folder(repository, revision)
-        if found is None:
+    def _api(self, repository: str, path_parts: list[str], body: bytes) -> None:
+        kind, revision, inside = (
+            (path_parts or ["revision"])[0],
+            (path_parts[1:2] or ["main"])[0],
+            "/".join(path_parts[2:]),
+        )
+        snapshot = self._folder(repository, revision)
+        if snapshot is None:
             return
-        commit, folder = found
+        commit, folder = snapshot
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         if kind == "revision":
             siblings = [{"rfilename": str(file.relative_to(folder))} for file in files]
@@ -101,10 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "EntryNotFound")
 
     def _file(self, repository: str, revision: str, name: str) -> None:
-        found = self._folder(repository, revision)
-        if found is None:
+        snapshot = self._folder(repository, revision)
+        if snapshot is None:
             return
-        commit, folder = found
+        commit, folder = snapshot
         file = folder / name
         if not file.is_file():
             self._error(404, "EntryNotFound", {"X-Repo-Commit": commit})

@@ -38,5 +38,5 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
         "llama-factory": {"model_name_or_path": "m", "stage": "sft", "dataset": "none"},
         "trl": {"model_name_or_path": "m", "dataset_name": "rows.jsonl"},
     }[tool]
-    found = convert({**base, **keys}, tool, Path("x.yaml"), 1)
-    return yaml.safe_load(found.text), found
+    experiment = convert({**base, **keys}, tool, Path("x.yaml"), 1)
+    return yaml.safe_load(experiment.text), experiment

@@ -108,12 +108,12 @@ class Bench:
 
     def row(self, organization: str = DEFAULT_ORGANIZATION, **changes: Any) -> Job:
         project = DEFAULT_PROJECT if organization == DEFAULT_ORGANIZATION else organization.replace("org-", "proj_")
-        given: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "id": new_id("ftjob-"), "created_at": unix_time(), "organization": organization, "project": project, "key": "k",
             "model": "tiny", "preset": "tiny", "method": "supervised", "hyperparameters": dict(HYPERPARAMETERS),
             "training_file": "file-x", "seed": 1, "state": State.VALIDATING, "step_seconds": 0.01,
         }  # fmt: skip
-        return Job(**(given | changes))
+        return Job(**(fields | changes))
 
     def add(self, organization: str = DEFAULT_ORGANIZATION, **changes: Any) -> str:
         row = self.row(organization, **changes)

@@ -221,10 +221,12 @@ def _judge(report: Report, database: Database, folder: Path) -> None:
     with database.session() as session:
         jobs = list(session.query(Job))
         # A folder without a row is what a create leaves that was killed before its row: it goes after an hour.
-        found = [
-            one for one in inconsistencies(session, folder / "finetuning", at_rest=True) if "without a row" not in one
+        problems = [
+            problem
+            for problem in inconsistencies(session, folder / "finetuning", at_rest=True)
+            if "without a row" not in problem
         ]
-    report.problems += found
+    report.problems += problems
     report.states = Counter(str(job.state) for job in jobs)
     by_name: dict[str, list[str]] = {}
     for job in jobs:

@@ -93,19 +93,19 @@ class Launch:
     def survivors(self) -> list[psutil.Process]:
         """Return processes that still have the run directory on their command line or in their environment."""
         marks = str(self.run_dir)
-        found = []
+        processes = []
         for process in psutil.process_iter():
             try:
                 formatted = [*process.cmdline(), *process.environ().values()]
             except psutil.Error:
                 continue
             if process.pid != os.getpid() and any(marks in text for text in formatted):
-                found.append(process)
-        return found
+                processes.append(process)
+        return processes
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], event: str, timeout: float = 20.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        assert time.monotonic() < deadline, f"waited {timeout} s for {event}"
         time.sleep(0.02)

@@ -203,9 +203,9 @@ class Table:
                 }
             )
         output = run_ranks(PROGRAM, 2, cases, timeout=120.0 + 30.0 * len(cases))[0]
-        found = [json.loads(line.removeprefix("CASE ")) for line in output.splitlines() if line.startswith("CASE ")]
-        assert len(found) == len(ordered)
-        return found
+        outcomes = [json.loads(line.removeprefix("CASE ")) for line in output.splitlines() if line.startswith("CASE ")]
+        assert len(outcomes) == len(ordered)
+        return outcomes
 
 
 NOTHING_FROZEN_AT_THE_END = {"full", "ulmfit", "ulmfit of a classifier", "features"}

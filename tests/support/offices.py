@@ -40,20 +40,20 @@ class Office:
     async def file(self, client: openai.AsyncOpenAI, rows: int = ROWS) -> str:
         return (await client.files.create(file=("rows.jsonl", (ROW * rows).encode()), purpose="fine-tune")).id
 
-    async def create(self, client: openai.AsyncOpenAI, **given: Any) -> Any:
-        training = given.pop("training_file", None) or await self.file(client)
-        return await client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": training, **given})
+    async def create(self, client: openai.AsyncOpenAI, **fields: Any) -> Any:
+        training = fields.pop("training_file", None) or await self.file(client)
+        return await client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": training, **fields})
 
     def folder(self, job: str) -> JobFolder:
         return JobFolder.of(self.cloud.api.folder / "jobs", job)
 
     async def reach(self, client: openai.AsyncOpenAI, job: str, *states: str) -> Any:
         for _ in range(600):
-            found = await client.fine_tuning.jobs.retrieve(job)
-            if found.status in states:
-                return found
+            state = await client.fine_tuning.jobs.retrieve(job)
+            if state.status in states:
+                return state
             await asyncio.sleep(0.02)
-        raise AssertionError(f"{job} is {found.status}, not {states}")
+        raise AssertionError(f"{job} is {state.status}, not {states}")
 
     def train(self, job: str, last: int) -> None:
         run = self.folder(job).run
@@ -74,8 +74,8 @@ class Office:
         write(folder.ended, {"attempt": attempt, "code": code, "problems": [], "tokens": 80})
         self.launcher.alive.discard(job)
 
-    async def succeeded(self, client: openai.AsyncOpenAI, **given: Any) -> Any:
-        job = await self.create(client, hyperparameters={"n_epochs": 2, "batch_size": 3}, **given)
+    async def succeeded(self, client: openai.AsyncOpenAI, **fields: Any) -> Any:
+        job = await self.create(client, hyperparameters={"n_epochs": 2, "batch_size": 3}, **fields)
         await self.reach(client, job.id, "running")
         self.train(job.id, 8)
         self.finish(job.id)
@@ -90,15 +90,15 @@ async def office(folder: Path, devices: int = 2, **settings: Any) -> AsyncIterat
     presets.write_text(json.dumps(PRESETS))
     launcher, plans = StubLauncher(), StubPlans()
     parts = Parts(presets, launcher=launcher, planner=plans, machine=Machine(devices))
-    async with cloud(folder, api=settings, parts=parts) as found:
-        yield Office(found, launcher, plans)
+    async with cloud(folder, api=settings, parts=parts) as running:
+        yield Office(running, launcher, plans)
 
 
-def in_office(folder: Path, test: Any, **given: Any) -> None:
+def in_office(folder: Path, test: Any, **options: Any) -> None:
     async def main() -> None:
-        async with office(folder, **given) as found:
-            await test(found)
-            with found.cloud.api.database.session() as session:
-                assert list(inconsistencies(session, found.cloud.api.folder)) == []
+        async with office(folder, **options) as opened:
+            await test(opened)
+            with opened.cloud.api.database.session() as session:
+                assert list(inconsistencies(session, opened.cloud.api.folder)) == []
 
     asyncio.run(main())

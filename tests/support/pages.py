@@ -42,4 +42,4 @@ class Page(HTMLParser):
         return (attributes for _, attributes in self.elements if name in attributes)
 
     def classed(self, name: str) -> list[dict[str, str | None]]:
-        return [found for found in self.having("class") if name in str(found["class"]).split()]
+        return [element for element in self.having("class") if name in str(element["class"]).split()]

@@ -94,7 +94,7 @@ def write_run_directory(
 
 def full_run(folder: Path, **changes: Any) -> Path:
     """Return a completed run of 40 steps that was resumed once, with every file; `changes` as for `write_run_directory`."""
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "result": RESULT,
         "data_report": DATA,
         "environment": {
@@ -109,7 +109,7 @@ def full_run(folder: Path, **changes: Any) -> Path:
             {"step": 40, "prompt": "Hey", "reference": "hey whats up", "answer": "not much"},
         ],
     }
-    return write_run_directory(folder, **(given | changes))
+    return write_run_directory(folder, **(settings | changes))
 
 
 def write_sweep_directory(
@@ -119,12 +119,12 @@ def write_sweep_directory(
     failed before it had a directory. changes: of every run, as for `write_run_directory`."""
     (folder / "trials").mkdir(parents=True)
     (folder / "sweep.yaml").write_text(json.dumps({"objective": list(objective), "overrides": [], "config": {}}))
-    for number, given in enumerate(trials):
-        record = {"number": number, "status": "completed", "seconds": 60.0, "starts": 1, **given}
+    for number, trial in enumerate(trials):
+        record = {"number": number, "status": "completed", "seconds": 60.0, "starts": 1, **trial}
         with_run = record.pop("run", True)
         (folder / "trials" / f"{record['name']}.json").write_text(json.dumps(record))
         if with_run:
             result = {**RESULT, "status": record["status"], "reason": record.get("reason", "")}
-            more = {"result": result, **changes, **record.pop("files", {})}
-            write_run_directory(folder / record["name"], name=record["name"], **more)
+            options = {"result": result, **changes, **record.pop("files", {})}
+            write_run_directory(folder / record["name"], name=record["name"], **options)
     return folder

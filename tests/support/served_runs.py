@@ -27,8 +27,15 @@ def save_run(
     """Return a run directory whose trained parameters differ from the model's by normal numbers times `scale`."""
     folder.mkdir(parents=True)
     held_out = "data.split.validation=0.3"
-    given = [f"model.path={model}", "data=files", f"data.train={data}", held_out, "data.max_length=128", *overrides]
-    write_run(folder / "run.yaml", compose([*given, f"run.name={folder.name}", "trainer.precision=fp32"]))
+    run_overrides = [
+        f"model.path={model}",
+        "data=files",
+        f"data.train={data}",
+        held_out,
+        "data.max_length=128",
+        *overrides,
+    ]
+    write_run(folder / "run.yaml", compose([*run_overrides, f"run.name={folder.name}", "trainer.precision=fp32"]))
     config = read_run(folder / "run.yaml").config
     tokenizer = load_tokenizer(config.model)
     body = load_model(config, tokenizer, labels, torch.float32)

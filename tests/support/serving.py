@@ -127,20 +127,20 @@ class StubApp:
 @asynccontextmanager
 async def listening(app: Any, uds: Path | None = None) -> AsyncIterator[str]:
     """Run `app` behind uvicorn; yields the URL, or nothing where it listens on a Unix socket."""
-    own = socket.socket(socket.AF_UNIX if uds else socket.AF_INET, socket.SOCK_STREAM)
-    own.bind(str(uds) if uds else ("127.0.0.1", 0))
-    own.listen(2048)
+    bound = socket.socket(socket.AF_UNIX if uds else socket.AF_INET, socket.SOCK_STREAM)
+    bound.bind(str(uds) if uds else ("127.0.0.1", 0))
+    bound.listen(2048)
     config = configured(app, timeout_graceful_shutdown=5)
     server = Server(config)
-    task = asyncio.create_task(server.serve([own]))
+    task = asyncio.create_task(server.serve([bound]))
     while not server.started:
         await asyncio.sleep(0.005)
     try:
-        yield "" if uds else f"http://127.0.0.1:{own.getsockname()[1]}"
+        yield "" if uds else f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
         await task
-        own.close()
+        bound.close()
 
 
 @dataclass
@@ -203,8 +203,8 @@ class ProcessEngine(StubEngine):
 
 
 def stub_source(name: str, **changes: Any) -> Source:
-    given: dict[str, Any] = {"folder": None, "path": name, "task": "chat", "generates": True, "serves": ()}
-    return Source(**{"name": name, "adapter": False, "base": name, **given, **changes})
+    defaults: dict[str, Any] = {"folder": None, "path": name, "task": "chat", "generates": True, "serves": ()}
+    return Source(**{"name": name, "adapter": False, "base": name, **defaults, **changes})
 
 
 @dataclass
@@ -223,8 +223,8 @@ class Served:
     clients: list[httpx2.AsyncClient] = field(default_factory=list)
 
     def client(self, key: str | None = None, **headers: str) -> httpx2.AsyncClient:
-        given = {"authorization": f"Bearer {self.key if key is None else key}"} | headers
-        made = httpx2.AsyncClient(base_url=self.url, headers=given, timeout=30, trust_env=False)
+        sent_headers = {"authorization": f"Bearer {self.key if key is None else key}"} | headers
+        made = httpx2.AsyncClient(base_url=self.url, headers=sent_headers, timeout=30, trust_env=False)
         self.clients.append(made)
         return made
 
@@ -259,11 +259,11 @@ async def served(
         key, other = gateway.keys.add("one"), gateway.keys.add("two", models=["second"])
         recorder.start()
         async with listening(gateway) as url:
-            found = Served(url, gateway, app, fleet, admin, key, other, folder)
+            server = Served(url, gateway, app, fleet, admin, key, other, folder)
             try:
-                yield found
+                yield server
             finally:
-                for client in found.clients:
+                for client in server.clients:
                     await client.aclose()
         await recorder.stop()
         await fleet.stop()
@@ -284,8 +284,8 @@ def run(test, tmp_path, **settings):
     """Return the result of `test(served)`."""
 
     async def main():
-        async with served(tmp_path, **settings) as found:
-            return await test(found)
+        async with served(tmp_path, **settings) as server:
+            return await test(server)
 
     return asyncio.run(main())
 

@@ -42,9 +42,9 @@ def language(tokenizer: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_with(tokens: dict[str, str], place: str, words: list[str] = WORDS, more: tuple[str, ...] = ()) -> Any:
+def tokenizer_with(tokens: dict[str, str], place: str, words: list[str] = WORDS, further: tuple[str, ...] = ()) -> Any:
     """Make a tokenizer with control tokens. tokens: by the attribute under which a processor asks for it (`image_token`)."""
-    added = [*dict.fromkeys(tokens.values()), *more]
+    added = [*dict.fromkeys(tokens.values()), *further]
     tokenizer = word_tokenizer([*SPECIAL, *words, "\n\n"])
     tokenizer.add_special_tokens({"additional_special_tokens": added}, replace_extra_special_tokens=False)
     tokenizer._set_model_specific_special_tokens(special_tokens=tokens)

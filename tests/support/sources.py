@@ -95,7 +95,7 @@ def chat_sources(folder: Path) -> dict[str, str]:
         return str(folder / name)
 
     as_text = [{"messages": json.dumps(row["messages"])} for row in CHATS]
-    found = {
+    source_by_kind = {
         "jsonl": put("rows.jsonl", jsonl(CHATS)),
         "ndjson": put("rows.ndjson", jsonl(CHATS)),
         "json array": put("rows.json", json.dumps(CHATS, indent=1).encode()),
@@ -126,9 +126,9 @@ def chat_sources(folder: Path) -> dict[str, str]:
         "hub commit": f"org/chats@{COMMIT}:train_sft",
     }
     pq.write_table(table, folder / "rows.parquet", row_group_size=5)
-    found["parquet"] = str(folder / "rows.parquet")
+    source_by_kind["parquet"] = str(folder / "rows.parquet")
     pyarrow.feather.write_feather(table, folder / "rows.feather")
-    found["feather"] = str(folder / "rows.feather")
+    source_by_kind["feather"] = str(folder / "rows.feather")
     for name, rows in (("a", CHATS[:half]), ("b", CHATS[half:])):
         put(f"parts/{name}.jsonl", jsonl(rows))
         put(f"deep/{name}/rows.jsonl", jsonl(rows))
@@ -146,7 +146,7 @@ def chat_sources(folder: Path) -> dict[str, str]:
     saved = datasets.Dataset.from_list(CHATS)
     saved.save_to_disk(str(folder / "saved"), num_shards=2)
     datasets.DatasetDict({"train": saved, "other": saved}).save_to_disk(str(folder / "saved-dict"))
-    return found
+    return source_by_kind
 
 
 def chat_formats(folder: Path) -> dict[str, tuple[str, list[str]]]:
@@ -206,9 +206,9 @@ def label_sources(folder: Path) -> dict[str, tuple[str, list[str]]]:
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["odd", "even"])}
     )
-    named = datasets.Dataset.from_list(LABELLED).cast(features)
-    named.to_parquet(str(folder / "classes.parquet"))
-    named.save_to_disk(str(folder / "classes"))
+    with_classes = datasets.Dataset.from_list(LABELLED).cast(features)
+    with_classes.to_parquet(str(folder / "classes.parquet"))
+    with_classes.save_to_disk(str(folder / "classes"))
     lists = [{"text": row["text"], "labels": [row["label"]]} for row in LABELLED]
     return {
         "labels in csv": (str(write_csv(folder / "labelled.csv", LABELLED)), []),

@@ -99,10 +99,10 @@ ESCAPED = r"$\{oc.env\:HF_TOKEN\}"
 """Which Hydra reads as a reference."""
 
 
-def read(stranger: Stranger, *given: str):
+def read(stranger: Stranger, *overrides: str):
     from dstune.config.run_file import read_run
 
-    return read_run(stranger.run / "run.yaml", given).config
+    return read_run(stranger.run / "run.yaml", overrides).config
 
 
 def mine(stranger: Stranger, *overrides: str, **sections: object) -> None:

@@ -97,14 +97,14 @@ class Scene:
         return overrides_of_run(str(name), STEPS, *changed, *further)
 
     def start(self, run_dir: Path, *further: str, inject: dict[str, Any] | None = None) -> subprocess.Popen:
-        before = dict(self.commands.env)
+        environment_before = dict(self.commands.env)
         if inject:
-            path = os.pathsep.join([str(INJECT), before["PYTHONPATH"]])
+            path = os.pathsep.join([str(INJECT), environment_before["PYTHONPATH"]])
             self.commands.env |= {"DSTUNE_FAULT": json.dumps(inject), "PYTHONPATH": path}
         try:
             return self.commands.start("train", *self.overrides(run_dir, *further))
         finally:
-            self.commands.env = before
+            self.commands.env = environment_before
 
     def weights(self, name: str) -> bytes:
         return (self.folder / name / "export" / "model.safetensors").read_bytes()
@@ -147,14 +147,14 @@ def play(scene: Scene, fault: Fault) -> Outcome:
 
 
 def resumed(scene: Scene, run_dir: Path, outcome: Outcome, fault: Fault) -> Outcome:
-    before, launched = last_step(run_dir), len(_launches(run_dir))
+    step_before, launched = last_step(run_dir), len(_launches(run_dir))
     began = time.monotonic()
     command = scene.commands.start("train", str(run_dir), *fault.again)
     wait_until(lambda: len(_launches(run_dir)) > launched or command.poll() is not None, timeout=600)
     start = _launches(run_dir)[-1]["step"]
     wait_until(lambda: last_step(run_dir) > start or command.poll() is not None, timeout=600)
     outcome.resume_seconds = time.monotonic() - began
-    outcome.lost = before - start
+    outcome.lost = step_before - start
     code = command.wait(timeout=600)
     assert code == 0, scene.commands.log
     rows = exact(run_dir)
@@ -219,10 +219,10 @@ def _last_written(run_dir: Path) -> float:
 def message(log: str, patterns: str | tuple[str, ...]) -> str:
     """Return the last lines of the command in which the patterns are found."""
     lines = [line.strip().removeprefix("| ").removeprefix("dstune: ") for line in log.splitlines() if line.strip()]
-    found = []
+    lines_found = []
     for pattern in as_patterns(patterns):
-        found += [line for line in lines if re.search(pattern, line)][-1:]
-    return "; ".join(dict.fromkeys(found))
+        lines_found += [line for line in lines if re.search(pattern, line)][-1:]
+    return "; ".join(dict.fromkeys(lines_found))
 
 
 def as_patterns(says: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -233,10 +233,10 @@ def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: flo
     """Return every metric of every row within a relative `bound`; the norm of the gradient, a difference of large sums, within
     1e-4, and the gap, a difference of two losses, within as much of 1."""
 
-    def agrees(key: str, left: Any, right: Any) -> bool:
+    def agrees(key: str, first: Any, second: Any) -> bool:
         limit = 10 * bound if key == "grad_norm" else bound
-        size = 1.0 if key == "eval/gap" else abs(right)
-        return left == right or (isinstance(left, float) and abs(left - right) <= limit * size)
+        size = 1.0 if key == "eval/gap" else abs(second)
+        return first == second or (isinstance(first, float) and abs(first - second) <= limit * size)
 
     return len(rows) == len(reference) and all(
         row.keys() == other.keys() and all(agrees(key, row[key], other[key]) for key in row)
@@ -246,9 +246,9 @@ def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: flo
 
 def left_of(run_dir: Path) -> list[psutil.Process]:
     """Return living processes that have the run directory on their command line."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
         if str(run_dir) in words and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes

@@ -42,8 +42,8 @@ class Double:
         finish = "length" if text.endswith("...") else "stop"
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
         usage = {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
-        own = {"model": "double-1", "system_fingerprint": "fp_7"}
-        return 200, {"choices": [choice], "usage": usage, **own}
+        identity = {"model": "double-1", "system_fingerprint": "fp_7"}
+        return 200, {"choices": [choice], "usage": usage, **identity}
 
 
 @contextmanager

@@ -107,9 +107,9 @@ OTHERWISE = 20
 def part_of(files: Mapping[str, object] | set[str], parts: int) -> dict[str, int]:
     """Return the part, counted from 1, that each file belongs to: the longest first, each into the part that has least so far."""
     filled = [0] * parts
-    found = {}
+    part_by_file = {}
     for file in sorted(files, key=lambda file: (-SECONDS.get(file, OTHERWISE), file)):
         least = filled.index(min(filled))
         filled[least] += SECONDS.get(file, OTHERWISE)
-        found[file] = least + 1
-    return found
+        part_by_file[file] = least + 1
+    return part_by_file

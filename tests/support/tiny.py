@@ -118,8 +118,11 @@ def write_pairs(path: Path, rows: int) -> Path:
     with path.open("w") as stream:
         for _ in range(rows):
             numbers = choose.choices(range(len(WORDS) - 1), k=choose.randint(2, 12))
-            kept = numbers[: choose.choice([1, 1, 2, 5, 12])]
-            row = {"source": " ".join(WORDS[n] for n in numbers), "target": " ".join(WORDS[n + 1] for n in kept)}
+            source_numbers = numbers[: choose.choice([1, 1, 2, 5, 12])]
+            row = {
+                "source": " ".join(WORDS[n] for n in numbers),
+                "target": " ".join(WORDS[n + 1] for n in source_numbers),
+            }
             stream.write(json.dumps(row) + "\n")
     return path
 
@@ -145,8 +148,10 @@ def write_labelled(path: Path, rows: int, *, seed: int = 0) -> Path:
     with path.open("w") as stream:
         for _ in range(rows):
             label = choose.choice(["left", "right"])
-            mine, other = (WORDS[:half], WORDS[half:]) if label == "left" else (WORDS[half:], WORDS[:half])
-            words = [choose.choice(mine if choose.random() < 0.8 else other) for _ in range(choose.randint(3, 20))]
+            preferred, others = (WORDS[:half], WORDS[half:]) if label == "left" else (WORDS[half:], WORDS[:half])
+            words = [
+                choose.choice(preferred if choose.random() < 0.8 else others) for _ in range(choose.randint(3, 20))
+            ]
             stream.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
     return path
 
@@ -157,8 +162,10 @@ def write_preferences(path: Path, rows: int, *, seed: int = 0) -> Path:
     half = len(WORDS) // 2
 
     def answer(good: bool) -> list[dict]:
-        mine, other = (WORDS[:half], WORDS[half:]) if good else (WORDS[half:], WORDS[:half])
-        words = [choose.choice(mine if choose.random() < 0.8 else other) for _ in range(choose.choice([1, 2, 5, 20]))]
+        preferred, others = (WORDS[:half], WORDS[half:]) if good else (WORDS[half:], WORDS[:half])
+        words = [
+            choose.choice(preferred if choose.random() < 0.8 else others) for _ in range(choose.choice([1, 2, 5, 20]))
+        ]
         return [{"role": "assistant", "content": " ".join(words)}]
 
     with path.open("w") as stream:
@@ -215,14 +222,20 @@ def write_questions(path: Path, rows: int, *, seed: int = 0, unanswered: float =
     words, answers = WORDS[:80], WORDS[80:]
     with path.open("w") as stream:
         for _ in range(rows):
-            before, answer, after = (
-                choose.choices(of, k=choose.randint(1, most)) for of, most in ((words, 12), (answers, 3), (words, 12))
+            words_before, answer, words_after = (
+                choose.choices(vocabulary, k=choose.randint(1, most))
+                for vocabulary, most in ((words, 12), (answers, 3), (words, 12))
             )
-            found = [{"text": " ".join(answer), "answer_start": len(" ".join(before)) + 1}]
+            answer_list = [{"text": " ".join(answer), "answer_start": len(" ".join(words_before)) + 1}]
             if choose.random() < unanswered:
-                answer, found = [], []
-            text = " ".join([*before, *answer, *after])
-            row = {"question": choose.choice(words), "context": text, "answers": found, "source": choose.choice("ab")}
+                answer, answer_list = [], []
+            text = " ".join([*words_before, *answer, *words_after])
+            row = {
+                "question": choose.choice(words),
+                "context": text,
+                "answers": answer_list,
+                "source": choose.choice("ab"),
+            }
             stream.write(json.dumps(row) + "\n")
     return path
 

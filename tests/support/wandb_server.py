@@ -51,8 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.received.append(text)
         import base64
 
-        given = base64.b64decode(self.headers.get("Authorization", "Basic ").removeprefix("Basic ")).decode()
-        if given.removeprefix("api:") != self.server.key:
+        credentials = base64.b64decode(self.headers.get("Authorization", "Basic ").removeprefix("Basic ")).decode()
+        if credentials.removeprefix("api:") != self.server.key:
             self._answer({"errors": [{"message": "user is not logged in", "path": ["viewer"]}]}, 401)
         elif self.path == "/graphql":
             body = json.loads(text)
@@ -84,9 +84,9 @@ class Handler(BaseHTTPRequestHandler):
             data = {"model": {"name": "p", "entity": {"name": "me"}, "bucket": self._status(variables["name"])}}
         elif name == "UpsertBucket":
             run = variables["name"] or variables["id"]
-            known = self.server.runs.setdefault(run, {"files": {}, "sent": {}})
-            inserted = not known["sent"]
-            known["sent"] |= {key: value for key, value in variables.items() if value is not None}
+            stored = self.server.runs.setdefault(run, {"files": {}, "sent": {}})
+            inserted = not stored["sent"]
+            stored["sent"] |= {key: value for key, value in variables.items() if value is not None}
             project = {"name": "p", "entity": {"name": "me"}}
             bucket = {
                 "id": run,
@@ -116,10 +116,10 @@ class Handler(BaseHTTPRequestHandler):
         return {"data": data}
 
     def _status(self, run: str) -> dict[str, Any] | None:
-        known = self.server.runs.get(run)
-        if known is None:
+        stored = self.server.runs.get(run)
+        if stored is None:
             return None
-        files = known["files"]
+        files = stored["files"]
         history = files.get("wandb-history.jsonl", {})
         tail = [history[max(history)]] if history else []
         return {
@@ -138,13 +138,13 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def _stream(self, run: str, body: dict[str, Any]) -> None:
-        known = self.server.runs[run]
+        stored = self.server.runs[run]
         for file, chunk in (body.get("files") or {}).items():
-            lines = known["files"].setdefault(file, {})
+            lines = stored["files"].setdefault(file, {})
             for number, line in enumerate(chunk["content"]):
                 lines[chunk["offset"] + number] = line
         if body.get("complete"):
-            known["exit_code"] = body.get("exitcode")
+            stored["exit_code"] = body.get("exitcode")
 
     def _answer(self, value: dict[str, Any], status: int = 200) -> None:
         text = json.dumps(value).encode()

@@ -125,24 +125,24 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
                        startupinfo: Any, creationflags: Any, shell: bool, p2cread: int, p2cwrite: int, c2pread: int,
                        c2pwrite: int, errread: int, errwrite: int, restore_signals: bool, gid: Any, gids: Any, uid: Any,
                        umask: int, start_new_session: bool, process_group: int) -> None:  # fmt: skip
-        rest = (startupinfo, creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals,
+        further = (startupinfo, creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals,
                 gid, gids, uid, umask, start_new_session, process_group)  # fmt: skip
         plain = preexec_fn is executable is gid is gids is uid is None and not shell and close_fds and umask == -1
         plain = plain and process_group == -1 and not cold.is_set() and all(number < HIGH for number in pass_fds)
         words = program(list(args)) if plain and not isinstance(args, str | bytes | os.PathLike) else None
-        given, folder = dict(os.environ if env is None else env), os.path.abspath(cwd or ".")
-        found = _source(given) if words is not None and os.path.isdir(folder) else None
-        if found is not None and words is not None:
+        environment, folder = dict(os.environ if env is None else env), os.path.abspath(cwd or ".")
+        source = _source(environment) if words is not None and os.path.isdir(folder) else None
+        if source is not None and words is not None:
             inherited = (p2cread, c2pwrite, errwrite)
-            fds = [number if own == -1 else own for number, own in enumerate(inherited)]
+            fds = [number if descriptor == -1 else descriptor for number, descriptor in enumerate(inherited)]
             how = {
-                "env": given,
+                "env": environment,
                 "session": start_new_session,
                 "unbuffered": _unbuffered(args),
                 **forking.describe(folder),
             }
             try:
-                self.pid = found.start(words, [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
+                self.pid = source.start(words, [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
             except OSError as error:
                 if "pytest" in sys.modules:  # elsewhere it would look like the command's own output
                     warnings.warn(f"no warm process: {words[:2]} starts cold ({error})", stacklevel=2)
@@ -150,7 +150,7 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
                 self._child_created = True
                 self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
                 return
-        super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+        super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *further)
 
 
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
@@ -173,9 +173,11 @@ def _source(env: Mapping[str, str]) -> Source | None:
         from dstune.launch.commands import ALWAYS, UNLESS_SET
 
         usual = between_tests or os.environ
-        own = {name: value for name, value in usual.items() if name not in FREE_NAMES and not name.startswith(FREE)}
-        base = {**UNLESS_SET, **ALWAYS, **own, **USUAL}
-        also = frozenset({*ALWAYS, *UNLESS_SET} - {*own, *USUAL})
+        own_variables = {
+            name: value for name, value in usual.items() if name not in FREE_NAMES and not name.startswith(FREE)
+        }
+        base = {**UNLESS_SET, **ALWAYS, **own_variables, **USUAL}
+        also = frozenset({*ALWAYS, *UNLESS_SET} - {*own_variables, *USUAL})
         end, other = socket.socketpair()
         command = [sys.executable, "-u", __file__, str(other.fileno()), "x" * 8000]
         environment = {**forking.padding(), **base, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -183,8 +185,8 @@ def _source(env: Mapping[str, str]) -> Source | None:
         _OwnPopen(command, env=environment, pass_fds=[other.fileno()], **quiet)  # type: ignore[call-overload]
         other.close()
         source = Source(end, base, also)
-        known = json.dumps([base, sorted(also)]).encode()  # not on its command line, which everybody may read
-        end.sendall(len(known).to_bytes(4) + known)
+        base_text = json.dumps([base, sorted(also)]).encode()  # not on its command line, which everybody may read
+        end.sendall(len(base_text).to_bytes(4) + base_text)
     return source if source is not None and same_imports(env, source.base, source.also) else None
 
 
@@ -229,13 +231,13 @@ def _fork() -> int:
 
 
 def _exactly(end: socket.socket, size: int) -> bytes:
-    found = b""
-    while len(found) < size:
-        part = end.recv(size - len(found))
+    content = b""
+    while len(content) < size:
+        part = end.recv(size - len(content))
         if not part:
             os._exit(0)
-        found += part
-    return found
+        content += part
+    return content
 
 
 def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, str], also: frozenset[str]) -> None:
@@ -254,8 +256,8 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     assert places is not None
     places.show([sys.executable, *["-u"] * request["unbuffered"], *words], request["env"])
-    own = {str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")}
-    sys.path[:] = [path for path in sys.path if path not in own]
+    own_folders = {str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")}
+    sys.path[:] = [path for path in sys.path if path not in own_folders]
     sys.path[:0] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     if "PYTHONSAFEPATH" not in request["env"]:
         sys.path.insert(0, os.getcwd() if words[0] == "-m" else str(Path(words[0]).parent))
@@ -269,12 +271,12 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
     ):  # which start ranks or engines
         ends = [end.detach() for end in socket.socketpair()]
         if os.fork() == 0:
-            mine = _dup_high(ends[1])
+            server_end = _dup_high(ends[1])
             os.closerange(0, HIGH)
             for _ in range(3):
                 os.open(os.devnull, os.O_RDWR)
             places.show([sys.executable, __file__], {})
-            words[:] = serve(socket.socket(fileno=mine), base, also)
+            words[:] = serve(socket.socket(fileno=server_end), base, also)
             return
         source = Source(socket.socket(fileno=_dup_high(ends[0])), base, also)
         for end in ends:

@@ -49,12 +49,12 @@ def wrapped(function: Any, fault: dict[str, Any]) -> Any:
     calls = 0
 
     @functools.wraps(function)
-    def instead(*arguments: Any, **named: Any) -> Any:
+    def instead(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == fault.get("call", 1) or (fault.get("always") and calls > fault.get("call", 1)):
-            return act(fault["do"], fault.get("value"), lambda: function(*arguments, **named))
-        return function(*arguments, **named)
+            return act(fault["do"], fault.get("value"), lambda: function(*arguments, **keywords))
+        return function(*arguments, **keywords)
 
     return instead
 
