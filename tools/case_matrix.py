@@ -103,11 +103,11 @@ def pairs(only: Sequence[str], stages: Sequence[int], ranks: int, folder: Path, 
     number = 0
     for task, of_task in TASKS.items():
         for method, of_method in METHODS.items():
-            more = [QLORA_MODELS[task]] if method == "qlora" and task in QLORA_MODELS else []
+            further = [QLORA_MODELS[task]] if method == "qlora" and task in QLORA_MODELS else []
             chosen = [stages[number % len(stages)]] if rotate else stages
             number += 1
             for stage in chosen:
-                words = [f"task={task}", f"method={method}", *of_task, *of_method, *more]
+                words = [f"task={task}", f"method={method}", *of_task, *of_method, *further]
                 if expected := case(f"{task}-{method}-{stage}", words, stage, ranks, folder, only):
                     yield expected
     for name, words in VARIANTS.items():
@@ -123,13 +123,13 @@ def case(name: str, words: list[str], stage: int, ranks: int, folder: Path, only
     parts = name.split("-")
     if only and not all(part in parts or part == "-".join(parts[:-1]) for part in only):
         return None
-    mine = [word for word in COMMON if not (stage < 3 and word.startswith("zero."))]
+    defaults = [word for word in COMMON if not (stage < 3 and word.startswith("zero."))]
     if any(word.startswith("trainer.epochs=") for word in words):
-        mine = [word for word in mine if not word.startswith("trainer.max_steps=")]
+        defaults = [word for word in defaults if not word.startswith("trainer.max_steps=")]
     last = {
         word.partition("=")[0]: word
-        for word in (*words, *mine)
-        if word not in mine or word.partition("=")[0] not in {other.partition("=")[0] for other in words}
+        for word in (*words, *defaults)
+        if word not in defaults or word.partition("=")[0] not in {other.partition("=")[0] for other in words}
     }
     argv = [*last.values(), f"zero=stage{stage}"]
     argv = [word.replace("MODELS", str(folder / "models")).replace("DATA", str(folder / "data")) for word in argv]

@@ -167,8 +167,8 @@ def fork_rank(case: Case, home: Path, logs: Path, rank: int, port: int) -> int:
 
         def record_modules(code: int) -> None:
             if rank == 0 and code == 0:
-                mine = [name for name in sys.modules if name.startswith("dstune") and "__main__" not in name]
-                (logs / "modules").write_text("\n".join(mine))
+                modules = [name for name in sys.modules if name.startswith("dstune") and "__main__" not in name]
+                (logs / "modules").write_text("\n".join(modules))
             leave(code)
 
         os._exit = record_modules  # type: ignore[assignment]

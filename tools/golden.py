@@ -31,7 +31,7 @@ def entries() -> Iterator[list[str]]:
     from dstune.config.validate import validate
 
     lines = [line for line in WRONG.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    before, home = Path.cwd(), os.environ.get("HOME", "")
+    folder_before, home = Path.cwd(), os.environ.get("HOME", "")
     with tempfile.TemporaryDirectory() as empty:
         os.chdir(empty)
         os.environ["HOME"] = "/home/user"  # some fixes name a place in it
@@ -44,7 +44,7 @@ def entries() -> Iterator[list[str]]:
                     problems = [str(problem) for problem in error.problems]
                 yield [f"$ dstune train {line}", *(f"  {text}".replace("\n", "\n  ") for text in problems)]
         finally:
-            os.chdir(before)
+            os.chdir(folder_before)
             os.environ["HOME"] = home
 
 

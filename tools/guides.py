@@ -99,8 +99,8 @@ LISTED = 20
 
 def _between(text: str, start: str, table: str, end: str) -> str:
     """Return `text` with `table` between the two marks."""
-    before, _, rest = text.partition(start)
-    return f"{before}{start}\n{table}{end}{rest.partition(end)[2]}"
+    text_before, _, text_behind = text.partition(start)
+    return f"{text_before}{start}\n{table}{end}{text_behind.partition(end)[2]}"
 
 
 def write_guides(root: Path) -> None:

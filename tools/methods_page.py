@@ -72,13 +72,13 @@ def _paragraphs(cls: type) -> list[str]:
 def _command(path: Path, name: str) -> str:
     """Return the command that the comment of the method's file gives, else the plainest one."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    given = [line.lstrip("# ") for line in lines if re.match(r"#\s+dstune train", line)]
-    return f"```bash\n{given[0] if given else f'dstune train method={name} data.train=rows.jsonl'}\n```\n"
+    commands = [line.lstrip("# ") for line in lines if re.match(r"#\s+dstune train", line)]
+    return f"```bash\n{commands[0] if commands else f'dstune train method={name} data.train=rows.jsonl'}\n```\n"
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return measured
 
 
 def _table(measured: dict[str, Any]) -> list[str]:

@@ -48,17 +48,17 @@ class Tree:
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, case: Case, *, again: bool) -> Outcome:
-        kept = self.folder / "results" / f"{case.name}.json"
-        if kept.exists() and not again:
-            stored = json.loads(kept.read_text())
+        result_file = self.folder / "results" / f"{case.name}.json"
+        if result_file.exists() and not again:
+            stored = json.loads(result_file.read_text())
             if stored["case"] == asdict(case):
                 return Outcome(**stored["outcome"])
         outcome = self._ask(case)
         if case.ranks and outcome.exit_code == 2:  # refused: what the launcher says, as JSON
             refused = self._ask(Case(case.name, [*case.argv, "--json"], 0))
             outcome.problems = refused.problems
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"case": asdict(case), "outcome": asdict(outcome)}))
+        result_file.parent.mkdir(parents=True, exist_ok=True)
+        result_file.write_text(json.dumps({"case": asdict(case), "outcome": asdict(outcome)}))
         return outcome
 
     def _ask(self, case: Case) -> Outcome:
@@ -92,23 +92,26 @@ class Tree:
 
 def deviations(old: Outcome, new: Outcome) -> list[str]:
     """Return a line for each thing that differs and may not."""
-    found: list[str] = []
+    lines: list[str] = []
     if old.exit_code not in (0, 2):  # it had no result
         return [f"fails still: {last_lines(new.log)}"] * (new.exit_code not in (0, 2))
     if old.exit_code != new.exit_code:
-        found.append(f"exit code {old.exit_code} -> {new.exit_code}: {last_lines(new.log)}")
-    before, after = sorted(map(where_and_value, old.problems)), sorted(map(where_and_value, new.problems))
-    if before != after:
-        found.append(f"problems {before} -> {after}")
+        lines.append(f"exit code {old.exit_code} -> {new.exit_code}: {last_lines(new.log)}")
+    problems_before, problems_after = (
+        sorted(map(where_and_value, old.problems)),
+        sorted(map(where_and_value, new.problems)),
+    )
+    if problems_before != problems_after:
+        lines.append(f"problems {problems_before} -> {problems_after}")
     for name in ("metrics", "samples"):
         rows, now = getattr(old, name), getattr(new, name)
         if len(rows) != len(now):
-            found.append(f"{len(rows)} -> {len(now)} rows of {name}")
-        for one, other in zip(rows, now, strict=False):
-            found += [f"{name} of step {one.get('step')}: {line}" for line in differences(one, other)]
-    known = {name: without_gained(old.export.get(name), value) for name, value in new.export.items()}
-    found += [f"export: {line}" for line in differences(old.export, known)]
-    return found
+            lines.append(f"{len(rows)} -> {len(now)} rows of {name}")
+        for old_row, new_row in zip(rows, now, strict=False):
+            lines += [f"{name} of step {old_row.get('step')}: {line}" for line in differences(old_row, new_row)]
+    shared = {name: without_gained(old.export.get(name), value) for name, value in new.export.items()}
+    lines += [f"export: {line}" for line in differences(old.export, shared)]
+    return lines
 
 
 def without_gained(old: Any, new: Any) -> Any:
@@ -145,8 +148,8 @@ def wording(case: Case, old: Outcome, new: Outcome) -> str:
 
     def lines(outcome: Outcome) -> list[str]:
         reported = [
-            f"{one.get('where')}: {one.get('reason', one.get('message'))} | {one.get('fix')}"
-            for one in outcome.problems
+            f"{problem.get('where')}: {problem.get('reason', problem.get('message'))} | {problem.get('fix')}"
+            for problem in outcome.problems
         ]
         return reported + [line for text in outcome.texts.values() for line in text.splitlines()]
 
@@ -162,24 +165,27 @@ def compare(trees: tuple[Tree, Tree], cases: Sequence[Case], chosen: argparse.Na
     keys: set[str] = set()
     texts: list[str] = []
     for number, case in enumerate(cases, 1):
-        before, after = old.run(case, again=False), new.run(case, again=not chosen.resume)
-        found = deviations(before, after)
-        trained += case.ranks > 0 and before.exit_code == 0
-        refused += before.exit_code == 2
-        if before.exit_code not in (0, 2):
-            failed[case.name] = after.exit_code
-        for file in before.export.keys() & after.export.keys():
-            keys |= gained(before.export[file], after.export[file], f"{file}: ")
-        if diff := wording(case, before, after):
+        old_outcome, new_outcome = old.run(case, again=False), new.run(case, again=not chosen.resume)
+        lines = deviations(old_outcome, new_outcome)
+        trained += case.ranks > 0 and old_outcome.exit_code == 0
+        refused += old_outcome.exit_code == 2
+        if old_outcome.exit_code not in (0, 2):
+            failed[case.name] = new_outcome.exit_code
+        for file in old_outcome.export.keys() & new_outcome.export.keys():
+            keys |= gained(old_outcome.export[file], new_outcome.export[file], f"{file}: ")
+        if diff := wording(case, old_outcome, new_outcome):
             texts.append(diff)
-        if found:
-            wrong[case.name] = found
-        alike = {0: "equal", 2: "refused alike"}.get(before.exit_code, f"failed before, exits {after.exit_code} now")
+        if lines:
+            wrong[case.name] = lines
+        alike = {0: "equal", 2: "refused alike"}.get(
+            old_outcome.exit_code, f"failed before, exits {new_outcome.exit_code} now"
+        )
         print(
-            f"{number}/{len(cases)} {case.name}: {'DIFFERS' if found else alike} ({before.seconds} s, {after.seconds} s)",
+            f"{number}/{len(cases)} {case.name}: {'DIFFERS' if lines else alike} "
+            f"({old_outcome.seconds} s, {new_outcome.seconds} s)",
             flush=True,
         )
-        for line in found[:4]:
+        for line in lines[:4]:
             print(f"    {line}", flush=True)
     (chosen.work / "wording.diff").write_text("\n".join(texts) + "\n")
     summary = {

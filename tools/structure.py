@@ -80,21 +80,21 @@ def import_graph(tree: Path, parsed: dict[Path, ast.Module]) -> dict[str, set[st
     modules = set(names.values())
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for path, module in parsed.items():
-        here = names[path]
+        module_name = names[path]
         for node in run_time_nodes(module):
             match node:
                 case ast.Import(names=aliases):
                     targets = [alias.name for alias in aliases]
                 case ast.ImportFrom(module=source, names=aliases, level=level):
                     if level:
-                        package = here.split(".") if path.name == "__init__.py" else here.split(".")[:-1]
+                        package = module_name.split(".") if path.name == "__init__.py" else module_name.split(".")[:-1]
                         source = ".".join([*package[: len(package) - level + 1], *([source] if source else [])])
                     targets = [
                         whole if (whole := f"{source}.{alias.name}") in modules else str(source) for alias in aliases
                     ]
                 case _:
                     continue
-            graph[here] |= {target for target in targets if target in modules and target != here}
+            graph[module_name] |= {target for target in targets if target in modules and target != module_name}
     return graph
 
 
@@ -138,11 +138,11 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(groups)
 
 
-def table(title: str, before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str:
-    """Return the sections of a tree beside those of `before`; rows of either."""
+def table(title: str, sections_before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str:
+    """Return the sections of a tree beside those of `sections_before`; rows of either."""
     rows = [("", title, "now")]
     for heading, counts in now.items():
-        earlier = before.get(heading, {})
+        earlier = sections_before.get(heading, {})
         rows += [(heading, "", "")] if heading else []
         for name in dict.fromkeys([*counts, *earlier]):
             values = (str(side.get(name, "")) for side in (earlier, counts))
