@@ -17,6 +17,7 @@ from dstune.protocols.task_options import AsksForTargets
 if TYPE_CHECKING:
     from dstune.data.chat.prompt import ChatPrompts
     from dstune.data.control import ControlTokens
+    from dstune.data.images.request import PromptImages
     from dstune.data.tokenize.sample import SourcePrompts
     from dstune.protocols.task import TaskConfig
 
@@ -68,9 +69,18 @@ class Writer:
 
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
+        return self._prompt(request)[0]
+
+    def _prompt(self, request: Request) -> tuple[list[int], PromptImages | None]:
+        """Return the tokens that the model goes on from, and the images in them. Raises UserError."""
+        name = request.adapter or self.active
+        if request.images and self.is_chat(name) and self._voices[name].task is None:
+            return self._prompt_with_images(request, name)
+        return self._prompt_of_text(request, name), None
+
+    def _prompt_of_text(self, request: Request, name: str) -> list[int]:
         from dstune.data.chat.template import RenderError
 
-        name = request.adapter or self.active
         task = self._voices[name].task
         if task is not None and not self._plain:
             if request.messages is not None or self._system or request.tools:
@@ -91,8 +101,6 @@ class Writer:
                 )
                 raise UserError(Problem(request.where, reason, "leave them out"))
             return self._control(name).sequence([request.formatted], sys.maxsize)[0]
-        if request.images:
-            return self._prompt_with_images(request, name)[0]
         requested = with_system(request, self._system)
         messages = requested.messages or [{"role": "user", "content": requested.formatted}]
         try:
@@ -100,35 +108,41 @@ class Writer:
         except RenderError as error:
             raise UserError(Problem(request.where, str(error))) from error
 
-    def _prompt_with_images(self, request: Request, name: str) -> tuple[list[int], dict[str, Any]]:
-        """Return the tokens that the model goes on from, and what it gets of the images in them. Raises UserError."""
+    def _prompt_with_images(self, request: Request, name: str) -> tuple[list[int], PromptImages]:
+        """Return the same of a request that shows images. Raises UserError."""
         from dstune.config.architectures import vision_of
         from dstune.data.chat.template import RenderError
-        from dstune.data.images.batch import request_inputs
-        from dstune.data.images.expand import expand
         from dstune.data.images.processor import processor_of, refusal
-        from dstune.data.images.store import content_of, decode, refuse_many_pixels, size_of
+        from dstune.data.images.request import PromptImages
         from dstune.data.problems import RowError
 
         vision = vision_of(self._voices[name].tokenizer)
         if refused := refusal(vision, "the model"):
             raise UserError(Problem(request.where, f"holds an image; {refused}"))
         assert vision is not None
-        processor, requested = processor_of(vision), with_system(request, self._system)
+        images, requested = (
+            PromptImages(processor_of(vision), request.images, request.root),
+            with_system(request, self._system),
+        )
         try:
-            contents = [content_of(image, request.root) for image in request.images]
-            refuse_many_pixels(map(size_of, contents))
-            images = [decode(content) for content in contents]
-            written = [processor.expansion(*image.size) for image in images]
             ids = self._prompts_of(name).ids(
                 requested.messages or [],
                 tools=requested.tools,
                 arguments=requested.arguments,
-                place_images=lambda text: expand(text, processor.placeholder, written, [len(written)]).text,
+                place_images=images.measured().place,
             )
         except (RenderError, RowError) as error:
             raise UserError(Problem(request.where, str(error))) from error
-        return ids, request_inputs(processor, ids, images)
+        return ids, images
+
+    def _seen(self, request: Request, ids: Sequence[int], images: PromptImages | None) -> dict[str, Any] | None:
+        """What the model gets of the images of a prompt; None where it shows none. Raises UserError."""
+        from dstune.data.problems import RowError
+
+        try:
+            return None if images is None else images.all_inputs(ids)
+        except RowError as error:
+            raise UserError(Problem(request.where, str(error))) from error
 
     def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
         """Return the answers to `requests`, computed together, in their order.
@@ -140,16 +154,13 @@ class Writer:
 
         # Any whole number is a seed; torch takes 64 bits, in which those that fit, negative ones too, stay what they are.
         torch.manual_seed((self._sampling.seed * 2**20 + number) % 2**64)
-        prompts = [self.prompt_ids(request) for request in requests]
-        seen = {
-            index: self._prompt_with_images(request, request.adapter or self.active)[1]
-            for index, request in enumerate(requests)
-            if request.images
-        }
+        prompted = [self._prompt(request) for request in requests]
+        prompts = [ids for ids, _ in prompted]
+        seen = [self._seen(request, *of_request) for request, of_request in zip(requests, prompted, strict=True)]
         groups: dict[tuple[str, int], list[int]] = {}
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             cut = self._room(len(prompt), request) < self._sampling.max_new_tokens
-            apart = index if cut or index in seen else -1
+            apart = index if cut or seen[index] is not None else -1
             groups.setdefault((request.adapter or self.active, apart), []).append(index)
         answers: dict[int, Answer] = {}
         for (name, _), members in groups.items():
@@ -158,7 +169,7 @@ class Writer:
                 name,
                 [prompts[index] for index in members],
                 self._room(longest, requests[members[0]]),
-                images=seen.get(members[0]),
+                images=seen[members[0]],
             )
             for index, row in zip(members, written, strict=True):
                 answers[index] = self._finished(name, row)
@@ -169,9 +180,9 @@ class Writer:
     ) -> Answer:
         """Return the answer to one request; `show` gets its text piece by piece. interrupted: asked after every token."""
         name = request.adapter or self.active
-        prompt = self.prompt_ids(request)
-        images = self._prompt_with_images(request, name)[1] if request.images else None
+        prompt, shown = self._prompt(request)
         room = self._room(len(prompt), request)
+        images = self._seen(request, prompt, shown)
         (row,) = self._generate(name, [prompt], room, show=show, interrupted=interrupted, images=images)
         return self._finished(name, row, interrupted=interrupted())
 

@@ -18,8 +18,7 @@ from dstune.data.images.processor import BLANK, FAMILIES, processor_of
 from dstune.data.prepared import PreparedData, Split
 from dstune.models.heads.base import inputs_of
 from dstune.models.packing import TOLERANCE
-from dstune.parallel.none import NoParallelConfig
-from dstune.protocols import method_of
+from dstune.protocols import method_of, parallelism_of
 from dstune.zero.engine import Engine
 
 TEXT_TOKENS = 6
@@ -39,7 +38,7 @@ def refuse_with_images(config: RunConfig, data: PreparedData) -> None:
     problems = []
     if config.data.packing and family.unpackable:
         problems.append(Problem("data.packing", f"{kind}: {family.unpackable}", "data.packing=false", "true"))
-    if not isinstance(config.parallel, NoParallelConfig):
+    if parallelism_of(config.parallel).size > 1:
         reason = "ranks that share rows or weights would each need all images of a row"
         problems.append(Problem("parallel", reason, "parallel=none", config.parallel.name))
     if method_of(config.method).in_front:

@@ -88,14 +88,6 @@ def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> d
     return image_inputs(split, [row], {"input_ids": torch.tensor([list(ids)])}, packing=False)
 
 
-def request_inputs(processor: ImageProcessor, ids: Sequence[int], images: Sequence[Any]) -> dict[str, Tensor]:
-    """Return what a model gets of `images` (of PIL) beside the tokens of one prompt that shows them."""
-    inputs = processor.inputs(images)
-    if processor.family.types:
-        inputs[processor.family.types] = torch.from_numpy(np.isin([list(ids)], processor.image_tokens)).long()
-    return inputs
-
-
 def _four_positions(
     text: Tensor,
     rows: Rows,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,6 +164,15 @@ class ImageProcessor:
         """Return the inputs of several images as those of one batch; smaller images are filled up with zeros, right and bottom."""
         return {name: _joined([each[name] for each in of_images], self._along(name)) for name in of_images[0]}
 
+    def joined_bytes(self, of_images: Sequence[Inputs]) -> int:
+        """The size of what `join` makes of these."""
+        total = 0
+        for name in of_images[0] if of_images else ():
+            tensors, along = [each[name] for each in of_images], self._along(name)
+            filled = [size for dim, size in enumerate(_largest(tensors)) if dim != along]
+            total += prod(filled) * sum(tensor.shape[along] for tensor in tensors) * tensors[0].element_size()
+        return total
+
     def _along(self, name: str) -> int:
         return self.family.images_along if name.startswith("pixel") else 0
 
@@ -190,8 +200,7 @@ def _joined(tensors: Sequence[Tensor], along: int) -> Tensor:
     import torch
     from torch.nn import functional
 
-    largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    filled = []
+    largest, filled = _largest(tensors), []
     for tensor in tensors:
         missing = [
             0 if dim == along else most - size
@@ -200,3 +209,8 @@ def _joined(tensors: Sequence[Tensor], along: int) -> Tensor:
         padding = [amount for size in reversed(missing) for amount in (0, size)]
         filled.append(functional.pad(tensor, padding) if any(padding) else tensor)
     return torch.cat(filled, dim=along)
+
+
+def _largest(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each dimension."""
+    return [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]

@@ -10,7 +10,8 @@ import base64
 import binascii
 import io
 import os
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +97,7 @@ def size_of(content: bytes) -> tuple[int, int]:
             _refuse_size(size)
             _refuse_mode(image)
             # Pillow tells the size of a TIFF as it will be turned.
-            turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            turned = image.format != "TIFF" and _is_turned(image, content)
             # Behind a phone's photo (a JPEG with an index, MPO) lie its preview and depths.
             moves = image.format != "MPO" and _has_second_frame(image)
     except RowError:
@@ -106,6 +107,39 @@ def size_of(content: bytes) -> tuple[int, int]:
     if moves:
         raise RowError("has several frames; only still images are read")
     return (size[1], size[0]) if turned else size
+
+
+def _is_turned(image: Any, content: bytes) -> bool:
+    """Whether EXIF data swap width and height. Pillow decodes all of a PNG whose head has none, to look for them behind the pixels:
+    that is left out where nothing can be there."""
+    if image.format == "PNG" and not _may_have_exif(image.info, content):
+        return False
+    return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+
+
+def _may_have_exif(head: Mapping[Any, Any], content: bytes) -> bool:
+    """Whether a PNG has EXIF data in its `head`, as Pillow has read that, or chunks behind its pixels that may hold some.
+
+    Also where a chunk is cut off or has another checksum than it says (PNG 3, 5.3): decoding tells what is wrong then.
+    """
+    if any("exif" in str(key) or "xmp" in str(key) for key in head):
+        return True
+    at, has_pixels = 8, False
+    while at + 12 <= len(content):
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        kind, checksum = content[at + 4 : at + 8], content[end : end + 4]
+        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(checksum, "big") or len(checksum) < 4:
+            return True
+        if kind == b"IEND":
+            return False
+        if has_pixels and kind in _MAY_HOLD_EXIF:
+            return True
+        has_pixels = has_pixels or kind == b"IDAT"
+        at = end + 4
+    return True
+
+
+_MAY_HOLD_EXIF = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
 def _has_second_frame(image: Any) -> bool:
