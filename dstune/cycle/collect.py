@@ -17,6 +17,7 @@ from dstune.cycle.settings import CycleSettings
 from dstune.monitor.conversations import Conversation, asked_texts
 from dstune.monitor.row_files import conversation_of_row
 from dstune.monitor.server_logs import log_folder, read_requests, recorded_requests
+from dstune.serve.images import shows_image
 
 LARGEST = 4 << 30
 GRAM = 13
@@ -126,6 +127,8 @@ def _row(
     messages = request.fields.get("messages")
     if not isinstance(messages, list):
         messages = [{"role": "user", "content": request.text}]
+    if any(map(shows_image, messages)):
+        return "with an image, of which the log has the digest alone", None
     row = {"messages": [*messages, {"role": "assistant", "content": answer}]}
     return "correction" if request.correction else "rating", row
 

@@ -58,7 +58,6 @@ _WITHIN = frozenset({"message", "delta", "content", "output"})
 _KIND = re.compile(r"[\w.-]{0,32}")
 _DESCRIPTION = re.compile(r"[\w./+-]{0,32}")
 _ID = re.compile(r"[\w.:-]{0,64}")
-_SPACE = re.compile(r"\s")
 
 
 def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> Iterator[Placed]:
@@ -87,7 +86,7 @@ def _texts_in(
     """
     if isinstance(value, str):
         key = place[-1] if place else ""
-        if part and data and not _SPACE.search(value):  # prose is none
+        if part and data and not _has_space(value):  # prose is none
             yield place, value, part
         elif not _names(key, value, part):
             yield place, value, ""
@@ -100,6 +99,12 @@ def _texts_in(
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _texts_in(item, (*place, index), but, part, data)
+
+
+def _has_space(text: str) -> bool:
+    return text != "" and text.split(None, 1) != [
+        text
+    ]  # five times as fast as an expression, of the megabytes of an image
 
 
 def _names(key: str | int, text: str, part: str) -> bool:

@@ -32,6 +32,7 @@ from dstune.serve.asgi import dumps, event
 from dstune.serve.engines.http import MOST_READ_BYTES, object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.events import DONE, EventReader
+from dstune.serve.images import shows_image
 
 if TYPE_CHECKING:
     from dstune.serve.gateway.admission import Admission
@@ -95,7 +96,9 @@ class Guard:
         policy = self.policies.of_route(route)
         if policy is None:
             return None
-        placed = of_request(route, body)
+        placed = await request.apart(lambda: of_request(route, body))
+        if any(map(shows_image, body.get("messages") or ())):
+            request.note(UNCHECKED, ["images"])
         texts = [entry.text for entry in placed]
         changed = await self._inspected(request, policy, placed, body)
         prompts = tuple(entry.text for entry in texts if not entry.direction)

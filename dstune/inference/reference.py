@@ -44,14 +44,17 @@ from dstune.core.rank_env import RankEnv
 from dstune.data import sources
 from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.batch import prompt_inputs
 from dstune.data.inputs import of_training
-from dstune.data.prepared import PreparedData
+from dstune.data.prepared import PreparedData, Split
 from dstune.data.problems import RowError
 from dstune.data.rows import normalise, recognise
 from dstune.data.special_tokens import decoder_prompt
 from dstune.data.tokenize import RowTokenizer, conversation
+from dstune.inference.reference_images import Allowance, Answer, RowImages, drawn_row
 from dstune.inference.resolve_model import base_of, resolved
 from dstune.inference.rows import Query
+from dstune.models.generation import placed_images
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
 from dstune.protocols.task_options import BuildsQueries
@@ -61,6 +64,8 @@ ALONE = RankEnv(0, 1, 0, 1, "alone")
 ROWS = 32
 MOST_TOKENS = 1024
 """Of a row; longer ones are passed over, so that a reference takes seconds."""
+MOST_TOKENS_WITH_IMAGES = 4096
+"""Of a row with images, of which there are few: a photograph has a thousand tokens or more."""
 LOOKED_AHEAD = 16
 """Samples among which that of the next training row is looked for."""
 TRAINING = "training"
@@ -179,6 +184,10 @@ def base_reference(model: ModelConfig) -> dict[str, Any]:
             turn = None
         if turn is not None:
             rows.append({"messages": asked, "prompt_ids": turn.prompt, "target_ids": turn.target})
+            last = Answer(answer, turn.target)
+    if rows and tokenizer.chat_template:
+        drawn = drawn_row(tokenizer, task_of(config.task).template_date, "What is in this picture?", last)
+        rows += [] if drawn is None else [drawn]
     if not rows:
         raise NoReference("its template renders none of the conversations that it would be compared on")
     body = load_model(config, tokenizer, (), torch.float32)
@@ -191,7 +200,7 @@ def base_reference(model: ModelConfig) -> dict[str, Any]:
         "template_date": task_of(config.task).template_date,
         "part": UNTRAINED,
         "files": digest_files(model_folder(config.model)),
-        "rows": [_scored(row, module) for row in rows],
+        "rows": [_scored(row, module, row.pop("inputs", None)) for row in rows],
     }
 
 
@@ -233,14 +242,16 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
     if body.config.is_encoder_decoder:
         raise NoReference("no engine of dstune serve takes an encoder-decoder")
     task = task_of(config.task)
+    inputs = [row.pop("inputs", {}) for row in rows]
     is_adapter = (folder / "adapter_config.json").is_file()
     if task.generates:
         from dstune.models.peft_import import peft
 
-        described = [_scored(row, body if module is None else module) for row in rows]
+        scored = body if module is None else module
+        described = [_scored(row, scored, images) for row, images in zip(rows, inputs, strict=True)]
         if is_adapter and isinstance(module, peft.PeftModel):
             with module.disable_adapter():  # what the adapter changes is what an engine has to show
-                plain = [_scored(row, module)["logprobs"] for row in rows]
+                plain = [_scored(row, module, images)["logprobs"] for row, images in zip(rows, inputs, strict=True)]
             described = [
                 row | {"base_logprobs": base_logprobs} for row, base_logprobs in zip(described, plain, strict=True)
             ]
@@ -299,14 +310,14 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any
     places = json.loads(split.places.read_text(encoding="utf-8"))[:MOST_PLACES]
     raw = _fields(config, split.name, places)
     origins = np.arange(len(split.lengths)) if split.origins is None else split.origins
-    row_count = 0
+    row_count, allowance = 0, Allowance()
     for sample, origin in enumerate(origins.tolist()):
         if row_count == ROWS or origin >= len(places):
             break
         fields, source_config = raw.get(places[origin], (None, config))
         if fields is None or np.count_nonzero(origins[: sample + 1] == origin) > 1:
             continue
-        row = _row(fields, source_config, split.sample(sample), tokenizer, served)
+        row = _row(fields, source_config, split, sample, tokenizer, served, allowance)
         if row is not None:
             row_count += 1
             yield row
@@ -317,7 +328,7 @@ def _trained_on(config: RunConfig, data: PreparedData, tokenizer: Any, served: A
     adapter answers them otherwise too. Samples stand in the order of their rows, of which some were left out."""
     if config.data.streaming:
         return
-    samples, at, row_count = min(len(data.train.lengths), MOST_PLACES), 0, 0
+    samples, at, row_count, allowance = min(len(data.train.lengths), MOST_PLACES), 0, 0, Allowance()
     files = [
         (file, source_config)
         for key, source_config in of_training(config).values()
@@ -330,7 +341,7 @@ def _trained_on(config: RunConfig, data: PreparedData, tokenizer: Any, served: A
         if raw.fields is None:
             continue
         for sample in range(at, min(at + LOOKED_AHEAD, samples)):
-            row = _row(raw.fields, source_config, data.train.sample(sample), tokenizer, served)
+            row = _row(raw.fields, source_config, data.train, sample, tokenizer, served, allowance)
             if row is not None:
                 at, row_count = sample + 1, row_count + 1
                 yield row
@@ -367,11 +378,17 @@ def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tu
 
 
 def _row(
-    fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, served: Any
+    fields: Mapping[str, Any],
+    config: RunConfig,
+    split: Split,
+    number: int,
+    tokenizer: Any,
+    served: Any,
+    allowance: Allowance,
 ) -> dict[str, Any] | None:
-    """Build a row of the reference; None where the row cannot be asked in the same way, since training changed its text
-    (`data.clean`) or cut it."""
-    task = task_of(config.task)
+    """Build the row of the sample `number`. None where it cannot be asked in the same way, since training changed its text (`data.clean`)
+    or cut it, and where it shows more images than are allowed."""
+    task, sample = task_of(config.task), split.sample(number)
     try:
         fmt = recognise(fields, config.data.columns, config.data.format, config.task, "")
         row = normalise(fields, fmt, config.data.columns, config.task)
@@ -380,15 +397,22 @@ def _row(
             sent = row if ROW_FORMATS[fmt].shape else fields
             query = task.as_query(sent, row) if isinstance(task, BuildsQueries) else dict(sent)
             return {"row": query, "ids": np.asarray(sample["input_ids"]).tolist()}
-        return _language_row(row, config, sample, tokenizer, served)
+        return _language_row(row, config, split, sample, tokenizer, served, allowance)
     except (RowError, UserError):
         return None
 
 
 def _language_row(
-    row: dict[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, served: Any
+    row: dict[str, Any],
+    config: RunConfig,
+    split: Split,
+    sample: Mapping[str, Any],
+    tokenizer: Any,
+    served: Any,
+    allowance: Allowance,
 ) -> dict[str, Any] | None:
-    """Return the turns up to the assistant's first one, or a text, with the tokens of what follows."""
+    """Return the turns up to the assistant's first one, or a text, with the tokens of what follows and, as `inputs`, what the model
+    gets of images. Raises RowError."""
     trained = np.asarray(sample["input_ids"]).tolist()
     if "text" in row:
         if len(trained) < 2:
@@ -402,18 +426,25 @@ def _language_row(
     first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first:
         return None
+    images = RowImages.of(split, sample, messages[:first])
     template_columns = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
-    one_turn = {"messages": [{**message, "weight": 1} for message in messages[: first + 1]], **template_columns}
-    trained_turn = _rendered(one_turn, config, tokenizer)
+    trained_messages = [{**message, "weight": 1} for message in messages[: first + 1]]
+    one_turn = {"messages": trained_messages, **template_columns, **images.entries()}
+    trained_turn = _rendered(one_turn, config, tokenizer, images)
     if trained_turn is None or trained[: len(trained_turn.prompt) + 1] != [
         *trained_turn.prompt,
         trained_turn.target[0],
     ]:
         return None
-    turn = trained_turn if served is tokenizer else _rendered(one_turn, config, served)
-    if turn is None:
+    turn = trained_turn if served is tokenizer else _rendered(one_turn, config, served, images)
+    if turn is None or not allowance.take(images):
         return None
     requested: dict[str, Any] = {"messages": messages[:first]}
+    if images:
+        requested["messages"] = images.shown(messages[:first])
+        requested["inputs"] = prompt_inputs(split, [*turn.prompt, *turn.target], images.numbers)
+        if isinstance(answer := messages[first].get("content"), str) and not messages[first].get("tool_calls"):
+            requested["answer"] = answer
     if "tools" in template_columns:
         requested["tools"] = template_columns["tools"]
     if "chat_template_kwargs" in template_columns:
@@ -431,11 +462,15 @@ class _Turn(NamedTuple):
     """The tokens of the assistant's first turn."""
 
 
-def _rendered(one_turn: dict[str, Any], config: RunConfig, tokenizer: Any) -> _Turn | None:
+def _rendered(
+    one_turn: dict[str, Any], config: RunConfig, tokenizer: Any, images: RowImages | None = None
+) -> _Turn | None:
     """Render the turn; None where it is cut, or trains nothing."""
     # Pairs of answers are not what a server is asked; the better one is a conversation.
     chats = TASKS["chat"].for_source(config.task, None)
-    samples = RowTokenizer(tokenizer, chats, "messages", MOST_TOKENS).samples([one_turn], [0])
+    rows = RowTokenizer(tokenizer, chats, "messages", MOST_TOKENS_WITH_IMAGES if images else MOST_TOKENS)
+    rows.use_images(images.files if images else None)
+    samples = rows.samples([one_turn], [0])
     if len(samples) != 1 or samples[0].problem or samples[0].truncated:
         return None
     ids, answer = samples[0].input_ids.tolist(), np.flatnonzero(samples[0].columns["labels"] != NO_TARGET)
@@ -456,12 +491,13 @@ def _as_trained(config: RunConfig, checkpoint: Path, tokenizer: Any) -> tuple[An
     return module.to(accelerator.kind()).eval(), body
 
 
-def _scored(row: dict[str, Any], module: Any) -> dict[str, Any]:
-    """Return `row` with the log-probability of each target."""
+def _scored(row: dict[str, Any], module: Any, images: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """Return `row` with the log-probability of each target. images: what the model gets of those in the prompt."""
     ids = [*row["prompt_ids"], *row["target_ids"]]
     device = next(module.parameters()).device
     with torch.inference_mode():
-        logits = module(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+        beside = placed_images(images or {}, module)
+        logits = module(input_ids=torch.tensor([ids], device=device), use_cache=False, **beside).logits[0]
     count = len(row["target_ids"])
     logprobs = logits[-count - 1 : -1].float().log_softmax(-1)
     targets = torch.tensor(row["target_ids"], device=logprobs.device)

@@ -136,7 +136,7 @@ class Writer:
         return ids, images
 
     def _seen(self, request: Request, ids: Sequence[int], images: PromptImages | None) -> dict[str, Any] | None:
-        """What the model gets of the images of a prompt; None where it shows none. Raises UserError."""
+        """Return what the model gets of the images of a prompt; None where it shows none. Raises UserError."""
         from dstune.data.problems import RowError
 
         try:

@@ -136,9 +136,12 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
-    """Return the shape of the weight of a module; files of some bases lack the model's outermost name, or have two names
-    exchanged."""
-    for candidate in (*layouts_of(name)[:2], name.partition(".")[2]):
+    """Return the shape of the weight of a module; files of some bases lack the model's outermost name, have two names exchanged,
+    or have the language model's own names beside a tower (`visual.`, Qwen2-VL and 2.5-VL)."""
+    candidates = [*layouts_of(name)[:2], name.partition(".")[2]]
+    if name.startswith(LANGUAGE_MODEL) and any(end.startswith("visual.") for end in ends):
+        candidates.append(f"model.{name.removeprefix(LANGUAGE_MODEL)}")
+    for candidate in candidates:
         if candidate in ends:
             return ends[candidate]
     return None

@@ -226,6 +226,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         origins=frozenset(origin.lower().rstrip("/") for origin in arguments.allow_origin),
         concurrent=arguments.max_concurrent,
         queue=arguments.max_queue,
+        max_body_bytes=arguments.max_body_bytes,
         adapter_roots=tuple(arguments.adapter_root),
     )
 

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator,
 
 from dstune.core.parsing import parse_json
 from dstune.serve.gateway.json_bounds import MOST_MEMBERS, members_in
-from dstune.serve.validation import Body, FailsFast, NullsAreAbsent, Text, tagged_by, wrong
+from dstune.serve.images import is_image, problem_of_address
+from dstune.serve.validation import Body, Expected, FailsFast, NullsAreAbsent, Text, tagged_by, wrong
 
 MOST_MESSAGES = 2048
 MOST_CONVERSATIONS = 64
@@ -35,6 +36,28 @@ class RefusalPart(Body):
     text: Any = None
 
 
+def _check_image(url: str) -> str:
+    if problem := problem_of_address(url):
+        raise wrong(problem)
+    return url
+
+
+class ImageAddress(Body):
+    url: Annotated[str, AfterValidator(_check_image)]
+    detail: (
+        Annotated[
+            Literal["auto", "high"],
+            Expected("must be 'auto' or 'high': the model's processor chooses the size, as in training"),
+        ]
+        | None
+    ) = None
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
 Part = Annotated[Annotated[TextPart, Tag("#text")] | Annotated[RefusalPart, Tag("#refusal")], tagged_by("type")]
 
 
@@ -46,6 +69,18 @@ Content = Annotated[
     Annotated[str, Tag("#plain")] | Annotated[list[Part], Field(max_length=MOST_MESSAGES), FailsFast, Tag("#parts")],
     Discriminator(_kind_of_content),
 ]
+SeenPart = Annotated[
+    Annotated[TextPart, Tag("#text")]
+    | Annotated[RefusalPart, Tag("#refusal")]
+    | Annotated[ImagePart, Tag("#image_url")],
+    tagged_by("type"),
+]
+SeenContent = Annotated[
+    Annotated[str, Tag("#plain")]
+    | Annotated[list[SeenPart], Field(max_length=MOST_MESSAGES), FailsFast, Tag("#parts")],
+    Discriminator(_kind_of_content),
+]
+"""Of a message that may show images: models see images and write none."""
 
 
 def _check_arguments(value: str) -> str:
@@ -68,7 +103,7 @@ class Call(Opened):
 
 
 class _Message(NullsAreAbsent):
-    content: Content
+    content: SeenContent
     name: Name | None = None
 
 
@@ -191,17 +226,21 @@ def as_trained(value: Any) -> Any:
 def _message_as_trained(message: dict[str, Any]) -> dict[str, Any]:
     content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, list):
-        parts = [
-            {"type": _PART_TYPES.get(part["type"], "text"), "text": part.get(part["type"], part.get("text"))}
-            for part in content
-        ]
-        content = parts if len(parts) > 1 else "".join(part["text"] for part in parts)
+        parts = [_part_as_trained(part) for part in content]
+        is_text = len(parts) < 2 and not any(map(is_image, parts))
+        content = "".join(part["text"] for part in parts) if is_text else parts
     trained = {name: value for name, value in message.items() if name != "refusal"}
     if refusal or "content" in message:
         trained["content"] = refusal or content
     if message.get("tool_calls"):
         trained["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
     return trained
+
+
+def _part_as_trained(part: dict[str, Any]) -> dict[str, Any]:
+    if is_image(part):
+        return part
+    return {"type": _PART_TYPES.get(part["type"], "text"), "text": part.get(part["type"], part.get("text"))}
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from dstune.protocols import ENGINES, ROUTES, EngineKind, Routes
 from dstune.serve.state import STATE
 
 PREFIX = "serve."
+MOST_BODY_BYTES = 48 << 20
+"""Engines read 64 MiB, and a key may have as many in memory at once."""
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -145,6 +147,13 @@ def _add_limits(parser: VerbParser) -> None:
         metavar="N",
         help="of all answers together, engine local (65536)",
     )
+    parser.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=8 << 20,
+        metavar="N",
+        help="of a request's JSON (8388608; base64 makes an image a third larger)",
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine local (default: cores - 1)")
     parser.add_argument(
         "--drain-delay",
@@ -169,14 +178,16 @@ def check(arguments: argparse.Namespace) -> None:
         "max_queue": 0,
         "max_sequences": 1,
         "max_cached_tokens": 64,
+        "max_body_bytes": 1024,
         "threads": 0,
     }
     for name, bound in (*least.items(), ("port", 0), ("drain_delay", 0), ("drain_seconds", 0), ("log_days", 0)):
         if not getattr(arguments, name) >= bound:  # NaN is not
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
-    if arguments.port > 65535:
-        problems.append(Problem("--port", "must be at most 65535", value=str(arguments.port)))
+    for name, most in (("port", 65535), ("max_body_bytes", MOST_BODY_BYTES)):
+        if (value := getattr(arguments, name)) > most:
+            problems.append(Problem(f"--{name.replace('_', '-')}", f"must be at most {most}", value=str(value)))
     alone = [flag for service in arguments.services for flag in service.flags_without_models]
     if without_models(arguments):
         if arguments.models:

@@ -21,6 +21,7 @@ from dstune.core.errors import DstuneError
 from dstune.core.parsing import parse_json, read_file
 from dstune.core.paths import REFERENCE_FILE
 from dstune.serve.engines.base import Engine, Unprovable
+from dstune.serve.images import shows_image
 from dstune.serve.source import Source
 
 MOST_BYTES = 64 << 20
@@ -121,7 +122,7 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
     edited = reference.get("edited")
     edits = f"edited since its training: {', '.join(map(str, edited))}" if isinstance(edited, list) and edited else ""
     part = PARTS.get(str(reference.get("part")), "")
-    return replace(proof, detail="; ".join(filter(None, (part, edits, engine.unseen_settings))))
+    return replace(proof, detail="; ".join(filter(None, (proof.detail, part, edits, engine.unseen_settings))))
 
 
 def _refuse_other_files(name: str, source: Source, reference: Mapping[str, Any]) -> None:
@@ -151,15 +152,20 @@ def _lacking(source: Source) -> str:
 
 
 async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:
+    seeing = [row for row in rows if shows_images(row)]
+    if seeing and not engine.reads_images:
+        rows = [row for row in rows if not shows_images(row)]
+        if not rows:
+            raise Unprovable(f"the engine {engine.name} reads no images, and all rows of the reference show some")
     for number, row in enumerate(rows, 1):  # tokens first: some engines tell nothing else
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
-    bound, compared = _bound(engine), 0  # rows of which it reports a target at least
+    bound, compared, proven_with_images = _bound(engine), 0, 0  # rows of which it reports a target at least
     largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
     for number, row in enumerate(rows, 1):
-        tokens = row["prompt_ids"], row["target_ids"]
-        logprobs = await engine.logprobs(name, *tokens)
+        logprobs = await _logprobs(engine, name, row)
         compared += bool(logprobs)
+        proven_with_images += bool(logprobs) and shows_images(row)
         different = _difference(logprobs, row["logprobs"][: len(logprobs)], engine.dtype)
         if not different <= bound:
             raise Refused(
@@ -169,7 +175,7 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
             )
         largest = max(largest, different)
         if effect is not None and base is not None and effect.needs(row):
-            effect.take(row, logprobs, await engine.logprobs(base, *tokens))
+            effect.take(row, logprobs, await _logprobs(engine, base, row))
     if compared < max(LEAST_COMPARED * len(rows), 1):
         raise Unprovable(f"the engine reports log-probabilities of {compared} of {len(rows)} rows of the reference")
     if effect is not None and (reason := effect.problem()):
@@ -177,7 +183,28 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
             f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
         )
     measured = None if effect is None else effect.largest
-    return Proof("proven", "", compared, largest, bound, measured, engine.dtype)
+    detail = _of_images(len(seeing), proven_with_images, engine)
+    return Proof("proven", detail, compared, largest, bound, measured, engine.dtype)
+
+
+def shows_images(row: Mapping[str, Any]) -> bool:
+    """Return whether the messages of a row of a reference show images."""
+    return any(map(shows_image, row.get("messages", ())))
+
+
+async def _logprobs(engine: Engine, name: str, row: Mapping[str, Any]) -> list[float]:
+    if shows_images(row):
+        return await engine.logprobs_with_images(name, row)
+    return await engine.logprobs(name, row["prompt_ids"], row["target_ids"])
+
+
+def _of_images(rows: int, proven: int, engine: Engine) -> str:
+    """Return what a proof says of the rows of its reference that show images; empty where none does."""
+    if not rows:
+        return ""
+    if not engine.reads_images:
+        return f"on text alone: the engine {engine.name} reads no images"
+    return f"{proven} of these rows show images" if proven else "on text alone: the engine scored no prompt with images"
 
 
 class Effect:
@@ -203,7 +230,9 @@ class Effect:
     def take(self, row: Mapping[str, Any], logprobs: Sequence[float], plain: Sequence[float]) -> None:
         self.largest = max(self.largest, _difference(logprobs, plain, self._dtype))
         if self._expected:
-            expected = [adapted - base for adapted, base in zip(row["logprobs"], row["base_logprobs"], strict=True)]
+            reported = len(logprobs)  # an engine may tell of the first targets alone
+            changes = zip(row["logprobs"][:reported], row["base_logprobs"][:reported], strict=True)
+            expected = [adapted - base for adapted, base in changes]
             self._length += sum(value * value for value in expected)
             self._along += sum(
                 value * (adapted - base) for value, adapted, base in zip(expected, logprobs, plain, strict=True)

@@ -165,7 +165,7 @@ class ImageProcessor:
         return {name: _joined([each[name] for each in of_images], self._along(name)) for name in of_images[0]}
 
     def joined_bytes(self, of_images: Sequence[Inputs]) -> int:
-        """The size of what `join` makes of these."""
+        """Return the size of what `join` makes of these."""
         total = 0
         for name in of_images[0] if of_images else ():
             tensors, along = [each[name] for each in of_images], self._along(name)
@@ -212,5 +212,5 @@ def _joined(tensors: Sequence[Tensor], along: int) -> Tensor:
 
 
 def _largest(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each dimension."""
+    """Return the largest size of each dimension."""
     return [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]

@@ -50,7 +50,7 @@ class PromptImages:
         self._contents.append(content)
 
     def place(self, text: str) -> str:
-        """A rendered text with what stands for each image. Raises RowError where it has another number of places."""
+        """Return a rendered text with what stands for each image. Raises RowError where it has another number of places."""
         return expand(text, self.processor.placeholder, self._expansions, [len(self)]).text
 
     def look(self, number: int) -> None:
@@ -65,7 +65,7 @@ class PromptImages:
         self._contents[number] = b""
 
     def inputs(self, ids: Sequence[int]) -> Inputs:
-        """What a model gets of the images beside the tokens of the prompt. Raises RowError where it is too much."""
+        """Return what a model gets of the images beside the tokens of the prompt. Raises RowError where it is too much."""
         if (size := self.processor.joined_bytes(self._seen)) > MAX_INPUT_BYTES:
             raise RowError(
                 f"the images are {size:,} bytes as the model takes them together, and at most {MAX_INPUT_BYTES:,} are computed; "
@@ -78,13 +78,13 @@ class PromptImages:
         return inputs
 
     def all_inputs(self, ids: Sequence[int]) -> Inputs:
-        """`inputs`, after a look at each image."""
+        """Return `inputs`, after a look at each image."""
         for number in range(len(self)):
             self.look(number)
         return self.inputs(ids)
 
     def measured(self) -> PromptImages:
-        """This, after each image was measured."""
+        """Return this, after each image was measured."""
         for number in range(len(self)):
             self.measure(number)
         return self

@@ -110,7 +110,7 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _is_turned(image: Any, content: bytes) -> bool:
-    """Whether EXIF data swap width and height. Pillow decodes all of a PNG whose head has none, to look for them behind the pixels:
+    """Return whether EXIF data swap width and height. Pillow decodes all of a PNG whose head has none, to look for them behind the pixels:
     that is left out where nothing can be there."""
     if image.format == "PNG" and not _may_have_exif(image.info, content):
         return False
@@ -118,7 +118,7 @@ def _is_turned(image: Any, content: bytes) -> bool:
 
 
 def _may_have_exif(head: Mapping[Any, Any], content: bytes) -> bool:
-    """Whether a PNG has EXIF data in its `head`, as Pillow has read that, or chunks behind its pixels that may hold some.
+    """Return whether a PNG has EXIF data in its `head`, as Pillow has read that, or chunks behind its pixels that may hold some.
 
     Also where a chunk is cut off or has another checksum than it says (PNG 3, 5.3): decoding tells what is wrong then.
     """

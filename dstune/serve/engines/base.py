@@ -73,6 +73,8 @@ class Engine:
 
     name: ClassVar[str]
     starts_process: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = False
+    """Whether messages may show images, to a model that sees."""
     knows_clients: ClassVar[bool] = False
     """Whether requests say whose they are (`client`), so that each client has its turn."""
 
@@ -142,11 +144,13 @@ class Engine:
         ids = [*prompt, *targets]
         body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answer = await self.ask("POST", "/v1/completions", body)
-        reported = answer["choices"][0].get("prompt_logprobs")
-        if not reported:
-            raise Unprovable("the engine tells no log-probabilities of a prompt")
-        values = [float(entry[str(token)]["logprob"]) for entry, token in zip(reported[1:], ids[1:], strict=True)]
-        return values[-len(targets) :]
+        return prompt_logprobs(answer["choices"][0].get("prompt_logprobs"), ids)[-len(targets) :]
+
+    async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
+        """Return the log-probabilities of the `target_ids` of a reference's row after its `prompt_ids`, which show the images in
+        its `messages`; or of as many of the first ones as the engine reports. Only engines that read images are asked. Raises
+        Unprovable, EngineDown."""
+        raise NotImplementedError
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return tokens and answers of an encoder's rows. Raises Unprovable."""
@@ -324,6 +328,14 @@ class Engine:
             raise (EngineDown if passing else EngineFault)(f"{self.name} answers {path} with {status}")
         value = _value(content)
         return value if isinstance(value, dict) else {}
+
+
+def prompt_logprobs(reported: Any, ids: Sequence[int]) -> list[float]:
+    """Return the log-probabilities of all tokens of a prompt but the first, as vLLM and the local engine report them. Raises
+    Unprovable."""
+    if not reported:
+        raise Unprovable("the engine tells no log-probabilities of a prompt")
+    return [float(entry[str(token)]["logprob"]) for entry, token in zip(reported[1:], ids[1:], strict=True)]
 
 
 def overriding_arguments(words: Sequence[str], flags: Collection[str]) -> str:

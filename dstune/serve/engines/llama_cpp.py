@@ -17,6 +17,7 @@ from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import Command, Engine, Unprovable, overriding_arguments
 from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.errors import ApiError
+from dstune.serve.images import shows_image
 
 _SAMPLING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop"}
@@ -92,6 +93,8 @@ class LlamaCppEngine(Engine):
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
         request = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        if any(map(shows_image, request.get("messages", ()))):
+            raise _unsupported("messages", "this engine reads no images; --engine local and --engine vllm do")
         if "messages" in request:
             request["messages"] = self._in_one_text(request["messages"])
         # Older ones do not know this name, and would write without end.

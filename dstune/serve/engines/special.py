@@ -20,6 +20,7 @@ from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
 from dstune.serve.errors import ApiError
+from dstune.serve.images import is_image
 from dstune.serve.source import Source
 
 WRITTEN = (
@@ -83,6 +84,8 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
+            if key == "image_url" and is_image(value):  # of base64, which no template prints
+                continue
             yield key
             yield from _texts(item)
             if key == "arguments" and isinstance(item, str):  # of a call: templates get the object

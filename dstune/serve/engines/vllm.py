@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from dstune.serve.engines.base import (
     Unprovable,
     context_of,
     overriding_arguments,
+    prompt_logprobs,
 )
 from dstune.serve.engines.special import SpecialTexts, hub_folder
+from dstune.serve.images import shows_image
 from dstune.serve.source import Source
 
 _SAMPLING = frozenset(
@@ -78,6 +81,7 @@ _KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 @dataclass
 class VllmEngine(Engine):
     name: ClassVar[str] = "vllm"
+    reads_images: ClassVar[bool] = True
     python: str | None = None
     """Of vLLM's environment; None where it runs at `address`."""
     address: str | None = None
@@ -203,7 +207,44 @@ class VllmEngine(Engine):
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         request = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
-        return await super().prompt_ids(model, request)
+        if not any(map(shows_image, request.get("messages", ()))):
+            return await super().prompt_ids(model, request)
+        # `/tokenize` may tell a prompt without what stands for its images in the model.
+        ids: list[int] | None = (await self._rendered(model, request, add_generation_prompt=True)).get(
+            "prompt_token_ids"
+        )
+        if ids is None:
+            raise Unprovable("this vLLM does not tell the tokens of a prompt with images (return_token_ids)")
+        return ids
+
+    async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
+        """As `Engine` has it. vLLM scores a conversation with images only as messages: with the trained answer as the beginning
+        of one that goes on. Where its template makes other tokens of it than training, such as the end of the turn, nothing is
+        compared."""
+        if "answer" not in row:
+            return []
+        answered = [*_with_reasoning(row["messages"]), {"role": "assistant", "content": row["answer"]}]
+        fields = {"add_generation_prompt": False, "continue_final_message": True, "prompt_logprobs": 0}
+        rendered = await self._rendered(model, {**row, "messages": answered}, **fields)
+        ids: list[int] = rendered.get("prompt_token_ids") or []
+        expected = [*row["prompt_ids"], *row["target_ids"]]
+        equal = sum(itertools.takewhile(bool, map(int.__eq__, ids, expected)))
+        if equal <= len(row["prompt_ids"]):
+            return []
+        return prompt_logprobs(rendered.get("prompt_logprobs"), ids)[len(row["prompt_ids"]) - 1 : equal - 1]
+
+    async def _rendered(self, model: str, row: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+        """Return what vLLM tells of the prompt that it makes of the messages of a row."""
+        body = {
+            "model": model,
+            "messages": row["messages"],
+            "max_tokens": 1,
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        beside = {"tools": row.get("tools"), "chat_template_kwargs": row.get("arguments")}
+        body |= {name: value for name, value in beside.items() if value} | fields
+        return await self.ask("POST", "/v1/chat/completions", body)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         most = int(self._given("--max-lora-rank") or self.max_rank)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dstune.serve.engines.base import Engine
 from dstune.serve.errors import ApiError
+from dstune.serve.images import is_image
 
 MOST_ANSWERS = 512
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -47,9 +48,11 @@ def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
 
 
 def _characters(value: Any) -> int:
-    """Count the characters of all texts; a token id stands for the longest one."""
+    """Count the characters of all texts but images, which have as many tokens as their sizes tell; a token id stands for the longest one."""
     if isinstance(value, str):
         return len(value)
+    if is_image(value):
+        return 0
     if isinstance(value, list | dict):
         return sum(map(_characters, value.values() if isinstance(value, dict) else value))
     return CHARACTERS_OF_TOKEN if type(value) is int else 0

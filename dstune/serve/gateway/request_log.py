@@ -1,8 +1,8 @@
 """Requests and answers in Parquet files, for monitoring and training again: only where it was asked for (`--log-requests`).
 
-Personal data is masked before anything is written (`data.clean`'s rules). Files are of this user alone, closed every
-ROWS rows, BYTES bytes or SECONDS seconds, and removed after their retention. A user is kept as a hash by a key of this folder, by
-which all that is kept of one is found again, though the name itself may be masked.
+Personal data is masked before anything is written (`data.clean`'s rules); of an image there is the digest and the size. Files are
+of this user alone, closed every ROWS rows, BYTES bytes or SECONDS seconds, and removed after their retention. A user is kept as a
+hash by a key of this folder, by which all that is kept of one is found again, though the name itself may be masked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from dstune.core.parsing import parse_json
 from dstune.core.secrets import texts_mapped
 from dstune.serve.events import data_in
+from dstune.serve.images import LOGGED, without_images
 
 ROWS = 2000
 SECONDS = 300.0
@@ -148,12 +149,15 @@ class RequestLog:
 
     def _masked(self, row: dict[str, Any]) -> dict[str, Any]:
         answer = texts_mapped(answer_value(row["answer"]), self._redact)
-        request = texts_mapped(row["request"], self._redact)
+        request = texts_mapped(without_images(row["request"]), self._redact_but_digests)
         user = row["user"] and self._redact(row["user"])
         written = {
             name: json.dumps(value, ensure_ascii=False) for name, value in (("request", request), ("answer", answer))
         }
         return row | {"user": user, "user_hash": row["user"] and self._hash(row["user"])} | written
+
+    def _redact_but_digests(self, text: str) -> str:
+        return text if LOGGED.fullmatch(text) else self._redact(text)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         import pyarrow as pa

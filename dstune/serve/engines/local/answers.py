@@ -10,16 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dstune.data.chat.template import RenderError
 from dstune.data.chat.tool_calls import Call, ToolForm, ToolText, form_of
-from dstune.data.control import TooManyTokens
-from dstune.data.images.places import is_place
-from dstune.data.messages import conversation_of
-from dstune.data.problems import RowError
 from dstune.serve.asgi import event
 from dstune.serve.engines.local.batch import QueueFull, Scheduler, Sequence
 from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
-from dstune.serve.engines.local.model import LocalModel
+from dstune.serve.engines.local.model import LocalModel, SeenImages
+from dstune.serve.engines.local.prompts import Asked, chat_prompt, prompts_of, text_ids, too_long
 from dstune.serve.engines.local.sampling import Chosen, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 from dstune.serve.errors import ApiError, error_body
@@ -79,13 +75,15 @@ class Answers:
         self._sequences: list[Sequence] = []
         self.choices: list[Choice] = []
         self.requested: list[Requested] = []
+        self.seen: SeenImages | None = None
+        """What the model gets of images in the prompt; set before `submit`."""
 
     def sampling(self, length: int, index: int, most: int | None) -> Sampling:
         """Return the sampling of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no
         room."""
         body, limit = self.body, self.model.limit
         if length + (most or 1) > limit:
-            raise _too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
+            raise too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
         values = dict(self.model.defaults()) | {name: body[name] for name in SAMPLING if name in body}
         stop = body.get("stop") or ()
         seed = body.get("seed")
@@ -137,7 +135,7 @@ class Answers:
 
             sequences.append(Sequence(prompt, sampling, stream, emit, self._adapter))
         try:
-            self.scheduler.submit(sequences, CLIENT.get())
+            self.scheduler.submit(sequences, CLIENT.get(), self.seen)
         except QueueFull:
             raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
         except ValueError as error:
@@ -217,8 +215,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequ
 class ChatAnswers(Answers):
     """An answer to a conversation."""
 
-    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
-        """Raises ApiError."""
+    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any], asked: Asked):
+        """asked: the messages of the body, with images that were measured. Raises ApiError."""
         super().__init__(model, scheduler, body)
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         if not model.chats(self.name):
@@ -230,7 +228,7 @@ class ChatAnswers(Answers):
             raise ApiError(400, reason, param="tool_choice", code="unsupported_parameter")
         if body.get("tool_choice") == "none":
             tools = form = None
-        self.prompt = self._prompt(tools)
+        self.prompt = chat_prompt(model, self.name, asked, tools, body.get("chat_template_kwargs"))
         names = frozenset(tool["function"]["name"] for tool in tools or ())
         most = body.get("max_completion_tokens") or body.get("max_tokens")
         if (body.get("max_tokens") or most) != most:
@@ -248,9 +246,6 @@ class ChatAnswers(Answers):
             reason = "The chat template of this model shows no tools, or calls in a form that is not known here."
             raise ApiError(400, reason, param="tools", code="unsupported_parameter")
         return form
-
-    def _prompt(self, tools: Any) -> list[int]:
-        return chat_prompt(self.model, self.name, self.body["messages"], tools, self.body.get("chat_template_kwargs"))
 
     def logprobs(self) -> int | None:
         if not self.body.get("logprobs"):
@@ -311,34 +306,6 @@ class ChatAnswers(Answers):
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
 
 
-def chat_prompt(
-    model: LocalModel, name: str, messages: Any, tools: Any, arguments: Mapping[str, Any] | None
-) -> list[int]:
-    """Return the prompt's tokens of messages as clients write them. Raises ApiError where the template refuses them."""
-    try:
-        conversation = conversation_of(messages, "messages")
-        if any(is_place(part) for message in conversation for part in message.get("content") or ()):
-            raise RowError("this engine reads no images; --engine vllm does")
-        return model.conversation_ids(name, conversation, tools, arguments or {})
-    except TooManyTokens as error:
-        raise _too_long(error.most, f"more than {error.most}", 1, "messages") from None
-    except (RowError, RenderError) as error:
-        raise ApiError(400, f"Invalid messages: {error}.", param="messages", code="invalid_value") from None
-
-
-def text_ids(model: LocalModel, name: str, text: str) -> list[int]:
-    """Return the tokens of a text that is continued. Raises ApiError where they are too many."""
-    try:
-        return model.text_ids(name, text)
-    except TooManyTokens as error:
-        raise _too_long(error.most, f"more than {error.most}", 1, "prompt") from None
-
-
-def _too_long(limit: int, length: str, requested: int, param: str) -> ApiError:
-    reason = f"This model takes {limit} tokens, prompt and answer together; the prompt has {length} and {requested} are asked for."
-    return ApiError(400, reason, param=param, code="context_length_exceeded")
-
-
 class TextAnswers(Answers):
     """What follows texts, or token ids."""
 
@@ -393,10 +360,3 @@ class TextAnswers(Answers):
                 "text_offset": offsets,
             }
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-def prompts_of(prompt: Any) -> list[Any]:
-    """Return each prompt of a completion request: text or token ids."""
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [prompt]
-    return list(prompt)

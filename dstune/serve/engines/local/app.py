@@ -5,14 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dstune.core.errors import UserError
+from dstune.data.images.request import PromptImages
 from dstune.serve.asgi import EVENTS, ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
-from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers, chat_prompt, prompts_of, text_ids
+from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers
 from dstune.serve.engines.local.batch import Scheduler
-from dstune.serve.engines.local.model import LocalModel
+from dstune.serve.engines.local.model import LocalModel, SeenImages
+from dstune.serve.engines.local.prompts import (
+    Asked,
+    chat_prompt,
+    prompts_of,
+    read_messages,
+    refusing_messages,
+    text_ids,
+)
 from dstune.serve.errors import ApiError
 from dstune.serve.turns import CLIENT, TurnThreads
 
@@ -61,6 +71,7 @@ class LanguageApp(EngineApp):
         super().__init__()
         self.model, self.scheduler = model, scheduler
         self._render = TurnThreads("render")  # one: a tokenizer keeps how it cuts
+        self._images = TurnThreads("images")  # one: it has one decoded image in memory at a time
         self.routes |= {
             ("GET", "/health"): self.health,
             ("GET", "/v1/models"): self.models,
@@ -89,12 +100,48 @@ class LanguageApp(EngineApp):
     async def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
         """Make the answers of a request, which is computed from now on."""
         self._known(body)
-        kind = ChatAnswers if handler == self.chat else TextAnswers
-        if kind is TextAnswers:
-            body = body | {"prompt": [await self._ids(body, prompt) for prompt in prompts_of(body["prompt"])]}
-        answers = await self._rendered(lambda: kind(self.model, self.scheduler, body))
+        answers: Answers
+        if handler == self.chat:
+            asked = await self._asked(body)
+            chat = await self._rendered(lambda: ChatAnswers(self.model, self.scheduler, body, asked))
+            chat.seen = await self._seen(asked, chat.prompt)
+            answers = chat
+        else:
+            prompts = [await self._ids(body, prompt) for prompt in prompts_of(body["prompt"])]
+            given = body | {"prompt": prompts}
+            answers = await self._rendered(lambda: TextAnswers(self.model, self.scheduler, given))
         answers.submit()
         return answers
+
+    async def _asked(self, body: dict[str, Any]) -> Asked:
+        """Read the messages of a request, and the sizes of their images. Raises ApiError."""
+        asked = await self._rendered(lambda: read_messages(self.model, str(body["model"]), body["messages"]))
+        if asked.images is not None:
+            await self._each_image(asked.images, asked.images.measure)
+        return asked
+
+    async def _seen(self, asked: Asked, ids: list[int]) -> SeenImages | None:
+        """Return what the model gets of the images of a prompt, which are decoded only now, when it is known to fit. Raises ApiError."""
+        images = asked.images
+        if images is None:
+            return None
+        await self._each_image(images, images.look)
+
+        def joined() -> SeenImages:
+            with refusing_messages():
+                return self.model.seen(ids, images.inputs(ids), images.processor)
+
+        return await self._images.run(CLIENT.get(), joined)
+
+    async def _each_image(self, images: PromptImages, work: Callable[[int], None]) -> None:
+        """Do `work` on each image: in a thread, and between two of them others have their turn."""
+
+        def refusing(number: int) -> None:
+            with refusing_messages():
+                work(number)
+
+        for number in range(len(images)):
+            await self._images.run(CLIENT.get(), partial(refusing, number))
 
     async def _rendered(self, render: Callable[[], T]) -> T:
         """Return what `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""
@@ -129,21 +176,22 @@ class LanguageApp(EngineApp):
         return await (await self._answers(self.complete, body)).answer()
 
     async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the log-probability of each token of a prompt, as vLLM tells them."""
+        """Return the log-probability of each token of a prompt, as vLLM tells them. Images in it are those of `messages`."""
         name = self._known(body)
         (ids,) = prompts_of(body["prompt"])
         if isinstance(ids, str):
             text = ids
             ids = await self._rendered(lambda: self.model.text_ids(name, text))
-        logprobs = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids)))
+        seen = await self._seen(await self._asked(body), ids) if "messages" in body else None
+        logprobs = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids, seen)))
         reported = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], logprobs, strict=True))]
         return {"choices": [{"index": 0, "text": "", "prompt_logprobs": reported, "prompt_token_ids": ids}]}
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._known(body)
         if "messages" in body:
-            parts = (body["messages"], body.get("tools"), body.get("chat_template_kwargs"))
-            ids = await self._rendered(lambda: chat_prompt(self.model, name, *parts))
+            asked, parts = await self._asked(body), (body.get("tools"), body.get("chat_template_kwargs"))
+            ids = await self._rendered(lambda: chat_prompt(self.model, name, asked, *parts))
         else:
             ids = await self._rendered(lambda: self.model.text_ids(name, body["prompt"]))
         return {"tokens": ids, "count": len(ids), "max_model_len": self.model.limit}

@@ -10,9 +10,10 @@ import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 from dstune.core.errors import first_line
+from dstune.models.generation import placed_images
+from dstune.serve.engines.local.caches import is_joinable, joined, map_cache, new_cache, widened
+from dstune.serve.engines.local.model import SeenImages
 from dstune.serve.engines.local.sampling import Sampler, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 
@@ -40,6 +44,9 @@ class Sequence:
         self.prompt, self.stream, self.emit, self.adapter = prompt, stream, emit, adapter
         self.sampler = Sampler(sampling, prompt)
         self.last = prompt[-1]
+        self.shift = 0
+        """By how much its next position is ahead of the number of its tokens, since an image has fewer positions than tokens, or
+        more."""
         self.cancelled = False
 
     @property
@@ -75,8 +82,13 @@ class _Prompt:
     client: str = ""
     turn: int = 0
     """Of those that wait: how many of its client's come before it."""
+    images: SeenImages | None = None
     cache: Any = None
     read: int = 0
+
+    @property
+    def image_bytes(self) -> int:
+        return 0 if self.images is None else self.images.bytes
 
     @property
     def ids(self) -> list[int]:
@@ -102,7 +114,7 @@ class _Batch:
             self.cache, self.mask = cache, mask
         else:
             width = max(length, self.mask.shape[1])
-            self.cache = _joined(_widened(self.cache, width), _widened(cache, width))
+            self.cache = joined(widened(self.cache, width), widened(cache, width))
             pad = torch.nn.functional.pad
             rows = [pad(part_mask, (width - part_mask.shape[1], 0)) for part_mask in (self.mask, mask)]
             self.mask = torch.cat(rows)
@@ -121,7 +133,7 @@ class _Batch:
         self.mask = self.mask[rows]
         first = int(self.mask.argmax(-1).min())  # columns that are padding for all
         self.mask = self.mask[:, first:]
-        self.cache = _map(self.cache, lambda tensor: tensor[rows.to(tensor.device), :, first:])
+        self.cache = map_cache(self.cache, lambda tensor: tensor[rows.to(tensor.device), :, first:])
 
 
 class Scheduler:
@@ -136,16 +148,20 @@ class Scheduler:
         max_waiting: int = 64,
         max_cached_tokens: int = 65536,
         chunk: int = 512,
+        max_image_bytes: int = 2**30,
         failed: Callable[[], None] = lambda: None,
     ):
         """speaking: context in which the model is that adapter. max_cached_tokens: of all sequences together, the length
-        that they may reach included. failed: called by the thread when it ends by a fault."""
+        that they may reach included. max_image_bytes: of what the model gets of the images of all prompts that wait. failed:
+        called by the thread when it ends by a fault."""
         self._model, self._speaking = model, speaking
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
-        self._max_cached_tokens, self._chunk = max_cached_tokens, chunk
-        self._joinable = _joinable(model)
+        self._max_cached_tokens, self._chunk, self._max_image_bytes = max_cached_tokens, chunk, max_image_bytes
+        self._joinable = is_joinable(model)
         # transformers 5.24 names it anew; both are taken until 5.40.
         self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        # Models with positions of images remember those of the prompt before, where they are not told them.
+        self._remembers_positions = any(hasattr(module, "rope_deltas") for module in model.modules())
         self._waiting: deque[_Prompt] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._reading: _Prompt | None = None
@@ -157,10 +173,10 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: list[Sequence], client: str = "") -> None:
-        """Queue the answers to one prompt. Prompts of several clients are read in turn, and one client may have three quarters
-        of those that wait. Raises QueueFull, ValueError where they can never be held."""
-        prompt = _Prompt(sequences, client)
+    def submit(self, sequences: list[Sequence], client: str = "", images: SeenImages | None = None) -> None:
+        """Queue the answers to one prompt, which may show images. Prompts of several clients are read in turn, and one client may
+        have three quarters of those that wait. Raises QueueFull, ValueError where they can never be held."""
+        prompt = _Prompt(sequences, client, images=images)
         if prompt.tokens > self._max_cached_tokens or len(sequences) > self._max_sequences:
             raise ValueError(
                 f"prompt and answers may take {prompt.tokens} tokens together; this engine holds "
@@ -177,6 +193,9 @@ class Scheduler:
                 or len(self._waiting) >= self._max_waiting
                 or len(client_turns) * 4 >= self._max_waiting * 3
             ):
+                raise QueueFull
+            waiting_bytes = sum(waiting.image_bytes for waiting in self._waiting)
+            if waiting_bytes and waiting_bytes + prompt.image_bytes > self._max_image_bytes:
                 raise QueueFull
             prompt.turn = client_turns[-1] + 1 if client_turns else self._waiting[0].turn if self._waiting else 0
             place = sum(waiting.turn <= prompt.turn for waiting in self._waiting)
@@ -296,10 +315,8 @@ class Scheduler:
             return
         try:
             if prompt.cache is None:
-                prompt.cache = _new_cache(self._model, plain=self._joinable)
-            chunk = prompt.ids[prompt.read : prompt.read + self._chunk]
-            logits = self._forward(prompt.sequences[0].adapter, torch.tensor([chunk]), None, prompt.cache)[0]
-            prompt.read += len(chunk)
+                prompt.cache = new_cache(self._model, plain=self._joinable)
+            logits = self._read_chunk(prompt)
             if prompt.read < len(prompt.ids):
                 return
             self._reading = None
@@ -310,16 +327,32 @@ class Scheduler:
             for sequence in prompt.sequences:
                 sequence.fail(first_line(error))
 
+    def _read_chunk(self, prompt: _Prompt) -> Tensor:
+        """Return the logits behind the next chunk of a prompt. The first one goes up to the end of the last image: a model takes the
+        images of a prompt at once, and lets the tokens of some see each other."""
+        start, end = prompt.read, min(prompt.read + self._chunk, len(prompt.ids))
+        beside: dict[str, Any] = {}
+        if prompt.images is not None:
+            end = max(end, prompt.images.last)
+            beside = placed_images(prompt.images.beside(start, end), self._model) | {"logits_to_keep": 1}
+        if self._remembers_positions and "position_ids" not in beside:
+            beside["position_ids"] = torch.arange(start, end, device=next(self._model.parameters()).device)[None]
+        ids = torch.tensor([prompt.ids[start:end]])
+        logits = self._forward(prompt.sequences[0].adapter, ids, prompt.cache, beside)[0]
+        prompt.read = end
+        return logits
+
     def _begin(self, prompt: _Prompt, logits: Tensor) -> None:
         """Begin with the first token of each answer, which then joins its batch."""
         for number, sequence in enumerate(prompt.sequences):
             if sequence.done:
                 continue
+            sequence.shift = 0 if prompt.images is None else prompt.images.shift
             self.tokens += 1
             if not sequence.take(logits):
                 continue
             last = number == len(prompt.sequences) - 1
-            cache = prompt.cache if last else _copied(prompt.cache)
+            cache = prompt.cache if last else deepcopy(prompt.cache)
             # A cache that cannot be joined (sliding windows, recurrent states) is written alone.
             key = (sequence.adapter, 0 if self._joinable else id(sequence))
             self._batches.setdefault(key, _Batch()).join(sequence, cache, len(prompt.ids))
@@ -334,7 +367,11 @@ class Scheduler:
         try:
             ids = torch.tensor([[sequence.last] for sequence in batch.sequences])
             batch.mask = torch.nn.functional.pad(batch.mask, (0, 1), value=1)
-            logits = self._forward(key[0], ids, batch.mask, batch.cache)
+            shifts = torch.tensor([[sequence.shift] for sequence in batch.sequences])
+            device = next(self._model.parameters()).device
+            positions = (batch.mask.sum(-1, keepdim=True) - 1 + shifts).to(device)
+            beside = {"attention_mask": batch.mask.to(device), "position_ids": positions}
+            logits = self._forward(key[0], ids, batch.cache, beside)
             for sequence, row in zip(batch.sequences, logits, strict=True):
                 if not sequence.done:
                     sequence.take(row)
@@ -347,54 +384,10 @@ class Scheduler:
         if not batch.sequences:
             del self._batches[key]
 
-    def _forward(self, adapter: str, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        """Return logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]."""
+    def _forward(self, adapter: str, ids: Tensor, cache: Any, beside: Mapping[str, Any]) -> Tensor:
+        """Return logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]. beside: what
+        the model gets beside the tokens, where it computes."""
         device = next(self._model.parameters()).device
-        inputs: dict[str, Any] = {self._cache: cache}
-        if mask is not None:
-            inputs["attention_mask"] = mask.to(device)
-            inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).to(device)
         with self._speaking(adapter):
-            output = self._model(input_ids=ids.to(device), use_cache=True, **inputs)
+            output = self._model(input_ids=ids.to(device), use_cache=True, **{self._cache: cache}, **beside)
         return output.logits[:, -1].float().cpu()
-
-
-def _joinable(model: Any) -> bool:
-    """Return whether the keys and values of a sequence are all that the model remembers."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _new_cache(model: Any, *, plain: bool) -> Any:
-    """Return an empty cache; `plain` keeps every position, also where a layer looks at the last ones only."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache() if plain else DynamicCache(config=model.config)
-
-
-def _map(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    for layer in cache.layers:
-        if layer.is_initialized and layer.keys is not None:
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
-    return cache
-
-
-def _widened(cache: Any, width: int) -> Any:
-    pad = torch.nn.functional.pad
-    return _map(cache, lambda tensor: pad(tensor, (0, 0, width - tensor.shape[2], 0)))
-
-
-def _joined(first: Any, second: Any) -> Any:
-    for layer, other in zip(first.layers, second.layers, strict=True):
-        if layer.is_initialized and layer.keys is not None:
-            layer.keys = torch.cat([layer.keys, other.keys])
-            layer.values = torch.cat([layer.values, other.values])
-    return first
-
-
-def _copied(cache: Any) -> Any:
-    from copy import deepcopy
-
-    return deepcopy(cache)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dstune.core.child_python import child_environment
-from dstune.serve.engines.base import Command, Engine
+from dstune.serve.engines.base import Command, Engine, prompt_logprobs
 
 _SAMPLING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"}
@@ -42,6 +42,7 @@ DEFAULT_MAX_TOKENS = 1024
 @dataclass
 class LocalEngine(Engine):
     name: ClassVar[str] = "local"
+    reads_images: ClassVar[bool] = True
     knows_clients: ClassVar[bool] = True
     number_format: str = ""
     """`float32` or `bfloat16`; empty for what the machine computes fast."""
@@ -85,6 +86,12 @@ class LocalEngine(Engine):
     async def replace_adapter(self, name: str, folder: Path) -> None:
         request = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
         await self.ask("POST", "/v1/load_lora_adapter", request)
+
+    async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
+        ids = [*row["prompt_ids"], *row["target_ids"]]
+        body = {"model": model, "prompt": ids, "messages": row["messages"], "prompt_logprobs": 0}
+        found = await self.ask("POST", "/v1/completions", body)
+        return prompt_logprobs(found["choices"][0].get("prompt_logprobs"), ids)[-len(row["target_ids"]) :]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return await self.ask("POST", "/parity", {"rows": list(rows)})

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from dstune.config.architectures import mark_vision, vision_of
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.data.chat.prompt import ChatPrompts
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.control import ControlTokens
+from dstune.data.images.positions import three_positions
+from dstune.data.images.processor import INPUTS, ImageProcessor, Inputs, processor_of, refusal
+from dstune.data.problems import RowError
 from dstune.data.stopping import stop_token_ids
 from dstune.inference.resolve_model import check_adapter
 from dstune.inference.voices import BASE, OWN, Speaker, Voice, voice_of
-from dstune.models.generation import end_tokens
+from dstune.models.generation import end_tokens, placed_images
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,31 @@ class _Tongue:
     ends: frozenset[int]
     adapter: str
     """Peft's name of it, which no other one ever has; empty for the model without any."""
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """What a model gets of the images of one prompt."""
+
+    inputs: Inputs
+    last: int
+    """Tokens up to the last one of an image: they are read in one go."""
+    positions: torch.Tensor | None = None
+    """Of models that count time, height and width apart, int64 [3, tokens]."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
+    @property
+    def shift(self) -> int:
+        """Return by how much the positions behind the prompt are ahead of the number of tokens."""
+        return 0 if self.positions is None else int(self.positions.max()) + 1 - self.positions.shape[1]
+
+    def beside(self, start: int, end: int) -> Inputs:
+        """Return the inputs beside the tokens from `start` to `end`, of which all images are in the first part."""
+        found = {name: value if name in INPUTS else value[:, :end] for name, value in self.inputs.items() if not start}
+        return found if self.positions is None else found | {"position_ids": self.positions[:, None, start:end]}
 
 
 class LocalModel:
@@ -48,6 +79,7 @@ class LocalModel:
             raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts", served_name))
         self._tongues: dict[str, _Tongue] = {}
         self._base = speaker.voices[BASE].tokenizer
+        self._processor: ImageProcessor | None = None
         for name, voice in speaker.voices.items():
             if name == OWN and trained is not None:
                 self._know(trained, voice, OWN)
@@ -93,6 +125,8 @@ class LocalModel:
         from dstune.models.peft_import import peft
 
         voice = voice_of(folder, self._base)
+        if (vision := vision_of(self._base)) is not None:
+            mark_vision(voice.tokenizer, vision)
         if len(voice.tokenizer) > self.vocabulary:
             reason = "its tokenizer has more tokens than the model that is served"
             raise UserError(Problem(name, reason, "serve it merged: dstune export RUN --merge", str(folder)))
@@ -174,12 +208,18 @@ class LocalModel:
         return self._tongues[name].ends
 
     def conversation_ids(
-        self, name: str, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any]
+        self,
+        name: str,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        arguments: Mapping[str, Any],
+        place_images: Callable[[str], str] | None = None,
     ) -> list[int]:
-        """Return the prompt's tokens, as in training. Raises RenderError, TooManyTokens."""
+        """Return the prompt's tokens, as in training. place_images: puts what stands for images into the rendered text. Raises
+        RenderError, RowError, TooManyTokens."""
         prompts = self._tongues[name].prompts
         assert prompts is not None, "only a model with a template is asked with messages"
-        return prompts.ids(messages, tools=tools, arguments=arguments, most=self.limit)
+        return prompts.ids(messages, tools=tools, arguments=arguments, most=self.limit, place_images=place_images)
 
     def text_ids(self, name: str, text: str) -> list[int]:
         """Return tokens of a text that the model is to continue. Raises TooManyTokens."""
@@ -196,11 +236,39 @@ class LocalModel:
         text: str = tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
-    def logprobs(self, name: str, ids: Sequence[int]) -> list[float]:
+    # -- images
+
+    def image_processor(self, name: str) -> ImageProcessor:
+        """Return what makes inputs of images: the same for all adapters. Raises RowError where the model sees none, UserError where
+        something is missing that it needs."""
+        vision = vision_of(self._base)
+        if refused := refusal(vision, f"the model {name}"):
+            raise RowError(f"they show an image; {refused}")
+        if "pixel_values" not in inspect.signature(self.model.forward).parameters:
+            raise RowError(
+                f"they show an image; of the model {name} only the part for text is loaded, as its adapter needs it"
+            )
+        assert vision is not None
+        if self._processor is None:
+            self._processor = processor_of(vision)
+        return self._processor
+
+    def seen(self, ids: Sequence[int], inputs: Inputs, processor: ImageProcessor) -> SeenImages:
+        """Return the images of a prompt of these tokens. inputs: what `PromptImages` makes of them."""
+        is_image = np.isin(np.asarray(ids, dtype=np.int64), processor.image_tokens)
+        positions = None
+        if processor.family.three_positions:
+            grids = inputs["image_grid_thw"].numpy()
+            positions = torch.from_numpy(three_positions(is_image, grids, processor.merge))
+        return SeenImages(inputs, int(np.flatnonzero(is_image)[-1]) + 1, positions)
+
+    def logprobs(self, name: str, ids: Sequence[int], seen: SeenImages | None = None) -> list[float]:
         """Return the log-probability of each token but the first, given those before it. For the computing thread."""
         device = next(self.model.parameters()).device
+        beside = {} if seen is None else placed_images(seen.beside(0, len(ids)), self.model)
         with torch.inference_mode(), self.speaking(self.adapter(name)):
-            logits = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+            tokens = torch.tensor([list(ids)], device=device)
+            logits = self.model(input_ids=tokens, use_cache=False, **beside).logits[0]
         found = logits[:-1].float().log_softmax(-1)
         targets = torch.tensor(list(ids[1:]), device=found.device)
         values: list[float] = found.gather(1, targets[:, None])[:, 0].tolist()

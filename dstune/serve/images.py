@@ -1,0 +1,53 @@
+"""Images in the messages of requests: as data URLs alone, and in the log of requests by their digest."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+DATA_URL = re.compile(r"data:image/[\w.+-]{1,64};base64,[A-Za-z0-9+/]{4,}={0,2}")
+LOGGED = re.compile(r"sha256:[0-9a-f]{64}")
+"""What stands in the place of an image's address in the log."""
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]{0,16}://", re.I)
+
+
+def problem_of_address(url: str) -> str:
+    """Return what is wrong with the address of an image, after its name; empty where it is a data URL of one."""
+    if DATA_URL.fullmatch(url):
+        return ""
+    if _ADDRESS.match(url):
+        return "is an address, and nothing is fetched for a request: send the image itself (data:image/png;base64,...)"
+    return "must be a data URL of an image in base64 (data:image/png;base64,...)"
+
+
+def shows_image(message: Any) -> bool:
+    """Return whether the content of a message has a part that is an image."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return isinstance(content, list) and any(map(is_image, content))
+
+
+def is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image_url"
+
+
+def without_images(value: Any) -> Any:
+    """Return a request for the log: of each image the SHA-256 of its file and how many bytes that has."""
+    if isinstance(value, Mapping):
+        return _described(value) if is_image(value) else {key: without_images(item) for key, item in value.items()}
+    return [without_images(item) for item in value] if isinstance(value, list) else value
+
+
+def _described(part: Mapping[str, Any]) -> dict[str, Any]:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, Mapping) else None
+    try:
+        content = base64.b64decode(str(url).partition(",")[2])
+    except ValueError:  # of a wrong length: the engine refuses it
+        content = str(url).encode("utf-8", "replace")
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"sha256:{hashlib.sha256(content).hexdigest()}", "bytes": len(content)},
+    }
