@@ -21,9 +21,17 @@ from dstune.data.message import type_of_part
 from dstune.data.messages import conversation_of, conversation_row
 from dstune.data.preferences import pair_row
 from dstune.data.problems import RowError, format_value
+from dstune.finetuning.row_images import ImageRows
+from dstune.finetuning.row_problems import FieldError, RowProblem
+from dstune.serve.gateway.json_bounds import excess_of
+from dstune.serve.images import is_image
 
 LEAST_ROWS = 10
-LINE_BYTES = 16 << 20
+LINE_BYTES = 144 << 20
+"""Of ten images of 10 MB in base64, and text."""
+PLAIN_BYTES = 16 << 20
+"""Of a line whose objects and lists nobody counts before they are made."""
+MOST_DEEP = 64
 MOST_PROBLEMS = 20
 """After which a file is not read on."""
 
@@ -32,29 +40,6 @@ MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id
 TOOL_KEYS = ("tools", "parallel_tool_calls", "functions")
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _NUMBER = re.compile(r"\bmessage (\d+)\b")
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """One thing that is wrong with a file."""
-
-    line: int
-    """From 1; 0 for the file as a whole."""
-    field: str
-    """`messages[1].role`; empty for the row as a whole."""
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"line {self.line}: " if self.line else ""
-        return f"{where}{self.field}: {self.reason}" if self.field else f"{where}{self.reason}"
-
-
-class FieldError(ValueError):
-    """A field of a row is not what it must be."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(reason)
-        self.name = name
 
 
 @dataclass
@@ -78,10 +63,13 @@ class Checked:
         return {"code": f"invalid_{param}", "message": f"Invalid file {file}: {message}", "param": param}
 
 
-def check_file(path: Path, method: str, *, least: int = LEAST_ROWS, title: str = "Training") -> Checked:
-    """Read all of a file. method: `supervised`, `dpo` or `reinforcement`; title: what the message about too few rows calls it."""
+def check_file(
+    path: Path, method: str, *, least: int = LEAST_ROWS, title: str = "Training", blind: str = ""
+) -> Checked:
+    """Read all of a file. method: `supervised`, `dpo` or `reinforcement`; title: what the message about too few rows calls it.
+    blind: why the model sees no images; empty where it does."""
     checked = Checked()
-    for _, problem in _read(path, method, checked):
+    for _, problem in _read(path, method, checked, ImageRows(blind)):
         if problem is not None:
             checked.problems.append(problem)
             if len(checked.problems) >= MOST_PROBLEMS:
@@ -107,7 +95,10 @@ def write_rows(path: Path, target: Path, method: str) -> int:
     return count
 
 
-def _read(path: Path, method: str, checked: Checked) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
+def _read(
+    path: Path, method: str, checked: Checked, images: ImageRows | None = None
+) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
+    """images: judges those of the rows; None where that was done before."""
     shape = _SHAPES[method]
     blank = 0
     for number, line in enumerate(_lines(path), start=1):
@@ -121,7 +112,10 @@ def _read(path: Path, method: str, checked: Checked) -> Iterator[tuple[dict[str,
             yield {}, RowProblem(blank, "", "the line is empty")
             blank = 0
         try:
-            yield shape(_object(line)), None
+            row = _object(line)
+            if images is not None:
+                images.judge(row)
+            yield shape(row), None
         except FieldError as error:
             yield {}, RowProblem(number, error.name, visible(str(error)))
         except RowError as error:
@@ -143,6 +137,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _object(line: bytes) -> dict[str, Any]:
     if line == b"\0":
         raise FieldError("", f"the line has more than {LINE_BYTES} bytes")
+    if len(line) > PLAIN_BYTES and (excess := excess_of(line, MOST_DEEP)):
+        raise FieldError("", f"the line has more than {PLAIN_BYTES} bytes and {excess}")
     try:
         value = parse_json(line.decode())
     except UnicodeDecodeError as error:
@@ -173,7 +169,7 @@ def _supervised(row: dict[str, Any]) -> dict[str, Any]:
                 raise FieldError(name, f"must be a text that is not empty, it is {format_value(value)}")
         return row
     _only(row, ("messages", *TOOL_KEYS), "")
-    messages = _messages(_required(row, "messages"), "messages")
+    messages = _messages(_required(row, "messages"), "messages", sees=True)
     _check_calls(messages, _tools(row, ""), "messages")
     _check_by_reader(row)
     return row
@@ -263,7 +259,8 @@ def _only(row: Mapping[str, Any], keys: Collection[str], prefix: str) -> None:
         raise FieldError(f"{prefix}{unknown[0][:60]}", f"is no key of this kind of row; known are {', '.join(keys)}")
 
 
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+def _messages(value: Any, name: str, *, sees: bool = False) -> list[dict[str, Any]]:
+    """sees: whether they may show images."""
     if not isinstance(value, list) or not value:
         raise FieldError(name, f"must be a list of messages that is not empty, it is {format_value(value)}")
     for number, message in enumerate(value):
@@ -274,11 +271,11 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
         role = _required(message, "role", f"{at}.")
         if role not in ROLES:
             raise FieldError(f"{at}.role", f"must be one of {', '.join(ROLES)}, it is {format_value(role)}")
-        _message(message, at)
+        _message(message, at, sees=sees)
     return value
 
 
-def _message(message: Mapping[str, Any], at: str) -> None:
+def _message(message: Mapping[str, Any], at: str, *, sees: bool) -> None:
     role = message["role"]
     called = message.get("tool_calls") or message.get("function_call") or message.get("refusal")
     if message.get("content") is None and not (role == "assistant" and called):
@@ -286,8 +283,9 @@ def _message(message: Mapping[str, Any], at: str) -> None:
     if not isinstance(message.get("content", ""), str | list | None):
         raise FieldError(f"{at}.content", f"must be text, it is {format_value(message['content'])}")
     for number, part in enumerate(content if isinstance(content := message.get("content"), list) else ()):
-        if of_media := media.PARTS.get(type_of_part(part)):
-            raise FieldError(f"{at}.content[{number}]", f"holds {of_media}; jobs train on text alone")
+        of_media = media.PARTS.get(type_of_part(part))
+        if of_media and not (sees and is_image(part)):
+            raise FieldError(f"{at}.content[{number}]", f"holds {of_media}; {_SEEN if sees else _READ}")
     weight = message.get("weight")
     if weight is not None:
         if role != "assistant":
@@ -305,6 +303,10 @@ def _message(message: Mapping[str, Any], at: str) -> None:
             raise FieldError(f"{at}.{key}", f"must be text, it is {format_value(message[key])}")
     if not isinstance(message.get("tool_calls", []), list | None):
         raise FieldError(f"{at}.tool_calls", f"must be a list, it is {format_value(message['tool_calls'])}")
+
+
+_SEEN = "jobs train on text and on images as parts of the type image_url"
+_READ = "jobs of this method train on text alone"
 
 
 def _tools(row: Mapping[str, Any], prefix: str) -> frozenset[str]:

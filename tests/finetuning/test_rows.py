@@ -6,7 +6,11 @@ import json
 
 import pytest
 
+from dstune.finetuning import row_images
 from dstune.finetuning.rows import check_file, write_rows
+from dstune.inference.reference_images import url_of
+from tests.support.sight import draw
+from tests.unit.test_image_rows import animation, bomb, file_of
 
 ASKED = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
@@ -14,7 +18,8 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
 CALLED = {"role": "assistant", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "c"}
-PNG = "data:image/png;base64,iVBORw0KGgo="
+PNG = url_of(file_of(draw(0)))
+IMAGE = "messages[0].content[1]"
 GOOD = {"messages": [ASKED, ANSWER]}
 PAIR = {
     "input": {"messages": [ASKED]},
@@ -25,6 +30,12 @@ PAIR = {
 
 def chat(*messages, **beside):
     return {"messages": list(messages), **beside}
+
+
+def seen(*urls, **beside):
+    """A message that shows these images."""
+    images = [{"type": "image_url", "image_url": {"url": url, **beside}} for url in urls]
+    return {"role": "user", "content": [{"type": "text", "text": "a"}, *images]}
 
 
 def checked(tmp_path, row, method="supervised", good=None, count=9):
@@ -45,6 +56,8 @@ def checked(tmp_path, row, method="supervised", good=None, count=9):
         chat(ASKED, ANSWER, functions=[{"name": "look"}]),
         chat({"role": "user", "content": [{"type": "text", "text": "a"}], "name": "ann"}, ANSWER),
         {"prompt": "a", "completion": "b"},
+        chat(seen(PNG, url_of(file_of(draw(1), "JPEG")), url_of(file_of(draw(2), "WEBP")), detail="auto"), ANSWER),
+        chat(seen(*[PNG] * 10, detail="high"), ANSWER),
         chat(ASKED, ASKED, ANSWER),  # the template of the model decides
     ],
 )
@@ -85,10 +98,20 @@ BAD = [
     (chat(ASKED, {**CALLED, "tool_calls": [CALL, {**CALL, "id": "2"}]}, RESULT, ANSWER, tools=[TOOL],
           parallel_tool_calls=False), "messages[1]", "calls 2 tools"),
     (chat(ASKED, ANSWER, tools=[{"name": "look"}]), "tools[0].type", "function"),
-    (chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER),
-     "messages[0].content[0]", "an image"),
-    (chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": PNG}}]},
-          ANSWER), "messages[0].content[1]", "jobs train on text alone"),
+    (chat(seen("x"), ANSWER), f"{IMAGE}.image_url.url", "must be a data URL"),
+    (chat(seen("https://x.y/a.png"), ANSWER), f"{IMAGE}.image_url.url", "is an address, and nothing is fetched for a job"),
+    (chat(seen("/etc/passwd"), ANSWER), f"{IMAGE}.image_url.url", "must be a data URL"),
+    (chat(seen("data:image/png;base64,iVBORw0KGgo="), ANSWER), f"{IMAGE}.image_url.url", "is no whole image"),
+    (chat(seen(url_of(file_of(draw(0, (200, 200)), "JPEG")[:900])), ANSWER), f"{IMAGE}.image_url.url", "is no whole image"),
+    (chat(seen(url_of(animation())), ANSWER), f"{IMAGE}.image_url.url", "is none of JPEG, PNG, WEBP"),
+    (chat(seen(url_of(bomb(30_000, 30_000))), ANSWER), f"{IMAGE}.image_url.url", "decompression bomb"),
+    (chat(seen(PNG, detail="low"), ANSWER), f"{IMAGE}.image_url.detail", "must be 'auto' or 'high'"),
+    (chat(seen(PNG, size=3), ANSWER), f"{IMAGE}.image_url.size", "is no key of an image"),
+    (chat(seen(*[PNG] * 11), ANSWER), "messages[0].content[11]", "is one image too many: a row may have 10"),
+    (chat({**seen(PNG), "role": "system"}, ASKED, ANSWER), IMAGE, "this one is of the system"),
+    (chat(ASKED, {**seen(PNG), "role": "assistant"}), "messages[1].content[1]", "this one is of the assistant"),
+    (chat({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, ANSWER), "messages[0].content[0]",
+     "holds audio; jobs train on text and on images as parts of the type image_url"),
     (chat({"role": "user", "content": [{"image": "/etc/passwd"}]}, ANSWER), "messages[0].content[0]", "an image"),
     ({"prompt": "a"}, "completion", "missing"),
     ({"prompt": "", "completion": "b"}, "prompt", "not empty"),
@@ -115,7 +138,7 @@ def test_group_10_a_bad_row_is_named(tmp_path, row, field, reason):
         (
             {**PAIR, "input": {"messages": [{**ASKED, "content": [{"type": "input_image", "image_url": PNG}]}]}},
             "input.messages[0].content[0]",
-            "jobs train on text alone",
+            "jobs of this method train on text alone",
         ),
         ({**PAIR, "preferred_completion": []}, "preferred_completion", "no key"),
         ({**PAIR, "input": {"messages": [ASKED, ANSWER]}}, "input.messages[1].role", "answer it"),
@@ -139,6 +162,42 @@ def test_group_10_bad_pairs(tmp_path, row, field, reason):
     (problem,) = checked(tmp_path, row, "dpo").problems
     assert (problem.line, problem.field) == (5, field), problem
     assert reason in problem.reason
+
+
+def test_images_are_of_models_that_see_and_of_so_many_rows(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(chat(seen(PNG), ANSWER))] * 12))
+    (first, *_) = check_file(path, "supervised", blind="the model 'm' sees none").problems
+    assert str(first) == f"line 1: {IMAGE}: holds an image; the model 'm' sees none"
+    monkeypatch.setattr(row_images, "MOST_ROWS", 10)
+    problems = check_file(path, "supervised").problems
+    assert [problem.line for problem in problems] == [11, 12]
+    assert "holds an image, as 10 rows before it do" in problems[0].reason
+    monkeypatch.setattr(row_images, "MOST_BYTES", 100)
+    assert "bytes, and none may have more than 100" in check_file(path, "supervised").problems[0].reason
+
+
+def test_what_a_long_line_holds_is_counted_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("dstune.finetuning.rows.PLAIN_BYTES", 1000)
+    nested = checked(tmp_path, '{"messages": [' + "[" * 100 + "0" * 2000 + "]" * 100 + "]}").problems[0].reason
+    assert nested == "the line has more than 1000 bytes and is nested more than 64 deep"
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "reason"),
+    [
+        ({"model_type": "llama"}, True, "the model 'm' sees none: it has no tower"),
+        ({"model_type": "other", "text_config": {}, "vision_config": {}}, True, "and the model 'm' is other"),
+        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, False, "has no processor_config.json"),
+        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, True, ""),
+    ],
+)
+def test_which_models_see(tmp_path, config, settings, reason):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if settings:
+        (tmp_path / "processor_config.json").write_text("{}")
+    found = row_images.why_blind(str(tmp_path), None, "m")
+    assert (reason in found) if reason else not found
 
 
 def test_group_10_nine_rows_are_too_few(tmp_path):

@@ -24,6 +24,7 @@ WHOLE_FILES = {
     "distributed/test_few_rows.py": 45,
     "distributed/test_finetuning_jobs.py": 500,
     "distributed/test_hub_data.py": 60,
+    "distributed/test_image_jobs.py": 60,
     "distributed/test_in_process.py": 95,
     "distributed/test_loading.py": 40,
     "distributed/test_matrix_0_1.py": 430,

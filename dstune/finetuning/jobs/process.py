@@ -68,7 +68,10 @@ def _end_on_stop(folder: JobFolder) -> None:
 def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
     """Return the rows of the files, or the error of a failed job."""
     from dstune.finetuning import rows
+    from dstune.finetuning.row_images import why_blind
 
+    model = task.get("model") or {}
+    blind = why_blind(model["path"], model["revision"], model["name"]) if model else ""
     method, most = str(task["method"]), int(task["most_rows"])
     report: dict[str, Any] = {"warnings": []}
     held_out: set[bytes] = set()
@@ -76,7 +79,7 @@ def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
         if task.get(param) is None:
             continue
         source, target = folder.snapshot(param), folder.of_param(param)
-        checked = rows.check_file(source, method, least=least, title=title)
+        checked = rows.check_file(source, method, least=least, title=title, blind=blind)
         error = checked.error(str(task[param]), param)
         if error is None and checked.rows > most:
             message = f"{title} file has {checked.rows} example(s), this model takes {most} at most"

@@ -209,6 +209,7 @@ class Reconciler:
             "training_file": job.training_file,
             "validation_file": job.validation_file,
             "most_rows": preset.most_rows,
+            "model": {"name": preset.name, "path": preset.path, "revision": preset.revision},
         }
         return self._launcher.start(self._job_folder(job), task, {"CUDA_VISIBLE_DEVICES": ""})
 
