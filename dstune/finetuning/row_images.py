@@ -38,7 +38,7 @@ class ImageRows:
         self._blind, self._rows = blind, 0
 
     def judge(self, row: Mapping[str, Any]) -> None:
-        """Raises FieldError for the first image that cannot be trained on. row: of any shape."""
+        """Raise FieldError for the first image that cannot be trained on. row: of any shape."""
         pixels = 0
         for number, (at, part, role) in enumerate(_images_of(row)):
             if self._blind:
@@ -58,7 +58,7 @@ class ImageRows:
 
 
 def _images_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Place, part and role of each."""
+    """Yield place, part and role of each."""
     messages = row.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
@@ -68,7 +68,7 @@ def _images_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any],
 
 
 def _pixels(part: Mapping[str, Any], at: str) -> int:
-    """Raises FieldError where the part is not an image that can be trained on."""
+    """Count the pixels of an image. Raises FieldError where it cannot be trained on."""
     if unknown := [key for key in part if key not in ("type", "image_url")]:
         raise FieldError(f"{at}.{unknown[0][:60]}", "is no key of an image; known are type, image_url")
     image = part.get("image_url")
@@ -99,8 +99,8 @@ def _pixels(part: Mapping[str, Any], at: str) -> int:
 
 
 def why_blind(path: str, revision: str | None, name: str) -> str:
-    """Why jobs of a model train on no images; empty where they do, and where its files are not on this machine: then its training
-    tells. name: as clients know it."""
+    """Return why jobs of a model train on no images; empty where they do, and where its files are not on this machine: then its
+    training tells. name: as clients know it."""
     folder = base_folder(path, revision)
     config = object_in(Path(folder) / "config.json") if folder is not None else {}
     if folder is None or not config:

@@ -98,7 +98,7 @@ def write_rows(path: Path, target: Path, method: str) -> int:
 def _read(
     path: Path, method: str, checked: Checked, images: ImageRows | None = None
 ) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
-    """images: judges those of the rows; None where that was done before."""
+    """Yield the rows of a file as dstune reads them. images: judges those of the rows; None where that was done before."""
     shape = _SHAPES[method]
     blank = 0
     for number, line in enumerate(_lines(path), start=1):

@@ -386,8 +386,8 @@ def _row(
     served: Any,
     allowance: Allowance,
 ) -> dict[str, Any] | None:
-    """Build the row of the sample `number`. None where it cannot be asked in the same way, since training changed its text (`data.clean`)
-    or cut it, and where it shows more images than are allowed."""
+    """Build the row of the sample `number`. None where it cannot be asked in the same way, since training changed its text
+    (`data.clean`) or cut it, and where it shows more images than are allowed."""
     task, sample = task_of(config.task), split.sample(number)
     try:
         fmt = recognise(fields, config.data.columns, config.data.format, config.task, "")

@@ -95,8 +95,8 @@ class Allowance:
 
 
 def drawn_row(tokenizer: Any, date: str | None, question: str, answer: Answer) -> dict[str, Any] | None:
-    """Make a row that shows a drawn image, with `inputs` beside it; None for a model that sees none, or whose template has no place for
-    images. date: what the template takes for today."""
+    """Make a row that shows a drawn image, with `inputs` beside it; None for a model that sees none, or whose template has no
+    place for images. date: what the template takes for today."""
     from dstune.data.chat.prompt import ChatPrompts
     from dstune.data.chat.template import RenderError
 

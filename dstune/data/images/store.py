@@ -110,8 +110,8 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _is_turned(image: Any, content: bytes) -> bool:
-    """Return whether EXIF data swap width and height. Pillow decodes all of a PNG whose head has none, to look for them behind the pixels:
-    that is left out where nothing can be there."""
+    """Return whether EXIF data swap width and height. Pillow decodes all of a PNG whose head has none, to look for them behind
+    the pixels: that is left out where nothing can be there."""
     if image.format == "PNG" and not _may_have_exif(image.info, content):
         return False
     return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)

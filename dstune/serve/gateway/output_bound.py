@@ -48,7 +48,8 @@ def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
 
 
 def _characters(value: Any) -> int:
-    """Count the characters of all texts but images, which have as many tokens as their sizes tell; a token id stands for the longest one."""
+    """Count the characters of all texts but images, which have as many tokens as their sizes tell; a token id stands for the
+    longest one."""
     if isinstance(value, str):
         return len(value)
     if is_image(value):

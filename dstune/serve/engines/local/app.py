@@ -121,7 +121,8 @@ class LanguageApp(EngineApp):
         return asked
 
     async def _seen(self, asked: Asked, ids: list[int]) -> SeenImages | None:
-        """Return what the model gets of the images of a prompt, which are decoded only now, when it is known to fit. Raises ApiError."""
+        """Return what the model gets of the images of a prompt, which are decoded only now, when it is known to fit. Raises
+        ApiError."""
         images = asked.images
         if images is None:
             return None

@@ -328,8 +328,8 @@ class Scheduler:
                 sequence.fail(first_line(error))
 
     def _read_chunk(self, prompt: _Prompt) -> Tensor:
-        """Return the logits behind the next chunk of a prompt. The first one goes up to the end of the last image: a model takes the
-        images of a prompt at once, and lets the tokens of some see each other."""
+        """Return the logits behind the next chunk of a prompt. The first one goes up to the end of the last image: a model
+        takes the images of a prompt at once, and lets the tokens of some see each other."""
         start, end = prompt.read, min(prompt.read + self._chunk, len(prompt.ids))
         beside: dict[str, Any] = {}
         if prompt.images is not None:
@@ -385,8 +385,8 @@ class Scheduler:
             del self._batches[key]
 
     def _forward(self, adapter: str, ids: Tensor, cache: Any, beside: Mapping[str, Any]) -> Tensor:
-        """Return logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]. beside: what
-        the model gets beside the tokens, where it computes."""
+        """Return logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new].
+        beside: what the model gets beside the tokens, where it computes."""
         device = next(self._model.parameters()).device
         with self._speaking(adapter):
             output = self._model(input_ids=ids.to(device), use_cache=True, **{self._cache: cache}, **beside)
