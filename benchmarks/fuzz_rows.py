@@ -16,7 +16,7 @@ from dstune.core.errors import UserError
 
 def check_rows(rows: Any, tasks: tuple[str, ...] | None = None) -> None:
     """Bring rows to one shape, under every task that reads rows."""
-    from dstune.data.rows import RowError, canonical, normalise, recognise
+    from dstune.data.rows import RowError, canonical_json, normalise, recognise
     from dstune.protocols import TASKS
 
     rows = [row for row in rows if row.fields is not None]
@@ -25,7 +25,7 @@ def check_rows(rows: Any, tasks: tuple[str, ...] | None = None) -> None:
         for row in rows[:3]:
             try:
                 fmt = recognise(row.fields, {}, "auto", config, "rows:1")
-                canonical(normalise(row.fields, fmt, {}, config))
+                canonical_json(normalise(row.fields, fmt, {}, config))
             except (UserError, RowError):
                 continue
 

@@ -206,7 +206,8 @@ def _matching(name: str) -> int | None:
     return next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
 
 
-def _layers_of(values: Mapping[str, Any]) -> int | None:
+def _layer_count(values: Mapping[str, Any]) -> int | None:
+    """Return the number of layers that a configuration names, None where it names none."""
     return next((value for name, value in values.items() if LAYERS.fullmatch(name) and isinstance(value, int)), None)
 
 
@@ -225,7 +226,7 @@ def _cut(values: Mapping[str, Any], layers: int | None) -> list[int]:
 
 def shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration, with small sizes."""
-    layers = _layers_of(values)
+    layers = _layer_count(values)
     kept_layers = _cut(values, layers)
     small_values: dict[str, Any] = {}
     for name, value in values.items():
