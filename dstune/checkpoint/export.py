@@ -126,7 +126,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
     return out / name
 
 
-def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
+def existing_or_new_export(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
     """Return the folder with what a run has learnt up to a checkpoint, `which`: a step, `best` or `last`. It is the run's `export/`
     if that can be used (`current_export`), else an export of it into `scratch`. With `merge` it is a whole model, never an adapter.
 
@@ -156,7 +156,7 @@ def model_of_export(model: ModelConfig, folder: Path) -> ModelConfig:
 
 def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -> Path | None:
     """Return the run's `export/`, if it was made of that very checkpoint, or is all that was kept, and carries no code but that
-    of the base model. Raises UserError as `exported`."""
+    of the base model. Raises UserError as `existing_or_new_export`."""
     folder = run_dir / "export"
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     foreign = config.model.trust_remote_code and not is_of_base(folder, config.model)

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.05
 
 
 @dataclass
-class Pending:
+class PendingSave:
     """A save whose files are being written."""
 
     thread: threading.Thread
@@ -42,8 +42,8 @@ class Pending:
     """Rank 0: why there is no checkpoint of it."""
 
 
-class OfRun:
-    """What reads or writes the checkpoints of one run; every rank has one."""
+class CheckpointAccess:
+    """What both reading and writing the checkpoints of one run need; every rank has one."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class OfRun:
         self._facts, self._message = facts, message
 
 
-class Saves(OfRun):
+class Saves(CheckpointAccess):
     """Writes the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
     In the background (`checkpoint.mode=async`) each rank copies its shards to host memory and goes on; a thread writes
@@ -68,7 +68,7 @@ class Saves(OfRun):
     facts: what is written into each checkpoint. message: shows a line to the user.
     """
 
-    _pending: Pending | None = None
+    _pending: PendingSave | None = None
     refusal = ""
     """Why the last save came to nothing, on every rank; empty when it was written."""
 
@@ -91,7 +91,7 @@ class Saves(OfRun):
         described = self._described(state, weights_only)
         if background:
             arguments = (save, folder, described, state, began)
-            self._pending = Pending(threading.Thread(target=self._work_off, args=arguments, name="checkpoint"))
+            self._pending = PendingSave(threading.Thread(target=self._work_off, args=arguments, name="checkpoint"))
             self._pending.thread.daemon = True
             self._pending.thread.start()
             return True

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import store
-from dstune.checkpoint.saves import OfRun, megabytes
+from dstune.checkpoint.saves import CheckpointAccess, megabytes
 from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import SaveMode
 from dstune.core.errors import Problem, UserError
@@ -40,7 +40,7 @@ SAVES_OF_FREE_SPACE = 2
 """A save is written beside the checkpoint that it will replace."""
 
 
-class Checkpoints(OfRun):
+class Checkpoints(CheckpointAccess):
     """Reads the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
     facts: what stands in each checkpoint and, where UNCHANGED has it, must be equal in what is continued.
