@@ -72,25 +72,25 @@ class _Merge:
         elif value.key == "trainer.max_steps":
             self._length(value)
         else:
-            now, who = self.tree[section][name], self.given(value.key)
-            if who and value.implied:
+            current_value, giver = self.tree[section][name], self.given(value.key)
+            if giver and value.implied:
                 return
             try:  # first: a value of another kind is no contradiction that a key of dstune could end
                 taken = to_dict(convert(value.value, self._keys(section)[name], value.key))
             except UserError as error:
                 self._refuse(value, error.problems[0].reason, 'correct it there, or write "auto"')
                 return
-            if who and now != taken:
-                self._contradiction(value, now, who)
+            if giver and current_value != taken:
+                self._add_contradiction(value, current_value, giver)
             self.tree[section][name] = taken
             self._taken.add(value.key)
 
     def _choose(self, value: Value) -> None:
-        group, now = value.key, self.tree[value.key]["name"]
-        if now == value.value:
+        group, current_name = value.key, self.tree[value.key]["name"]
+        if current_name == value.value:
             return
-        if who := self.given(group):
-            self._contradiction(value, now, who)
+        if giver := self.given(group):
+            self._add_contradiction(value, current_name, giver)
         field_names = type_hints(classes_of(group)[value.value])
         old = {
             name: part
@@ -122,17 +122,17 @@ class _Merge:
         choice = self.tree[section]["name"] if section in CHOICES else ""
         return type_hints(classes_of(section)[choice])
 
-    def _contradiction(self, value: Value, now: Any, who: str) -> None:
-        reason = f"{who} says so, but {value.source} in {self.path} is {format_value(value.value)}"
+    def _add_contradiction(self, value: Value, current_value: Any, giver: str) -> None:
+        reason = f"{giver} says so, but {value.source} in {self.path} is {format_value(value.value)}"
         fix = f'{value.key}={format_value(value.value)}, or write "auto" in the file'
-        self.problems.append(Problem(value.key, reason, fix, format_value(now)))
+        self.problems.append(Problem(value.key, reason, fix, format_value(current_value)))
 
     def _refuse(self, value: Value, reason: str, fix: str) -> None:
         self.problems.append(Problem(f"{value.source} in {self.path}", reason, fix, format_value(value.value)))
 
 
 def _accumulate(
-    trainer: dict[str, Any], processes: int | None, value: Value, known: bool, path: str
+    trainer: dict[str, Any], processes: int | None, value: Value, is_known: bool, path: str
 ) -> Iterator[Problem]:
     """Set the global batch from micro-batch x accumulation x ranks, or hold a known one against them."""
     where, steps = f"{value.source} in {path}", value.value
@@ -145,16 +145,16 @@ def _accumulate(
         )
         yield Problem(where, reason, 'write "auto" there', format_value(steps))
         return
-    rows, of_rank = trainer["global_batch_size"], trainer["micro_batch_size"] * steps
+    rows, rows_per_rank = trainer["global_batch_size"], trainer["micro_batch_size"] * steps
     formula = f"{trainer['micro_batch_size']} rows x {steps} micro-batches"
-    if known and (rows != of_rank * processes if processes else rows % of_rank):
+    if is_known and (rows != rows_per_rank * processes if processes else rows % rows_per_rank):
         ranks = f"{formula} x {processes} ranks" if processes else f"{formula} a rank"
         fix = 'write "auto" there: dstune accumulates as often as the number of ranks needs'
         yield Problem(where, f"{ranks} do not make trainer.global_batch_size={rows}", fix, format_value(steps))
-    elif not known and processes:
-        trainer["global_batch_size"] = of_rank * processes
-    elif not known:
-        fix = f"launch.processes=8, or trainer.global_batch_size={of_rank * 8} (for 8 ranks)"
+    elif not is_known and processes:
+        trainer["global_batch_size"] = rows_per_rank * processes
+    elif not is_known:
+        fix = f"launch.processes=8, or trainer.global_batch_size={rows_per_rank * 8} (for 8 ranks)"
         yield Problem(where, f"{formula} make a global batch only with the number of ranks", fix, format_value(steps))
 
 
@@ -180,19 +180,20 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
     """Return who gave a key its value or chose a group for these overrides: the command line, or a file of `conf/`."""
     texts = user_overrides.for_hydra(overrides)
     parsed, _ = user_overrides.parse(texts)
-    report = {override.key_or_group for override in parsed}
-    plain, chosen = _defaults(hydra, []), _defaults(hydra, texts)
+    given_keys = {override.key_or_group for override in parsed}
+    default_files, chosen_files = _defaults(hydra, []), _defaults(hydra, texts)
     files = [
-        _Source(f"{'='.join(path.split('/', 1))}", _keys_of(hydra, path, package)) for path, package in chosen.items()
+        _Source(f"{'='.join(path.split('/', 1))}", _keys_of(hydra, path, package))
+        for path, package in chosen_files.items()
     ]
-    groups = {path.split("/", 1)[0]: path for path in chosen if "/" in path}
+    groups = {path.split("/", 1)[0]: path for path in chosen_files if "/" in path}
     experiment = groups.get("experiment", "").replace("/", "=", 1)
 
     def given(key: str) -> str | None:
-        if any(key == name or key.startswith(f"{name}.") for name in report if "." in name or name == key):
+        if any(key == name or key.startswith(f"{name}.") for name in given_keys if "." in name or name == key):
             return COMMAND_LINE
         if "." not in key:
-            return experiment if groups.get(key) not in plain else None
+            return experiment if groups.get(key) not in default_files else None
         return next((file.who for file in reversed(files) if key in file.keys), None)
 
     return given
@@ -201,13 +202,13 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
 def keys_of_own_files(hydra: Hydra, overrides: Sequence[str]) -> frozenset[str]:
     """Return the keys that files outside of the package set in this composition, and the groups that an own experiment chooses."""
     keys: set[str] = set()
-    plain, chosen = _defaults(hydra, []), _defaults(hydra, user_overrides.for_hydra(overrides))
-    for path, package in chosen.items():
+    default_files, chosen_files = _defaults(hydra, []), _defaults(hydra, user_overrides.for_hydra(overrides))
+    for path, package in chosen_files.items():
         loaded = hydra.config_loader.repository.load_config(path)
         if loaded is not None and loaded.provider != "main":
             keys |= _keys_of(hydra, path, package)
             if not package:
-                keys |= {other.split("/", 1)[0] for other in chosen if other not in plain}
+                keys |= {other.split("/", 1)[0] for other in chosen_files if other not in default_files}
     return frozenset(keys)
 
 
