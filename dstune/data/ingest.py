@@ -185,7 +185,7 @@ class _Reader:
         for file_number, raw in rows:
             self.rows_read += 1
             try:
-                row, content_hash_value, label = self._check(raw)
+                row, content_hash_value, label = self._read_row(raw)
             except RowError as error:
                 self._bad.add(raw.place, str(error))
                 continue
@@ -202,8 +202,8 @@ class _Reader:
         if waiting:
             yield _batch(waiting)
 
-    def _check(self, raw: sources.RawRow) -> tuple[str, int, str | None]:
-        """Bring the row into its shape; return it as JSON text, its hash and its label. Raises RowError."""
+    def _read_row(self, raw: sources.RawRow) -> tuple[str, int, str | None]:
+        """Return the row in the shape of its format as JSON text, its hash (64 bits) and its label. Raises RowError."""
         if raw.fields is None:
             raise RowError(raw.error)
         mapping, format_name = self._data.columns, self._data.format

@@ -18,7 +18,7 @@ from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.by_code import note_of
 from dstune.data.chat.call_ids import with_call_ids
-from dstune.data.chat.content_format import in_format
+from dstune.data.chat.content_format import as_template_reads
 from dstune.data.chat.probe import (
     SWITCHES,
     Facts,
@@ -451,7 +451,7 @@ class ChatRenderer:
     def expected(self, messages: Messages, tools: Tools | None = None) -> Messages:
         """Return `messages` without what `task.reasoning` drops, and with what it writes into contents; contents are as the
         template reads them."""
-        messages = with_call_ids(in_format(messages, self._template.source(tools)), self.facts.call_ids)
+        messages = with_call_ids(as_template_reads(messages, self._template.source(tools)), self.facts.call_ids)
         if self.choice.drop_reasoning:
             return [without_reasoning(message) for message in messages]
         if self.choice.inlines_reasoning:

@@ -17,7 +17,7 @@ from dstune.protocols.task import TaskConfig
 
 __all__ = [
     "RowError",
-    "canonical",
+    "canonical_json",
     "check_columns",
     "check_task",
     "hash_of",
@@ -101,7 +101,7 @@ def with_joined_parts(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def canonical(row: Mapping[str, Any]) -> bytes:
+def canonical_json(row: Mapping[str, Any]) -> bytes:
     """Return the row as JSON bytes that depend on its content only. Raises RowError for text that UTF-8 cannot hold."""
     try:
         return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
@@ -115,8 +115,8 @@ def canonical(row: Mapping[str, Any]) -> bytes:
 
 
 def hash_of(row: Mapping[str, Any], seed: int) -> int:
-    """Return the 64 bits by which a row is held out or not. Raises RowError."""
-    return content_hash(canonical(for_hash(with_joined_parts(row))), seed)
+    """Return the hash of a row's content (64 bits), which decides whether the row is held out. Raises RowError."""
+    return content_hash(canonical_json(for_hash(with_joined_parts(row))), seed)
 
 
 def labels_of(row: Mapping[str, Any]) -> list[str]:

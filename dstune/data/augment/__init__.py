@@ -25,7 +25,7 @@ from dstune.data.augment.rewrite import rewritten
 from dstune.data.clean.rows import map_texts, row_hashes, texts
 from dstune.data.ingest import ROW_SCHEMA, load_table
 from dstune.data.labels import ChosenRows
-from dstune.data.rows import canonical
+from dstune.data.rows import canonical_json
 from dstune.data.split import content_hash
 
 TRIES = 5
@@ -144,7 +144,7 @@ def _copies(
             change_counts = report.changed.setdefault(name, {"rows": 0, "words": 0})
             change_counts["rows"] += count > 0
             change_counts["words"] += count
-        content = canonical(copy)
+        content = canonical_json(copy)
         made.append((place, content.decode("utf-8"), content_hash(content, split_seed)))
         if len(report.examples) < MAX_EXAMPLES:
             text_before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))

@@ -49,7 +49,7 @@ def reads_only_parts(source: str) -> bool:
     return not any(_is_content(test.node) for test in tests)
 
 
-def in_format(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+def as_template_reads(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     """Return `messages` with the contents that the template `source` reads: several parts as a list, or joined; a text as one
     part where it reads nothing else."""
     contents = [message.get("content") for message in messages]

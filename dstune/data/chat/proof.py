@@ -15,7 +15,7 @@ import jinja2
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.limits import TooMuch, limited
-from dstune.data.chat.content_format import in_format
+from dstune.data.chat.content_format import as_template_reads
 from dstune.data.chat.probe import Facts
 from dstune.data.collate import NO_TARGET
 from dstune.data.images.processor import ImageProcessor
@@ -248,7 +248,7 @@ class Server:
         try:
             with limited(PROOF_SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    in_format(messages, source),
+                    as_template_reads(messages, source),
                     tools=tools or None,
                     chat_template=source,
                     add_generation_prompt=prompt,

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.limits import TooMuch, limited, trial
-from dstune.data.chat.content_format import in_format
+from dstune.data.chat.content_format import as_template_reads
 from dstune.data.chat.rule import Span
 from dstune.data.chat.thoughts import inlined
 from dstune.data.template_date import freeze_date
@@ -223,7 +223,7 @@ class ChatTemplate:
 def seen(messages: Messages, source: str) -> Messages:
     """Return what the template `source` gets to see of `messages`."""
     visible = [{key: value for key, value in message.items() if key not in UNSEEN} for message in messages]
-    return in_format(visible, source)
+    return as_template_reads(visible, source)
 
 
 def _untamed(reason: str) -> Problem:

@@ -14,7 +14,7 @@ from dstune.data.clean import language, near, sensitive
 from dstune.data.clean.rows import Row, is_empty, learned_texts, map_texts, near_text, row_hashes, texts
 from dstune.data.clean.unicode import clean_unicode
 from dstune.data.control import ControlTokens
-from dstune.data.rows import canonical, json_text, with_joined_parts
+from dstune.data.rows import canonical_json, json_text, with_joined_parts
 from dstune.data.split import content_hash
 from dstune.grading.refusal import is_refusal
 from dstune.grading.toxicity import toxic_wording
@@ -86,7 +86,9 @@ class Cleaner:
         both_keys = [(0, 0) if result.removed else row_hashes(result.row) for result in results]
         columns = {
             "row": [None if row is None else json_text(row) for row in rows],
-            "hash": [0 if row is None else content_hash(canonical(with_joined_parts(row)), self._seed) for row in rows],
+            "hash": [
+                0 if row is None else content_hash(canonical_json(with_joined_parts(row)), self._seed) for row in rows
+            ],
             "removed": [result.removed for result in results],
             "changed": [",".join(result.changed) for result in results],
             "flagged": [",".join(result.flagged) for result in results],
