@@ -14,7 +14,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.checkpoint import store
-from dstune.checkpoint.export import exported, find_checkpoint, model_of_export, refuse_damaged
+from dstune.checkpoint.export import existing_or_new_export, find_checkpoint, model_of_export, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import compose
 from dstune.config.forgetting import measured_alone
@@ -98,7 +98,7 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
         if _is_run(arguments.target):
             stored = _read(path, arguments.overrides)
             config = apply_overrides(_with_rows(stored, path), arguments.overrides)
-            folder = str(exported(path, Path(scratch), which=arguments.checkpoint, merge=True))
+            folder = str(existing_or_new_export(path, Path(scratch), which=arguments.checkpoint, merge=True))
             config = replace(config, model=replace(config.model, revision=None))
         else:
             config = compose([f"model.path={quoted(arguments.target)}", *arguments.overrides]).config
@@ -227,7 +227,9 @@ def _configuration(
         config = replace(config, task=_for_evaluation(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
-        model = model_of_export(config.model, exported(path, scratch, which=arguments.checkpoint, merge=True))
+        model = model_of_export(
+            config.model, existing_or_new_export(path, scratch, which=arguments.checkpoint, merge=True)
+        )
         config = replace(config, model=model, task=_for_evaluation(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)
