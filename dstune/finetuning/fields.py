@@ -58,8 +58,8 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 
 def read_body(model: type[BodyT], value: Mapping[str, Any], elsewhere: Mapping[str, str] | None = None) -> BodyT:
-    """Return what a request says. elsewhere: the places of fields that clients put somewhere else by mistake, by their names.
-    Raises ApiError for the first mistake."""
+    """Return the fields of a request, checked. elsewhere: by the name of a field that clients often send at the wrong level, the
+    place that it belongs to. Raises ApiError for the first mistake."""
     return validation.read(model, value, lambda mistake: _refusal(mistake, elsewhere or {}))
 
 
@@ -100,8 +100,8 @@ def refuse_unknown(
 ) -> None:
     """Refuse fields that nothing would act on, so that no setting of a client is dropped without a word.
 
-    at: where `value` stands in the request. elsewhere: the places of fields that clients put here by mistake, by their names.
-    Raises ApiError that names the first unknown field and the place that was probably meant."""
+    at: where `value` stands in the request. elsewhere: by the name of a field that clients often put here by mistake, the
+    place that it belongs to. Raises ApiError that names the first unknown field and the place that was probably meant."""
     unknown = sorted(set(map(str, value)) - set(accepted))
     if unknown:
         raise _unknown(unknown[0], accepted, at, elsewhere or {})

@@ -52,7 +52,8 @@ class Results:
     def complete(
         self, session: Session, job: Job, staged: Staged, folder: JobFolder, steps: Sequence[Step]
     ) -> tuple[str, str, list[str]]:
-        """Note all of a job that has succeeded: the id of its results, the name of its model, what its events say."""
+        """Store the metrics file, the checkpoints and the model of a job that has succeeded. Returns the file's id, the name of
+        the model and the messages of the job's events."""
         file = self._files.add(
             session,
             staged,
@@ -73,7 +74,7 @@ class Results:
         )
 
     def pause(self, session: Session, job: Job, folder: JobFolder, steps: Sequence[Step]) -> list[str]:
-        """Note the checkpoints of a job that has paused; what its events say."""
+        """Store the checkpoints of a job that has paused. Returns the messages of the job's events."""
         return self._checkpoints(session, job, folder, steps, without=None)
 
     def _checkpoints(

@@ -28,7 +28,7 @@ class ModelStore:
         return self._jobs / model.folder
 
     def find(self, caller: Caller, name: str) -> TunedModel | None:
-        """Return a model that is there, and that the caller's project may use."""
+        """Return the model of this name if it is not deleted and the caller's project may use it, else None."""
         with self._database.session() as session:
             return session.scalar(select(TunedModel).where(TunedModel.name == name, *_usable(caller)))
 
