@@ -174,7 +174,8 @@ def _inputs(body: Mapping[str, Any]) -> Iterator[Placed]:
             yield from _texts(body[name], name, "tool")
 
 
-def _words(body: Mapping[str, Any]) -> Iterator[Placed]:
+def _tagged_texts(body: Mapping[str, Any]) -> Iterator[Placed]:
+    """Yield the texts that `/tags` is asked about; a list of words is one text, joined."""
     rows = body["input"]
     if isinstance(rows, list):
         rows = [row if isinstance(row, str) else " ".join(row) for row in rows]
@@ -200,7 +201,7 @@ _OF_ROUTE = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _completion,
     "/v1/responses": _responses,
-    "/tags": _words,
+    "/tags": _tagged_texts,
     "/answers": _answers,
     "/rewards": _rewards,
     **dict.fromkeys(("/v1/embeddings", "/v1/moderations", "/classify", "/rerank", "/score"), _inputs),
