@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint import store
-from dstune.checkpoint.export import exported, find_checkpoint, model_of_export, refuse_damaged
+from dstune.checkpoint.export import existing_or_new_export, find_checkpoint, model_of_export, refuse_damaged
 from dstune.checkpoint.record import read_record, recorded_overrides
 from dstune.config.compose import compose
 from dstune.config.overrides import quoted
@@ -27,7 +27,7 @@ from dstune.inference.resolve_model import (
     base_of,
     check_adapter,
     computing_dtype,
-    resolved,
+    with_local_files,
 )
 from dstune.launch import rundir
 from dstune.parallel.none import NoParallelConfig
@@ -105,7 +105,7 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> M
         reason = "the adapter does not name its labels"
         raise UserError(Problem("task.labels", reason, "task.labels=[NAME,NAME] in their order"))
     adapter_model = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
-    config = replace(config, model=resolved(adapter_model), method=METHODS.default())
+    config = replace(config, model=with_local_files(adapter_model), method=METHODS.default())
     identity = [*_files_of(folder), config.model.revision, adapter_settings(folder)["base_model_name_or_path"]]
     return ModelRequest(config, tuple(labels), identity, adapter=folder)
 
@@ -113,7 +113,7 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> M
 def _of_model(model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
     from dstune.models.load import model_folder
 
-    resolved_model = resolved(model)
+    resolved_model = with_local_files(model)
     folder = model_folder(resolved_model)
     recorded = recorded_overrides(folder, list(overrides))
     if not recorded and not _names_task(overrides):
@@ -175,7 +175,9 @@ def load(request: ModelRequest, scratch: Path) -> Predictor:
     method = method_of(request.config.method)
     if method.adapter and not method.merges:
         return _load_beside(request, find_checkpoint(request.run, request.step))
-    model = model_of_export(request.config.model, exported(request.run, scratch, which=request.step, merge=True))
+    model = model_of_export(
+        request.config.model, existing_or_new_export(request.run, scratch, which=request.step, merge=True)
+    )
     return _load_whole(replace(request, config=replace(request.config, model=model, method=METHODS.default())))
 
 
@@ -197,7 +199,7 @@ def _load_beside(request: ModelRequest, checkpoint: Path) -> Predictor:
 
     assert request.run is not None
     refuse_damaged(request.run, checkpoint)
-    config = replace(request.config, model=resolved(request.config.model))
+    config = replace(request.config, model=with_local_files(request.config.model))
     body, tokenizer = _body(replace(request, config=config))
     module = method_of(config.method).apply(body, config)
     load_trained(module, checkpoint)

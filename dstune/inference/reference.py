@@ -52,7 +52,7 @@ from dstune.data.rows import normalise, recognise
 from dstune.data.special_tokens import decoder_prompt
 from dstune.data.tokenize import RowTokenizer, conversation
 from dstune.inference.reference_images import Allowance, Answer, RowImages, drawn_row
-from dstune.inference.resolve_model import base_of, resolved
+from dstune.inference.resolve_model import base_of, with_local_files
 from dstune.inference.rows import Query
 from dstune.models.generation import placed_images
 from dstune.models.load import load_model, load_tokenizer, model_folder
@@ -162,7 +162,7 @@ def base_reference(model: ModelConfig) -> dict[str, Any]:
 
     Raises NoReference for an encoder-decoder, UserError where it cannot be loaded."""
     config = compose([f"model.path={quoted(model.path)}", "task=chat", "data=files", "data.train=none.jsonl"]).config
-    config = replace(config, model=resolved(replace(config.model, **_how_loaded(model))))
+    config = replace(config, model=with_local_files(replace(config.model, **_how_loaded(model))))
     tokenizer = load_tokenizer(config.model)
     rows = []
     for system, question, answer in CONVERSATIONS:

@@ -74,7 +74,7 @@ def base_of(folder: Path, model: ModelConfig) -> ModelConfig:
     return replace(model, path=path, revision=settings.get("revision"))
 
 
-def resolved(model: ModelConfig) -> ModelConfig:
+def with_local_files(model: ModelConfig) -> ModelConfig:
     """Return `model` with its files on this machine; problems name the words of a command line. Raises UserError."""
     from dstune.launch.preflight import resolve_model
 
@@ -86,11 +86,11 @@ def resolved(model: ModelConfig) -> ModelConfig:
         raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
 
 
-def located(model: ModelConfig) -> dict[str, Any]:
+def local_pretrained_options(model: ModelConfig) -> dict[str, Any]:
     """Return arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
     from dstune.models.load import local_path
 
-    local_model = resolved(model)
+    local_model = with_local_files(model)
     revision = {} if local_model.revision is None else {"revision": local_model.revision}
     return {
         "pretrained_model_name_or_path": local_path(local_model.path),

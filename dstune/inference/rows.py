@@ -14,7 +14,7 @@ from dstune.data import sources
 from dstune.data.files import DOCUMENTS
 from dstune.data.formats import column_of
 from dstune.data.problems import listing
-from dstune.data.rows import RowError, canonical, normalise
+from dstune.data.rows import RowError, canonical_json, normalise
 from dstune.protocols import ROW_FORMATS, formats_for, task_of
 
 MAX_LISTED_BAD_ROWS = 10
@@ -63,7 +63,7 @@ class Question:
         """Return the query that a row is. place: what a message calls the row. Raises RowError."""
         form = self._form(fields)
         row = self._shaped(form, fields, place) if form else self.row(fields, place)
-        canonical(row)  # what UTF-8 cannot hold, a tokenizer cannot read
+        canonical_json(row)  # what UTF-8 cannot hold, a tokenizer cannot read
         return Query(place, fields, row)
 
     def _form(self, fields: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from dstune.inference.resolve_model import (
     base_of,
     check_adapter,
     computing_dtype,
-    located,
+    local_pretrained_options,
 )
 from dstune.protocols import METHODS, TASKS, task_of
 from dstune.protocols.method_options import QuantizesWeights
@@ -106,7 +106,7 @@ def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str,
 
 
 def _find(requested: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
-    from dstune.checkpoint.export import exported
+    from dstune.checkpoint.export import existing_or_new_export
     from dstune.config.run_file import read_run
     from dstune.config.trust import Use
     from dstune.launch import rundir
@@ -124,7 +124,7 @@ def _find(requested: ModelConfig, which: str, scratch: Path, key: str) -> _Found
         return _from_record(requested, key)
     config = read_run(path / "run.yaml", use=Use.weights).config
     _refuse_no_writer(config.task.name, key, str(path))
-    folder = exported(path, scratch, which=which)
+    folder = existing_or_new_export(path, scratch, which=which)
     trust = requested.trust_remote_code or config.model.trust_remote_code
     model = replace(requested, path=str(folder.absolute()), trust_remote_code=trust)
     task = task_of(config.task)
@@ -156,7 +156,7 @@ def _load(main_model: _Found, others: Mapping[str, _Found]) -> Speaker:
 
     main_adapter = main_model.adapter_folder
     base = main_model.config if main_adapter is None else base_of(main_adapter, main_model.config)
-    source = located(base)
+    source = local_pretrained_options(base)
     architecture = _architecture(source, base)
     voices: dict[str, Voice] = {}
     folders = {
