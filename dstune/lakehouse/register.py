@@ -28,7 +28,7 @@ from dstune.core.network import ask_no_metadata_service
 from dstune.core.parsing import object_in
 from dstune.core.paths import REFERENCE_FILE
 from dstune.protocols.model_registry import Registered
-from dstune.tracking.trackers.mlflow import experiment_of, located
+from dstune.tracking.trackers.mlflow import absolute_store, experiment_of
 
 KEY = "--register"
 ADDRESSES = "models:/NAME or models:/CATALOG.SCHEMA.NAME, with @ALIAS to move an alias there"
@@ -73,7 +73,7 @@ def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     uri = None if config is None else config.tracking.mlflow.uri
     if not tracking and uri:
-        tracking = located(str(uri))
+        tracking = absolute_store(str(uri))
     if not tracking:
         fix = "export MLFLOW_TRACKING_URI=http://HOST:PORT (sqlite:///FILE, databricks)"
         raise UserError(Problem(key, "no MLflow server is named", fix, name))
