@@ -69,8 +69,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises UserError where the files are missing or the template cannot be read.
     """
-    with _named_errors(config):
-        tokenizer = open_tokenizer(local_path(config.path), where="model.path", **_source(config))
+    with _errors_name_model_path(config):
+        tokenizer = open_tokenizer(local_path(config.path), where="model.path", **_local_loading_options(config))
         architecture = _architecture(config)
         if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
@@ -144,7 +144,7 @@ def _architecture(config: ModelConfig) -> PretrainedConfig:
     if problems := size_problems(object_in(Path(path) / "config.json"), value=config.path):
         raise UserError(problems)
     with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):
-        return AutoConfig.from_pretrained(path, **_source(config))
+        return AutoConfig.from_pretrained(path, **_local_loading_options(config))
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
@@ -152,7 +152,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
     Raises UserError for a value that the architecture does not have.
     """
-    with _named_errors(config):
+    with _errors_name_model_path(config):
         architecture = _architecture(config)
     unknown = [key for key in config.config_overrides if not hasattr(architecture, key)]
     if unknown:
@@ -242,7 +242,7 @@ def load_model(
         model_class = whole_class(model_class, architecture)
     put_back_to_full_width(architecture, pretrained=config.model.weights is InitialWeights.pretrained)
     options = {"attn_implementation": _attention(config), "dtype": dtype}
-    with _named_errors(config.model):
+    with _errors_name_model_path(config.model):
         if config.model.weights is InitialWeights.random:
             model = _new_model(model_class, architecture, config.model.trust_remote_code, options)
             new = [name for name, _ in model.named_parameters()]
@@ -301,7 +301,7 @@ def _pretrained(
             ignore_mismatched_sizes=task_of(config.task).has_head,
             **options,
             **method_options,
-            **_source(config.model),
+            **_local_loading_options(config.model),
         )
         return loaded
 
@@ -391,7 +391,8 @@ def _attention(config: RunConfig) -> str | None:
     return requested.value
 
 
-def _source(config: ModelConfig) -> dict[str, Any]:
+def _local_loading_options(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments of every `from_pretrained` of this model: never from the network."""
     revision = {} if config.revision is None else {"revision": config.revision}
     return {"trust_remote_code": config.trust_remote_code, "local_files_only": True, **revision}
 
@@ -416,7 +417,7 @@ def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]
         )
 
 
-class _named_errors:
+class _errors_name_model_path:
     """Turns what transformers raises about missing or unsuitable files into a UserError that names `model.path`. A rank that is
     gone is no fault of the files: what waiting for it raised stays as it is, and the run is started again."""
 
@@ -440,14 +441,14 @@ class _named_errors:
             ) from error
 
 
-def _modules(error: BaseException) -> list[str]:
+def _modules_raised_in(error: BaseException) -> list[str]:
     """Return the modules whose code was running when this was raised, from the outside in."""
     return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _of_a_collective(error: BaseException) -> bool:
     """Return whether ranks were talking to each other when this was raised."""
-    return any(name.startswith("torch.distributed.") for name in _modules(error))
+    return any(name.startswith("torch.distributed.") for name in _modules_raised_in(error))
 
 
 def _of_a_library(error: BaseException) -> bool:
@@ -455,5 +456,5 @@ def _of_a_library(error: BaseException) -> bool:
     return (
         isinstance(error, Exception)
         and not isinstance(error, DstuneError)
-        and not _modules(error)[-1].startswith("dstune")
+        and not _modules_raised_in(error)[-1].startswith("dstune")
     )
