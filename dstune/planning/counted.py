@@ -106,61 +106,61 @@ def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
 
 def from_inventory(inventory: Mapping[str, Any]) -> Architecture:
     """Return what memory and time depend on, from the tensors and the numbers of the language model's configuration."""
-    c = inventory["values"]
-    tensors = _tensors(c, inventory)
+    values = inventory["values"]
+    tensors = _tensors(values, inventory)
     layers = 1 + max((tensor.layer for tensor in tensors if tensor.layer is not None), default=-1)
-    table = next((t.shape for t in tensors if t.name == inventory["embedding"]), (0, 0))
-    hidden = _number(c, "hidden_size", "d_model", "n_embd", "dim") or table[1]
-    heads = _number(c, "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads") or 1
-    latent = _number(c, "kv_lora_rank") > 0
-    split = _number(c, "qk_nope_head_dim") + _number(c, "qk_rope_head_dim")
-    kv_heads = heads if latent else _number(c, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
+    embedding_shape = next((t.shape for t in tensors if t.name == inventory["embedding"]), (0, 0))
+    hidden = _number(values, "hidden_size", "d_model", "n_embd", "dim") or embedding_shape[1]
+    heads = _number(values, "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads") or 1
+    latent = _number(values, "kv_lora_rank") > 0
+    split = _number(values, "qk_nope_head_dim") + _number(values, "qk_rope_head_dim")
+    kv_heads = heads if latent else _number(values, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
     widths = [_feed_forward_width(layer, hidden) for layer in _by_layer(tensors, layers)]
-    kinds = c.get("layer_types") or ()
+    kinds = values.get("layer_types") or ()
     linear = sum(bool(LINEAR.search(str(kind))) for kind in kinds) or sum(
         not any(_attends(t) for t in layer) for layer in _by_layer(tensors, layers)
     )
-    window, windowed = _windows(c, layers, linear)
-    chosen = _chosen(c)
+    window, windowed = _windows(values, layers, linear)
+    experts_per_token = _experts_per_token(values)
     return Architecture(
-        kind=str(c.get("model_type")),
+        kind=str(values.get("model_type")),
         tensors=tensors,
         layers=layers,
         hidden=hidden,
         intermediate=round(sum(widths) / max(1, layers)),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=(split if latent and split else 0) or _number(c, "head_dim") or hidden // heads,
-        vocabulary=_number(c, "vocab_size") or table[0],
+        head_dim=(split if latent and split else 0) or _number(values, "head_dim") or hidden // heads,
+        vocabulary=_number(values, "vocab_size") or embedding_shape[0],
         gated=True,
         tied=inventory["output"] is not None and inventory["output"] == inventory["embedding"],
         norms=_norms(tensors, hidden, layers),
         query_norm=any("q_norm" in tensor.name for tensor in tensors),
-        encoder=inventory["output"] is None and not bool(c.get("is_encoder_decoder")) and _is_encoder(c),
-        encoder_decoder=bool(c.get("is_encoder_decoder")),
+        encoder=inventory["output"] is None and not bool(values.get("is_encoder_decoder")) and _is_encoder(values),
+        encoder_decoder=bool(values.get("is_encoder_decoder")),
         window=window,
         windowed_layers=windowed,
-        soft_capped=bool(c.get("final_logit_softcapping")),
-        experts=chosen if any(_is_expert(tensor) for tensor in tensors) else 0,
+        soft_capped=bool(values.get("final_logit_softcapping")),
+        experts=experts_per_token if any(_is_expert(tensor) for tensor in tensors) else 0,
         expert_pattern=inventory["expert_pattern"],
         unadapted=tuple(inventory["unadapted"]),
         unreached=int(inventory["unreached"]),
     )
 
 
-def _tensors(c: Mapping[str, Any], inventory: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def _tensors(values: Mapping[str, Any], inventory: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the tensors, the embedding first, with the layer of each, and the share of positions that it is used by."""
     layers: dict[str, int] = {}
-    chosen = _chosen(c)
+    experts_per_token = _experts_per_token(values)
     tensors = []
     for name, shape, is_linear in inventory["tensors"]:
         layer = None
         if at := LAYER.search(name):
             layer = layers.setdefault(name[: at.end(1)], len(layers))
-        used = 1.0 if is_linear else 0.0
+        share_of_positions = 1.0 if is_linear else 0.0
         if len(shape) == 3 and layer is not None and "expert" in name:
-            used = min(1.0, chosen / shape[0])
-        tensors.append(Tensor(name, tuple(shape), linear=is_linear, layer=layer, used=used))
+            share_of_positions = min(1.0, experts_per_token / shape[0])
+        tensors.append(Tensor(name, tuple(shape), linear=is_linear, layer=layer, used=share_of_positions))
     return tuple(sorted(tensors, key=lambda tensor: tensor.name != inventory["embedding"]))
 
 
@@ -203,24 +203,24 @@ def _norms(tensors: Sequence[Tensor], hidden: int, layers: int) -> int:
     return max(1, round(norms / max(1, layers)))
 
 
-def _windows(c: Mapping[str, Any], layers: int, linear: int) -> tuple[int | None, int]:
+def _windows(values: Mapping[str, Any], layers: int, linear: int) -> tuple[int | None, int]:
     """Return the window of attention and how many layers have it; layers without attention have one of `LINEAR_CHUNK`."""
-    kinds = c.get("layer_types")
+    kinds = values.get("layer_types")
     sliding = sum("sliding" in str(kind) for kind in kinds) if isinstance(kinds, list) else 0
-    window = _number(c, "sliding_window", "attention_chunk_size")
+    window = _number(values, "sliding_window", "attention_chunk_size")
     if window and (sliding or not isinstance(kinds, list)):
         return window, sliding or (linear or layers)
     return (LINEAR_CHUNK, linear) if linear else (None, 0)
 
 
-def _chosen(c: Mapping[str, Any]) -> int:
-    """Return experts that a position is sent to."""
+def _experts_per_token(values: Mapping[str, Any]) -> int:
+    """Return the number of experts that a position is sent to."""
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
-    return _number(c, *names) or 1
+    return _number(values, *names) or 1
 
 
-def _is_encoder(c: Mapping[str, Any]) -> bool:
-    return not bool(c.get("is_decoder")) and not any(key in c for key in ("num_key_value_heads", "n_embd"))
+def _is_encoder(values: Mapping[str, Any]) -> bool:
+    return not bool(values.get("is_decoder")) and not any(key in values for key in ("num_key_value_heads", "n_embd"))
 
 
 def _number(values: Mapping[str, Any], *names: str) -> int:
