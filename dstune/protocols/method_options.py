@@ -168,7 +168,7 @@ class ShiftsFrozenWeights(Protocol):
     """A method that trains beside frozen weights that are not those of the model's files."""
 
     def trained_on(self, model: nn.Module, trained: Mapping[str, Tensor]) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Return, by the name of a module of `model`, what makes its frozen weight in training of the weight in the files.
+        """Return, by the name of a module of `model`, the function from its weight in the files to its frozen weight in training.
 
         trained: the tensors of the checkpoint.
         """
