@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     config = train.configuration(command, Use.rows).config
     validate(config)
     console = Console(sys.stderr)
-    config = located(config, console)
+    config = with_local_files(config, console)
     os.environ.update(NO_TELEMETRY | OFFLINE)
     _print(_format(config, options, console.kind), options)
     return EXIT_DONE
@@ -83,7 +83,7 @@ def _parse(argv: list[str]) -> tuple[Options, list[str]]:
     return Options(options.rows, options.split, options.html, options.row, options.json), words
 
 
-def located(config: RunConfig, console: Console) -> RunConfig:
+def with_local_files(config: RunConfig, console: Console) -> RunConfig:
     """Return `config` with its data and the files of its model in place, all but the weights.
 
     Raises:
