@@ -30,7 +30,7 @@ from dstune.data.sampler import MicroBatch, padded_batches, share
 from dstune.models.cross_entropy import chunk_rows
 from dstune.models.heads.base import Batch
 from dstune.models.logit_transform import LogitTransform
-from dstune.tasks.distillation.teacher import ChunkedLogits, LoadedTeacher, Taught, load_teacher, run_of_teacher
+from dstune.tasks.distillation.teacher import ChunkedLogits, LoadedTeacher, TeacherLogits, load_teacher, run_of_teacher
 from dstune.tasks.preference.reference import identity_at_start
 
 activity = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class CachedTeacher:
         self._dtype: torch.dtype = getattr(torch, described["dtype"])
         self._transform = LogitTransform(described["scale"], described["cap"])
 
-    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> Taught:
+    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> TeacherLogits:
         states = batch[STATES]
         assert len(states) == len(positions), f"{len(states)} hidden states for {len(positions)} targets"
         if self._weight.device != states.device:

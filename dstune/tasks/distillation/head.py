@@ -23,7 +23,7 @@ from dstune.models.heads.base import Batch, Forward, HeadOutput, Rows
 from dstune.models.heads.language import KEPT, TARGETS, positions_with_target
 from dstune.models.logit_transform import LogitTransform
 from dstune.tasks.distillation.config import DistillationConfig
-from dstune.tasks.distillation.teacher import ChunkedLogits, ProbedHead, Taught, Teacher
+from dstune.tasks.distillation.teacher import ChunkedLogits, ProbedHead, Teacher, TeacherLogits
 
 
 class DistillationHead(ProbedHead):
@@ -68,7 +68,7 @@ class DistillationHead(ProbedHead):
 
     def _taught(
         self, forward: Forward, inputs: Mapping[str, Any], batch: Batch, positions: Tensor, width: int
-    ) -> Taught:
+    ) -> TeacherLogits:
         if self._teacher is None:
             return self._without_adapter(forward, inputs, positions, width)
         return self._teacher.observe(forward, batch, positions, width)

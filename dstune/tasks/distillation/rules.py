@@ -17,7 +17,7 @@ TEACHERS = "task.teacher=FOLDER, a hub id, a sample or the directory of a run"
 
 def check(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
     if task.teacher is None:
-        yield from _check_adapter_off(config, task)
+        yield from _check_base_as_teacher(config, task)
     elif not task.teacher.strip():
         yield Problem("task.teacher", "this is empty", TEACHERS, "''")
     elif (Path(task.teacher) / "adapter_config.json").is_file():
@@ -84,7 +84,8 @@ def _check_cache(config: RunConfig, task: DistillationConfig) -> Iterator[Proble
         yield Problem("data.streaming", reason, "data.streaming=false, or task.teacher_cache=false", "true")
 
 
-def _check_adapter_off(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
+def _check_base_as_teacher(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
+    """Yield what keeps the model, its adapter switched off, from being the teacher."""
     if not method_of(config.method).starts_at_base:
         reason = f"no teacher is given, and method={config.method.name} has no new adapter that could be switched off to teach"
         yield Problem("task.teacher", reason, TEACHERS, "null")

@@ -32,7 +32,7 @@ from dstune.zero.precision import DTYPES
 activity = logging.getLogger(__name__)
 
 
-class Taught(Protocol):
+class TeacherLogits(Protocol):
     """The teacher's logits of a batch's targets, as they are asked for."""
 
     def __call__(self, rows: slice) -> Tensor:
@@ -40,7 +40,7 @@ class Taught(Protocol):
 
 
 class Teacher(Protocol):
-    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> Taught:
+    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> TeacherLogits:
         """Return the teacher's logits at some positions, chunk by chunk. forward: of the model that trains. positions: indices
         into all rows end to end, each of `width` positions. Called without gradients; at stage 3 by every rank equally
         often."""
@@ -146,7 +146,7 @@ class LoadedTeacher:
             self._engine.forward, inputs_of(batch), positions_with_target(labels), labels.shape[1]
         )
 
-    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> Taught:
+    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> TeacherLogits:
         hidden = self._head.hidden_states(self._engine.forward, inputs_of(batch), positions, width)
         rows = chunk_rows(hidden, len(self._weight))
         return ChunkedLogits(hidden, self._project, self._head.transform, rows)

@@ -54,24 +54,28 @@ class EmbeddingHead:
         return {"vectors": self._vectors(forward, batch), **keys}
 
     def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        real = [part for part in parts if bool(part["counted"].any())]
-        split = [_by_kind(part["vectors"], part) for part in real]
+        """Return what the second pass needs of each micro-batch of the step: the gradient of the step's loss with respect to its
+        vectors [texts, hidden], and the sum of its pairs' losses. parts: of `first_pass`, the fillers last."""
+        real_parts = [part for part in parts if bool(part["counted"].any())]
+        vectors_by_kind = [_by_kind(part["vectors"], part) for part in real_parts]
         with torch.enable_grad():
-            joined = [torch.cat(of_kind).requires_grad_() for of_kind in zip(*split, strict=True)]
-            keys = [torch.cat([part[f"{kind}_key"] for part in real]) for kind in KINDS]
+            joined = [torch.cat(vectors).requires_grad_() for vectors in zip(*vectors_by_kind, strict=True)]
+            keys = [torch.cat([part[f"{kind}_key"] for part in real_parts]) for kind in KINDS]
             losses = contrastive_losses(joined, keys, self._task.temperature, symmetric=self._task.symmetric)
             gradients = torch.autograd.grad(losses.sum(), joined)
-        sizes = [[len(of_kind) for of_kind in part] for part in split]
-        cut = [gradient.split(list(size)) for gradient, size in zip(gradients, zip(*sizes, strict=True), strict=True)]
+        sizes = [[len(vectors) for vectors in part] for part in vectors_by_kind]
+        gradients_by_kind = [
+            gradient.split(list(size)) for gradient, size in zip(gradients, zip(*sizes, strict=True), strict=True)
+        ]
         shares = [
-            {"gradient": torch.cat(of_part), "loss": of_losses.sum()}
-            for of_part, of_losses in zip(
-                zip(*cut, strict=True), losses.detach().split([size[0] for size in sizes]), strict=True
+            {"gradient": torch.cat(gradients_of_part), "loss": of_losses.sum()}
+            for gradients_of_part, of_losses in zip(
+                zip(*gradients_by_kind, strict=True), losses.detach().split([size[0] for size in sizes]), strict=True
             )
         ]
         fillers = [
             {"gradient": torch.zeros_like(part["vectors"]), "loss": torch.zeros_like(shares[0]["loss"])}
-            for part in parts[len(real) :]
+            for part in parts[len(real_parts) :]
         ]
         return [*shares, *fillers]
 
