@@ -220,15 +220,15 @@ def test_what_it_refuses(shelf, tmp_path):
 
 def test_a_newer_checkpoint_counts_more_than_an_older_export(shelf, tmp_path, capsys):
     """An interrupted run was finished once, then went on."""
-    from dstune.checkpoint.export import exported
+    from dstune.checkpoint.export import existing_or_new_export
 
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "run.yaml").write_bytes((shelf.folder / "full-3" / "run.yaml").read_bytes())
     export = export_checkpoint(shelf.folder / "full-3", store.newest(shelf.folder / "full-3"), run_dir / "export")
-    assert exported(run_dir, tmp_path / "scratch") == export
+    assert existing_or_new_export(run_dir, tmp_path / "scratch") == export
     (run_dir / "checkpoints").symlink_to(shelf.folder / "full-3" / "checkpoints")
     marker = store.newest(run_dir) / "COMMITTED"
-    assert exported(run_dir, tmp_path / "scratch") == export
+    assert existing_or_new_export(run_dir, tmp_path / "scratch") == export
     marker.touch()
-    assert exported(run_dir, tmp_path / "scratch") == tmp_path / "scratch" / "export"
+    assert existing_or_new_export(run_dir, tmp_path / "scratch") == tmp_path / "scratch" / "export"

@@ -63,7 +63,7 @@ def test_an_export_of_others_resolves_no_variable(stranger: Stranger) -> None:
 )
 def test_code_that_somebody_put_into_an_own_run_does_not_run(fault: str, stranger: Stranger) -> None:
     """Of a run that was lent and came back: signed, and its base model is trusted."""
-    from dstune.checkpoint.export import exported
+    from dstune.checkpoint.export import existing_or_new_export
     from dstune.checkpoint.model_code import is_of_base
 
     (stranger.model / "own_code.py").write_text("")
@@ -85,7 +85,7 @@ def test_code_that_somebody_put_into_an_own_run_does_not_run(fault: str, strange
     if fault == "no checkpoint":
         shutil.rmtree(stranger.run / "checkpoints")
         with pytest.raises(UserError, match="--trust-remote-code"):
-            exported(stranger.run, stranger.folder / "scratch")
+            existing_or_new_export(stranger.run, stranger.folder / "scratch")
 
 
 def test_a_signed_run_is_served_without_what_somebody_put_into_its_export(stranger: Stranger) -> None:

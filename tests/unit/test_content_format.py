@@ -18,7 +18,7 @@ from dstune.data.chat.prompt import ChatPrompts
 from dstune.data.chat.template import RenderError
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import conversation_of
-from dstune.data.rows import canonical, with_joined_parts
+from dstune.data.rows import canonical_json, with_joined_parts
 from dstune.serve.engines.base import Limits, Unprovable
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.special import SpecialTexts
@@ -138,7 +138,7 @@ def test_rows_keep_their_place_in_a_split():
     """It was decided by the hash of the joined text."""
     in_two = {"messages": conversation_of(dialogue(parts("a", "b")), "messages"), "tools": [{"text": 1}]}
     as_text = {"messages": conversation_of(dialogue("a\nb"), "messages"), "tools": [{"text": 1}]}
-    assert canonical(with_joined_parts(in_two)) == canonical(as_text) != canonical(in_two)
+    assert canonical_json(with_joined_parts(in_two)) == canonical_json(as_text) != canonical_json(in_two)
 
 
 def test_engines_get_several_parts_as_parts():

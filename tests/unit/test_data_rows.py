@@ -11,7 +11,7 @@ import pytest
 from unit.data_helpers import exchange, write_jsonl
 
 from dstune.core.errors import UserError
-from dstune.data.rows import RowError, canonical, check_columns, normalise, recognise, sort_labels
+from dstune.data.rows import RowError, canonical_json, check_columns, normalise, recognise, sort_labels
 from dstune.data.sources import DataFile, count, expand, fingerprint, read
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, lowest
 from dstune.tasks.causal_lm.config import CausalLmConfig
@@ -339,9 +339,9 @@ def test_sort_labels():
 
 
 def test_canonical_depends_on_content_only():
-    assert canonical({"a": 1, "b": "é"}) == canonical({"b": "é", "a": 1})
+    assert canonical_json({"a": 1, "b": "é"}) == canonical_json({"b": "é", "a": 1})
     with pytest.raises(RowError, match="half of a surrogate pair"):
-        canonical({"text": "\ud83d"})
+        canonical_json({"text": "\ud83d"})
 
 
 def hashes(count: int, seed: int = 0) -> np.ndarray:

@@ -82,9 +82,9 @@ def test_an_export_of_another_checkpoint_is_not_what_was_requested(decoder, tmp_
     (row,) = answers(capsys, run_dir, *requested, "--checkpoint", 3)
     assert row["answer"] == expected(run_dir / "export", "w5")
     scratch = tmp_path / "scratch"
-    assert export.exported(run_dir, scratch, which="3") == run_dir / "export"
+    assert export.existing_or_new_export(run_dir, scratch, which="3") == run_dir / "export"
     (run_dir / "export" / "dstune.json").unlink()  # nothing says what it was made of
-    assert export.exported(run_dir, scratch, which="3") == scratch / "export"
+    assert export.existing_or_new_export(run_dir, scratch, which="3") == scratch / "export"
 
 
 def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(decoder, tmp_path, capsys):

@@ -229,9 +229,9 @@ def test_an_unknown_store_is_refused():
 
 
 def test_databricks_is_a_store_and_no_folder():
-    assert mlflow_tracker.located("databricks") == "databricks"
-    assert mlflow_tracker.located("runs/store") == str(Path("runs/store").absolute())
-    assert mlflow_tracker.located("http://h:1") == "http://h:1"
+    assert mlflow_tracker.absolute_store("databricks") == "databricks"
+    assert mlflow_tracker.absolute_store("runs/store") == str(Path("runs/store").absolute())
+    assert mlflow_tracker.absolute_store("http://h:1") == "http://h:1"
     assert mlflow_tracker.experiment_of("films", "databricks://profile") == "/Shared/films"
     assert mlflow_tracker.experiment_of("/Users/me/films", "databricks") == "/Users/me/films"
     assert mlflow_tracker.experiment_of("films", "http://h:1") == "films"
