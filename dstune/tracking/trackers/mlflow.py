@@ -32,8 +32,8 @@ SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql
 STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "preempted": "KILLED", "failed": "FAILED"}
 
 
-def located(uri: str) -> str:
-    """Return a store as MLflow takes it: a folder by its whole path."""
+def absolute_store(uri: str) -> str:
+    """Return the URI of a store as MLflow takes it: a folder becomes its absolute path."""
     return uri if "://" in uri or uri == DATABRICKS else str(Path(uri).absolute())
 
 
@@ -108,7 +108,7 @@ class Mlflow(Tracker):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=located(str(uri)))
+        self._client = MlflowClient(tracking_uri=absolute_store(str(uri)))
         self._run = self._known() or self._create()
         files.write(self._id, self._run)
         for row in past:
