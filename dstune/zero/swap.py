@@ -78,7 +78,7 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
             problem = Problem(KEY, f"{error.strerror or error}", "name a folder that you may write to", str(place))
     try:
         _raise_everywhere(problem, world)
-        _raise_everywhere(_compiled(tell=world.is_main), world)
+        _raise_everywhere(_compiled(show_message=world.is_main), world)
         yield replace(zero, nvme_path=str(run_folder))
     finally:
         if held is not None:
@@ -140,10 +140,10 @@ def _file_system(place: Path) -> str:
     return next((types[folder] for folder in above if folder in types), "")
 
 
-def _compiled(*, tell: bool) -> Problem | None:
+def _compiled(*, show_message: bool) -> Problem | None:
     """Compile DeepSpeed's asynchronous I/O, or load what was compiled; return what keeps it from that."""
     try:
-        _compile(tell)
+        _compile(show_message)
     except Exception as error:  # of a compiler, a linker or a disk, in whatever words it has
         message = str(error).strip() or type(error).__name__
         reason = f"DeepSpeed's asynchronous I/O cannot be compiled here: {message.splitlines()[-1]}"
@@ -151,9 +151,11 @@ def _compiled(*, tell: bool) -> Problem | None:
     return None
 
 
-def _compile(tell: bool) -> None:
-    """Compile one process at a time, so that a lock of torch's that is found was left by a process that was killed while it
-    compiled: every later one would wait for it for ever."""
+def _compile(show_message: bool) -> None:
+    """Compile DeepSpeed's asynchronous I/O, or load what was compiled; one process of the machine at a time.
+
+    So a lock file of torch's that is there was left by a process that was killed while it compiled. It is removed: every
+    later process would wait for it for ever."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
@@ -168,7 +170,7 @@ def _compile(tell: bool) -> None:
         for name in OPS:
             for stale_lock in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
                 stale_lock.unlink(missing_ok=True)
-        if tell and not [*root.glob("async_io/*.so"), *root.glob("*/async_io/*.so")]:
+        if show_message and not [*root.glob("async_io/*.so"), *root.glob("*/async_io/*.so")]:
             activity.info("compiling DeepSpeed's asynchronous I/O, once: two minutes or more")
         builder.load(verbose=False)
 
