@@ -149,9 +149,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.runs
     if arguments.only != "first":
-        run = folder / "safety" / "careless" / "run"
+        run = folder / "safety" / "careless"
         benchmark = IMAGES.parents[1] / "benchmarks" / "safety.py"
-        subprocess.run([sys.executable, benchmark, "careless", "--folder", run.parents[1]], check=True)
+        subprocess.run([sys.executable, benchmark, "careless", "--folder", run.parent], check=True)
         dstune("report", str(run))
         picture_of_section(run / "report.html", "changed", "what-changed", 1280, 760)
     if arguments.only == "changed":

@@ -156,7 +156,10 @@ def show_changes(target: str, found: dict[str, Any]) -> None:
         print(f"  {probe['title']:<52} {_change(probe)}{_verdict(probe, 'worse', 'better')}")
     for row in found["rows"]:
         counted = f"{row['recited_before']} -> {row['recited_after']} of {row['rows']}"
-        print(f"  {row['kind'] + ' rows, share of their rest recited':<52} {_change(row)}; whole rests {counted}")
+        verdict = "  memorised" if changes.is_planted_known(row) else ""
+        print(
+            f"  {row['kind'] + ' rows, share of their rest recited':<52} {_change(row)}; whole rests {counted}{verdict}"
+        )
     if (beyond := found["beyond_held_out"]) is not None:
         interval = f"{beyond['difference']:+.1%} ({beyond['low']:+.1%} to {beyond['high']:+.1%})"
         print(f"  {'more on training rows than on held-out rows':<52} {interval}{_verdict(beyond, '', 'memorised')}")

@@ -93,9 +93,12 @@ def worse(changes: Mapping[str, Any]) -> list[str]:
     beyond = changes["beyond_held_out"]
     if beyond is not None and beyond["verdict"] == "up":
         names.append("training rows recited")
-    return names + [
-        "planted rows recited" for row in changes["rows"] if row["kind"] == "planted" and row["verdict"] == "up"
-    ]
+    return names + ["planted rows recited"] * any(is_planted_known(row) for row in changes["rows"])
+
+
+def is_planted_known(row: Mapping[str, Any]) -> bool:
+    """Return whether planted rows are recited whole that were not before: nobody guesses one, so a single one is proof."""
+    return bool(row["kind"] == "planted" and row["recited_after"] > row["recited_before"])
 
 
 def in_one_line(changes: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dstune.grading import changes
@@ -80,8 +80,8 @@ def _section(found: Mapping[str, Any]) -> Changed:
     ]
     for row in rows:
         remark = f"{row['recited_before']} to {row['recited_after']} of {row['rows']} rests recited whole"
-        words = {"up": "memorised"} if row["kind"] == "planted" else {}
-        lines.append(_line(ROW_TITLES[row["kind"]], row, remark, **words))
+        line = _line(ROW_TITLES[row["kind"]], row, remark)
+        lines.append(replace(line, verdict="memorised", is_good=False) if changes.is_planted_known(row) else line)
     if beyond is not None:
         verdict = "memorised" if beyond["verdict"] == "up" else ""
         lines.append(Line(BEYOND, "", "", _interval(beyond), verdict, False if verdict else None))

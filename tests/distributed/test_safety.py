@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.command import Commands
 from support.schemas import validate_files
-from support.tiny import WORDS, save_decoder
+from support.tiny import WORDS, save_decoder, write_pairs
 
 from dstune.grading import changes
 
@@ -73,5 +73,6 @@ def test_a_model_alone_is_asked_and_a_classifier_is_refused(memorised: Commands)
     done = memorised.run("evaluate", "model", "task=chat", "data.train=train.jsonl", "launch.processes=1", "--safety")
     assert done.returncode == 0, done.stderr
     assert "compared with no other model" in done.stdout and "training rows recited" in done.stdout
-    refused = memorised.run("evaluate", "model", "task=seq2seq", "data.train=train.jsonl", "--safety")
+    write_pairs(memorised.folder / "pairs.jsonl", 4)
+    refused = memorised.run("evaluate", "model", "task=seq2seq", "data.train=pairs.jsonl", "--safety")
     assert refused.returncode == 2 and "writes targets for sources" in refused.stderr
