@@ -56,16 +56,14 @@ def test_from_rows_with_images_to_an_answer_about_one(tmp_path: Path) -> None:
         )
 
         job = wait_for(client, job_of(write_rows(tmp_path / "rows.jsonl")).id, "succeeded")
-        name = job.fine_tuned_model
-        served = client.models.retrieve(name).model_dump()
-        assert served["parity"]["status"] == "proven" and "8 of these rows show images" in served["parity"]["detail"]
-
         asked = [{"role": "user", "content": shown(3)}]
-        answer = client.chat.completions.create(model=name, messages=asked, max_tokens=5, temperature=0)
+        answer = client.chat.completions.create(model=job.fine_tuned_model, messages=asked, max_tokens=5, temperature=0)
         export = next((server.job_folder(job.id) / "models").glob("step-*"))
         (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
         words = ["generate", str(export), "--input", "asked.jsonl", "--max-new-tokens", "5", "--json"]
         generated = Commands(tmp_path).run(*words)
         assert json.loads(generated.stdout)["answer"] == answer.choices[0].message.content.strip(), generated.stderr
-        assert (server.state / "logs" / "local.log").is_file()
-        assert "base64" not in (server.state / "logs" / "local.log").read_text()
+        log = (tmp_path / "server.log").read_text()
+        (proof,) = (line for line in log.splitlines() if f"{job.fine_tuned_model} is proven: 8 rows" in line)
+        assert "8 of these rows show images" in proof
+        assert "base64" not in log + (server.state / "logs" / "local.log").read_text()
