@@ -11,7 +11,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +33,7 @@ from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConf
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
+from dstune.models.base_weights import tensor_files
 from dstune.models.full_width import put_back_to_full_width
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
@@ -248,6 +249,7 @@ def load_model(
             new = [name for name, _ in model.named_parameters()]
         else:
             model, loading = _pretrained(config, model_class, architecture, options)
+            _refuse_erased_padding(config.model, model)
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
     if isinstance(task, ChangesLoadedModel):
@@ -259,7 +261,7 @@ def load_model(
         complete_generation(model.generation_config, architecture)
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = _input_embeddings(config.model, model).num_embeddings
     if len(tokenizer) > rows:
         # New rows start from the mean of the old ones; without it a new token's logit dwarfs all others.
         on_meta = model.device.type == "meta"
@@ -319,6 +321,45 @@ def _pretrained(
             take_buffers(model, options["dtype"])
     keep_parts(model)
     return model, loading
+
+
+def _refuse_erased_padding(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raises UserError where loading sets the embedding of the padding token to zero, whatever its files hold, as transformers
+    5.24 does with Youtu: with tied embeddings an export would be loaded with other logits than it was trained to."""
+    embedding: Any = _input_embeddings(config, model)
+    index, weight = getattr(embedding, "padding_idx", None), embedding.weight
+    if index is None or weight.device.type == "meta" or not weight.is_floating_point():
+        return
+    with gathered([weight]):
+        is_erased = weight.ndim == 2 and not weight[index].any()
+    name = next((name for name, parameter in model.named_parameters() if parameter is weight), "")
+    folder = model_folder(config)
+    try:
+        file = tensor_files(folder).get(name) if is_erased else None
+    except LookupError:  # files that are no safetensors
+        return
+    if file is None:
+        return
+    with safe_open(folder / file, framework="pt") as stream:
+        if stream.get_slice(name)[index].any():
+            reason = (
+                f"transformers sets the embedding of its padding token to zero when it loads a {type(model).__name__}"
+            )
+            raise UserError(
+                Problem("model.path", reason, "another model, or a transformers that keeps it", config.path)
+            )
+
+
+def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
+    """Raises UserError where the model has none that transformers names."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None  # as of Canine, which hashes characters
+    if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        reason = f"{type(model).__name__} has no table of token embeddings, which tokens are added to and counted by"
+        raise UserError(Problem("model.path", reason, "another model (`dstune models`)", config.path))
+    return embedding
 
 
 def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
