@@ -153,31 +153,37 @@ def _forward(norm: nn.Module, epsilon: float, kind: Kind, kernel: bool, hidden_s
 
 def lean_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
     """Return the norm of the last dimension of `rows`, [..., width], by `weight`, [width]."""
+    if not torch.is_grad_enabled():  # while text is generated, where what autograd notes down takes as long as the norm
+        return _norm(rows, weight, epsilon, kind)[0]
     output: torch.Tensor = _LeanNorm.apply(rows, weight, epsilon, kind)
     return output
+
+
+def _norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normed rows, and 1 / root of the mean square of each, fp32 [all rows, 1]."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    rounded = kind is Kind.rounded
+    output = torch.empty_like(flat, dtype=torch.promote_types(rows.dtype, weight.dtype) if rounded else rows.dtype)
+    scales = torch.empty(len(flat), 1, dtype=torch.float32, device=rows.device)
+    factor = _factor(weight, kind)
+    for some, to, scale in _blocks(flat, output, scales):
+        some = some.float()
+        scale.copy_(torch.rsqrt(some.pow(2).mean(-1, keepdim=True) + epsilon))
+        normed = some * scale
+        if rounded:
+            torch.mul(weight, normed.to(rows.dtype), out=to)
+        else:
+            to.copy_(normed.mul_(factor))
+    return output.view_as(rows), scales
 
 
 class _LeanNorm(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
-        width = rows.shape[-1]
-        flat = rows.reshape(-1, width)
-        rounded = kind is Kind.rounded
-        output = torch.empty_like(flat, dtype=torch.promote_types(rows.dtype, weight.dtype) if rounded else rows.dtype)
-        # 1 / root of the mean square of each row.
-        scales = torch.empty(len(flat), 1, dtype=torch.float32, device=rows.device)
-        factor = _factor(weight, kind)
-        for some, to, scale in _blocks(flat, output, scales):
-            some = some.float()
-            scale.copy_(torch.rsqrt(some.pow(2).mean(-1, keepdim=True) + epsilon))
-            normed = some * scale
-            if rounded:
-                torch.mul(weight, normed.to(rows.dtype), out=to)
-            else:
-                to.copy_(normed.mul_(factor))
+        output, scales = _norm(rows, weight, epsilon, kind)
         context.save_for_backward(rows, weight, scales)
         context.kind = kind
-        return output.view_as(rows)
+        return output
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
