@@ -167,6 +167,10 @@ class Engine:
         deepspeed.utils.groups.mpu = None  # of an engine before this one
         with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
             engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=self.slices)
+        if self.stage == 0 and engine.dp_world_size == 1:
+            # It would copy all gradients into one buffer and back to take their mean over one rank: 0.4 of 1.4 s of the backward
+            # pass of 102 tokens by SmolLM2-135M. What comes before, zeros for parameters without a gradient, stays.
+            engine._reduce_non_expert_gradients = lambda grads, elements_per_buffer: None
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = (
