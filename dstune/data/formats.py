@@ -104,7 +104,9 @@ def recognise(
         " + ".join(repr(mapping.get(role, role)) for role in ROW_FORMATS[name].required) for name in nearest
     )
     reason = f"missing column: task={task.name} needs {expected}, the columns here are {listing(columns)}"
-    fix = _other_task(columns) or _suggestion(nearest, mapping, columns)
+    # A task that takes rows with any further columns was chosen for them: another task is no answer, the name of a column is.
+    keeps_columns = any(ROW_FORMATS[name].keeps_columns for name in allowed)
+    fix = (not keeps_columns and _other_task(columns)) or _suggestion(nearest, mapping, columns)
     raise UserError(Problem(where=where, reason=reason, fix=fix))
 
 

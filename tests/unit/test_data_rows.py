@@ -17,6 +17,7 @@ from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, low
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.reinforcement.config import ReinforcementConfig
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": 'three "3"\nfour', "label": "b"}, {"text": "né", "label": "a"}]
 
@@ -190,7 +191,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint(DataFile(one)) != fingerprint(DataFile(other))
 
 
-CHAT, TEXT, CLASSES = ChatConfig(), CausalLmConfig(), ClassificationConfig()
+CHAT, TEXT, CLASSES, PROMPTS = ChatConfig(), CausalLmConfig(), ClassificationConfig(), ReinforcementConfig()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,7 @@ def test_recognise(columns, mapping, task, expected):
         (["messages"], TEXT, "task=chat and task=distillation read these columns"),
         (["text"], CHAT, "task=causal_lm and task=distillation read these columns"),
         (["body"], CHAT, r"data\.columns="),
+        (["conversations", "answer"], PROMPTS, r"for example 'data\.columns=\{prompt: "),
     ],
 )
 def test_recognise_refuses(columns, task, message):
