@@ -30,10 +30,24 @@ from dstune.protocols.callback import CONTINUE
 @dstune.callback
 class ProcessorTime(dstune.Callback):
     name = "processor_time"
+    generating = 0.0
+
+    def on_step_begin(self, run, step):
+        if step.number_in_launch == 0 and hasattr(run.rollouts, "complete"):
+            complete = run.rollouts.complete
+
+            def timed(*arguments, **named):
+                began = time.process_time()
+                found = complete(*arguments, **named)
+                self.generating += time.process_time() - began
+                return found
+
+            run.rollouts.complete = timed
 
     def on_step_agreed(self, run, step):
         with open("processor_time.jsonl", "a") as file:
-            file.write(json.dumps({"step": step.number, "seconds": time.process_time()}) + "\\n")
+            row = {"step": step.number, "seconds": time.process_time(), "generating": self.generating}
+            file.write(json.dumps(row) + "\\n")
         return CONTINUE
 
 @dstune.reward
@@ -99,9 +113,9 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "reward" in row]
 
 
-def times_of(folder: Path) -> list[float]:
-    """Return processor seconds of each step but the first."""
-    ends = [json.loads(line)["seconds"] for line in (folder / "processor_time.jsonl").read_text().splitlines()]
+def times_of(folder: Path, name: str = "seconds") -> list[float]:
+    """Return processor seconds of each step but the first; "generating": of its sampling alone."""
+    ends = [json.loads(line)[name] for line in (folder / "processor_time.jsonl").read_text().splitlines()]
     return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
@@ -162,11 +176,13 @@ def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     settings += ["method=full", "trainer.precision=fp32", "optimizer.lr=1e-6", f"trainer.global_batch_size={count}"]
     settings += [f"trainer.micro_batch_size={count * arguments.samples}", f"trainer.max_steps={arguments.steps}"]
     settings += ["evaluate.every=0", "trainer.activation_checkpointing=false"]
-    dstune_seconds, trl_seconds = [], []
+    dstune_seconds, trl_seconds, dstune_generating, trl_generating = [], [], [], []
+    lengths, trl_lengths = [], []
     for pair in range(arguments.pairs):
         run = train(folder, f"run-{pair}", *settings)
         dstune_seconds += times_of(folder)
-        lengths = [row["completions/mean_length"] for row in rows_of(run)]
+        dstune_generating += times_of(folder, "generating")
+        lengths += [row["completions/mean_length"] for row in rows_of(run)[1:]]
         command = [sys.executable, __file__, "trl-run", "--model", model, "--steps", str(arguments.steps)]
         command += ["--prompts", str(count), "--samples", str(arguments.samples), "--tokens", str(arguments.tokens)]
         done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
@@ -174,15 +190,21 @@ def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             sys.exit(done.stderr)
         told = json.loads(done.stdout.splitlines()[-1])
         trl_seconds += told["seconds"]
+        trl_generating += told["generating"]
+        trl_lengths += told["lengths"]
     return {
         "work": f"{count} prompts x {arguments.samples} samples x {arguments.tokens} tokens, fp32, one thread",
         "steps": len(dstune_seconds),
         "dstune_processor_seconds": statistics.median(dstune_seconds),
         "trl_processor_seconds": statistics.median(trl_seconds),
         "ratio": statistics.median(dstune_seconds) / statistics.median(trl_seconds),
+        "share_of_generation": {
+            "dstune": sum(dstune_generating) / sum(dstune_seconds),
+            "trl": sum(trl_generating) / sum(trl_seconds),
+        },
         "dstune": dstune_seconds,
         "trl": trl_seconds,
-        "tokens_of_a_completion": {"dstune": statistics.mean(lengths), "trl": told["length"]},
+        "tokens_of_a_completion": {"dstune": statistics.mean(lengths), "trl": statistics.mean(trl_lengths)},
     }
 
 
@@ -194,11 +216,21 @@ def run_trl(arguments: argparse.Namespace) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(1)
-    ends: list[float] = []
+    generating = 0.0
+    ends: list[tuple[float, float]] = []
+    """At the end of each step: processor seconds, and those of sampling among them."""
 
     class Timer(TrainerCallback):
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-            ends.append(time.process_time())
+            ends.append((time.process_time(), generating))
+
+    class TimedTrainer(GRPOTrainer):
+        def _generate(self, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal generating
+            began = time.process_time()
+            found = super()._generate(*arguments, **keywords)
+            generating += time.process_time() - began
+            return found
 
     def vowels(completions: list[str], **kwargs: Any) -> list[float]:
         return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
@@ -222,7 +254,7 @@ def run_trl(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.chat_template = None
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    trainer = GRPOTrainer(
+    trainer = TimedTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=vowels,
@@ -232,8 +264,9 @@ def run_trl(arguments: argparse.Namespace) -> None:
     )
     trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]
-    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    print(json.dumps({"seconds": seconds, "length": statistics.mean(lengths)}))
+    steps = [[later - earlier for earlier, later in zip(*pair, strict=True)] for pair in itertools.pairwise(ends)]
+    told = {"seconds": [step[0] for step in steps], "generating": [step[1] for step in steps]}
+    print(json.dumps(told | {"lengths": lengths[1:]}))
 
 
 def learn_words(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
