@@ -71,9 +71,11 @@ def projected_log_probabilities(
     """Compute log-probabilities of `targets` under softmax(`project(hidden)` / temperature), fp32 [targets], to be called inside
     the forward pass of `projection`.
 
-    The logits of a chunk are computed again in the backward pass. hidden: [targets, hidden size]; targets: [targets].
+    Of several chunks the logits are computed again in the backward pass. hidden: [targets, hidden size]; targets: [targets].
     """
     rows = rows_at_once(projection, hidden) or max(1, len(hidden))
+    if len(hidden) <= rows:  # a backward pass begins here, and would hold as much when it has computed them again
+        return _of_each(project, hidden, targets, temperature)
     parts = []
     for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():

@@ -135,7 +135,7 @@ def test_tokens_of_tools_are_read_and_not_trained(act):
     scores = process("hidden", ["go"] * 2, [first.messages, second.messages], [[1]] * 2, {}, **environments).scores
     assert scores == [1.0, 0.0]
     rollouts = object.__new__(Rollouts)
-    rollouts._task, rollouts._tokenizer = ReinforcementConfig(), tokenizer
+    rollouts._task, rollouts._tokenizer, rollouts._shares_prompts = ReinforcementConfig(), tokenizer, False
     batch = rollouts._tensors([(first, True)])
     start = len(first.completion.prompt_ids)
     labels = batch["labels"][0, start : start + len(first.completion.ids)].tolist()

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dstune.core.distributed import World
 from dstune.models.adapters import without_adapters
 from dstune.models.cross_entropy import projected_log_probabilities
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
 from dstune.models.heads.language import CausalLmHead
+from dstune.models.shared_prompts import SharedPrompts, share_prompts, stop_sharing
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.losses import importance_factors, policy_loss
+
+
+class Targets(NamedTuple):
+    """The sampled tokens of a micro-batch that train."""
+
+    inputs: Mapping[str, Any]
+    """Of the model."""
+    places: Tensor
+    """Of the hidden states that predict them, in all rows end to end, int64 [targets]."""
+    width: int
+    """Tokens of a row."""
+    tokens: Tensor
+    """int64 [targets]"""
+    completion: Tensor
+    """The number of the completion that each is of, int64 [targets]."""
+    sampled: Tensor
+    """Their log-probabilities by the sampler, fp32 [targets]."""
+
+
+class Reference(Protocol):
+    """A model of its own that says how probable sampled tokens were before training."""
+
+    def share_prompts(self, world: World) -> bool:
+        """See `PolicyHead.share_prompts`."""
+
+    def log_probabilities(self, targets: Targets) -> Tensor:
+        """Compute them without a graph, fp32 [targets]."""
 
 
 class PolicyHead(CausalLmHead):
@@ -25,9 +54,10 @@ class PolicyHead(CausalLmHead):
     ratio is 1 exactly. The sampler's are compared with them, token by token.
     """
 
-    def __init__(self, task: ReinforcementConfig, model: PreTrainedModel):
+    def __init__(self, task: ReinforcementConfig, model: PreTrainedModel, reference: Reference | None = None):
+        """reference: what the model is kept near to, where that is not `model` without its adapter."""
         super().__init__(model)
-        self._task, self._model = task, model
+        self._task, self._model, self._reference = task, model, reference
         self.kept_old: list[Tensor] | None = None
         """Where the first of several updates leaves the log-probabilities of each micro-batch."""
         self.largest_difference = 0.0
@@ -38,29 +68,38 @@ class PolicyHead(CausalLmHead):
         """Return batches of prompts as they are: what trains of a step is known after its rollout."""
         return dict(batch)
 
+    def share_prompts(self, forward: Forward, device: torch.device, world: World) -> bool:
+        """Return whether rows may be those of `batches.shared_batch`: where the model computes them as it does each completion
+        alone, on all ranks. `forward` is in evaluation mode."""
+        excess = share_prompts(self._model, forward, device)
+        if excess is None:
+            return False
+        is_right = not world.any(not excess <= 1)
+        if is_right and self._reference is not None:
+            is_right = self._reference.share_prompts(world)
+        if not is_right:
+            stop_sharing(self._model)
+        return is_right
+
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """Compute the loss. batch: input_ids, attention_mask, labels [completions, sequence] (the sampled tokens), sampled
-        [completions, sequence] (the sampler's log-probability of each label), advantages [completions]; old [targets] from the
-        second update on."""
-        labels, inputs = self.labels_of(batch), inputs_of(batch)
-        positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
-        targets = labels.flatten().index_select(0, positions)
-        width, count = labels.shape[1], len(labels)
-        completion = positions // width
+        """Compute the loss. batch: of `batches.completion_batch` or `batches.shared_batch`; from the second update on also old
+        [targets], the log-probabilities at the first one."""
+        shares = "prompt_lengths" in batch
+        targets = _shared_targets(batch) if shares else _targets(batch, self.labels_of(batch))
         reference = None
         if self._task.kl.coefficient:  # first, so that no activations of the other pass are in memory meanwhile
-            with torch.no_grad(), without_adapters(self._model):
-                reference = self._of_targets(forward, inputs, positions, targets, width)
-        logps = self._of_targets(forward, inputs, positions, targets, width)
+            reference = self._of_reference(forward, targets)
+        logps = self.log_probabilities(forward, targets)
         old = batch["old"] if "old" in batch else logps.detach()
         if self.kept_old is not None and "old" not in batch:
             self.kept_old.append(old)
+        completion, count = targets.completion, len(batch["advantages"])
         advantages = batch["advantages"][completion]
-        sampled = _shifted(batch["sampled"]).flatten().index_select(0, positions)
+        sampled = targets.sampled
         cap = self._task.cap
         correction = None if cap is None else importance_factors(old, sampled, cap)
         output = policy_loss(self._task, logps, old, advantages, completion, count, reference, correction)
-        sums = {"tokens": torch.tensor(float(len(targets))), "clipped_low": output.clipped_low.float()}
+        sums = {"tokens": torch.tensor(float(len(logps))), "clipped_low": output.clipped_low.float()}
         sums |= {"clipped_high": output.clipped_high.float(), "kl": output.kl}
         if "old" not in batch:
             difference = old - sampled
@@ -74,21 +113,26 @@ class PolicyHead(CausalLmHead):
             if correction is not None:
                 sums["importance"] = correction.sum()
         zero = torch.zeros(())
-        return HeadOutput(loss_sum=output.loss_sum, weight=torch.tensor(len(targets)), correct=zero, sums=sums)
+        return HeadOutput(loss_sum=output.loss_sum, weight=torch.tensor(len(logps)), correct=zero, sums=sums)
 
-    def _of_targets(
-        self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor, width: int
-    ) -> Tensor:
-        """Compute log-probabilities of `targets`, fp32 [targets]."""
-        self._kept, self._targets = (positions, width), targets if self.examined else None
+    def _of_reference(self, forward: Forward, targets: Targets) -> Tensor:
+        if self._reference is not None:
+            return self._reference.log_probabilities(targets)
+        with torch.no_grad(), without_adapters(self._model):
+            return self.log_probabilities(forward, targets)
+
+    def log_probabilities(self, forward: Forward, targets: Targets) -> Tensor:
+        """Compute the log-probabilities of `targets`, fp32 [targets]."""
+        self._kept = targets.places, targets.width
+        self._targets = targets.tokens if self.examined else None
         try:
-            output: Tensor = forward(**inputs, use_cache=False).logits
+            output: Tensor = forward(**targets.inputs, use_cache=False).logits
         finally:
             self._kept = self._targets = None
         if self.examined:
             return output.float()
         logits = output.float() / self._task.temperature
-        return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+        return torch.log_softmax(logits, dim=-1).gather(1, targets.tokens[:, None])[:, 0]
 
     def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return projected_log_probabilities(
@@ -96,9 +140,25 @@ class PolicyHead(CausalLmHead):
         )
 
 
-def _shifted(values: Tensor) -> Tensor:
-    """Return what stands at the next position, [rows, sequence]; 0 behind the last."""
-    return torch.nn.functional.pad(values[:, 1:], (0, 1))
+def _targets(batch: Batch, labels: Tensor) -> Targets:
+    """Return those of `completion_batch`. labels: what each position predicts."""
+    places, width = (labels != IGNORED).flatten().nonzero().squeeze(1), labels.shape[1]
+    sampled = torch.nn.functional.pad(batch["sampled"][:, 1:], (0, 1)).flatten()
+    tokens = labels.flatten().index_select(0, places)
+    return Targets(inputs_of(batch), places, width, tokens, places // width, sampled.index_select(0, places))
+
+
+def _shared_targets(batch: Batch) -> Targets:
+    """Return those of `shared_batch`."""
+    prompts, sizes, answers = (batch[name].tolist() for name in ("prompt_lengths", "prompt_samples", "answer_lengths"))
+    tokens, labels = batch["input_ids"], batch["labels"]
+    shared = SharedPrompts.build(prompts, sizes, answers, tokens.device)
+    longest = labels.shape[1]
+    chosen = (labels != IGNORED).flatten().nonzero().squeeze(1)
+    places, labels, sampled = (
+        values.flatten().index_select(0, chosen) for values in (shared.predecessors(longest), labels, batch["sampled"])
+    )
+    return Targets(shared.model_inputs(tokens), places, tokens.shape[1], labels, chosen // longest, sampled)
 
 
 def turn_off_dropout(model: nn.Module) -> None:

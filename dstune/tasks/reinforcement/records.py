@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,11 @@ def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None
 
 def pack_scored(scored: Scored) -> dict[str, Any]:
     """Return all but the advantage, as JSON; what is empty in most completions is left out where it is."""
-    completion = asdict(scored.completion)
-    for name in ("prompt_ids", "read"):
-        if not completion[name]:
-            del completion[name]
+    optional_fields = ("prompt_ids", "read")
+    # Not `asdict`, which copies every token: a fifth of a small step.
+    completion = {
+        name: value for name, value in vars(scored.completion).items() if value or name not in optional_fields
+    }
     row: dict[str, Any] = {**completion, "text": scored.text, "scores": list(scored.scores)}
     optional = {"messages": scored.messages, "extra": scored.extra, "calls": scored.calls}
     optional["failed_calls"] = scored.failed_calls

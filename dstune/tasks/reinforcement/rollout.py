@@ -15,11 +15,12 @@ from torch import nn
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
-from dstune.data.batches import padded
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.models.generation import end_tokens
+from dstune.protocols import method_of
+from dstune.tasks.reinforcement.batches import TrainedCompletion, completion_batch, shared_batch
 from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
 from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
@@ -87,6 +88,11 @@ class Rollouts:
         if self._task.environment is not None:
             self._environments = Environments(self._task, tokenizer, self._scorer, config.data.max_length, self._ends)
         self._sums: dict[str, float] = {}
+        self._shares_prompts = False
+        if run_dir is not None and not method_of(config.method).in_front:
+            engine.train(False)
+            self._shares_prompts = head.share_prompts(engine.forward, engine.device, world)
+            engine.train(True)
 
     @property
     def updates(self) -> int:
@@ -118,7 +124,9 @@ class Rollouts:
         logged = self._logged()
         sums = self._sums_of(groups) | logged
         self._sums = sums if self._world.is_main else dict.fromkeys(sums, 0.0)
-        return self._training_batch(local_completions, step.batch, groups)
+        trained = self._training_batch(local_completions, step.batch, groups)
+        self._scorer.forget_rows()
+        return trained
 
     def _logged(self) -> dict[str, float]:
         """Return what rewards logged in this step on any rank, the mean by name: the same on all of them."""
@@ -239,6 +247,7 @@ class Rollouts:
     def score(self, completed: Sequence[Sequence[Scored]]) -> None:
         """Let the rewards score completions."""
         self._scorer.score(completed, {})
+        self._scorer.forget_rows()
 
     def _with_advantages(
         self, local_completions: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]
@@ -321,22 +330,19 @@ class Rollouts:
 
     def _tensors(self, chunk: Sequence[tuple[Scored, bool]]) -> dict[str, torch.Tensor]:
         """See `PolicyHead`."""
-        ids, labels, sampled = [], [], []
+        completions = []
         for scored, counts in chunk:
             completion = scored.completion
-            prompt = completion.prompt_ids or self._split.sample(completion.prompt)["input_ids"]
-            ids.append(np.concatenate([prompt, completion.ids]).astype(np.int64))
-            answer = np.array(completion.ids)
-            answer[completion.read if counts and self._trained(scored) else slice(None)] = NO_TARGET
-            labels.append(np.concatenate([np.full(len(prompt), NO_TARGET), answer]).astype(np.int64))
-            sampled.append(np.concatenate([np.zeros(len(prompt)), completion.logps]))
-        arrays = padded(ids, labels, self._tokenizer.pad_token_id)
-        logps = np.zeros(arrays["input_ids"].shape, dtype=np.float32)
-        for row, values in zip(logps, sampled, strict=True):
-            row[: len(values)] = values
-        advantages = np.array([scored.advantage for scored, _ in chunk], dtype=np.float32)
-        arrays |= {"sampled": logps, "advantages": advantages}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            prompt = completion.prompt_ids or self._scorer.prompt_ids(completion.prompt)
+            ids = np.array(completion.ids, dtype=np.int64)
+            labels = ids.copy()
+            labels[completion.read if counts and self._trained(scored) else slice(None)] = NO_TARGET
+            sampled = np.array(completion.logps, dtype=np.float32)
+            tokens = np.asarray(prompt, dtype=np.int64)
+            completions.append(TrainedCompletion(tokens, ids, labels, sampled, scored.advantage))
+        if self._shares_prompts:
+            return shared_batch(completions)
+        return completion_batch(completions, self._tokenizer.pad_token_id)
 
     def _sums_of(self, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
         """Sum over all ranks together; see `metrics.reinforcement_metrics`."""

@@ -16,8 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstune.models.shared_prompts import NAME as SHARED_PROMPTS
+from dstune.models.spans import attention_problem
+
 _ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """Of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+BLOCK_ELEMENTS = 2**16
+"""Logits that a CPU draws from at a time: what is made of them then stays in its cache. Noise of 8 rows of 49,152 tokens took
+5.1 ms at once and 2.2 ms row by row."""
 
 
 @dataclass
@@ -174,6 +180,8 @@ def _continued(
         logits = logits.repeat_interleave(samples, dim=0)
         mask = attention_mask.repeat_interleave(samples, dim=0)
         positions = positions_of(mask)[:, -1:]
+        takes_ready_masks = _takes_ready_masks(model, cache)
+        is_padded = not bool(attention_mask.all())
         active = room > 0
         ended = torch.zeros_like(active)
         tokens, logps, entropies, were_active = [], [], [], []
@@ -190,7 +198,10 @@ def _continued(
                 break
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             positions = positions + 1
-            logits = last_logits(model, token[:, None], mask, positions, cache)
+            ready: Tensor | None = mask
+            if takes_ready_masks:
+                ready = mask[:, None, None].bool() if is_padded else None
+            logits = last_logits(model, token[:, None], ready, positions, cache)
     drawn, drawn_logps = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).double().tolist()
     lengths = torch.stack(were_active, dim=1).sum(dim=1).tolist()
     sums = (torch.stack(entropies, dim=1) * torch.stack(were_active, dim=1)).sum(dim=1).tolist()
@@ -205,7 +216,17 @@ def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tens
 
     logits: [rows, vocabulary]; keys: int64 [rows], one for each draw.
     """
-    logps = torch.log_softmax(logits.float() / temperature, dim=-1)
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.is_cpu else len(logits)
+    blocks = [_draw(*block, temperature) for block in zip(logits.split(rows), keys.split(rows), strict=True)]
+    if len(blocks) == 1:
+        return blocks[0]
+    token, logp, entropy = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return token, logp, entropy
+
+
+def _draw(logits: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.float()
+    logps = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
     # In place: with a large vocabulary what is written costs more than what is computed.
     token = exponential(keys, logits.shape[-1]).log_().neg_().add_(logps).argmax(dim=-1)
     logp = logps.gather(1, token[:, None])[:, 0]
@@ -246,7 +267,15 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def last_logits(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+def _takes_ready_masks(model: Any, cache: Any) -> bool:
+    """Return whether the mask of one token for all layers, [rows, 1, 1, tokens], or none, can stand in place of the one that the
+    model would make of [rows, tokens] at every token."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    by_sdpa = base.config._attn_implementation in ("sdpa", SHARED_PROMPTS) and attention_problem(base) is None
+    return by_sdpa and all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+
+
+def last_logits(model: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
     """Return logits behind the last token of each row, [rows, vocabulary]."""
     parameters = _parameters(model)
     keys_and_values = "cache" if "cache" in parameters else "past_key_values"  # of transformers before 5.24

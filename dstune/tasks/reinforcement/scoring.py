@@ -29,13 +29,31 @@ class Scorer:
         self._models: dict[str, RewardModel] = {
             name: load_reward_model(path, config.model, seconds) for name, path in self._task.model_paths.items()
         }
+        self._rows: dict[int, tuple[dict[str, Any], Any]] = {}
         self.logged: dict[str, list[float]] = {}
         """What rewards logged since it was emptied, by name."""
 
     def columns_of(self, prompt: int) -> dict[str, Any]:
         """Return the columns of a prompt's row."""
-        columns: dict[str, Any] = json.loads(self._split.table[self._split.row(prompt)]["columns"])
-        return columns
+        return self._row(prompt)[0]
+
+    def prompt_ids(self, prompt: int) -> Any:
+        """Return the tokens of a prompt, an array."""
+        return self._row(prompt)[1]
+
+    def _row(self, prompt: int) -> tuple[dict[str, Any], Any]:
+        """Return the columns and the tokens of a prompt. They are kept for its other completions: a row of a table takes 0.4 ms
+        to read."""
+        if prompt not in self._rows:
+            self._rows[prompt] = (
+                json.loads(self._split.table[self._split.row(prompt)]["columns"]),
+                self._split.sample(prompt)["input_ids"],
+            )
+        return self._rows[prompt]
+
+    def forget_rows(self) -> None:
+        """Let go of them, when the prompts of a step are done with."""
+        self._rows.clear()
 
     def question_of(self, prompt: int) -> str:
         """Return the text of a prompt, of a conversation its last message."""

@@ -1,0 +1,198 @@
+"""Several answers to a prompt in one row in which the prompt stands once, so that its hidden states are computed once.
+
+A row is all prompts and then all answers, end to end and without padding. Positions of an answer go on from those of its prompt,
+and its attention sees the prompt and the answer's own earlier tokens. Everything else in a layer looks at one token at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dstune.models.packing import TOLERANCE, Forward
+from dstune.models.spans import SPANS, attention_problem, known_spans, no_mask, refuse_unknown, window_of
+
+NAME = "dstune_shared_prompts"
+"""Of the attention function in transformers' registry."""
+LONGEST_PROOF = 600
+"""Tokens of a prompt that is tried before a run; a window of 512 has its place in it."""
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Where prompts and answers stand in a row."""
+
+    positions: Tensor
+    """Of each token in its own sequence, int64 [1, tokens]."""
+    prompt_places: Tensor
+    """Places of the prompts' tokens in the row, int64 [prompts, longest prompt]; any other place behind the end of a prompt."""
+    answer_places: Tensor
+    """The same of answers, [answers, longest answer]."""
+    prompt_lengths: Tensor
+    """Of the prompt of each answer, int64 [answers]."""
+    prompt_ends: Tensor
+    """Place of the last token of that prompt, int64 [answers]."""
+    sizes: tuple[int, ...]
+    """Answers of each prompt."""
+    order: Tensor
+    """Where each token is among the elements of `prompt_places` and then `answer_places`, int64 [tokens]."""
+    masks: dict[int | None, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """What prompts and answers see, by window: the same in all layers that have it."""
+
+    @classmethod
+    def build(cls, prompts: Sequence[int], sizes: Sequence[int], answers: Sequence[int], device: Any) -> SharedPrompts:
+        """Lay out a row. prompts: their lengths; sizes: how many answers each has; answers: their lengths, those of the first
+        prompt first."""
+        prompt_lengths, answer_lengths = (torch.tensor(list(lengths)) for lengths in (prompts, answers))
+        of_prompt = torch.arange(len(prompts)).repeat_interleave(torch.tensor(list(sizes)))
+        prompt_places, prompt_columns, is_prompt = _places(prompt_lengths, 0)
+        answer_places, answer_columns, is_answer = _places(answer_lengths, int(prompt_lengths.sum()))
+        behind = prompt_lengths[of_prompt]
+        positions = torch.cat([prompt_columns[is_prompt], (answer_columns + behind[:, None])[is_answer]])
+        order = torch.cat([is_prompt.flatten(), is_answer.flatten()]).nonzero().squeeze(1)
+        ends = (prompt_lengths.cumsum(0) - 1)[of_prompt]
+        return cls(
+            positions=positions[None].to(device),
+            prompt_places=prompt_places.to(device),
+            answer_places=answer_places.to(device),
+            prompt_lengths=behind.to(device),
+            prompt_ends=ends.to(device),
+            sizes=tuple(sizes),
+            order=order.to(device),
+        )
+
+    def predecessors(self, width: int) -> Tensor:
+        """Return the places whose hidden states predict the first `width` tokens of each answer, int64 [answers, width]."""
+        starts = self.answer_places[:, :1] if self.answer_places.shape[1] else self.prompt_ends[:, None]
+        later = starts + torch.arange(width - 1, device=starts.device)
+        return torch.cat([self.prompt_ends[:, None], later], dim=1)
+
+    def model_inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """Return what the model takes. tokens: of the row, int64 [1, tokens]."""
+        return {
+            "input_ids": tokens,
+            "attention_mask": no_mask(tokens.device),
+            "position_ids": self.positions,
+            SPANS: self,
+        }
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Attend. query, key and value [1, heads, tokens, size], keys with their own number of heads. Returns [1, tokens, heads,
+        size]."""
+        if window not in self.masks:
+            self.masks[window] = self._make_masks(window)
+        of_prompts, of_answers = self.masks[window]
+        states = [_select(part, self.prompt_places) for part in (query, key, value)]
+        found = [sdpa_attention_forward(module, *states, of_prompts, 0.0, scale)[0]]
+        if self.answer_places.numel():
+            own = [_select(part, self.answer_places) for part in (query, key, value)]
+            seen = [torch.cat([self._repeat(states[part]), own[part]], dim=2) for part in (1, 2)]
+            found.append(sdpa_attention_forward(module, own[0], *seen, of_answers, 0.0, scale)[0])
+        return torch.cat([part.flatten(0, 1) for part in found]).index_select(0, self.order)[None]
+
+    def _repeat(self, states: Tensor) -> Tensor:
+        """Repeat [prompts, ...] as [answers, ...]. By views: gradients of the copies are then summed in a fixed order on any
+        device."""
+        return torch.cat([row[None].expand(size, *row.shape) for row, size in zip(states, self.sizes, strict=True)])
+
+    def _make_masks(self, window: int | None) -> tuple[Tensor | None, Tensor]:
+        """Return bool [prompt, prompt], None where it is causal alone, and [answers, 1, longest answer, longest prompt and
+        answer]."""
+        device = self.positions.device
+        prompt, own = (
+            torch.arange(places.shape[1], device=device) for places in (self.prompt_places, self.answer_places)
+        )
+        of_prompts = None
+        if window is not None and window < len(prompt):
+            behind = prompt[:, None] - prompt
+            of_prompts = (behind >= 0) & (behind < window)
+        lengths = self.prompt_lengths[:, None, None]
+        to_prompt = (prompt < lengths).expand(-1, len(own), -1)
+        to_own = (own <= own[:, None]).expand(len(lengths), -1, -1)
+        if window is not None:
+            to_prompt = to_prompt & (lengths + own[:, None] - prompt < window)
+            to_own = to_own & (own[:, None] - own < window)
+        return of_prompts, torch.cat([to_prompt, to_own], dim=2)[:, None]
+
+
+def _places(lengths: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (place in the row, number in its sequence, whether it is there) of the tokens of sequences that lie end to end from
+    place `first` on, each [sequences, longest]."""
+    columns = torch.arange(int(lengths.max())).expand(len(lengths), -1)
+    there = columns < lengths[:, None]
+    places = columns + (lengths.cumsum(0) - lengths)[:, None] + first
+    return torch.where(there, places, 0), columns, there
+
+
+def _select(states: Tensor, places: Tensor) -> Tensor:
+    """Select [1, heads, tokens, size] -> [sequences, heads, longest, size]"""
+    chosen = states[0].index_select(1, places.flatten())
+    return chosen.unflatten(1, tuple(places.shape)).transpose(0, 1)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Compute transformers' attention, of a row with shared prompts where the forward pass tells so."""
+    shared: Any = known_spans(module, attention_mask, more)
+    if shared is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+    refuse_unknown(module, more)
+    return shared.attend(module, query, key, value, scaling, window_of(module, more)), None
+
+
+def share_prompts(model: PreTrainedModel, forward: Forward, device: torch.device) -> float | None:
+    """Let `model` take rows with shared prompts. Return how far the logits of such a row are from those of each answer alone,
+    relative to the largest and to what rounding explains: up to 1 is right. None, and nothing changes, where its attention cannot
+    be replaced. `forward` is in evaluation mode; at ZeRO-3 every rank must call this.
+    """
+    if model.config._attn_implementation != "sdpa" or model.config.is_encoder_decoder or attention_problem(model):
+        return None
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    try:
+        return _difference(forward, config.vocab_size, getattr(config, "sliding_window", None), device)
+    except (TypeError, ValueError, RuntimeError):  # a model's own code refuses such a row in words of its own
+        return float("inf")
+
+
+def stop_sharing(model: PreTrainedModel) -> None:
+    """Undo `share_prompts`."""
+    model.set_attn_implementation("sdpa")
+
+
+def _difference(forward: Forward, vocabulary: int, window: int | None, device: torch.device) -> float:
+    longest = window + 9 if window and window + 9 <= LONGEST_PROOF else 11
+    prompts, sizes, answers = (5, longest), (2, 1), (4, 1, 7)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(vocabulary, (sum(prompts) + sum(answers),), generator=generator).to(device)
+    parts = row.split([*prompts, *answers])
+    shared = SharedPrompts.build(prompts, sizes, answers, device)
+    with torch.no_grad():
+        found = forward(**shared.model_inputs(row[None]), use_cache=False).logits[0].split([*prompts, *answers])
+        worst, largest = 0.0, 0.0
+        for answer, prompt in enumerate((0, 0, 1)):
+            tokens = torch.cat([parts[prompt], parts[2 + answer]])
+            alone = forward(input_ids=tokens[None], use_cache=False).logits[0]
+            difference = torch.cat([found[prompt], found[2 + answer]]) - alone
+            largest = max(largest, float(alone.abs().max()))
+            worst = max(worst, float(difference.abs().max()), key=lambda value: (value != value, value))
+    return worst / largest / TOLERANCE[alone.dtype]
