@@ -18,18 +18,21 @@ def held_models(config: RunConfig) -> tuple[tuple[HeldModel, ...], tuple[Problem
     task = task_of(config.task)
     if not isinstance(task, KeepsFurtherModels):
         return (), ()
-    held, problems = [], []
+    models = []
     for further in task.resident_models:
-        path = getattr(config.task, further.path)
-        if path is None:
-            continue
-        where = ModelConfig(path=path, revision=getattr(config.task, further.revision))
+        if (path := getattr(config.task, further.path)) is not None:
+            model_config = ModelConfig(path=path, revision=getattr(config.task, further.revision))
+            models.append((further.path, f"task.{further.path}", model_config))
+    if task.keeps_start_model(config):
+        models.append(("reference", "model.path", config.model))
+    held, problems = [], []
+    for name, key, where in models:
         try:
             values, whole = source.config_json(where), source.whole_config_json(where)
             model = architecture_or_count(values, whole, head_of(config), labels_of(config))
-            held.append(HeldModel(further.path, model, source.unreached_weights(where, model)))
+            held.append(HeldModel(name, model, source.unreached_weights(where, model)))
         except UserError as error:
-            problems += [replace(problem, where=f"task.{further.path}") for problem in error.problems]
+            problems += [replace(problem, where=key) for problem in error.problems]
     return tuple(held), tuple(problems)
 
 

@@ -175,6 +175,10 @@ class KeepsFurtherModels(Protocol):
         """At stage 3 partitioned, beside a whole copy of their vocabulary projection; else whole on every rank."""
         return ()
 
+    def keeps_start_model(self, run: RunConfig) -> bool:
+        """Whether a copy of the model that training starts from is one of them."""
+        return False
+
 
 @runtime_checkable
 class NeedsReference(Protocol):

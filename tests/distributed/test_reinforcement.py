@@ -123,7 +123,7 @@ def test_what_cannot_be_done_is_refused_with_the_key(workplace):
     for key, wrong in {
         "task.rewards": ["task.rewards=[repeat]"],
         "task.reward_weights": ["task.reward_weights=[1,2]"],
-        "task.kl.coefficient": ["task.kl.coefficient=0.1"],
+        "task.kl.coefficient": ["task.kl.coefficient=0.1", "method=lora", "method.init=pissa"],
         "task.clip_low": ["task.clip_low=0.1"],
         "data.packing": ["data.packing=true"],
         "trainer.micro_batch_size": ["trainer.micro_batch_size=auto"],

@@ -44,6 +44,7 @@ KINDS = {
     "dapo": ["task.loss=dapo"],
     "dapo-narrow": ["task.loss=dapo", "task.clip_low=0.001", "task.clip_high=0.002"],
     "grpo-lora-kl": ["task.loss=grpo", "method=lora", "method.rank=4", "task.kl.coefficient=0.3"],
+    "grpo-kl": ["task.loss=grpo", "task.kl.coefficient=0.3"],
     "dr_grpo": ["task.loss=dr_grpo"],
     "gspo": ["task.loss=gspo", "task.clip_low=0.01", "task.clip_high=0.02"],
     "cispo": ["task.loss=cispo", "task.clip_high=1.01"],
@@ -51,11 +52,12 @@ KINDS = {
     "dapo-ended": ["task.loss=dapo", "task.mask_truncated=true", "task.max_new_tokens=40"],
 }
 CELLS = {
-    1: [("dapo", 0), ("grpo-lora-kl", 2)],
+    1: [("dapo", 0), ("grpo-lora-kl", 2), ("grpo-kl", 0)],
     2: [
         ("dapo", 3),
         ("dapo-narrow", 1),
         ("grpo-lora-kl", 3),
+        ("grpo-kl", 3),
         ("dr_grpo", 2),
         ("gspo", 3),
         ("cispo", 0),

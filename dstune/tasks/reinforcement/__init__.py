@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dstune.protocols import task
+from dstune.protocols import method_of, task
+from dstune.protocols.task_options import EvaluatesOtherwise, KeepsFurtherModels, NeedsReference
 from dstune.tasks._language import WritingTask
 from dstune.tasks.reinforcement import rows as rows
 from dstune.tasks.reinforcement import rules
@@ -17,13 +19,15 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
-    from dstune.config.schema import RunConfig
+    from dstune.config.schema import Precision, RunConfig
     from dstune.core.distributed import World
     from dstune.core.errors import Problem
     from dstune.data.prepared import PreparedData, Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
+    from dstune.protocols.task import TaskConfig
+    from dstune.tasks.reinforcement.reference import StartModel
     from dstune.tasks.reinforcement.rollout import Rollouts
     from dstune.trainer.evaluate import Evaluator
     from dstune.trainer.measure import Evaluation, Totals
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @task
-class Reinforcement(WritingTask):
+class Reinforcement(WritingTask, NeedsReference, KeepsFurtherModels, EvaluatesOtherwise):
     Config = ReinforcementConfig
     config: ReinforcementConfig
 
@@ -47,6 +51,10 @@ class Reinforcement(WritingTask):
     formats = ("prompt",)
     frozen_keys = ("template_date",)
     metrics = ("reward",)
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self._reference: StartModel | None = None
 
     @property
     def tokens_written_behind_rows(self) -> int:
@@ -89,10 +97,31 @@ class Reinforcement(WritingTask):
 
         return prompt_batch(split, micro_batch, pad_token_id)
 
+    def keeps_start_model(self, run: RunConfig) -> bool:
+        return bool(self.config.kl.coefficient) and not method_of(run.method).starts_at_base
+
+    def before_loading(
+        self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
+    ) -> PreparedData:
+        from dstune.tasks.reinforcement.reference import load_start_model
+
+        if self.keeps_start_model(run):
+            self._reference = load_start_model(run, tokenizer, world, precision)
+        return data
+
+    def for_evaluation(self, run: RunConfig) -> TaskConfig:
+        """Rewards need no reference."""
+        return replace(self.config, kl=replace(self.config.kl, coefficient=0.0))
+
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.reinforcement.head import PolicyHead
 
-        return PolicyHead(self.config, model)
+        return PolicyHead(self.config, model, self._reference)
+
+    def close(self) -> None:
+        if self._reference is not None:
+            self._reference.close()
+            self._reference = None
 
     def rollouts(
         self,

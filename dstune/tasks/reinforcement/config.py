@@ -42,8 +42,8 @@ class KlEstimator(Enum):
 @dataclass(frozen=True)
 class KlConfig:
     coefficient: float = setting(0.0, at_least=0.0)
-    """Weight of the divergence from the model that training starts from, which is the model with its adapter switched off
-    (TRL: `beta`). 0 computes no reference."""
+    """Weight of the divergence from the model that training starts from (TRL: `beta`): the model with its adapter switched off, or
+    without an adapter (`method=full`) a copy that stays in memory. 0 computes no reference."""
     estimator: KlEstimator = KlEstimator.k3
     """Of a token's divergence, with d = log p(policy) - log p(reference): `k1` is d, `k2` is d^2 / 2, `k3` is
     exp(-d) - 1 + d (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""

@@ -15,11 +15,12 @@ from dstune.tasks.reinforcement.config import PolicyLoss, ReinforcementConfig, R
 def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
     yield from _check_rewards(task)
     if task.kl.coefficient:
-        if not method_of(config.method).starts_at_base:
+        method = method_of(config.method)
+        if method.adapter and not method.starts_at_base:
             yield Problem(
                 "task.kl.coefficient",
-                f"the reference is the model with its new adapter switched off, and method={config.method.name} trains none",
-                "method=lora, or task.kl.coefficient=0",
+                "the reference is the model with its adapter switched off, which is not where training starts from here",
+                "a new adapter that starts at the model (method=lora with its default init), or task.kl.coefficient=0",
                 format_value(task.kl.coefficient),
             )
         if task.loss is PolicyLoss.rloo:
