@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def split(folder: Path) -> tuple[Path, Path]:
-    """Return every sixth tweet is held out, HELD_OUT of them; the others are trained on."""
+    """Write the tweets to train on and those held out, every sixth up to HELD_OUT of them. Returns both files."""
     rows = samples.resolve("sample://ner", fetch=True).read_text(encoding="utf-8").splitlines()
     held = set(range(0, 6 * HELD_OUT, 6))
     train, validation = folder / "train.jsonl", folder / "held.jsonl"
