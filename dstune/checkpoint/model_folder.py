@@ -198,7 +198,8 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
 
 
 def plain(config: RunConfig) -> RunConfig:
-    """Return any attention has the same weights; eager is there for every model, on a machine without GPU too."""
+    """Return `config` with eager attention, which every model has, without a GPU too, and whose weights are those of any other;
+    and without activation checkpointing."""
     return replace(
         config,
         model=replace(config.model, attention=Attention.eager),
