@@ -115,8 +115,8 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
         elif key == "gradient_accumulation_steps":
             content.accumulation = Value("trainer.global_batch_size", _number(value), key)
         elif not key.startswith(("optimizer.", "scheduler.")) and key not in TRANSLATED:
-            content.problems += _other(key, value, where, content.settings)
-    _precision(raw, content, where)
+            content.problems += _passed_on(key, value, where, content.settings)
+    _read_precision(raw, content, where)
     _optimizer(raw.get("optimizer"), content, where)
     _scheduler(raw.get("scheduler"), content, where)
     for value in list(content.values):
@@ -141,8 +141,8 @@ SECTIONS = {
 """Sections as they are written; the others may be empty."""
 
 
-def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
-    """Return a key that dstune has none for: into `settings`, or a problem."""
+def _passed_on(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
+    """Put a key that dstune has none for into `settings`. Returns what is wrong with it; then it is left out."""
     if key in WITHOUT_EFFECT:
         return []
     if any(known_key.startswith(f"{key}.") for table in (OWN_KEYS, TRANSLATED, PASSED, FIXED) for known_key in table):
@@ -236,7 +236,8 @@ def _section(raw: Mapping[str, Any], name: str) -> Any:
     return value if isinstance(value, Mapping) or value == AUTO else {}
 
 
-def _precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
+def _read_precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
+    """Add `trainer.precision` to `content`, by the sections `bf16` and `fp16`."""
     requested = {}
     for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
         for section in sections:
@@ -244,11 +245,11 @@ def _precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
             enabled = content_of.get("enabled", AUTO) if content_of and content_of != AUTO else AUTO
             if enabled != AUTO:
                 requested[name] = bool(enabled)
-    on = [name for name, enabled in requested.items() if enabled]
-    if len(on) == 2:
+    enabled_names = [name for name, enabled in requested.items() if enabled]
+    if len(enabled_names) == 2:
         content.problems.append(Problem(f"fp16.enabled in {where}", "bf16 is enabled too", "disable one of them"))
-    elif on:
-        content.values.append(Value("trainer.precision", on[0], f"{on[0]}.enabled"))
+    elif enabled_names:
+        content.values.append(Value("trainer.precision", enabled_names[0], f"{enabled_names[0]}.enabled"))
     elif requested.get("bf16") is False:
         content.values.append(Value("trainer.precision", "fp32", "bf16.enabled"))
 
