@@ -128,7 +128,7 @@ def read_settings(path: Path) -> CycleSettings:
 
 
 def _below(base: Path, spec: str) -> str:
-    """Return paths are seen from the file's folder, addresses and samples as they are."""
+    """Return a relative path below the settings file's folder, `base`; absolute paths, addresses and samples as they are."""
     return spec if "://" in spec or Path(spec).is_absolute() else str(base / spec)
 
 

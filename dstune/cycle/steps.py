@@ -189,7 +189,7 @@ class Cycle:
         return gone
 
     def _forget_copies(self, number: int, remaining: list[Row]) -> None:
-        """Rewrite the files that a training read from.
+        """Remove the copies of rows of cycle `number` that are not among `remaining` from all files that a training read from.
 
         Their rows and origins are paired by digest, and origins are written last: a kill in between leaves more of them.
         """
@@ -198,12 +198,14 @@ class Cycle:
             for place in (self.settings.folder / CYCLES).glob(f"*/{name}"):
                 lineage = place.with_name(f"lineage-{name}")
                 origins = read_rows(lineage)
-                gone = [origin["cycle"] == number and origin["digest"] not in rows for origin in origins]
-                if any(gone):
-                    still = [origin for origin, is_gone in zip(origins, gone, strict=True) if not is_gone]
-                    removed = {origin["digest"] for origin, is_gone in zip(origins, gone, strict=True) if is_gone}
-                    write_rows(place, _without_copies(read_rows(place), removed, still))
-                    write_rows(lineage, still)
+                is_removed = [origin["cycle"] == number and origin["digest"] not in rows for origin in origins]
+                if any(is_removed):
+                    remaining_origins = [
+                        origin for origin, is_gone in zip(origins, is_removed, strict=True) if not is_gone
+                    ]
+                    removed = {origin["digest"] for origin, is_gone in zip(origins, is_removed, strict=True) if is_gone}
+                    write_rows(place, _without_copies(read_rows(place), removed, remaining_origins))
+                    write_rows(lineage, remaining_origins)
 
     def _ancestry(self, name: str | None) -> list[int]:
         """Return the cycles whose rows a version was trained on, the newest first; 0 is the first run."""
