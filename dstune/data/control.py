@@ -82,7 +82,7 @@ class Defused:
         return text, control_starts
 
     def left(self) -> re.Pattern[str]:
-        """Return a pattern of what is left of stand-ins in a text that `restore` returned: the template cut or escaped them."""
+        """Return the pattern of stand-ins that `restore` did not recognise in a text, since the template cut or escaped them."""
         last = self.first + max(0, len(self.strings) - 1)
         codes = "|".join(json.dumps(chr(code))[1:-1].replace("\\", r"\\") for code in range(self.first, last + 1))
         return re.compile(f"(?:[{chr(self.first)}-{chr(last)}]|{codes})+")
@@ -157,7 +157,8 @@ class ControlTokens:
     def neutral(
         self, ids: list[int], offsets: list[tuple[int, int]], text: str, control_starts: list[int]
     ) -> tuple[list[int], np.ndarray]:
-        """Put the tokens of its characters in place of each control token in `ids` of `text` that begins elsewhere."""
+        """Return `ids` of `text` and their characters; a control token that begins at none of `control_starts` is replaced by the
+        tokens of its characters."""
         kept_ids: list[int] = []
         kept_offsets: list[tuple[int, int]] = []
         for token, (start, end) in zip(ids, offsets, strict=True):

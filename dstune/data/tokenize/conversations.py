@@ -248,7 +248,8 @@ class ChatEncoder(Language):
     def _of_tokens(
         self, number: int, text: _Text, input_ids: np.ndarray, offsets: np.ndarray, within: np.ndarray | None = None
     ) -> Sample:
-        """Return the sample of these tokens: of `text.places` what lies `within`, or (where places have no spans) that itself."""
+        """Return the sample of these tokens. Targets are those of `text.places` that lie `within`; where places have no spans, all
+        that lie `within`."""
         sizes = self._sizes(input_ids, offsets, text.text)
         labels = input_ids.copy()
         spans = [span for place in text.places for span in place.spans]
@@ -257,8 +258,10 @@ class ChatEncoder(Language):
             targets = targets & within if spans else within
         for place in text.places:
             if place.label is not None:
-                at, stop = place.label
-                labels[np.searchsorted(offsets[:, 1], at, side="right")] = self._tokenizer.convert_tokens_to_ids(stop)
+                label_end, stop = place.label
+                labels[np.searchsorted(offsets[:, 1], label_end, side="right")] = self._tokenizer.convert_tokens_to_ids(
+                    stop
+                )
         if self.renderer is None and not text.problem:
             prefix = self._missing_prefix(input_ids.tolist())
             input_ids = np.array([*prefix, *input_ids, self._end], dtype=np.int32)
