@@ -211,14 +211,14 @@ class Organizations:
             )  # fmt: skip
 
     def _audit(self, organization: str, page: pages.Page, kinds: list[str], projects: list[str]) -> dict[str, Any]:
-        listed = []
+        filters = []
         if kinds:
-            listed.append(AuditEntry.action.in_(kinds))
+            filters.append(AuditEntry.action.in_(kinds))
         if projects:
-            listed.append(AuditEntry.project.in_(projects))
+            filters.append(AuditEntry.project.in_(projects))
         with self._database.session() as session:
             of_organization = [AuditEntry.organization == organization]
-            rows, has_more = pages.rows_of(session, AuditEntry, page, of_organization, *listed)
+            rows, has_more = pages.rows_of(session, AuditEntry, page, of_organization, *filters)
             names = {row.id: row.name for row in session.scalars(select(Project))}
         return pages.listing([_described_entry(row, names) for row in rows], has_more)
 

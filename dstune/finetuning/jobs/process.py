@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
 
 
 def _end_on_stop(folder: JobFolder) -> None:
-    """End on a wish to stop: nobody waits for the rows of a job that was cancelled, and the next validation takes its core."""
+    """End this process once a stop is requested: nobody waits for the rows of a job that was cancelled, and the next validation
+    takes its core."""
     while folder.stop_requested() != NOW:
         time.sleep(POLL_SECONDS)
     os._exit(EXIT_PREEMPTED)

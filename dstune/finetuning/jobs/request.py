@@ -104,7 +104,7 @@ class Method(Body):
 
     @classmethod
     def accepted(cls, value: Mapping[str, Any]) -> set[str]:
-        """Return options of the other method may be null."""
+        """Return the names that fields of this object may have: options of other methods only where they are null."""
         return {"type", str(value.get("type")), *(name for name in hyperparameters.METHODS if value.get(name) is None)}
 
 
