@@ -164,13 +164,13 @@ class _Search:
 
 
 class _Next:
-    """Where a pattern is found next. Asked for places that only rise it reads the text once."""
+    """Finds where a pattern matches next. Asked for places that only rise it reads the text once."""
 
     def __init__(self, pattern: re.Pattern[str], text: str):
         self._pattern, self._text, self._found = pattern, text, -1
 
     def __call__(self, place: int) -> int:
-        """Return the length of the text where there is none."""
+        """Return where the first match at or behind `place` begins; the length of the text where there is none."""
         if self._found < place:
             match = self._pattern.search(self._text, place)
             self._found = match.start() if match else len(self._text)
