@@ -121,7 +121,7 @@ def reward_model(imported: Import, value: Any) -> None:
 
 
 def key_of_loss(loss: str, key: str) -> Rule:
-    """Return the value is that of dstune's `key` if `rl` is `loss`."""
+    """Return the rule of a value that becomes that of dstune's `key` if `rl` is `loss`, and is dropped otherwise."""
 
     def rule(imported: Import, value: Any) -> None:
         if imported.get("rl") == loss:

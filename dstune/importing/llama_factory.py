@@ -78,7 +78,8 @@ def preference_loss(imported: Import, value: Any) -> None:
 
 
 def key_of_loss(loss: str, key: str) -> Rule:
-    """Return the value is that of dstune's `key` if `loss` (of `task.loss`) is trained."""
+    """Return the rule of a value that becomes that of dstune's `key` if `loss` (of `task.loss`) is trained, and is dropped
+    otherwise."""
 
     def rule(imported: Import, value: Any) -> None:
         trained = "kto" if imported.get("stage") == "kto" else LOSSES.get(str(imported.get("pref_loss")))

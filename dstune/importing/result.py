@@ -81,7 +81,7 @@ Rule = Callable[[Import, Any], None]
 
 
 def same(key: str) -> Rule:
-    """Return the value is that of dstune's `key`."""
+    """Return the rule of a value that becomes that of dstune's `key` as it is."""
 
     def rule(imported: Import, value: Any) -> None:
         imported.put(key, value)
