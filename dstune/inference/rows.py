@@ -148,7 +148,7 @@ class Rows:
                 yield raw.place, self._of_text(file, raw.fields), raw.error
 
     def _of_text(self, file: sources.DataFile, fields: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Return a line of plain text is the column that a text is, whatever the run calls it."""
+        """Return the fields of a row; a line of plain text under the name of the run's text column, whatever that is."""
         column = self._question.text_column
         if fields is None or column is None or set(fields) != {"text"} or file.ending not in DOCUMENTS:
             return fields
