@@ -456,6 +456,7 @@ def _growth(growth: Growth | None) -> list[str]:
 
 
 def _configured(estimate: Planned) -> str:
+    """Return the configured stage, offload, checkpointing and micro-batch in words."""
     choice, rows = estimate.plan.configured, estimate.plan.configured.setup.micro_batch_size
     offload = f", offload {choice.offload}" if choice.offload != "none" else ""
     kind = "selective " if isinstance(choice.checkpointing, Selective) else ""
