@@ -58,8 +58,8 @@ def _classifier(name: str, method: FeaturesConfig, seed: int) -> Any:
 
 
 def _fitted(model: Any, features: np.ndarray, labels: np.ndarray) -> Any:
-    """Return a forest grows on all cores, which are idle: the other ranks wait for this one. Each tree has a seed of its own, so
-    the forest is the same on any number; what its trees say is added up by one, so that the sums are too."""
+    """Return `model`, fitted. A forest grows on all cores, which are idle: the other ranks wait for this one. Each tree has a seed
+    of its own, so the forest is the same on any number of cores; one core adds up what its trees say, so the sums are too."""
     if not hasattr(model, "n_jobs"):
         return model.fit(features, labels)
     return model.set_params(n_jobs=-1).fit(features, labels).set_params(n_jobs=1)
