@@ -13,10 +13,10 @@ from typing import Any
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import lines_within, open_file, parse_json
 
-SECONDS = 120.0
-MOST = 1000
-LONGEST = 1 << 20
-KEY = "DSTUNE_API_KEY"
+ANSWER_SECONDS = 120.0
+MOST_CANARIES = 1000
+MOST_LINE_BYTES = 1 << 20
+KEY_VARIABLE = "DSTUNE_API_KEY"
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/classify")
 
 
@@ -31,11 +31,11 @@ class Canary:
 
 @dataclass(frozen=True)
 class CanaryResult:
-    """What became of all of them."""
+    """How many canaries were asked, and which had another answer."""
 
     asked: int
     changed: tuple[str, ...]
-    """Places of those with another answer."""
+    """Where those with another answer stand: FILE:LINE."""
 
 
 def read_canaries(path: Path) -> list[Canary]:
@@ -43,7 +43,7 @@ def read_canaries(path: Path) -> list[Canary]:
     canaries, problems = [], []
     try:
         with open_file(path) as stream:
-            for number, (line, _) in enumerate(lines_within(stream, LONGEST), 1):
+            for number, (line, _) in enumerate(lines_within(stream, MOST_LINE_BYTES), 1):
                 if line is not None and not line.strip():
                     continue
                 where = f"{path}:{number}"
@@ -60,8 +60,8 @@ def read_canaries(path: Path) -> list[Canary]:
                     canaries.append(Canary(where, {name: row[name]}, row["expected"]))
     except OSError as error:
         raise UserError(Problem("--canaries", f"cannot be read: {error.strerror}", value=str(path))) from None
-    if len(canaries) > MOST:
-        problems.append(Problem("--canaries", f"has more than {MOST} rows", value=str(path)))
+    if len(canaries) > MOST_CANARIES:
+        problems.append(Problem("--canaries", f"has more than {MOST_CANARIES} rows", value=str(path)))
     if not canaries and not problems:
         problems.append(Problem("--canaries", "has no rows", value=str(path)))
     if problems:
@@ -89,14 +89,14 @@ def _answer(canary: Canary, server: str, model: str) -> str:
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:
-    headers = {"content-type": "application/json", "authorization": f"Bearer {os.environ.get(KEY, '')}"}
+    headers = {"content-type": "application/json", "authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
             return parse_json(response.read())
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code}"
-        fix = f"a client's key in {KEY}" if error.code == 401 else "look at the server's log"
+        fix = f"a client's key in {KEY_VARIABLE}" if error.code == 401 else "look at the server's log"
         raise UserError(Problem("--server", reason, fix, url)) from None
     except (OSError, ValueError) as error:
         raise UserError(
