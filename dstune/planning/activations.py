@@ -80,7 +80,7 @@ def tiled(s: Setup) -> bool:
 
 
 def _rms_norm(s: Setup, width: int) -> int:
-    """Return the input, and a number for each row of it (`dstune/models/norms.py`)."""
+    """Return the bytes of the input, and of a number for each row of it (`dstune/models/norms.py`)."""
     return s.tokens * (width * s.weight_bytes + 4)
 
 
@@ -91,6 +91,7 @@ def masked(s: Setup) -> bool:
 
 
 def _attention(s: Setup, query: int, key: int) -> int:
+    """Return the bytes of what attention keeps for its backward pass. query, key: the widths of both, all heads together."""
     n, p = s.tokens, s.weight_bytes
     # A mask makes transformers repeat the heads of keys and values; so does a row that ranks share, on a GPU.
     repeated = 2 * (
