@@ -218,7 +218,7 @@ class Engine:
         return self.state_dir / "logs" / f"{self.name}.log"
 
     @property
-    def status(self) -> Path:
+    def start_error_file(self) -> Path:
         """Where its process writes why it could not start."""
         assert self._folder is not None
         return self._folder / "error.json"
@@ -257,7 +257,7 @@ class Engine:
 
     def _failure(self) -> DstuneError | EngineDown:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return from_json(self.status.read_text(encoding="utf-8"))
+            return from_json(self.start_error_file.read_text(encoding="utf-8"))
         assert self.process is not None
         tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
         text = "\n    ".join(

@@ -62,7 +62,7 @@ class LocalEngine(Engine):
         source = self.source
         settings: dict[str, Any] = {
             "socket": str(folder / "http"),
-            "status": str(self.status),
+            "status": str(self.start_error_file),
             "scratch": str(scratch),
             "folder": source.load_from,
             "revision": source.load_revision,
