@@ -28,7 +28,7 @@ class SourceTarget(RowFormat):
         return {**values, "chat_template_kwargs": arguments} if arguments else values
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a column `translation` may hold a text for each language (`{"en": ..., "es": ...}`)."""
+        """Return the fields with those of a column `translation`, a text for each language (`{"en": ..., "es": ...}`)."""
         texts = fields.get("translation")
         return {**texts, **fields} if isinstance(texts, Mapping) else fields
 
