@@ -38,7 +38,7 @@ def save_model(folder: Path, rows: Sequence[Mapping[str, Any]], *, decoder: bool
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Return words between spaces are tokens, beside the first ones, SPECIAL; ChatML is its chat template."""
+    """Return a tokenizer whose tokens are these words, as spaces separate them, behind SPECIAL; its chat template is ChatML."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
