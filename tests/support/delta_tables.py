@@ -40,7 +40,7 @@ def _add(path: Path, rows: int, **fields: Any) -> dict[str, Any]:
 
 
 def mapped_table(table: Path, rows: list[dict[str, str]]) -> Path:
-    """Return columns have other names in the files than in the table (column mapping by name)."""
+    """Write a table whose columns have other names in its files (column mapping by name). Returns its folder."""
     table.mkdir(parents=True)
     physical = {"text": "col-5f4", "label": "col-a1b"}
     file = table / "part-0.parquet"

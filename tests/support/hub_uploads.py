@@ -108,8 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, requested: dict[str, Any]) -> None:
         objects = [
-            {**thing, "actions": {"upload": {"href": f"{self.server.url}/objects/{thing['oid']}"}}}
-            for thing in requested["objects"]
+            {
+                **requested_object,
+                "actions": {"upload": {"href": f"{self.server.url}/objects/{requested_object['oid']}"}},
+            }
+            for requested_object in requested["objects"]
         ]
         self._answer(200, {"transfer": "basic", "objects": objects})
 
