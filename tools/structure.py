@@ -99,7 +99,7 @@ def import_graph(tree: Path, parsed: dict[Path, ast.Module]) -> dict[str, set[st
 
 
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield `ast.walk` without the bodies of `if TYPE_CHECKING:`."""
+    """Yield all nodes below `node`, without the bodies of `if TYPE_CHECKING:`."""
     pending = [node]
     while pending:
         for child in ast.iter_child_nodes(pending.pop()):
