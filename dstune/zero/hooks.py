@@ -46,9 +46,9 @@ def forget(engine: Any, model: nn.Module) -> None:
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    gone = set(model.modules())
+    closed = set(model.modules())
     stack = getattr(parameter_offload, "FWD_MODULE_STACK", [])
-    stack[:] = [module for module in stack if module not in gone]
+    stack[:] = [module for module in stack if module not in closed]
     cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
     for cell in getattr(cached, "__closure__", None) or ():  # of the wrapper that records NVTX ranges
         if hasattr(cell.cell_contents, "cache_clear"):
