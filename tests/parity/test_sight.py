@@ -4,6 +4,7 @@ processor, in every family, packed or padded, on one and two ranks, at every ZeR
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,19 @@ class Shop:
             self._plain[kind, sees] = train_plainly(self.model(kind), self.rows, steps=2, rate=RATE, sees=sees)
         return self._plain[kind, sees]
 
-    def case(self, kind: str, stage: int, *, packed: bool, sees: bool, ranks: int) -> dict[str, str]:
-        name = f"{kind}-{stage}-{'packed' if packed else 'padded'}-{'tower' if sees else 'frozen'}-{ranks}"
+    def case(
+        self,
+        kind: str,
+        stage: int,
+        *,
+        packed: bool,
+        sees: bool,
+        ranks: int,
+        name: str = "",
+        changes: Sequence[str] = (),
+    ) -> dict[str, str]:
+        """changes: further overrides, of a case with this `name`."""
+        name = f"{kind}-{stage}-{'packed' if packed else 'padded'}-{'tower' if sees else 'frozen'}-{ranks}{name}"
         words = [
             "task=chat",
             "method=full",
@@ -84,6 +96,7 @@ class Shop:
             "evaluate.samples=0",
             "run.export=none",
             "tracking.wandb.mode=disabled",
+            *changes,
         ]
         file = self.folder / f"{name}.yaml"
         write_run(file, compose(words))
@@ -104,24 +117,25 @@ def verify(shop: Shop, ranks: int, cases: list[tuple[str, int, bool, bool]], mon
         compare(shop.plain(kind, sees=sees), Path(case["run_dir"]))
 
 
-def compare(expected: Reference, run: Path) -> None:
+def compare(expected: Reference, run: Path, *, looser: float = 1.0) -> None:
+    """looser: by how much what is compared may differ more than the losses of chats."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "grad_norm" in row]
-    assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-6), run
-    assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-5), run
+    assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=looser * 1e-6), run
+    assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=looser * 1e-5), run
     weights = Weights(store.newest(run))
     differences = {name: weights[name].detach().double() - expected.weights[name] for name in weights}
     for name, difference in differences.items():
         # A bias of the projector is the sum of many gradients: the plain loop in fp32 is off by 8.7e-6 itself (Qwen3-VL).
-        assert float(difference.norm() / expected.weights[name].norm()) < 1e-5, (run, name)
+        assert float(difference.norm() / expected.weights[name].norm()) < looser * 1e-5, (run, name)
     everything = torch.cat([expected.weights[name].flatten() for name in weights]).norm()
-    assert float(torch.cat([part.flatten() for part in differences.values()]).norm() / everything) < 1e-6, run
+    assert float(torch.cat([part.flatten() for part in differences.values()]).norm() / everything) < looser * 1e-6, run
 
 
-COMPARED = [kind for kind in FAMILIES if kind != "qwen3_5"]
-"""The processor of Qwen 3.5 opens a tokenizer class of its own, which cannot read the words of these models."""
-PACKED = [kind for kind in COMPARED if kind != "gemma3"]
-"""Others are refused."""
+COMPARED = [*FAMILIES]
+UNPACKED = ["gemma3", "gemma4", "qwen3_5"]
+"""Packed rows of these are refused."""
+PACKED = [kind for kind in COMPARED if kind not in UNPACKED]
 SELECTION = ["llava"]
 
 
@@ -155,7 +169,7 @@ def test_two_ranks_one_without_an_image(shop: Shop, monkeypatch: pytest.MonkeyPa
     verify(shop, 2, [("qwen2_vl", 3, True, False), ("llava", 3, False, True), ("llava", 2, True, True)], monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", pytest.param("gemma4", marks=pytest.mark.ci)])
 def test_families_that_are_not_packed_are_refused(
     shop: Shop, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

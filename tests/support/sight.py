@@ -42,10 +42,13 @@ def language(tokenizer: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_with(tokens: dict[str, str], place: str, words: list[str] = WORDS, further: tuple[str, ...] = ()) -> Any:
-    """Make a tokenizer with control tokens. tokens: by the attribute under which a processor asks for it (`image_token`)."""
+def tokenizer_with(
+    tokens: dict[str, str], place: str, words: list[str] = WORDS, further: tuple[str, ...] = (), base: Any = None
+) -> Any:
+    """Make a tokenizer with control tokens. tokens: by the attribute under which a processor asks for it (`image_token`). base: in
+    place of a tokenizer of words."""
     added = [*dict.fromkeys(tokens.values()), *further]
-    tokenizer = word_tokenizer([*SPECIAL, *words, "\n\n"])
+    tokenizer = base or word_tokenizer([*SPECIAL, *words, "\n\n"])
     tokenizer.add_special_tokens({"additional_special_tokens": added}, replace_extra_special_tokens=False)
     tokenizer._set_model_specific_special_tokens(special_tokens=tokens)
     tokenizer.chat_template = TEMPLATE.replace("PLACE", place)
@@ -88,17 +91,53 @@ def gemma3(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
     return processor, tokenizer, config
 
 
-def _qwen_processor(words: list[str], patch: int, name: str) -> tuple[Any, Any]:
+def gemma4(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
+    import transformers
+    from transformers import Gemma4Config
+
+    names = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    sounds = {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    tokenizer = tokenizer_with(names | sounds, "<|image|>", words, ("<|video|>",))
+    patches = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    images, videos = transformers.Gemma4ImageProcessor(**patches), transformers.Gemma4VideoProcessor(**patches)
+    processor = transformers.Gemma4Processor(transformers.Gemma4AudioFeatureExtractor(), images, tokenizer, videos)
+    image, begin, end = (tokenizer.convert_tokens_to_ids(token) for token in names.values())
+    width = {"vocab_size_per_layer_input": len(tokenizer), "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    config = Gemma4Config(
+        text_config=language(tokenizer, use_bidirectional_attention="vision", **width, **layers, **text),
+        vision_config=TOWER
+        | {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2}
+        | {"position_embedding_size": 128},
+        image_token_id=image,
+        boi_token_id=begin,
+        eoi_token_id=end,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|audio|>"),
+    )
+    return processor, tokenizer, config
+
+
+def byte_tokenizer() -> Any:
+    """Of the class that transformers opens for Qwen 3.5, whatever class was saved: each byte of a text is a token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen3_5Tokenizer
+
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "</s>"}
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL[:5], *sorted(ByteLevel.alphabet())])}
+    return Qwen3_5Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=["<|im_start|>"], **names)
+
+
+def _qwen_processor(words: list[str], patch: int, name: str, *, by_bytes: bool = False) -> tuple[Any, Any]:
     import transformers
 
     pad = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     around = ("<|vision_start|>", "<|vision_end|>")
-    tokenizer = tokenizer_with(pad, "<|vision_start|><|image_pad|><|vision_end|>", words, around)
+    base = byte_tokenizer() if by_bytes else None
+    tokenizer = tokenizer_with(pad, "<|vision_start|><|image_pad|><|vision_end|>", words, around, base)
     pixels = {"patch_size": patch, "size": {"shortest_edge": 4 * patch * patch, "longest_edge": 16 * patch * patch}}
     images = transformers.Qwen2VLImageProcessor(**pixels)
-    videos = (
-        transformers.Qwen2VLVideoProcessor() if name == "Qwen2VLProcessor" else transformers.Qwen3VLVideoProcessor()
-    )
+    videos = getattr(transformers, "Qwen3VLVideoProcessor" if "3" in name else "Qwen2VLVideoProcessor")()
     return getattr(transformers, name)(images, tokenizer, videos), tokenizer
 
 
@@ -120,6 +159,17 @@ def qwen2_vl(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     settings = language(tokenizer, rope_parameters=rope, **text)
     return processor, tokenizer, Qwen2VLConfig(text_config=settings, vision_config=vision, **_qwen_tokens(tokenizer))
+
+
+def qwen2_5_vl(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
+    from transformers import Qwen2_5_VLConfig
+
+    processor, tokenizer = _qwen_processor(words, 14, "Qwen2_5_VLProcessor")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 14}
+    vision |= {"out_hidden_size": 32, "window_size": 28, "fullatt_block_indexes": [1]}
+    settings = language(tokenizer, rope_parameters=rope, **text)
+    return processor, tokenizer, Qwen2_5_VLConfig(text_config=settings, vision_config=vision, **_qwen_tokens(tokenizer))
 
 
 QWEN3_TOWER = {
@@ -146,7 +196,7 @@ def qwen3_vl(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
 def qwen3_5(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
     from transformers import Qwen3_5Config
 
-    processor, tokenizer = _qwen_processor(words, 16, "Qwen3VLProcessor")
+    processor, tokenizer = _qwen_processor(words, 16, "Qwen3VLProcessor", by_bytes=True)
     linear = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
@@ -156,9 +206,25 @@ def qwen3_5(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
     }
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     rope |= {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
-    settings = language(tokenizer, rope_parameters=rope, **linear, **text)
+    # With larger weights the recurrence, which transformers always computes in fp32, is off by 1e-4 itself.
+    settings = language(tokenizer, rope_parameters=rope, **linear, **{"initializer_range": 0.05, **text})
     config = Qwen3_5Config(text_config=settings, vision_config=QWEN3_TOWER, **_qwen_tokens(tokenizer))
     return processor, tokenizer, config
+
+
+TILES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
+
+
+def _tiled(tokenizer: Any, text: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model that sees an image as tiles of 28 x 28 pixels."""
+    return {
+        "text_config": {"model_type": "llama", **language(tokenizer, **text)},
+        "vision_config": TOWER | {"image_size": 28, "patch_size": 14},
+        "scale_factor": 2,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "tie_word_embeddings": True,
+        "pad_token_id": 2,
+    }
 
 
 def smolvlm(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
@@ -171,41 +237,23 @@ def smolvlm(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
         "end_of_utterance_token": "<end_of_utterance>",
         "video_token": "<video>",
     }
-    tiles = tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
-    tokenizer = tokenizer_with(names, "<image>", words, tiles)
+    tokenizer = tokenizer_with(names, "<image>", words, TILES)
     sizes = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
     images = SmolVLMImageProcessor(**sizes)
     videos = SmolVLMVideoProcessor(**sizes)
     processor = SmolVLMProcessor(images, tokenizer, videos, image_seq_len=1)
-    config = SmolVLMConfig(
-        text_config={"model_type": "llama", **language(tokenizer, **text)},
-        vision_config=TOWER | {"image_size": 28, "patch_size": 14},
-        scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=True,
-        pad_token_id=2,
-    )
-    return processor, tokenizer, config
+    return processor, tokenizer, SmolVLMConfig(**_tiled(tokenizer, text))
 
 
 def idefics3(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
     from transformers import Idefics3Config, Idefics3ImageProcessor, Idefics3Processor
 
-    tiles = tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
-    further = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles)
+    further = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *TILES)
     tokenizer = tokenizer_with({"image_token": "<image>"}, "<image>", words, further)
     images = Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1)
     tokenizer.add_special_tokens({"additional_special_tokens": list(further)}, replace_extra_special_tokens=False)
-    config = Idefics3Config(
-        text_config={"model_type": "llama", **language(tokenizer, **text)},
-        vision_config=TOWER | {"image_size": 28, "patch_size": 14},
-        scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=True,
-        pad_token_id=2,
-    )
-    return processor, tokenizer, config
+    return processor, tokenizer, Idefics3Config(**_tiled(tokenizer, text))
 
 
 def internvl(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
@@ -274,7 +322,9 @@ def pixtral(words: list[str] = WORDS, **text: Any) -> tuple[Any, Any, Any]:
 FAMILIES: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
     "llava": llava,
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_5": qwen3_5,
     "smolvlm": smolvlm,
