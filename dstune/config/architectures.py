@@ -129,6 +129,11 @@ class VisionFiles:
         """Whether there are files of a processor beside the model."""
         return bool(self.settings)
 
+    def sees_as(self, other: VisionFiles | None) -> bool:
+        """Tell whether `other` makes the same inputs of the same images."""
+        settings = (self.model_type, self.settings, self.merge)
+        return other is not None and settings == (other.model_type, other.settings, other.merge)
+
 
 def mark_vision(tokenizer: Any, vision: VisionFiles) -> None:
     """Note at a tokenizer that its model sees: conversations may hold images then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from dstune.config.schema import RunConfig
 from dstune.data.collate import NO_TARGET, collate
+from dstune.data.images.batch import blank_sample, image_inputs
+from dstune.data.images.places import COLUMN
 from dstune.data.prepared import Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 from dstune.protocols import task_of
@@ -32,26 +35,59 @@ def batch_of(
 
 def pair_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
     """Return `input_ids`, `attention_mask`, `labels` [2 pairs, sequence], the better answers first; `counted` [pairs]; and
-    `reference` [2 pairs] where the split has it. Of reward models without labels, and with `margin` [pairs]."""
+    `reference` [2 pairs] where the split has it. Of reward models without labels, and with `margin` [pairs]. Of a split with
+    images what the model gets of them, those of a pair for both answers; a micro-batch that needs an image and has none gets a
+    last pair with a blank one, which does not count."""
     samples = [split.sample(index) for index in micro_batch.samples]
-    answers = [sample[name] for name in ("input_ids", "rejected_input_ids") for sample in samples]
     if "margin" in samples[0]:
+        answers = [sample[name] for name in ("input_ids", "rejected_input_ids") for sample in samples]
         margin = np.array([sample["margin"] for sample in samples], dtype=np.float32)
         return {**padded(answers, None, pad), "margin": margin, "counted": counted(micro_batch)}
-    labels = [sample[name] for name in ("labels", "rejected_labels") for sample in samples]
-    arrays = padded(answers, labels, pad)
+    blanks = blank_samples(split, micro_batch, samples)
+    samples = [*samples, *blanks]
+    rows = [(s[f"{answer}input_ids"], s[f"{answer}labels"]) for answer in ("", "rejected_") for s in samples]
+    arrays = rows_with_images(split, rows, samples * 2, pad)
     if split.reference is not None:
-        arrays["reference"] = reference(split, micro_batch).T.reshape(-1)
-    return {**arrays, "counted": counted(micro_batch)}
+        arrays["reference"] = reference(split, micro_batch, blanks).T.reshape(-1)
+    return {**arrays, "counted": counted(micro_batch, blanks)}
 
 
-def reference(split: Split, micro_batch: MicroBatch) -> np.ndarray:
+Blanks = Sequence[dict[str, Any]]
+
+
+def blank_samples(split: Split, micro_batch: MicroBatch, samples: Sequence[dict[str, Any]]) -> Blanks:
+    """Return a sample with a blank image where `micro_batch` needs an image and none of its `samples` has one."""
+    lacks_image = micro_batch.needs_image and not any(len(sample[COLUMN]) for sample in samples)
+    return [blank_sample(split, samples[0])] if lacks_image else []
+
+
+def rows_with_images(
+    split: Split,
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    samples: Sequence[dict[str, Any]],
+    pad: int,
+) -> dict[str, np.ndarray]:
+    """Return `padded` rows of ids and labels, and of a split with images those that the samples show, row by row."""
+    arrays = padded([ids for ids, _ in rows], [labels for _, labels in rows], pad)
+    if split.images is None:
+        return arrays
+    of_rows = [[{"input_ids": ids, COLUMN: s[COLUMN]}] for (ids, _), s in zip(rows, samples, strict=True)]
+    tensors = {"input_ids": torch.from_numpy(arrays["input_ids"])}
+    of_images = image_inputs(split, of_rows, tensors, packing=False)
+    return arrays | {name: tensor.numpy() for name, tensor in of_images.items()}
+
+
+def reference(split: Split, micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:
+    """Return what the reference model says of the samples, [samples, answers]; 0 of blank ones."""
     assert split.reference is not None
-    return np.asarray(split.reference[[split.row(index) for index in micro_batch.samples]], dtype=np.float32)
+    known = np.asarray(split.reference[[split.row(index) for index in micro_batch.samples]], dtype=np.float32)
+    return np.concatenate([known, np.zeros((len(blanks), known.shape[1]), np.float32)])
 
 
-def counted(micro_batch: MicroBatch) -> np.ndarray:
-    return np.full(len(micro_batch.samples), 0 if micro_batch.filler else 1, dtype=np.int64)
+def counted(micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:
+    """Tell whether each sample counts: not those of a filler, nor blank ones."""
+    real = np.full(len(micro_batch.samples), 0 if micro_batch.filler else 1, dtype=np.int64)
+    return np.concatenate([real, np.zeros(len(blanks), np.int64)])
 
 
 def padded(ids: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None, pad: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dstune.data.images.places import COLUMN
 from dstune.data.media import holds_something
 from dstune.data.message import ROLE_NAMES, Message, content_text
 from dstune.data.messages import (
@@ -119,7 +120,7 @@ def verdict_of(value: Any, column: str) -> bool:
 def as_chat(row: Row, answer: str) -> Row:
     """Return the chat row in which the prompt of the pair `row` is answered by its `chosen` or `rejected`; what the assistant
     says in the prompt is no target."""
-    beside: Row = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+    beside: Row = {key: row[key] for key in ("tools", "chat_template_kwargs", COLUMN) if key in row}
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "completion": row[answer], **beside}
     return {"messages": [*_untrained(row["prompt"]), *row[answer]], **beside}

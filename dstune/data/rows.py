@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+SEES_NONE = "reads none (task=chat and task=preference do)"
+"""Behind the name of a task whose rows hold images that it does not see."""
+
 CONVERSATIONS = frozenset({"messages", "prompt", "chosen", "rejected"})
 """Keys of a normalised row that may hold messages."""
 
@@ -76,7 +79,7 @@ def normalise(
         raise RowError("continue_final_message: an answer that is begun is not trained; give the message as a whole")
     row = form.row(values, member)
     if form.conversational:
-        sees = "" if member is None or member.sees_images else f"task={member.name} reads none (task=chat does)"
+        sees = "" if member is None or member.sees_images else f"task={member.name} {SEES_NONE}"
         row = with_images(row, values.get(COLUMN), sees=sees)
         if COLUMN not in row:  # beside images it is what somebody wrote
             media.refuse_markers(row)

@@ -121,8 +121,8 @@ def _trial_batches(split: Split, *, packing: bool) -> tuple[Mapping[str, Any], .
 
 
 def _logits(engine: Engine, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    inputs: dict[str, Any] = {name: value.to(engine.device) for name, value in inputs_of(batch).items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(next(engine.module.parameters()).dtype)
+    dtype = next(engine.module.parameters()).dtype
+    inputs: dict[str, Any] = {name: value.to(engine.device) for name, value in inputs_of(batch, dtype).items()}
     inputs["use_cache"] = False
     logits: torch.Tensor = engine.forward(**inputs).logits
     return logits

@@ -19,11 +19,13 @@ from dstune.data.images.expand import count_to, expand
 from dstune.data.images.places import for_hash
 from dstune.data.images.positions import three_positions
 from dstune.data.images.store import ImageFiles, ImageWriter, decode, size_of
+from dstune.data.preferences import as_chat
 from dstune.data.problems import RowError
 from dstune.data.rows import hash_of, normalise
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
-from dstune.tasks.preference.config import PreferenceConfig
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
+from dstune.tasks.reward.config import RewardConfig
 from tests.support.sight import draw
 
 PLACE = {"type": "image"}
@@ -158,11 +160,99 @@ def test_places_and_images_have_to_match(fields: dict[str, Any], reason: str) ->
 
 
 def test_a_task_that_sees_nothing_says_so() -> None:
-    row = {"prompt": [user("Who?")], "chosen": [ANSWER], "rejected": [ANSWER], "images": ["a.png"]}
-    with pytest.raises(RowError, match="column 'images' holds images"):
-        normalise(row, "preference", {}, PreferenceConfig())
+    row = {"prompt": [user("Who?")], "chosen": [ANSWER], "rejected": [WORSE], "images": ["a.png"]}
+    with pytest.raises(RowError, match="the row holds an image; task=reward reads none"):
+        normalise(row, "preference", {}, RewardConfig())
     with pytest.raises(RowError, match="the row holds an image; task=causal_lm reads none"):
         normalise({"messages": [user([PLACE]), ANSWER], "images": ["a"]}, "messages", {}, CausalLmConfig())
+
+
+WORSE = {"role": "assistant", "content": "No"}
+OPENAI = {"type": "image_url", "image_url": {"url": URL}}
+
+# name: (columns of a row of two answers, its format, what is shown)
+PAIRS: dict[str, tuple[dict[str, Any], str, list[Any]]] = {
+    "TRL": (
+        {"images": ["a.png"], "prompt": [user([PLACE, text("Who?")])], "chosen": [ANSWER], "rejected": [WORSE]},
+        "preference",
+        ["a.png"],
+    ),
+    "TRL, whole conversations": (
+        {
+            "images": ["a.png"],
+            "chosen": [user([PLACE, text("Who?")]), ANSWER],
+            "rejected": [user([PLACE, text("Who?")]), WORSE],
+        },
+        "preference",
+        ["a.png"],
+    ),
+    "TRL, texts": (
+        {"image": "a.png", "prompt": "Who?", "chosen": "Yes", "rejected": "No"},
+        "preference",
+        ["a.png"],
+    ),
+    "LLaMA-Factory": (
+        {
+            "conversations": [{"from": "human", "value": "<image>Who?"}],
+            "chosen": {"from": "gpt", "value": "Yes"},
+            "rejected": {"from": "gpt", "value": "No"},
+            "images": ["a.png"],
+        },
+        "preference",
+        ["a.png"],
+    ),
+    "ms-swift": (
+        {"messages": [user("<image>Who?"), ANSWER], "rejected_response": "No", "images": ["a.png"]},
+        "preference",
+        ["a.png"],
+    ),
+    "OpenAI": (
+        {
+            "input": {"messages": [user([OPENAI, text("Who?")])]},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [WORSE],
+        },
+        "openai_preference",
+        [URL],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_answers_are_to_the_images_of_the_prompt(name: str) -> None:
+    fields, fmt, shown = PAIRS[name]
+    row = normalise(fields, fmt, {}, PreferenceConfig())
+    assert row == {
+        "prompt": [user([PLACE, text("Who?")])],
+        "chosen": [ANSWER],
+        "rejected": [WORSE],
+        "images": shown,
+    }
+    assert as_chat(row, "rejected") == {"messages": [user([PLACE, text("Who?")]), WORSE], "images": shown}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"images": ["a.png", "b.png"]}, "2 images and 1 place"),
+        ({"images": []}, "0 images and 1 place"),
+        ({"chosen": [ANSWER, user([PLACE]), ANSWER]}, "of a pair only the prompt may"),
+        ({"chosen": [{"role": "assistant", "content": [PLACE]}]}, "models see images and write none"),
+    ],
+)
+def test_images_of_pairs_that_do_not_match(changes: dict[str, Any], reason: str) -> None:
+    row = {"images": ["a.png"], "prompt": [user([PLACE, text("Who?")])], "chosen": [ANSWER], "rejected": [WORSE]}
+    with pytest.raises(RowError, match=reason):
+        normalise(row | changes, "preference", {}, PreferenceConfig())
+
+
+def test_judged_answers_have_images_too() -> None:
+    kto = PreferenceConfig(loss=PreferenceLoss.kto)
+    expected = {"messages": [user([PLACE, text("Who?")]), ANSWER], "desirable": True, "images": ["a.png"]}
+    row = {"prompt": "<image>Who?", "completion": "Yes", "label": True, "images": ["a.png"]}
+    assert normalise(row, "feedback", {}, kto) == expected
+    row = {"messages": [user("<image>Who?"), ANSWER], "kto_tag": True, "images": ["a.png"]}
+    assert normalise(row, "feedback_messages", {}, kto) == expected
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -45,17 +45,15 @@ def with_images_everywhere(
 
 
 def blank_sample(split: Split, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sample with a small image and no target, with the columns of `like`."""
+    """Return a sample with a small image and no target, with the columns of `like` (of a pair both answers are the same)."""
     ids, _ = _processor(split).blank
-    count = len(ids)
-    per_token = {name: np.zeros(count, np.int64) for name, value in like.items() if np.ndim(value) == 1}
-    return {
-        **{name: like[name] for name in like if np.ndim(like[name]) == 0},
-        **per_token,
-        "input_ids": np.array(ids),
-        "labels": np.full(count, -100),
-        COLUMN: np.array([BLANK_NUMBER]),
-    }
+    of_tokens = {"input_ids": np.array(ids), "labels": np.full(len(ids), -100)}
+    blank = {COLUMN: np.array([BLANK_NUMBER])}
+    for name in like.keys() - {COLUMN}:
+        kind = name.removeprefix("rejected_")
+        per_token = of_tokens.get(kind, np.zeros(len(ids), np.int64))
+        blank[name] = per_token if np.ndim(like[name]) == 1 else like[name]
+    return blank
 
 
 def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, packing: bool) -> dict[str, Tensor]:
@@ -69,15 +67,25 @@ def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, pac
     flat = [number for row in numbers for sample in row for number in sample]
     inputs = _inputs(split, processor, flat) if flat else {}
     family, model_inputs = processor.family, dict(inputs)
-    is_image = torch.isin(tensors["input_ids"], torch.from_numpy(processor.image_tokens))
-    if family.types:
-        model_inputs[family.types] = is_image.long()
+    is_image = _is_image(processor, tensors["input_ids"])
+    model_inputs |= token_types(split, tensors["input_ids"])
     if family.three_positions and packing:
         grids = inputs["image_grid_thw"].numpy() if flat else np.empty((0, 3), dtype=np.int64)
         model_inputs["position_ids"] = _four_positions(
             tensors["position_ids"], rows, numbers, is_image.numpy(), grids, processor.merge
         )
     return model_inputs
+
+
+def token_types(split: Split, ids: Tensor) -> dict[str, Tensor]:
+    """Return which tokens of `ids` are of images, by the name of the input; empty where the model is not told."""
+    processor = _processor(split)
+    types = processor.family.types
+    return {types: _is_image(processor, ids).long()} if types else {}
+
+
+def _is_image(processor: ImageProcessor, ids: Tensor) -> Tensor:
+    return torch.isin(ids, torch.from_numpy(processor.image_tokens))
 
 
 def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> dict[str, Tensor]:

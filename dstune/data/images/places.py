@@ -1,6 +1,7 @@
 """Where a conversation has a place for an image, and which image stands there: the conventions of several tools, one shape.
 
-A normalised row has parts `{type: image}` in the contents of its messages and, as `images`, what each of them shows, in order.
+A normalised row has parts `{type: image}` in the contents of its messages (of a pair of answers: of its prompt) and, as `images`,
+what each of them shows, in order.
 Imports neither torch nor Pillow: the launching process normalises rows too.
 """
 
@@ -52,31 +53,41 @@ def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any
     """Return the normalised `row` with a place in its messages for each of its images, and these as `images` (`Reference`).
 
     column: the value of the column `images`, which the places without an image of their own take in order. Where no message has a
-    place, each marker `<image>` becomes one; where there is none either, all images stand in front of the first question.
+    place, each marker `<image>` becomes one; where there is none either, all images stand in front of the first question. Of a
+    pair of answers the prompt has them, which both answer.
     sees: why the task reads no images; empty where it does. Raises RowError where places and images do not match.
     """
     entries = column if isinstance(column, (list, tuple)) else [column]
     references = [reference for value in entries if (reference := _reference(value, "column 'images'")) is not None]
-    messages: Sequence[dict[str, Any]] = row.get("messages") or ()
+    key = "prompt" if "chosen" in row else "messages"
+    messages: Sequence[dict[str, Any]] = row[key] if isinstance(row.get(key), list) else ()
     has_places = any(is_place(part) for message in messages for part in _parts(message))
-    elsewhere = [message for key in _OTHERS if isinstance(row.get(key), list) for message in row[key]]
+    others = [row[other] for other in _OTHERS if other != key and isinstance(row.get(other), list)]
+    elsewhere = [message for conversation in others for message in conversation]
     is_elsewhere = any(is_place(part) for message in elsewhere for part in _parts(message))
     if not references and not has_places and not is_elsewhere:
         return row
     if sees or is_elsewhere:
-        raise RowError(f"the row holds an image; {sees or 'no pair of answers may'}")
-    if "messages" not in row:
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
-        ]
-        row = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+        raise RowError(f"the row holds an image; {sees or 'of a pair only the prompt may, which both answer'}")
+    row = _of_messages(row)
+    messages = row[key]
     if not has_places:
         messages = _marked(messages) or _in_front(messages, len(references))
     placed, shown = _filled(messages, references)
     if len(shown) > MAX_IMAGES:
         raise RowError(f"the row holds {len(shown)} images, and no row may have more than {MAX_IMAGES}")
-    return {**row, "messages": placed, COLUMN: shown}
+    return {**row, key: placed, COLUMN: shown}
+
+
+def _of_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with messages in place of texts."""
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    texts = {key: role for key, role in roles.items() if isinstance(row.get(key), str)}
+    messages = {key: [{"role": role, "content": row[key]}] for key, role in texts.items()}
+    if "completion" not in messages:
+        return row | messages
+    rest = {key: value for key, value in row.items() if key not in messages}
+    return {**rest, "messages": [*messages["prompt"], *messages["completion"]]}
 
 
 def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:

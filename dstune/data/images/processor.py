@@ -184,6 +184,13 @@ class ImageProcessor:
         ids: list[int] = self._processor.tokenizer(self.expansion(*BLANK), add_special_tokens=False)["input_ids"]
         return ids, self._inputs_of(Image.new("RGB", BLANK))
 
+    def cost(self, width: int, height: int) -> tuple[int, tuple[int, ...]]:
+        """Return the number of tokens of an image of this size, and the shape of its `pixel_values`. Raises RowError."""
+        from PIL import Image
+
+        ids = self._processor.tokenizer(self.expansion(width, height), add_special_tokens=False)["input_ids"]
+        return len(ids), tuple(self._inputs_of(Image.new("RGB", (width, height)))["pixel_values"].shape)
+
     def tokens(self, text: str, images: Sequence[Any], tokenizer: Any) -> list[int]:
         """Return tokens of a rendered conversation as a server makes them: all by the processor itself, with another tokenizer
         than that of its files."""

@@ -26,6 +26,8 @@ from dstune.data.render import ChatRenderer, Choice, RenderError
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
+NUMBERS = datasets.List(datasets.Value("int32"))
+
 
 class Language(Encoder):
     """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token.
@@ -59,8 +61,12 @@ class Language(Encoder):
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        numbers = datasets.List(datasets.Value("int32"))
-        return {"labels": numbers, "bytes": datasets.Value("int64")} | ({COLUMN: numbers} if self.images else {})
+        return {"labels": NUMBERS, "bytes": datasets.Value("int64"), **self.image_columns}
+
+    @property
+    def image_columns(self) -> Mapping[str, Any]:
+        """Numbers of a sample's images, where any row has some."""
+        return {COLUMN: NUMBERS} if self.images else {}
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Return tokens of a text that the model is to continue: with the first special tokens, without an end."""

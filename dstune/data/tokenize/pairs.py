@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
 import numpy as np
 
 from dstune.data.chat.evidence import Exchange
+from dstune.data.images.places import COLUMN
 from dstune.data.preferences import ANSWERS, as_chat
-from dstune.data.tokenize.conversations import ChatEncoder
+from dstune.data.tokenize.conversations import NUMBERS, ChatEncoder
 from dstune.data.tokenize.sample import Rows, Sample
-
-TOKENS = datasets.List(datasets.Value("int32"))
 
 
 class PairEncoder(ChatEncoder):
@@ -26,7 +24,7 @@ class PairEncoder(ChatEncoder):
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        return {"labels": TOKENS, "rejected_input_ids": TOKENS, "rejected_labels": TOKENS}
+        return {"labels": NUMBERS, "rejected_input_ids": NUMBERS, "rejected_labels": NUMBERS, **self.image_columns}
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
         better, worse = (as_chat(self._with_common_prompt(row), answer) for answer in ANSWERS)
@@ -40,9 +38,14 @@ class PairEncoder(ChatEncoder):
             chosen.weight = int(chosen.weight > 0 and rejected.weight > 0 and not is_same_answer)
             chosen.columns |= {"rejected_input_ids": rejected.input_ids, "rejected_labels": rejected.labels}
             chosen.truncated |= rejected.truncated
-            chosen.problem = chosen.problem or rejected.problem
+            chosen.problem = chosen.problem or rejected.problem or self._difference(chosen, rejected)
             chosen.length = max(chosen.length, rejected.length)
         return better
+
+    def _difference(self, chosen: Sample, rejected: Sample) -> str:
+        """Return why the two do not answer the same images; empty where they do."""
+        shown = [sample.columns.get(COLUMN, ()) for sample in (chosen, rejected)]
+        return "" if np.array_equal(*shown) else "chosen and rejected show different images"
 
     def _with_common_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the row with one prompt for both answers: where one begins with reasoning and the other does not, the model is

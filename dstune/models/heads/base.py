@@ -15,15 +15,10 @@ IGNORED = -100
 Forward = Callable[..., Any]
 Batch = Mapping[str, torch.Tensor]
 
-OF_IMAGES = (
-    "pixel_values",
-    "pixel_attention_mask",
-    "image_grid_thw",
-    "image_sizes",
-    "image_position_ids",
-    "mm_token_type_ids",
-)
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "features", *OF_IMAGES)
+OF_WHOLE_IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "image_position_ids")
+"""Inputs that do not depend on where the images stand in the rows."""
+OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+MODEL_INPUTS = (*OF_TOKENS, "features", *OF_WHOLE_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -136,6 +131,9 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: value.to(device, non_blocking=True) if value.dim() else value for name, value in batch.items()}
 
 
-def inputs_of(batch: Batch) -> dict[str, torch.Tensor]:
-    """Return what of a batch the model itself takes."""
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+def inputs_of(batch: Batch, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Return what of a batch the model itself takes. dtype: of the weights, since some towers take pixels of no other type."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    if dtype is not None and "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    return inputs

@@ -100,9 +100,7 @@ class CausalLmHead:
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """Compute the loss. batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed
         rows. With `index` (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
-        labels, inputs = self.labels_of(batch), inputs_of(batch)
-        if "pixel_values" in inputs:  # some towers take no other type than that of their weights
-            inputs["pixel_values"] = inputs["pixel_values"].to(next(self._projection.parameters()).dtype)
+        labels, inputs = self.labels_of(batch), inputs_of(batch, next(self._projection.parameters()).dtype)
         if self.rows is not None:
             boundaries = (batch[STARTS], int(batch[LONGEST])) if STARTS in batch else None
             inputs, labels = self.rows.model_inputs(inputs, labels, boundaries)

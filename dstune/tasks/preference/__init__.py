@@ -36,6 +36,7 @@ class Preference(WritingTask):
     config: PreferenceConfig
 
     conversational = True
+    sees_images = True
     row_loss = False
     has_predictions = False
     prefix_positions_ok = True

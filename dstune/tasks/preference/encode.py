@@ -7,15 +7,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 
-from dstune.data.batches import counted, padded, reference
+from dstune.data.batches import blank_samples, counted, padded, reference, rows_with_images
 from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.batch import token_types
+from dstune.data.images.places import COLUMN
 from dstune.data.preferences import ANSWERS, as_chat
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
-from dstune.data.tokenize.conversations import ChatEncoder
-from dstune.data.tokenize.pairs import TOKENS
+from dstune.data.tokenize.conversations import NUMBERS, ChatEncoder
 from dstune.data.tokenize.sample import Rows, Sample
 
 NEAR = 16
@@ -29,7 +31,7 @@ class JudgedEncoder(ChatEncoder):
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        return {"labels": TOKENS, "desirable": datasets.Value("int64")}
+        return {"labels": NUMBERS, "desirable": datasets.Value("int64"), **self.image_columns}
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
         if "chosen" not in row:
@@ -52,34 +54,48 @@ class JudgedEncoder(ChatEncoder):
 
 def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: int) -> dict[str, np.ndarray]:
     """Return `input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with an answer to another prompt
-    in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has them."""
+    in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has them.
+
+    Of a split with images also what the model gets of them, once, and which tokens are theirs, twice; a micro-batch that needs an
+    image and has none gets a last row with a blank one, which does not count."""
     samples = [split.sample(index) for index in micro_batch.samples]
     others = [
         _of_another_prompt(split, index, sample) for index, sample in zip(micro_batch.samples, samples, strict=True)
     ]
+    blanks = blank_samples(split, micro_batch, samples)
+    samples, others = [*samples, *blanks], [*others, *blanks]
     exchanged = [_exchanged(sample, other, max_length) for sample, other in zip(samples, others, strict=True)]
-    arrays = padded([sample["input_ids"] for sample in samples], [sample["labels"] for sample in samples], pad)
-    mismatched = padded([ids for ids, _ in exchanged], [labels for _, labels in exchanged], pad)
-    arrays |= {f"other_{name}": array for name, array in mismatched.items()}
+    own = [(sample["input_ids"], sample["labels"]) for sample in samples]
+    arrays = rows_with_images(split, own, samples, pad)
+    of_others = padded([ids for ids, _ in exchanged], [labels for _, labels in exchanged], pad)
+    if split.images is not None:  # of the prompt, whichever answer follows
+        types = token_types(split, torch.from_numpy(of_others["input_ids"]))
+        of_others |= {name: tensor.numpy() for name, tensor in types.items()}
+    arrays |= {f"other_{name}": array for name, array in of_others.items()}
     if split.reference is not None:
-        logps = reference(split, micro_batch)
+        logps = reference(split, micro_batch, blanks)
         arrays |= {"reference": logps[:, 0], "other_reference": logps[:, 1]}
     desirable = np.array([sample["desirable"] for sample in samples], dtype=np.int64)
-    return {**arrays, "desirable": desirable, "counted": counted(micro_batch)}
+    return {**arrays, "desirable": desirable, "counted": counted(micro_batch, blanks)}
 
 
 def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict[str, Any]:
     """Return the next sample behind `index` with another prompt, since the answers to one stand together in the data, and as
     good or bad an answer, so that the shares of both stay; without the latter where none is near."""
-    prompt = _prompt(sample)
     first: dict[str, Any] | None = None
     for distance in range(1, NEAR + 1):
         other = split.neighbour(index, distance)
-        if not np.array_equal(_prompt(other), prompt):
+        if not _same_prompt(sample, other):
             if other["desirable"] == sample["desirable"]:
                 return other
             first = first or other
     return first or split.neighbour(index)
+
+
+def _same_prompt(sample: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two samples begin with the same tokens and images, which many questions about images differ in alone."""
+    shown = [of.get(COLUMN, ()) for of in (sample, other)]
+    return np.array_equal(_prompt(sample), _prompt(other)) and np.array_equal(*shown)
 
 
 def _prompt(sample: dict[str, Any]) -> np.ndarray:

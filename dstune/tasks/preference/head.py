@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dstune.models.adapters import without_adapters
-from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
+from dstune.models.heads.base import IGNORED, OF_TOKENS, OF_WHOLE_IMAGES, Batch, Forward, HeadOutput, inputs_of
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss, beta_of
 
 LARGEST_LOG_PROBABILITY = -1e-6
@@ -34,6 +34,7 @@ class TargetLogits:
         self._kept: torch.Tensor | None = None
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
+        self._projection = projection
         projection.register_forward_pre_hook(self._keep_targets)
 
     def _keep_targets(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -55,7 +56,8 @@ class TargetLogits:
         self._kept = is_target = targets != IGNORED
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
-            logits = forward(**inputs_of(batch), use_cache=False).logits
+            inputs = inputs_of(batch, next(self._projection.parameters()).dtype)
+            logits = forward(**inputs, use_cache=False).logits
         finally:
             self._kept = None
         return logits.float(), targets[is_target], is_target.nonzero()[:, 0]
@@ -69,9 +71,11 @@ class LogProbabilities:
         self._logits = TargetLogits(model)
 
     def __call__(self, forward: Forward, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
-        """Sum log-probabilities over the targets of each row. batch: PREFIX + input_ids, attention_mask, labels, each [rows,
-        sequence]. Returns the sums, fp32 [rows], and their numbers of targets [rows]."""
-        inputs = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        """Sum log-probabilities over the targets of each row. batch: PREFIX + input_ids, attention_mask, labels and which tokens
+        are of images, each [rows, sequence]; the images without a prefix. Returns the sums, fp32 [rows], and their numbers of
+        targets [rows]."""
+        inputs = {name: batch[f"{prefix}{name}"] for name in (*OF_TOKENS, "labels") if f"{prefix}{name}" in batch}
+        inputs |= {name: batch[name] for name in OF_WHOLE_IMAGES if name in batch}
         logits, targets, rows = self._logits(forward, inputs)
         each = -functional.cross_entropy(logits, targets, reduction="none")
         zeros = torch.zeros(len(inputs["input_ids"]), dtype=each.dtype, device=each.device)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from dstune.config.architectures import vision_of
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
@@ -19,6 +20,7 @@ from dstune.core.files import hash_file
 from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.batches import batch_of
+from dstune.data.images.batch import with_images_everywhere
 from dstune.data.inputs import PARTS
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import padded_batches, share
@@ -28,6 +30,7 @@ from dstune.protocols.method_options import StartsFromAdapters
 from dstune.protocols.task_options import NeedsReference
 from dstune.tasks.preference.config import PreferenceConfig
 from dstune.tasks.preference.head import JudgedHead, PairHead
+from dstune.trainer.prefetcher import needs_images
 from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -65,7 +68,11 @@ def with_reference_model(
     other = _other_model(config)
     if other is None:
         return data
-    model_ids, reference_ids = tokenizer.get_vocab(), load_tokenizer(other.model).get_vocab()
+    reference_tokenizer, vision = load_tokenizer(other.model), vision_of(tokenizer)
+    if data.train.images is not None and vision is not None and not vision.sees_as(vision_of(reference_tokenizer)):
+        reason = "rows hold images, and the reference has another processor, so it would not see the same"
+        raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
+    model_ids, reference_ids = tokenizer.get_vocab(), reference_tokenizer.get_vocab()
     if any(model_ids.get(token) != number for token, number in reference_ids.items()):
         reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
         raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
@@ -143,6 +150,7 @@ def _compute(
         if split is None:
             continue
         batches = padded_batches(split.lengths, config)
+        batches = with_images_everywhere(batches, split, needed=needs_images(config, world))
         local_batches = share(batches, world.rank, world.size)
         pairs = []
         for number, micro_batch in enumerate(local_batches):
@@ -151,7 +159,7 @@ def _compute(
             on_device = {key: value.to(engine.device) for key, value in batch.items()}
             values = engine.evaluate(head.log_probabilities, on_device).float().cpu().numpy()
             if not micro_batch.filler:
-                pairs.append((micro_batch.samples, values))
+                pairs.append((micro_batch.samples, values[: len(micro_batch.samples)]))  # without a blank one
         array = np.zeros((len(split.lengths), 2), dtype=np.float32)
         for of_rank in world.gather(pairs):
             for samples, values in of_rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from dstune.data.images.places import COLUMN
 from dstune.data.media import holds_something
 from dstune.data.message import from_json
 from dstune.data.messages import after_history, conversation_of, plain_exchange, with_input
@@ -15,7 +16,8 @@ from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
-BESIDE = ("system", "tools", "chat_template_kwargs")
+BESIDE = ("system", "tools", "chat_template_kwargs", COLUMN)
+OTHER_NAMES = {"tools": ("functions",), COLUMN: ("image",)}
 REQUEST = ("messages", "tools", "functions", "parallel_tool_calls")
 """Keys of the column `input` of an OpenAI pair."""
 
@@ -30,7 +32,7 @@ class PreferenceFormat(RowFormat):
         "prompt": ("instruction", "query", "question", "conversations", "conversation", "messages"),
         "chosen": ("chosen_messages",),
         "rejected": ("rejected_messages",),
-        "tools": ("functions",),
+        **OTHER_NAMES,
     }
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,7 +100,7 @@ class Feedback(Judged):
         "prompt": ("query", "instruction"),
         "completion": ("response", "output"),
         "label": ("kto_tag",),
-        "tools": ("functions",),
+        **OTHER_NAMES,
     }
     checks: ClassVar[dict[str, Check]] = {
         "prompt": text_or_messages,
@@ -122,7 +124,7 @@ class FeedbackMessages(Judged):
     other_names: ClassVar = {
         "messages": ("conversations", "conversation"),
         "label": ("kto_tag",),
-        "tools": ("functions",),
+        **OTHER_NAMES,
     }
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of, "label": verdict_of}
 

@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 
 from dstune.core.errors import Problem, UserError
-from dstune.data.tokenize.conversations import ChatEncoder
-from dstune.data.tokenize.pairs import TOKENS, PairEncoder
+from dstune.data.tokenize.conversations import NUMBERS, ChatEncoder
+from dstune.data.tokenize.pairs import PairEncoder
 from dstune.data.tokenize.sample import Rows, Sample
 
 
@@ -29,7 +29,7 @@ class RewardEncoder(PairEncoder):
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        return {"rejected_input_ids": TOKENS, "margin": datasets.Value("float64")}
+        return {"rejected_input_ids": NUMBERS, "margin": datasets.Value("float64")}
 
     def of_answers(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         """Make samples of chat rows, each with one answer to be scored; of weight 0 where nothing of it is within `max_length`."""
