@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.importing import common, policy
+from dstune.importing import common, images, policy
 from dstune.importing.common import HUGGING_FACE, LATER
-from dstune.importing.result import (
-    DIFFERENT,
-    MEANINGLESS,
-    NOT_SUPPORTED,
-    Import,
-    Rule,
-    missing,
-    own_code,
-    own_way,
-    same,
-    with_others,
-)
+from dstune.importing.result import DIFFERENT, MEANINGLESS, NOT_SUPPORTED, Import
+from dstune.importing.rules import Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, report_lost_settings, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -191,6 +182,13 @@ def adapter(imported: Import, value: Any) -> None:
         imported.drop(f"dstune's adapter is LoRA; {LATER}")
         return
     targets = imported.get("lora_target_modules") or "all-linear"
+    if _names_language_model(targets):
+        imported.drop(
+            "a pattern: adapters are on all linear layers of the language model, and on no tower",
+            DIFFERENT,
+            key="lora_target_modules",
+        )
+        targets = "all-linear"
     if imported.get("lora_target_linear"):
         targets = "all-linear"
     for name in ("lora_target_modules", "lora_target_linear"):
@@ -209,6 +207,27 @@ def adapter(imported: Import, value: Any) -> None:
         },
         four_bits=value == "qlora" or bool(imported.get("load_in_4bit")),
     )
+
+
+def _names_language_model(targets: Any) -> bool:
+    """Tell whether the modules of adapters are a regular expression for those of a language model beside a tower."""
+    return isinstance(targets, str) and "language_model" in targets and re.search(r"[\\\[(|*]", targets) is not None
+
+
+def processor(imported: Import, value: Any) -> None:
+    """Train what axolotl does not freeze of the tower: rows hold images."""
+    is_apart = bool(imported.get("adapter")) and _names_language_model(imported.get("lora_target_modules"))
+    is_frozen = is_apart or bool(imported.get("freeze_mm_modules"))
+    imported.put("model.train_vision", not is_frozen)
+    if not is_frozen:
+        imported.assume(
+            "axolotl trains the tower that sees, and its projector, unless freeze_mm_modules or a pattern in lora_target_modules "
+            "leaves them out (model.train_vision=true)"
+        )
+
+
+def frozen_tower(imported: Import, value: Any) -> None:
+    imported.put("model.train_vision", False) if value else imported.note("model.train_vision")
 
 
 def _source(imported: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
@@ -367,6 +386,13 @@ TABLE: dict[str, Rule] = {
     "is_llama_derived_model": own_way("known from the model's config.json"),
     "is_mistral_derived_model": own_way("known from the model's config.json"),
     "trust_remote_code": own_code,
+    "processor_type": processor,
+    "is_multimodal": images.SEEN,
+    "freeze_mm_modules": frozen_tower,
+    "image_size": images.SIZES,
+    "image_resize_algorithm": images.SIZES,
+    "unmask_image_tokens": missing("tokens of images are never trained"),
+    "skip_prepare_dataset": own_way("tokenized rows are cached by their content, and images are read for each batch"),
     "attn_implementation": common.attention,
     "flash_attention": flag_of_attention("flash_attention_2"),
     "sdp_attention": flag_of_attention("sdpa"),

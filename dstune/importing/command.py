@@ -16,7 +16,7 @@ from dstune.importing.files import TOOLS, TRAINER_KEY, read, tool_of
 from dstune.importing.trl import SUPPORTED
 
 DESCRIPTION = """\
-Convert a configuration of axolotl, LLaMA-Factory or TRL (YAML, or a shell script with its command) into an experiment,
+Convert a configuration of axolotl, LLaMA-Factory, ms-swift or TRL (YAML, or a shell script with its command) into an experiment,
 and list every key that could not be carried over. Exit code 2: the experiment does not compose as it is.
 """
 

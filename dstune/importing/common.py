@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dstune.chat_templates import NAMES, PROMPTS
-from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import
+from dstune.importing.rules import Rule, missing, own_way, same
 
 LATER = "this version does not have it"
 LIGER = "model.fused_activations=true and model.fused_rotary=true compile such kernels; logits of prompt tokens are never computed"

@@ -17,7 +17,8 @@ from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
 from dstune.core.text import one_line
 from dstune.importing.files import TOOLS, has_variable
-from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import, apply
+from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import
+from dstune.importing.rules import apply
 
 USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "auto"}
 """What `conf/train.yaml` chooses by itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
@@ -14,9 +15,14 @@ import yaml
 from dstune.config.convert import load
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_yaml, read_file
-from dstune.importing import axolotl, llama_factory, trl
+from dstune.importing import axolotl, llama_factory, ms_swift, trl
 
-TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llama-factory": llama_factory, "trl": trl}
+TOOLS: dict[str, ModuleType] = {
+    "axolotl": axolotl,
+    "llama-factory": llama_factory,
+    "ms-swift": ms_swift,
+    "trl": trl,
+}
 """The order in which a file is tried: TRL's keys are a part of LLaMA-Factory's."""
 
 
@@ -31,7 +37,7 @@ MARK = "\0"
 TRAINER_KEY = "trainer"
 """The key under which `of_command` gives the trainer that the command or its script is named after."""
 EXPANDED = r"\$(?=[\w{(@*])"
-QUOTED = re.compile(rf"""\\.|"(?:\\.|[^"\\])*"|'[^']*'|#.*|{EXPANDED}""")
+QUOTED = re.compile(rf"""\\.|"(?:\\.|[^"\\])*"|'[^']*'|(?<=\S)\#|#.*|{EXPANDED}""")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds neither.
     """
     text = _text_of(path, "FILE")
-    if path.suffix == ".sh" or text.lstrip().startswith(("accelerate ", "trl ", "torchrun ", "python ")):
+    if path.suffix == ".sh" or text.lstrip().startswith(("accelerate ", "trl ", "torchrun ", "python ", "swift ")):
         return _with_configuration(of_command(text, str(path)), path)
     return _mapping(text, str(path))
 
@@ -116,7 +122,18 @@ def of_command(text: str, where: str) -> dict[str, Any]:
         raise UserError(Problem("FILE", "no command in it has arguments", "give a YAML file or a command", where))
     if trainer := _trainer_name(words):
         value_by_key = {TRAINER_KEY: trainer, **value_by_key}
-    return value_by_key
+    return {**_of_swift(words), **value_by_key}
+
+
+def _of_swift(words: Sequence[str]) -> dict[str, Any]:
+    """Return the kind of training in `swift KIND`, and what the variables in front of it say of images and ranks; empty for other
+    commands."""
+    for at, (word, following) in enumerate(pairwise(words)):
+        if PurePath(word).name == ms_swift.COMMAND and re.fullmatch(r"[a-z]+", following):
+            variables = (before.split("=", 1) for before in words[:at] if re.match(r"[A-Z_]+=", before))
+            named = {{"NPROC_PER_NODE": "num_processes"}.get(name, name): _value(value) for name, value in variables}
+            return {ms_swift.COMMAND: following, **{key: named[key] for key in named.keys() & ms_swift.TABLE.keys()}}
+    return {}
 
 
 def _trainer_name(words: Sequence[str]) -> str | None:
@@ -135,6 +152,8 @@ def _marked(quoted: re.Match[str]) -> str:
     text = quoted[0]
     if text == "$":
         return MARK
+    if text == "#":  # inside of a word it begins no comment, which `shlex` does not know
+        return "\\#"
     return re.sub(rf"(\\.)|{EXPANDED}", lambda match: match[1] or MARK, text) if text.startswith('"') else text
 
 

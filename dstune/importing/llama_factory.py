@@ -8,9 +8,10 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
-from dstune.importing import common
+from dstune.importing import common, images
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER, LIGER
-from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import
+from dstune.importing.rules import Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, report_lost_settings, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -180,8 +181,8 @@ def _source(imported: Import, name: str, info: Mapping[str, Any]) -> Source | No
             for foreign_name, ours in roles.items()
             if foreign_name in columns and columns[foreign_name] != ours
         }
-    in_pairs = imported.get("stage") in ("dpo", "rm", "kto")
-    media = sorted(({"videos", "audios"} | ({"images"} if in_pairs else set())) & set(columns))
+    unread = {"videos", "audios", *(["images"] if imported.get("stage") == "rm" else [])}
+    media = sorted(unread & set(columns))
     if "images" in columns and columns["images"] not in ("images", "image"):
         source.columns["images"] = columns["images"]
     if media:
@@ -306,10 +307,20 @@ TABLE: dict[str, Rule] = {
     "eval_dataset": eval_dataset,
     "dataset_dir": with_others,
     "media_dir": same("data.image_folder"),
-    "freeze_vision_tower": lambda found, value: found.put("model.train_vision", not value),
-    "freeze_multi_modal_projector": own_way("model.train_vision trains tower and projector, or neither"),
-    "image_max_pixels": missing("images have the sizes that the model's processor gives them"),
-    "image_min_pixels": missing("images have the sizes that the model's processor gives them"),
+    **images.parts_that_learn("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
+    "train_mm_proj_only": missing(images.PROJECTOR),
+    "visual_inputs": images.SEEN,
+    **dict.fromkeys(
+        ("image_max_pixels", "image_min_pixels", "image_resolution", "image_do_pan_and_scan", "crop_to_patches"),
+        images.SIZES,
+    ),
+    **dict.fromkeys(
+        (
+            *("video_max_pixels", "video_min_pixels", "video_resolution", "video_fps", "video_maxlen"),
+            *("use_audio_in_video", "audio_sampling_rate"),
+        ),
+        images.VIDEO,
+    ),
     "cutoff_len": same("data.max_length"),
     "max_samples": with_others,
     "train_on_prompt": lambda found, value: found.put("task.train_on_prompt", bool(value)),

@@ -8,18 +8,8 @@ from typing import Any, NoReturn
 from dstune.core.errors import Problem, UserError
 from dstune.importing import common, policy
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
-from dstune.importing.result import (
-    DIFFERENT,
-    MEANINGLESS,
-    NOT_SUPPORTED,
-    Import,
-    Rule,
-    missing,
-    own_code,
-    own_way,
-    same,
-    with_others,
-)
+from dstune.importing.result import DIFFERENT, MEANINGLESS, NOT_SUPPORTED, Import
+from dstune.importing.rules import Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -273,6 +263,15 @@ def mixture(imported: Import, value: Any) -> None:
         imported.values["data.split.validation"] = 0.0
 
 
+def dataset_arguments(imported: Import, value: Any) -> None:
+    """Look at what scripts for models that see set beside images."""
+    if set(dict(value)) == {"skip_prepare_dataset"}:
+        imported.drop("rows are prepared with their images", MEANINGLESS)
+        imported.assume("TRL trains the tower of a model that sees; dstune does with model.train_vision=true")
+    else:
+        imported.drop(LATER)
+
+
 def use_peft(imported: Import, value: Any) -> None:
     if value:
         common.method_of_lora(
@@ -364,7 +363,7 @@ TABLE: dict[str, Rule] = {
     "dataset_text_field": with_others,
     "dataset_streaming": missing("data.streaming=true reads one source in blocks"),
     "dataset_num_proc": same("data.workers"),
-    "dataset_kwargs": missing(LATER),
+    "dataset_kwargs": dataset_arguments,
     "test_split_size": with_others,
     "max_length": same("data.max_length"),
     "max_seq_length": same("data.max_length"),

@@ -143,6 +143,18 @@ from dstune.importing.result import DIFFERENT, MEANINGLESS, NOT_SUPPORTED
         ("axolotl", {"adapter": "lora", "learning_rate": 2e-5}, {"optimizer": {"lr": 2e-5}}),
         ("trl", {"use_peft": True}, {"optimizer": {"lr": 2e-5}}),
         ("trl", {"neftune_noise_alpha": 5}, {"model": {"neftune_alpha": 5.0}}),
+        (
+            "llama-factory",
+            {"freeze_vision_tower": False, "freeze_multi_modal_projector": False},
+            {"model": {"train_vision": True}},
+        ),
+        ("axolotl", {"processor_type": "AutoProcessor"}, {"model": {"train_vision": True}}),
+        (
+            "ms-swift",
+            {"freeze_vit": False, "freeze_aligner": False, "vit_lr": 1e-6, "packing": True},
+            {"model": {"train_vision": True}, "optimizer": {"vision_lr": 1e-6, "lr": 1e-4, "weight_decay": 0.1}},
+        ),
+        ("ms-swift", {"train_type": "full", "loss_scale": "last_round"}, {"task": {"turns": "last"}}),
     ],
 )
 def test_values(tool, keys, expected):
@@ -198,6 +210,30 @@ def test_values(tool, keys, expected):
         ("llama-factory", {"dataset": "one,two"}, "dataset", DIFFERENT),
         ("trl", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1", MEANINGLESS),
         ("trl", {"lora_r": 8}, "lora_r", MEANINGLESS),
+        ("llama-factory", {"freeze_vision_tower": False}, "freeze_vision_tower", DIFFERENT),
+        (
+            "llama-factory",
+            {"freeze_vision_tower": True, "freeze_multi_modal_projector": False},
+            "freeze_multi_modal_projector",
+            NOT_SUPPORTED,
+        ),
+        ("llama-factory", {"freeze_language_model": True}, "freeze_language_model", NOT_SUPPORTED),
+        ("llama-factory", {"image_max_pixels": 589824}, "image_max_pixels", NOT_SUPPORTED),
+        ("llama-factory", {"video_fps": 2}, "video_fps", NOT_SUPPORTED),
+        ("axolotl", {"image_size": 512}, "image_size", NOT_SUPPORTED),
+        (
+            "axolotl",
+            {"adapter": "lora", "lora_target_modules": r"model.language_model.layers.[\d]+.self_attn.(q|v)_proj"},
+            "lora_target_modules",
+            DIFFERENT,
+        ),
+        ("axolotl", {"skip_prepare_dataset": True}, "skip_prepare_dataset", MEANINGLESS),
+        ("ms-swift", {"freeze_vit": False}, "freeze_vit", DIFFERENT),
+        ("ms-swift", {"freeze_vit": False, "vit_lr": 1e-6, "aligner_lr": 1e-5}, "aligner_lr", DIFFERENT),
+        ("ms-swift", {"vit_lr": 1e-6}, "vit_lr", MEANINGLESS),
+        ("ms-swift", {"MAX_PIXELS": 1003520}, "MAX_PIXELS", NOT_SUPPORTED),
+        ("ms-swift", {"train_type": "adalora"}, "train_type", NOT_SUPPORTED),
+        ("trl", {"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs", MEANINGLESS),
         ("trl", {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "warmup_ratio", MEANINGLESS),
     ],
 )
@@ -325,6 +361,21 @@ def test_settings_of_a_described_data_set_that_are_lost_are_named(tmp_path, monk
     assert tree["evaluate"]["max_rows"] == 50
 
 
+@pytest.mark.parametrize(
+    ("tool", "keys"),
+    [
+        ("llama-factory", {"freeze_vision_tower": True}),
+        ("axolotl", {"processor_type": "AutoProcessor", "freeze_mm_modules": True}),
+        ("axolotl", {"processor_type": "AutoProcessor", "adapter": "lora", "lora_target_modules": "language_model.*q"}),
+        ("ms-swift", {"freeze_vit": True, "freeze_aligner": True}),
+    ],
+)
+def test_a_tower_that_is_frozen_there_is_frozen_here(tool, keys):
+    tree, found = values(tool, **keys)
+    assert "train_vision" not in tree["model"], "the default"
+    assert "model.train_vision" in {key for ours in found.carried.values() for key in ours}
+
+
 def test_llama_factory_with_images(tmp_path):
     described = {
         "charts": {
@@ -342,3 +393,9 @@ def test_llama_factory_with_images(tmp_path):
     assert found["data"]["columns"] == {"images": "pictures"}
     assert found["data"]["image_folder"] == "/media"
     assert found["model"]["train_vision"] is True
+    described["charts"] |= {"ranking": True}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(described))
+    found = yaml.safe_load(convert(raw | {"stage": "dpo"}, "llama-factory", Path("x.yaml"), 1).text)
+    assert found["data"]["format"] == "preference" and found["data"]["columns"]["images"] == "pictures"
+    rewarded = convert(raw | {"stage": "rm"}, "llama-factory", Path("x.yaml"), 1)
+    assert "images" in rewarded.dropped["dataset"].reason

@@ -62,6 +62,12 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
         NOT_SUPPORTED: {"template", "quantization_method", "trust_remote_code"},
         MEANINGLESS: TRAINER,
     },
+    "ms_swift/vision_lora.sh": {
+        NOT_SUPPORTED: {"MAX_PIXELS"},
+        MEANINGLESS: {"dataloader_num_workers", "logging_steps"},
+    },
+    "ms_swift/vision_full.sh": {NOT_SUPPORTED: {"vit_gradient_checkpointing"}, MEANINGLESS: {"num_processes"}},
+    "ms_swift/vision_dpo.sh": {NOT_SUPPORTED: {"rpo_alpha"}, MEANINGLESS: {"num_processes"}},
     "trl/cli_example.yaml": {},
     "trl/sft_lora.sh": {NOT_SUPPORTED: {"push_to_hub"}, MEANINGLESS: {"eos_token"}},
     "trl/smollm2_sft.yaml": {
@@ -145,6 +151,25 @@ def test_llama_factory_with_a_deepspeed_file_and_two_data_sets(monkeypatch, tmp_
     assert (config.method.name, config.trainer.precision, config.trainer.epochs) == ("full", Precision.bf16, 3)
     assert (config.schedule.warmup_ratio, config.schedule.warmup_steps) == (0.1, None)
     assert config.data.split.validation == 0  # LLaMA-Factory holds nothing out by itself
+
+
+def test_ms_swift_trains_what_sees(monkeypatch, tmp_path):
+    def imported_run(name):
+        (tmp_path / name).mkdir()
+        return configuration(imported(f"ms_swift/{name}.sh", monkeypatch).text, tmp_path / name)
+
+    config = imported_run("vision_full")
+    assert (config.model.train_vision, config.optimizer.lr, config.optimizer.vision_lr) == (True, 1e-5, 1e-6)
+    assert (config.data.train, config.data.validation, config.zero.stage) == ("charts.jsonl", "held_out.jsonl", 3)
+    # 16 rows a step where the file says nothing, over four ranks.
+    assert (config.trainer.micro_batch_size, config.trainer.global_batch_size) == (1, 16)
+    config = imported_run("vision_lora")
+    assert config.method == LoraConfig(rank=8, alpha=32.0, dropout=0.05)
+    assert (config.data.train, config.data.subset) == ("AI-ModelScope/LaTeX_OCR", "human_handwrite")
+    assert (config.data.max_rows, config.data.packing, config.model.train_vision) == (20000, False, False)
+    config = imported_run("vision_dpo")
+    assert (config.task.name, config.task.loss.name, config.task.beta) == ("preference", "dpo", 0.05)
+    assert (config.zero.stage, config.zero.offload_optimizer.name) == (2, "cpu")
 
 
 def test_trl_command_line(monkeypatch, tmp_path):

@@ -36,6 +36,7 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
     base = {
         "axolotl": {"base_model": "m", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}]},
         "llama-factory": {"model_name_or_path": "m", "stage": "sft", "dataset": "none"},
+        "ms-swift": {"model": "m", "dataset": "rows.jsonl"},
         "trl": {"model_name_or_path": "m", "dataset_name": "rows.jsonl"},
     }[tool]
     experiment = convert({**base, **keys}, tool, Path("x.yaml"), 1)
