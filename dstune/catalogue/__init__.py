@@ -24,6 +24,7 @@ from dstune.config.ranges import check_ranges
 from dstune.config.schema import ModelConfig, RunConfig, Selective
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
+from dstune.data.images.processor import FAMILIES
 from dstune.evaluation import command as evaluate
 from dstune.launch import hub
 from dstune.launch import plan as planner
@@ -73,7 +74,7 @@ class Model:
     """Positions that it was made for; None where config.json names none."""
     licence: str = ""
     modality: str = ""
-    """What it reads: `text`, `text, images`; empty where nobody has said."""
+    """What it reads: `text`, `text, images`, with what of that it is trained on where that is less; empty where nobody has said."""
     year: int | None = None
     source: str = ""
     """Where licence, year and sizes of a model that is not here were read; `unverified` where they were not."""
@@ -250,8 +251,9 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
         model.note = model.note or error.problems[0].reason
         return model.origin != "cache"  # what else lies in a cache: adapters, data of other tools
     kind = str(values.get("model_type"))
-    if not model.modality and source.whole_config_json(model_config.model).get("vision_config"):
-        model.modality = "text, images"
+    whole = source.whole_config_json(model_config.model)
+    if not model.modality and whole.get("vision_config"):
+        model.modality = "text, images" if whole.get("model_type") in FAMILIES else "text, images (trained on text)"
     published = PUBLISHED.get(model.path)
     if not _suits(kind, config.task) or (published and published.use != "chat" and task_of(config.task).generates):
         return False

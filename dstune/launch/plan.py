@@ -27,6 +27,7 @@ from dstune.launch import machine, rundir
 from dstune.launch.calibrate import calibrate
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
+from dstune.launch.plan_images import images_in_text, images_of, parse_images
 from dstune.planning import hardware
 from dstune.planning.calibration import speeds
 from dstune.planning.fillers import fillers
@@ -37,6 +38,7 @@ from dstune.planning.setup import Setup
 from dstune.planning.source import whole_config_json
 from dstune.planning.stage import all_speeds, choose_planned_stage, is_open, setup_on
 from dstune.planning.time import Speed
+from dstune.planning.vision import Images
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ Memory of a rank and time of a step for every ZeRO choice, with a recommendation
   hardware.KEY=VALUE  own numbers: memory_gib, tflops (bf16), bandwidth, link, network (GB/s), host_gib (of a node)
   nodes=N             nodes of that kind; those of launch.nodes or launch.hostfile when not given
   --calibrate         measure this machine with real ranks first, in about half a minute; later plans use it
+  images=NxWxH        N images of W x H pixels in each row (or WxH: one); those of the rows when not given
   price=X             what an hour of one device costs you, in your currency
   key=value           as for `dstune train`: model=llama3_8b method=lora data.max_length=4096 ...
 
@@ -71,6 +74,8 @@ class Arguments:
     nodes: int | None
     """As given; else as many as the launch names."""
     price: float | None
+    images: tuple[int, int, int] | None
+    """Images of a row, and the pixels of each in a row and a column."""
     json: bool
     calibrate: bool
     rest: list[str]
@@ -92,7 +97,7 @@ def main(argv: list[str]) -> int:
                 Problem("--calibrate", "this machine is measured, so none can be named", "leave hardware= out")
             )
         calibrate(config, Console(sys.stderr if arguments.json else sys.stdout))
-    estimate = plan_of(config, arguments)
+    estimate = plan_of(config, arguments, images_of(config, arguments.images))
     estimate = replace(estimate, growth=growth(config), others=other_methods(config, estimate.cluster, estimate))
     if arguments.json:
         print(json.dumps(as_json(estimate, arguments.price, config), indent=1))
@@ -137,7 +142,7 @@ def parse(argv: list[str]) -> Arguments:
     problems: list[Problem] = []
     for word in argv:
         key, equals, value = word.partition("=")
-        if equals and key in ("hardware", "nodes", "price"):
+        if equals and key in ("hardware", "nodes", "price", "images"):
             value_by_key[key] = value
         elif equals and key.startswith("hardware."):
             name = key.removeprefix("hardware.")
@@ -155,6 +160,10 @@ def parse(argv: list[str]) -> Arguments:
         problems.append(Problem("nodes", "expected a number of nodes", "nodes=4", value_by_key["nodes"]))
     if price is None:
         problems.append(Problem("price", "expected a price above 0", "price=2.5", value_by_key["price"]))
+    images = parse_images(value_by_key["images"]) if "images" in value_by_key else None
+    if "images" in value_by_key and images is None:
+        fix = "images=1024x768, or images=2x1024x768"
+        problems.append(Problem("images", "expected a size", fix, value_by_key["images"]))
     if problems:
         raise UserError(problems)
     return Arguments(
@@ -162,6 +171,7 @@ def parse(argv: list[str]) -> Arguments:
         numbers=numbers,
         nodes=int(nodes or 1) if "nodes" in value_by_key else None,
         price=price if "price" in value_by_key else None,
+        images=images,
         json="--json" in argv,
         calibrate="--calibrate" in argv,
         rest=other_words,
@@ -211,12 +221,12 @@ def growth(config: RunConfig) -> Growth | None:
     return estimate if estimate and estimate.samples > estimate.conversations else None
 
 
-def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
+def plan_of(config: RunConfig, arguments: Arguments, images: Images | None = None) -> Planned:
     """Return the plan of a run on the hardware that the arguments name, or on this machine."""
     cluster = cluster_of(config, arguments)
     if arguments.hardware is not None or arguments.numbers or cluster.nodes > 1:
-        return planned(config, cluster)
-    return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu))
+        return planned(config, cluster, images=images)
+    return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu), images)
 
 
 def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
@@ -227,17 +237,21 @@ def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
     return replace(machine.here(config).cluster, nodes=nodes)
 
 
-def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> Planned:
-    """Plan a run. measured: speeds by the bytes of a weight, in place of the hardware table's.
+def planned(
+    config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None, images: Images | None = None
+) -> Planned:
+    """Plan a run. measured: speeds by the bytes of a weight, in place of the hardware table's. images: of a row.
 
     Raises UserError where the model's architecture is not known."""
     origin = None
     if is_open(config):
-        config, origin = choose_planned_stage(config, cluster, measured)
-    configured, precision, model = setup_on(config, cluster)
+        config, origin = choose_planned_stage(config, cluster, measured, images)
+    configured, precision, model = setup_on(config, cluster, images)
     any_rows = config.trainer.micro_batch_size is Automatic.auto
     choices = plan(configured, cluster, all_speeds(cluster, measured), any_rows=any_rows)
     count = sum(tensor.count for tensor in method_of(config.method).trained(model)[0])
+    if configured.tower and configured.tower.learns:
+        count += configured.trained[-1].count
     return Planned(choices, cluster, configured, precision, model.parameters, count, bool(measured), origin)
 
 
@@ -261,6 +275,7 @@ def as_json(estimate: Planned, price: float | None, config: RunConfig) -> dict[s
         },
         "host_gib_per_node": round(_node_gib(best), 2) if best else None,
         "methods": {name: _method_row(other) for name, other in estimate.others.items()},
+        "images": estimate.setup.images_of_row and asdict(estimate.setup.images_of_row),
         "conversations": estimate.growth
         and {**asdict(estimate.growth), "token_factor": round(estimate.growth.factor, 3)},
         "warnings": _warnings(estimate, config),
@@ -336,6 +351,7 @@ def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Se
             f"({config.method.name}), {estimate.precision.value}, rows of {s.length} tokens"
             + (f"; beside them {s.unreached / 1e9:.3f}B frozen that text never reaches" if s.unreached else "")
         ),
+        *images_in_text(s),
         *_counted(s),
         *_stored(config),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
@@ -436,7 +452,8 @@ def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> d
         try:
             other = replace(config, method=METHODS.classes()[name].Config())
             if not _of_plan(find_problems(other)):
-                estimate_by_method[name] = planned(other, cluster)
+                images = configured.setup.images_of_row
+                estimate_by_method[name] = planned(other, cluster, images=images)
         except UserError:
             continue  # of a model that cannot be trained so
     return estimate_by_method if len(estimate_by_method) > 1 else {}

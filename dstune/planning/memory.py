@@ -6,6 +6,7 @@ measured with `benchmarks/plan_accuracy.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dstune.config.zero_rules import swap_buffers
@@ -59,6 +60,8 @@ def memory(s: Setup) -> Memory:
         "reduction": _at_the_reduction(s, resident),
         "step": _at_the_step(s, resident),
     }
+    if s.patches:
+        moments |= _with_images(s, resident, moments)
     if s.evaluation_batch:
         moments["evaluation"] = resident | {"gathered": gathered(s), "activations": activations.evaluation(s)}
     for held in s.held:
@@ -72,6 +75,21 @@ def memory(s: Setup) -> Memory:
         # Fragmentation, and the CUDA context, NCCL and cuBLAS: the device's memory holds them, torch does not count them.
         return Memory(moments, host, GIB + max(sum(parts.values()) for parts in moments.values()) * 3 // 100)
     return _with_heap(s, moments)
+
+
+def _with_images(s: Setup, resident: Parts, moments: Mapping[str, Parts]) -> dict[str, Parts]:
+    """Return the forward and the backward pass with what the images of a micro-batch hold, and the passes of the tower."""
+    tower, p = s.tower, s.weight_bytes
+    assert tower is not None and tower.images is not None
+    pixels = s.images * tower.images.values * (4 if p == 4 else 4 + p)  # as they come, and as the tower takes them
+    of_block = tower.block_bytes(s.patches, p)
+    boundary = s.patches * p * tower.sizes.width
+    kept = pixels + (tower.sizes.blocks * (boundary if s.checkpointing else of_block) if tower.learns else 0)
+    with_images = {name: moments[name] | {"images": kept} for name in ("forward", "backward")}
+    own = resident | {"gathered": gathered(s), "images": kept + tower.working_bytes(s.patches, p)}
+    if tower.learns:  # last in the backward pass, with the gradients of all others
+        own |= {"images": kept + of_block, "gradients": _running_gradients(s, s.trained_count)}
+    return with_images | {"tower": own}
 
 
 LARGE = 32 * MIB
@@ -128,7 +146,7 @@ def _partitioned(s: Setup) -> int:
 
 def _all(s: Setup) -> tuple:
     trained_names = {t.name for t in s.trained}
-    return (*s.trained, *(t for t in s.model.tensors if t.name not in trained_names)) if s.adapter else s.model.tensors
+    return (*s.trained, *(t for t in s.model.tensors if t.name not in trained_names))
 
 
 def _weights(s: Setup) -> int:

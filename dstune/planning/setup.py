@@ -22,6 +22,7 @@ from dstune.config.schema import (
 from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps
 from dstune.core.errors import UserError
 from dstune.planning.architecture import DEFAULTS, Architecture, Tensor, sliced
+from dstune.planning.vision import Images, Tower
 from dstune.protocols import Method, method_of, optimizer_of, parallelism_of, task_of
 from dstune.protocols.method_options import PutsPositionsInFront, QuantizesWeights
 from dstune.protocols.task_options import TrainsOnRollouts
@@ -109,6 +110,23 @@ class Setup:
     own_sums: bool = False
     """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
     held: tuple[HeldModel, ...] = ()
+    tower: Tower | None = None
+    """What sees images, of a model that does; its weights are in `unreached` or, where it learns, in `trained`."""
+
+    @property
+    def images_of_row(self) -> Images | None:
+        """Images of a row; None where rows are taken to hold none."""
+        return self.tower.images if self.tower else None
+
+    @property
+    def images(self) -> int:
+        """Images of a micro-batch."""
+        return self.rows * self.images_of_row.in_row if self.images_of_row else 0
+
+    @property
+    def patches(self) -> int:
+        """Patches of these."""
+        return self.images * self.images_of_row.patches if self.images_of_row else 0
 
     @property
     def trained_count(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from dstune.planning.hardware import Cluster, Device
 from dstune.planning.plan import Choice, cheapest_stage
 from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
+from dstune.planning.vision import Images, tower_of, trained_part
 from dstune.protocols import method_of, parallelism_of
 from dstune.protocols.method_options import QuantizesWeights
 
@@ -41,16 +42,16 @@ def choose_stage(
 
 
 def choose_planned_stage(
-    config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None
+    config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None, images: Images | None = None
 ) -> tuple[RunConfig, str]:
     """Return `config` with the stage that the plan takes on `cluster`, and the reason.
 
-    measured: as for `plan.planned`. Raises UserError where the plan does not know the model.
+    measured, images: as for `plan.planned`. Raises UserError where the plan does not know the model.
     """
     stages = allowed_stages(config)
     if len(stages) == 1:
         return at_stage(config, stages[0]), "other settings allow no other stage"
-    configured, _, _ = setup_on(at_stage(config, stages[-1]), cluster)
+    configured, _, _ = setup_on(at_stage(config, stages[-1]), cluster, images)
     best, compared = cheapest_stage(configured, cluster, all_speeds(cluster, measured), stages)
     return at_stage(config, best.setup.stage), _reason(best, compared, cluster)
 
@@ -68,8 +69,10 @@ def _reason(best: Choice, compared: Sequence[Choice], cluster: Cluster) -> str:
     return f"the fastest {fit} ({takes})"
 
 
-def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, architecture.Architecture]:
-    """Return what memory and time of a run depend on, its precision, and the whole model.
+def setup_on(
+    config: RunConfig, cluster: Cluster, images: Images | None = None
+) -> tuple[Setup, Precision, architecture.Architecture]:
+    """Return what memory and time of a run depend on, its precision, and the whole model. images: of a row, where rows hold some.
 
     Raises UserError where the model's architecture is not known, or cannot be trained so.
     """
@@ -99,7 +102,26 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
         values=values,
     )
     held, _ = held_models(config)
-    return replace(planned_setup, unreached=source.unreached_weights(config.model, model), held=held), precision, model
+    planned_setup = replace(planned_setup, unreached=source.unreached_weights(config.model, model), held=held)
+    return _with_tower(planned_setup, config, whole, images), precision, model
+
+
+def _with_tower(s: Setup, config: RunConfig, whole: Mapping[str, Any], images: Images | None) -> Setup:
+    """Return `s` with the model's tower, and what is trained of it."""
+    tower = tower_of(whole)
+    if tower is None:
+        return s
+    if images is not None and config.data.packing:  # a packed row holds as many as there is room for
+        images = replace(images, in_row=max(images.in_row, s.length // images.tokens))
+    if s.unreached and not any(name.endswith("audio_config") for name in whole):
+        tower = replace(tower, weights=s.unreached)  # counted, where the architecture was
+    tower = replace(tower, learns=config.model.train_vision, images=images)
+    if not tower.learns:
+        return replace(s, tower=tower)
+    rank = getattr(config.method, "rank", 0) if s.adapter else 0
+    trained = (*s.trained, trained_part(tower, adapter_rank=rank))
+    unreached = s.unreached if s.adapter else max(0, s.unreached - tower.weights)
+    return replace(s, tower=tower, trained=trained, unreached=unreached)
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:

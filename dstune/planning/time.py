@@ -131,6 +131,17 @@ def _feed_forward_share(s: Setup) -> float:
     return wide / (wide + 2 * m.hidden * m.head_dim * (m.heads + m.kv_heads))
 
 
+def _of_images(s: Setup) -> tuple[float, float]:
+    """Return operations of the tower for the images of a micro-batch, and bytes that stand for its elementwise work."""
+    if s.tower is None or not s.patches:
+        return 0.0, 0.0
+    forward = s.tower.forward_flops(s.patches, s.images)
+    moved = s.tower.sizes.blocks * s.tower.block_bytes(s.patches, s.weight_bytes)
+    if not s.tower.learns:
+        return forward, moved / 3
+    return forward * (4 if s.checkpointing is True else 3), float(moved)
+
+
 def step_time(s: Setup, speed: Speed) -> StepTime:
     """Return time of one optimizer step."""
     linear, attention, head = forward_flops(s)
@@ -157,6 +168,9 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     share_of_step = s.trained_count / (1 if s.stage == 0 else s.ranks)
     exposed += inside / speed.link
     optimizer = share_of_step / speed.weights
+    of_images, moved_by_images = _of_images(s)
+    compute += count * of_images / speed.flops
+    kept_bytes += moved_by_images
     if s.offload_optimizer and s.on_gpu:
         # Gradients down, weights up; the update runs on the node's cores, at about 1.5e9 weights a second and node.
         optimizer = share_of_step * (4 + s.weight_bytes) / HOST_LINK + share_of_step * s.ranks_per_node / 1.5e9
