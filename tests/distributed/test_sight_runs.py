@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,25 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dstune.cli import main
+from tests.support.command import Commands, exact
 from tests.support.sight import save, write_rows
 
 SIZES = ((32, 32), (60, 40))
+KILLER = """
+import os, signal
+from pathlib import Path
+import dstune
+
+@dstune.callback
+class Killer(dstune.Callback):
+    name = "killer"
+
+    def on_step_begin(self, run, step):
+        order = Path(run.run_dir).parent / "order"
+        if os.environ["RANK"] == "1" and order.exists() and step.number == int(order.read_text()):
+            order.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +141,58 @@ def test_a_trained_tower_stays_where_it_is_in_a_step_without_images(place: Path)
     assert any("visual" in name for name in gathered)
     for name, weight in gathered.items():
         assert torch.allclose(weight, partitioned[name], atol=1e-5), name
+
+
+def test_a_run_that_is_killed_and_continued_ends_with_the_same_bits(place: Path) -> None:
+    """SIGKILL to one of two ranks, a step behind a save; the tower is trained and partitioned, and not every micro-batch has an
+    image."""
+    commands = Commands(place)
+    (place / "killer.py").write_text(KILLER)
+    given = ["task=chat", "model.path=model", "data.train=data/rows.jsonl", "data.split.validation=0"]
+    settings = ["method=full", "model.train_vision=true", "optimizer.lr=0.01", "zero=stage3", "data.max_length=256"]
+    batches = ["trainer.micro_batch_size=1", "trainer.global_batch_size=3", "trainer.max_steps=5", "checkpoint.every=2"]
+    machine = ["trainer.precision=fp32", "launch.processes=2", "tracking.wandb.mode=disabled", "evaluate.samples=0"]
+    machine += ["plugins=[./killer.py]", "trainer.callbacks=[killer]", "zero.param_persistence_threshold=0"]
+    words = [*given, *settings, *batches, *machine]
+    done = commands.run("train", *words, "run.dir=undisturbed")
+    assert done.returncode == 0, done.stderr
+    (place / "order").write_text("4")
+    assert commands.run("train", *words, "run.dir=killed").returncode == 1
+    assert not (place / "order").exists(), "at the step that was meant"
+    done = commands.run("train", *words, "run.dir=killed")
+    assert done.returncode == 0, done.stderr
+    assert exact(place / "killed") == exact(place / "undisturbed")
+    whole, killed = (place / run / "export" / "model.safetensors" for run in ("undisturbed", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_preferences_of_other_tools(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA-Factory's ranking, and answers as texts: trained, shown, exported and evaluated."""
+    folder = place / "preferences"
+    write_rows(folder, 8)
+    turns = [{"from": "human", "value": "<image>w1 w2"}]
+    answers = {name: {"from": "gpt", "value": value} for name, value in (("chosen", "w3"), ("rejected", "w4 w5"))}
+    ranked = [{"conversations": turns, **answers, "images": [f"image{row}.png"]} for row in range(4)]
+    plain = [{"prompt": "w1 w6", "chosen": "w7", "rejected": "w8", "image": f"image{row}.png"} for row in range(4, 8)]
+    for name, rows in (("ranked", ranked), ("plain", plain)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["task=preference", f"model.path={place / 'model'}", f"data.train={folder / 'ranked.jsonl'}"]
+    given += [f"data.validation={folder / 'plain.jsonl'}", "data.max_length=128"]
+    assert main(["data", "show", *given, "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "image 1: " in shown and "<|image_pad|>" in shown
+    run = folder / "run"
+    machine = ["trainer.precision=fp32", "launch.processes=1", "tracking.wandb.mode=disabled", f"run.dir={run}"]
+    steps = ["trainer.max_steps=3", "trainer.global_batch_size=4", "trainer.micro_batch_size=2", "evaluate.samples=1"]
+    steps += ["optimizer.lr=0.05", "schedule=constant", "evaluate.every=3"]
+    assert main(["train", *given, "method=lora", "zero=stage2", *steps, *machine]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "launch.processes=1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert abs(measured[-1] - math.log(2)) > 1e-2, "the model is another one than its reference"
+    assert result["metrics"]["loss"] == pytest.approx(measured[-1], rel=1e-4)
 
 
 def test_bad_images_are_counted_with_their_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
