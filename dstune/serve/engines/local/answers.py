@@ -148,7 +148,8 @@ class Answers:
             sequence.cancelled = True
 
     async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
-        """Raises ApiError where the engine fails."""
+        """Yield the pieces of all choices as the engine writes them, until each choice has ended. Raises ApiError where the engine
+        fails."""
         open_choices = len(self.choices)
         while open_choices:
             choice, piece = await self._queue.get()
