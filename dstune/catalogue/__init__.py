@@ -179,7 +179,7 @@ def _folders(paths: Sequence[str]) -> Iterator[Model]:
 
 
 def _on_hub(words: str) -> list[Model]:
-    """Raises UserError where the hub cannot be asked."""
+    """Return the models that a search of the hub finds. Raises UserError where the hub cannot be asked."""
     if hub.is_offline():
         raise UserError(Problem("--hub", "HF_HUB_OFFLINE is set", "leave --hub out, or unset it", words))
     from huggingface_hub import HfApi, hf_hub_download
