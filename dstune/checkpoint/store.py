@@ -251,7 +251,8 @@ def _unreadable(checkpoint: Path, error: ValueError) -> UserError:
 
 
 def _state_object(checkpoint: Path) -> dict[str, Any]:
-    """Raises ValueError where it is no JSON object, OSError where it is not there."""
+    """Return the JSON object in a file of a checkpoint. Raises ValueError where it is no JSON object, OSError where it is not
+    there."""
     state = parse_json(read_file(checkpoint / STATE))
     if not isinstance(state, dict):
         raise ValueError("is no JSON object")
