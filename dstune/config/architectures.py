@@ -57,7 +57,7 @@ _SIZE = re.compile(r".*(_size|_dim|_heads|_embd|_ff|_model|_inner)")
 
 
 def size_problems(values: Mapping[str, Any], where: str = "model.path", value: str = "") -> list[Problem]:
-    """Return the numbers of a `config.json` that no model has: building what it describes, or planning it, would never end."""
+    """Return the problems with numbers in a `config.json` that no model has: building or planning such a model would never end."""
     problems = []
     for key, number in values.items():
         if isinstance(number, dict):

@@ -37,7 +37,7 @@ class Cadence:
     """The fewest steps between two times."""
 
     def due(self, step: int, total_steps: int, epoch_before: float | None, epoch: float) -> bool:
-        """Return whether it happens after optimizer step `step` (the first is 1) of `total_steps`.
+        """Return whether what has this cadence happens after optimizer step `step` (the first is 1) of `total_steps`.
 
         epoch_before, epoch: passes over the rows that are done before and after the step; None where that is not known.
         """

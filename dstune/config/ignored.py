@@ -28,7 +28,7 @@ def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 
 def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
-    """Return the same of the settings of a sweep, when it is one."""
+    """Return the settings of a sweep that nothing reads beside its other ones, as problems; none of a run that is no sweep."""
     sweep = config.sweep.optuna
     if sweep is None:
         return []

@@ -199,7 +199,7 @@ def _candidate(folder: Path, place: str) -> Candidate:
 
 
 def record_file(folder: Path) -> Path:
-    """Return where it is recorded that this user trusts `folder`. Raises RuntimeError if there is no home folder."""
+    """Return the file that records that this user trusts `folder`. Raises RuntimeError if there is no home folder."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
     return signing.key_file().parent / "trusted" / f"{name[:32]}.json"
 
