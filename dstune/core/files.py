@@ -39,7 +39,7 @@ def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = F
 
 
 def sync_path(path: Path) -> None:
-    """Return when the file or the entries of the folder `path` have reached the disk. Raises OSError."""
+    """Wait until the file or the entries of the folder `path` have reached the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
