@@ -115,7 +115,7 @@ def _refuse_subset(key: str, subset: str | None, entries: list[Prepared]) -> lis
 
 
 def subset_problem(key: str, subset: str | None, names: list[str], these: str = "are there") -> Problem:
-    """Return a configuration that a data set lacks, or that has to be named because it has several."""
+    """Return the problem with a configuration that a data set lacks, or that has to be named because it has several."""
     listed = ", ".join(names)
     if subset is None:
         reason = f"the data set has several configurations, and one has to be named; {listed} {these}"

@@ -30,7 +30,7 @@ Inputs = dict[str, dict[str, Input]]
 
 
 def find_inputs(config: RunConfig) -> Inputs:
-    """Raises UserError with all that name nothing."""
+    """Return the inputs that the keys of `data` name. Raises UserError with all that name nothing."""
     if config.data.train is None and not config.data.mixture:
         fix = "give a file, a glob, or a sample such as sample://chitchat"
         raise UserError(Problem(where="data.train", reason="no training data given", fix=fix))

@@ -204,6 +204,7 @@ class ImageProcessor:
 
 
 def _joined(tensors: Sequence[Tensor], along: int) -> Tensor:
+    """Return the tensors put together in dimension `along`, padded with zeros to the largest size in every other one."""
     import torch
     from torch.nn import functional
 
