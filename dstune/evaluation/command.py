@@ -119,7 +119,7 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Raises UserError."""
+    """Return the arguments of the command line, checked. Raises UserError."""
     parser = VerbParser(prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows.")
     parser.add_argument(
         "target", metavar="RUN|CHECKPOINT|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME"

@@ -125,7 +125,7 @@ def evaluate(
 
 
 def _rows_of(data: PreparedData, split: str) -> Split:
-    """Raises UserError where there are none."""
+    """Return the rows to evaluate. Raises UserError where there are none."""
     part: Split | None = getattr(data, split)
     if part is None:
         fix = f"give data.{split}=FILE"
