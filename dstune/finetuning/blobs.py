@@ -100,7 +100,7 @@ class Blobs:
         self._path(blob).unlink(missing_ok=True)
 
     def read(self, blob: str) -> Iterator[bytes]:
-        """Raises FileNotFoundError where it was removed a moment ago."""
+        """Yield the content of a file piece by piece. Raises FileNotFoundError where it was removed a moment ago."""
         with self._path(blob).open("rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk

@@ -85,7 +85,7 @@ Metadata = Annotated[dict[str, str], Field(max_length=MOST_PAIRS), AfterValidato
 
 
 def is_text(value: object, most: int) -> TypeGuard[str]:
-    """Return whether it is a text of 1 to `most` characters: half of a surrogate pair is none, and PostgreSQL keeps no NUL."""
+    """Return whether `value` is a text of 1 to `most` characters: half of a surrogate pair is none, and PostgreSQL keeps no NUL."""
     if not isinstance(value, str) or not 0 < len(value) <= most:
         return False
     try:

@@ -251,7 +251,7 @@ def missing(file: str, param: str = "id") -> ApiError:
 
 
 def checked_purpose(purpose: object) -> str:
-    """Raises ApiError."""
+    """Return the purpose of an upload if the server knows it. Raises ApiError."""
     if purpose is None:
         raise ApiError(400, "Missing required field: 'purpose'.", param="purpose", code="missing_required_parameter")
     if purpose not in PURPOSES:

@@ -209,7 +209,7 @@ def _label(value: bytes) -> str:
 
 
 def checked_filename(name: object) -> str:
-    """Raises ApiError for what is none."""
+    """Return the name of an uploaded file if it is one. Raises ApiError for what is none."""
     if not is_text(name, 512):
         raise invalid("filename", "a text of 1 to 512 characters")
     return name

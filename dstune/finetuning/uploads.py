@@ -134,7 +134,7 @@ class Uploads:
         return row
 
     def _find_upload(self, session: Session, project: str, upload: str) -> Upload:
-        """Raises ApiError where there is none."""
+        """Return the caller's upload with this id. Raises ApiError where there is none."""
         row = session.scalar(select(Upload).where(Upload.project == project, Upload.id == upload))
         if row is None:
             raise ApiError(404, f"No such Upload object: {upload[:128]}", param="upload_id", code="upload_not_found")

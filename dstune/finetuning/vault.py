@@ -38,7 +38,7 @@ class Vault:
         return self._fernet.encrypt(text.encode()).decode()
 
     def open(self, sealed: str) -> str:
-        """Raises DstuneError where it was sealed with another key."""
+        """Return the secret that was sealed. Raises DstuneError where it was sealed with another key."""
         try:
             return self._fernet.decrypt(sealed.encode()).decode()
         except InvalidToken:

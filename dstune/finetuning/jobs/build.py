@@ -72,7 +72,8 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
 
 
 def this_machine(presets: Presets) -> Machine:
-    """Raises UserError where `queue.devices` asks for GPUs that are not there."""
+    """Return the devices of this machine that jobs may use. Raises UserError where `queue.devices` asks for GPUs that are not
+    there."""
     from dstune.sweep.devices import here
 
     gpus, requested = here().gpus, presets.queue.devices

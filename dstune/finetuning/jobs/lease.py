@@ -41,7 +41,7 @@ def release(database: Database, name: str, owner: str) -> None:
 
 
 def _is_gone(other: str) -> bool:
-    """Return whether it was a process of this machine that has ended; of others nothing is known."""
+    """Return whether the owner was a process of this machine that has ended; of others nothing is known."""
     try:
         host, pid, started, _ = other.split("/")
         if host != socket.gethostname()[:24]:

@@ -130,7 +130,7 @@ class Presets:
 
 
 def read(path: Path) -> Presets:
-    """Raises UserError with all that is wrong."""
+    """Return the presets in a file. Raises UserError with all that is wrong."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -177,7 +177,7 @@ class Reconciler:
     # -- files
 
     def _validate(self, job: Job) -> bool:
-        """Return whether its files are being read now; what was found in them is noted."""
+        """Take up what reading a job's files has found, or end a reading that takes too long. Returns whether it still goes on."""
         folder = self._job_folder(job)
         validation = read(folder.validated)
         if validation is not None:
@@ -194,7 +194,7 @@ class Reconciler:
         return True
 
     def _begin_validation(self, job: Job) -> bool:
-        """Return whether it has begun."""
+        """Start a process that reads the files of a job. Returns whether it was started; a job that cannot be read is failed."""
         self._validations[job.id] += 1
         if self._validations[job.id] > MOST_VALIDATIONS:
             self._fail(job, "server_error", INTERNAL, None)

@@ -148,7 +148,7 @@ class JobRequest:
 
 
 def read(body: Mapping[str, Any]) -> JobRequest:
-    """Raises ApiError for the first field that is wrong or unknown."""
+    """Return the job that a request asks for. Raises ApiError for the first field that is wrong or unknown."""
     asked = read_body(Creation, body, _ELSEWHERE | _places_of(body.get("method")))
     method, values = _hyperparameters(asked)
     return JobRequest(

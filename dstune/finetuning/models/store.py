@@ -62,7 +62,8 @@ class ModelStore:
     # -- permissions
 
     def share(self, session: Session, caller: Caller, name: str, projects: list[str]) -> list[ModelPermission]:
-        """Raises ApiError for a model that is not the caller's own, or projects that are not of its organization."""
+        """Return the permissions that let these projects use a model. Raises ApiError for a model
+        that is not the caller's own, or projects that are not of its organization."""
         self._own(session, caller, name)
         made = []
         for place, project in enumerate(dict.fromkeys(projects)):
