@@ -57,7 +57,7 @@ class Formula:
             raise FormulaError(f"{self._tokens[self._at]!r} is not expected here")
 
     def __call__(self, values: Mapping[str, float]) -> float:
-        """Raises FormulaError where it has no value, or one that is no number."""
+        """Return the value of the formula. Raises FormulaError where it has no value, or one that is no number."""
         try:
             value = float(self._value(values))
         except (ArithmeticError, ValueError):
