@@ -173,7 +173,7 @@ class Guarding:
                 heard = time.monotonic() - health["silent"]
 
     async def scan(self, items: Sequence[Item]) -> list[Result]:
-        """Raises GuardDown."""
+        """Return the result of each text. Raises GuardDown."""
         try:
             answer = await self.engine.ask("POST", "/scan", items_to_json(items))
             return [result_from_json(value) for value in answer["results"]]

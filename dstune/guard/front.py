@@ -243,7 +243,7 @@ class Guarded:
         return HeldBack(check, several * (self.body.get("n") or 1)).stream(chunks)
 
     async def _piece(self, context: str, text: str, windows_before: int, total: Verdict) -> Verdict:
-        """Raises GuardDown where nothing may pass unchecked."""
+        """Return the verdict on a piece of a stream. Raises GuardDown where nothing may pass unchecked."""
         item = item_of(self.policy, text, "output", self.prompts, self.public)
         item = replace(item, context=context, windows_before=windows_before)
         windows = estimated_windows(self.policy, [Text(text, "assistant")])

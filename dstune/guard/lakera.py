@@ -91,7 +91,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
 
 
 def _placed(body: Mapping[str, Any]) -> list[Placed]:
-    """Raises ApiError."""
+    """Return the texts of a request with their places. Raises ApiError."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MOST_MESSAGES:
         raise ApiError(422, f"messages must be a list of 1 to {MOST_MESSAGES} messages.", param="messages")

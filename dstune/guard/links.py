@@ -184,7 +184,7 @@ def _matched(pattern: re.Pattern[str], text: str, place: int) -> str:
 
 
 def _is_address(name: str, after: str) -> bool:
-    """Return whether it names a host of the internet; a number does only with a path after it, since it may be any."""
+    """Return whether the text names a host of the internet; a number does only with a path after it, since it may be any."""
     name = unquote(name)
     if after in ("/", "?", "#", "\\") and _NUMBER.fullmatch(name) and not _PORT_ALONE.fullmatch(name):
         return True

@@ -210,7 +210,7 @@ def read(
 
 
 def _looks(policy: Policy, route: str) -> bool:
-    """Return whether it has detectors for what is looked at on this route."""
+    """Return whether the policy has detectors for what is looked at on this route."""
     results = bool(policy.document_markers) or route in WITH_DOCUMENTS
     passing = ("input", "tool_result") if results else ("input",)
     return route not in WITHOUT_ANSWERS or any(policy.watches(direction) for direction in passing)

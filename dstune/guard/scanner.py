@@ -111,7 +111,7 @@ class Scanner:
 
     @staticmethod
     def load(models: Mapping[str, Path]) -> Scanner:
-        """Raises UserError."""
+        """Return the scanner of these policies, its models loaded. Raises UserError."""
         return Scanner({detector: GuardModel.load(path) for detector, path in models.items()})
 
     @property

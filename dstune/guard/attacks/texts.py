@@ -87,7 +87,7 @@ _PRONOUNCED = re.compile("[a-z]{4,}")
 
 
 def encoded(text: str) -> bool:
-    """Return whether it has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
+    """Return whether the text has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
     for match in _UNREAD.finditer(text):
         run = match.group()
         words = sum(map(len, _PRONOUNCED.findall(run)))

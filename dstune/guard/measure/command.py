@@ -155,7 +155,7 @@ def _test(argv: list[str]) -> int:
 
 
 def _rows(source: str, *, labelled: bool = False) -> list[dict[str, Any]]:
-    """Raises UserError with the first rows that are wrong."""
+    """Return the rows of the files to measure with. Raises UserError with the first rows that are wrong."""
     file = samples.resolve(source) if samples.is_sample(source) else Path(source)
     if not file.is_file():
         raise UserError(Problem("--data", "there is no such file", "a .jsonl file, or sample://attacks:test", source))
