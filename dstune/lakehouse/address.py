@@ -50,7 +50,7 @@ class Address:
 
 
 def parse(spec: str, key: str) -> Address:
-    """Raises UserError."""
+    """Return the parts of a table's address. Raises UserError."""
     match = _ADDRESS.fullmatch(spec)
     query = _QUERY.fullmatch((match and match["query"]) or "")
     fix = "SCHEME://PLACE, then @VERSION or @TIME, then ?columns=A,B&where=SQL, such as delta:///data/reviews@7?where=stars > 3"

@@ -17,7 +17,8 @@ _CREDENTIALS = re.compile(r"//[^/@]*@")
 
 
 def pin(address: str, key: str) -> str:
-    """Raises UserError where there is no such alias, or the address names no version."""
+    """Return the address of the version that an alias stands for. Raises UserError where there is no such alias, or the address
+    names no version."""
     if pinned := PINNED.fullmatch(address):
         return f"models:/{pinned['name']}/{int(pinned['version'])}"
     place = PLACE.fullmatch(address)
