@@ -135,7 +135,8 @@ def _of_plan(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Raises UserError: a number that is none, an unknown key of the hardware."""
+    """Return the arguments of the command line, checked. Raises UserError: a number that is none, an unknown key of the
+    hardware."""
     value_by_key: dict[str, str] = {}
     numbers: dict[str, float] = {}
     other_words: list[str] = []

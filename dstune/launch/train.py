@@ -125,7 +125,7 @@ def start(prepared: Prepared, console: Console) -> int:
 
 
 def parse(argv: list[str]) -> Command:
-    """Raises UserError: unknown flags, or a PATH that is no run."""
+    """Return the command line, checked. Raises UserError: unknown flags, or a PATH that is no run."""
     words = [word for word in argv if word != "--json"]
     run = None
     if words and is_path(words[0]):

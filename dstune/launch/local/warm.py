@@ -165,7 +165,8 @@ class ForkServer:
             os.close(folder)
 
     def _connect(self, imports: Mapping[str, str]) -> socket.socket:
-        """Raises _Unusable, OSError. Starts the server where there has been none."""
+        """Return a connection to the server of warm processes. Raises _Unusable, OSError. Starts the server where there has been
+        none."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with self._open() as address, (self._folder / LOCK).open("w") as lock:
