@@ -112,7 +112,7 @@ def take_over(source: Path, run_dir: Path) -> None:
 
 
 def _read(run_dir: Path) -> Selected:
-    """Raises UserError where the files hold no choice: somebody else may have made them."""
+    """Return the choice that was written. Raises UserError where the files hold no choice: somebody else may have made them."""
     try:
         report = parse_json(read_file(run_dir / REPORT))
         tensors = {row["name"]: row for row in report["tensors"] if row["trained"]}
