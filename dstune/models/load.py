@@ -351,7 +351,7 @@ def _refuse_erased_padding(config: ModelConfig, model: PreTrainedModel) -> None:
 
 
 def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
-    """Raises UserError where the model has none that transformers names."""
+    """Return the input embeddings of a model. Raises UserError where the model has none that transformers names."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
@@ -376,7 +376,7 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
 
 
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
-    """Return initialise on the CPU where the parameters are on a GPU, whose generator draws other numbers."""
+    """Initialise the weights of `module` anew; on the CPU where they are on a GPU, whose generator draws other numbers."""
     in_place = [parameter.data for parameter in owned]
     for parameter in owned:
         if parameter.device.type != "cpu":
