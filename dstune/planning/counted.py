@@ -177,8 +177,8 @@ def _is_expert(tensor: Tensor) -> bool:
 
 
 def _attends(tensor: Tensor) -> bool:
-    """Return whether it is a matrix of attention over all positions; models that mix both call the other kind `linear_attn` or
-    so."""
+    """Return whether the tensor is a matrix of attention over all positions; models that mix both call the other kind
+    `linear_attn` or so."""
     return tensor.linear and bool(ATTENTION.search(tensor.name)) and "linear_att" not in tensor.name
 
 

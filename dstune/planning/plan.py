@@ -79,7 +79,7 @@ class Plan:
 
 
 def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_rows: bool = False) -> Plan:
-    """Yield all choices for one run. What is offloaded is held against the node's memory where that is known.
+    """Return all choices for one run. What is offloaded is held against the node's memory where that is known.
 
     speeds: by the bytes of a weight. any_rows: the run finds out itself how many rows a micro-batch has.
     """
