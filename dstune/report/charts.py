@@ -168,6 +168,7 @@ def _drawn(line: Line, across: _Axis, up: _Axis) -> dict[str, Any]:
 
 
 def _hover(line: Line, up: _Axis) -> dict[str, Any]:
+    """Return what the page shows of a line under the pointer. up: the vertical axis."""
     series = thinned(line.series)
     return {
         "label": line.label,
