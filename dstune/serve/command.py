@@ -264,7 +264,7 @@ def first_keys(keys: Keys, state: Path) -> None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Raises UserError where the address is taken."""
+    """Return a socket that is bound to the address. Raises UserError where the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

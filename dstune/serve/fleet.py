@@ -295,7 +295,7 @@ class Fleet:
             raise
 
     async def settled(self, name: str) -> None:
-        """Return when no model is being replaced under this name."""
+        """Wait until no model is being replaced under this name."""
         while (event := self._replacing.get(name)) is not None:
             await event.wait()
 

@@ -94,7 +94,7 @@ def _parser() -> VerbParser:
 
 
 def _names(text: str) -> list[str]:
-    """Raises UserError where there is none: such a key could use nothing."""
+    """Return the names of models in a list with commas. Raises UserError where there is none: such a key could use nothing."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UserError(Problem("--models", "names no model", "--models NAME[,NAME...]", text))

@@ -15,7 +15,8 @@ from dstune.core.errors import first_line
 
 
 def pattern_of(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Raises OSError, ValueError where the folder holds no tokenizer."""
+    """Return the pattern of the control tokens of the tokenizer in a folder. Raises OSError, ValueError where the folder holds no
+    tokenizer."""
     from dstune.core.tokenizers import open_tokenizer
     from dstune.data.control import ControlTokens
 

@@ -63,7 +63,7 @@ class LlamaCppEngine(Engine):
 
     @property
     def file(self) -> Path:
-        """Raises UserError where the folder does not hold one GGUF file."""
+        """Return the GGUF file in the model's folder. Raises UserError where the folder does not hold one GGUF file."""
         files = [] if self.source.folder is None else sorted(self.source.folder.glob("*.gguf"))
         if len(files) != 1:
             reason = f"holds {len(files)} GGUF files, one is served"

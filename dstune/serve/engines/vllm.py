@@ -183,7 +183,7 @@ class VllmEngine(Engine):
         await super().start()
 
     async def _answers(self) -> bool:
-        """Return whether it is still the server that was proven: one that was replaced behind its address is healthy as well,
+        """Return whether the engine is still the server that was proven: one that replaced it at its address is healthy as well,
         and lacks the adapters, or has others by their names."""
         if not await super()._answers():
             return False

@@ -104,7 +104,7 @@ class Inference:
             raise
 
     def model_of(self, request: Request, name: Any) -> Model:
-        """Raises ApiError for a name that is none, or none for this caller."""
+        """Return the model that a request names. Raises ApiError for a name that is none, or none for this caller."""
         if not isinstance(name, str) or not name:
             raise ApiError(400, "Missing required field: 'model'.", param="model", code="missing_required_parameter")
         model = self.fleet.models.get(name)

@@ -68,7 +68,7 @@ class Batcher:
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     async def answers(self, rows: list[Query]) -> list[Answered]:
-        """Raises ApiError where as many requests wait as may."""
+        """Return the answers to a request. Raises ApiError where as many requests wait as may."""
         if self._requests >= MAX_WAITING:
             raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"})
         jobs = list(_jobs_of(rows))
