@@ -83,7 +83,7 @@ def compared_by(base: RunConfig) -> list[str]:
 
 
 def parse(argv: list[str]) -> Command:
-    """Raises UserError: unknown flags, an axis that is none, nothing to vary."""
+    """Return the command line, checked. Raises UserError: unknown flags, an axis that is none, nothing to vary."""
     words = [word for word in argv if word != "--json"]
     sweep = None
     for word in words[:1] if words and not words[0].startswith("-") else words[1:2]:
