@@ -34,7 +34,7 @@ class Graders:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Graders:
-        """Raises UserError for names that are no rewards."""
+        """Return the graders that the flags name. Raises UserError for names that are no rewards."""
         least: dict[str, float | None] = {}
         graders: list[str] = []
         problems = []

@@ -28,7 +28,7 @@ class Settings:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, held_out: Sequence[str]) -> Settings:
-        """Raises UserError for unknown languages."""
+        """Return the settings that the flags name. Raises UserError for unknown languages."""
         languages = tuple(code.strip() for code in (arguments.languages or "").split(",") if code.strip())
         if languages:
             from dstune.data.clean.language import check_languages
@@ -57,7 +57,8 @@ def make_rows(
     settings: Settings,
     graders: Graders,
 ) -> Made:
-    """Raises UserError, TeacherUnreachable (of the reward model)."""
+    """Return the rows that the teacher wrote and those that were left out. Raises UserError, TeacherUnreachable (of the reward
+    model)."""
     made = Made()
     judged: list[Judged] = []
     for item in items:
