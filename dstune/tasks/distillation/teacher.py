@@ -187,7 +187,7 @@ def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Pre
 
 
 def run_of_teacher(config: RunConfig) -> RunConfig:
-    """The configuration under which the teacher is the model."""
+    """Return the configuration of a run whose model is the teacher."""
     task = config.task
     assert isinstance(task, DistillationConfig) and task.teacher is not None
     model = ModelConfig(

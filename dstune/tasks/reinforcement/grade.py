@@ -82,7 +82,7 @@ class Graders:
         return None if any(is_failure(kind, details) for kind, details in graded.errors.items()) else graded.reward
 
     def run_python(self, source: str, sample: Sample) -> float:
-        """Raises GraderFailed."""
+        """Return the score that a Python grader gives. Raises GraderFailed."""
         arguments = {"source": source, "sample": sample.values["sample"], "item": dict(sample.item)}
         try:
             outcome = run_program(PYTHON_GRADER, json.dumps(arguments), self.limits)
@@ -96,7 +96,7 @@ class Graders:
             raise GraderFailed("python_grader_runtime_error", "it returned no number") from None
 
     def ask_model(self, grader: Mapping[str, Any], messages: list[dict[str, str]]) -> float:
-        """Raises GraderFailed."""
+        """Return the score that a model gives as the grader. Raises GraderFailed."""
         if self._judge is None:
             raise GraderFailed("model_grader_server_error", "task.judge names no server")
         parameters = dict(grader.get("sampling_params", {}))
