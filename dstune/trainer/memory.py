@@ -26,7 +26,7 @@ def resident_bytes() -> int:
 
 
 def give_back() -> None:
-    """Return what glibc keeps of freed memory, which counts as taken; other libraries of C keep less."""
+    """Give freed memory that glibc keeps back to the system, for which it counts as taken; other libraries of C keep less."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

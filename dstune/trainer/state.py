@@ -58,8 +58,8 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Raises UserError where `values` has a field that this version does not know: dropping it would lose something; or a
-        value of another type."""
+        """Return the state whose `to_dict` gave `values`. Raises UserError where `values` has a field that this version does not
+        know: dropping it would lose something; or a value of another type."""
         _refuse_unknown(values, {f.name for f in fields(cls)})
         remaining = dict(values)
         best = remaining.pop("best", None)
