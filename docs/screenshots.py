@@ -1,8 +1,8 @@
-"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER] [--only first|changed]`.
+"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER] [--only first|changed|cycle]`.
 
 Trains the chat model of docs/start/first-fine-tune.md, another one and three classifiers, and sweeps over a fourth (about twenty
-minutes on two CPU cores), renders their pages, and takes pictures with headless Chromium. Runs that are already in FOLDER are taken
-as they are. Needs Chromium and Pillow.
+minutes on two CPU cores), runs `benchmarks/cycle.py story` (five more), renders their pages, and takes pictures with headless
+Chromium. Runs that are already in FOLDER are taken as they are. Needs Chromium and Pillow.
 """
 
 from __future__ import annotations
@@ -93,6 +93,16 @@ def first_fine_tune(folder: Path) -> None:
     picture(folder / "rows.html", "first-rows", 1280, 620)
 
 
+def monitored_and_cycled(folder: Path) -> None:
+    """The page of a check that found drift, and that of the cycle which followed."""
+    checked, ledger = folder / "first" / "monitor" / "report.html", folder / "cycle" / "report.html"
+    if not ledger.is_file():
+        program = Path(__file__).parents[1] / "benchmarks" / "cycle.py"
+        subprocess.run([sys.executable, program, "story", "--folder", folder], check=True)
+    picture(checked, "monitor", 1280, 1180)
+    picture(ledger, "cycle", 1280, 1180)
+
+
 def trained(folder: Path, *overrides: str) -> Path:
     """The run in `folder`, trained with these overrides unless it is there already."""
     if not (folder / "result.json").is_file():
@@ -145,18 +155,19 @@ def picture_of_section(page: Path, section: str, name: str, width: int, height: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/screenshots"), help="default runs/screenshots")
-    parser.add_argument("--only", choices=["first", "changed"], help="leave out the others")
+    parser.add_argument("--only", choices=["first", "changed", "cycle"], help="leave out the others")
     arguments = parser.parse_args()
     folder = arguments.runs
-    if arguments.only != "first":
+    if arguments.only in (None, "changed"):
         run = folder / "safety" / "careless"
         benchmark = IMAGES.parents[1] / "benchmarks" / "safety.py"
         subprocess.run([sys.executable, benchmark, "careless", "--folder", run.parent], check=True)
         dstune("report", str(run))
         picture_of_section(run / "report.html", "changed", "what-changed", 1280, 760)
-    if arguments.only == "changed":
-        return
-    first_fine_tune(folder / "first")
+    if arguments.only in (None, "cycle"):
+        monitored_and_cycled(folder / "cycle")
+    if arguments.only in (None, "first"):
+        first_fine_tune(folder / "first")
     if arguments.only:
         return
     chat = trained(folder / "chat", *CHAT, "run.name=chitchat")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from dstune.serve.images import shows_image
 LARGEST = 4 << 30
 GRAM = 13
 """Words in a row that a training row may not share with a row that it is measured on (Brown and others 2020, appendix C)."""
+COMMON = 10
+"""Measured rows with a gram beyond which it is that of a template: words of the prompt around each question, say."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Collected:
     dropped: dict[str, int]
     present: set[str]
     """Ids of everything that the source still has."""
+    largest_key: float
+    """Share of the rows that one key gave."""
 
 
 def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, writes: bool) -> Collected:
@@ -62,6 +66,9 @@ def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, w
         identity = request.requests[0] if request.requests else request.place
         if identity in used:
             continue
+        if request.key in settings.exclude_keys:
+            dropped["of a key in exclude_keys"] += 1
+            continue
         kind, row = _row(request, settings.least_rating, labels, writes=writes)
         if row is None:
             dropped[kind] += 1
@@ -75,7 +82,8 @@ def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, w
     remaining = _limited(list(rows.values()), settings.share_per_key)
     if len(remaining) < len(rows):
         dropped["more than share_per_key of one key"] = len(rows) - len(remaining)
-    return Collected(remaining, dict(sorted(dropped.items())), present)
+    largest = max(Counter(row.key for row in remaining).values(), default=0) / max(len(remaining), 1)
+    return Collected(remaining, dict(sorted(dropped.items())), present, largest)
 
 
 def _requests(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
@@ -113,6 +121,8 @@ def _row(
     request: Conversation, least_rating: float, labels: Sequence[str], *, writes: bool
 ) -> tuple[str, dict[str, Any] | None]:
     """Return the kind and the row; None, and the reason in place of the kind, where it teaches nothing."""
+    if request.is_batch:
+        return "of several texts in one request", None
     if not writes:
         label = request.label or request.correction
         if label is None:
@@ -174,22 +184,23 @@ def words_of(row: Mapping[str, Any]) -> list[str]:
     return re.findall(r"\w+", " ".join(asked_texts(row)).lower())
 
 
+def _grams(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[offset:] for offset in range(GRAM)), strict=False)
+
+
 class Contamination:
     """Knows the rows that models are measured on."""
 
     def __init__(self, measured: Iterable[Mapping[str, Any]]):
-        self._texts: set[str] = set()
-        self._grams: set[tuple[str, ...]] = set()
-        for row in measured:
-            words = words_of(row)
-            self._texts.add(" ".join(words))
-            self._grams.update(zip(*(words[offset:] for offset in range(GRAM)), strict=False))
+        self._texts = {" ".join(words_of(row)) for row in measured}
+        counts = Counter(gram for text in self._texts for gram in set(_grams(text.split(" "))))
+        most = max(2, min(COMMON, len(self._texts) // 10))
+        self._grams = {gram for gram, count in counts.items() if count <= most}
 
     def touches(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row asks what a measured row asks, or shares GRAM words in a row with one."""
         words = words_of(row)
-        grams = zip(*(words[offset:] for offset in range(GRAM)), strict=False)
-        return " ".join(words) in self._texts or any(gram in self._grams for gram in grams)
+        return " ".join(words) in self._texts or any(gram in self._grams for gram in _grams(words))
 
 
 # -- files of rows, of this user alone

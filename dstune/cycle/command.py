@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
-from dstune.cycle.settings import CycleSettings, read_settings
+from dstune.cycle.settings import AutoPromote, CycleSettings, read_settings
 
 ACTIONS = ("run", "status", "promote", "rollback", "schedule")
 
@@ -22,6 +23,10 @@ def main(argv: list[str]) -> int:
     if arguments.action != "schedule" and (arguments.scheduler or arguments.output):
         raise UserError(Problem("--for", "is for `schedule` alone", "dstune cycle CONFIG schedule --for cron"))
     settings = read_settings(arguments.config)
+    if arguments.auto_promote:
+        if arguments.action != "run":
+            raise UserError(Problem("--auto-promote", "is for a cycle alone", "dstune cycle CONFIG --auto-promote"))
+        settings = replace(settings, auto_promote=settings.auto_promote or AutoPromote())
     if arguments.action == "schedule":
         from dstune.cycle.schedule import write_schedule
 
@@ -30,6 +35,7 @@ def main(argv: list[str]) -> int:
     if arguments.action == "status":
         _show(_status(settings), as_json=arguments.json)
         return EXIT_DONE
+    from dstune.cycle.page import write_page
     from dstune.cycle.steps import Cycle, locked
 
     with locked(settings.folder):
@@ -38,10 +44,13 @@ def main(argv: list[str]) -> int:
             result = {"decision": decision, **_status(settings)}
         else:
             result = _decide(settings, arguments.action, arguments.by or getpass.getuser(), arguments.reason)
+        page = write_page(settings.folder, settings.alias)
     if arguments.json:
         print(json.dumps(result))
-    elif arguments.action != "run":
-        _show(result, as_json=False)
+    else:
+        if arguments.action != "run":
+            _show(result, as_json=False)
+        print(f"page: {page}")
     return EXIT_DONE
 
 
@@ -63,6 +72,13 @@ def _parser() -> VerbParser:
         choices=ACTIONS,
         default="run",
         help="run (default) goes on where the last cycle was stopped; promote and rollback are a person's",
+    )
+    bounds = AutoPromote()
+    parser.add_argument(
+        "--auto-promote",
+        action="store_true",
+        help="promote without a person within the bounds of `auto_promote`; where CONFIG has none, if the gain on at least "
+        f"{bounds.least_new_rows} held-out new rows lies above {bounds.least_gain:g}",
     )
     parser.add_argument("--by", metavar="NAME", help="who decides, for the ledger (default: the user of the process)")
     parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the ledger")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dstune.cycle.settings import Gates
-from dstune.grading.paired import paired_interval
+from dstune.grading.paired import bootstrap_means, interval, paired_interval
 from dstune.protocols import PROBES
 from dstune.protocols.probe import Probe, asked
 
@@ -19,6 +19,8 @@ SLICE_ROWS = 20
 """Rows of a slice below which it is not judged."""
 FEWEST = 5
 """Rows of a set below which it is not judged."""
+
+KEY = "key "
 
 Row = Mapping[str, Any]
 Scores = Callable[[Sequence[Row]], np.ndarray]
@@ -70,6 +72,26 @@ def compare(name: str, scores: tuple[np.ndarray, np.ndarray], margin: float, res
     return GateResult(
         name, len(difference), float(current.mean()), float(candidate.mean()), low, high, margin, passed, reason
     )
+
+
+def compare_keys(hits: np.ndarray, keys: Sequence[str], gap: float, resamples: int) -> list[GateResult]:
+    """Hold each key's rows against those of the others: the candidate has learned from all, and still contradicts one that gives
+    wrong labels. A key passes unless its share of hits is surely lower than that of the others by more than `gap`.
+
+    hits: 1 where the candidate gives the row's label [rows]. keys: who gave the row [rows]. The results' `current` is of the other
+    keys' rows, `candidate` of this one's.
+    """
+    names, results = np.array(keys), []
+    for name in sorted(set(keys)):
+        its, others = hits[names == name], hits[names != name]
+        if min(len(its), len(others)) < SLICE_ROWS:
+            continue
+        low, high = interval(bootstrap_means(its, resamples) - bootstrap_means(others, resamples, seed=1))
+        share, other_share = float(its.mean()), float(others.mean())
+        reason = f"right in {share:.0%} of its rows, and in {other_share:.0%} of the others"
+        result = GateResult(f"{KEY}{name}", len(its), other_share, share, low, high, gap, high >= -gap, reason)
+        results.append(result)
+    return results
 
 
 def judge(

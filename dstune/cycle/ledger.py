@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ class Ledger:
             self.append(cycle, step, decision, reason, **facts)
 
     def append(self, cycle: int, step: str, decision: str, reason: str, **facts: Any) -> None:
-        """Append a line."""
-        line = {"cycle": cycle, "step": step, "decision": decision, "reason": reason, **facts}
+        """Append a line, with the time in UTC."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = {"cycle": cycle, "step": step, "decision": decision, "reason": reason, "time": now, **facts}
         with files.append(self._path, mode=0o600) as stream:
             stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self.lines.append(line)

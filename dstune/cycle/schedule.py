@@ -12,13 +12,22 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.cycle.settings import CycleSettings
 
+SCRIPT = "dstune_cycle.py"
+SCRIPT_TEXT = """import sys
+
+from dstune.cli import main
+
+# A task that ends by SystemExit counts as failed, even with 0.
+if code := main(["cycle", *sys.argv[1:]]):
+    sys.exit(code)
+"""
 NAMES = {"cron": "cycle.cron", "slurm": "cycle.sbatch", "databricks": "databricks.yml"}
 
 
 def write_schedule(config: Path, settings: CycleSettings, kind: str, output: Path | None) -> Path:
     """Write what runs `dstune cycle CONFIG` once a day, and return the file. Raises UserError."""
     path = config.absolute()
-    for place in (str(path), str(settings.folder)):
+    for place in (str(path), str(settings.folder), str(Path.cwd())):
         if not place.isprintable() or "%" in place:  # cron ends a command at a percent sign
             raise UserError(
                 Problem("CONFIG", "its path has a character that schedulers change", "another folder", place)
@@ -30,12 +39,19 @@ def write_schedule(config: Path, settings: CycleSettings, kind: str, output: Pat
         raise UserError(Problem("--output", "exists already", "give another file, or remove it", str(target)))
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write(target, content)
+    if kind == "databricks":
+        files.write(target.with_name(SCRIPT), SCRIPT_TEXT)
     return target
+
+
+def _here() -> str:
+    """Enter the present folder: runs may name their data as it is seen from there."""
+    return f"cd {shlex.quote(str(Path.cwd()))}"
 
 
 def _cron(words: list[str], settings: CycleSettings) -> str:
     log = shlex.quote(str(settings.folder / "cycle.log"))
-    return f"# crontab FILE\n17 3 * * * {shlex.join(words)} >> {log} 2>&1\n"
+    return f"# crontab FILE\n17 3 * * * {_here()} && {shlex.join(words)} >> {log} 2>&1\n"
 
 
 def _slurm(words: list[str], settings: CycleSettings) -> str:
@@ -47,6 +63,7 @@ def _slurm(words: list[str], settings: CycleSettings) -> str:
         "#SBATCH --time=12:00:00",
         "#SBATCH --dependency=singleton",
         f"#SBATCH --output={settings.folder / 'cycle-%j.log'}",
+        f"{_here()} || exit",
         f"sbatch --begin=now+1day {script}",
         f"exec {shlex.join(words)}",
     ]
@@ -62,7 +79,7 @@ def _databricks(words: list[str], settings: CycleSettings) -> str:
         "tasks": [
             {
                 "task_key": "cycle",
-                "spark_python_task": {"python_file": "dstune_cycle.py", "parameters": words[-1:]},
+                "spark_python_task": {"python_file": f"./{SCRIPT}", "parameters": words[-1:]},
                 "existing_cluster_id": "${var.cluster_id}",
                 "max_retries": 2,
             }
@@ -74,8 +91,5 @@ def _databricks(words: list[str], settings: CycleSettings) -> str:
         "resources": {"jobs": {"dstune_cycle": job}},
         "targets": {"prod": {"mode": "production"}},
     }
-    head = (
-        "# Beside this file, dstune_cycle.py:\n"
-        "#   import sys; from dstune.cli import main; sys.exit(main(['cycle', *sys.argv[1:]]))\n"
-    )
+    head = "# The parameter is where the cluster finds the file of the cycle, and its paths are those of the cluster.\n"
     return head + yaml.safe_dump(bundle, sort_keys=False)

@@ -29,6 +29,8 @@ class Gates:
     slice_margin: float = 0.05
     swaps: tuple[tuple[str, str], ...] = ()
     """Pairs of words (he, she): how often an answer changes when they are exchanged may not grow."""
+    key_gap: float = 0.3
+    """Of a classifier: how much rarer the candidate may give the labels of one key than those of the others."""
     safety: str | None = None
     """Prompts with `expected` or a `pattern` (a regular expression) that the answer has to match."""
     canaries: str | None = None
@@ -71,6 +73,8 @@ class CycleSettings:
     """From which a person has accepted an answer."""
     share_per_key: float = 0.2
     """Of the new rows, at most so many from one key: nobody can teach the model alone."""
+    exclude_keys: tuple[str, ...] = ()
+    """Keys whose rows are not learned."""
     hold_out: float = 0.2
     """Of the new rows, those that are never trained on: the candidate is measured on them."""
     replay: float = 0.5
@@ -97,6 +101,7 @@ RANGES = {
     "slice_margin": (0.0, 100.0),
     "probe_margin": (0.0, 1.0),
     "memorised": (0.0, 1.0),
+    "key_gap": (0.0, 1.0),
     "least_gain": (-100.0, 100.0),
     "least_rows": (1, 10**9),
     "least_new_rows": (1, 10**9),

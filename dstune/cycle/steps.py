@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dstune.config.run_file import plugins_of
+from dstune.config.run_file import plugins_of, read_run
 from dstune.config.schema import RunConfig
 from dstune.config.validate import answers_no_questions
 from dstune.core import files
@@ -21,7 +21,7 @@ from dstune.core.parsing import object_in
 from dstune.cycle import collect as rows_of
 from dstune.cycle import training
 from dstune.cycle.collect import Contamination, Row, digest_of_row, load, read_rows, save, write_rows
-from dstune.cycle.gates import judge, judge_memory
+from dstune.cycle.gates import KEY, compare_keys, judge, judge_memory
 from dstune.cycle.judges import judge_of
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
@@ -48,6 +48,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_task(config: RunConfig) -> None:
+    """Raises UserError unless the run's task learns from rows that feedback gives: texts with one label, or conversations."""
+    task = task_of(config.task)
+    has_one_label = "text_label" in task.formats and task.has_labels and not task.several_labels
+    if not has_one_label and not (task.generates and "messages" in task.formats):
+        reason = "its task learns from rows that feedback does not give: what clients say is one label, or an answer"
+        fix = "a run of task=classification (one label a text) or task=chat"
+        raise UserError(Problem("run", reason, fix, f"task={config.task.name}"))
 
 
 class Cycle:
@@ -77,6 +87,7 @@ class Cycle:
 
     def run(self) -> str:
         """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
+        check_task(read_run(self.settings.run / "run.yaml").config)
         self._refuse_gates_of_text()
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._first_version()
@@ -152,7 +163,7 @@ class Cycle:
         start = self._start()
         return {
             "rows": len(clean), "held_out": len(held_out), "dropped": dropped, "forgotten": forgotten,
-            "digest": digest, "tried": tried and not forgotten, "start": start,
+            "digest": digest, "tried": tried and not forgotten, "start": start, "largest_key": collected.largest_key,
         }  # fmt: skip
 
     def _collected(self, number: int) -> dict[str, Any]:
@@ -258,26 +269,32 @@ class Cycle:
             *((row.row, number) for row, number in rows_before if not row.is_held_out),
         ]
         taught = [(row.row, number) for row, number in new if not row.is_held_out]
+        # Rows of former trainings may ask what is measured since: a test set that is new, a held-out user's question.
+        measured = Contamination([*self._measured(parts), *self._held_out_rows()])
+        count = len(taught) + len(old)
+        taught, old = ([entry for entry in rows if not measured.touches(entry[0])] for rows in (taught, old))
         for name, rows in (("train", taught), ("old", old)):
             write_rows(self.place / f"{name}.jsonl", [row for row, _ in rows])
             origins = [{"digest": digest_of_row(row), "cycle": number} for row, number in rows]
             write_rows(self.place / f"lineage-{name}.jsonl", origins)
-        write_rows(self.place / "validation.jsonl", parts.get("validation", []))
+        held_out = parts.get("validation", [])
+        write_rows(self.place / "validation.jsonl", held_out)
         run, labels = self.place / "run", training.labels_of_run(self.settings.run)
         overrides = training.training_overrides(
             self.settings, self.place / "train.jsonl", self.place / "old.jsonl",
-            self.place / "validation.jsonl", self.version,
+            self.place / "validation.jsonl" if held_out else None, self.version,
         )  # fmt: skip
         base = training.config_from_version(config, self._folder_of(start))
         training.prepare_run(run, base, overrides, labels, plugins_of(self.settings.run / "run.yaml"))
         training.train(run)
         from dstune.launch import records
 
-        digest = training.export_model(run, self._folder_of(self.version))
+        digest = training.export_model(run, self._folder_of(self.version), with_reference=bool(held_out))
         steps = (records.read_result(run) or {}).get("steps", 0)
         lineage = digest_of_row({"rows": sorted(digest_of_row(row) for row, _ in [*taught, *old])})
         return {
             "version": self.version, "start": start, "steps": steps, "new": len(taught), "old": len(old),
+            "left_out": count - len(taught) - len(old),
             "weights": digest, "lineage": lineage, "rows_of": since,
         }  # fmt: skip
 
@@ -286,9 +303,8 @@ class Cycle:
     def judge(self) -> tuple[str, str, dict[str, Any]]:
         """Hold the candidate against the current version."""
         result = self._result("judge", self._judge)
-        failed = [gate["name"] for gate in result["gates"] if not gate["passed"]]
-        reason = f"worse on {', '.join(failed)}" if failed else f"{len(result['gates'])} gates passed"
-        return "failed" if failed else "passed", reason, result
+        failed = _failures(result["gates"])
+        return ("failed", failed, result) if failed else ("passed", f"{len(result['gates'])} gates passed", result)
 
     def _judge(self) -> dict[str, Any]:
         config, parts = self._base
@@ -303,10 +319,17 @@ class Cycle:
         )
         taught = [dict(row) for row in read_rows(self.place / "train.jsonl")][:MOST_RECITED]
         results += judge_memory(gates, taught, judges[0], judges[1])
+        said = load(self._rows_file(self.number))
+        if said and task_of(config.task).has_labels:
+            hits = judges[1].scores([row.row for row in said])
+            results += compare_keys(hits, [row.key for row in said], gates.key_gap, gates.bootstrap)
         return {"current": current, "gates": [asdict(result) for result in results]}
 
     def _test_sets(self) -> dict[str, list[dict[str, Any]]]:
-        return {spec: _file_rows(spec) for spec in self.settings.gates.tests}
+        specs = self.settings.gates.tests
+        names = Counter(Path(spec).name for spec in specs)
+        short = {spec: spec if "://" in spec or names[Path(spec).name] > 1 else Path(spec).name for spec in specs}
+        return {short[spec]: _file_rows(spec) for spec in specs}
 
     def _prompts(self) -> dict[str, list[dict[str, Any]]]:
         spec_by_name = {"safety": self.settings.gates.safety, "canaries": self.settings.gates.canaries}
@@ -332,12 +355,14 @@ class Cycle:
         return decision, reason, {"version": self.version, "weights": trained["weights"]}
 
     def _decision(self, gates: list[dict[str, Any]]) -> tuple[str, str]:
-        failed = [gate["name"] for gate in gates if not gate["passed"]]
-        if failed:
-            return "refused", f"worse than the current version on {', '.join(failed)}"
-        if not gates:
+        if failed := _failures(gates):
+            return "refused", failed
+        if all(gate["name"].startswith(KEY) for gate in gates):
             return "refused", "no gate had enough rows to judge"
         bounds, new = self.settings.auto_promote, next((gate for gate in gates if gate["name"] == NEW_ROWS), None)
+        largest, most = self._collected(self.number).get("largest_key", 0.0), self.settings.share_per_key
+        if bounds is not None and largest > most:
+            return "challenges", f"one key gave {largest:.0%} of the rows, more than {most:.0%}: a person decides"
         if bounds is not None and new is not None:
             enough = new["rows"] >= bounds.least_new_rows and new["low"] > bounds.least_gain
             interval = f"gain on {new['rows']} new rows from {new['low']:+.4f}"
@@ -345,6 +370,15 @@ class Cycle:
                 return "promoted", f"within the bounds of auto_promote: {interval}"
             return "challenges", f"outside the bounds of auto_promote ({interval}): a person decides"
         return "challenges", f"{self.settings.share:.0%} of the traffic; a person promotes it"
+
+
+def _failures(gates: Iterable[Mapping[str, Any]]) -> str:
+    """What a candidate did not pass; empty where it passed all."""
+    failed = [gate for gate in gates if not gate["passed"]]
+    keys = [gate for gate in failed if gate["name"].startswith(KEY)]
+    worse = [gate["name"] for gate in failed if gate not in keys]
+    parts = [f"{gate['name']} contradicts the others ({gate['reason']}): exclude_keys leaves it out" for gate in keys]
+    return "; ".join([*([f"worse than the current version on {', '.join(worse)}"] if worse else []), *parts])
 
 
 def _without_copies(

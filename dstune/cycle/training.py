@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from dstune.config.overrides import quoted
 from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import RunConfig
+from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, TrainingFailed
 from dstune.cycle.settings import CycleSettings
 from dstune.launch import records
@@ -45,13 +47,17 @@ def _without_adapters(config: MethodConfig) -> MethodConfig:
     return replace(config, **{key: getattr(default, key) for key in naming})
 
 
-def training_overrides(settings: CycleSettings, rows: Path, old: Path, validation: Path, name: str) -> list[str]:
-    """Return what differs from the settings of the first run, beside its model."""
+def training_overrides(settings: CycleSettings, rows: Path, old: Path, validation: Path | None, name: str) -> list[str]:
+    """Return what differs from the settings of the first run, beside its model. validation: None where it held out no rows."""
     forgetting = {"replay": settings.replay, "l2sp": settings.l2sp, "ewc": settings.ewc}
     needs_old = settings.replay > 0 or settings.ewc > 0
     return [
         f"data.train={quoted(str(rows))}",
-        f"data.validation={quoted(str(validation))}",
+        *(
+            ["data.validation=null", "data.split.validation=0"]
+            if validation is None
+            else [f"data.validation={quoted(str(validation))}"]
+        ),
         "data.test=null",
         "data.format=auto",
         "data.columns={}",
@@ -78,6 +84,7 @@ def prepare_run(
 
 def train(run: Path) -> None:
     """Start the run, or continue it. Raises Preempted, TrainingFailed."""
+    _wait_for_orphan(run)
     result = records.read_result(run)
     if result is not None and result.get("status") == "completed":
         return
@@ -87,6 +94,15 @@ def train(run: Path) -> None:
         raise Preempted(f"the training in {run} was stopped: repeat the command to go on")
     if code != EXIT_DONE:
         raise TrainingFailed(f"the training in {run} ended with exit code {code}: see its logs")
+
+
+def _wait_for_orphan(run: Path) -> None:
+    """Wait until no other process trains in the folder: that of a cycle that was killed goes on without it."""
+    descriptor = files.open_plain(run / records.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
 
 
 def labels_of_run(run: Path) -> tuple[str, ...]:
@@ -99,12 +115,19 @@ def labels_of_run(run: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def export_model(run: Path, target: Path) -> str:
-    """Export the whole model of a run's newest checkpoint, unless it is there. Returns the digest of its weights."""
+def export_model(run: Path, target: Path, *, with_reference: bool = True) -> str:
+    """Export the whole model of a run's newest checkpoint, unless it is there. Returns the digest of its weights.
+
+    with_reference: with rows that a server holds the version against; it takes those that the run held out. Without any it would
+    be training rows, which may be deleted some day.
+    """
     from dstune.checkpoint.export import export_checkpoint, find_checkpoint
+    from dstune.inference.reference import add_reference
 
     if not target.is_dir():
         export_checkpoint(run, find_checkpoint(run, "last"), target, merge=True)
+    if with_reference:
+        add_reference(target, run)
     return weights_digest(target)
 
 

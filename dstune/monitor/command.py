@@ -26,7 +26,7 @@ from dstune.monitor.vectors import WORDS, embed
 EXIT_DRIFT = 3
 RESULT, PAGE = "monitor.json", "report.html"
 BLIND_SPOTS = (
-    "answers that became wrong while the questions stayed the same, unless clients give labels, corrections or ratings",
+    "answers that have become wrong although people ask as before: only labels, corrections and ratings show them",
     "rows that are too few to show in the power stated above",
     "what the logs lack: failed requests, text beyond 16 turns or 8,000 characters of one, and what redaction masked",
     "users who depend on each other: conversations count as independent (--one-per user takes one of each user)",

@@ -40,6 +40,8 @@ class Conversation:
     answer: str | None = None
     requests: tuple[str, ...] = ()
     """Ids of all requests of it."""
+    is_batch: bool = False
+    """Whether its request had several texts: a label or a correction of it says nothing about any of them."""
 
     @property
     def text(self) -> str:
@@ -49,6 +51,12 @@ class Conversation:
     def digest(self) -> str:
         """Tells the conversation again without keeping a word of it."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def is_batch(body: Mapping[str, Any]) -> bool:
+    """Whether a request asks several texts at once."""
+    lists = (body[name] for name in PROMPT_FIELDS if isinstance(body.get(name), list) and not _is_messages(body[name]))
+    return any(len(values) > 1 for values in lists)
 
 
 def asked_texts(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.data_schema import DataConfig, OnBadRow
 from dstune.config.run_file import read_run
@@ -20,6 +20,10 @@ from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
 from dstune.monitor.conversations import Conversation, asked_texts
+
+if TYPE_CHECKING:
+    from dstune.data.ingest import Table
+    from dstune.data.labels import ChosenRows
 
 TIMES = ("created", "created_at", "time", "timestamp", "date")
 USERS = ("user", "user_hash", "user_id")
@@ -63,30 +67,48 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
 
     Raises UserError.
     """
-    from dstune.data.bad_rows import BadRows
-    from dstune.data.ingest import ingest
+    from dstune.config.forgetting import general_rows, measured_alone, mixes_in
+    from dstune.data.labels import ChosenRows
     from dstune.data.parts import choose
-    from dstune.data.row_sources import find_inputs
 
     config = read_run(run / "run.yaml", use=Use.rows).config
+    general = general_rows(config) if mixes_in(config) else None
+    if general is not None:
+        config = measured_alone(config)
     if config.data.streaming or config.data.mixture:
         key = "data.streaming" if config.data.streaming else "data.mixture"
         reason = "the training rows of a stream or a mixture are not read again"
         raise UserError(Problem(key, reason, "--reference FILE with rows as they were at training time", str(run)))
-    bad = BadRows(OnBadRow.skip)
     with tempfile.TemporaryDirectory(prefix="dstune-rows-") as scratch:
-        tables = {
-            part: ingest(inputs_of_part[""].files, inputs_of_part[""].config, Path(scratch) / f"{part}.arrow", bad)
-            for part, inputs_of_part in find_inputs(config).items()
-            if part in ("train", "validation", "test")
-        }
-        parts = {}
-        for part, rows in choose(tables, config).items():
-            order = rows.indices[rows.hashes.argsort(kind="stable")[:most]]
-            parts[part] = [
-                (rows.table.place(number), parse_json(rows.table.data[number]["row"])) for number in order.tolist()
-            ]
-    return config, parts
+        chosen = choose(_tables(config, Path(scratch)), config)
+        parts = {part: _lowest(rows, most) for part, rows in chosen.items()}
+        if general is not None:  # `forgetting.replay`: rows that were trained on beside those of the task
+            folder = Path(scratch) / "general"
+            folder.mkdir()
+            table = _tables(general, folder)["train"]
+            parts["train"] = sorted([*parts["train"], *_lowest(ChosenRows(table, table.rows), most)])[:most]
+        return config, {part: [(place, parse_json(row)) for _, place, row in rows] for part, rows in parts.items()}
+
+
+def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
+    """The rows of a configuration by part, in files of the folder."""
+    from dstune.data.bad_rows import BadRows
+    from dstune.data.ingest import ingest
+    from dstune.data.row_sources import find_inputs
+
+    bad = BadRows(OnBadRow.skip)
+    return {
+        part: ingest(inputs[""].files, inputs[""].config, folder / f"{part}.arrow", bad)
+        for part, inputs in find_inputs(config).items()
+        if part in ("train", "validation", "test")
+    }
+
+
+def _lowest(rows: ChosenRows, most: int | None) -> list[tuple[int, str, str]]:
+    """Hash, place and JSON of at most so many rows, those with the lowest hashes."""
+    order = rows.hashes.argsort(kind="stable")[:most]
+    numbers = zip(rows.hashes[order].tolist(), rows.indices[order].tolist(), strict=True)
+    return [(lot, rows.table.place(number), rows.table.data[number]["row"]) for lot, number in numbers]
 
 
 def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newest: bool = False) -> FileRows:

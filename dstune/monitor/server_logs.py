@@ -11,7 +11,7 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
-from dstune.monitor.conversations import Conversation, asked_texts, joined
+from dstune.monitor.conversations import Conversation, asked_texts, is_batch, joined
 
 REQUESTS = "requests"
 """The folder of the logs in that of the server."""
@@ -110,6 +110,7 @@ def _conversation(row: Mapping[str, Any]) -> Conversation | None:
         fields=fields,
         answer=_answer_text(answer),
         requests=tuple(str(name) for name in (row["id"], row.get("response")) if name),
+        is_batch=is_batch(body),
     )
 
 
@@ -118,11 +119,12 @@ def _seconds(moment: datetime.datetime) -> float:
 
 
 def _answer_text(answer: Any) -> str | None:
-    """Return what the model said, in the forms that the server's routes and its log of streams have."""
+    """Return what the model said, in the forms that the server's routes and its log of streams have. None of several answers: which
+    one a rating means is not known."""
     if isinstance(answer, list):
-        return answer[0] if answer and isinstance(answer[0], str) else None
+        return answer[0] if len(answer) == 1 and isinstance(answer[0], str) else None
     choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         return None
     message = choices[0].get("message")
     text = message.get("content") if isinstance(message, dict) else choices[0].get("text")
@@ -135,8 +137,8 @@ def _with_words(
     words = next((said[name] for name in conversation.requests if name in said), {})
     return replace(
         conversation,
-        label=words.get("label"),
-        correction=words.get("correction"),
+        label=None if conversation.is_batch else words.get("label"),
+        correction=None if conversation.is_batch else words.get("correction"),
         rating=words.get("rating"),
         is_flagged=flagged.get(conversation.place) if flagged else None,
     )

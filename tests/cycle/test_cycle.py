@@ -14,7 +14,7 @@ from dstune.cycle import training
 from dstune.cycle.registry import Registry
 from dstune.monitor.row_files import read_run_parts
 from tests.support.served_runs import save_run
-from tests.support.tiny import WORDS, save_encoder, write_labelled
+from tests.support.tiny import WORDS, save_decoder, save_encoder, write_dialogues, write_labelled
 
 OVERRIDES = [
     "trainer.max_steps=6",
@@ -137,3 +137,38 @@ def test_a_deleted_row_is_gone_from_the_next_version(base: Path, tmp_path: Path)
     assert victim["text"] not in rows and set(trained) - {victim["text"]} < set(rows)
     for file in (tmp_path / "cycle").rglob("*.jsonl"):
         assert victim["text"] not in file.read_text(), file
+
+
+@pytest.mark.slow
+def test_a_chat_model_learns_corrections_and_accepted_answers(tmp_path: Path) -> None:
+    rows = write_dialogues(tmp_path / "dialogues.jsonl", 60)
+    save_run(tmp_path / "run", save_decoder(tmp_path / "model"), rows, "task=chat", "method=full", scale=0.02)
+    choose = random.Random(3)
+    said = []
+    for number in range(80):
+        asked = [{"role": "user", "content": " ".join(choose.choices(WORDS, k=6))}]
+        word = {"correction": " ".join(choose.choices(WORDS, k=4))} if number % 2 else {"rating": number % 4 / 2}
+        said.append(
+            {
+                "id": f"r{number}",
+                "key": f"k{number % 5}",
+                "user": f"u{number}",
+                "messages": asked,
+                "answer": "w1",
+                **word,
+            }
+        )
+    (tmp_path / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    settings = {"overrides": [*OVERRIDES, "data.max_length=64"], "ewc": 1.0, "l2sp": 0.1}
+    config = write_config(
+        tmp_path, tmp_path, gates={"margin": 10, "swaps": [["w1", "w2"]], "bootstrap": 200}, **settings
+    )
+    assert main(["cycle", str(config)]) == 0
+    steps = {line["step"]: line for line in ledger(tmp_path)}
+    assert steps["collect"]["dropped"] == {"without a correction or an accepted answer": 20}
+    trained = [json.loads(line) for line in (tmp_path / "cycle/cycles/0001/train.jsonl").read_text().splitlines()]
+    answers = {row["messages"][-1]["content"] for row in trained}
+    assert answers <= {row.get("correction", "w1") for row in said} and len(answers) > 10
+    gates = {gate["name"]: gate for gate in steps["judge"]["gates"]}
+    assert gates["new rows"]["candidate"] > gates["new rows"]["current"]  # log-probability of what people said
+    assert steps["register"]["decision"] == "challenges"

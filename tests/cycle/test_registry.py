@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.cycle.collect import Contamination, Row, _limited, digest_of_row
-from dstune.cycle.gates import Gates, Judge, compare, judge, swapped_row
+from dstune.cycle.gates import Gates, Judge, compare, compare_keys, judge, swapped_row
 from dstune.cycle.gateway_routes import Aliases, conversation_name
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry, chosen_version
 from dstune.cycle.schedule import write_schedule
-from dstune.cycle.settings import read_settings
+from dstune.cycle.settings import AutoPromote, CycleSettings, read_settings
+from dstune.cycle.steps import Cycle, check_task
 
 
 def registry(folder: Path) -> Registry:
@@ -115,6 +117,10 @@ def test_rows_that_are_measured_are_not_trained_on() -> None:
     assert measured.touches({"text": f"well {long[:-9]}"})
     assert not measured.touches({"text": "the plot is thin"})
     assert not measured.touches({"text": "one two three"})
+    template = "Say in one word whether this review of a film is fresh or rotten, please:"
+    measured = Contamination([{"text": f"{template} review {number}"} for number in range(5)])
+    assert measured.touches({"text": f"{template} review 3"})
+    assert not measured.touches({"text": f"{template} another"})  # what all measured rows share is no question
 
 
 def test_a_candidate_passes_unless_it_may_be_worse() -> None:
@@ -146,6 +152,59 @@ def test_gates_look_at_slices_words_and_prompts() -> None:
     broken = Judge(current.scores, lambda rows: ["c" for _ in rows])
     results = {result.name: result for result in judge(gates, {}, prompts, current, broken)}
     assert not results["canaries"].passed and not results["safety"].passed
+
+
+def test_a_key_that_contradicts_the_others_is_found() -> None:
+    generator = np.random.default_rng(0)
+    keys = ["good"] * 200 + ["worse"] * 40 + ["wrong"] * 40 + ["few"] * 5
+    chance = {"good": 0.95, "worse": 0.8, "wrong": 0.2, "few": 0.0}
+    hits = (generator.random(len(keys)) < [chance[key] for key in keys]).astype(float)
+    results = {result.name: result for result in compare_keys(hits, keys, 0.3, 500)}
+    assert {name: result.passed for name, result in results.items()} == {
+        "key good": True, "key worse": True, "key wrong": False,
+    }  # fmt: skip
+    assert compare_keys(hits[:200], keys[:200], 0.3, 500) == []  # nobody to be compared with
+
+
+@pytest.mark.parametrize(
+    ("changes", "largest_key", "decision"),
+    [
+        ({}, 0.2, "promoted"),
+        ({"rows": 49}, 0.2, "challenges"),
+        ({"low": 0.01}, 0.2, "challenges"),
+        ({}, 0.21, "challenges"),  # one key stands behind more of the rows than it may
+        ({"passed": False}, 0.2, "refused"),
+        ({"name": "key a"}, 0.2, "refused"),  # nothing says that the candidate is as good
+    ],
+)
+def test_nobody_is_asked_within_the_bounds_alone(
+    tmp_path: Path, changes: dict[str, object], largest_key: float, decision: str
+) -> None:
+    bounds = AutoPromote(least_gain=0.01, least_new_rows=50)
+    cycle = Cycle(CycleSettings(tmp_path / "run", tmp_path, "rows.jsonl", auto_promote=bounds))
+    cycle.place.mkdir(parents=True)
+    (cycle.place / "collect.json").write_text(json.dumps({"largest_key": largest_key}))
+    gate = {"name": "new rows", "rows": 50, "low": 0.02, "passed": True, "reason": "because"} | changes
+    assert cycle._decision([gate])[0] == decision
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        (["task=classification", "task.labels=[a,b]"], False),
+        (["task=chat"], False),
+        (["task=classification", "task.labels=[a,b]", "task.multi_label=true"], True),
+        (["task=embedding"], True),
+        (["task=preference"], True),
+    ],
+)
+def test_tasks_that_feedback_cannot_teach_are_refused(words: list[str], is_refused: bool) -> None:
+    config = compose(["model.path=/nowhere", "data=files", "data.train=rows.jsonl", *words]).config
+    if is_refused:
+        with pytest.raises(UserError, match="feedback"):
+            check_task(config)
+    else:
+        check_task(config)
 
 
 def test_words_are_exchanged_as_they_are_written() -> None:
@@ -185,11 +244,13 @@ def test_schedulers_get_files_that_they_take(tmp_path: Path) -> None:
     settings = read_settings(path)
     line = write_schedule(path, settings, "cron", None).read_text().splitlines()[-1]
     assert line.split(maxsplit=5)[:5] == ["17", "3", "*", "*", "*"] and str(path) in line
+    assert line.split(maxsplit=5)[5].startswith(f"cd {Path.cwd()} && ")  # cron starts in another folder
     script = write_schedule(path, settings, "slurm", None)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     assert all(text.startswith("#SBATCH --") for text in script.read_text().splitlines() if text.startswith("#SBATCH"))
     bundle = yaml.safe_load(write_schedule(path, settings, "databricks", None).read_text())
     (task,) = bundle["resources"]["jobs"]["dstune_cycle"]["tasks"]
-    assert task["spark_python_task"]["parameters"] == [str(path)]
+    assert task["spark_python_task"] == {"python_file": "./dstune_cycle.py", "parameters": [str(path)]}
+    compile((tmp_path / "cycle" / "dstune_cycle.py").read_text(), "dstune_cycle.py", "exec")
     with pytest.raises(UserError, match="exists already"):
         write_schedule(path, settings, "cron", None)

@@ -12,17 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dstune.config.compose import compose
+from dstune.config.forgetting import with_replay
+from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.monitor import row_files
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
 from dstune.monitor.gather import Reference, _add_model_signals, read_live
-from dstune.monitor.row_files import conversation_of_row, read_file_rows
-from dstune.monitor.server_logs import log_folder, read_log
+from dstune.monitor.row_files import conversation_of_row, read_file_rows, read_run_parts
+from dstune.monitor.server_logs import _conversation, _with_words, log_folder, read_log
 from dstune.monitor.signals import SignalTable
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.tasks.classification.config import ClassificationConfig
 from tests.support.configs import run_config
 from tests.support.serving import chat, served
+from tests.support.tiny import write_labelled
 
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
 
@@ -184,3 +188,39 @@ def test_the_logs_of_a_server_are_read_where_they_lie(tmp_path: Path) -> None:
     assert other.texts == ("three",) and other.user != conversation.user
     assert conversation.answer is not None and conversation.version
     assert read_log(state / "requests", 4e9) == []
+
+
+def test_rows_that_a_run_replayed_are_among_those_that_it_was_trained_on(tmp_path: Path) -> None:
+    """As runs of `dstune cycle` do: `run.yaml` has a mixture of both."""
+    rows, old = write_labelled(tmp_path / "rows.jsonl", 40), write_labelled(tmp_path / "old.jsonl", 30, seed=1)
+    words = ["model.path=/nowhere", "data=files", f"data.train={rows}", "data.split.validation=0.25"]
+    words += ["task=classification", "task.labels=[left,right]", "forgetting.replay=0.5", f"forgetting.general={old}"]
+    (tmp_path / "run").mkdir()
+    composed = compose(words)
+    write_run(tmp_path / "run" / "run.yaml", replace(composed, config=with_replay(composed.config)))
+    config, parts = read_run_parts(tmp_path / "run")
+    assert config.data.train == str(rows) and not config.data.mixture
+    texts = [{json.loads(line)["text"] for line in path.read_text().splitlines()} for path in (rows, old)]
+    train, validation = ({row["text"] for _, row in parts[part]} for part in ("train", "validation"))
+    assert train | validation == texts[0] | texts[1] and texts[1] <= train and validation <= texts[0]
+    assert len(read_run_parts(tmp_path / "run", 25)[1]["train"]) == 25
+
+
+@pytest.mark.parametrize(
+    ("body", "answer", "label", "text"),
+    [
+        ({"input": "a"}, {}, "good", None),
+        ({"input": ["a"]}, {}, "good", None),
+        ({"input": ["a", "b"]}, {}, None, None),
+        ({"messages": CHAT[:2], "n": 2}, {"choices": [{"message": {"content": "x"}}, {"message": {}}]}, "good", None),
+        ({"messages": CHAT[:2]}, {"choices": [{"message": {"content": "x"}}]}, "good", "x"),
+    ],
+)
+def test_what_is_said_of_several_texts_at_once_is_said_of_none(
+    body: dict, answer: dict, label: str | None, text: str | None
+) -> None:
+    row = {"id": "r", "created": datetime.datetime.now(datetime.UTC), "status": 200, "request": json.dumps(body)}
+    conversation = _conversation(row | {"answer": json.dumps(answer)})
+    assert conversation is not None
+    said = _with_words(conversation, {"r": {"label": "good", "rating": 1.0}}, {})
+    assert (said.label, said.rating, said.answer) == (label, 1.0, text)
