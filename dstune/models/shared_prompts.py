@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dstune.core.errors import UserError
 from dstune.models.packing import TOLERANCE, Forward
 from dstune.models.spans import SPANS, attention_problem, known_spans, no_mask, refuse_unknown, window_of
 
@@ -170,7 +171,7 @@ def share_prompts(model: PreTrainedModel, forward: Forward, device: torch.device
     config = model.config.get_text_config()
     try:
         return _difference(forward, config.vocab_size, getattr(config, "sliding_window", None), device)
-    except (TypeError, ValueError, RuntimeError):  # a model's own code refuses such a row in words of its own
+    except (UserError, TypeError, ValueError, RuntimeError):  # `refuse_unknown`, or the model's own code
         return float("inf")
 
 

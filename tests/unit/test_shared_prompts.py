@@ -119,6 +119,15 @@ def test_rows_that_see_each_other_are_noticed(folder, monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_does_more_with_its_scores_gets_a_row_for_each_completion(folder):
+    model = load(folder)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False  # as of a model that looks at later positions too
+    head = PolicyHead(ReinforcementConfig(), model)
+    assert not head.share_prompts(model, CPU, SimpleNamespace(any=bool))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_other_attention_stays_as_it_was_chosen(folder):
     model = load(folder, attn_implementation="eager")
     assert share_prompts(model, model, CPU) is None
