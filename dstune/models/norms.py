@@ -224,4 +224,6 @@ def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     count = max(1, len(tensors[0]))
     if tensors[0].device.type == "cpu":
         count = max(1, BLOCK_ELEMENTS // tensors[0].shape[-1])
+    if len(tensors[0]) <= count:
+        return iter([tensors])
     return zip(*(tensor.split(count) for tensor in tensors), strict=True)

@@ -263,7 +263,7 @@ class Rollouts:
             [pack_scored(scored) for scored in batch] if not part.filler else []
             for part, batch in zip(parts, local_completions, strict=True)
         ]
-        everyone = world.gather(counted)
+        everyone = world.gather(counted) if world.size > 1 else [counted]
         ordered = [
             unpack_scored(packed)
             for position in range(len(counted))

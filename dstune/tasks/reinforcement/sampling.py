@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -285,6 +286,11 @@ def last_logits(model: nn.Module, ids: Tensor, mask: Tensor | None, positions: T
     return logits
 
 
-def _parameters(model: Any) -> Mapping[str, Any]:
+def _parameters(model: Any) -> frozenset[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters
+    return _names_of_parameters(getattr(base.forward, "__func__", base.forward))
+
+
+@lru_cache(maxsize=4)
+def _names_of_parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
