@@ -94,7 +94,7 @@ class Failed(Exception):
 
 
 def write_tensors(job: Job, path: Path) -> list[int]:
-    """Return the very rows that dstune will train, as one file of tensors [steps, ranks, batch, sequence]; returns how many
+    """Write the very rows that dstune will train, as one file of tensors [steps, ranks, batch, sequence]; returns how many
     tokens, padding left out, each step has."""
     import torch
 

@@ -27,8 +27,8 @@ _CHAT: dict[str, Mutation] = {
     ),
     "every_task_of_conversations_takes_arguments_from_the_row_and_from_the_run": undo(
         "data/preferences.py",
-        'for key in ("tools", "chat_template_kwargs") if key in row}',
-        'for key in ("tools",) if key in row}',
+        'for key in ("tools", "chat_template_kwargs", COLUMN) if key in row}',
+        'for key in ("tools", COLUMN) if key in row}',
     ),
     "a_prompt_that_does_not_begin_the_conversation_is_refused_with_both_texts_and_what_mends_it": undo(
         "data/chat/rule.py", "    if not answered.startswith(prompt):\n", "    if False:\n"

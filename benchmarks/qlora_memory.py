@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def save_large(folder: Path) -> Path:
-    """Return the architecture as a folder, in a process of its own, so that this one stays small."""
+    """Write the architecture as a folder, in a process of its own, so that this one stays small."""
     program = (
         "import sys, json, torch, transformers\n"
         "source, target, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])\n"
