@@ -38,7 +38,7 @@ MISSING = object()
 
 
 class Unread:
-    """Counts, row by row. except_for: columns that something else than the format reads."""
+    """Counts the columns and keys that the format does not read, row by row. except_for: columns that something else reads."""
 
     def __init__(self, fmt: str, mapping: Mapping[str, str], except_for: Collection[str] = ()):
         self._form = ROW_FORMATS[fmt]

@@ -188,7 +188,7 @@ def _changed(
 
 
 def _write(train: ChosenRows, made: list[tuple[int, str, int]], target: Path) -> np.ndarray:
-    """Return the rows of `train` and behind them the copies as a table of its own. Returns the place in `train` of what each is
+    """Write the rows of `train` and behind them the copies as a table of its own. Returns the place in `train` of what each is
     of."""
     count = len(train.indices)
     origins = np.concatenate([np.arange(count), np.array([place for place, _, _ in made], dtype=np.int64)])

@@ -14,7 +14,10 @@ from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 
 class MultiTaskEncoder(Encoder):
-    """encoders: of each source, in the order of `data.mixture`. sources: the number of each row's source, int16 [rows]."""
+    """Encodes each row by the task of its source.
+
+    encoders: of each source, in the order of `data.mixture`. sources: the number of each row's source, int16 [rows].
+    """
 
     def __init__(self, encoders: Sequence[Encoder], sources: np.ndarray):
         self._encoders, self._numbers = encoders, sources
