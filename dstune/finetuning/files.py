@@ -213,7 +213,7 @@ class Files:
         self._remove(unused)
 
     def _drop(self, session: Session, row: File) -> list[str]:
-        """Return the blobs that nothing names any more."""
+        """Mark a file as deleted. Returns the blobs that nothing names any more."""
         self._database.exclusive(session, f"blobs {row.project}")
         blob = session.get(Blob, row.blob) if row.blob is not None else None
         row.blob, row.filename, row.deleted_at = None, "", unix_time()

@@ -83,7 +83,7 @@ def check_file(
 
 
 def write_rows(path: Path, target: Path, method: str) -> int:
-    """Return the rows of a good file as dstune reads them, one a line, so that line numbers stay; their number. Raises
+    """Write the rows of a good file as dstune reads them, one a line, so that line numbers stay; their number. Raises
     ValueError where the file is not good."""
     count = 0
     with target.open("w", encoding="utf-8", newline="\n") as written:

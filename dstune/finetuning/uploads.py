@@ -39,7 +39,7 @@ def _check_printable(value: str) -> str:
 
 
 class Creation(Body):
-    """Of an upload."""
+    """The body of a request that begins an upload."""
 
     filename: Annotated[str, IdText(512)]
     purpose: Any = None

@@ -44,7 +44,7 @@ class ModelStore:
             return list(session.scalars(query.order_by(TunedModel.number.desc()).limit(most)))
 
     def delete(self, session: Session, caller: Caller, name: str, *, repeated: bool) -> tuple[TunedModel, bool]:
-        """Return the model, and whether it was there still. repeated: whether it may have been deleted by the same request
+        """Delete a model. Returns it and whether it was there still. repeated: whether it may have been deleted by the same request
         before. Raises ApiError where the caller's own project has no such model."""
         row = self._own(session, caller, name, deleted=repeated)
         was_there = row.deleted_at is None
