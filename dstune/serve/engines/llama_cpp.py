@@ -166,8 +166,8 @@ def _unsupported(field: str, reason: str) -> ApiError:
 
 
 def number_format(file: Path) -> str:
-    """Return by what bound a GGUF file is compared, or the names of formats without one. Raises UserError where it is no such
-    file."""
+    """Return the number format whose bound a GGUF file is compared by; where it has formats without a bound, their names. Raises
+    UserError where it is no such file."""
     from gguf import GGMLQuantizationType
 
     try:
