@@ -8,7 +8,7 @@ from dstune.testing.tiny import CHATML
 
 
 def save_byte_level(folder: Path, *, begins: bool = False) -> int:
-    """Return a byte-level tokenizer with ChatML, trained on a sentence; its size. begins: a token is in front of each text,
+    """Write a byte-level tokenizer with ChatML, trained on a sentence; its size. begins: a token is in front of each text,
     which the template prints, as that of Llama 3."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

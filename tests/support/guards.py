@@ -55,7 +55,7 @@ class InProcess:
 
 
 def write_policies(folder: Path, policy: Mapping[str, Any], **fields: Any) -> Path:
-    """Return a file with one policy for all routes."""
+    """Write a file with one policy for all routes."""
     routes = dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v2/guard"), "own")
     value = {"format": 1, "policies": {"own": dict(policy)}, "routes": routes, **fields}
     file = folder / "guard.yaml"

@@ -81,7 +81,7 @@ def write_run_directory(
     samples: Sequence[Mapping[str, Any]] = (),
     **files: Mapping[str, Any],
 ) -> Path:
-    """Return a run with `run.yaml`, `metrics.jsonl` (40 steps when not given), `samples.jsonl`, and `files` as NAME.json."""
+    """Write a run with `run.yaml`, `metrics.jsonl` (40 steps when not given), `samples.jsonl`, and `files` as NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = run_config(optimizer=AdamWConfig(lr=lr), run=RunSection(name=name, dir=str(folder)))
     write_run(folder / "run.yaml", Composed(config, list(overrides)))
@@ -115,7 +115,7 @@ def full_run(folder: Path, **changes: Any) -> Path:
 def write_sweep_directory(
     folder: Path, trials: Sequence[Mapping[str, Any]], objective: Sequence[str] = ("loss",), **changes: Any
 ) -> Path:
-    """Return a sweep with a run for each of `trials`, whose keys are those of `trials/NAME.json`; `run=False` for one that
+    """Write a sweep with a run for each of `trials`, whose keys are those of `trials/NAME.json`; `run=False` for one that
     failed before it had a directory. changes: of every run, as for `write_run_directory`."""
     (folder / "trials").mkdir(parents=True)
     (folder / "sweep.yaml").write_text(json.dumps({"objective": list(objective), "overrides": [], "config": {}}))

@@ -24,7 +24,7 @@ def save_run(
     scale: float = 0.2,
     labels: tuple[str, ...] = (),
 ) -> Path:
-    """Return a run directory whose trained parameters differ from the model's by normal numbers times `scale`."""
+    """Write a run directory whose trained parameters differ from the model's by normal numbers times `scale`."""
     folder.mkdir(parents=True)
     held_out = "data.split.validation=0.3"
     run_overrides = [

@@ -337,7 +337,7 @@ FAMILIES: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
 
 
 def save(kind: str, folder: Path, **options: Any) -> Path:
-    """Return the checkpoint of a family, every weight of which is random: fresh projectors and norms may be zero, and hide a
+    """Write the checkpoint of a family, every weight of which is random: fresh projectors and norms may be zero, and hide a
     fault."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -371,7 +371,7 @@ def write_rows(
     images: Callable[[int], int] = lambda row: 1,
     sizes: tuple[tuple[int, int], ...] = ((32, 32),),
 ) -> Path:
-    """Return rows as TRL has them: `messages` whose contents have places, and the paths of `images` (so many in row number ...)."""
+    """Write rows as TRL has them: `messages` whose contents have places, and the paths of `images` (so many in row number ...)."""
     folder.mkdir(parents=True, exist_ok=True)
     choose, number = random.Random(0), 0
     with (folder / "rows.jsonl").open("w") as stream:

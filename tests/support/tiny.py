@@ -28,7 +28,7 @@ def _saved(folder: Path, seed: int, model_class: Any, config: Any) -> Path:
 
 
 def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: object) -> Path:
-    """Return a two-layer Llama of about 30,000 parameters."""
+    """Write a two-layer Llama of about 30,000 parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {
@@ -49,7 +49,7 @@ def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: 
 
 
 def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
-    """Return a two-layer BERT body (no classification head) of about 30,000 parameters."""
+    """Write a two-layer BERT body (no classification head) of about 30,000 parameters."""
     from transformers import BertConfig, BertModel
 
     settings = {
@@ -66,7 +66,7 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
 
 
 def save_classifier(folder: Path) -> Path:
-    """Return the same with a head of random weights."""
+    """Write the same with a head of random weights."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -82,7 +82,7 @@ SEQ2SEQ_TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "deco
 
 
 def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
-    """Return a T5 of two layers on each side and about 45,000 parameters, its vocabulary shared three times."""
+    """Write a T5 of two layers on each side and about 45,000 parameters, its vocabulary shared three times."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
@@ -91,7 +91,7 @@ def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
 
 
 def save_bart(folder: Path, **changes: object) -> Path:
-    """Return a BART of two layers on each side and about 60,000 parameters."""
+    """Write a BART of two layers on each side and about 60,000 parameters."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "max_position_embeddings": 128}
@@ -102,7 +102,7 @@ def save_bart(folder: Path, **changes: object) -> Path:
 
 
 def save_joined_encoders(folder: Path, encoder: Path) -> Path:
-    """Return an `EncoderDecoderModel` of twice the same encoder, with new cross attention."""
+    """Write an `EncoderDecoderModel` of twice the same encoder, with new cross attention."""
     import torch
     from transformers import EncoderDecoderModel
 
@@ -142,7 +142,7 @@ def write_dialogues(path: Path, rows: int, *, seed: int = 0, turns: tuple[int, i
 
 
 def write_labelled(path: Path, rows: int, *, seed: int = 0) -> Path:
-    """Return texts of two classes that differ in which half of the words they prefer."""
+    """Write texts of two classes that differ in which half of the words they prefer."""
     choose = random.Random(seed)
     half = len(WORDS) // 2
     with path.open("w") as stream:
@@ -177,7 +177,7 @@ def write_preferences(path: Path, rows: int, *, seed: int = 0) -> Path:
 
 
 def write_contrastive(path: Path, rows: int) -> Path:
-    """Return texts that share words with their positive; every third row has a negative that does not. One anchor comes twice."""
+    """Write texts that share words with their positive; every third row has a negative that does not. One anchor comes twice."""
     choose = random.Random(0)
 
     def text(words: list[str], count: int) -> str:
@@ -216,7 +216,7 @@ def write_tagged(path: Path, rows: int, *, seed: int = 0) -> Path:
 
 
 def write_questions(path: Path, rows: int, *, seed: int = 0, unanswered: float = 0.0) -> Path:
-    """Return texts in which the words of the last sixth of the vocabulary are the answer; with `unanswered`, a share that has
+    """Write texts in which the words of the last sixth of the vocabulary are the answer; with `unanswered`, a share that has
     none."""
     choose = random.Random(seed)
     words, answers = WORDS[:80], WORDS[80:]
@@ -241,7 +241,7 @@ def write_questions(path: Path, rows: int, *, seed: int = 0, unanswered: float =
 
 
 def write_scored(path: Path, rows: int, *, seed: int = 0) -> Path:
-    """Return texts whose label is the share of words of the second half of the vocabulary."""
+    """Write texts whose label is the share of words of the second half of the vocabulary."""
     choose = random.Random(seed)
     with path.open("w") as stream:
         for _ in range(rows):

@@ -142,7 +142,7 @@ def build(kind: str) -> Any:
 
 
 def save(kind: str, folder: Path) -> Path:
-    """Return a checkpoint of a kind with tokenizer and processor files; of Qwen 3.5 with a head for several tokens, in bf16."""
+    """Write a checkpoint of a kind with tokenizer and processor files; of Qwen 3.5 with a head for several tokens, in bf16."""
     import torch
     from safetensors.torch import load_file, save_file
 

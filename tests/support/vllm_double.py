@@ -16,7 +16,7 @@ from typing import Any
 
 
 def install(folder: Path) -> Path:
-    """Return an environment with this program as its `vllm`; returns its Python."""
+    """Make an environment in `folder` whose `vllm` is this program. Returns its Python."""
     (folder / "bin").mkdir(parents=True)
     program = folder / "bin" / "vllm"
     program.write_text(f"#!{sys.executable}\nimport runpy\nrunpy.run_path({__file__!r}, run_name='__main__')\n")
