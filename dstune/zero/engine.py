@@ -503,7 +503,7 @@ class Engine:
         return self._save_pieces(directory, tag, background=background)
 
     def _save_pieces(self, directory: Path, tag: str, *, states: bool = False, background: bool = False) -> Save:
-        """Return pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
+        """Write pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
         save = self._files.begin(directory / tag, background=background)
         try:
             if self.stage > 0 or self._replica == 0:
