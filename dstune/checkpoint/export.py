@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dstune.checkpoint import store
 from dstune.checkpoint.model_code import is_of_base
+from dstune.checkpoint.quantization import K_TYPES, Quantization, require_package
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.config.rope import RopeConfig
@@ -26,11 +28,11 @@ from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE
+from dstune.core.parsing import object_in
 from dstune.protocols import method_of, task_of
 from dstune.protocols.method import MethodConfig
 
 MAX_SHARD_SIZE = "5GB"
-GGUF_TYPES = ("f16", "f32", "q8_0")
 
 
 def export_checkpoint(
@@ -65,7 +67,7 @@ def export_checkpoint(
     if config.model.rope.type is not None and method_of(config.method).adapter and not merge:
         reason = "an adapter's folder has no place for model.rope, and servers would load the base as it was"
         raise UserError(Problem("--merge", reason, f"dstune export {run_dir} --merge"))
-    with _temporary_folder(out) as folder, _quiet():
+    with temporary_folder(out) as folder, quietly():
         from dstune.checkpoint.answer_files import record_files
         from dstune.checkpoint.card import write_card
         from dstune.checkpoint.model_folder import write_model
@@ -85,45 +87,64 @@ def export_checkpoint(
 def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force: bool = False) -> Path:
     """Write the whole model of `checkpoint` (an adapter merged) to `out/NAME-KIND.gguf`, with its card. Returns the file.
 
-    kind: `f16`, `f32` or `q8_0`. Needs room on the disk for the model twice. `out` appears whole or not at all.
+    kind: one of `GGUF_TYPES`. Needs room on the disk for the model twice. `out` appears whole or not at all.
 
     Raises UserError where `out` exists, or architecture or tokenizer have no GGUF form: before any work.
     """
     check_free(out, force)
+    require_package(Quantization("gguf", kind))
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
-    with _quiet():
+    with quietly():
         from dstune.checkpoint.answer_files import record_files
-        from dstune.checkpoint.gguf_file import check_architecture, write_gguf
-        from dstune.checkpoint.gguf_vocabulary import read_vocabulary
-        from dstune.checkpoint.ollama import modelfile
-        from dstune.data.stopping import stop_token_ids
-        from dstune.models.load import load_config, load_tokenizer
+        from dstune.models.load import load_config
 
-        architecture = load_config(config.model)
-        check_architecture(architecture)
-        read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
-    with _temporary_folder(out) as folder:
-        whole = export_checkpoint(
-            run_dir,
-            checkpoint,
-            folder / "whole",
-            config=config,
-            merge=method_of(config.method).merges,
-            with_dropped=False,  # llama.cpp has no names for them
-        )
-        name = f"{config.run.name}-{kind}.gguf"
-        write_gguf(whole, folder / name, kind, config.run.name)
-        # What a server needs beside the file: the tokenizer's control tokens, the template, and Ollama's settings.
-        tokenizer = load_tokenizer(replace(config.model, path=str(whole), revision=None, chat_template=None))
-        date = task_of(config.task).template_date
-        text = modelfile(name, tokenizer, stop_token_ids(tokenizer), date)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
-        for file_name in (RECORD, "README.md", "tokenizer.json", "chat_template.jinja"):
-            if (whole / file_name).is_file():
-                (whole / file_name).rename(folder / file_name)
+        check_gguf(config, load_config(config.model))
+    with temporary_folder(out) as folder:
+        # llama.cpp has no names for what transformers drops.
+        merge = method_of(config.method).merges
+        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", config=config, merge=merge, with_dropped=False)
+        file = write_gguf_export(config, whole, folder, kind)
         shutil.rmtree(whole)
         record_files(folder)
-    return out / name
+    return out / file.name
+
+
+def check_gguf(config: RunConfig, architecture: Any) -> None:
+    """Raises UserError where the run's model or its tokenizer has no GGUF form."""
+    from dstune.checkpoint.gguf_file import check_architecture
+    from dstune.checkpoint.gguf_vocabulary import read_vocabulary
+    from dstune.models.load import load_tokenizer
+
+    check_architecture(architecture)
+    read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
+
+
+def write_gguf_export(config: RunConfig, whole: Path, folder: Path, kind: str) -> Path:
+    """Write the whole model in `whole` to `folder`, with what a server needs beside the file. Returns the file."""
+    from dstune.checkpoint.gguf_file import write_gguf
+    from dstune.checkpoint.ollama import modelfile
+    from dstune.data.stopping import stop_token_ids
+    from dstune.models.load import load_tokenizer
+
+    file = folder / f"{config.run.name}-{kind}.gguf"
+    if kind in K_TYPES:
+        from dstune.checkpoint.llama_quantize import write_k_type
+
+        plain = folder / f"plain{INCOMPLETE}"
+        narrow = object_in(whole / "config.json").get("dtype") == "bfloat16"
+        write_gguf(whole, plain, "bf16" if narrow else "f32", config.run.name)
+        write_k_type(plain, file, kind)
+        plain.unlink()
+    else:
+        write_gguf(whole, file, kind, config.run.name)
+    # What a server needs beside the file: the tokenizer's control tokens, the template, and Ollama's settings.
+    tokenizer = load_tokenizer(replace(config.model, path=str(whole), revision=None, chat_template=None))
+    text = modelfile(file.name, tokenizer, stop_token_ids(tokenizer), task_of(config.task).template_date)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    for name in (RECORD, "README.md", "tokenizer.json", "chat_template.jinja"):
+        if (whole / name).is_file():
+            shutil.copy(whole / name, folder / name)
+    return file
 
 
 def existing_or_new_export(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
@@ -179,7 +200,7 @@ def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -
 
 
 @contextmanager
-def _temporary_folder(out: Path) -> Iterator[Path]:
+def temporary_folder(out: Path) -> Iterator[Path]:
     """Yield a new folder that becomes `out` when the block ends without an error."""
     folder = out.with_name(f"{out.name}{INCOMPLETE}")
     if folder.exists():
@@ -194,7 +215,7 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence what DeepSpeed, bitsandbytes and torch say of themselves while peft imports them: nothing of it is about the
     export."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -227,9 +248,9 @@ def check_free(out: Path, force: bool) -> None:
 
 
 def refuse_unmergeable(flag: str, config: MethodConfig) -> None:
-    """Raises UserError where `flag` (`--merge` or `--gguf`) asks for a whole model that there is none of."""
+    """Raises UserError where `flag` (`--merge`, `--gguf`, `--quantize`) asks for a whole model that there is none of."""
     method = method_of(config)
-    if method.merges or (flag == "--gguf" and not method.adapter):
+    if method.merges or (flag in ("--gguf", "--quantize") and not method.adapter):
         return
     if method.adapter:
         reason = (

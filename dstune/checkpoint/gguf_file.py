@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """Model types of transformers that are written, and what llama.cpp calls them."""
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
-"""llama.cpp's number of what most tensors of a file are."""
+BLOCK = 32
+"""Numbers of a row that have a scale of their own in all types of fewer than 16 bits."""
 
 
 def check_architecture(config: Any) -> None:
@@ -42,7 +42,7 @@ def check_architecture(config: Any) -> None:
 def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     """Write the whole model in `folder` (of Hugging Face) to `file`.
 
-    kind: `f16`, `f32` or `q8_0` for matrices (those whose rows are no multiple of 32 long stay f16); vectors are f32.
+    kind: one of `NUMPY_TYPES` for matrices (those whose rows are no multiple of 32 long stay f16); vectors are f32.
     Memory: the largest tensor, twice. Raises UserError where the architecture or tokenizer has no GGUF form.
     """
     import gguf
@@ -59,7 +59,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     writer.add_name(name)
     _add_sizes(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_file_type(file_type(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
     number = next(n for n, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
@@ -89,10 +89,17 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     writer.close()
 
 
+def file_type(kind: str) -> int:
+    """llama.cpp's number of a file whose matrices are mostly `kind`."""
+    import gguf
+
+    return int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
+
+
 def _stored(shape: list[int], kind: str) -> str:
     if len(shape) < 2:
         return "F32"
-    return "F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()
+    return "F16" if kind.startswith("q") and shape[-1] % BLOCK else kind.upper()
 
 
 def _plain_type(stored: str) -> Any:

@@ -9,5 +9,5 @@ from dstune.core.verb import Verb, verb
 class Export(Verb):
     name = "export"
     summary = "a checkpoint as a plain Hugging Face folder"
-    action = "dstune.inference.export_command:main"
+    action = "dstune.cli._export:main"
     other_names = ((("merge",), "`dstune export RUN --merge`"), (("convert",), "`dstune export RUN`"))

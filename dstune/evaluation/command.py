@@ -28,7 +28,7 @@ from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
 from dstune.core.arguments import VerbParser, is_path, refuse_place
-from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, TrainingFailed, UserError
 from dstune.core.model_names import refuse_ambiguous_folder
 from dstune.data.inputs import PARTS
 from dstune.evaluation import harness, safety
@@ -86,6 +86,20 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         run, requested = Path(arguments.target), result["asked"]
         baseline_file.remember(run, requested, result["split"], result["rows"], result["prompted"])
     return EXIT_DONE, result
+
+
+def measure_weights(run: Path, folder: Path) -> dict[str, Any] | None:
+    """Metrics of the whole model in `folder` on the rows that `run` held out; None where it held none out. Raises UserError
+    and TrainingFailed."""
+    data = _read(run, []).data
+    if not (data.validation or data.split.holds_out):
+        return None
+    arguments = parse([str(run)])
+    arguments.weights = folder
+    code, result = measure(arguments, Console(sys.stderr))
+    if code != EXIT_DONE:
+        raise TrainingFailed(f"the evaluation of {folder} ended with exit code {code}")
+    return result
 
 
 def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int:
@@ -164,6 +178,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(weights=None)
     arguments = parser.parse_intermixed_args(argv)
     if not is_path(arguments.target):
         fix = f"dstune evaluate RUN {arguments.target}"
@@ -227,9 +242,8 @@ def _configuration(
         config = replace(config, task=_for_evaluation(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
-        model = model_of_export(
-            config.model, existing_or_new_export(path, scratch, which=arguments.checkpoint, merge=True)
-        )
+        folder = arguments.weights or existing_or_new_export(path, scratch, which=arguments.checkpoint, merge=True)
+        model = model_of_export(config.model, folder)
         config = replace(config, model=model, task=_for_evaluation(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)

@@ -29,9 +29,10 @@ from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData, Split
+from dstune.models.activation_rounding import round_activations
 from dstune.models.heads import Head
 from dstune.models.kernels import use_kernels
-from dstune.models.load import load_model, load_tokenizer
+from dstune.models.load import load_config, load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.packed_attention import attention_of_samples
 from dstune.protocols import Task, method_of, task_of
@@ -156,6 +157,8 @@ def _build(
     module = model if checkpoint is None else method_of(config.method).apply(model, config)
     if checkpoint is not None:
         load_trained(module, checkpoint)
+    elif not prompted:
+        round_activations(model, getattr(load_config(config.model), "quantization_config", None))
     # As in training, so that its numbers are the same.
     sees = data.train.images is not None  # then masks keep samples apart
     apart = None if sees else attention_of_samples(loaded, model, world, message)

@@ -14,7 +14,6 @@ from typing import Any
 
 from dstune.checkpoint.copied import folder_for
 from dstune.checkpoint.export import (
-    GGUF_TYPES,
     MAX_SHARD_SIZE,
     check_free,
     current_export,
@@ -25,6 +24,7 @@ from dstune.checkpoint.export import (
     refuse_unmergeable,
     run_directory,
 )
+from dstune.checkpoint.quantization import GGUF_TYPES, Measure, Quantization, parse_quantization
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.registered import fetch, pin, registry_of
 from dstune.config.run_file import read_run
@@ -36,8 +36,8 @@ from dstune.inference.hub_upload import check_base, check_repository, upload
 from dstune.protocols import MODEL_REGISTRIES, ModelRegistry, method_of
 
 
-def main(argv: list[str]) -> int:
-    """Run `dstune export RUN`. Raises UserError; returns the exit code."""
+def main(argv: list[str], measure: Measure | None = None) -> int:
+    """Run `dstune export RUN`. measure: of `--quantize`, what tells the losses. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.rollback:
         _refuse_other_options(arguments, "rollback")
@@ -52,15 +52,21 @@ def main(argv: list[str]) -> int:
         if arguments.gguf:
             raise UserError(Problem("--register", "a GGUF file is no model of transformers", "leave out --gguf"))
     _check_push(arguments)
+    quantization = _quantization(arguments)
     if arguments.out is None:
         refuse_links(run_dir)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     method = config.method
-    if arguments.push is not None and method_of(method).adapter and not (arguments.merge or arguments.gguf):
+    if (
+        arguments.push is not None
+        and method_of(method).adapter
+        and not (arguments.merge or arguments.gguf or quantization)
+    ):
         check_base(config.model)
-    for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
-        refuse_unmergeable(flag, method)
+    for flag in ("--merge", "--gguf", "--quantize"):
+        if getattr(arguments, flag.removeprefix("--")):
+            refuse_unmergeable(flag, method)
     if not re.fullmatch(r"0*[1-9][0-9]*[KMGT]B", arguments.max_shard_size):
         reason = "must be a whole number above 0 with KB, MB, GB or TB behind it"
         raise UserError(Problem("--max-shard-size", reason, "--max-shard-size 5GB", arguments.max_shard_size))
@@ -71,7 +77,17 @@ def main(argv: list[str]) -> int:
         return _publish(arguments, out, run_dir, checkpoint)
     check_free(out, arguments.force)
     with folder_for(out) as folder:
-        if arguments.gguf:
+        described: dict[str, Any] = {}
+        if quantization is not None:
+            from dstune.checkpoint.quantize import export_quantized
+
+            measure = None if arguments.no_loss else measure
+            written, described = export_quantized(
+                run_dir, checkpoint, folder, quantization, measure=measure, force=arguments.force
+            )
+            kind = "gguf" if quantization.type else "model"
+            problems = [] if quantization.type else vllm_problems(folder)
+        elif arguments.gguf:
             written = export_gguf(run_dir, checkpoint, folder, arguments.gguf, force=arguments.force)
             kind, problems = "gguf", []
         else:
@@ -81,7 +97,8 @@ def main(argv: list[str]) -> int:
             )
             kind = "adapter" if (folder / "adapter_config.json").exists() else "model"
             problems = vllm_problems(folder)
-        note = "" if arguments.no_reference else _reference(folder, run_dir)
+        with_reference = not arguments.no_reference and (quantization is None or bool(quantization.type))
+        note = _reference(folder, run_dir) if with_reference else ""
         written = out / written.relative_to(folder)
     if publishes:
         return _publish(arguments, out, run_dir, checkpoint)
@@ -92,10 +109,14 @@ def main(argv: list[str]) -> int:
             "checkpoint": str(checkpoint),
             "vllm_problems": problems,
         }
-        result["reference"] = not note and not arguments.no_reference
+        result["reference"] = with_reference and not note
+        if described:
+            result["quantization"] = described
         print(json.dumps(result))
         return EXIT_DONE
     print(f"{checkpoint.name} -> {written}")
+    if described:
+        print(_losses(described))
     if kind == "adapter" and problems:
         print(f"vLLM does not serve this adapter ({'; '.join(problems)}): --merge gives a model that it serves")
     return EXIT_DONE
@@ -103,7 +124,34 @@ def main(argv: list[str]) -> int:
 
 def _folder_of(arguments: Namespace, run_dir: Path) -> Path:
     name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
+    if arguments.quantize:
+        name = f"export-{arguments.quantize.partition(':')[0]}"
     return arguments.out or run_dir / name
+
+
+def _quantization(arguments: Namespace) -> Quantization | None:
+    """What `--quantize` names; None without it. Raises UserError."""
+    if arguments.quantize is None:
+        if arguments.no_loss:
+            raise UserError(Problem("--no-loss", "no loss is measured", "add --quantize FORMAT, or leave it out"))
+        return None
+    if arguments.gguf:
+        fix = f"--quantize gguf:{arguments.gguf} alone"
+        raise UserError(Problem("--gguf", "stands beside --quantize", fix, arguments.gguf))
+    if arguments.register is not None:
+        reason = "what is registered can be trained from, and rounded weights cannot"
+        raise UserError(Problem("--register", reason, "leave out --quantize", arguments.register))
+    return parse_quantization(arguments.quantize)
+
+
+def _losses(described: dict[str, Any]) -> str:
+    """The loss before and after, in a line."""
+    if "quantized" not in described:
+        return "  its loss was not measured"
+    rows = f"{described['rows']:,} {described['split']} rows"
+    name = "loss" if "loss" in described["quantized"] else next(iter(described["quantized"]))
+    before, after = described["original"][name], described["quantized"][name]
+    return f"  {name} on {rows}: {before:.4f} as trained, {after:.4f} as {described['format']} ({after - before:+.4f})"
 
 
 def _renew_reference(arguments: Namespace, run_dir: Path) -> int:
@@ -128,7 +176,7 @@ def _renew_reference(arguments: Namespace, run_dir: Path) -> int:
 
 def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
     """Return whether the run's own export is that of the checkpoint already."""
-    if arguments.out is not None or arguments.merge:
+    if arguments.out is not None or arguments.merge or arguments.quantize:
         return False
     return current_export(run_dir, which=arguments.checkpoint) == out
 
@@ -245,11 +293,19 @@ def _parser() -> VerbParser:
         "run", metavar="RUN|models:/NAME@ALIAS", type=Path, help="run directory, or a version to write to --out"
     )
     parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
-    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write; RUN/export, RUN/export-merged, RUN/export-gguf, ... if not said"
+    )
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
     parser.add_argument(
         "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
     )
+    parser.add_argument(
+        "--quantize",
+        metavar="fp8|awq|gguf:TYPE",
+        help=f"a whole model in fewer bits, with its loss on held-out rows; TYPE is {', '.join(GGUF_TYPES)}",
+    )
+    parser.add_argument("--no-loss", action="store_true", help="with --quantize: do not measure the loss")
     parser.add_argument(
         "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of weight files (default 5GB)"
     )

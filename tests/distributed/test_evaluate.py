@@ -232,3 +232,18 @@ def test_a_newer_checkpoint_counts_more_than_an_older_export(shelf, tmp_path, ca
     assert existing_or_new_export(run_dir, tmp_path / "scratch") == export
     marker.touch()
     assert existing_or_new_export(run_dir, tmp_path / "scratch") == tmp_path / "scratch" / "export"
+
+
+def test_a_quantized_export_is_measured_on_the_rows_of_the_run(shelf, tmp_path, capsys):
+    """With activations rounded as servers round them; `dstune evaluate` says the same of the run and of the export."""
+    from dstune.cli import _export
+
+    run, out = shelf.folder / "lora-2", tmp_path / "out"
+    assert _export.main([str(run), "--quantize", "fp8", "--out", str(out), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)["quantization"]
+    whole = measured(capsys, run)
+    assert (described["split"], described["rows"]) == ("validation", whole["rows"])
+    assert described["original"]["loss"] == pytest.approx(whole["metrics"]["loss"], rel=1e-6)
+    assert 1e-5 < abs(described["quantized"]["loss"] / described["original"]["loss"] - 1) < 0.05
+    again = measured(capsys, out, *shelf.overrides("lora-2"), "method=full")
+    assert again["metrics"]["loss"] == pytest.approx(described["quantized"]["loss"], rel=1e-6)

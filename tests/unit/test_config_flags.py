@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dstune import cli
-from dstune.checkpoint.export import GGUF_TYPES
+from dstune.checkpoint.quantization import GGUF_TYPES
 from dstune.config import flags as hydra
 from dstune.config.completion import complete
 from dstune.config.compose import compose

@@ -77,6 +77,19 @@ def test_a_model_is_read_back_within_the_rounding_of_its_type(models, name, kind
     assert difference < {"f32": 1e-6, "f16": 2e-3, "q8_0": 6e-2}[kind]
 
 
+@pytest.mark.parametrize(
+    ("kind", "most"), [("bf16", 3e-3), ("q5_1", 0.05), ("q5_0", 0.06), ("q4_1", 0.1), ("q4_0", 0.13)]
+)
+def test_further_types_are_read_back(models, kind, most, tmp_path):
+    """To the mean error of a matrix, relative to its numbers."""
+    write_gguf(models["llama"], tmp_path / "model.gguf", kind, "model")
+    weights = dict(original(models["llama"]).named_parameters())
+    for key, weight in read_back(tmp_path / "model.gguf")[0].named_parameters():
+        error = (weight - weights[key]).square().mean().sqrt() / weights[key].square().mean().sqrt()
+        assert (error < most) if weight.dim() == 2 else (error == 0), key
+        assert weight.dim() < 2 or error > most / 8, f"{key} is not rounded"
+
+
 def test_tokenizer_template_and_end_of_turn_are_in_it(models, tmp_path):
     from transformers import AutoTokenizer
 

@@ -1,0 +1,39 @@
+"""K types of GGUF, by llama.cpp itself: `python -m dstune.checkpoint.llama_quantize FROM TO NUMBER`.
+
+In a process of its own, since llama.cpp aborts the process that it is in where it does not like a file.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from dstune.core.errors import Problem, UserError
+
+
+def write_k_type(plain: Path, file: Path, kind: str) -> None:
+    """Write the GGUF file `plain`, of full width, to `file` in the K type `kind`. Raises UserError where llama.cpp refuses."""
+    from dstune.checkpoint.gguf_file import file_type
+
+    command = [sys.executable, "-m", __name__, str(plain), str(file), str(file_type(kind))]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode or not file.is_file():
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "assert" in line.lower()]
+        said = lines[-1].strip() if lines else f"it ended with exit code {done.returncode}"
+        raise UserError(Problem("--quantize", f"llama.cpp does not write this type: {said}", "another type", kind))
+
+
+def main(plain: str, file: str, number: str) -> int:
+    """Return llama.cpp's own code: 0 where the file was written."""
+    import ctypes
+
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = int(number)
+    return int(llama_cpp.llama_model_quantize(plain.encode(), file.encode(), ctypes.byref(settings)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,19 @@
+"""What `dstune export` runs: the export, with the evaluation that measures what quantization costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str]) -> int:
+    """Raises UserError; returns the exit code."""
+    from dstune.inference import export_command
+
+    return export_command.main(argv, _measure)
+
+
+def _measure(run: Path, folder: Path) -> dict[str, Any] | None:
+    from dstune.evaluation.command import measure_weights
+
+    return measure_weights(run, folder)
