@@ -9,11 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint.answer_files import base_folder
 from dstune.core.parsing import object_in
 from dstune.core.weight_index import INDEX, check_indexes
 
 MAX_RANK = 512
 """The largest value that `--max-lora-rank` takes (its default is 16)."""
+STACKED_CLASSES = frozenset({"GptOssForCausalLM"})
+"""Classes of bases for which vLLM (as of 0.12) reads adapters of stacked experts under peft's names (`is_3d_moe_weight`), in the
+orientation in which peft saves them."""
 ADAPTER_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -52,8 +56,9 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
         problems.append(f"the rank {config.get('r')} is not between 1 and {MAX_RANK}")
     if isinstance(config.get("modules_to_save"), list) and config["modules_to_save"]:
         problems.append(f"modules trained as a whole are not served: {', '.join(map(str, config['modules_to_save']))}")
-    if config.get("target_parameters"):
-        problems.append("adapters of stacked experts are not served")
+    if stacked := config.get("target_parameters"):
+        problems += _stacked_problems(config, stacked)
+    problems += _pattern_problems(config)
     if config.get("use_dora"):
         problems.append("DoRA is not served")
     if config.get("bias", "none") != "none":
@@ -68,6 +73,31 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
     if other and not config.get("modules_to_save"):
         problems.append(f"{len(other)} tensors are no low-rank matrices, first {other[0]}")
     return problems
+
+
+def _stacked_problems(config: dict[str, Any], stacked: Any) -> list[str]:
+    """Of adapters of stacked experts, by the base's `config.json`."""
+    base = base_folder(str(config.get("base_model_name_or_path")), config.get("revision"))
+    classes = object_in(base / "config.json").get("architectures") if base else None
+    if not isinstance(classes, list) or not STACKED_CLASSES & set(map(str, classes)):
+        return ["adapters of stacked experts are not served"]
+    endings = {str(name).rpartition(".")[2] for name in stacked} if isinstance(stacked, list) else set()
+    if endings != {"gate_up_proj", "down_proj"}:
+        return ["adapters of stacked experts are served for gate_up_proj and down_proj together only"]
+    return []
+
+
+def _pattern_problems(config: dict[str, Any]) -> list[str]:
+    """vLLM scales every matrix by the adapter's own alpha and rank, whatever the patterns say."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    root = 0.5 if config.get("use_rslora") else 1.0
+    try:
+        rank, alpha = float(config["r"]), float(config["lora_alpha"])
+        scales = [alphas.get(name, alpha) / ranks.get(name, rank) ** root for name in {*ranks, *alphas}]
+        other = any(abs(scale - alpha / rank**root) > 1e-6 * abs(scale) for scale in scales)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):  # an adapter of a stranger
+        return []
+    return ["rank_pattern and alpha_pattern scale matrices differently, which it does not read"] if other else []
 
 
 def _has_template(folder: Path) -> bool:
