@@ -51,8 +51,7 @@ def runs_in(run: Path) -> list[Path]:
 
 
 def copy(source: Path, target: Path, *, end: bytes = b"", digest: xxhash.xxh3_64 | None = None) -> None:
-    """Write the content of `source` as a new file `target`, then `end`; with `digest`, which reads the content, its hexadecimal
-    digits in place of `end`. Raises OSError."""
+    """Write the content of `source`, then `end`, as a new file `target`. Raises OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     with source.open("rb") as read, target.open("wb") as write:

@@ -38,11 +38,10 @@ def judge_of(folder: Path, config: RunConfig, batch_size: int = 32) -> Judge:
 
 
 def _predicted(folder: Path, rows: Sequence[Row], batch_size: int) -> list[tuple[str, float]]:
-    """Return the label that the export in `folder` predicts for each row, with its probability (NaN where it has none)."""
     from dstune.api.models import predict
 
-    texts = [{"text": "\n".join(asked_texts(row))} for row in rows]
-    answers = predict(folder, texts, batch_size=batch_size)
+    asked = [{"text": "\n".join(asked_texts(row))} for row in rows]
+    answers = predict(folder, asked, batch_size=batch_size)
     return [(str(answer.get("predicted", "")), float(answer.get("probability", math.nan))) for answer in answers]
 
 

@@ -144,7 +144,7 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
 
 
 def split_problem(key: str, path: str, split: str, splits: list[str]) -> Problem:
-    """Return the problem with a split that is not there; it lists those that are."""
+    """Return a split that is not there, with those that are."""
     close = difflib.get_close_matches(split, splits, n=1, cutoff=0.4)
     other = close[0] if close else splits[0] if splits else "SPLIT"
     reason = f"there is no split {split!r}; the splits are {', '.join(splits) or 'none'}"

@@ -51,7 +51,7 @@ def write_swapped(
 
 
 def load_swapped(folder: Path, part: str) -> Swapped | None:
-    """Return the samples that `write_swapped` wrote; None where it was not called, or no row held a term."""
+    """Return what `write_swapped` wrote; None where it did not, or no row held a term."""
     file = folder / f"{_name(part)}.json"
     if not file.exists():
         return None

@@ -70,6 +70,15 @@ EXPERT_TARGETS = {
 model or by peft's name of the pattern that it follows (GLM 4.5 and DeepSeek 3 follow `qwen2_moe`, MiniMax M2 `mixtral`)."""
 
 
+def of_stacked(model: Architecture, endings: list[str], rank: int) -> Iterator[Tensor]:
+    """The two matrices beside each stacked weight [experts, a, b] whose name ends with one of `endings`, a rank for each expert."""
+    for tensor in model.tensors:
+        if len(tensor.shape) == 3 and any(f".{tensor.name}".endswith(f".{ending}") for ending in endings):
+            experts, inputs, outputs = tensor.shape
+            for leaf, shape in (("lora_A", (experts * rank, inputs)), ("lora_B", (outputs, experts * rank))):
+                yield Tensor(f"{tensor.name}.{leaf}.weight", shape, layer=tensor.layer, used=tensor.used)
+
+
 def _of_experts(tensor: Tensor, kind: str, targets: list[str], rank: int) -> Iterator[Tensor]:
     """Yield the matrices beside a router or all experts of a layer: a rank for each expert, and for each of the stacked modules."""
     if kind not in EXPERT_TARGETS:

@@ -36,15 +36,12 @@ class CodeTests(Reward):
         limits = self.limits or Limits(seconds=10.0)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(
-                pool.map(
-                    lambda text, tests: share_passed(text, tests, limits, self.seconds), completions, columns["tests"]
-                )
+                pool.map(lambda text, tests: passed(text, tests, limits, self.seconds), completions, columns["tests"])
             )
 
 
-def share_passed(completion: str, tests: Any, limits: Limits, seconds: float = math.inf) -> float | None:
-    """Return the share of tests that a completion passes; None where there are no tests. seconds: after so many, no further test
-    is begun."""
+def passed(completion: str, tests: Any, limits: Limits, seconds: float = math.inf) -> float | None:
+    """Return the share of tests that a completion passes; None where there is none. seconds: in which its tests begin."""
     code = code_of(completion)
     if isinstance(tests, str) and tests.strip():
         mark = secrets.token_hex(16)

@@ -41,7 +41,7 @@ ASK_EVERY = 5.0
 
 
 class Study:
-    """Hands out the trials of a sweep as an Optuna study chooses them. objectives: metrics, the first of which ranks the trials."""
+    """objectives: metrics, the first of which ranks the trials."""
 
     def __init__(self, sweep: Sweep, objectives: Sequence[str]):
         """Raises UserError: Optuna is not installed, the storage cannot be used, the study is about something else."""
@@ -59,9 +59,9 @@ class Study:
         self._mine: dict[int, optuna.Trial] = {}
         self._put_off: set[int] = set()
         """Trials that saved and left by themselves (run.time_limit): the next start goes on with them."""
-        self._failed, self._last_empty_ask, self._last_sign_of_life = 0, -math.inf, time.monotonic()
-        this_process = psutil.Process()
-        self._me = f"{socket.gethostname()}:{this_process.pid}:{this_process.create_time():.0f}"
+        self._failed, self._requests, self._report = 0, -math.inf, time.monotonic()
+        me = psutil.Process()
+        self._me = f"{socket.gethostname()}:{me.pid}:{me.create_time():.0f}"
 
     @property
     def expected(self) -> int:
@@ -76,20 +76,20 @@ class Study:
     # ---- what the schedule asks ----
 
     def next(self) -> Trial | None:
-        if time.monotonic() - self._last_empty_ask < ASK_EVERY:
+        if time.monotonic() - self._requests < ASK_EVERY:
             return None
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
         for frozen in trials:
             skipped = frozen.number in self._mine or frozen.number in self._put_off
             if frozen.state is states.RUNNING and not skipped and self._is_free(frozen):
-                resumed = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
-                if status_in(self._sweep / resumed.name) not in FINISHED:
-                    return resumed
-                self._wait_for_results(resumed)  # it had ended when the sweep was killed
+                again = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
+                if status_in(self._sweep / again.name) not in FINISHED:
+                    return again
+                self._wait_for_results(again)  # it had ended when the sweep was killed
         counted = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in trials)
         if counted + self._failed >= self._expected:
-            self._last_empty_ask = time.monotonic()
+            self._requests = time.monotonic()
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lists as choices, experimental samplers
@@ -97,7 +97,7 @@ class Study:
 
     @property
     def exhausted(self) -> bool:
-        return time.monotonic() - self._last_empty_ask < ASK_EVERY
+        return time.monotonic() - self._requests < ASK_EVERY
 
     def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
         self._show_life()
@@ -118,7 +118,7 @@ class Study:
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
         states = self._optuna.trial.TrialState
         trial_of_study = self._mine.pop(trial.number)
-        self._last_empty_ask = -math.inf
+        self._requests = -math.inf
         if status == "preempted":
             trial_of_study.set_user_attr(OWNER, "")
             self._put_off.add(trial.number)
@@ -172,9 +172,9 @@ class Study:
         return time.time() - seen > FORSAKEN_AFTER
 
     def _show_life(self) -> None:
-        if self._settings.storage is None or time.monotonic() - self._last_sign_of_life < SEEN_EVERY:
+        if self._settings.storage is None or time.monotonic() - self._report < SEEN_EVERY:
             return
-        self._last_sign_of_life = time.monotonic()
+        self._report = time.monotonic()
         for trial_of_study in self._mine.values():
             trial_of_study.set_user_attr(SEEN, time.time())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,11 @@ from dstune.checkpoint.serving import vllm_problems
 from dstune.checkpoint.store import newest
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
-from dstune.methods.lora.apply import experts_without_adapters
+from dstune.methods.lora.apply import experts_without_adapters, layers_without_adapters
 from dstune.methods.qlora.quantize import refuse_experts
 from dstune.protocols import method_of
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 STILL = "model.config_overrides={attention_dropout:0.0}"
 KINDS = {
@@ -108,6 +111,128 @@ def test_adapters_of_experts(workshop, models, kind):  # noqa: F811
     assert (whole - adapted).abs().max() < 1e-4
     assert vllm_problems(run / "export") == ["adapters of stacked experts are not served"]
     assert vllm_problems(merged) == []
+
+
+# -- stacked weights that are named ---------------------------------------------------------------------------------------
+
+STACKED = ["experts.down_proj", "experts.gate_up_proj"]
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(workshop: Workshop) -> Path:  # noqa: F811
+    from tiny_architectures import build, small_config
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = workshop.folder / "gpt_oss"
+    build(AutoModelForCausalLM, small_config("gpt_oss")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(folder)
+    return folder
+
+
+def adapted_plainly(path: Path, **settings):
+    """peft alone, its first values drawn as a run draws them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    slow = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(path, **settings | slow)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], target_parameters=STACKED)
+    return get_peft_model(model, lora, autocast_adapter_dtype=False).double()
+
+
+@pytest.mark.ci
+def test_adapters_of_named_weights_equal_plain_peft(workshop, gpt_oss):  # noqa: F811
+    """gpt-oss, whose experts peft does not know by itself, on two ranks at every stage; served under the names of peft."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    lora = ["method=lora", "method.rank=4", "method.target_modules=[q_proj,v_proj]"]
+    common = [f"model.path={gpt_oss}", *lora, f"method.target_parameters=[{','.join(STACKED)}]", "data.packing=false"]
+    common += [STILL, "trainer.seed=0", "optimizer.lr=0.2", "trainer.max_steps=3"]
+    reference = SimpleNamespace(from_pretrained=adapted_plainly)
+    expected = train_plainly(workshop.composed("reference", *common).config, workshop.folder / "cache", reference)
+    names = {stage: f"stacked-{stage}" for stage in range(4)}
+    run_ranks(PROGRAM, 2, [workshop.case(name, f"zero=stage{stage}", *common) for stage, name in names.items()])
+    for name in names.values():
+        rows = workshop.rows(name)
+        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-6), name
+        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-4), name
+        trained = load_file(workshop.folder / name / "export" / "adapter_model.safetensors")
+        theirs = {key.replace(".default", ""): weight for key, weight in expected.weights.items() if ".lora_" in key}
+        assert trained.keys() == theirs.keys() and any("experts.base_layer.lora_A" in key for key in trained)
+        for key, weight in theirs.items():
+            assert (trained[key] - weight).abs().max() < 1e-5, f"{name}: {key}"
+    run, tokens = workshop.folder / "stacked-3", torch.arange(4, 36)[None]
+    assert vllm_problems(run / "export") == []
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(gpt_oss, attn_implementation="eager")
+        before = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, run / "export")(tokens).logits
+    assert (adapted - before).abs().max() > 1e-5
+
+
+def test_an_adapter_of_named_weights_is_continued(gpt_oss, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def adapted(*words: str):
+        named = [f"model.path={gpt_oss}", "data.train=x", "method=lora", "method.target_modules=[q_proj]", *words]
+        config = resolved_method(compose(named).config)
+        return method_of(config.method).apply(AutoModelForCausalLM.from_pretrained(gpt_oss), config)
+
+    first = adapted(f"method.target_parameters=[{','.join(STACKED)}]")
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            parameter += 0.01 if ".lora_B." in name else 0.0
+    first.save_pretrained(tmp_path)
+    second = dict(adapted(f"method.adapter={tmp_path}").named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(second[name], parameter), name
+    with pytest.raises(UserError, match=r"no weight of the model ends so(.|\n)*experts.gate_up_proj"):
+        adapted("method.target_parameters=[experts.w1]")
+
+
+def resolved_method(config):
+    from dataclasses import replace
+
+    return replace(config, method=method_of(config.method).resolve())
+
+
+@pytest.mark.parametrize(
+    "requested", ["method.dropout=0.1", "method.dora=true", "method.init=pissa", "method.frozen_adapters=[x]"]
+)
+def test_what_named_weights_cannot_have_is_refused(requested):
+    words = ["model.path=x", "data.train=x", "method=lora", "method.target_parameters=[experts.down_proj]", requested]
+    problems = list(method_of((config := compose(words).config).method).check(config))
+    assert [problem.where for problem in problems] == [requested.partition("=")[0]]
+
+
+def test_layers_beside_experts_without_adapters_are_named():
+    """peft takes `gate_proj` for the experts' where a model has experts, so dense layers and shared experts get none."""
+    from tiny_architectures import build, small_config
+    from transformers import AutoModelForCausalLM
+
+    config = small_config("glm4_moe")
+    config.first_k_dense_replace, config.n_shared_experts = 1, 1
+    model = build(AutoModelForCausalLM, config)
+    run = compose(["model.path=x", "data.train=x", "method=lora"]).config
+    bare = layers_without_adapters(method_of(run.method).apply(model, run))
+    last = config.num_hidden_layers - 1
+    assert {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")} <= bare.keys()
+    assert f"model.layers.{last}.mlp.shared_experts.down_proj" in bare
+    assert not any("self_attn" in name or "lm_head" in name for name in bare)
+
+
+def test_adapters_whose_matrices_have_several_scales_are_not_served(tmp_path):
+    from safetensors.torch import save_file
+
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 8}}
+    save_file({"x.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for alphas, served in (({}, False), ({"q_proj": 16}, True)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": alphas}))
+        assert (vllm_problems(tmp_path) == []) is served
 
 
 @pytest.mark.parametrize("requested", ["method.dropout=0.1", "method.dora=true"])

@@ -20,7 +20,7 @@ from dstune.grading import sandbox
 from dstune.grading.sandbox import Limits
 from dstune.protocols import REWARDS
 from dstune.rewards.answers import boxed, last_number
-from dstune.rewards.code import share_passed
+from dstune.rewards.code import passed
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.reward_child import descendants
 from dstune.tasks.reinforcement.reward_process import RewardProcess
@@ -71,12 +71,12 @@ def test_code_is_run_against_tests():
     limits = Limits(seconds=5)
     doubles = "Here:\n```python\nprint(2 * int(input()))\n```\n"
     cases = [{"input": "2", "output": "4"}, {"input": "3\n", "output": "6\n"}, {"input": "x", "output": "xx"}]
-    assert share_passed(doubles, cases, limits) == pytest.approx(2 / 3)
-    assert share_passed("print(4)", cases, limits) == pytest.approx(1 / 3)
-    assert share_passed("def f(x): return x + 1", "assert f(1) == 2", limits) == 1.0
-    assert share_passed("def f(x): return x", "assert f(1) == 2", limits) == 0.0
-    assert share_passed("raise SystemExit(0)", "assert f(1) == 2", limits) == 0.0, "it ends before its tests"
-    assert share_passed("print(1)", [], limits) is None
+    assert passed(doubles, cases, limits) == pytest.approx(2 / 3)
+    assert passed("print(4)", cases, limits) == pytest.approx(1 / 3)
+    assert passed("def f(x): return x + 1", "assert f(1) == 2", limits) == 1.0
+    assert passed("def f(x): return x", "assert f(1) == 2", limits) == 0.0
+    assert passed("raise SystemExit(0)", "assert f(1) == 2", limits) == 0.0, "it ends before its tests"
+    assert passed("print(1)", [], limits) is None
 
 
 @needs_sandbox
@@ -84,9 +84,9 @@ def test_an_endless_loop_fails_its_own_tests_alone():
     cases = [{"input": "1", "output": "1"}, *[{"input": "2", "output": "2"}] * 9]
     loops = "n = input()\nwhile n == '2': pass\nprint(n)"
     began = time.monotonic()
-    assert share_passed(loops, cases, Limits(seconds=0.5)) == pytest.approx(1 / 10)
+    assert passed(loops, cases, Limits(seconds=0.5)) == pytest.approx(1 / 10)
     assert time.monotonic() - began < 4, "of nine endless loops one is waited for"
-    assert share_passed("print(input())", cases, Limits(seconds=5), seconds=0) == pytest.approx(1 / 10), (
+    assert passed("print(input())", cases, Limits(seconds=5), seconds=0) == pytest.approx(1 / 10), (
         "no other test begins"
     )
 

@@ -25,7 +25,6 @@ UNSUPPORTED = {
     "lora_bias": False,
     "fan_in_fan_out": False,
     "exclude_modules": None,
-    "target_parameters": None,
     "use_qalora": False,
     "use_bdlora": None,
     "arrow_config": None,

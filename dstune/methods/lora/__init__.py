@@ -86,10 +86,11 @@ class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
         return super(Lora, type(self)(resolved)).resolve()
 
     def added(self, model: Architecture) -> tuple[PlannedTensor, ...]:
-        from dstune.planning.adapters import low_rank
+        from dstune.planning.adapters import low_rank, of_stacked
 
         config = self.config
-        return tuple(low_rank(model, self.targets, config.rank, ranks=config.rank_pattern, magnitudes=config.dora))
+        modules = low_rank(model, self.targets, config.rank, ranks=config.rank_pattern, magnitudes=config.dora)
+        return (*modules, *of_stacked(model, config.target_parameters, config.rank))
 
     @property
     def adapter_dropout(self) -> float:
@@ -121,7 +122,7 @@ class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
         return plain_lora(adapted, trained)
 
     def cautions(self, run: Training) -> Iterator[str]:
-        from dstune.methods.lora.apply import experts_without_adapters
+        from dstune.methods.lora.apply import experts_without_adapters, layers_without_adapters
 
         lr = run.config.optimizer.lr
         low = task_of(run.config.task).low_learning_rate
@@ -133,7 +134,13 @@ class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
         every_layer = self.config.target_modules == ["all-linear"]
         if every_layer and (share := experts_without_adapters(run.engine.module)):
             yield (
-                f"the experts, {share:.0%} of the weights, have no adapters: peft does not know those of this architecture"
+                f"the experts, {share:.0%} of the weights, have no adapters: peft does not know those of this architecture "
+                "(method.target_parameters names them)"
+            )
+        if every_layer and (bare := layers_without_adapters(run.engine.module)):
+            yield (
+                f"{len(bare)} linear layers of {sum(bare.values()):,} weights have no adapters, since peft takes their names "
+                f"for those of experts: {', '.join(list(bare)[:3])}{', ...' if len(bare) > 3 else ''}"
             )
 
     def without_paths(self, public_name: Callable[[str], str]) -> MethodConfig:

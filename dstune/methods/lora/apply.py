@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 from torch import nn
@@ -19,6 +20,8 @@ from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.methods.lora.start import start_lora
 from dstune.models.base_weights import original_weights
 from dstune.models.load import NewWeights, new_weights
+from dstune.models.unreached import is_within, unreached_parts
+from dstune.planning.adapters import STATE_SPACES
 from dstune.zero.parts import full_count, full_shape, is_partitioned
 
 
@@ -36,6 +39,7 @@ def add_lora(
         put_beneath(model, lora.frozen_adapters)
     patterns = {"rank_pattern": dict(lora.rank_pattern), "alpha_pattern": dict(lora.alpha_pattern)}
     check_patterns(patterns, [name for name, _ in model.named_modules()], "method.rank_pattern", lora.adapter or "")
+    _check_stacked(lora, model)
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=_number(lora.alpha),
@@ -46,6 +50,7 @@ def add_lora(
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights="gaussian" if lora.init is LoraInit.gaussian else True,
+        target_parameters=list(lora.target_parameters) or None,
         **common_settings(lora, model, config),
     )
     # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.
@@ -68,6 +73,41 @@ def _layers_gathered(model: nn.Module) -> Iterator[None]:
         return
     with patch("peft.utils.integrations.check_deepspeed_zero3_enabled", lambda: True):
         yield
+
+
+def _check_stacked(lora: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises UserError for each of `method.target_parameters` that no weight of the model is called. A finished adapter may have
+    a router's among them."""
+    shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
+    stacked = [name for name, shape in shapes.items() if len(shape) == 3]
+    endings = sorted({".".join(name.split(".")[-2:]) for name in stacked})
+    fix = f"[{','.join(endings)}]" if endings else "leave it out: this model has none"
+    problems = [
+        Problem("method.target_parameters", "no weight of the model ends so", fix, ending)
+        for ending in lora.target_parameters
+        if not any(f".{name}".endswith(f".{ending}") for name in shapes)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
+    """The linear layers, by their names in the model, that `all-linear` leaves without an adapter, with their weights' counts.
+
+    Not among them: the head, modules trained whole, parts that no row reaches, and layers that peft never adapts.
+    """
+    model: Any = adapted.get_base_model()  # type: ignore[operator]
+    head, parts = model.get_output_embeddings(), unreached_parts(model)
+    found = {}
+    for name, module in model.named_modules():
+        inner = {"base_layer", "modules_to_save", "original_module", "lora_A", "lora_B"} & set(name.split("."))
+        if not isinstance(module, nn.Linear) or module is head or inner or is_within(name, parts):
+            continue
+        if model.config.model_type in STATE_SPACES and name.endswith("out_proj"):
+            continue
+        weight: Any = module.weight
+        found[name] = full_count(weight)
+    return found
 
 
 def experts_without_adapters(module: nn.Module) -> float:

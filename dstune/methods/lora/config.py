@@ -50,5 +50,9 @@ class LoraConfig(ModuleAdapterConfig):
     """With `init=pissa`: subspace iterations of a randomised SVD, for large models; the exact SVD when not given."""
     lr_ratio: float = setting(1.0, above=0.0)
     """LoRA+: the rate of B as a multiple of that of A, for example 16 (Hayou et al. 2024, arXiv:2402.12354)."""
+    target_parameters: list[str] = setting([])
+    """Stacked experts that get an adapter beside `target_modules`, by ending of the weight's name:
+    `[experts.gate_up_proj, experts.down_proj]` for gpt-oss. Experts whose names peft knows (Qwen 3 MoE, Mixtral) get theirs by
+    `all-linear`."""
     frozen_adapters: list[str] = setting([])
     """Finished LoRA adapters (exports or runs) on which the new one is trained: the export holds their sum."""

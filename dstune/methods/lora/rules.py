@@ -26,6 +26,8 @@ def check_lora(config: LoraConfig) -> Iterator[Problem]:
     if splits(config) and config.lr_ratio != 1:
         reason = "LoRA+ is for a B that begins at zero, and init=" + config.init.value + " gives both their size"
         yield Problem("method.lr_ratio", reason, "method.lr_ratio=1, or method.init=default", f"{config.lr_ratio:g}")
+    if config.target_parameters:
+        yield from _check_stacked(config)
     for key in ("rank_pattern", "alpha_pattern"):
         for name, value in getattr(config, key).items():
             if not value > 0:
@@ -38,6 +40,18 @@ def check_lora(config: LoraConfig) -> Iterator[Problem]:
                 )
 
 
+def _check_stacked(config: LoraConfig) -> Iterator[Problem]:
+    if problem := adapted_experts_problem(config):
+        yield problem
+    for key, value, is_plain, fix in (
+        ("init", config.init.value, not splits(config), "method.init=default"),
+        ("frozen_adapters", config.frozen_adapters, not config.frozen_adapters, "method.frozen_adapters=[]"),
+    ):
+        if not is_plain:
+            reason = "splits or shifts linear layers, and method.target_parameters names stacked weights"
+            yield Problem(f"method.{key}", reason, f"{fix}, or method.target_parameters=[]", format_value(value))
+
+
 def splits(config: LoraConfig) -> bool:
     """Return whether each weight is split into the adapter and a frozen rest."""
     return config.init in (LoraInit.pissa, LoraInit.olora, LoraInit.qr)
@@ -48,6 +62,7 @@ def check_sharded_weights(config: LoraConfig) -> Iterator[Problem]:
         ("dora", config.dora, not config.dora, "method.dora=false"),
         ("init", config.init.value, config.init in (LoraInit.default, LoraInit.gaussian), "method.init=default"),
         ("frozen_adapters", config.frozen_adapters, not config.frozen_adapters, "method.frozen_adapters=[]"),
+        ("target_parameters", config.target_parameters, not config.target_parameters, "method.target_parameters=[]"),
     ):
         if not is_plain:
             reason = "it is not held against a reference with slices of the weights"

@@ -29,7 +29,7 @@ _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
 
 @dataclass(frozen=True)
 class Limit:
-    """The limits of a key; None where it has none of a kind."""
+    """Of a key; None for none."""
 
     requests_per_minute: int | None = None
     tokens_per_day: int | None = None
@@ -50,7 +50,7 @@ class Caller:
     role: str = "member"
 
     def has_role(self, role: str) -> bool:
-        """Return whether the caller may do what `role` may."""
+        """Return whether it may do what `role` may."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
     def may_use(self, model: str) -> bool:
@@ -117,11 +117,11 @@ class Keys:
         return entry[1] if entry is not None and time.monotonic() - entry[0] < REMEMBERED_SECONDS else None
 
     def _found(self, key: str, digest: str) -> Caller | None:
-        matched_form = _FORM.fullmatch(key)
+        form = _FORM.fullmatch(key)
         row = project = None
-        if matched_form is not None:
+        if form is not None:
             with self._database.session() as session:
-                row = session.get(Key, matched_form[1])
+                row = session.get(Key, form[1])
                 project = None if row is None else session.get(Project, row.project)
         # Compared in constant time, with a hash that nothing has where there is no such key.
         is_same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
@@ -148,8 +148,8 @@ class Keys:
             of_this_name = (Project.organization == owner.id, Project.name == name)
             row = session.scalar(select(Project).where(*of_this_name))
             if row is None:
-                project_id = f"proj_{secrets.token_hex(12)}"
-                row = Project(id=project_id, organization=owner.id, name=name, created_at=int(time.time()))
+                made = f"proj_{secrets.token_hex(12)}"
+                row = Project(id=made, organization=owner.id, name=name, created_at=int(time.time()))
                 session.add(row)
             return row.id
 

@@ -27,7 +27,6 @@ class EmbeddingPredictor(Predictor):
     reads_columns = False
 
     def computed(self, batch: Batch) -> Mapping[str, Any]:
-        """Return the vector of each text of the batch, [texts, hidden]."""
         task: Any = self.config.task
         hidden = self.model(**inputs_of(batch)).last_hidden_state
         return {"vector": pooled(hidden, batch["attention_mask"], task.pooling)}

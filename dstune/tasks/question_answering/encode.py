@@ -85,5 +85,5 @@ class AnswerEncoder(Encoder):
 def _tokens_of(answer: Answer, offsets: np.ndarray) -> tuple[int, int] | None:
     """Return first and last token that hold a character of the answer."""
     start, end = answer["start"], answer["start"] + len(answer["text"])
-    token_indices = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0]))
-    return (int(token_indices[0]), int(token_indices[-1])) if len(token_indices) else None
+    held = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0]))
+    return (int(held[0]), int(held[-1])) if len(held) else None

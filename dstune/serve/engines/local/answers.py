@@ -148,8 +148,7 @@ class Answers:
             sequence.cancelled = True
 
     async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
-        """Yield the pieces of all choices as the engine writes them, until each choice has ended. Raises ApiError where the engine
-        fails."""
+        """Raises ApiError where the engine fails."""
         open_choices = len(self.choices)
         while open_choices:
             choice, piece = await self._queue.get()
