@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,20 @@ def test_a_report_says_how_to_measure_and_survives_a_foreign_file(tmp_path: Path
     (run / changes.NAME).write_text(json.dumps({"changes": {"probes": 3}}))
     assert report.main([str(run), "--output", str(run / "report.html")]) == 0
     assert "What fine-tuning changed" not in Page((run / "report.html").read_text()).text
+
+
+def test_the_gates_and_the_probe_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (FOLDER.parents[1] / "what-changed.md").read_text(encoding="utf-8")
+    gates, program = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("yaml", "python"))
+    assert gates and program
+    (tmp_path / "run.yaml").write_text("{}")
+    file = tmp_path / "cycle.yaml"
+    file.write_text("run: .\nfolder: c\ndata: x.jsonl\n" + gates[1])
+    assert read_settings(file).gates.probes == tuple(PROBES.classes()) and read_settings(file).gates.memorised == 0.1
+    monkeypatch.setattr(PROBES, "_members", dict(PROBES.classes()))
+    exec(compile(program[1], "prices.py", "exec"), {"__name__": "prices"})
+    probe = PROBES["prices"]()
+    assert [probe.score(question, "Ask Sales.") for question in probe.questions()] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
