@@ -56,7 +56,7 @@ class GuardEngine(Engine):
     def command(self, folder: Path) -> Command:
         settings: dict[str, Any] = {
             "socket": str(folder / "http"),
-            "status": str(self.status),
+            "status": str(self.start_error_file),
             "models": {detector: str(Path(path).resolve()) for detector, path in self.models.items()},
             "needs": list(self.needs),
             "drain_seconds": self.limits.drain_seconds,
