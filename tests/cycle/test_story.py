@@ -17,7 +17,7 @@ def test_from_a_fine_tune_to_a_rollback(tmp_path: Path) -> None:
     assert "0 new rows" in seen["without labels"]
     assert seen["after"]["verdict"] == "drift"
     assert set(seen["after"]["words"]) & set(cycling.topics.NOUNS["parcels"].split())
-    assert seen["forgotten answers"] > 0
+    assert seen["forgotten answers"] == 6 and seen["forgotten rows in training"] == 0
     assert seen["shares"] == {"v1": 0.75, "v3": 0.25}
     asked = seen["answers while it challenges"]
     assert 60 <= asked["v3"] <= 140 and asked["v1"] + asked["v3"] == 400  # 100 and four and a half standard deviations

@@ -35,6 +35,8 @@ TRAINING = (
     *("trainer.global_batch_size=32", "trainer.micro_batch_size=32", "optimizer.lr=3e-3"),
     *("evaluate.every=1000", "evaluate.at_start=false", "checkpoint.every=20"),
 )
+USERS = 90
+"""Of each topic, whose requests come in turn."""
 STRICT = {"tests": ["frozen.jsonl"], "slices": ["topic"], "margin": 0.02}
 Say = Callable[[str], None]
 
@@ -133,7 +135,7 @@ class Clients:
         with httpx2.Client(base_url=url, timeout=60) as client:
             for number, row in enumerate(rows):
                 headers = {"Authorization": f"Bearer {self._keys[names[number % len(names)]]}"}
-                user = row.get("user", f"{row['topic']}-{number % 90}")
+                user = row.get("user", f"{row['topic']}-{number % USERS}")
                 body = {"model": "assistant", "input": row["text"], "user": user}
                 answer = client.post("/classify", json=body, headers=headers).raise_for_status()
                 versions[answer.json()["model"]] += 1
@@ -175,7 +177,8 @@ def story(folder: Path, say: Say) -> dict[str, Any]:
     seen["without labels"] = place.cycle(config)["ledger"][-1]["reason"]
 
     with server(place, "v1=cycle/versions/v1", "--aliases", "cycle", "--log-requests", "--require-proof") as url:
-        clients.ask(url, topics.reviews(ARRIVING[0], 500, 3), labelled=0.8)
+        parcels = topics.reviews(ARRIVING[0], 500, 3)
+        clients.ask(url, parcels, labelled=0.8)
         seen["forgotten answers"] = clients.forget(url, f"{ARRIVING[0]}-7")
     drift = json.loads(place.succeed(*monitor, code=3).splitlines()[-1])
     seen["after"] = {"verdict": drift["verdict"], "exit code": 3, "words": drift["clusters"][0]["words"]}
@@ -185,6 +188,8 @@ def story(folder: Path, say: Say) -> dict[str, Any]:
     seen["cycle"] = {line["step"]: line["reason"] for line in result["ledger"] if line["cycle"] == 2}
     seen["shares"] = result["aliases"]["assistant"]
     say(f"cycle: {result['decision']}: {seen['cycle']}")
+    texts = {row["text"] for file in (folder / "cycle").glob("cycles/*/train.jsonl") for row in read_lines(file)}
+    seen["forgotten rows in training"] = sum(row["text"] in texts for row in parcels[7::USERS])
     challenger = result["challenger"]
     versions = ("v1=cycle/versions/v1", f"{challenger}=cycle/versions/{challenger}")
     crowd = [row | {"user": f"visitor {number}"} for number, row in enumerate(topics.reviews(ARRIVING[0], 400, 4))]
