@@ -2,7 +2,8 @@
 
     python benchmarks/reinforcement.py tokens             a random model learns to repeat a word: steps and processor time to 0.95
     python benchmarks/reinforcement.py trl --pairs 3      steps of dstune and of TRL on the same work, one after the other
-    python benchmarks/reinforcement.py smollm2 --seeds 3  SmolLM2-135M learns to answer in a given number of words
+    python benchmarks/reinforcement.py smollm2 --seeds 3  SmolLM2-135M learns to say the sum of two digits
+    python benchmarks/reinforcement.py tool --seeds 3     a random model learns to look a word up by a tool and to say it
 
 Processor time, not seconds: other work on the machine does not count. Every command prints JSON.
 """
@@ -60,6 +61,56 @@ def vowels(prompts, completions, **kwargs):
     texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
 '''
+HIDDEN = '''
+import dstune
+
+@dstune.environment
+class Hidden(dstune.Environment):
+    """A word that only a tool tells."""
+
+    name = "hidden"
+
+    def reset(self, **row):
+        self.word, self.peeked = self.random.choice([f"w{n}" for n in range(8)]), False
+
+    def peek(self) -> str:
+        """Look at the word."""
+        self.peeked = True
+        return self.word
+
+@dstune.reward
+def says_the_word(prompts, completions, environments, **kwargs):
+    """0.3 for looking, and the rest for the share of the word in what is said behind it."""
+    scores = []
+    for messages, environment in zip(completions, environments):
+        said = messages[-1]["content"].split() if len(messages) > 1 else []
+        share = said.count(environment.word) / max(1, len(said))
+        scores.append((0.3 + 0.7 * share) * environment.peeked)
+    return scores
+'''
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|> tools {% for tool in tools %} {{ tool.function.name }} {% endfor %} <|im_end|> {% endif %}"
+    "{% for message in messages %} <|im_start|> {{ message.role }} {{ message.content or '' }}"
+    '{% for call in message.tool_calls or [] %} <tool_call>{"name":"{{ call.function.name }}","arguments":'
+    "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}}</tool_call>"
+    "{% endfor %} <|im_end|> {% endfor %}{% if add_generation_prompt %} <|im_start|> assistant {% endif %}"
+)
+"""In which a whole call is one word."""
+TOOL_SETTINGS = [
+    "task.rewards=[says_the_word]",
+    "task.samples=8",
+    "task.max_new_tokens=14",
+    "optimizer.lr=5e-3",
+    "trainer.global_batch_size=16",
+    "trainer.micro_batch_size=128",
+]
+DEFAULTS: dict[str, dict[str, int]] = {
+    "tokens": {},
+    "trl": {"steps": 4, "prompts": 4, "samples": 4, "tokens": 16},
+    "smollm2": {"steps": 40, "prompts": 8, "samples": 8, "tokens": 3},
+    "tool": {"steps": 200},
+}
+THREADS = {"OMP_NUM_THREADS": "1"}
 WORDS = [f"w{number}" for number in range(16)]
 PROMPTS = ("The capital of France is", "Water boils when", "A good breakfast has", "The moon is", "Birds fly because",
            "To make tea you", "My favourite colour is", "The train leaves")  # fmt: skip
@@ -67,33 +118,30 @@ PROMPTS = ("The capital of France is", "Water boils when", "A good breakfast has
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tokens", "trl", "smollm2", "trl-run"))
+    parser.add_argument("what", choices=(*DEFAULTS, "trl-run"))
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=16)
+    for name in ("steps", "prompts", "samples", "tokens"):
+        parser.add_argument(f"--{name}", type=int, help="each command has its own default")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", default="sample://smollm2", help="or `tiny`: two random layers")
     arguments = parser.parse_args()
+    for name, value in DEFAULTS.get(arguments.what, {}).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    THREADS["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.what == "trl-run":
         run_trl(arguments)
         return
     with tempfile.TemporaryDirectory(prefix="reinforcement-") as folder:
-        measured = {"tokens": learn_tokens, "trl": beside_trl, "smollm2": learn_words}[arguments.what](
-            Path(folder), arguments
-        )
+        commands = {"tokens": learn_tokens, "trl": beside_trl, "smollm2": learn_sums, "tool": learn_tool}
+        measured = commands[arguments.what](Path(folder), arguments)
     print(json.dumps(measured, indent=1))
 
 
 def environment() -> dict[str, str]:
-    threads = {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "offline",
-    }
-    return os.environ | threads | {"PYTHONPATH": str(ROOT)}
+    further = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return os.environ | THREADS | further | {"PYTHONPATH": str(ROOT)}
 
 
 def train(folder: Path, name: str, *overrides: str) -> Path:
@@ -269,45 +317,65 @@ def run_trl(arguments: argparse.Namespace) -> None:
     print(json.dumps(told | {"lengths": lengths[1:]}))
 
 
-def learn_words(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return a verifiable task that a small model can do in part: so many words, no more and no less."""
-    questions = [f"{prompt}? Answer in {words} words." for prompt in PROMPTS for words in (3, 5, 8)]
-    counts = [words for _ in PROMPTS for words in (3, 5, 8)]
-    write_rows(
-        folder, [{"prompt": question, "words": words} for question, words in zip(questions, counts, strict=True)]
-    )
+def learn_sums(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a verifiable task that the model can do and rarely does: after `3 + 4 =` it says the sum one time in ten."""
+    sums = [(first, second) for first in range(1, 9) for second in range(1, 9) if first + second <= 9]
+    write_rows(folder, [{"prompt": f"{one} + {two} =", "pattern": rf"^\s*{one + two}(?!\d)"} for one, two in sums])
     runs = []
     for seed in range(arguments.seeds):
-        settings = [
-            f"model.path={arguments.model}",
-            "data.train=prompts.jsonl",
-            "data.split.validation=0",
-            "method=lora",
-        ]
-        settings += ["task.rewards=[word_count]", f"task.max_new_tokens={arguments.tokens}", "task.samples=4"]
+        settings = [f"model.path={arguments.model}", "model.chat_template=null", "data.train=prompts.jsonl"]
+        settings += ["data.split.validation=0", "method=lora", "task.rewards=[pattern]", "trainer.precision=fp32"]
         settings += [
-            "trainer.precision=fp32",
-            "optimizer.lr=2e-4",
-            "trainer.global_batch_size=8",
-            "trainer.micro_batch_size=32",
+            f"task.max_new_tokens={arguments.tokens}",
+            f"task.samples={arguments.samples}",
+            "optimizer.lr=5e-4",
         ]
-        settings += [
-            f"trainer.max_steps={arguments.steps}",
-            f"trainer.seed={seed}",
-            "evaluate.every=0",
-            "method.dropout=0",
-        ]
-        rewards = [row["reward"] for row in rows_of(train(folder, f"words-{seed}", *settings))]
-        edge = max(1, len(rewards) // 5)
-        runs.append(
-            {
-                "seed": seed,
-                "first": sum(rewards[:edge]) / edge,
-                "last": sum(rewards[-edge:]) / edge,
-                "steps": len(rewards),
-            }
-        )
-    return {"task": f"answer in 3, 5 or 8 words, {arguments.tokens} tokens, LoRA", "runs": runs}
+        settings += [f"trainer.global_batch_size={arguments.prompts}", f"trainer.max_steps={arguments.steps}"]
+        settings += [f"trainer.micro_batch_size={arguments.prompts * arguments.samples}", f"trainer.seed={seed}"]
+        settings += ["evaluate.every=0", "trainer.activation_checkpointing=false"]
+        began = time.monotonic()
+        rows = rows_of(train(folder, f"sums-{seed}", *settings))
+        rewards, edge = [row["reward"] for row in rows], max(1, len(rows) // 8)
+        told: dict[str, Any] = {"seed": seed, "steps": len(rewards), "seconds": round(time.monotonic() - began)}
+        told |= {"first": sum(rewards[:edge]) / edge, "last": sum(rewards[-edge:]) / edge}
+        told["processor_seconds_a_step"] = round(statistics.median(times_of(folder)), 2)
+        told["largest_difference"] = max(row["sampling/sampling_logp_difference/max"] for row in rows)
+        runs.append(told)
+        print(json.dumps(told), file=sys.stderr, flush=True)
+    work = f"{arguments.prompts} prompts x {arguments.samples} samples x {arguments.tokens} tokens"
+    return {"task": f"say the sum of two digits, {work}, LoRA, fp32", "threads": arguments.threads, "runs": runs}
+
+
+def learn_tool(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a task with a tool: it alone knows a word, and the model has to call it, read what it says, and say that."""
+    from dstune.testing.tiny import save_model
+
+    words = [f"w{number}" for number in range(8)]
+    call = '<tool_call>{"name":"peek","arguments":{}}</tool_call>'
+    save_model(
+        folder / "model", [{"prompt": f"go user assistant tool tools peek {call} {' '.join(words)}"}], decoder=True
+    )
+    (folder / "model" / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    (folder / "hidden.py").write_text(HIDDEN)
+    write_rows(folder, [{"prompt": "go", "n": number} for number in range(64)])
+    runs = []
+    for seed in range(arguments.seeds):
+        settings = ["model.path=model", "model.weights=random", "model.config_overrides={initializer_range:0.1}"]
+        settings += ["data.train=prompts.jsonl", "data.clean.leaks=false", "method=full", "trainer.precision=fp32"]
+        settings += ["plugins=[./timer.py,./hidden.py]", "task.environment=hidden", "task.turns=2", *TOOL_SETTINGS]
+        settings += [f"trainer.seed={seed}", f"trainer.max_steps={arguments.steps}", "evaluate.every=0"]
+        rows = rows_of(train(folder, f"tool-{seed}", *settings))
+        rewards, times = [row["reward"] for row in rows], times_of(folder)
+        means = [sum(rewards[end - 5 : end]) / 5 for end in range(5, len(rewards) + 1)]
+        first = next((number + 4 for number, mean in enumerate(means) if mean >= 0.9), None)
+        told = {"seed": seed, "first": rewards[0], "last": means[-1], "steps": len(rewards)}
+        told |= {"steps_to_0.9": None if first is None else first + 1}
+        told |= {"processor_seconds_to_0.9": None if first is None else round(sum(times[:first]), 1)}
+        calls = [row["tools/call_frequency"] for row in rows]
+        told |= {"calls_first": calls[0], "calls_last": sum(calls[-5:]) / 5}
+        runs.append(told)
+        print(json.dumps(told), file=sys.stderr, flush=True)
+    return {"task": "look a word up by a tool, then say it; 2 random layers", "runs": runs}
 
 
 if __name__ == "__main__":

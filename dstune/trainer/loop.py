@@ -30,7 +30,7 @@ from dstune.trainer.forgetting import Penalties
 from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
 from dstune.trainer.prefetcher import RankBatch, dropout_seed, prefetched_steps
-from dstune.trainer.rollouts import Rollouts
+from dstune.trainer.rollouts import Rollouts, RolloutsUnavailable
 from dstune.trainer.state import TrainState
 from dstune.trainer.step_timer import METRICS, StepTimer, StepTimes
 from dstune.trainer.utilization import Utilization
@@ -182,7 +182,10 @@ def train(run: Training) -> Request:
         if step is None:  # rows of a stream are not ready on some rank
             request, _ = synchronize(run, run.callbacks.while_waiting(run))
         else:
-            train_step(run, step)
+            try:
+                train_step(run, step)
+            except RolloutsUnavailable as error:  # on all ranks alike, with everything as the step before left it
+                return save_if_requested(run, Request(Action.PREEMPT, str(error)))
             synchronize_step(run, step)
             run.callbacks.on_step_agreed(run, step)
             report_step(run, step)

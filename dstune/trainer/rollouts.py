@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from dstune.trainer.prefetcher import RankBatch
 
 
+class RolloutsUnavailable(Exception):
+    """What writes the completions does not answer, and may later: the run saves what it has and leaves, to be continued."""
+
+
 class RolloutRun(Protocol):
     """What a rollout needs of `loop.Training`."""
 
@@ -38,7 +42,8 @@ class Rollouts(Protocol):
         """Optimizer updates with what one rollout gave."""
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """Return the micro-batches that train in place of the prompts in `step.batch`."""
+        """Return the micro-batches that train in place of the prompts in `step.batch`. Raises RolloutsUnavailable, on all ranks
+        alike."""
 
     def several_updates(self) -> AbstractContextManager[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
         """Wrap the updates of a step; yields the function that says, for the number of each, which tensors its micro-batches get

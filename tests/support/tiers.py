@@ -41,6 +41,7 @@ WHOLE_FILES = {
     "distributed/test_secrets.py": 120,
     "distributed/test_serve.py": 350,
     "distributed/test_served.py": 25,
+    "distributed/test_served_rollouts.py": 40,
     "distributed/test_sight_runs.py": 110,
     "distributed/test_sources.py": 110,
     "distributed/test_streaming.py": 220,

@@ -10,11 +10,11 @@ import torch
 from support.tiny import save_decoder
 from transformers import AutoModelForCausalLM
 
-from dstune.core.errors import UserError
 from dstune.models.heads.base import IGNORED
-from dstune.tasks.reinforcement import rollout, sampling
+from dstune.tasks.reinforcement import sampling
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.head import PolicyHead
+from dstune.tasks.reinforcement.sampler_check import is_allowed
 from dstune.tasks.reinforcement.sampling import draw, exponential, mixed, sample_completions
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
@@ -118,13 +118,7 @@ def test_the_sampler_is_the_model_that_trains(model):
 
 
 def refused(dtype: torch.dtype, found: tuple[float, float, float]) -> bool:
-    rollouts = object.__new__(rollout.Rollouts)
-    rollouts._engine = type("Engine", (), {"module": torch.nn.Linear(1, 1).to(dtype)})()
-    try:
-        rollouts._refuse_different(1, *found)
-    except UserError:
-        return True
-    return False
+    return not is_allowed(dtype, *found)
 
 
 def with_padding_read(monkeypatch):
@@ -255,8 +249,10 @@ def test_tokens_that_the_sampler_made_too_probable_count_less():
     old, sampled = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -4.0, -2.0])
     factors = importance_factors(old, sampled, 2.0)
     torch.testing.assert_close(factors, torch.tensor([1.0, 2.0, math.exp(-1.0)]))
+    factors = importance_factors(old, sampled, 2.0, masked=True)
+    torch.testing.assert_close(factors, torch.tensor([1.0, 0.0, 0.0]))  # exp(-1) is below 1 / 2
     assert ReinforcementConfig().cap is None
-    assert ReinforcementConfig(rollout=Rollout.fast).cap == 2.0
+    assert ReinforcementConfig(rollout=Rollout.fast).cap == ReinforcementConfig(rollout=Rollout.vllm).cap == 2.0
     assert ReinforcementConfig(importance_cap=3.0).cap == 3.0
 
 

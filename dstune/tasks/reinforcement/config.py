@@ -31,6 +31,12 @@ class RewardScale(Enum):
 class Rollout(Enum):
     exact = "exact"
     fast = "fast"
+    vllm = "vllm"
+
+
+class Correction(Enum):
+    truncate = "truncate"
+    mask = "mask"
 
 
 class KlEstimator(Enum):
@@ -99,10 +105,26 @@ class ReinforcementConfig(TaskConfig):
     rollout: Rollout = Rollout.exact
     """`exact` writes the completions of a micro-batch of prompts side by side until the last one has ended: the same bits whenever
     it is repeated on as many ranks. `fast` keeps the batch full, a new completion in the place of one that has ended; the
-    sampler is then a little further from the training forward pass, and `importance_cap` corrects the loss for it."""
+    sampler is then a little further from the training forward pass, and `importance_cap` corrects the loss for it. `vllm` lets the
+    server at `rollout_url` write them, with the weights that are about to train; evaluations stay in this process."""
+    rollout_url: str | None = setting(None, signed=True)
+    """Address of a vLLM server (`http://HOST:PORT`) for `rollout=vllm`; the variable `DSTUNE_ROLLOUT_API_KEY` may hold its key."""
+    rollout_folder: str | None = setting(None, signed=True)
+    """Where the server reads adapters or weights, under the same path on both machines; `sampler` of the run directory when not
+    given."""
+    rollout_seconds: float = setting(600.0, above=0.0)
+    """How long a server may take for an answer, with all attempts: a run whose server takes longer is saved and left, to be
+    continued (exit code 75)."""
+    rollout_sleep: bool = False
+    """Whether the server sleeps while this run trains, so that both have room on the same GPU (`vllm serve
+    --enable-sleep-mode`)."""
     importance_cap: float | None = setting(None, above=0.0)
     """Tokens count by how much more probable the model that trains makes them than the sampler did, up to this factor
-    (truncated importance sampling). 2 with `rollout=fast` when not given; with `exact` none, which multiplies by nothing."""
+    (truncated importance sampling). 2 with `rollout=fast` and `vllm` when not given; with `exact` none, which multiplies by
+    nothing."""
+    correction: Correction = Correction.truncate
+    """What tokens beyond `importance_cap` count: `truncate` lets them count that much, `mask` not at all, nor those that the
+    sampler made more probable by more than this factor."""
     updates: int = setting(1, at_least=1)
     """Optimizer updates with the completions of one step (TRL: `num_iterations`). With 1, ratios are 1 and nothing is clipped."""
     clip_low: float | None = setting(None, at_least=0.0)
@@ -136,7 +158,7 @@ class ReinforcementConfig(TaskConfig):
     @property
     def cap(self) -> float | None:
         """The largest factor by which a token counts; None where all count alike."""
-        if self.importance_cap is None and self.rollout is Rollout.fast:
+        if self.importance_cap is None and self.rollout is not Rollout.exact:
             return DEFAULT_CAP
         return self.importance_cap
 

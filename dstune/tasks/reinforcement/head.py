@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from dstune.models.cross_entropy import projected_log_probabilities
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.shared_prompts import SharedPrompts, share_prompts, stop_sharing
-from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.config import Correction, ReinforcementConfig
 from dstune.tasks.reinforcement.losses import importance_factors, policy_loss
 
 
@@ -84,8 +85,7 @@ class PolicyHead(CausalLmHead):
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """Compute the loss. batch: of `batches.completion_batch` or `batches.shared_batch`; from the second update on also old
         [targets], the log-probabilities at the first one."""
-        shares = "prompt_lengths" in batch
-        targets = _shared_targets(batch) if shares else _targets(batch, self.labels_of(batch))
+        targets = self.targets_of(batch)
         reference = None
         if self._task.kl.coefficient:  # first, so that no activations of the other pass are in memory meanwhile
             reference = self._of_reference(forward, targets)
@@ -97,7 +97,8 @@ class PolicyHead(CausalLmHead):
         advantages = batch["advantages"][completion]
         sampled = targets.sampled
         cap = self._task.cap
-        correction = None if cap is None else importance_factors(old, sampled, cap)
+        masked = self._task.correction is Correction.mask
+        correction = None if cap is None else importance_factors(old, sampled, cap, masked=masked)
         output = policy_loss(self._task, logps, old, advantages, completion, count, reference, correction)
         sums = {"tokens": torch.tensor(float(len(logps))), "clipped_low": output.clipped_low.float()}
         sums |= {"clipped_high": output.clipped_high.float(), "kl": output.kl}
@@ -114,6 +115,25 @@ class PolicyHead(CausalLmHead):
                 sums["importance"] = correction.sum()
         zero = torch.zeros(())
         return HeadOutput(loss_sum=output.loss_sum, weight=torch.tensor(len(logps)), correct=zero, sums=sums)
+
+    def targets_of(self, batch: Batch) -> Targets:
+        return _shared_targets(batch) if "prompt_lengths" in batch else _targets(batch, self.labels_of(batch))
+
+    @property
+    def has_adapter(self) -> bool:
+        return any(hasattr(module, "_disable_adapters") for module in self._model.modules())
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        return without_adapters(self._model)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Compute log-probabilities at another temperature within the block."""
+        task, self._task = self._task, replace(self._task, temperature=temperature)
+        try:
+            yield
+        finally:
+            self._task = task
 
     def _of_reference(self, forward: Forward, targets: Targets) -> Tensor:
         if self._reference is not None:

@@ -96,10 +96,14 @@ def policy_loss(
     return PolicyLossOutput(losses.sum(), below.sum(), above.sum(), diverged)
 
 
-def importance_factors(old: Tensor, sampled: Tensor, cap: float) -> Tensor:
+def importance_factors(old: Tensor, sampled: Tensor, cap: float, *, masked: bool = False) -> Tensor:
     """Return how much more probable the model that trains makes each token than the sampler did, at most `cap` (Yao et al. 2025,
-    truncated importance sampling). old, sampled: log-probabilities, [tokens]."""
-    return (old - sampled).exp().clamp(max=cap)
+    truncated importance sampling). masked: 0 instead for tokens that are more than `cap` times more or less probable (as IcePop,
+    Ling Team 2025, arXiv:2510.18855). old, sampled: log-probabilities, [tokens]."""
+    ratios = (old - sampled).exp()
+    if masked:
+        return torch.where((ratios <= cap) & (ratios >= 1 / cap), ratios, 0.0)
+    return ratios.clamp(max=cap)
 
 
 def divergence(estimator: KlEstimator, logps: Tensor, reference: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from dstune.tasks.reinforcement.sampling import Completion
 
 FOLDER = "rollouts"
 """Of a run directory: `step-000001.jsonl`, ..., a completion a line."""
+OPTIONAL = ("prompt_ids", "read", "version")
+"""Fields of a completion that most are without."""
 
 
 @dataclass
@@ -79,11 +81,8 @@ def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None
 
 def pack_scored(scored: Scored) -> dict[str, Any]:
     """Return all but the advantage, as JSON; what is empty in most completions is left out where it is."""
-    optional_fields = ("prompt_ids", "read")
     # Not `asdict`, which copies every token: a fifth of a small step.
-    completion = {
-        name: value for name, value in vars(scored.completion).items() if value or name not in optional_fields
-    }
+    completion = {name: value for name, value in vars(scored.completion).items() if value or name not in OPTIONAL}
     row: dict[str, Any] = {**completion, "text": scored.text, "scores": list(scored.scores)}
     optional = {"messages": scored.messages, "extra": scored.extra, "calls": scored.calls}
     optional["failed_calls"] = scored.failed_calls
@@ -93,7 +92,7 @@ def pack_scored(scored: Scored) -> dict[str, Any]:
 def unpack_scored(row: Mapping[str, Any]) -> Scored:
     """Return the inverse of `pack_scored`."""
     needed = {name: row[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
-    optional = {name: row[name] for name in ("prompt_ids", "read") if name in row}
+    optional = {name: row[name] for name in OPTIONAL if name in row}
     further = {name: row[name] for name in ("messages", "extra", "calls", "failed_calls") if name in row}
     return Scored(Completion(**needed, **optional), row["text"], list(row["scores"]), **further)
 

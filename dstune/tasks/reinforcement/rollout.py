@@ -19,6 +19,7 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.models.generation import end_tokens
+from dstune.models.heads import on_device
 from dstune.protocols import method_of
 from dstune.tasks.reinforcement.batches import TrainedCompletion, completion_batch, shared_batch
 from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
@@ -26,19 +27,20 @@ from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
 from dstune.tasks.reinforcement.losses import advantages_of, denominator
 from dstune.tasks.reinforcement.metrics import LOGGED, rollout_sums, weighted_reward
+from dstune.tasks.reinforcement.recorded import recorded_step, replayed, written_step
 from dstune.tasks.reinforcement.records import (
     FOLDER,
     Scored,
-    from_record,
     identity_of,
     pack_scored,
     place_of,
-    read_records,
     unpack_scored,
     write_records,
 )
+from dstune.tasks.reinforcement.sampler_check import allowed, examine, is_allowed, looks_like, problem_of
 from dstune.tasks.reinforcement.sampling import Completion, sample_completions
 from dstune.tasks.reinforcement.scoring import Scorer
+from dstune.tasks.reinforcement.served_sampler import ServedSampler
 from dstune.tasks.reinforcement.turns import Environments
 from dstune.trainer.generation import speaking
 from dstune.trainer.prefetcher import RankBatch
@@ -47,20 +49,6 @@ from dstune.zero.engine import Engine
 
 SEED_OF_EVALUATION = 2**40
 """In place of the number of a step: evaluations sample the same completions at every step, and never those of training."""
-
-ALLOWED = {
-    torch.float32: (math.inf, 1e-3, 1e-2),
-    torch.bfloat16: (0.02, 0.1, 3.0),
-    torch.float16: (0.02, 0.1, 3.0),
-}
-"""By the model's format, how far the sampler's log-probabilities may be from those of the training forward pass: absolute mean of
-the differences, mean of their absolute values, and the largest of these. Rounding alone gives 1.6e-5 at most and 2.5e-6 on
-average in fp32, 0.16 and 0.03 in bf16 (SmolLM2-135M, CPU); in bf16 its mean is near 0, while top-p 0.9 moves it by 0.1."""
-
-REMEDY = (
-    "the sampler is not the model that trains: a wrong temperature, positions of padding, weights that changed between, or a model "
-    "whose cached decoding differs (method=lora without dropout, model.attention=sdpa or eager)"
-)
 
 
 class Rollouts:
@@ -87,6 +75,9 @@ class Rollouts:
         self._environments = None
         if self._task.environment is not None:
             self._environments = Environments(self._task, tokenizer, self._scorer, config.data.max_length, self._ends)
+        self._server = None
+        if self._task.rollout is Rollout.vllm and run_dir is not None and self._task.replay is None:
+            self._server = ServedSampler(self._task, engine, world, run_dir, self._ends)
         self._sums: dict[str, float] = {}
         self._shares_prompts = False
         if run_dir is not None and not method_of(config.method).in_front:
@@ -101,19 +92,19 @@ class Rollouts:
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
         """Return the completions of a step's prompts, as the micro-batches that train."""
         prompts = [(part, batch) for part, batch in step.batch.batches]
-        recorded = self._recorded(step.number)
+        recorded = recorded_step(self._task, self._world, step.number)
         if recorded is None:
             state = {"global_step": step.number - 1, "max_steps": run.total_steps, "epoch": step.epoch}
-            written, local_completions = self._written(step.number), []
+            written, local_completions = written_step(self._task, self._world, self._run_dir, step.number), []
             # Environments live until the next ones begin, so that each batch is scored before.
             for part in prompts if self._environments else [None]:
                 with run.around("generating"):
-                    new = self.complete(prompts if part is None else [part], step.number)
+                    new = self._write(prompts if part is None else [part], step.number, written)
                 with run.around("scoring"):
                     self._scorer.score(new, written, state)
                 local_completions += new
         else:
-            local_completions = self._replayed(prompts, recorded)
+            local_completions = replayed(self._task, self._world, prompts, recorded)
         groups = self._with_advantages(local_completions, [part for part, _ in prompts])
         if recorded is None and self._run_dir is not None and self._world.is_main:
             everyone = [scored for group in groups for scored in group]
@@ -156,11 +147,46 @@ class Rollouts:
         signed, absolute, count = compared[:, :3].sum(axis=0).tolist()
         largest = float(compared[:, 3].max())
         if self._task.replay is None and count:
-            self._refuse_different(step.number, signed / count, absolute / count, largest)
+            self._refuse_different(step, signed / count, absolute / count, largest)
         return self._sums | {"largest_difference": largest if self._world.is_main else 0.0}
 
     def close(self) -> None:
         self._scorer.close()
+
+    def _write(
+        self,
+        prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]],
+        step: int,
+        written: Mapping[str, Scored],
+    ) -> list[list[Scored]]:
+        """Write this rank's completions for training: by the server where there is one, else as `complete`.
+
+        written: what an earlier launch had at this step. A server would not write the same again, so that those by the same weights
+        are taken as they are.
+        """
+        if self._server is None:
+            return self.complete(prompts, step)
+        version = self._server.publish()
+        completed = {
+            place_of(scored.completion): scored.completion
+            for scored in written.values()
+            if scored.completion.version == version
+        }
+        samples = self._task.samples
+        numbers = dict.fromkeys(number for _, batch in prompts for number in batch["sample"].tolist())
+        missing = [n for n in numbers if any(f"{n}/{sample}" not in completed for sample in range(samples))]
+        asked = [(number, self._split.sample(number)["input_ids"].tolist()) for number in missing]
+        for completion in self._server.complete(asked, samples, (self._config.trainer.seed, step)):
+            completed[place_of(completion)] = completion
+        self._server.rest()
+        return [
+            [
+                Scored(completion, self._tokenizer.decode(completion.ids, skip_special_tokens=True))
+                for number in batch["sample"].tolist()
+                for completion in (completed[f"{number}/{sample}"] for sample in range(samples))
+            ]
+            for _, batch in prompts
+        ]
 
     def complete(
         self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], step: int, samples: int | None = None
@@ -348,66 +374,17 @@ class Rollouts:
         """Sum over all ranks together; see `metrics.reinforcement_metrics`."""
         return rollout_sums(self._task, groups)
 
-    def _refuse_different(self, step: int, signed: float, absolute: float, largest: float) -> None:
+    def _refuse_different(self, step: RolloutStep, signed: float, absolute: float, largest: float) -> None:
         dtype = next(_base_of(self._engine.module).parameters()).dtype
-        limits = ALLOWED.get(dtype, ALLOWED[torch.bfloat16])
-        measured = abs(signed), absolute, largest
-        if all(value <= limit for value, limit in zip(measured, limits, strict=True)):
+        if is_allowed(dtype, signed, absolute, largest):
             return
-        reason = (
-            f"at step {step} the sampler's log-probabilities differ from those of the training forward pass by {absolute:.3g} on "
-            f"average ({signed:+.3g} with their sign) and {largest:.3g} at most; {str(dtype).removeprefix('torch.')} explains "
-            f"{limits[1]:g} and {limits[2]:g}"
-        )
-        raise UserError(Problem("task", reason, REMEDY, "reinforcement"))
-
-    # ---- what is written down ----
-
-    def _written(self, step: int) -> dict[str, Scored]:
-        """Return what an earlier launch of this run had scored at this step, by `identity_of`; the same on every rank."""
-        rows: list[dict[str, Any]] = []
-        if self._world.is_main and self._run_dir is not None:
-            rows = read_records(self._run_dir / FOLDER, step)
-        records = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
-        return {identity_of(scored.completion): scored for scored in records if scored is not None}
-
-    def _recorded(self, step: int) -> dict[str, Scored] | None:
-        """Return the completions of the run that `task.replay` names, by prompt and sample; None without one.
-
-        Raises:
-            UserError: it has none for this step. On all ranks alike.
-        """
-        if self._task.replay is None:
-            return None
-        rows: list[dict[str, Any]] = []
-        if self._world.is_main:
-            rows = read_records(Path(self._task.replay), step)
-        records = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
-        recorded = {place_of(scored.completion): scored for scored in records if scored is not None}
-        if not recorded:
-            reason = f"it has no completions of step {step} with the rewards of this run"
-            raise UserError(
-                Problem("task.replay", reason, "the folder `rollouts` of a run of as many steps", self._task.replay)
-            )
-        return recorded
-
-    def _replayed(
-        self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], recorded: Mapping[str, Scored]
-    ) -> list[list[Scored]]:
-        replayed = []
-        missing: list[int] = []
-        for _, batch in prompts:
-            places = [(prompt, sample) for prompt in batch["sample"].tolist() for sample in range(self._task.samples)]
-            missing += [prompt for prompt, sample in places if f"{prompt}/{sample}" not in recorded]
-            replayed.append(
-                [recorded[f"{prompt}/{sample}"] for prompt, sample in places if f"{prompt}/{sample}" in recorded]
-            )
-        absent = [prompts for prompts in self._world.gather(missing) if prompts]
-        if absent:
-            reason = f"it lacks completions of prompt {absent[0][0]}, which this step trains"
-            fix = "the same data, seed, global_batch_size and samples as in the recorded run"
-            raise UserError(Problem("task.replay", reason, fix, str(self._task.replay)))
-        return replayed
+        batches = [on_device(batch, self._engine.device) for _, batch in step.batch.batches]
+        self._engine.train(False)
+        difference = examine(self._head, self._engine.forward, batches, self._task.temperature)
+        self._engine.train(True)
+        looks = self._world.broadcast(looks_like(difference, self._task.temperature, allowed(dtype)[1]))
+        measured = signed, absolute, largest
+        raise UserError(problem_of(self._task.rollout, dtype, step.number, measured, looks))
 
 
 def _base_of(model: Any) -> Any:

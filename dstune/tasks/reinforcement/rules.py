@@ -9,7 +9,7 @@ from dstune.config.convert import format_value
 from dstune.config.schema import Automatic, RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import ENVIRONMENTS, REWARDS, method_of, parallelism_of
-from dstune.tasks.reinforcement.config import PolicyLoss, ReinforcementConfig, Rollout
+from dstune.tasks.reinforcement.config import Correction, PolicyLoss, ReinforcementConfig, Rollout
 
 
 def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
@@ -39,12 +39,7 @@ def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
         yield Problem(
             "task.clip_low", "task.loss=cispo has no lower bound", "leave it out", format_value(task.clip_low)
         )
-    if task.rollout is Rollout.fast and task.environment is not None:
-        reason = "the turns of an environment are written side by side"
-        yield Problem("task.rollout", reason, "task.rollout=exact", "fast")
-    if task.rollout is Rollout.fast and parallelism_of(config.parallel).weight_ranks > 1:
-        reason = "each rank writes at its own pace, and these ranks share the weights of each layer"
-        yield Problem("task.rollout", reason, "task.rollout=exact, or parallel=none", "fast")
+    yield from _check_rollout(config, task)
     if config.data.streaming:
         reason = "completions are told apart by the number of their prompt, which rows of a stream do not have"
         yield Problem("data.streaming", reason, "data.streaming=false", "true")
@@ -57,6 +52,34 @@ def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
     if task.replay is not None and not Path(task.replay).is_dir():
         reason = "there is no such folder"
         yield Problem("task.replay", reason, "task.replay=RUN/rollouts of a run", format_value(task.replay))
+
+
+def _check_rollout(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
+    mode, parallel = task.rollout, parallelism_of(config.parallel)
+    if mode is not Rollout.exact and task.environment is not None:
+        reason = "the turns of an environment are written side by side"
+        yield Problem("task.rollout", reason, "task.rollout=exact", mode.value)
+    if mode is Rollout.fast and parallel.weight_ranks > 1:
+        reason = "each rank writes at its own pace, and these ranks share the weights of each layer"
+        yield Problem("task.rollout", reason, "task.rollout=exact, or parallel=none", "fast")
+    if mode is Rollout.vllm and parallel.size > 1:
+        reason = "each rank asks for completions of its own, and ranks that share rows or layers need the same"
+        yield Problem("task.rollout", reason, "task.rollout=exact, or parallel=none", "vllm")
+    if mode is Rollout.vllm and task.rollout_url is None and task.replay is None:
+        yield Problem(
+            "task.rollout_url", "task.rollout=vllm needs a server", "task.rollout_url=http://HOST:PORT", "null"
+        )
+    if task.rollout_url is not None and not task.rollout_url.startswith(("http://", "https://")):
+        yield Problem("task.rollout_url", "this is no address of a server", "http://HOST:PORT", task.rollout_url)
+    if mode is not Rollout.vllm:
+        defaults = ReinforcementConfig()
+        for key in ("rollout_url", "rollout_folder", "rollout_seconds", "rollout_sleep"):
+            if (value := getattr(task, key)) != getattr(defaults, key):
+                reason = f"with task.rollout={mode.value} no server is asked"
+                yield Problem(f"task.{key}", reason, "task.rollout=vllm, or leave it out", format_value(value))
+    if task.correction is Correction.mask and task.cap is None:
+        reason = "with task.rollout=exact the sampler is not corrected for"
+        yield Problem("task.correction", reason, "task.importance_cap=2, or leave it out", "mask")
 
 
 def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:

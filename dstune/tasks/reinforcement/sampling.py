@@ -40,13 +40,15 @@ class Completion:
     logps: list[float] = field(default_factory=list)
     """Log-probability of each token at the temperature of sampling, as the sampler computed it."""
     entropy: float = 0.0
-    """Sum over the tokens, in nats."""
+    """Sum over the tokens, in nats; of a server's completion the estimate -sum(logps)."""
     ended: bool = False
     """Whether it ended by itself, within the tokens that it may have."""
     prompt_ids: list[int] | None = None
     """The tokens that it answers, where they are not those of its row: an environment added to them."""
     read: list[int] = field(default_factory=list)
     """Places in `ids` of tokens that the model has not written but read: results of tools. Their `logps` are 0."""
+    version: str = ""
+    """Of the weights that wrote all of its tokens, where a server did."""
 
 
 def sample_completions(

@@ -1,0 +1,151 @@
+"""Completions that a server samples, with the weights that are about to train."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.published_weights import PublishedWeights
+from dstune.tasks.reinforcement.sampling import Completion, configuration_of
+from dstune.tasks.reinforcement.vllm_server import Sampled, Sampling, ServedModel, ServerDown, ServerRefused, VllmServer
+from dstune.trainer.rollouts import RolloutsUnavailable
+from dstune.zero.engine import Engine
+
+T = TypeVar("T")
+
+FOLDER = "sampler"
+"""Of a run directory: the weights that the server reads."""
+KEY = "DSTUNE_ROLLOUT_API_KEY"
+"""The variable with the server's key."""
+ASKED_AT_ONCE = 64
+"""Prompts of a rank that the server has at a time."""
+ATTEMPTS = 3
+"""Rollouts with the same weights, where the server fails in between."""
+REMEDY = (
+    "adapters: vllm serve MODEL --enable-lora --max-lora-rank RANK with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; whole weights and "
+    "task.rollout_sleep: VLLM_SERVER_DEV_MODE=1; task.rollout_folder where both machines see it"
+)
+
+
+class ServedSampler:
+    """The server at `task.rollout_url`, on all ranks together. Rank 0 gives it weights; each rank asks for its own completions.
+
+    Every method that is not said to be of one rank is called by all of them, and raises alike on all:
+        RolloutsUnavailable: the server does not answer, and may later.
+        UserError: it answers, and does not do what is needed.
+    """
+
+    def __init__(self, task: ReinforcementConfig, engine: Engine, world: World, run_dir: Path, ends: Collection[int]):
+        assert task.rollout_url is not None
+        self._task, self._world = task, world
+        folder = run_dir.resolve() / FOLDER if task.rollout_folder is None else Path(task.rollout_folder).resolve()
+        self._weights = PublishedWeights(engine, world, folder)
+        self._server = VllmServer(task.rollout_url, os.environ.get(KEY, ""), task.rollout_seconds)
+        if self._weights.is_adapter:
+            self._server.recover = self._load
+        vocabulary = int(configuration_of(engine.module).vocab_size)
+        self._sampling = Sampling(task.max_new_tokens, task.temperature, ends, vocabulary)
+        self._base = ServedModel("", None)
+        self.version = ""
+        """Of the weights that the server has."""
+
+    def publish(self) -> str:
+        """Let the server sample with the weights as they are now; returns the name of this version."""
+        earlier, self.version = self.version, self._weights.write()
+
+        def give() -> ServedModel:
+            if self._task.rollout_sleep:
+                self._server.wake_up()
+            base = self._server.base_model()
+            if earlier != self.version:
+                self._load()
+            if self._weights.is_adapter and earlier not in ("", self.version):
+                self._server.unload_adapter(earlier)
+            return base
+
+        base = self._agree(give if self._world.is_main else lambda: self._base)
+        self._base = ServedModel(*self._world.broadcast((base.name, base.max_length)))
+        if earlier not in ("", self.version):
+            self._weights.remove(earlier)
+        return self.version
+
+    def complete(
+        self, prompts: Sequence[tuple[int, Sequence[int]]], samples: int, keys: tuple[int, int]
+    ) -> list[Completion]:
+        """Return `samples` completions of each of this rank's prompts (number, tokens), those of one prompt one after the other.
+        keys: of the server's noise, beside the prompt's number."""
+        longest = max((len(tokens) for _, tokens in prompts), default=0) + self._task.max_new_tokens
+        if self._base.max_length is not None and longest > self._base.max_length:
+            too_long = f"prompts and completions have up to {longest:,} tokens, the server's limit is {self._base.max_length:,}"
+        else:
+            too_long = ""
+        name = self.version if self._weights.is_adapter else self._base.name
+
+        def ask(prompt: tuple[int, Sequence[int]]) -> list[Sampled]:
+            return self._server.sample(name, prompt[1], samples, self._sampling, _seed(keys, prompt[0]))
+
+        def ask_all() -> list[list[Sampled]]:
+            if too_long:
+                raise ServerRefused(0, too_long)
+            with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+                return list(pool.map(ask, prompts))
+
+        sampled = self._sample_with_these_weights(ask_all)
+        return [
+            Completion(number, sample, answer.ids, answer.logps, -sum(answer.logps), answer.ended, version=self.version)
+            for (number, _), answers in zip(prompts, sampled, strict=True)
+            for sample, answer in enumerate(answers)
+        ]
+
+    def _sample_with_these_weights(self, ask_all: Callable[[], T]) -> T:
+        """Return what `ask_all` does. A server that failed may have been started anew, with the weights of its start: an adapter is
+        then missing, but whole weights have no name, so that all is asked again."""
+        for _ in range(ATTEMPTS):
+            failures = self._server.failures
+            result = self._agree(ask_all)
+            if self._weights.is_adapter or not self._world.any(self._server.failures > failures):
+                return result
+            self._agree(self._load if self._world.is_main else lambda: None)
+        raise RolloutsUnavailable(f"{self._task.rollout_url} failed in each of {ATTEMPTS} rollouts")
+
+    def rest(self) -> None:
+        """Let the server sleep, if it is to: nothing is asked before the next weights are there."""
+        if self._task.rollout_sleep:
+            self._agree(self._server.sleep if self._world.is_main else lambda: None)
+
+    def _load(self) -> None:
+        """Give the server this version, from one rank."""
+        folder = str(self._weights.path_of(self.version))
+        if self._weights.is_adapter:
+            self._server.load_adapter(self.version, folder)
+        else:
+            self._server.load_weights(folder)
+
+    def _agree(self, work: Callable[[], T]) -> T:
+        """Return what `work` does on this rank; what it raises on any rank is raised on all."""
+        result, down, refusal = None, "", ""
+        try:
+            result = work()
+        except ServerDown as error:
+            down = str(error)
+        except ServerRefused as error:
+            refusal = str(error)
+        everyone = self._world.gather((down, refusal))
+        if refusals := [reason for _, reason in everyone if reason]:
+            raise UserError(Problem("task.rollout_url", refusals[0], REMEDY, str(self._task.rollout_url)))
+        if reasons := [reason for reason, _ in everyone if reason]:
+            raise RolloutsUnavailable(reasons[0])
+        return result  # type: ignore[return-value]
+
+
+def _seed(keys: tuple[int, int], prompt: int) -> int:
+    """Compute 63 bits; the samples of a prompt have this seed and those after it."""
+    text = f"{keys[0]}/{keys[1]}/{prompt}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
