@@ -76,7 +76,7 @@ class Hidden(dstune.Environment):
     def peek(self) -> str:
         """Look at the word."""
         self.peeked = True
-        return self.word
+        return " ".join([self.word] * 8)
 
 @dstune.reward
 def says_the_word(prompts, completions, environments, **kwargs):
@@ -99,7 +99,7 @@ TOOL_TEMPLATE = (
 TOOL_SETTINGS = [
     "task.rewards=[says_the_word]",
     "task.samples=8",
-    "task.max_new_tokens=14",
+    "task.max_new_tokens=24",
     "optimizer.lr=5e-3",
     "trainer.global_batch_size=16",
     "trainer.micro_batch_size=128",
@@ -319,11 +319,12 @@ def run_trl(arguments: argparse.Namespace) -> None:
 
 def learn_sums(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure a verifiable task that the model can do and rarely does: after `3 + 4 =` it says the sum one time in ten."""
+    (folder / "plain.jinja").write_text("{{ messages[0].content }}")  # a conversation would be answered in words
     sums = [(first, second) for first in range(1, 9) for second in range(1, 9) if first + second <= 9]
     write_rows(folder, [{"prompt": f"{one} + {two} =", "pattern": rf"^\s*{one + two}(?!\d)"} for one, two in sums])
     runs = []
     for seed in range(arguments.seeds):
-        settings = [f"model.path={arguments.model}", "model.chat_template=null", "data.train=prompts.jsonl"]
+        settings = [f"model.path={arguments.model}", "model.chat_template=plain.jinja", "data.train=prompts.jsonl"]
         settings += ["data.split.validation=0", "method=lora", "task.rewards=[pattern]", "trainer.precision=fp32"]
         settings += [
             f"task.max_new_tokens={arguments.tokens}",
