@@ -100,7 +100,7 @@ TOOL_SETTINGS = [
     "task.rewards=[says_the_word]",
     "task.samples=8",
     "task.max_new_tokens=24",
-    "optimizer.lr=5e-3",
+    "optimizer.lr=3e-3",
     "trainer.global_batch_size=16",
     "trainer.micro_batch_size=128",
 ]
@@ -108,7 +108,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "tokens": {},
     "trl": {"steps": 4, "prompts": 4, "samples": 4, "tokens": 16},
     "smollm2": {"steps": 40, "prompts": 8, "samples": 8, "tokens": 3},
-    "tool": {"steps": 200},
+    "tool": {"steps": 170},
 }
 THREADS = {"OMP_NUM_THREADS": "1"}
 WORDS = [f"w{number}" for number in range(16)]

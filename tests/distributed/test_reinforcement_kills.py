@@ -111,6 +111,7 @@ def recorded(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 22 launches
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_killed_twenty_times_it_ends_with_the_same_bits(workplace, method):
     assert len(KILLS) == 20
