@@ -101,8 +101,10 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
                     continue
                 results["runs"][key(cell, number, side)] = measured
                 write(options.results, results)
-                formatted = {name: value for name, value in measured.items() if name != "tokens"}
-                print(f"{key(cell, number, side)}: {speed(measured):.1f} tokens/s {json.dumps(formatted)}", flush=True)
+                speed_fields = {name: value for name, value in measured.items() if name != "tokens"}
+                print(
+                    f"{key(cell, number, side)}: {speed(measured):.1f} tokens/s {json.dumps(speed_fields)}", flush=True
+                )
 
 
 def _turned(sides: list[str], number: int) -> list[str]:
@@ -203,8 +205,8 @@ def table(results: dict[str, Any]) -> None:
         method = "LoRA" if job.method == "lora" else job.method
         targets = "the assistant's" if job.targets == "assistant" else "all tokens"
         tokens = statistics.median(map(speed, dstune_runs.values()))
-        formatted = " | ".join([f"{tokens:.0f}", *(f"{ratio:.2f}" for ratio in ratios), *columns])
-        print(f"| {method}, {targets}, ZeRO-{job.stage} | {formatted} |")
+        cells = " | ".join([f"{tokens:.0f}", *(f"{ratio:.2f}" for ratio in ratios), *columns])
+        print(f"| {method}, {targets}, ZeRO-{job.stage} | {cells} |")
 
 
 def rounds(results: dict[str, Any], cell: str, side: str) -> dict[int, dict[str, Any]]:

@@ -142,7 +142,7 @@ class Bench:
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def run(self, name: str, *words: str, on_cpu: bool = False) -> dict[str, Any]:
-        """Return a run of one rank in a process of its own, and what its files say. Raises Failed."""
+        """Run one rank in a process of its own; returns what the files of its run say. Raises Failed."""
         flags = ["--simulate"] * (self.simulate and not on_cpu) + ["--cpu"] * on_cpu
         own_keys = {word.partition("=")[0] for word in words}
         common = ["data=files", "launch.processes=1", "run.export=none", "data.max_length=64", "trainer.epochs=100"]
@@ -161,7 +161,7 @@ class Bench:
         return result(self.folder / name)
 
     def reported(self, name: str, *words: str) -> dict[str, Any]:
-        """Return `run`, and a row of what it reached, or of why it failed; empty where it did."""
+        """Call `run` and report what it reached, or why it failed, as a row. Returns what `run` does; empty where it failed."""
         try:
             result = self.run(name, *words)
         except Failed as error:

@@ -300,7 +300,7 @@ class Campaign:
 
 
 def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
-    """Return a node that is stopped for 10 s, and a step of a minute: nothing may start again."""
+    """Stop a node, then the leader's, for 10 s each, and let a step take a minute: nothing may start again. Returns the figures."""
     campaign = Campaign(nodes, launcher, "spare")
     campaign.run_dir = campaign.run_dir.with_name(f"{launcher}-pauses")
     command = nodes.login.start(*campaign.words("trainer.max_steps=80"))

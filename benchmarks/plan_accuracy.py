@@ -212,7 +212,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def predict(name: str, scratch: Path) -> float:
-    """Return giB of a rank, by the planner on as many CPU ranks."""
+    """Return the GiB of a rank, by the planner on as many CPU ranks."""
     case = CASES[name]
     folder = scratch / f"{name}-plan"
     folder.mkdir()

@@ -55,7 +55,7 @@ def forget_pages(folder: Path) -> None:
 
 
 def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
-    """Return what each rank does: save a checkpoint, or resume and measure."""
+    """Save a checkpoint, or resume from it and measure, as `action` says: what each rank runs. Returns what was measured."""
     import torch
     from support.ranks import start_rank
 

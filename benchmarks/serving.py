@@ -177,7 +177,7 @@ class Processes:
         return float(times.user + times.system)
 
     def stop(self) -> int:
-        """Return the exit code of the gateway."""
+        """Stop the gateway and all engines; returns the exit code of the gateway."""
         gateway = self.running.pop("gateway")[0]
         gateway.send_signal(signal.SIGTERM)
         code = gateway.wait(30)

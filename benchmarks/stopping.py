@@ -20,7 +20,7 @@ from typing import Any
 
 from dstune import samples
 
-SEED_ROWS = 50
+HELD_OUT_ROWS = 50
 """Rows at the end of the sample that are held out: one prompt each."""
 
 DECODING = {"sampled": {"do_sample": True, "top_k": 64, "top_p": 0.95}, "greedy": {"do_sample": False}}
@@ -34,7 +34,7 @@ def split(folder: Path, rows: int) -> tuple[Path, list[list[dict[str, str]]]]:
     train = folder / "train.jsonl"
     train.write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
     prompts = []
-    for number, line in enumerate(lines[-SEED_ROWS:]):
+    for number, line in enumerate(lines[-HELD_OUT_ROWS:]):
         messages = json.loads(line)["messages"]
         turns = (1, 3, 5)[number % 3]
         prompts.append(messages[:turns] if len(messages) >= turns else messages[:1])

@@ -319,7 +319,8 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 
 
 def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
-    """Read and store a row as one of a file; an answer that says nothing may be learned here. Raises RowError."""
+    """Return a dialogue as it is stored when it is read as a row of a file; an answer that says nothing may be learned here. Raises
+    RowError."""
     messages = conversation_of(dialogue["messages"], "messages")
     return dict(json.loads(json_text(conversation_row(messages, dialogue, needs_answer=True, silence=True))))
 
@@ -403,17 +404,17 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
     if rule_tokens == marked_tokens:
         return "=", ""
     ids = marked["input_ids"]
-    formatted = [
+    excerpts = [
         repr(tokenizer.decode([ids[at] for at in sorted(only)]))
         for only in (marked_tokens - rule_tokens, rule_tokens - marked_tokens)
     ]
     return (
         f"+{len(marked_tokens - rule_tokens)} -{len(rule_tokens - marked_tokens)}",
-        f"the marks alone train {formatted[0]}, the rule alone {formatted[1]}",
+        f"the marks alone train {excerpts[0]}, the rule alone {excerpts[1]}",
     )
 
 
-OWN = {
+DSTUNE_TEMPLATES = {
     "qwen3_instruct_2507": "chatml",
     "deepseek_r1_distill": "deepseek_r1",
     "gemma3": "gemma",
@@ -427,7 +428,7 @@ OWN = {
     "phi_4": "phi4",
     "ibm-granite-granite-3.3-2B-Instruct": "granite",
 }
-"""The template of a family, by the name of its file, and dstune's own."""
+"""By the file of a family's template, the name of dstune's template for that family."""
 
 
 def compare_families(folder: Path | None) -> None:
@@ -435,18 +436,18 @@ def compare_families(folder: Path | None) -> None:
     template_by_name = templates() | (templates(folder) if folder else {})
     print("| template | family | turns | context and answer equal | context equal | different | not printed by one |")
     print("| --- " * 7 + "|")
-    for family, name in OWN.items():
+    for family, name in DSTUNE_TEMPLATES.items():
         if family not in template_by_name:
             continue
         family_template = re.sub(r"{%-? *(end)?generation *-?%}", "", template_by_name[family])
         both = [template_by_name[f"dstune/{name}"], family_template]
         kinds: dict[str, list[str]] = {"equal": [], "context": [], "different": [], "dropped": []}
-        for dialogue, dialogue_rows in DIALOGUES.items():
-            row = prepared(dialogue_rows)
+        for name_of_dialogue, dialogue in DIALOGUES.items():
+            row = prepared(dialogue)
             last = len(row["messages"])
             for number in (at for at in range(1, last) if row["messages"][at]["role"] == "assistant"):
                 pieces = [_turn_of(family_of(family), text, "".join(both), row, number) for text in both]
-                kinds[_kind_of(pieces)].append(f"{dialogue} [{number + 1}]")
+                kinds[_kind_of(pieces)].append(f"{name_of_dialogue} [{number + 1}]")
         counts = [len(kind_names) for kind_names in kinds.values()]
         print(f"| {name} | {family} | {sum(counts)} | {' | '.join(map(str, counts))} |")
         for kind in ("context", "different"):
@@ -531,25 +532,25 @@ def main() -> int:
         for dialogue in names:
             tokenizer = tokenizer_for(family_of(name), template)
             if options.marked:
-                formatted, reason = marked_cell(tokenizer, DIALOGUES[dialogue])
-                if reason and formatted != "refused":
+                cell_text, reason = marked_cell(tokenizer, DIALOGUES[dialogue])
+                if reason and cell_text != "refused":
                     print(f"  {dialogue}: {reason}")
             else:
-                formatted, reason = cell(
+                cell_text, reason = cell(
                     tokenizer, DIALOGUES[dialogue], show=dialogue == options.show, reasoning=options.reasoning
                 )
             if options.marked:
-                counts["different" if formatted.startswith("+") else formatted] += 1
+                counts["different" if cell_text.startswith("+") else cell_text] += 1
             else:
-                counts[formatted if formatted in ("WRONG", "refused") else "served"] += 1
-            by_dialogue[dialogue] += formatted.endswith("=")
-            if formatted == "WRONG":
+                counts[cell_text if cell_text in ("WRONG", "refused") else "served"] += 1
+            by_dialogue[dialogue] += cell_text.endswith("=")
+            if cell_text == "WRONG":
                 wrong.append(f"{name} x {dialogue}: {reason}")
-            if formatted == "refused":
+            if cell_text == "refused":
                 general = re.sub(r"the prompt goes on .*| \(the packaged \w+ does\)", "", reason, flags=re.S)
                 general = re.sub(r"message \d+ ", "message … ", general)
-                formatted = f"r{reasons.setdefault(general, len(reasons) + 1)}"
-            cells.append(formatted)
+                cell_text = f"r{reasons.setdefault(general, len(reasons) + 1)}"
+            cells.append(cell_text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     lines += ["", *(f"- r{number}: {reason}" for reason, number in reasons.items())]

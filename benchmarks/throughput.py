@@ -127,10 +127,10 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
                     "peak_memory_gib": measured.peak_memory_gib,
                     "loss": measured.losses[-1],
                 }
-                formatted = ", ".join(f"{seconds:.2f}" for seconds in measured.seconds)
+                step_seconds = ", ".join(f"{seconds:.2f}" for seconds in measured.seconds)
                 print(
                     f"round {number + 1} {method:5} {name:12} {rate:8.1f} tokens/s {measured.peak_memory_gib:.2f} GiB, "
-                    f"steps of {formatted} s",
+                    f"steps of {step_seconds} s",
                     flush=True,
                 )
             report[method].append(pair)

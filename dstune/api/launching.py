@@ -39,10 +39,10 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
             raise TrainingFailed(f"rank {env.rank} ended with exit code {outcome.code}")
         return outcome.run_dir
     command, write_rows = requested()
-    formatted = console(progress)
-    run_dir, code, pending = launched(command, formatted, write_rows)
+    progress_console = console(progress)
+    run_dir, code, pending = launched(command, progress_console, write_rows)
     if progress and not pending and code == EXIT_DONE:
-        formatted.message(summary(run_dir, commands=False))
+        progress_console.message(summary(run_dir, commands=False))
     return _ended(run_dir, code)
 
 

@@ -279,11 +279,11 @@ def _datasets(config: RunConfig) -> list[str]:
 def _data_name(config: RunConfig) -> str:
     """Return what the rows are called in public: samples and hub ids whole, of files and addresses the last part."""
     hub = _datasets(config)
-    formatted = []
+    names = []
     for path in _sources(config):
         plain = path.partition("?")[0]
         name = (
             path if samples.is_sample(path) or path.partition(":")[0] in hub else plain.rstrip("/").rpartition("/")[2]
         )
-        formatted.append(f"`{name}`")
-    return ", ".join(formatted)
+        names.append(f"`{name}`")
+    return ", ".join(names)

@@ -25,7 +25,7 @@ def write_k_type(plain: Path, file: Path, kind: str) -> None:
 
 
 def main(plain: str, file: str, number: str) -> int:
-    """Return llama.cpp's own code: 0 where the file was written."""
+    """Quantize `plain` to `file` in llama.cpp's type `number`; returns llama.cpp's code: 0 where the file was written."""
     import ctypes
 
     import llama_cpp

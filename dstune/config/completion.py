@@ -85,8 +85,8 @@ def complete(line: str, verbs: Verbs) -> list[str]:
     try:
         completions = verbs[verb](words_before)
         words = [*completions.words, *(FLAGS if completions.overrides else ())]
-        formatted = [text for text in words if text.startswith(word) and (word or not text.startswith("-"))]
-        matches = list(dict.fromkeys(formatted))
+        candidates = [text for text in words if text.startswith(word) and (word or not text.startswith("-"))]
+        matches = list(dict.fromkeys(candidates))
         if completions.files and "=" not in word and not word.startswith("-"):
             matches += _files(word)
         if completions.overrides and not word.startswith("-"):

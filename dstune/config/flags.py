@@ -217,16 +217,16 @@ def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
     if flags.cfg != "hydra":
         put_file(hydra, composed, overrides)
     OmegaConf.set_readonly(composed.hydra, None)
-    formatted: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
+    selected_config: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
     header = ""
     if flags.package and flags.package != "_global_":
-        formatted = _package(formatted, flags.package)
+        selected_config = _package(selected_config, flags.package)
         header = f"# @package {flags.package}\n"
-    if not isinstance(formatted, Container):
-        return f"{formatted}\n"
+    if not isinstance(selected_config, Container):
+        return f"{selected_config}\n"
     if flags.resolve:
-        OmegaConf.resolve(formatted)
-    return header + OmegaConf.to_yaml(formatted)
+        OmegaConf.resolve(selected_config)
+    return header + OmegaConf.to_yaml(selected_config)
 
 
 def _package(composed: DictConfig, package: str) -> Any:

@@ -463,7 +463,8 @@ def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
 
 
 def generation_metrics(config: RunConfig) -> set[str]:
-    """Return metrics of generated targets, of any task of the run; all that plugins make of such a task's are."""
+    """Return the names of the metrics that need generated text, of all tasks of the run. Every metric that a plugin adds to a task
+    with such metrics is one of them."""
     tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
     return {
         name

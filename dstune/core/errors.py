@@ -36,9 +36,9 @@ class Problem:
             object.__setattr__(self, field.name, visible(redact(str(getattr(self, field.name)))))
 
     def __str__(self) -> str:
-        formatted = f"={self.value}" if self.value else ""
+        assignment = f"={self.value}" if self.value else ""
         advice = f"\n    fix: {self.fix}" if self.fix else ""
-        return f"{self.where}{formatted}: {self.reason}{advice}"
+        return f"{self.where}{assignment}: {self.reason}{advice}"
 
 
 class DstuneError(Exception):

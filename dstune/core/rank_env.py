@@ -127,7 +127,7 @@ def _slurm(env: Mapping[str, str]) -> RankEnv | None:
 
 
 def _tasks_on_node(listing: str, node: int, default: int) -> int:
-    """Return `2(x3),1` is 2, 2, 2, 1: the number at place `node`, or `default` when the listing does not reach that far."""
+    """Return the number at place `node` of SLURM's listing, in which `2(x3),1` is 2, 2, 2, 1; `default` where it is shorter."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", listing):
         counts += [int(count)] * int(repeat or 1)
@@ -160,12 +160,12 @@ def _check(rank_env: RankEnv) -> None:
         0 <= rank_env.rank < rank_env.world_size
         and 0 <= rank_env.local_rank < rank_env.local_size <= rank_env.world_size
     ):
-        formatted = (
+        ranks_text = (
             f"rank {rank_env.rank} of {rank_env.world_size}, local rank {rank_env.local_rank} of {rank_env.local_size}"
         )
         reason = f"the launcher's variables contradict each other ({rank_env.source})"
         fix = "unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to let dstune start the ranks"
-        raise UserError(Problem("environment", reason, fix, formatted))
+        raise UserError(Problem("environment", reason, fix, ranks_text))
 
 
 forked_by: int | None = None

@@ -22,9 +22,9 @@ from dstune.core.errors import Problem, UserError
 
 VARIABLE = "DSTUNE_TRUST_KEY"
 MIN_CHARACTERS = 32
-"""Whoever has something signed may try keys until one fits: a short one is found."""
+"""A short key can be found from a signature by trying all of them."""
 PURPOSE = b"dstune run 1\n"
-"""What a key of a team that is used elsewhere too must not be taken for."""
+"""Stands before what is signed, so that no signature is valid for anything else that a team signs with the same key."""
 
 OWN, TEAM = "own", "team"
 
@@ -38,10 +38,10 @@ def key_file() -> Path:
 
 
 def sign(digests: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return a signature of this user for `digests` (names with digests); None where there is no key and none can be kept.
+    """Return a signature of this user for `digests` (digest by name); None where there is no key and none can be stored.
 
     Raises:
-        UserError: a key that is none, or that others can read.
+        UserError: the key is too short, or others can read it.
     """
     key = _team_key() or _own_key(make=True)
     if key is None:
@@ -50,10 +50,11 @@ def sign(digests: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
-    """Return what a signature vouches for, whose key made it (`OWN` or `TEAM`), and if nobody's that counts here, why not.
+    """Check a signature. Returns the digests by name that it vouches for, whose key made it (`OWN` or `TEAM`), and a reason why
+    it is not valid: without digests and key where there is a reason, else empty.
 
     Raises:
-        UserError: a key that is none, or that others can read.
+        UserError: the key is too short, or others can read it.
     """
     if signature is None:
         return {}, "", "nobody has signed it"

@@ -55,7 +55,7 @@ class BadRows:
         raise UserError([*self._of_rows(), *self._of_template()])
 
     def _of_template(self) -> list[Problem]:
-        """Return one problem about what the template does not print instead of one about each row."""
+        """Return one problem for each field that the template does not print, instead of one for each row that has it."""
         return [
             Problem(
                 "model.chat_template",

@@ -120,7 +120,7 @@ class Builder:
         work.mkdir()
         config = self._config
         refused = refusal(vision_of(self._tokenizer), config.model.path)
-        if config.data.streaming:  # a later block may have the first one
+        if config.data.streaming:  # a later block may have the first image
             refused = refused or "blocks of a stream take none (data.streaming=false)"
         self._images = ImageWriter(folder, config.data.image_folder, refused)
         read = self._read_all(work, bad)
@@ -370,8 +370,8 @@ def _report(
 def _findings(
     report: dict[str, Any], read: dict[str, Table], by_label: dict[str, int], cleaned: Report | None
 ) -> dict[str, Any]:
-    """Return what a `report` of one part is completed by: columns that look like content and are not read, rows by label, and what
-    cleaning did.
+    """Return the fields that complete the `report` of one part: columns that look like content and are not read, synthetic rows,
+    rows by label, and what cleaning did.
 
     read: as far as the part has files of its own.
     """
@@ -389,7 +389,7 @@ def _findings(
 
 
 def _unread(read: dict[str, Table]) -> dict[str, int]:
-    """Return by column that looks like content and is not read the rows of a part in which it holds something."""
+    """Count the rows of a part in which a column that looks like content, but is not read, holds something; by column."""
     counted: Counter[str] = Counter()
     for table in read.values():
         counted.update(table.unread)
@@ -399,12 +399,12 @@ def _unread(read: dict[str, Table]) -> dict[str, int]:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Switch off the bars that `datasets` draws on stderr, where they would end up in the log of every rank."""
-    formatted = datasets.is_progress_bar_enabled()
+    was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if formatted:
+        if was_enabled:
             datasets.enable_progress_bars()
 
 

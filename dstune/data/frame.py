@@ -40,7 +40,8 @@ class Frame:
         return sum(map(len, self.between))
 
     def around(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
-        """Return token ids of all, their types, and where each text begins."""
+        """Put the frame around `texts` (token ids of each). Returns the token ids of the whole, their token types, and the place at
+        which each text begins."""
         tokens: Tokens = list(self.between[0])
         starts = []
         for ids, kind, behind in zip(texts, self.kinds, self.between[1:], strict=True):

@@ -74,17 +74,17 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
     if not first:
         return None
     requested = messages[:first]
-    formatted = "\n".join(content_text(message["content"]) for message in requested if message["role"] != "system")
+    prompt_text = "\n".join(content_text(message["content"]) for message in requested if message["role"] != "system")
     reference = content_text(messages[first].get("content"))
     if row.get(COLUMN):
-        return _with_images(encode, row, requested, SamplePrompt([], formatted, reference))
+        return _with_images(encode, row, requested, SamplePrompt([], prompt_text, reference))
     if encode.renderer is None:
-        return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), formatted, reference)
+        return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), prompt_text, reference)
     try:
         ids = encode.renderer.prompt_ids(
             requested, tools=row.get("tools"), arguments=row.get("chat_template_kwargs"), answer=messages[first]
         )
-        return SamplePrompt(ids, formatted, reference)
+        return SamplePrompt(ids, prompt_text, reference)
     except RenderError:
         return None
 

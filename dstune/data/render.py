@@ -265,8 +265,10 @@ class ChatRenderer:
                         passage, self._moved_marks(adapted[: moved.number + 1], moved, **template_arguments)
                     )
                 else:
-                    formatted = adapted if passage.text is whole else adapted[: last + 1]
-                    found_passages[at] = only_marked(passage, self._template.marks(formatted, **template_arguments))
+                    passage_messages = adapted if passage.text is whole else adapted[: last + 1]
+                    found_passages[at] = only_marked(
+                        passage, self._template.marks(passage_messages, **template_arguments)
+                    )
         return [passage for passage in found_passages if passage.places]
 
     def _moved_marks(self, messages: Messages, turn: Turn, **options: Any) -> list[Span]:
@@ -363,23 +365,23 @@ class ChatRenderer:
             if any(earlier["role"] == "user" for earlier in adapted[:number]):
                 raise
             return None
-        formatted = adapted[: number + 1]
-        answered = render(formatted, tools=tools, arguments=arguments)
+        turn_messages = adapted[: number + 1]
+        answered = render(turn_messages, tools=tools, arguments=arguments)
         calls = bool(message.get("tool_calls"))
         moved = None
         if not answered.startswith(prompt):
-            target = text_behind_prompt(formatted, prompt, answered, arguments, tools, render)
+            target = text_behind_prompt(turn_messages, prompt, answered, arguments, tools, render)
             if target is not None:
                 moved = len(prompt) - (len(answered) - len(target))
                 answered = prompt + target
         try:
             turn = replace(turn_of(number, prompt, answered, self.stops, calls=calls), moved=moved)
         except RuleError as error:
-            mended = self._mended(formatted, tools, arguments, prompt)
+            mended = self._mended(turn_messages, tools, arguments, prompt)
             raise RenderError(f"message {number + 1} (assistant): {error}{mended}") from None
         if expected is not None and (unprinted_field := unprinted_part(turn, expected)):
             fixes = ["task.reasoning=drop trains without it"] if unprinted_field == "reasoning" else []
-            mended = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(formatted, tools, arguments)])
+            mended = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(turn_messages, tools, arguments)])
             raise RenderError(
                 f"message {number + 1} (assistant): the chat template does not print its {unprinted_field}, "
                 f"so it would not be trained{mended}"

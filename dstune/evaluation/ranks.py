@@ -114,7 +114,7 @@ def evaluate(
         row_results = [
             {"shots": answers.shots, **row}
             for answers in prompted
-            for row in placed(answers.evaluation, part, config, data.labels)
+            for row in results_in_file_order(answers.evaluation, part, config, data.labels)
         ]
     if world.is_main:
         rows = count_rows(limited(part, config.evaluate.max_rows, config.task), config.task)
@@ -160,14 +160,14 @@ def _build(
     elif not prompted:
         round_activations(model, getattr(load_config(config.model), "quantization_config", None))
     # As in training, so that its numbers are the same.
-    sees = data.train.images is not None  # then masks keep samples apart
-    apart = None if sees else attention_of_samples(loaded, model, world, message)
+    has_images = data.train.images is not None  # then masks separate samples
+    attention = None if has_images else attention_of_samples(loaded, model, world, message)
     use_kernels(module, config.model, message)
     use_joint_sums(module)
-    head = (task if loaded is config else task_of(loaded.task)).head(model, apart)
+    head = (task if loaded is config else task_of(loaded.task)).head(model, attention)
     engine = Engine(module, None, settings, world)
     examine(head, engine, model, config.model.path)
-    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, message, sees=sees)
+    verify_rows(config, engine, head, attention, model.config.get_text_config(), world, message, has_images=has_images)
     prove_images(config, engine, data, world, message)
     return engine, head
 
@@ -175,7 +175,7 @@ def _build(
 def _measure(
     evaluator: Evaluator, part: Split, config: RunConfig, labels: Sequence[str], progress: Callable[..., None] | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return what the result has of the metrics, and what became of each row."""
+    """Evaluate `part`. Returns the fields that the result gets from it, and the result of each row."""
     evaluation = evaluator(part, progress)
     measured: dict[str, Any] = {"metrics": evaluation.metrics}
     changes = evaluator.counterfactual(part)
@@ -183,12 +183,14 @@ def _measure(
         measured["counterfactual"] = changes
     if evaluation.details:
         measured |= {"labels": list(labels), **evaluation.details}
-    return measured, placed(evaluation, part, config, labels)
+    return measured, results_in_file_order(evaluation, part, config, labels)
 
 
-def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what became of each row with where it is, `row` as FILE:LINE, in the order of the files; where that is not known
-    (rows of training, and a cache that an earlier version made), as the rows were evaluated."""
+def results_in_file_order(
+    evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the result of each row, with `row` as its FILE:LINE, in the order of the files. Training rows and caches of an earlier
+    version have no places: their results keep the order of evaluation."""
     results = evaluation.row_results(labels)
     seen = limited(part, config.evaluate.max_rows, config.task)
     if evaluation.generated:
@@ -200,10 +202,10 @@ def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Seque
         return results
     everywhere = json.loads(seen.places.read_text())
     rows = [{"row": everywhere[number], **result} for number, result in zip(numbers, results, strict=True)]
-    return sorted(rows, key=_in_files)
+    return sorted(rows, key=_file_and_line)
 
 
-def _in_files(row: dict[str, Any]) -> tuple[str, int]:
+def _file_and_line(row: dict[str, Any]) -> tuple[str, int]:
     file, _, line = row["row"].rpartition(":")
     return file, int(line)
 

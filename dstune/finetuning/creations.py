@@ -17,8 +17,9 @@ from dstune.serve.errors import ApiError
 from dstune.serve.gateway.request import Request
 
 KEPT_SECONDS = 86_400
+"""Creations are forgotten after it."""
 READ_TIMEOUT = 600.0
-"""The client's own, where it does not tell it."""
+"""Seconds; the client's default, for clients that do not tell theirs."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Attempt:
             began=time.time() - (time.monotonic() - request.began),
         )
 
-    def found(self, session: Session) -> str | None:
+    def earlier_object(self, session: Session) -> str | None:
         """Return the id of what an earlier attempt has made; asked inside of the transaction that would make it. Raises ApiError
         where the same Idempotency-Key stood before another content."""
         if self.idempotency_key is not None:

@@ -169,8 +169,8 @@ class Files:
                 unused += self._drop(session, row)
         self._remove(unused)
 
-    def known(self) -> list[str]:
-        """Return what of the disk belongs to files."""
+    def stored_blobs(self) -> list[str]:
+        """Return the ids of all blobs that belong to files."""
         with self._database.session() as session:
             return list(session.scalars(select(Blob.id)))
 
@@ -182,7 +182,7 @@ class Files:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            earlier_id = attempt.found(session)
+            earlier_id = attempt.earlier_object(session)
             if earlier_id is not None:
                 return self.of(session, caller.project, earlier_id)
             row = self.add(

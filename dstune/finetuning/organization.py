@@ -33,7 +33,7 @@ CURRENCY = "usd"
 
 @dataclass(frozen=True)
 class UsageEntry:
-    """What one answer or job has entry."""
+    """What one answer or job has used."""
 
     at: int
     """Unix seconds."""

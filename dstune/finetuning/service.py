@@ -109,7 +109,7 @@ class FineTuning:
             await asyncio.sleep(self.settings.sweep_seconds)
 
     def _sweep_disk(self) -> None:
-        removed = self.blobs.sweep([*self.files.known(), *self.uploads.known()])
+        removed = self.blobs.sweep([*self.files.stored_blobs(), *self.uploads.stored_parts()])
         if removed:
             log.info("removed %d files that nothing names", removed)
 

@@ -114,7 +114,7 @@ class Uploads:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            earlier_id = attempt.found(session)
+            earlier_id = attempt.earlier_object(session)
             if earlier_id is not None:
                 return self._find_upload(session, caller.project, earlier_id)
             pending = select(func.count()).select_from(Upload)
@@ -246,14 +246,14 @@ class Uploads:
                 unused += self._drop_parts(session, upload)
         self._remove(unused)
 
-    def known(self) -> list[str]:
-        """Return what of the disk belongs to uploads."""
+    def stored_parts(self) -> list[str]:
+        """Return the ids of all blobs that belong to unfinished uploads."""
         with self._database.session() as session:
             return list(session.scalars(select(Part.id)))
 
     @staticmethod
     def _bytes_of(session: Session, project: str) -> int:
-        """Return bytes of the parts of a project that wait."""
+        """Sum the bytes of the parts of a project's unfinished uploads."""
         parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload)
         return session.scalar(parts.where(Upload.project == project)) or 0
 

@@ -203,7 +203,7 @@ class Webhooks:
         secret, now = new_secret(), unix_time()
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {request.key.project}")
-            if earlier_id := attempt.found(session):
+            if earlier_id := attempt.earlier_object(session):
                 row = self._of(session, request.key.project, earlier_id)
                 return row, self._vault.open(row.secret)
             of_project = (WebhookEndpoint.project == request.key.project, WebhookEndpoint.deleted_at.is_(None))
@@ -259,7 +259,7 @@ class Webhooks:
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {attempt.project}")
             row = self._named(session, request)
-            if attempt.found(session):  # rotated once more, the secret that receivers know would be gone
+            if attempt.earlier_object(session):  # rotated once more, the secret that receivers know would be gone
                 return row, self._vault.open(row.secret)
             attempt.record(session, row.id)
             row.old_secret, row.old_until = (row.secret, unix_time() + OLD_SECRET_SECONDS) if keep else (None, None)

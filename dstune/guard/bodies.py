@@ -24,7 +24,8 @@ class Placed:
 
 
 def of_request(route: str, body: Mapping[str, Any]) -> list[Placed]:
-    """Return at most one more than are checked. Raises ApiError where a request holds what cannot be read here."""
+    """Return the texts of a request, at most one more than are checked. Raises ApiError where a request holds what cannot be read
+    here."""
     return list(islice(_OF_ROUTE[route](body), MOST_TEXTS + 1))
 
 

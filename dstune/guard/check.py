@@ -400,7 +400,7 @@ class _Document:
 
 
 def _documents(policy: Policy, text: Text) -> Iterable[_Document]:
-    """Yield those in what a user wrote. One without its end marker goes to the end of the text."""
+    """Yield the documents in what a user wrote. One without its end marker goes to the end of the text."""
     if text.direction != "input" or not policy.document_markers:
         return
     ends = dict(reversed(policy.document_markers))

@@ -26,13 +26,13 @@ log = logging.getLogger("dstune.serve")
 
 LONGEST_PAUSE = 30.0
 PROBE_SECONDS = 5.0
-"""How often the process is asked how long a step of its work has taken."""
+"""Between two questions to the process how long its present step has taken."""
 SILENT_SECONDS = 120.0
-"""A step (one text's search, or sixteen windows) that takes longer has no end. On a slow core sixteen windows and their
-parts are scored in three seconds, and 200,000 characters searched in some; four searches share a core, and other work may leave a
-tenth of it."""
+"""A process whose step (the search of one text, or the scores of sixteen windows) takes longer is taken for stuck. On a slow core
+sixteen windows and their parts take three seconds, and a search of 200,000 characters a few; four searches share a core, of which
+other work may leave a tenth."""
 SILENT_CHECKS = 4
-"""Nor does it end before that where it takes fewer times `limits.seconds`, for which a whole request may take."""
+"""The process has at least this many times a policy's `limits.seconds`, the time that a whole request may take."""
 
 
 def _source() -> Source:
@@ -90,7 +90,8 @@ class Guarding:
         self.up = False
 
     async def start(self) -> None:
-        """Raises UserError where a policy blocks by a model without calibration, EngineDown."""
+        """Start the process and its watcher. Raises EngineDown, and UserError where a policy blocks by a model without
+        calibration."""
         await self._begin()
         self._watcher = asyncio.create_task(self._watch())
 

@@ -67,9 +67,8 @@ class Guard:
             self._admission.charge(request.caller, tokens)
 
     async def charged(self, request: Request, windows: int, verdict: Awaitable[Verdict]) -> Verdict:
-        """Return the verdict, whose windows are charged to the key as tokens. Where it comes too late or nobody waits for it any
-        more, those that were asked for are, at the length of the longest: whoever gives up early would be checked for nothing.
-        Raises GuardDown."""
+        """Return the verdict, and charge its tokens to the key. Where the verdict comes too late, or the client has left, `windows`
+        of the largest size are charged: a client that gives up early pays for the check too. Raises GuardDown."""
         try:
             result = await verdict
         except (Late, asyncio.CancelledError):
@@ -172,8 +171,9 @@ class Guarded:
     route: str
     body: dict[str, Any]
     prompts: tuple[str, ...]
-    """Of the system."""
+    """Texts of the system, which an answer must not repeat."""
     public: tuple[str, ...]
+    """Texts of users and tools: what stands in them may be repeated."""
 
     @property
     def looks_at_answers(self) -> bool:
@@ -188,7 +188,7 @@ class Guarded:
             try:
                 verdict = await self._verdict(placed)
             except GuardDown as error:
-                self._down(error)
+                self._note_failure(error)
                 continue
             self.guard.record(self.request, self.policy, "answer", verdict)
             note(self.request, verdict)
@@ -209,8 +209,8 @@ class Guarded:
         texts = [*(entry.text for entry in placed), *beside]
         return await self.guard.charged(self.request, estimated_windows(policy, texts), self.guard.check(policy, texts))
 
-    def _down(self, error: GuardDown) -> None:
-        """Raises ApiError where nothing may pass unchecked."""
+    def _note_failure(self, error: GuardDown) -> None:
+        """Record that an answer could not be checked. Raises ApiError where the policy lets nothing pass unchecked."""
         log.error("%s: the guard could not check an answer: %s", self.request.id, error)
         self.guard.record(self.request, self.policy, "answer", None, str(error))
         if self.policy.on_failure == CLOSED:
@@ -222,7 +222,7 @@ class Guarded:
         error where it could not be checked."""
         total, decided, reason = Verdict(self.policy), True, ""
         try:
-            events = self._whole(chunks, total) if self.route == "/v1/responses" else self._held(chunks, total)
+            events = self._buffered(chunks, total) if self.route == "/v1/responses" else self._piecewise(chunks, total)
             async for out in events:
                 yield out
         except Stopped:
@@ -234,13 +234,17 @@ class Guarded:
         finally:  # also where the client left, or the engine ended
             self.guard.record(self.request, self.policy, "answer", total if decided else None, reason)
 
-    def _held(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+    def _piecewise(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+        """Yield a stream, each piece of text as soon as it was checked."""
+
         async def check(context: str, text: str, windows: int) -> Verdict:
             return await self._piece(context, text, windows, total)
 
         prompts = self.body.get("prompt")
-        several = len(prompts) if isinstance(prompts, list) and not all(type(token) is int for token in prompts) else 1
-        return HeldBack(check, several * (self.body.get("n") or 1)).stream(chunks)
+        prompt_count = (
+            len(prompts) if isinstance(prompts, list) and not all(type(token) is int for token in prompts) else 1
+        )
+        return HeldBack(check, prompt_count * (self.body.get("n") or 1)).stream(chunks)
 
     async def _piece(self, context: str, text: str, windows_before: int, total: Verdict) -> Verdict:
         """Return the verdict on a piece of a stream. Raises GuardDown where nothing may pass unchecked."""
@@ -248,10 +252,10 @@ class Guarded:
         item = replace(item, context=context, windows_before=windows_before)
         windows = estimated_windows(self.policy, [Text(text, "assistant")])
         checked = self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
-        return await self._counted(checked, total)
+        return await self._added_to(checked, total)
 
-    async def _counted(self, checked: Awaitable[Verdict], total: Verdict) -> Verdict:
-        """Return the verdict, which is added to `total`. Raises GuardDown where nothing may pass unchecked."""
+    async def _added_to(self, checked: Awaitable[Verdict], total: Verdict) -> Verdict:
+        """Return the verdict, and add it to `total`. Raises GuardDown where nothing may pass unchecked."""
         try:
             verdict = await checked
         except GuardDown as error:
@@ -267,13 +271,13 @@ class Guarded:
             raise GuardDown("; ".join(verdict.not_run.values()))
         return verdict
 
-    async def _whole(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
-        """Yield a stream of `/v1/responses`: held back to its end, since its events repeat each other's text."""
+    async def _buffered(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+        """Yield a stream of `/v1/responses` after all of it was checked: its events repeat each other's text."""
         events = await _events(chunks)
         echoed = {text for _, text in texts_in(self.body)}
         texts = [text for text in dict.fromkeys(texts_of_events(events)) if text not in echoed]
         placed = [Placed((number,), Text(text, "assistant")) for number, text in enumerate(texts)]
-        verdict = await self._counted(self._verdict(placed), total)
+        verdict = await self._added_to(self._verdict(placed), total)
         masked_by = {span.detector for spans in verdict.masks().values() for span in spans}
         if detectors := verdict.blocked or sorted(masked_by):
             error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(detectors)}.", "param": None}
@@ -299,7 +303,7 @@ async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
 
 
 def texts_of_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield every text of the events of `/v1/responses`. Those that are written piece by piece are whole."""
+    """Yield every text of the events of `/v1/responses`. The pieces of a text that comes in several events are joined."""
     written: dict[tuple[Any, ...], list[str]] = {}
     for value in events:
         if isinstance(value.get("delta"), str):

@@ -69,7 +69,7 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
         yield active.span()
     for search_link in _Search(text).links():
         seen.append((search_link.start, search_link.end))
-        if not _known(search_link.host, allowed):
+        if not _is_allowed(search_link.host, allowed):
             yield search_link.start, search_link.start + len(text[search_link.start : search_link.end].rstrip(".,;:!?"))
     if "." not in text:
         return
@@ -84,7 +84,7 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
         host = _host(re.split("[/:]", link.lstrip("/\\"), maxsplit=1)[0])
         if "/" not in link or not _has_domain(host):
             continue  # `file.py` and `e.g` are no links, and neither is a name without a path: it is no click away
-        if not _known(host, allowed):
+        if not _is_allowed(host, allowed):
             yield match.start(), match.start() + len(link)
 
 
@@ -207,5 +207,5 @@ def _host(name: str) -> str:
         return ""
 
 
-def _known(host: str, allowed: Collection[str]) -> bool:
+def _is_allowed(host: str, allowed: Collection[str]) -> bool:
     return any(host == allowed_host or host.endswith(f".{allowed_host}") for allowed_host in allowed)

@@ -96,9 +96,9 @@ def report(experiment: Experiment, output: Path | None) -> str:
         f"{experiment.tool}: {len(experiment.carried)} keys carried, {len(experiment.dropped)} not or not to the letter"
     ]
     for key, dropped in experiment.dropped.items():
-        formatted = str(dropped.value)
-        formatted = formatted if len(formatted) <= 60 else f"{formatted[:57]}..."
-        lines.append(f"  {key}: {formatted}\n    {dropped.kind}: {dropped.reason}")
+        value_text = str(dropped.value)
+        value_text = value_text if len(value_text) <= 60 else f"{value_text[:57]}..."
+        lines.append(f"  {key}: {value_text}\n    {dropped.kind}: {dropped.reason}")
     if experiment.assumed:
         lines += ["assumed:", *(f"  {text}" for text in experiment.assumed)]
     if experiment.problems:

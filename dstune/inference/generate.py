@@ -121,7 +121,7 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
         requests += read_file(arguments.input)
     elif not requests:
         requests = [Request(sys.stdin.read().rstrip("\n"), "stdin")]
-    empty = [request.where for request in requests if not request.formatted.strip() and not request.messages]
+    empty = [request.where for request in requests if not request.text.strip() and not request.messages]
     if empty:
         raise UserError(Problem(where, "the prompt is empty", "give --prompt TEXT or --input FILE") for where in empty)
     return requests
@@ -137,7 +137,7 @@ def _output(
     newest = store.newest(Path(arguments.model))
     parts = [
         [
-            request.formatted,
+            request.text,
             request.messages,
             request.adapter,
             *filter(None, (request.tools, request.arguments, _digests(request))),
@@ -161,7 +161,7 @@ def _digests(request: Request) -> list[Any]:
 
 
 def _row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:
-    row = {"prompt": request.messages or request.formatted, "answer": answer.text, "tokens": answer.tokens}
+    row = {"prompt": request.messages or request.text, "answer": answer.text, "tokens": answer.tokens}
     adapter = {"adapter": request.adapter or writer.active} if len(writer.names) > 1 else {}
     return {**row, "ended": answer.ended, **adapter}
 
@@ -182,7 +182,7 @@ def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_j
     if sys.stdout.isatty() and not as_json:
         for request in requests:
             if len(requests) > 1:
-                print(f"> {request.formatted}", flush=True)
+                print(f"> {request.text}", flush=True)
             writer.stream(request, lambda piece: print(piece, end="", flush=True))
             print()
         return
@@ -193,5 +193,5 @@ def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_j
                 print(json.dumps(_row(writer, request, answer), ensure_ascii=False), flush=True)
                 continue
             if len(requests) > 1:
-                print(f"> {request.formatted}")
+                print(f"> {request.text}")
             print(answer.text, flush=True)

@@ -194,7 +194,7 @@ def _load_whole(request: ModelRequest) -> Predictor:
 
 
 def _load_beside(request: ModelRequest, checkpoint: Path) -> Predictor:
-    """Return what was trained stands in front of each row: the model is built as in training."""
+    """Load a model whose trained part stands in front of each row (a prompt): it is built as in training."""
     from dstune.checkpoint.adapters import load_trained
 
     assert request.run is not None

@@ -59,7 +59,7 @@ class Predictor:
     labels: tuple[str, ...]
 
     question_class: ClassVar[type[Question]] = Question
-    """What of a row is read."""
+    """The class that reads a row."""
     reads_columns: ClassVar[bool] = True
     """Whether batches hold more of a sample than its tokens."""
 
@@ -142,7 +142,8 @@ class Predictor:
 
     @staticmethod
     def _column(sample: Sample, name: str) -> Any:
-        """Return where texts and pairs meet, those of texts are told of no segments: all of theirs are the first."""
+        """Return a column of a sample. Where texts and pairs are answered together, texts have no column of segments: all of their
+        tokens are in the first one, 0."""
         return sample.columns.get(name, np.zeros(len(sample.input_ids), dtype=np.int32))
 
     # -- samples to answers

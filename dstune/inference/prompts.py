@@ -18,7 +18,7 @@ TABLES = (".csv", ".tsv")
 class Request:
     """What to answer: a conversation, or with `messages` None a text to go on with (a chat model's first message)."""
 
-    formatted: str
+    text: str
     where: str
     """How errors call it: `--prompt 1`, `prompts.jsonl:7`."""
     messages: Messages | None = None
@@ -110,7 +110,7 @@ def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_system(request: Request, system: str | None) -> Request:
     """Return `request` as a conversation that begins with the system message `system`, unless it has one of its own."""
-    messages = request.messages or [{"role": "user", "content": request.formatted}]
+    messages = request.messages or [{"role": "user", "content": request.text}]
     if not system or messages[0]["role"] == "system":
         return request
     return replace(request, messages=[{"role": "system", "content": system}, *messages])

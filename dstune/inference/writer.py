@@ -86,7 +86,7 @@ class Writer:
             if request.messages is not None or self._system or request.tools:
                 reason = "holds messages or tools, but the model writes targets for sources"
                 raise UserError(Problem(request.where, reason, "give the source as `prompt`, without --system"))
-            return self._sources(name, task).prompt_ids(request.formatted, request.arguments)
+            return self._sources(name, task).prompt_ids(request.text, request.arguments)
         if not self.is_chat(name):
             if request.messages is not None or self._system:
                 reason = "holds messages, but the model has no chat template (or --plain switched it off)"
@@ -100,9 +100,9 @@ class Writer:
                     "has tools or chat_template_kwargs, but the model has no chat template (or --plain switched it off)"
                 )
                 raise UserError(Problem(request.where, reason, "leave them out"))
-            return self._control(name).sequence([request.formatted], sys.maxsize)[0]
+            return self._control(name).sequence([request.text], sys.maxsize)[0]
         requested = with_system(request, self._system)
-        messages = requested.messages or [{"role": "user", "content": requested.formatted}]
+        messages = requested.messages or [{"role": "user", "content": requested.text}]
         try:
             return self._prompts_of(name).ids(messages, tools=requested.tools, arguments=requested.arguments)
         except RenderError as error:

@@ -48,7 +48,7 @@ EXAMPLE = "input_example.json"
 
 
 def parse(place: str) -> tuple[str, str | None]:
-    """Name and alias of `models:/NAME[@ALIAS]`. Raises UserError."""
+    """Return name and alias of `models:/NAME[@ALIAS]`. Raises UserError."""
     match = PLACE.fullmatch(place)
     if match is None:
         raise UserError(Problem(KEY, "is no place in a model registry", ADDRESSES, place))
@@ -116,7 +116,7 @@ def register(
 
 
 def roll_back(place: str) -> Registered:
-    """Return point an alias to where it pointed before it was moved last; again, and it points back. Raises UserError."""
+    """Point an alias to the version that it had before it was moved last; a second call undoes the first. Raises UserError."""
     name, alias = parse(place)
     if alias is None:
         raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
@@ -160,7 +160,8 @@ def digest_of(export: Path) -> str:
 
 
 def _version_with(client: Any, name: str, digest: str) -> str | None:
-    """Return the version of an equal export. Its tags are read one by one: a registry lists them without."""
+    """Return the number of the version whose export has this digest; None where there is none. The tags of each version are read by
+    themselves: a registry lists versions without their tags."""
     page = None
     while page is None or page.token:
         page = client.search_model_versions(f"name='{name}'", page_token=None if page is None else page.token)
@@ -215,7 +216,8 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
 
 
 class _WithExample:
-    """MLflow's flavor for models of one's own, with an input example: given to it as one, MLflow would load the model here."""
+    """MLflow's flavor for models in Python, with an input example written beside the model. If MLflow got the example as an
+    argument, it would load the model in this process."""
 
     @staticmethod
     def save_model(path: str, mlflow_model: Any, **settings: Any) -> None:
@@ -256,7 +258,8 @@ def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
 
 
 def _prove(name: str, number: str, export: Path) -> None:
-    """Raises DstuneError where the registered model, loaded in another process, is not the export."""
+    """Load the registered model and the export in other processes and compare their logits. Raises DstuneError where these
+    differ."""
     import numpy as np
 
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:

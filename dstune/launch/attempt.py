@@ -127,8 +127,8 @@ def stalled(run_dir: Path, size: int, starts: Mapping[int, int]) -> str:
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    formatted = ", ".join(map(str, ranks[:8]))
-    return f"{formatted} and {len(ranks) - 8} more" if len(ranks) > 8 else formatted
+    first_ranks = ", ".join(map(str, ranks[:8]))
+    return f"{first_ranks} and {len(ranks) - 8} more" if len(ranks) > 8 else first_ranks
 
 
 class Follower:

@@ -276,7 +276,7 @@ def launchers(*, needed: str) -> Iterator[Check]:
 
 
 def programs(choice: str, names: Sequence[str], packages: str, *, needed: bool) -> Check:
-    """Return whether the programs of a launcher are installed. packages: those of Debian that have them."""
+    """Check that the programs of a launcher are installed. packages: those of Debian that have them."""
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
         fix = f"for launch={choice}: Debian's {packages}"

@@ -147,12 +147,12 @@ def _unreadable(error: Exception, request: HubRequest) -> Problem:
 
 
 @contextmanager
-def _progress(formatted: bool) -> Iterator[None]:
+def _progress(is_shown: bool) -> Iterator[None]:
     """Show the bars of `datasets` on a terminal, and none in a log."""
     import datasets
 
     was_enabled: Any = datasets.is_progress_bar_enabled()
-    if not formatted:
+    if not is_shown:
         datasets.disable_progress_bars()
     try:
         yield

@@ -31,7 +31,7 @@ LOCK = ".lock"
 LEASE = "lease.json"
 """Who works on a run in a place without locks (`dstune.launch.mirror`)."""
 DRIVER = Path("launch") / "driver"
-"""Touched while the process lives whose ranks end by themselves some time after it; holds how many seconds that may take."""
+"""A launcher of ranks on other machines touches it while it lives; it holds after how many seconds its ranks end without it."""
 LONGEST_SECONDS = 60.0
 TAKEOVER_SECONDS = 15.0
 """How long to wait for the ranks of a launcher that was killed; its guard is ending them."""
@@ -261,9 +261,10 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
 
 
 def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None:
-    """Wait, where a launcher died whose ranks are on machines that nobody else watches, until none can be there any more.
+    """Wait until no rank of an earlier launcher can be running: where it was killed, its ranks on other machines end by themselves
+    some seconds later, as many as its file `DRIVER` says.
 
-    Raises UserError where its file is a link or none.
+    Raises UserError where that file is a link or not a plain file.
     """
     try:
         patience = min(LONGEST_SECONDS, float(files.read_plain(run_dir / DRIVER)))

@@ -92,8 +92,8 @@ def variables_of(
         name: value for name, value in inherited(config, parent).items() if _travels(name, value, launch.export_env)
     }
     unseen = referenced(config, parent)  # run.yaml keeps only their names too
-    formatted = {name: value for name, value in UNLESS_SET.items() if name not in variables}
-    formatted |= {
+    shown_variables = {name: value for name, value in UNLESS_SET.items() if name not in variables}
+    shown_variables |= {
         "OMP_NUM_THREADS": "1"
     }  # how many cores the nodes have is theirs to say: launch.export_env, or their shells
     if python := python_path(variables.get("PYTHONPATH", "")):
@@ -105,16 +105,16 @@ def variables_of(
         elif is_secret(name, value) or name in unseen or not PLAIN.fullmatch(value):
             handoff["all"][name] = value
         else:
-            formatted[name] = value
-    formatted |= {**ALWAYS, **interface_variables(launch.interface)}
-    formatted |= variables_for_ranks(run_dir)
-    formatted |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
+            shown_variables[name] = value
+    shown_variables |= {**ALWAYS, **interface_variables(launch.interface)}
+    shown_variables |= variables_for_ranks(run_dir)
+    shown_variables |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
     if on_cpu:
-        formatted.setdefault("DS_ACCELERATOR", "cpu")
+        shown_variables.setdefault("DS_ACCELERATOR", "cpu")
     handoff["all"][GROUP_SECRET] = secrets.token_hex(32)
-    formatted[HANDOFF_FILE] = secrets.token_hex(16)
-    handoff["file"] = {"name": formatted[HANDOFF_FILE]}
-    return formatted, {kind: values for kind, values in handoff.items() if values}
+    shown_variables[HANDOFF_FILE] = secrets.token_hex(16)
+    handoff["file"] = {"name": shown_variables[HANDOFF_FILE]}
+    return shown_variables, {kind: values for kind, values in handoff.items() if values}
 
 
 def _travels(name: str, value: str, requested: list[str]) -> bool:

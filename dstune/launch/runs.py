@@ -126,19 +126,19 @@ def as_text(listed_runs: list[Listed], folders: list[Path], first: str | None = 
     for line in listed_runs:
         for name in line.metrics:
             counts[name] = counts.get(name, 0) + 1
-    formatted = sorted(counts, key=lambda name: (name != first, name != "loss", -counts[name]))[:3]
+    metric_columns = sorted(counts, key=lambda name: (name != first, name != "loss", -counts[name]))[:3]
     keys = list(dict.fromkeys(key for line in listed_runs for key in line.values))
     above = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
     # An evaluation is of an earlier step where a run goes on or was stopped since.
     earlier = ["measured at"] * any(line.measured not in (None, line.step) for line in listed_runs)
-    heading = ["run", "status", "step", *earlier, *formatted, *keys, "time", "began"]
+    heading = ["run", "status", "step", *earlier, *metric_columns, *keys, "time", "began"]
     rows = [
         [
             _below(line.run, above),
             line.status,
             str(line.step),
             *(["-" if line.measured is None else f"step {line.measured}"] * len(earlier)),
-            *(cell(line.metrics.get(name, "-")) for name in formatted),
+            *(cell(line.metrics.get(name, "-")) for name in metric_columns),
             *(cell(line.values.get(key)) for key in keys),
             duration(line.seconds),
             "" if line.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began)),

@@ -191,11 +191,13 @@ def _entry(label: str, text: str) -> str:
 
 def _text(label: str, text: str) -> str:
     """Return text of a model or a data set, wrapped, without control characters that a terminal would obey."""
-    formatted = "".join(
+    printable_text = "".join(
         character if character.isprintable() or character == "\n" else " " for character in text.strip()
     )
-    if len(formatted) > MAX_CHARACTERS:
-        formatted = f"... {formatted[-MAX_CHARACTERS:]}" if label == "prompt" else f"{formatted[:MAX_CHARACTERS]} ..."
-    wrapped = [part for line in formatted.splitlines() for part in textwrap.wrap(line, TEXT_WIDTH) or [""]]
+    if len(printable_text) > MAX_CHARACTERS:
+        printable_text = (
+            f"... {printable_text[-MAX_CHARACTERS:]}" if label == "prompt" else f"{printable_text[:MAX_CHARACTERS]} ..."
+        )
+    wrapped = [part for line in printable_text.splitlines() for part in textwrap.wrap(line, TEXT_WIDTH) or [""]]
     indent = "\n" + " " * (COLUMN + 1)
     return _entry(label, indent.join(wrapped) if wrapped else "(nothing)")

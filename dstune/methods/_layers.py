@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def rates_of_layers(module: nn.Module, decay: float) -> Callable[[str], float]:
-    """Return by name the factors on the learning rate where a layer has `decay` times the rate of the one above it."""
+    """Return a function from a parameter's name to its factor on the learning rate: each layer has `decay` times the rate of the
+    one above it."""
     if decay == 1:
         return lambda name: 1.0
     from transformers import PreTrainedModel

@@ -111,8 +111,8 @@ class SamplesApart(SpanAttention):
 
     @classmethod
     def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
-        """Return where `model.attention=auto` computes samples one by one, else None: on a CPU, for models and methods that it
-        fits.
+        """Install it where `model.attention=auto` computes samples one by one, else return None: on a CPU, for models and methods
+        that it fits.
 
         GPUs have kernels for packed rows (`models.packed_attention`), and would wait for the launch of one after the other here.
         """

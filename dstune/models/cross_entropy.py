@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**27
 ACCELERATOR_CHUNK_BYTES = 2**29
 """The same on an accelerator, whose logits are in fp32: a product of few rows leaves it idle. Arithmetic, not measured."""
 TILE_ROWS = 256
-"""Rows of a chunk there are a multiple of this: what a block of a matrix product computes at most."""
+"""On an accelerator the rows of a chunk are a multiple of this: the largest block of rows in a matrix product."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Logits that become probabilities at a time, in fp32: a CPU keeps them in its cache."""
 SCALED_ROWS = 4096
@@ -56,11 +56,11 @@ def projected_cross_entropy(
     if torch.is_grad_enabled() and is_multiplied_once(projection, hidden.dtype):
         return CrossEntropy(LinearLoss.apply(hidden, projection.weight, BlockCrossEntropy(targets), rows), correct)
     # Without targets this is one chunk of no rows, which gives all weights a gradient of zeros.
-    for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for chunk, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():
-            loss_sum = loss_sum + checkpoint(_plain, project, some, expected, use_reentrant=False)
+            loss_sum = loss_sum + checkpoint(_loss_sum, project, chunk, expected, use_reentrant=False)
         else:
-            loss, hits = _evaluated(project(some), expected)
+            loss, hits = _loss_and_hits(project(chunk), expected)
             loss_sum, correct = loss_sum + loss, correct + hits
     return CrossEntropy(loss_sum, correct)
 
@@ -75,18 +75,21 @@ def projected_log_probabilities(
     """
     rows = rows_at_once(projection, hidden) or max(1, len(hidden))
     if len(hidden) <= rows:  # a backward pass begins here, and would hold as much when it has computed them again
-        return _of_each(project, hidden, targets, temperature)
+        return _log_probabilities(project, hidden, targets, temperature)
     parts = []
-    for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for chunk, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():
-            part = checkpoint(_of_each, project, some, expected, temperature, use_reentrant=False)
+            part = checkpoint(_log_probabilities, project, chunk, expected, temperature, use_reentrant=False)
         else:
-            part = _of_each(project, some, expected, temperature)
+            part = _log_probabilities(project, chunk, expected, temperature)
         parts.append(part)
     return torch.cat(parts)
 
 
-def _of_each(project: Project, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+def _log_probabilities(
+    project: Project, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Compute the log-probability of each target, fp32 [targets]."""
     logits = project(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
@@ -94,7 +97,7 @@ def _of_each(project: Project, hidden: torch.Tensor, targets: torch.Tensor, temp
 
 
 def rows_at_once(projection: nn.Module, hidden: torch.Tensor) -> int | None:
-    """Return targets whose logits are made at a time; None for all of them."""
+    """Return the number of targets whose logits are computed at a time; None for all of them."""
     # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
     if not _plain_linear(projection) and any(is_partitioned(weight) for weight in projection.parameters()):
         return None
@@ -112,7 +115,7 @@ def _plain_linear(projection: nn.Module) -> bool:
 
 
 def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
-    """Return targets whose logits are made at a time."""
+    """Return the number of targets whose logits are computed at a time. vocabulary: its size."""
     if hidden.is_cpu:
         return max(1, CHUNK_BYTES // (hidden.element_size() * vocabulary))
     return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES // (4 * vocabulary) // TILE_ROWS * TILE_ROWS)
@@ -120,22 +123,22 @@ def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 
 @cache
 def wide_products(device: str, dtype: torch.dtype) -> bool:
-    """Return whether a product of matrices in half precision can be had in fp32, as it was summed: torch 2.8 and newer on CUDA.
-    Its operation has no derivative, and a CPU no kernel for it."""
+    """Return whether a product of half-precision matrices can stay in fp32, in which it is summed: on CUDA with torch 2.8 and
+    newer. That operation has no derivative, and no kernel on a CPU."""
     if device == "cpu" or dtype is torch.float32:
         return False
-    some = torch.ones(16, 16, device=device, dtype=dtype)
+    matrix = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        return torch.mm(some, some, out_dtype=torch.float32).dtype is torch.float32
+        return torch.mm(matrix, matrix, out_dtype=torch.float32).dtype is torch.float32
     except (RuntimeError, TypeError, NotImplementedError):
         return False
 
 
-def _plain(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss_sum(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(project(hidden).float(), targets, reduction="sum")
 
 
-def _evaluated(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_hits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute loss and hits without gradients; log-probabilities in fp32 exist for a block of rows at a time."""
     loss_sum = logits.new_zeros((), dtype=torch.float32)
     hits = torch.zeros((), dtype=torch.long, device=logits.device)
@@ -151,7 +154,7 @@ def _block_rows(logits: torch.Tensor) -> int:
 
 
 def vocabulary_size(projection: nn.Module) -> int:
-    """Return number of logits: rows of the largest weight in a projection, however it is wrapped."""
+    """Return the number of logits: rows of the largest weight in a projection, however it is wrapped."""
     return max(full_shape(weight)[0] for weight in projection.parameters())
 
 
@@ -189,9 +192,9 @@ class LinearLoss(torch.autograd.Function):
         wide = wide_products(hidden.device.type, hidden.dtype)
         product: torch.Tensor | None = None
         start = 0
-        for some in hidden.split(rows):
-            logits = buffer[: len(some)]
-            exact = torch.mm(some, weight.t(), **({"out_dtype": torch.float32} if wide else {"out": logits}))
+        for chunk in hidden.split(rows):
+            logits = buffer[: len(chunk)]
+            exact = torch.mm(chunk, weight.t(), **({"out_dtype": torch.float32} if wide else {"out": logits}))
             block, first = _block_rows(logits), start
             for part, to in zip(exact.split(block), logits.split(block), strict=True):
                 loss, gradient = block_loss(part, slice(first, first + len(part)))
@@ -199,18 +202,18 @@ class LinearLoss(torch.autograd.Function):
                 to.copy_(gradient)  # it takes the place of the logits
                 first += len(part)
             if hidden_gradient is not None:
-                torch.mm(logits, weight, out=hidden_gradient[start : start + len(some)])
-            start += len(some)
+                torch.mm(logits, weight, out=hidden_gradient[start : start + len(chunk)])
+            start += len(chunk)
             if of_weight:
                 # Sums of several chunks are kept in fp32, as one multiplication keeps them.
                 if weight_gradient is None:
-                    product = logits.t() @ some
-                    weight_gradient = product if len(some) == len(hidden) else product.float()
+                    product = logits.t() @ chunk
+                    weight_gradient = product if len(chunk) == len(hidden) else product.float()
                 elif product is weight_gradient:
-                    weight_gradient.addmm_(logits.t(), some)
+                    weight_gradient.addmm_(logits.t(), chunk)
                 else:
                     assert product is not None
-                    torch.mm(logits.t(), some, out=product)
+                    torch.mm(logits.t(), chunk, out=product)
                     # Whole, a CPU would add by way of a copy in fp32.
                     for to, part in zip(weight_gradient.split(SCALED_ROWS), product.split(SCALED_ROWS), strict=True):
                         to += part

@@ -139,7 +139,8 @@ class PackedAttention(SpanAttention):
     def of(
         cls, config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
     ) -> PackedAttention | None:
-        """Return where an accelerator has a kernel for the rows of this run, the same on all ranks, else None.
+        """Install the first kernel of the accelerator that computes the rows of this run, the same on all ranks; None
+        where there is none.
 
         Every rank calls it. `message` gets what a user does not expect."""
         requested = config.model.attention

@@ -70,7 +70,7 @@ def _inward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> No
     if ".lora_A." in f".{kind}":
         _sum_gradient(parameter, slices)
     else:
-        slices.cut(name, _known(name, kind, parameter), 0)
+        slices.cut(name, _sliceable(name, kind, parameter), 0)
 
 
 def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
@@ -79,10 +79,12 @@ def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> N
     if ".lora_B." in f".{kind}":
         _sum_gradient(parameter, slices)
     elif not kind.endswith("bias"):
-        slices.cut(name, _known(name, kind, parameter), 1)
+        slices.cut(name, _sliceable(name, kind, parameter), 1)
 
 
-def _known(name: str, kind: str, parameter: nn.Parameter) -> nn.Parameter:
+def _sliceable(name: str, kind: str, parameter: nn.Parameter) -> nn.Parameter:
+    """Return `parameter`. Raises UserError where it is neither a weight, a bias nor a part of a LoRA adapter. kind: its name within
+    its layer."""
     names = ("weight", "bias", "base_layer.weight", "base_layer.bias")
     if kind not in names and ".lora_" not in f".{kind}":
         reason = f"it is not known how ranks share {name}"

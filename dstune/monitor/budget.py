@@ -14,6 +14,7 @@ FOLDER = "monitor"
 """Below the run directory."""
 CHECKS = "checks.jsonl"
 LARGEST = 64 << 20
+"""Bytes of the file of checks that are read at most."""
 STREAM_SHARE = 0.2
 """Of a check's level, for the streams; the rest is for the tests of two samples."""
 
@@ -29,7 +30,7 @@ class Budget:
 
     @property
     def level(self) -> float:
-        """Of one check."""
+        """The level of one check."""
         return self.alpha / self.checks
 
     def for_family(self, families: int, *, with_streams: bool) -> float:

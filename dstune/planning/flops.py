@@ -35,7 +35,7 @@ class Work:
 
 def work_of(lengths: Iterable[int], *, window: int | None, projected: float) -> Work:
     """Count the work of texts that do not see each other, packed or not. lengths: tokens of each, without padding. window: of
-    sliding attention, in tokens."""
+    sliding attention, in tokens. projected: positions that are projected onto the vocabulary."""
     lengths = list(lengths)
     return Work(
         positions=sum(lengths),

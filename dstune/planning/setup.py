@@ -278,8 +278,8 @@ PREFETCH, LIVE = 50_000_000, 1_000_000_000
 
 
 def prefetch(model: Architecture) -> tuple[int, int]:
-    """Return the same by the model's size: at least a layer ahead, and room for three layers beside the embeddings. A layer of
-    8B has 218M elements: with DeepSpeed's 50M it would be waited for."""
+    """Return how many elements stage 3 gathers ahead, and holds at most, for the model's size: a layer ahead at least, and three
+    layers beside the embeddings. A layer of an 8B model has 218M elements: with DeepSpeed's 50M each rank would wait for it."""
     layers: dict[int, int] = {}
     outside = 0
     for tensor in model.tensors:

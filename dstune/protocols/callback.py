@@ -218,7 +218,7 @@ class Callback:
         step."""
 
     def while_waiting(self, run: Run) -> Request:
-        """Return called again and again between two steps while any rank waits for rows of a stream."""
+        """Called again and again between two steps while any rank waits for rows of a stream; returns what to do."""
         return CONTINUE
 
     def on_evaluate(self, run: Run, evaluation: Evaluation) -> Request:

@@ -46,7 +46,7 @@ class ModelRegistry:
         raise NotImplementedError
 
     def roll_back(self, address: str) -> Registered:
-        """Return point an alias to where it pointed before it was moved last. Raises UserError."""
+        """Point an alias to the version that it had before it was moved last. Raises UserError."""
         raise NotImplementedError
 
 

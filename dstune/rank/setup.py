@@ -203,8 +203,10 @@ class Setup:
                 model = load_model(config, rows.tokenizer, rows.data.labels, dtype)
         if layout.cut is not None:
             layout.cut.install(model)
-        sees = rows.data.train.images is not None  # then masks keep samples apart
-        model_rows = layout.cut or (None if sees else attention_of_samples(config, model, self.world, self.message))
+        has_images = rows.data.train.images is not None  # then masks separate samples
+        model_rows = layout.cut or (
+            None if has_images else attention_of_samples(config, model, self.world, self.message)
+        )
         plain = parameter_names(model)
         module = self.method.apply(model, config)
         if config.run.export is not Export.none and not self.method.adapter:
@@ -238,7 +240,7 @@ class Setup:
         config, world = self.config, self.world
         examine(built.head, engine, built.model, config.model.path)
         check_unreached(built.model, engine)
-        sees = start.preparation.data.train.images is not None
+        has_images = start.preparation.data.train.images is not None
         prove_images(config, engine, start.preparation.data, world, self.message)
         if start.preparation.masks:
             engine.mask(start.preparation.masks)
@@ -246,7 +248,7 @@ class Setup:
         if config.forgetting.l2sp or config.forgetting.ewc:
             penalties = Penalties(config.forgetting, engine, new_weights(built.model), start.fisher)
         architecture = built.model.config.get_text_config()
-        verify_rows(config, engine, built.head, built.rows, architecture, world, self.message, sees=sees)
+        verify_rows(config, engine, built.head, built.rows, architecture, world, self.message, has_images=has_images)
         keep_freed()
         refuse_different_rows(world, start.digests["samples"] + start.digests["content"])
         return penalties

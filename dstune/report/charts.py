@@ -98,14 +98,14 @@ def draw(
     up = _vertical([value for line in lines for value in line.series.finite], from_zero, 7 if tall else 4)
     drawn = [_drawn(line, across, up) for line in lines]
     steps = _whole_ticks(across)
-    formatted = [line for line in lines if not line.faint]
-    gaps = sum(line.series.gaps for line in formatted)
+    clear_lines = [line for line in lines if not line.faint]
+    gaps = sum(line.series.gaps for line in clear_lines)
     notes = [note, "logarithmic" if up.logarithmic else "", f"{gaps} not finite" if gaps else ""]
     return Chart(
         title=title,
         metric=metric,
         note=", ".join(text for text in notes if text),
-        latest=number(formatted[0].series.last) if len(formatted) == 1 else "",
+        latest=number(clear_lines[0].series.last) if len(clear_lines) == 1 else "",
         lines=drawn,
         x_ticks=[(100 * across.at(step), f"{step:,}") for step in steps],
         y_ticks=[(100 * (1 - up.at(value)), label) for value, label in up.ticks],
@@ -115,7 +115,7 @@ def draw(
             if span[0] <= mark.step <= across.high
         ],
         hover={"span": [across.low, across.high], "lines": [_hover(line, up) for line in lines]},
-        summary=f"{title}: " + "; ".join(_sentence(line) for line in formatted),
+        summary=f"{title}: " + "; ".join(_sentence(line) for line in clear_lines),
     )
 
 

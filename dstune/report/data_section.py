@@ -184,17 +184,17 @@ def _steps(counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _step(name: str, entry: Mapping[str, Any], examples: list[tuple[str, str]]) -> Step:
-    def formatted(key: str) -> str:
+    def count_text(key: str) -> str:
         return number(entry[key]) if entry.get(key) else ""
 
-    return Step(name.replace("_", " "), formatted("removed"), formatted("changed"), formatted("flagged"), examples)
+    return Step(name.replace("_", " "), count_text("removed"), count_text("changed"), count_text("flagged"), examples)
 
 
 def _examples(counts: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     examples = section(dict(counts), "examples").get(name)
     rows = examples if isinstance(examples, list) else []
-    formatted = [row for row in rows if isinstance(row, dict)][:MAX_EXAMPLES]
-    return [(str(row.get("place", "")), str(row.get("text", ""))) for row in formatted]
+    example_rows = [row for row in rows if isinstance(row, dict)][:MAX_EXAMPLES]
+    return [(str(row.get("place", "")), str(row.get("text", ""))) for row in example_rows]
 
 
 def _source_columns(counts: Mapping[str, Any]) -> list[str]:

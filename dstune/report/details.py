@@ -46,8 +46,8 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
 
 def _table(title: str, lead: str, rows: dict[str, dict[str, Any]]) -> Table:
     columns = list(dict.fromkeys(column for values in rows.values() for column in values))
-    formatted = [(str(name), [_cell(values.get(column)) for column in columns]) for name, values in rows.items()]
-    return Table(title, lead, [column.replace("_", " ") for column in columns], formatted)
+    table_rows = [(str(name), [_cell(values.get(column)) for column in columns]) for name, values in rows.items()]
+    return Table(title, lead, [column.replace("_", " ") for column in columns], table_rows)
 
 
 def _cell(value: Any) -> str:

@@ -71,7 +71,7 @@ def report(runs: Sequence[RunFiles]) -> str:
     """Return the HTML of one run, or of several side by side."""
     labels = _labels(runs)
     curves_of = [collect(run.metrics) for run in runs]
-    formatted = [
+    previews = [
         _format(run, label, number, metrics)
         for number, (run, label, metrics) in enumerate(zip(runs, labels, curves_of, strict=True))
     ]
@@ -79,10 +79,10 @@ def report(runs: Sequence[RunFiles]) -> str:
     return render(
         "report.html.j2",
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
-        runs=formatted,
-        one=formatted[0] if len(runs) == 1 else None,
+        runs=previews,
+        one=previews[0] if len(runs) == 1 else None,
         charts=charts,
-        results=outcomes_table([run.outcome for run in formatted]),
+        results=outcomes_table([run.outcome for run in previews]),
         differences=configuration.differences(runs) if len(runs) > 1 else [],
         samples=samples.answered(runs, labels),
         story=rollouts.story(runs[0].path) if len(runs) == 1 else [],

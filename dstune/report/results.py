@@ -103,54 +103,54 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     """Return the headline numbers of one run; what was never measured is left out."""
     reached = outcome(run, curves)
     metric = _chosen_metric(run, curves)
-    formatted = []
+    headlines = []
     for name in dict.fromkeys(["loss", metric, "accuracy"]):
         series = curves.get(f"eval/{name}")
         if series and series.last is not None:
-            formatted.append(_change(plain_name(name), series, is_lower_better(name)))
+            headlines.append(_change(plain_name(name), series, is_lower_better(name)))
     rows = run.result.get("held_out_rows")
-    if formatted and type(rows) is int and 0 < rows < FEW_ROWS:
-        formatted.append(Figure("held-out rows", str(rows), "so few say little"))
+    if headlines and type(rows) is int and 0 < rows < FEW_ROWS:
+        headlines.append(Figure("held-out rows", str(rows), "so few say little"))
     training = curves.get("loss")
-    if not formatted and training and training.last is not None:
-        formatted.append(_change("training loss", training, True))
+    if not headlines and training and training.last is not None:
+        headlines.append(_change("training loss", training, True))
     if reached.best is not None:
         best = section(run.result, "best")
         at = f"at step {best['step']:,}" if isinstance(best.get("step"), int) else ""
-        formatted.append(Figure(f"best {plain_name(reached.best_metric)}", number(reached.best), at))
+        headlines.append(Figure(f"best {plain_name(reached.best_metric)}", number(reached.best), at))
     watched = section(run.result, "overfitting")
     if isinstance(watched.get("gap"), (int, float)):
         training_loss = number(watched.get("training_loss"))
-        formatted.append(
+        headlines.append(
             Figure("gap", number(watched["gap"]), f"held-out loss above that of training, {training_loss}")
         )
     test = section(run.result, "test")
     for name, value in test.items():
         if name in (metric, "loss", "accuracy") and isinstance(value, (int, float)):
-            formatted.append(Figure(f"test {plain_name(name)}", number(value)))
-    formatted += _against_prompting(run, curves, metric)
+            headlines.append(Figure(f"test {plain_name(name)}", number(value)))
+    headlines += _against_prompting(run, curves, metric)
     planned = section(run.config, "trainer").get("max_steps")
     of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != reached.steps else ""
     epoch = _last(curves, "epoch")
-    formatted.append(
+    headlines.append(
         Figure("steps", f"{reached.steps:,}", of_planned or (f"{number(epoch, 3)} epochs" if epoch else ""))
     )
     if reached.tokens:
-        formatted.append(Figure("tokens", short(reached.tokens)))
+        headlines.append(Figure("tokens", short(reached.tokens)))
     if reached.tokens_per_second:
-        formatted.append(Figure("tokens/s", short(reached.tokens_per_second)))
+        headlines.append(Figure("tokens/s", short(reached.tokens_per_second)))
     if reached.peak_memory_gib:
-        formatted.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
+        headlines.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
     if reached.seconds:
-        formatted.append(Figure("time", duration(reached.seconds)))
-    return formatted
+        headlines.append(Figure("time", duration(reached.seconds)))
+    return headlines
 
 
 def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figure]:
     """Return what the untuned model reaches when it is asked, the best number of examples first named, and how far training is
     from it: of the metrics that a reader would judge by, those that both have."""
     tested = section(run.result, "test")
-    formatted = []
+    comparisons = []
     for name in dict.fromkeys([metric, "chrf", "accuracy"]):
         requested = [
             row for row in baseline_file.read(run.path) if isinstance(section(row, "metrics").get(name), (int, float))
@@ -163,12 +163,12 @@ def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figur
         value = best["metrics"][name]
         label = f"untuned {plain_name(name)}, {best.get('shots')} examples"
         if not isinstance(reached, (int, float)):
-            formatted.append(Figure(label, number(value), str(best.get("split"))))
+            comparisons.append(Figure(label, number(value), str(best.get("split"))))
             continue
         good = None if reached == value else (reached < value) == lower
         verdict = "no better than prompting" if not good else "better than prompting"
-        formatted.append(Figure(label, number(value), f"trained {number(reached)}: {verdict}", good))
-    return formatted
+        comparisons.append(Figure(label, number(value), f"trained {number(reached)}: {verdict}", good))
+    return comparisons
 
 
 def _change(label: str, series: Series, lower_is_better: bool) -> Figure:
@@ -207,7 +207,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         ("time", [outcome.seconds for outcome in outcomes], None, duration),
     ]
     table = []
-    for label, values, lower, formatted in columns:
+    for label, values, lower, format_value in columns:
         present = [value for value in values if value is not None]
         if not present:
             continue
@@ -215,7 +215,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         if lower is not None and len(present) > 1 and min(present) != max(present):
             best = min(present) if lower else max(present)
         cells = [
-            {"text": formatted(value) if value is not None else NONE, "best": best is not None and value == best}
+            {"text": format_value(value) if value is not None else NONE, "best": best is not None and value == best}
             for value in values
         ]
         table.append({"label": label, "cells": cells})

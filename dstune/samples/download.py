@@ -45,7 +45,7 @@ class Package:
         return f"{self.name}=={self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
-        """Return its file in `folder`, fetched unless it is there. Raises UserError."""
+        """Return the file of the package in `folder`, fetched unless it is there. Raises UserError."""
         return fetch(self, folder, label)
 
 

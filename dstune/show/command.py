@@ -112,22 +112,22 @@ def _of(config: RunConfig, options: Options) -> Preview:
     return show(config, options.split, options.rows)
 
 
-def _print(formatted: Preview, options: Options) -> None:
+def _print(preview: Preview, options: Options) -> None:
     if options.html is not None:
         from dstune.show.page import page
 
         try:
             options.html.parent.mkdir(parents=True, exist_ok=True)
-            options.html.write_text(page(formatted), encoding="utf-8")
+            options.html.write_text(page(preview), encoding="utf-8")
         except OSError as error:
             fix = "give a file in a folder of yours"
             reason = f"cannot be written: {error.strerror}"
             raise UserError(Problem("--html", reason, fix, str(options.html))) from None
     if options.json:
-        print(json.dumps(formatted.to_json()))
+        print(json.dumps(preview.to_json()))
     elif options.html is not None:
         print(options.html)
     else:
         from dstune.show.terminal import Style, text
 
-        print(text(formatted, Style.of(sys.stdout, os.environ)))
+        print(text(preview, Style.of(sys.stdout, os.environ)))

@@ -11,13 +11,13 @@ from dstune.report.html import render
 from dstune.show.facts import Preview
 
 
-def page(formatted: Preview) -> str:
+def page(preview: Preview) -> str:
     """Return the HTML of what is shown, everything escaped, nothing from outside."""
-    described = part(formatted.split, formatted.report, formatted.data) if formatted.report else None
+    described = part(preview.split, preview.report, preview.data) if preview.report else None
     html = render(
         "show.html.j2",
-        title=f"{formatted.split} rows",
-        formatted=formatted,
+        title=f"{preview.split} rows",
+        preview=preview,
         parts=[described] if described else [],
         version=__version__,
         made=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),

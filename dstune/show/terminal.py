@@ -54,23 +54,22 @@ class Style:
         return "\u2588" if self.blocks else "#"
 
 
-def text(formatted: Preview, style: Style) -> str:
+def text(preview: Preview, style: Style) -> str:
     """Return everything that there is to see, as one text."""
     key = style.paint("trained", TRAINED) if style.colours else "[[trained]]"
     lines = [
-        style.paint(f"{formatted.split}: {formatted.samples:,} samples", STRONG)
-        + f", task={formatted.task}, {formatted.model}"
+        style.paint(f"{preview.split}: {preview.samples:,} samples", STRONG) + f", task={preview.task}, {preview.model}"
     ]
-    if formatted.note:
-        lines.append(formatted.note)
-    tags = sorted({segment.tag for row in formatted.rows for segment in row.segments if segment.tag})
+    if preview.note:
+        lines.append(preview.note)
+    tags = sorted({segment.tag for row in preview.rows for segment in row.segments if segment.tag})
     if tags:
         painted = [style.paint(visible(tag), _tag_colour(tag, tags)) for tag in tags]
         lines.append(f"tags: {', '.join(painted)}")
-    elif any(segment.trained for row in formatted.rows for segment in row.segments):
+    elif any(segment.trained for row in preview.rows for segment in row.segments):
         lines.append(f"tokens that count in the loss are {key}")
-    for row in formatted.rows:
-        lines += ["", _heading(row, formatted, style), *_turns(row, style, tags)]
+    for row in preview.rows:
+        lines += ["", _heading(row, preview, style), *_turns(row, style, tags)]
         for number, image in enumerate(row.images, start=1):
             size = f"{image.width:,} x {image.height:,} pixels"
             lines.append(style.paint(f"image {number}: {visible(image.name)}, {size}", QUIET))
@@ -79,19 +78,19 @@ def text(formatted: Preview, style: Style) -> str:
         if row.rejected:
             trained = f", {row.rejected_targets:,} trained" if row.rejected_targets else ""
             lines += [style.paint(f"rejected{trained}:", QUIET), _text(row.rejected, style, tags)]
-    if formatted.report:
-        described = part(formatted.split, formatted.report, formatted.data)
+    if preview.report:
+        described = part(preview.split, preview.report, preview.data)
         lines += ["", style.paint("rows", STRONG), *_facts(described)]
-        lines += _lengths(formatted, style)
+        lines += _lengths(preview, style)
         lines += _cleaning(described, style) + _sources(described, style)
-        lines += _repeated("samples that occur more than once", formatted.duplicates, style)
-        lines += _repeated("trained texts that occur in several samples", formatted.answers, style)
+        lines += _repeated("samples that occur more than once", preview.duplicates, style)
+        lines += _repeated("trained texts that occur in several samples", preview.answers, style)
     return "\n".join(lines)
 
 
-def _heading(row: Row, formatted: Preview, style: Style) -> str:
-    full = " (max_length)" if row.tokens == formatted.data["max_length"] else ""
-    facts = [f"sample {row.number:,} of {formatted.samples:,}", f"{row.tokens:,} tokens{full}"]
+def _heading(row: Row, preview: Preview, style: Style) -> str:
+    full = " (max_length)" if row.tokens == preview.data["max_length"] else ""
+    facts = [f"sample {row.number:,} of {preview.samples:,}", f"{row.tokens:,} tokens{full}"]
     if row.targets is not None and (row.label is None or any(segment.trained for segment in row.segments)):
         facts.append(f"{row.targets:,} trained")
     if row.label is not None:
@@ -126,8 +125,8 @@ def _text(segments: list[Segment], style: Style, tags: list[str]) -> str:
         piece = _shortened(visible(segment.text))
         if segment.tag:
             text, space = piece.lstrip(), piece[: len(piece) - len(piece.lstrip())]
-            formatted = f"{text} {segment.tag}" if style.colours else f"[[{text}]]({segment.tag})"
-            pieces.append(space + style.paint(formatted, _tag_colour(segment.tag, tags)))
+            tagged_text = f"{text} {segment.tag}" if style.colours else f"[[{text}]]({segment.tag})"
+            pieces.append(space + style.paint(tagged_text, _tag_colour(segment.tag, tags)))
             continue
         if style.colours:
             codes = [TRAINED] if segment.trained else []
@@ -166,9 +165,9 @@ def _facts(described: Part) -> list[str]:
     ]
 
 
-def _lengths(formatted: Preview, style: Style) -> list[str]:
+def _lengths(preview: Preview, style: Style) -> list[str]:
     """Return a bar for each power of two, and how many rows other lengths would cut."""
-    counted = {int(bound): int(rows) for bound, rows in (formatted.report.get("lengths") or {}).items()}
+    counted = {int(bound): int(rows) for bound, rows in (preview.report.get("lengths") or {}).items()}
     if not counted:
         return []
     edges = [2**exponent for exponent in range(41)]
@@ -176,7 +175,7 @@ def _lengths(formatted: Preview, style: Style) -> list[str]:
     first = next(index for index, (_, _, rows) in enumerate(octaves) if rows)
     octaves = [octave for octave in octaves[first:] if octave[0] <= max(counted)]
     highest, total = max(rows for _, _, rows in octaves), sum(counted.values())
-    limit = formatted.data["max_length"]
+    limit = preview.data["max_length"]
     width = len(f"{octaves[-1][1]:,}")
     lines = ["", style.paint("lengths in tokens", STRONG) + f" (data.max_length={limit})"]
     for low, high, rows in octaves:
@@ -206,8 +205,8 @@ def _sources(described: Part, style: Style) -> list[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["", style.paint("sources", STRONG)]
     for name, *numbers in cells:
-        formatted = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
-        lines.append(f"  {visible(name):<{widths[0]}}  {formatted}")
+        columns_text = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        lines.append(f"  {visible(name):<{widths[0]}}  {columns_text}")
     return lines
 
 

@@ -111,8 +111,10 @@ class Study:
             value = row[name]
             trial_of_study.report(math.nan if value is None else float(value), row["step"])
             if trial_of_study.should_prune():
-                formatted = "not finite" if value is None else f"{value:.4g}"
-                return f"pruned ({self._settings.pruner.name}) at step {row['step']}: {self._objectives[0]} {formatted}"
+                value_text = "not finite" if value is None else f"{value:.4g}"
+                return (
+                    f"pruned ({self._settings.pruner.name}) at step {row['step']}: {self._objectives[0]} {value_text}"
+                )
         return ""
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
@@ -243,8 +245,8 @@ class Study:
         return kinds.CategoricalDistribution([value.plain for value in axis.values])
 
     def _enqueue_all(self) -> int:
-        """Return `sweep.sampler=grid`: every combination waits in the study, once. (Optuna's own grid sampler ends the study
-        from inside, which its ask-and-tell interface does not allow.)"""
+        """Put every combination into the study's queue once, for `sweep.sampler=grid`; returns their number. (Optuna's own grid
+        sampler ends the study from inside, which its ask-and-tell interface does not allow.)"""
         combinations = [assignment.plain for assignment in grid(self._axes)]
         enqueued = [
             frozen.params or frozen.system_attrs.get("fixed_params")

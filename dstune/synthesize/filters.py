@@ -127,7 +127,7 @@ def comparable(draft: Draft) -> str:
 
 
 def normal(text: str) -> str:
-    """Return its words in lower case."""
+    """Return the words of a text in lower case, with a space between them."""
     return " ".join(WORDS.findall(text.casefold()))
 
 

@@ -145,7 +145,7 @@ def _facts(metrics: Metrics) -> list[str]:
         "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
         "peak_memory_gib": lambda value: f"{value:.2f} GiB",
     }
-    facts = [formatted(float(metrics[name])) for name, formatted in formats.items() if name in metrics]
+    facts = [format_metric(float(metrics[name])) for name, format_metric in formats.items() if name in metrics]
     if "skipped" in metrics:
         facts.insert(0, f"skipped ({metrics['skipped']})")
     return facts

@@ -106,9 +106,9 @@ class RunLog:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write the run's result (the keys of result.json) for the trackers' summaries."""
-        formatted = redacted(plain(values))
+        public_values = redacted(plain(values))
         for tracker in self._trackers:
-            tracker.summary(formatted)
+            tracker.summary(public_values)
 
     def finish(self, status: str, *, crashed: bool = False) -> None:
         """Close everything; `status` is that of result.json. Calling it again does nothing.

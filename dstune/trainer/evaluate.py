@@ -111,11 +111,11 @@ class Evaluator:
         task = task_of(self.config.task)
         if isinstance(task, EvaluatesRollouts):
             return Totals(0.0, 0.0, 0.0), task.evaluate(self, split, progress)
-        formatted: Split = split
+        split_with_context: Split = split
         if context:
             held = {field.name: getattr(split, field.name) for field in fields(split)}
-            formatted = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
-        totals, kept_rows = self._run(formatted, progress)
+            split_with_context = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
+        totals, kept_rows = self._run(split_with_context, progress)
         evaluation = task.measure(self.data.labels, split, totals, kept_rows)
         if isinstance(task, MeasuresFurther):
             evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)

@@ -75,11 +75,11 @@ def verify_rows(
     world: World,
     message: Callable[[str], None],
     *,
-    sees: bool = False,
+    has_images: bool = False,
 ) -> None:
     """Prove that samples of a row do not see each other, however rows are handed to the model.
 
-    sees: rows have images; their own proof (`trainer.sight`) is one of text as well.
+    has_images: rows have images; their own proof (`trainer.sight`) is one of text as well.
 
     Raises UserError on all ranks where they do; where rows can go to the model as they are, they do so from then on.
     """
@@ -90,7 +90,7 @@ def verify_rows(
         if reason := rows_problem(engine, head, rows, architecture, config.data.max_length, world):
             message(rows.refuse(reason))
             head.rows = rows = None
-    if rows is None and not sees:
+    if rows is None and not has_images:
         check_packing(config, engine, architecture.vocab_size, world)
 
 

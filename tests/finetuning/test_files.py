@@ -447,11 +447,13 @@ def test_what_a_crash_leaves_is_collected_when_it_is_old(tmp_path):
         staged.write(b"half")
         orphan = contents(found)[0].with_name("blob-of-nobody")
         orphan.write_bytes(b"x")
-        assert found.api.blobs.sweep([*found.api.files.known(), *found.api.uploads.known()]) == 0  # may be at work
+        assert (
+            found.api.blobs.sweep([*found.api.files.stored_blobs(), *found.api.uploads.stored_parts()]) == 0
+        )  # may be at work
         old = time.time() - blobs_module.STALE_SECONDS - 1
         for path in (staged.path, orphan, *contents(found)):
             os.utime(path, (old, old))
-        assert found.api.blobs.sweep([*found.api.files.known(), *found.api.uploads.known()]) == 2
+        assert found.api.blobs.sweep([*found.api.files.stored_blobs(), *found.api.uploads.stored_parts()]) == 2
         assert (await client.files.content(made.id)).content == ROW
 
     run(test, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from parity.reference import descend
 from support.ranks import run_ranks
-from support.tiny import WORDS, _saved, save_decoder, write_dialogues
+from support.tiny import WORDS, _save_model, save_decoder, write_dialogues
 from support.workshop import PLAIN, Workshop
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
@@ -80,8 +80,10 @@ def save_capped(folder: Path) -> None:
     sizes |= {"bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 2}
     tokens = 8 + len(WORDS)
     capped = Gemma2Config(**sizes, vocab_size=tokens, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0)
-    _saved(folder / "capped", 1, Gemma2ForCausalLM, capped)
-    _saved(folder / "scaled", 2, GraniteForCausalLM, GraniteConfig(**sizes, vocab_size=tokens + 8, logits_scaling=3.0))
+    _save_model(folder / "capped", 1, Gemma2ForCausalLM, capped)
+    _save_model(
+        folder / "scaled", 2, GraniteForCausalLM, GraniteConfig(**sizes, vocab_size=tokens + 8, logits_scaling=3.0)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -113,10 +113,11 @@ def damaged(name: str, description: str, damage: Callable[[Path], None]) -> Faul
     return Fault(name, description, terminate, exit_code=75, says=says, damage=damage, overrides=keep)
 
 
-def moved(name: str, *again: str, stage: int = 2) -> Fault:
-    description = f"SIGKILL to rank 1 at stage {stage}, then {' '.join(again)}"
+def continued_in_another_layout(name: str, *overrides: str, stage: int = 2) -> Fault:
+    """Make the fault of a run at ZeRO stage `stage` whose rank 1 is killed, and which is continued with `overrides`."""
+    description = f"SIGKILL to rank 1 at stage {stage}, then {' '.join(overrides)}"
     layout = [f"zero.stage={stage}"]
-    return Fault(name, description, to_rank(1, signal.SIGKILL), overrides=layout, again=list(again), close=True)
+    return Fault(name, description, to_rank(1, signal.SIGKILL), overrides=layout, again=list(overrides), close=True)
 
 
 def micro_batches(step: int) -> int:
@@ -314,9 +315,9 @@ FAULTS = [
     damaged("shard deleted", "a shard is gone", delete_a_shard),
     damaged("marker deleted", "COMMITTED is gone", delete_the_marker),
     damaged("state cut", "state.json ends early", half_a_state),
-    moved("fewer ranks", "launch.processes=1"),
-    moved("more ranks", "launch.processes=3"),
-    moved("stage 2 to 3", "zero.stage=3"),
-    moved("stage 3 to 2 with offload", "zero.stage=2", "zero.offload_optimizer=cpu", stage=3),
-    moved("stage 2 to 1 on 3 ranks", "zero.stage=1", "launch.processes=3"),
+    continued_in_another_layout("fewer ranks", "launch.processes=1"),
+    continued_in_another_layout("more ranks", "launch.processes=3"),
+    continued_in_another_layout("stage 2 to 3", "zero.stage=3"),
+    continued_in_another_layout("stage 3 to 2 with offload", "zero.stage=2", "zero.offload_optimizer=cpu", stage=3),
+    continued_in_another_layout("stage 2 to 1 on 3 ranks", "zero.stage=1", "launch.processes=3"),
 ]

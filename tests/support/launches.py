@@ -96,10 +96,10 @@ class Launch:
         processes = []
         for process in psutil.process_iter():
             try:
-                formatted = [*process.cmdline(), *process.environ().values()]
+                process_texts = [*process.cmdline(), *process.environ().values()]
             except psutil.Error:
                 continue
-            if process.pid != os.getpid() and any(marks in text for text in formatted):
+            if process.pid != os.getpid() and any(marks in text for text in process_texts):
                 processes.append(process)
         return processes
 

@@ -38,6 +38,7 @@ class Office:
     plans: StubPlans
 
     async def file(self, client: openai.AsyncOpenAI, rows: int = ROWS) -> str:
+        """Upload a training file; returns its id."""
         return (await client.files.create(file=("rows.jsonl", (ROW * rows).encode()), purpose="fine-tune")).id
 
     async def create(self, client: openai.AsyncOpenAI, **fields: Any) -> Any:
@@ -48,6 +49,7 @@ class Office:
         return JobFolder.of(self.cloud.api.folder / "jobs", job)
 
     async def reach(self, client: openai.AsyncOpenAI, job: str, *states: str) -> Any:
+        """Wait until the job is in one of `states`; returns the job."""
         for _ in range(600):
             state = await client.fine_tuning.jobs.retrieve(job)
             if state.status in states:
@@ -56,6 +58,7 @@ class Office:
         raise AssertionError(f"{job} is {state.status}, not {states}")
 
     def train(self, job: str, last: int) -> None:
+        """Write the metrics of a training up to step `last`."""
         run = self.folder(job).run
         run.mkdir(exist_ok=True)
         lines = [
@@ -65,6 +68,7 @@ class Office:
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
     def finish(self, job: str, code: int = 0, exports: tuple[int, ...] = (4, 8)) -> None:
+        """Let the job's training process end with `code`. exports: steps of the models that it has made."""
         folder = self.folder(job)
         for step in exports:
             (folder.models / f"step-{step}").mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,7 @@ class Office:
         self.launcher.alive.discard(job)
 
     async def succeeded(self, client: openai.AsyncOpenAI, **fields: Any) -> Any:
+        """Create a job and let it train to its end; returns the job."""
         job = await self.create(client, hyperparameters={"n_epochs": 2, "batch_size": 3}, **fields)
         await self.reach(client, job.id, "running")
         self.train(job.id, 8)
@@ -84,7 +89,7 @@ class Office:
 
 @asynccontextmanager
 async def office(folder: Path, devices: int = 2, **settings: Any) -> AsyncIterator[Office]:
-    """Yield an office. settings: of the fine-tuning API."""
+    """Yield an office. settings: options of the fine-tuning API."""
     folder.mkdir(exist_ok=True)
     presets = folder / "models.yaml"
     presets.write_text(json.dumps(PRESETS))

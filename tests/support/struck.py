@@ -230,8 +230,8 @@ def as_patterns(says: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: float = 1e-5) -> bool:
-    """Return every metric of every row within a relative `bound`; the norm of the gradient, a difference of large sums, within
-    1e-4, and the gap, a difference of two losses, within as much of 1."""
+    """Return whether every metric of every row is within a relative `bound` of the reference: the norm of the gradient, which sums
+    up differences, within ten times as much, and the gap, a difference of two losses, within `bound` of 1."""
 
     def agrees(key: str, first: Any, second: Any) -> bool:
         limit = 10 * bound if key == "grad_norm" else bound

@@ -17,8 +17,8 @@ def save_tokenizer(folder: Path) -> None:
     word_tokenizer(SPECIAL + WORDS).save_pretrained(folder)
 
 
-def _saved(folder: Path, seed: int, model_class: Any, config: Any) -> Path:
-    """Return a model of random weights with the tokenizer."""
+def _save_model(folder: Path, seed: int, model_class: Any, config: Any) -> Path:
+    """Save a model of random weights and the tokenizer in `folder`; returns the folder."""
     import torch
 
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: 
         "pad_token_id": 2,
         "initializer_range": 0.2,  # large enough that attention and dropout matter to the loss
     }
-    return _saved(folder, seed, LlamaForCausalLM, LlamaConfig(**(settings | changes)))
+    return _save_model(folder, seed, LlamaForCausalLM, LlamaConfig(**(settings | changes)))
 
 
 def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
@@ -62,7 +62,7 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
         "pad_token_id": 2,
         "initializer_range": 0.2,
     }
-    return _saved(folder, seed, BertModel, BertConfig(**(settings | changes)))
+    return _save_model(folder, seed, BertModel, BertConfig(**(settings | changes)))
 
 
 def save_classifier(folder: Path) -> Path:
@@ -87,7 +87,7 @@ def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
 
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
     settings |= {"num_heads": 4, "dropout_rate": 0.0, "initializer_factor": 1.0, **SEQ2SEQ_TOKENS}
-    return _saved(folder, seed, T5ForConditionalGeneration, T5Config(**(settings | changes)))
+    return _save_model(folder, seed, T5ForConditionalGeneration, T5Config(**(settings | changes)))
 
 
 def save_bart(folder: Path, **changes: object) -> Path:
@@ -98,7 +98,7 @@ def save_bart(folder: Path, **changes: object) -> Path:
     for side in ("encoder", "decoder"):
         settings |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
     settings |= {"dropout": 0.0, "init_std": 0.2, "forced_eos_token_id": None, **SEQ2SEQ_TOKENS}
-    return _saved(folder, 0, BartForConditionalGeneration, BartConfig(**(settings | changes)))
+    return _save_model(folder, 0, BartForConditionalGeneration, BartConfig(**(settings | changes)))
 
 
 def save_joined_encoders(folder: Path, encoder: Path) -> Path:

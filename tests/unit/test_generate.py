@@ -245,7 +245,7 @@ def test_a_prompt_holds_every_character_but_a_line_feed(tmp_path):
         ("a.jsonl", json.dumps({"prompt": "w1\u2028w2\x0cw3"}, ensure_ascii=False)),
     ):
         (tmp_path / name).write_bytes(f"{line}\r\n{line}".encode("utf-8-sig"))
-        assert [request.formatted for request in read_file(tmp_path / name)] == ["w1\u2028w2\x0cw3"] * 2
+        assert [request.text for request in read_file(tmp_path / name)] == ["w1\u2028w2\x0cw3"] * 2
 
 
 def test_rows_choose_an_adapter_by_name(decoder, adapters, tmp_path, capsys):

@@ -148,8 +148,8 @@ def _copies(
         made.append((place, content.decode("utf-8"), content_hash(content, split_seed)))
         if len(report.examples) < MAX_EXAMPLES:
             text_before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))
-            formatted = f"{text_before} -> {' | '.join(texts(copy))}"
-            report.examples.append({"place": train.table.place(train.indices[place]), "text": formatted})
+            change_text = f"{text_before} -> {' | '.join(texts(copy))}"
+            report.examples.append({"place": train.table.place(train.indices[place]), "text": change_text})
     report.left_out = dict(left_out)
     return made
 

@@ -235,10 +235,10 @@ def _not_a_beginning(prompt: str, answered: str) -> str:
     """Return both texts from a little before the place where they part."""
     at = in_common(prompt, answered)
     begin = max(0, at - EXCERPT_CHARACTERS // 2)
-    formatted = [repr(text[begin : begin + EXCERPT_CHARACTERS]) for text in (prompt, answered)]
+    excerpts = [repr(text[begin : begin + EXCERPT_CHARACTERS]) for text in (prompt, answered)]
     return (
         "the chat template writes another text for this turn than a server would prompt with: the prompt goes on "
-        f"{formatted[0]}, the conversation {formatted[1]}"
+        f"{excerpts[0]}, the conversation {excerpts[1]}"
     )
 
 

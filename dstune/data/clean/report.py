@@ -46,8 +46,8 @@ class Report:
 
     def example(self, step: str, place: str, text: str, note: str = "") -> None:
         """Keep a row as an example by its place and the beginning of its text; `note` says what the step found."""
-        formatted = f"{note}: {text}" if note else text
-        self.examples.setdefault(step, []).append({"place": place, "text": formatted})
+        example_text = f"{note}: {text}" if note else text
+        self.examples.setdefault(step, []).append({"place": place, "text": example_text})
 
     def to_dict(self) -> dict[str, Any]:
         steps = [step for step in STEPS if step in self.counts]

@@ -78,13 +78,13 @@ class PromptImages:
         return inputs
 
     def all_inputs(self, ids: Sequence[int]) -> Inputs:
-        """Return `inputs`, after a look at each image."""
+        """Decode each image (`look`), then return `inputs(ids)`."""
         for number in range(len(self)):
             self.look(number)
         return self.inputs(ids)
 
     def measured(self) -> PromptImages:
-        """Return this, after each image was measured."""
+        """Measure each image; returns this object."""
         for number in range(len(self)):
             self.measure(number)
         return self

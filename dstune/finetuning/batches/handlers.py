@@ -75,7 +75,7 @@ class Batches:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            if earlier_id := attempt.found(session):
+            if earlier_id := attempt.earlier_object(session):
                 return self._of(session, caller.project, earlier_id)
             file = self._files.of(session, caller.project, creation.input_file_id, "input_file_id")
             if file.purpose != "batch":

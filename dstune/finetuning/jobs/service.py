@@ -193,7 +193,7 @@ class Jobs:
     def _create(self, request: Request, attempt: Attempt, job_request: JobRequest) -> Job:
         caller = request.key
         with self._database.session() as session:  # a repetition is answered before anything is looked at again
-            earlier_id = attempt.found(session)
+            earlier_id = attempt.earlier_object(session)
             if earlier_id is not None:
                 return self._store.of(session, caller.project, earlier_id)
         preset, start = self._chosen(caller, job_request)
@@ -204,7 +204,7 @@ class Jobs:
         job = self._row(caller, job_request, preset, start)
         with self._snapshots(caller, job) as folder, self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            earlier_id = attempt.found(session)
+            earlier_id = attempt.earlier_object(session)
             if earlier_id is not None:
                 folder.remove()
                 return self._store.of(session, caller.project, earlier_id)

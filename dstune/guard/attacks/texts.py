@@ -34,7 +34,7 @@ class Text:
         return {**asdict(self), **({"suite": suite} if suite else {})}
 
     def cut(self, characters: int = WINDOW_CHARACTERS) -> Text:
-        """Return its beginning, up to the last space before `characters`."""
+        """Return the text up to the last space before character `characters`."""
         return replace(self, text=shorten(self.text, characters))
 
 

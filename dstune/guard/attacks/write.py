@@ -188,7 +188,7 @@ class _Pool:
         unseen = [*self._unseen()]
         attacks = [text for text in unseen if text.label == ATTACK]
         yield from (("unseen", text) for text in attacks)
-        yield from (("known", text) for text in self._known())
+        yield from (("known", text) for text in self._known_frames())
         yield from (("hard", text) for text in unseen if text.label == BENIGN and text.family == "hard")
         yield from (("hard", text) for text in packages.prompt_armor_benign(self.archives["prompt-armor"]))
         yield from (("hard", text) for text in chosen(_between(self.twins, low, high), 400))
@@ -217,7 +217,7 @@ class _Pool:
             few += chosen((text for text in plain if text.package == name), 20)
         yield from (("hidden", text) for text in _hide(few, long, HIDDEN_CHARACTERS))
 
-    def _known(self) -> Iterator[Text]:
+    def _known_frames(self) -> Iterator[Text]:
         """Yield frames that training has, with goals that it does not have."""
         yield from own.attacks(1, held_out=True)
         templates = packages.pyrit(self.archives["pyrit"], held_out=True)

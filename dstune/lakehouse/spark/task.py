@@ -88,7 +88,7 @@ def free_port(address: str) -> int:
 
 
 def run_task(batches: Iterable[Any], *, driver: str, port: int, token: str, run_dir: str) -> Iterator[Any]:
-    """Yield what `mapInArrow` runs: one row for the rank that this task was, with its exit code."""
+    """Be a rank in a task of Spark (the function of `mapInArrow`); yields one row with its number and its exit code."""
     import pyarrow as pa
     from pyspark import BarrierTaskContext
 

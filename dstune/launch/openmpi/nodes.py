@@ -45,7 +45,7 @@ def plan(launcher: OnHosts, run: RunConfig, run_dir: Path, launch_id: str, conso
 
 
 def probe(*, needed: bool) -> Check:
-    """Return whether mpirun and mpi4py are there, of one MPI."""
+    """Check that mpirun and mpi4py are installed, for the same MPI. needed: their absence is a failure."""
     try:
         program = mpirun_path("mpirun")
     except UserError as error:

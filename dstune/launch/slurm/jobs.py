@@ -165,7 +165,7 @@ def _reason(run_dir: Path) -> str:
 
 
 def probe(*, needed: bool) -> Check:
-    """Return whether the controller answers, and what it has."""
+    """Check that SLURM's controller answers, and report its version and partitions."""
     from dstune.launch.checks import programs
 
     check = programs("slurm", ("sbatch", "srun", "squeue"), "slurm-client", needed=needed)

@@ -164,7 +164,7 @@ class _Scores:
 
 
 def _random(name: str, size: int, seed: int) -> torch.Tensor:
-    """Return the same for an entry wherever it lies."""
+    """Draw a score in [0, 1) for each entry of the tensor `name`: the same on every rank and at every stage."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed * 2**32 + crc32(name.encode())))
 
 

@@ -67,7 +67,7 @@ class Messages(ConversationFormat):
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the only column that looks like content is `messages`, whatever its name, if it is a list of messages."""
+        """Return the fields with `messages`: where no column has a usual name, the only one that is a list of messages."""
         if not fields.keys().isdisjoint(content_names()):
             return fields
         lists = [value for value in fields.values() if is_list_of_messages(value)]

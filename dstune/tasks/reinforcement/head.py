@@ -161,7 +161,7 @@ class PolicyHead(CausalLmHead):
 
 
 def _targets(batch: Batch, labels: Tensor) -> Targets:
-    """Return those of `completion_batch`. labels: what each position predicts."""
+    """Return the targets of a batch of `completion_batch`. labels: what each position predicts."""
     places, width = (labels != IGNORED).flatten().nonzero().squeeze(1), labels.shape[1]
     sampled = torch.nn.functional.pad(batch["sampled"][:, 1:], (0, 1)).flatten()
     tokens = labels.flatten().index_select(0, places)
@@ -169,7 +169,7 @@ def _targets(batch: Batch, labels: Tensor) -> Targets:
 
 
 def _shared_targets(batch: Batch) -> Targets:
-    """Return those of `shared_batch`."""
+    """Return the targets of a batch of `shared_batch`."""
     prompts, sizes, answers = (batch[name].tolist() for name in ("prompt_lengths", "prompt_samples", "answer_lengths"))
     tokens, labels = batch["input_ids"], batch["labels"]
     shared = SharedPrompts.build(prompts, sizes, answers, tokens.device)

@@ -49,7 +49,7 @@ def replayed(
     prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]],
     recorded: Mapping[str, Scored],
 ) -> list[list[Scored]]:
-    """Return those of this rank's prompts. Raises UserError where one is missing, on all ranks alike."""
+    """Return the recorded completions of this rank's prompts. Raises UserError where one is missing, on all ranks alike."""
     by_batch = []
     missing: list[int] = []
     for _, batch in prompts:

@@ -28,7 +28,7 @@ EXAMINED = 8
 """Micro-batches that are computed again to find out what a difference looks like."""
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 EXPLAINED = 0.35
-"""A cause explains a difference if so much of it is left at most once it is allowed for."""
+"""A cause explains a difference if at most this share of it remains once the cause is allowed for."""
 
 OTHER_WEIGHTS = "weights of an earlier step or of another model"
 OTHER_PROMPT = "another prompt, as of another chat template or tokenizer"
@@ -47,8 +47,8 @@ class Difference:
     """The number of each in its completion, from 0, int64 [tokens]."""
     padded: Tensor
     """Whether its prompt is shorter than the longest one beside it, bool [tokens]."""
-    left: Mapping[str, Tensor] = field(default_factory=dict)
-    """By a possible cause, what is left of `tokens` if the sampler had it."""
+    by_cause: Mapping[str, Tensor] = field(default_factory=dict)
+    """By a possible cause, what remains of `tokens` once it is allowed for, fp32 [tokens]."""
 
 
 def allowed(dtype: torch.dtype) -> tuple[float, float, float]:
@@ -64,7 +64,7 @@ def is_allowed(dtype: torch.dtype, signed: float, absolute: float, largest: floa
 def problem_of(
     rollout: Rollout, dtype: torch.dtype, step: int, measured: tuple[float, float, float], looks: str
 ) -> Problem:
-    """Make what the user is told. measured: signed, absolute, largest; looks: of `looks_like`."""
+    """Make the problem that the user reads. measured: the differences as in `ALLOWED`; looks: what `looks_like` returns."""
     signed, absolute, largest = measured
     limits = allowed(dtype)
     reason = (
@@ -91,7 +91,7 @@ def looks_like(difference: Difference, temperature: float, limit: float) -> str:
     size = _size(difference.tokens)
     if not math.isfinite(size):
         return "a model whose log-probabilities are not finite"
-    remaining = {cause: _size(values) for cause, values in difference.left.items()}
+    remaining = {cause: _size(values) for cause, values in difference.by_cause.items()}
     if remaining and min(remaining.values()) <= EXPLAINED * size:
         cause = min(remaining, key=lambda name: remaining[name])
         return f"{cause} (task.temperature={temperature:g})" if cause.startswith("temperature") else cause
@@ -114,10 +114,10 @@ def _size(values: Tensor) -> float:
 
 
 def examine(head: PolicyHead, forward: Forward, batches: Sequence[Batch], temperature: float) -> Difference:
-    """Compute the difference in the first of `batches` (see `PolicyHead`), also under what may have caused it. Every rank calls
-    this with equally many."""
+    """Compute the differences in the first `EXAMINED` of `batches` (see `PolicyHead`), as they are and with each possible cause
+    allowed for. Every rank calls this with as many batches."""
     tokens, places, padded = [], [], []
-    left: dict[str, list[Tensor]] = {}
+    by_cause: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in batches[:EXAMINED]:
             targets = head.targets_of(batch)
@@ -125,18 +125,18 @@ def examine(head: PolicyHead, forward: Forward, batches: Sequence[Batch], temper
             if head.has_adapter:
                 with head.without_adapter():
                     values = head.log_probabilities(forward, targets) - targets.sampled
-                left.setdefault(LOST_ADAPTER, []).append(values)
+                by_cause.setdefault(LOST_ADAPTER, []).append(values)
             for other in TEMPERATURES:
                 if other != temperature:
                     with head.at_temperature(other):
                         values = head.log_probabilities(forward, targets) - targets.sampled
-                    left.setdefault(f"temperature {other:g}", []).append(values)
+                    by_cause.setdefault(f"temperature {other:g}", []).append(values)
             # Targets stand in the order of their completions.
             first = torch.searchsorted(targets.completion, targets.completion)
             places.append(torch.arange(len(first), device=first.device) - first)
             lengths = _prompt_lengths(batch)
             padded.append((lengths < lengths.max())[targets.completion])
-    remaining = {cause: torch.cat(values) for cause, values in left.items()}
+    remaining = {cause: torch.cat(values) for cause, values in by_cause.items()}
     return Difference(torch.cat(tokens), torch.cat(places), torch.cat(padded), remaining)
 
 

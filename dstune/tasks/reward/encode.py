@@ -20,7 +20,8 @@ class RewardEncoder(PairEncoder):
 
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
-        """Return an encoder's separator serves as well: what ends the text writes nothing."""
+        """Return the token that ends a text: an encoder's separator where there is no end-of-sequence token, since nothing is
+        written after it. Raises UserError where there is neither."""
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
             reason = "the tokenizer has neither an end-of-sequence token nor a separator"

@@ -8,7 +8,8 @@ from dstune.models.heads.base import Batch, Forward, HeadOutput, inputs_of
 
 
 def reward_head(forward: Forward, batch: Batch) -> HeadOutput:
-    """Return the model of Bradley and Terry (1952): the better answer wins with probability sigmoid(its score - the other's).
+    """Compute the loss of Bradley and Terry (1952), in whose model the better answer wins with
+    probability sigmoid(its score - the other's).
 
     batch: input_ids, attention_mask [2 pairs, sequence], the better answers first; margin [pairs], by how much the better
     one has to win at least (Touvron et al. 2023, arXiv:2307.09288, equation 2); counted [pairs], 0 in a filler.

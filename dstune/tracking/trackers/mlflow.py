@@ -109,7 +109,7 @@ class Mlflow(Tracker):
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=absolute_store(str(uri)))
-        self._run = self._known() or self._create()
+        self._run = self._reopened_run() or self._create()
         files.write(self._id, self._run)
         for row in past:
             self.write(row)
@@ -134,7 +134,7 @@ class Mlflow(Tracker):
     def finish(self, status: str) -> None:
         self._client.set_terminated(self._run, STATUS[status])
 
-    def _known(self) -> str | None:
+    def _reopened_run(self) -> str | None:
         """Return the run of the earlier launches, open again; None where there is none in this store."""
         from mlflow.exceptions import MlflowException
 

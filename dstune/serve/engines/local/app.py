@@ -98,8 +98,8 @@ class LanguageApp(EngineApp):
             answers.cancel()
 
     async def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
-        """Make the answers of a request, which is computed from now on."""
-        self._known(body)
+        """Read a request and hand it to the scheduler, which computes it from now on; returns its answers. Raises ApiError."""
+        self._check_model(body)
         answers: Answers
         if handler == self.chat:
             asked = await self._asked(body)
@@ -108,8 +108,8 @@ class LanguageApp(EngineApp):
             answers = chat
         else:
             prompts = [await self._ids(body, prompt) for prompt in prompts_of(body["prompt"])]
-            given = body | {"prompt": prompts}
-            answers = await self._rendered(lambda: TextAnswers(self.model, self.scheduler, given))
+            tokenized = body | {"prompt": prompts}
+            answers = await self._rendered(lambda: TextAnswers(self.model, self.scheduler, tokenized))
         answers.submit()
         return answers
 
@@ -154,7 +154,8 @@ class LanguageApp(EngineApp):
             return prompt
         return await self._rendered(lambda: text_ids(self.model, str(body["model"]), prompt))
 
-    def _known(self, body: dict[str, Any]) -> str:
+    def _check_model(self, body: dict[str, Any]) -> str:
+        """Return the name of the model that a request asks. Raises ApiError where there is none of that name."""
         name = body.get("model")
         if name not in self.model.names:
             raise ApiError(404, f"There is no model {str(name)[:80]!r}.", param="model", code="model_not_found")
@@ -178,7 +179,7 @@ class LanguageApp(EngineApp):
 
     async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the log-probability of each token of a prompt, as vLLM tells them. Images in it are those of `messages`."""
-        name = self._known(body)
+        name = self._check_model(body)
         (ids,) = prompts_of(body["prompt"])
         if isinstance(ids, str):
             text = ids
@@ -189,7 +190,7 @@ class LanguageApp(EngineApp):
         return {"choices": [{"index": 0, "text": "", "prompt_logprobs": reported, "prompt_token_ids": ids}]}
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        name = self._known(body)
+        name = self._check_model(body)
         if "messages" in body:
             asked, parts = await self._asked(body), (body.get("tools"), body.get("chat_template_kwargs"))
             ids = await self._rendered(lambda: chat_prompt(self.model, name, asked, *parts))
@@ -217,6 +218,6 @@ class LanguageApp(EngineApp):
                 self.scheduler.give_up()
 
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
-        name = self._known({"model": body["lora_name"]})
+        name = self._check_model({"model": body["lora_name"]})
         await asyncio.wrap_future(self.scheduler.call(lambda: self.model.unload(name)))
         return {}
