@@ -13,16 +13,16 @@ from dstune.config.presets import description
 PRESETS_HEAD = """\
 # Presets
 
-Made from the files in `conf/` by `python tools/guides.py`. A model's file holds what differs from the defaults, an
-experiment's file holds values of all groups; both are started by name, and any value may be changed behind it:
+Generated from the files in `conf/` by `python tools/guides.py`. A model preset sets the values that differ from the defaults;
+an experiment sets values of all groups. Select either by name; values that you add on the command line take precedence:
 
 ```bash
 dstune train model=qwen3_4b method=lora data.train=chats.jsonl
 dstune train experiment=llama3_8b_lora_24gb data.train=chats.jsonl trainer.epochs=2
 ```
 
-A base model whose family has chat markers gets their template, so that `task=chat` works with it. The arithmetic of an
-experiment's memory stands in its file.
+If the family of a base model has a chat template, the base model gets it, so that `task=chat` works. The file of an experiment explains how
+much memory it needs.
 """
 
 
@@ -40,11 +40,11 @@ def what_it_is(path: Path) -> str:
 def presets_page(folders: Sequence[Path]) -> str:
     """Return the text of docs/presets.md for the folders with dstune's own choices (`config_folders()`)."""
     files = {group: [path for folder in folders for path in folder.glob(f"{group}/*.yaml")] for group in GROUPS}
-    models = ["| `model=` | path | with | |", "| --- | --- | --- | --- |"]
+    models = ["| `model=` | path | settings | description |", "| --- | --- | --- | --- |"]
     for path in sorted(files["model"], key=by_name):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         others = " ".join(f"`{key}={value}`" for key, value in values.items() if key != "path")
         models.append(f"| `{path.stem}` | `{values['path']}` | {others} | {description(path)} |")
-    experiments = ["| `experiment=` | |", "| --- | --- |"]
+    experiments = ["| `experiment=` | description |", "| --- | --- |"]
     experiments += [f"| `{path.stem}` | {what_it_is(path)} |" for path in sorted(files["experiment"], key=by_name)]
     return "\n".join([PRESETS_HEAD, "## Models", "", *models, "", "## Experiments", "", *experiments, ""])
