@@ -21,8 +21,8 @@ dstune train model=qwen3_4b method=lora data.train=chats.jsonl
 dstune train experiment=llama3_8b_lora_24gb data.train=chats.jsonl trainer.epochs=2
 ```
 
-If the family of a base model has a chat template, the base model gets it, so that `task=chat` works. The file of an experiment explains how
-much memory it needs.
+If the family of a base model has a chat template, the base model gets it, so that `task=chat` works. The file of an
+experiment explains how much memory it needs.
 """
 
 
