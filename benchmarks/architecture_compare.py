@@ -16,6 +16,7 @@ and in logits of the export that is loaded again. What is equal differs by round
 
 
 def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, Any]:
+    """Train plainly what the run in `run_dir` trained from the checkpoint in `folder`; returns how far the two are apart."""
     import torch
 
     torch.set_grad_enabled(True)
@@ -28,35 +29,39 @@ def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, A
     }
     exported = load_export(case, folder, run_dir / "export")
     trained = dict(exported.named_parameters())
-    missing = sorted(name for name in plain_changes(plain) if name not in trained)
-    moved = apart = 0.0
+    missing = sorted(name for name in trained_parameters(plain) if name not in trained)
+    change_square = difference_square = 0.0
     worst, worst_name = 0.0, ""
-    for name, parameter in plain_changes(plain).items():
+    for name, parameter in trained_parameters(plain).items():
         if name in missing:
             continue
         change = parameter.detach().double() - start[name].double()
         difference = float((trained[name].detach().double() - parameter.detach().double()).square().sum())
-        moved += float(change.square().sum())
-        apart += difference
+        change_square += float(change.square().sum())
+        difference_square += difference
         share = math.sqrt(difference / max(float(change.square().sum()), 1e-20))
         if difference > 1e-16 and share > worst:
             worst, worst_name = share, name
-    result |= {"update": math.sqrt(apart / max(moved, 1e-30)), "worst": worst, "worst_tensor": worst_name}
     result |= {
-        "moved": math.sqrt(moved),
+        "update": math.sqrt(difference_square / max(change_square, 1e-30)),
+        "worst": worst,
+        "worst_tensor": worst_name,
+    }
+    result |= {
+        "moved": math.sqrt(change_square),
         "missing": missing,
-        "trained": sum(map(torch.numel, plain_changes(plain).values())),
+        "trained": sum(map(torch.numel, trained_parameters(plain).values())),
     }
     result["logits"] = logits_apart(case, config, plain, exported)
     if result["logits"] > LOGITS and result["update"] <= UPDATE and not missing:
         # Some random models make much of a rounding of their weights (Gemma 3n: 1e-3 of 2e-5): the plain one gets the export's.
         with torch.no_grad():
-            for name, parameter in plain_changes(plain).items():
+            for name, parameter in trained_parameters(plain).items():
                 parameter.copy_(trained[name])
         result["logits"] = logits_apart(case, config, plain, exported)
     result["class"] = type(exported if case.method == "full" else exported.get_base_model()).__name__
     if case.method == "lora":
-        result["checkpoint_names"] = named_as_checkpoint(folder, run_dir / "export")
+        result["checkpoint_names"] = share_named_as_base(folder, run_dir / "export")
     bad = [
         key
         for key, limit in (("loss", LOSS), ("norm", 10 * LOSS), ("update", UPDATE), ("logits", LOGITS))
@@ -70,7 +75,7 @@ def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, A
     return result
 
 
-def plain_changes(model: Any) -> dict[str, Any]:
+def trained_parameters(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -141,12 +146,12 @@ def train_plainly(
         settings = peft.LoraConfig.from_pretrained(adapter)
         settings.inference_mode = False
         model = peft.get_peft_model(model, settings)
-        missing = set(plain_changes(model)) ^ set(begin := torch.load(adapter / "start.pt"))
+        missing = set(trained_parameters(model)) ^ set(begin := torch.load(adapter / "start.pt"))
         if missing:
             raise RuntimeError(f"{sorted(missing)[:3]} are trained in one of the two models alone")
         model.load_state_dict(begin, strict=False)
     model.train()
-    start = {name: parameter.detach().clone() for name, parameter in plain_changes(model).items()}
+    start = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
     losses, norms = [], []
     for samples in samples_of(config):
         parts = [loss_of(case, model, sample) for sample in samples]
@@ -179,8 +184,8 @@ def logits_apart(case: Case, config: Any, plain: Any, exported: Any) -> float:
     return float((plain_logits - exported_logits).abs().max() / plain_logits.abs().max())
 
 
-def named_as_checkpoint(folder: Path, export: Path) -> float:
-    """Return share of the adapter's modules that the base's files have a weight of under the same name, as servers look them up."""
+def share_named_as_base(folder: Path, export: Path) -> float:
+    """Return the share of the adapter's modules whose names are those of weights in the base's files, as servers need them."""
     from safetensors.torch import load_file
 
     adapter = load_file(export / "adapter_model.safetensors")

@@ -54,6 +54,7 @@ TASKS: dict[str, TaskConfig] = {
     "causal_lm": TEXT,
 }
 LONGEST = 1 << 20
+"""Tokens of a row: more than any has."""
 NOT_SEEN = (
     "role",
     "from",
@@ -84,8 +85,8 @@ class Reading:
     trained: list[str] = field(default_factory=list)
 
 
-class Trainer:
-    """Renders rows as a run does."""
+class Renderer:
+    """Renders rows as a run does, with a made-up tokenizer."""
 
     def __init__(self) -> None:
         self._tokenizer = tokenizer_for("chatml", (FOLDER / "chatml.jinja").read_text(encoding="utf-8"))
@@ -114,13 +115,13 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=1, help="rows of each file of which the trained text is printed")
     parser.add_argument("--rows", type=int, default=50, help="rows of each file whose texts are compared")
     options = parser.parse_args()
-    trainer = Trainer()
+    renderer = Renderer()
     lines = ["| file | read as | rows | refused, and why |", "| --- | --- | --- | --- |"]
     wrong = 0
     for file in sorted(options.folder.rglob("*")):
         if not file.is_file() or not is_readable(file.name):
             continue
-        reading = read(file, trainer, options.rows, options.samples)
+        reading = read(file, renderer, options.rows, options.samples)
         name = file.relative_to(options.folder).as_posix()
         lines.append(row_of(name, reading))
         print(lines[-1])
@@ -142,12 +143,13 @@ def row_of(name: str, reading: Reading) -> str:
     return f"| {name} | {read_as} | {reading.good} of {reading.rows} | {'; '.join(filter(None, (reasons, unread)))} |"
 
 
-def read(file: Path, trainer: Trainer, compared: int, shown: int) -> Reading:
-    """Return the file under the first task that reads it; under task=chat where none does."""
+def read(file: Path, renderer: Renderer, compared: int, shown: int) -> Reading:
+    """Read a file under the first task that can; returns what became of it, under task=chat where no task can. compared: rows whose
+    texts are compared; shown: rows whose trained texts are kept."""
     first: Reading | None = None
     for name, task in TASKS.items():
         try:
-            reading = _read(file, name, task, trainer, compared, shown)
+            reading = _read(file, name, task, renderer, compared, shown)
         except UserError as error:
             problem = error.problems[0]
             reason = re.sub(r", the columns here are .*", "", problem.reason)
@@ -167,7 +169,7 @@ def _rows(file: Path) -> Iterator[sources.RawRow]:
         yield from sources.read(data_file)
 
 
-def _read(file: Path, name: str, task: TaskConfig, trainer: Trainer, compared: int, shown: int) -> Reading:
+def _read(file: Path, name: str, task: TaskConfig, renderer: Renderer, compared: int, shown: int) -> Reading:
     reading = Reading(name)
     unread: Unread | None = None
     for raw in _rows(file):
@@ -182,8 +184,8 @@ def _read(file: Path, name: str, task: TaskConfig, trainer: Trainer, compared: i
             row = normalise(raw.fields, reading.format, {}, task)
             unread.add(raw.fields)
             if reading.good < compared:
-                seen, trained = trainer.texts(row)
-                if missing := lost(raw.fields, unread, row, seen, trained):
+                seen, trained = renderer.texts(row)
+                if missing := missing_text(raw.fields, unread, row, seen, trained):
                     reading.wrong.append(f"{raw.place}: {missing}")
                 if reading.good < shown:
                     reading.trained.append(trained[:300])
@@ -196,7 +198,7 @@ def _read(file: Path, name: str, task: TaskConfig, trainer: Trainer, compared: i
     return reading
 
 
-def lost(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str, trained: str) -> str:
+def missing_text(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str, trained: str) -> str:
     """Return a text of the file that the model does not see, or of the assistant that is not trained; empty where there is none."""
     read_fields = {key: value for key, value in fields.items() if key not in unread.rows}
     for text in (*leaves(read_fields), *schemas(read_fields)):

@@ -107,6 +107,7 @@ def anonymous(process: psutil.Process) -> int:
 
 
 def size_of(folder: Path) -> int:
+    """Sum the bytes that the files below a folder take on the disk."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:

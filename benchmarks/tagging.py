@@ -60,8 +60,8 @@ def main() -> None:
         apart = [
             abs(loss - trainer_loss) for loss, trainer_loss in zip(*(result["losses"] for result in both), strict=True)
         ]
-        report = ", ".join(f"{max(apart[:steps]):.4f} in {steps}" for steps in (10, 50, 100, len(apart)))
-        print(f"seed {seed}: losses of steps apart by at most {report} (the Trainer's are rounded to four digits)")
+        differences = ", ".join(f"{max(apart[:steps]):.4f} in {steps}" for steps in (10, 50, 100, len(apart)))
+        print(f"seed {seed}: losses of steps apart by at most {differences} (the Trainer's are rounded to four digits)")
     print(f"mean entity F1: dstune {dstune_f1:.4f}, Trainer {trainer_f1:.4f}, difference {dstune_f1 - trainer_f1:+.4f}")
 
 

@@ -310,7 +310,7 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
             continue
         print(f"asking {model.path}", file=sys.stderr, flush=True)
         try:
-            measured[model.path] = _requests(model, config, overrides, data, rows)
+            measured[model.path] = _measure_untuned(model, config, overrides, data, rows)
         except UserError as error:
             model.note = f"not asked: {error.problems[0].reason}"
     if not measured:
@@ -326,21 +326,21 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
     return metric
 
 
-def _requests(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
+def _measure_untuned(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
     """Return the metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt).
     Raises UserError where it cannot be asked, DstuneError where a signal has stopped it."""
     words = [*overrides, f"data.validation={quoted(data)}", f"evaluate.max_rows={rows}", "data.packing=false"]
     if not config.data.train:
         words.append("data.clean.leaks=false")
     shots = ["--shots", "0"] if task_of(config.task).few_shot else []
-    report = io.StringIO()
-    with redirect_stdout(report):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
         code = evaluate.ask([model.path, *words, *shots, "--json"])
     if code == EXIT_PREEMPTED:  # whoever stops the verb does not mean this model alone
         raise DstuneError(f"stopped while {model.path} was asked")
     if code != EXIT_DONE:
         raise UserError(Problem("--probe", f"dstune evaluate ended with exit code {code}", "see above", model.path))
-    result: dict[str, Any] = json.loads(report.getvalue().splitlines()[-1])
+    result: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
     metrics: dict[str, float] = result["prompted"][0]["metrics"] if "prompted" in result else result["metrics"]
     return metrics
 

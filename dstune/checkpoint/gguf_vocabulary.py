@@ -24,6 +24,7 @@ class Vocabulary:
     kind: str
     """`gpt2`: byte-level pairs with their merges; `llama`: SentencePiece, whose merges follow from the scores."""
     pre: str
+    """llama.cpp's name of the way in which text is split before the merges."""
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
@@ -43,19 +44,19 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         raise _unknown(f"a vocabulary of the type {model['type']}")
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = {token["id"]: token for token in state["added_tokens"]}
-    pieces = bool(model["byte_fallback"])
+    is_sentencepiece = bool(model["byte_fallback"])
     kinds = []
     for index in range(size):
         token = by_id.get(index)
         if token is None:
             kinds.append(UNUSED)
         elif index in added:
-            unknown = pieces and token == model["unk_token"]
+            unknown = is_sentencepiece and token == model["unk_token"]
             kinds.append(UNKNOWN if unknown else CONTROL if added[index]["special"] else USER_DEFINED)
         else:
-            kinds.append(BYTE if pieces and token.startswith("<0x") and len(token) == 6 else NORMAL)
+            kinds.append(BYTE if is_sentencepiece and token.startswith("<0x") and len(token) == 6 else NORMAL)
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
-    if pieces:
+    if is_sentencepiece:
         # The order of the vocabulary is the order of the merges, which is what scores stand for.
         scores = [-float(index) for index in range(size)]
         return Vocabulary("llama", "default", tokens, kinds, [], scores, _space_prefix(state))

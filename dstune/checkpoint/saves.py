@@ -176,7 +176,7 @@ class Saves(CheckpointAccess):
             save.work_off()
         except BaseException as error:  # nothing else waits for it, and rank 0 waits for an answer
             save.error = f"{type(error).__name__}: {error}"
-        report = _report(folder, self._world.rank)
+        report = _report_file(folder, self._world.rank)
         temporary = report.with_suffix(INCOMPLETE)
         try:
             temporary.write_text(json.dumps({"entries": save.entries, "error": save.error}))
@@ -191,7 +191,7 @@ class Saves(CheckpointAccess):
             refusal = _refusals([part["error"] for part in parts])
             if not refusal:
                 for rank in range(self._world.size):
-                    _report(folder, rank).unlink()
+                    _report_file(folder, rank).unlink()
                 refusal = self._commit(folder, described, _joined([part["entries"] for part in parts]))
         except BaseException as error:  # a thread that ends without a word would count as a save
             refusal = f"{type(error).__name__}: {error}"
@@ -203,7 +203,7 @@ class Saves(CheckpointAccess):
 
     def _part_of(self, folder: Path, rank: int) -> dict[str, Any]:
         """Return what `rank` says of its part of a save. A rank that died says nothing: then this process is ended soon."""
-        report = _report(folder, rank)
+        report = _report_file(folder, rank)
         while True:
             if report.exists():
                 part: dict[str, Any] = json.loads(report.read_text())
@@ -213,7 +213,7 @@ class Saves(CheckpointAccess):
             time.sleep(POLL_SECONDS)
 
 
-def _report(folder: Path, rank: int) -> Path:
+def _report_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.written"
 
 

@@ -112,7 +112,7 @@ PROCESSOR_SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True)
 class VisionFiles:
-    """Where a model that sees has what turns images into its inputs."""
+    """Where the image processor of a model is, and what tells it from others."""
 
     path: str
     """Folder, or hub id in the cache."""
@@ -141,6 +141,6 @@ def mark_vision(tokenizer: Any, vision: VisionFiles) -> None:
 
 
 def vision_of(tokenizer: Any) -> VisionFiles | None:
-    """Return the processor that turns images into inputs of a tokenizer's model; None where it sees none."""
+    """Return where the image processor of a tokenizer's model is; None for a model that sees no images."""
     files: VisionFiles | None = getattr(tokenizer, "dstune_vision", None)
     return files

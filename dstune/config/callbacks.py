@@ -82,7 +82,7 @@ def _name_and_arguments(entry: Any, where: str) -> tuple[str, Mapping[str, Any]]
 def _find(name: str, where: str) -> type[Callback]:
     """Return a registered callback, or the class that `module:Class` names (`module.Class` where Hydra reads a colon)."""
     if ":" in name or "." in name:
-        return _imported(name, where)
+        return _import_class(name, where)
     if name not in CALLBACKS:
         similar = nearest(name, [other for other in CALLBACKS if not CALLBACKS[other].is_automatic()])
         fix = (
@@ -97,7 +97,7 @@ def _find(name: str, where: str) -> type[Callback]:
     return CALLBACKS[name]
 
 
-def _imported(name: str, where: str) -> type[Callback]:
+def _import_class(name: str, where: str) -> type[Callback]:
     module, _, attribute = name.rpartition(":" if ":" in name else ".")
     # The rule of plugins: the folder in which a command is given is not looked into.
     if plugin_files.is_path(module) or not plugin_files.is_installed(module):

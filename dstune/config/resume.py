@@ -99,17 +99,19 @@ def _from_stored(
 
 
 def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
-    """Return whether a key, or the choice of a group, is given by the command of `new` otherwise than by that of `old`, or by
-    one of the user's own files."""
-    report = {key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
-    sections_given = tuple(f"{key}." for key in report)
-    everything = "experiment" in report
+    """Return a function that tells whether a key, or the choice of a group, is given by the command of `new` otherwise than by that
+    of `old`, or by one of the user's own files."""
+    new_overrides = {
+        key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides
+    }
+    sections_given = tuple(f"{key}." for key in new_overrides)
+    everything = "experiment" in new_overrides
     with session(new.config_dirs) as hydra:
         keys_of_files = keys_of_own_files(hydra, new.overrides)
 
     def given(key: str) -> bool:
-        inside = any(name.startswith(f"{key}.") for name in report) and key in all_keys()  # data.columns.text=a
-        return everything or key in report or key.startswith(sections_given) or inside or key in keys_of_files
+        inside = any(name.startswith(f"{key}.") for name in new_overrides) and key in all_keys()  # data.columns.text=a
+        return everything or key in new_overrides or key.startswith(sections_given) or inside or key in keys_of_files
 
     return given
 

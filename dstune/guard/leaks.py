@@ -25,14 +25,15 @@ def _runs(text: str) -> set[tuple[str, ...]]:
 
 
 @lru_cache(8)  # of a conversation, for each of its answers and each piece of one that is being written
-def _hidden(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+def _secret_runs(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    """Return the runs of words that stand in the prompts and not in `public`."""
     return frozenset().union(*map(_runs, prompts)) - frozenset().union(*map(_runs, public))
 
 
 def leaked_runs(readings: Sequence[Variant], prompts: Sequence[str], public: Sequence[str]) -> int:
     """Count the runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public`
     (what users wrote) do not count."""
-    hidden = _hidden(tuple(prompts), tuple(public)) if prompts else ()
+    hidden = _secret_runs(tuple(prompts), tuple(public)) if prompts else ()
     return max((len(hidden & _runs(reading.text)) for reading in readings), default=0) if hidden else 0
 
 

@@ -42,8 +42,8 @@ _BARE = re.compile(
 
 
 @cache
-def _suffixes() -> Any:
-    """Return the suffix list that the package carries; nothing is fetched."""
+def _domain_extractor() -> Any:
+    """Return what splits a host into parts by the suffix list in the package tldextract; nothing is fetched. Raises UserError."""
     try:
         import tldextract
     except ImportError:
@@ -54,7 +54,7 @@ def _suffixes() -> Any:
 
 def check_installed() -> None:
     """Raises UserError where the suffix list is missing."""
-    _suffixes()
+    _domain_extractor()
 
 
 def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, int]]:
@@ -192,7 +192,7 @@ def _is_address(name: str, after: str) -> bool:
 
 
 def _has_domain(host: str) -> bool:
-    parts = _suffixes()(host)
+    parts = _domain_extractor()(host)
     return bool(parts.suffix and parts.domain)
 
 

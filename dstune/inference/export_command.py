@@ -130,7 +130,7 @@ def _folder_of(arguments: Namespace, run_dir: Path) -> Path:
 
 
 def _quantization(arguments: Namespace) -> Quantization | None:
-    """What `--quantize` names; None without it. Raises UserError."""
+    """Return the format that `--quantize` names; None without it. Raises UserError."""
     if arguments.quantize is None:
         if arguments.no_loss:
             raise UserError(Problem("--no-loss", "no loss is measured", "add --quantize FORMAT, or leave it out"))
@@ -145,7 +145,7 @@ def _quantization(arguments: Namespace) -> Quantization | None:
 
 
 def _losses(described: dict[str, Any]) -> str:
-    """The loss before and after, in a line."""
+    """Format the loss before and after quantization as one line."""
     if "quantized" not in described:
         return "  its loss was not measured"
     rows = f"{described['rows']:,} {described['split']} rows"

@@ -213,13 +213,13 @@ def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
     """Yield one line a row: the answer, then as much of the row as there is room for."""
     room = shutil.get_terminal_size().columns
     for query, answer in zip(block, answers, strict=True):
-        report = _report(answer)
+        answer_text = _report(answer)
         text = " ".join(_text(query).split())
-        columns_left = room - len(report) - 2
+        columns_left = room - len(answer_text) - 2
         yield (
-            report
+            answer_text
             if columns_left < 10
-            else f"{report}  {text if len(text) <= columns_left else text[: columns_left - 3] + '...'}"
+            else f"{answer_text}  {text if len(text) <= columns_left else text[: columns_left - 3] + '...'}"
         )
 
 

@@ -189,8 +189,8 @@ def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"sweep": str(sweep), "trials": counts}))
     else:
-        report = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trials"
-        print(f"{sweep}: {report}" if process is not None else f"{sweep} is not running ({report})")
+        counts_text = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trials"
+        print(f"{sweep}: {counts_text}" if process is not None else f"{sweep} is not running ({counts_text})")
     return EXIT_DONE
 
 

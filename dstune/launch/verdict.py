@@ -68,9 +68,9 @@ def judge(
     bad = [end for end in own_ends if end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
     if bad:
         killed = [end for end in bad if end.code < 0]
-        report = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
-        report.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
-        culprit = next(iter(killed or report or bad))
+        reported_ends = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
+        reported_ends.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
+        culprit = next(iter(killed or reported_ends or bad))
         # One that we ended while it left says what it had to say, whatever signal its end shows.
         if culprit.rank in errors and (culprit.code >= 0 or culprit.signalled_to_end):
             error = errors[culprit.rank]

@@ -202,7 +202,7 @@ def compiled_if_as_exact(
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
-    """Return the type of its first weight which is no code of a quantized one."""
+    """Return the type of the layer's first weight in floating point, which is not the code of a quantized one; fp32 without any."""
     kinds = (weight.dtype for weight in layer.parameters())
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 

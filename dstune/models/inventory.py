@@ -57,7 +57,7 @@ def inventory(values: Mapping[str, Any], head: str, labels: int) -> dict[str, An
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
     return {
         "class": type(model).__name__,
-        "values": _numbers(config.get_text_config().to_dict()),
+        "values": _plain_values(config.get_text_config().to_dict()),
         "tensors": tensors,
         **_adapted(str(model.config.model_type)),
         "unreached": sum(count_by_part(model).values()),
@@ -67,7 +67,8 @@ def inventory(values: Mapping[str, Any], head: str, labels: int) -> dict[str, An
 
 
 def _adapted(kind: str) -> dict[str, Any]:
-    """Return what peft does with `all-linear` beside wrapping linear layers."""
+    """Return which expert weights peft's `all-linear` adapts, as a pattern, and which linear layers it leaves out. kind: the model
+    type."""
     return {
         "expert_pattern": _MODEL_TO_CONVERSION_PATTERN.get(kind) or "",
         "unadapted": ["out_proj"] if kind in STATE_SPACES else [],
@@ -84,9 +85,8 @@ def _config(values: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the language model's configuration says in numbers and words, with transformers' own for what its file leaves
-    out."""
+def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that are numbers, texts or lists of them."""
     plain = (bool, int, str)
     return {
         key: value

@@ -106,10 +106,10 @@ class SharedPrompts:
         return torch.cat([row[None].expand(size, *row.shape) for row, size in zip(states, self.sizes, strict=True)])
 
     def _make_masks(self, window: int | None) -> tuple[Tensor | None, Tensor]:
-        """Return bool [prompt, prompt], None where it is causal alone, and [answers, 1, longest answer, longest prompt and
-        answer]."""
+        """Return which positions see which, bool: of the prompts [prompt, prompt], None where they are causal without a window, and
+        of the answers [answers, 1, longest answer, longest prompt and answer]."""
         device = self.positions.device
-        prompt, own = (
+        prompt, answer = (
             torch.arange(places.shape[1], device=device) for places in (self.prompt_places, self.answer_places)
         )
         of_prompts = None
@@ -117,11 +117,11 @@ class SharedPrompts:
             behind = prompt[:, None] - prompt
             of_prompts = (behind >= 0) & (behind < window)
         lengths = self.prompt_lengths[:, None, None]
-        to_prompt = (prompt < lengths).expand(-1, len(own), -1)
-        to_own = (own <= own[:, None]).expand(len(lengths), -1, -1)
+        to_prompt = (prompt < lengths).expand(-1, len(answer), -1)
+        to_own = (answer <= answer[:, None]).expand(len(lengths), -1, -1)
         if window is not None:
-            to_prompt = to_prompt & (lengths + own[:, None] - prompt < window)
-            to_own = to_own & (own[:, None] - own < window)
+            to_prompt = to_prompt & (lengths + answer[:, None] - prompt < window)
+            to_own = to_own & (answer[:, None] - answer < window)
         return of_prompts, torch.cat([to_prompt, to_own], dim=2)[:, None]
 
 

@@ -190,8 +190,8 @@ _SELECTION = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")
 
 def _address(package: Package) -> str:
     """Return the http(s) address of the pinned wheel. Reads the index and the package's metadata, not the wheel."""
-    report = ("--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", "-")
-    answer = _pip("install", *report, *_SELECTION, package.requirement, capture_output=True)
+    options = ("--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", "-")
+    answer = _pip("install", *options, *_SELECTION, package.requirement, capture_output=True)
     try:
         download = json.loads(answer.stdout)["install"][0]["download_info"]
         url, hashes = download["url"], download["archive_info"].get("hashes", {})

@@ -223,6 +223,7 @@ class Effect:
             self._probed = sorted(rows, key=_changed, reverse=True)[:ROWS_OF_EFFECT]
 
     def needs(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the base has to score this row too."""
         if not self._expected:
             return self.largest < EFFECT * BOUNDS[self._dtype]
         return any(row is probed_row for probed_row in self._probed)

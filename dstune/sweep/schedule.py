@@ -103,7 +103,7 @@ class Schedule:
         self._free = list(slots)
         self._console, self._received = console, received
         self._running: list[Running] = []
-        self._report = 0
+        self._announced_signals = 0
         (sweep / "logs").mkdir(exist_ok=True)
 
     def run(self) -> None:
@@ -154,23 +154,25 @@ class Schedule:
     def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
         """Wait for an earlier launch: a sweep that was killed leaves trials that are still saving, and one directory takes one
         launch at a time."""
-        report = False
+        is_announced = False
         while not self._received and (earlier := records.read_launch(run_dir)) and earlier.process(run_dir) is not None:
-            if not report:
+            if not is_announced:
                 self._console.message(f"dstune: {trial.name} still runs as process {earlier.pid}: waiting for its end")
-                report = True
+                is_announced = True
             self._obey_signals()
             for running in list(self._running):
                 self._look_at(running)
             time.sleep(POLL_SECONDS)
 
     def _obey_signals(self) -> None:
-        if len(self._received) > self._report:
-            self._report = len(self._received)
-            consequence = "trials save and stop; again to stop at once" if self._report == 1 else "trials stop at once"
+        if len(self._received) > self._announced_signals:
+            self._announced_signals = len(self._received)
+            consequence = (
+                "trials save and stop; again to stop at once" if self._announced_signals == 1 else "trials stop at once"
+            )
             self._console.message(f"dstune: received {self._received[-1]}: {consequence}")
         for running in self._running:
-            while running.requested < min(self._report, 2):
+            while running.requested < min(self._announced_signals, 2):
                 # Two different ones: the same signal within a moment counts once (`launch.signals`).
                 running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.requested])
                 running.requested += 1
@@ -215,9 +217,9 @@ class Schedule:
         record = replace(running.record, status=status, reason=reason, objective=reached, seconds=round(seconds, 1))
         write_record(self._sweep, record)
         values = ", ".join(f"{name} {value:.4g}" for name, value in reached.items())
-        report = f" ({reason.splitlines()[0]})" if reason else ""
+        remark = f" ({reason.splitlines()[0]})" if reason else ""
         took = f" after {time.monotonic() - running.started:.0f} s"
-        self._console.stage(f"{running.trial.name} {status}{took}{': ' * bool(values)}{values}{report}")
+        self._console.stage(f"{running.trial.name} {status}{took}{': ' * bool(values)}{values}{remark}")
         if status == "failed":
             self._console.message(f"dstune: its output is in {self._sweep / 'logs' / running.trial.name}.log")
 

@@ -49,7 +49,7 @@ class Study:
         self._sweep, self._config, self._axes = sweep.path, sweep.base, sweep.axes
         self._settings = sweep.base.sweep.optuna
         self._objectives = list(objectives)
-        self._optuna = _imported()
+        self._optuna = _import_optuna()
         self._distributions = {axis.key: self._distribution(axis) for axis in self._axes}
         self._study = self._open()
         self._expected = self._settings.trials
@@ -261,7 +261,7 @@ class Study:
         return len(combinations)
 
 
-def _imported() -> Any:
+def _import_optuna() -> Any:
     try:
         import optuna
     except ImportError:

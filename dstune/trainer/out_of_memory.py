@@ -75,5 +75,7 @@ def explained(place: Callable[[], str], advise: Callable[[], list[str]]) -> Iter
             raise
         fixes = advise()
         fix = ", ".join(fixes) or "a smaller trainer.micro_batch_size or data.max_length, or a higher zero.stage"
-        report = f"out of memory in {place()} ({first_line(error)}). By the plan, most first: {fix}"
-        raise TrainingFailed(f"{report}. `trainer.micro_batch_size={Automatic.auto.value}` finds what fits.") from error
+        message = f"out of memory in {place()} ({first_line(error)}). By the plan, most first: {fix}"
+        raise TrainingFailed(
+            f"{message}. `trainer.micro_batch_size={Automatic.auto.value}` finds what fits."
+        ) from error

@@ -119,7 +119,7 @@ def test_a_server_behind_the_same_address_without_the_adapters_is_another(tmp_pa
         return {}
 
     monkeypatch.setattr(Engine, "ask", ask)
-    answers = lambda: asyncio.run(engine._answers())  # noqa: E731
+    answers = lambda: asyncio.run(engine._still_answers())  # noqa: E731
     assert answers()
     listed = {"b": "base", "a": "/runs/a", "other": "/runs/o"}
     asyncio.run(engine.load_adapter("a", tmp_path))

@@ -72,6 +72,6 @@ def probe(
     framed = folder / "framed.html"
     framed.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frame}</body>', encoding="utf-8")
     printed = run(framed, folder / "profile", "--dump-dom", width=max(width, 500), height=height, dark=dark)
-    report = re.search(r'<pre id="told">(.*?)</pre>', printed, re.DOTALL)
-    assert report, printed[-2000:]
-    return json.loads(unescape(report[1]))
+    result_match = re.search(r'<pre id="told">(.*?)</pre>', printed, re.DOTALL)
+    assert result_match, printed[-2000:]
+    return json.loads(unescape(result_match[1]))

@@ -83,10 +83,11 @@ CHAT = ChatConfig(template_date="2025-03-09")
 TEXT = CausalLmConfig()
 
 
-def left(table: Table) -> list[int]:
+def remaining_rows(table: Table) -> list[int]:
+    """Return the numbers of the rows that cleaning left."""
     return table.rows.tolist()
 
 
 def texts_of(table: Table) -> list[dict[str, Any]]:
     """Return the rows that are left."""
-    return [json.loads(table.data[number]["row"]) for number in left(table)]
+    return [json.loads(table.data[number]["row"]) for number in remaining_rows(table)]

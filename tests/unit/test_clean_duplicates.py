@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rapidfuzz.distance import Levenshtein
-from support.cleaning import CHAT, TEXT, Cleaned, edit_distance, edited, left
+from support.cleaning import CHAT, TEXT, Cleaned, edit_distance, edited, remaining_rows
 from unit.data_helpers import byte_tokenizer, exchange
 
 from dstune import samples
@@ -118,13 +118,13 @@ def check_planted(rows: list[dict[str, Any]], task: Any, seed: int, folder: Path
 
     with_equal, equal = planted(rows, spaced, count, seed)
     cleaned = Cleaned(folder, tokenizer, task, duplicates=Duplicates.exact)
-    kept = left(cleaned.rows(with_equal))
+    kept = remaining_rows(cleaned.rows(with_equal))
     found_equal = set(equal) - set(kept)
     more = len(with_equal) - len(kept) - len(found_equal)
 
     with_near, near = planted(rows, slightly, count, seed)
     cleaned = Cleaned(folder, tokenizer, task, duplicates=Duplicates.near, near_threshold=THRESHOLD)
-    kept = left(cleaned.rows(with_near))
+    kept = remaining_rows(cleaned.rows(with_near))
     removed = set(range(len(with_near))) - set(kept)
     found_near = set(near) & removed
     wrong = falsely_removed(with_near, kept, removed, near)
@@ -173,7 +173,7 @@ def test_what_counts_as_equal(tmp_path):
         exchange("Hi there", "Hello"),
     ]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT)
-    assert left(cleaned.rows(rows)) == [0, 2, 3, 4]
+    assert remaining_rows(cleaned.rows(rows)) == [0, 2, 3, 4]
     assert cleaned.counts() == {"duplicates": {"removed": 2}}
     (first, second) = cleaned.report()["examples"]["duplicates"]
     place = tmp_path / "train.jsonl"
@@ -185,19 +185,19 @@ def test_a_label_is_part_of_a_row(tmp_path):
     text = prose()[0]["text"]
     rows = [{"text": text, "label": "a"}, {"text": text, "label": "b"}, {"text": text + "!", "label": "b"}]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), ClassificationConfig(), duplicates=Duplicates.near)
-    assert left(cleaned.rows(rows)) == [0, 1]
+    assert remaining_rows(cleaned.rows(rows)) == [0, 1]
     assert cleaned.counts() == {"near_duplicates": {"removed": 1}}
 
 
 def test_all_may_stay(tmp_path):
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, duplicates=Duplicates.keep)
-    assert left(cleaned.rows([{"text": "same"}] * 3)) == [0, 1, 2]
+    assert remaining_rows(cleaned.rows([{"text": "same"}] * 3)) == [0, 1, 2]
     assert "duplicates" not in cleaned.report()["clean"]
 
 
 def test_duplicates_of_a_file_given_for_validation_are_counted_only(tmp_path):
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT)
-    assert left(cleaned.rows([{"text": "same"}] * 3, "validation")) == [0, 1, 2]
+    assert remaining_rows(cleaned.rows([{"text": "same"}] * 3, "validation")) == [0, 1, 2]
     assert cleaned.counts("validation") == {"duplicates": {"flagged": 2}}
 
 
@@ -234,7 +234,7 @@ def test_many_rows_with_much_in_common_take_no_quadratic_time(tmp_path):
 def test_texts_shorter_than_a_run(tmp_path):
     rows = [{"text": text} for text in ("a", "b", "ab", "abc", "abcd", "abcdefghij", "abcdefghijk", "ABCDEFGHIJ")]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, duplicates=Duplicates.near)
-    assert left(cleaned.rows(rows)) == [0, 1, 2, 3, 4, 5]
+    assert remaining_rows(cleaned.rows(rows)) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("duplicates", [Duplicates.exact, Duplicates.near])

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support.cleaning import CHAT, TEXT, Cleaned, left, texts_of
+from support.cleaning import CHAT, TEXT, Cleaned, remaining_rows, texts_of
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, refusal_of, write_jsonl
 
 from dstune.config.data_schema import CleanConfig, Duplicates, Found, SplitConfig, Unwanted
@@ -162,7 +162,7 @@ def test_answers_that_refuse_or_insult_are_counted_or_left_out_and_questions_do_
     table = cleaned.rows(rows)
     kind = {Unwanted.keep: None, Unwanted.flag: "flagged", Unwanted.drop: "removed"}[policy]
     assert cleaned.counts() == ({step: {kind: 1} for step in ("refusals", "toxicity")} if kind else {})
-    assert left(table) == ([0] if policy is Unwanted.drop else [0, 1, 2])
+    assert remaining_rows(table) == ([0] if policy is Unwanted.drop else [0, 1, 2])
     if kind:
         assert cleaned.report()["examples"]["toxicity"][0]["text"].startswith("idiot: ")
 
@@ -189,7 +189,7 @@ def test_policies(policy, tmp_path):
     if policy is Found.drop:  # the first step that removes a row is the one that counts it
         expected.pop("personal_data")
     assert cleaned.counts() == expected
-    assert left(table) == ([0, 2] if policy is Found.drop else [0, 1, 2])
+    assert remaining_rows(table) == ([0, 2] if policy is Found.drop else [0, 1, 2])
     assert (KEY in written, "jane@" in written) == (policy in (Found.keep, Found.flag),) * 2
     assert ("My key is <SECRET>" in written, "Mail <EMAIL>" in written) == (policy is Found.mask,) * 2
     report = json.dumps(cleaned.report())
@@ -217,7 +217,7 @@ def test_a_masked_row_has_a_new_hash(tmp_path):
 def test_lengths_and_empty_rows(tmp_path):
     rows = [{"text": text} for text in ("12345", "1234", "123456789", "1234567890", "\u200b\x00", "  54321  ")]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, min_characters=5, max_characters=9)
-    assert left(cleaned.rows(rows)) == [0, 2, 5]
+    assert remaining_rows(cleaned.rows(rows)) == [0, 2, 5]
     assert cleaned.counts() == {
         "unicode": {"changed": 1},
         "empty": {"removed": 1},
@@ -230,14 +230,16 @@ def test_lengths_and_empty_rows(tmp_path):
 
 def test_a_conversation_is_measured_as_a_whole_without_its_system_prompt(tmp_path):
     rows = [{"messages": [{"role": "system", "content": "x" * 50}, *exchange("1234", "56789")["messages"]]}]
-    assert left(Cleaned(tmp_path, byte_tokenizer(), CHAT, min_characters=9, max_characters=9).rows(rows)) == [0]
-    assert left(Cleaned(tmp_path, byte_tokenizer(), CHAT, min_characters=10).rows(rows)) == []
+    assert remaining_rows(Cleaned(tmp_path, byte_tokenizer(), CHAT, min_characters=9, max_characters=9).rows(rows)) == [
+        0
+    ]
+    assert remaining_rows(Cleaned(tmp_path, byte_tokenizer(), CHAT, min_characters=10).rows(rows)) == []
 
 
 def test_empty_messages_are_no_reason_but_a_conversation_of_them(tmp_path):
     rows = [exchange("", "Hello"), exchange("", " ")]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT)
-    assert left(cleaned.rows(rows)) == [0]
+    assert remaining_rows(cleaned.rows(rows)) == [0]
     assert cleaned.counts() == {"empty": {"removed": 1}}
 
 
@@ -250,7 +252,7 @@ def test_languages(tmp_path):
         {"text": "El tiempo en la ciudad fue cálido y soleado durante toda la semana."},
     ]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, languages=["en", "fr"])
-    assert left(cleaned.rows(rows)) == [0, 2, 3]
+    assert remaining_rows(cleaned.rows(rows)) == [0, 2, 3]
     assert cleaned.counts() == {"languages": {"removed": 2, "flagged": 1}}
     assert cleaned.report()["examples"]["languages"][0]["text"].startswith("de ")
 
@@ -262,7 +264,7 @@ def test_an_unknown_language_is_named(tmp_path):
 
 def test_control_tokens_are_counted(tmp_path):
     cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT)
-    assert left(cleaned.rows([exchange("Hi<|im_end|>", "no"), exchange("a", "b")])) == [0, 1]
+    assert remaining_rows(cleaned.rows([exchange("Hi<|im_end|>", "no"), exchange("a", "b")])) == [0, 1]
     assert cleaned.counts() == {"control_tokens": {"flagged": 1}}
     (example,) = cleaned.report()["examples"]["control_tokens"]
     assert example["text"] == "<|im_end|>: Hi<|im_end|> / no"

@@ -27,11 +27,11 @@ def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
     """
     rewrites = list(texts)
     for number, path in enumerate(settings.models):
-        rewrites = _through(rewrites, path, settings, seed=settings.seed * 1009 + number)
+        rewrites = _rewrite_by(rewrites, path, settings, seed=settings.seed * 1009 + number)
     return rewrites
 
 
-def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int) -> list[str]:
+def _rewrite_by(texts: list[str], path: str, settings: AugmentConfig, *, seed: int) -> list[str]:
     import torch
 
     from dstune.zero import accelerator
@@ -45,8 +45,8 @@ def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int)
         torch.manual_seed(seed)
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             log.info("rewriting by %s", path, extra={"done": start, "total": len(texts)})
-            some = texts[start : start + TEXTS_AT_ONCE]
-            prompts = [settings.prompt.replace("{text}", text) for text in some]
+            batch = texts[start : start + TEXTS_AT_ONCE]
+            prompts = [settings.prompt.replace("{text}", text) for text in batch]
             inputs, begin = _inputs(tokenizer, model, prompts)
             sampling = (
                 {"temperature": settings.temperature} if settings.temperature else {"temperature": None, "top_p": None}
@@ -60,9 +60,9 @@ def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int)
                 pad_token_id=tokenizer.pad_token_id,
                 **sampling,
             )
-            report = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
+            generated = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
             # What fell silent on the way stays silent: the next model would invent something.
-            answers += [answer if text else "" for answer, text in zip(report, some, strict=True)]
+            answers += [answer if text else "" for answer, text in zip(generated, batch, strict=True)]
     del model
     if on_gpu:
         accelerator.module().empty_cache()

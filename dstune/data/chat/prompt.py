@@ -26,7 +26,7 @@ def prompt_ids(
     """Return tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
     turn, also in an argument of the template.
 
-    most: tokens that are of use. place_images: puts what stands for images into the rendered text (`images.expand`). Raises
+    most: tokens that a prompt may have. place_images: puts what stands for images into the rendered text (`images.expand`). Raises
     RenderError, and TooManyTokens where there are certainly more.
     """
     values = dict(arguments or {})

@@ -49,8 +49,8 @@ class MuonStep(BesideAdamW):
         parameter.add_(orthogonal, alpha=-group["lr"])
 
     def _orthogonal(self, matrix: Tensor) -> Tensor:
-        """Return the nearest orthogonal matrix, about, of each of [..., rows, columns], whose elements have the mean square of
-        AdamW's updates (arXiv:2502.16982, section 2.2). In fp32: in bf16 the rounding of a sum over ranks would show."""
+        """Approximate the orthogonal matrix nearest to each of the matrices [..., rows, columns], and scale it to the mean square
+        of AdamW's updates (arXiv:2502.16982, section 2.2). In fp32: in bf16 the rounding of a sum over ranks would show."""
         rows, columns = matrix.shape[-2:]
         orthogonal = matrix.mT if rows > columns else matrix
         orthogonal = orthogonal / orthogonal.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

@@ -275,9 +275,9 @@ class Engine:
         while self.alive() and silent < 2:
             await asyncio.sleep(0.1 if self.starts_process else self.health_seconds)
             if not self.starts_process:
-                silent = 0 if await self._answers() else silent + 1
+                silent = 0 if await self._still_answers() else silent + 1
 
-    async def _answers(self) -> bool:
+    async def _still_answers(self) -> bool:
         """Return whether a server that this one has not started still answers as the one that was asked at the start."""
         try:
             return await self._healthy()

@@ -74,8 +74,8 @@ OVERRIDES = frozenset(
 CONTENT_FORMAT = "--chat-template-content-format"
 
 LEAST_RANK = 16
-_KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Of dstune's own environment, not of vLLM's."""
+_PYTHON_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Variables of the Python that runs dstune, which vLLM's process does not get."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ class VllmEngine(Engine):
     @cached_property
     def parser(self) -> str:
         """The name of what reads tool calls; empty where the template shows none."""
-        if chosen := self._given("--tool-call-parser"):
+        if chosen := self._user_argument("--tool-call-parser"):
             return chosen
         template = self.source.template or ""
         return next((name for mark, name in PARSERS if mark in template and "tools" in template), "")
@@ -144,7 +144,7 @@ class VllmEngine(Engine):
             file = folder / "chat_template.jinja"
             file.write_text(freeze_date(template, source.template_date), encoding="utf-8")
             options += ["--chat-template", str(file)]
-            if not self._given(CONTENT_FORMAT):  # vLLM's versions judge macros differently
+            if not self._user_argument(CONTENT_FORMAT):  # vLLM's versions judge macros differently
                 options += [CONTENT_FORMAT, "openai" if reads_parts(template) else "string"]
         if self.number_format:
             options += ["--dtype", self.number_format]
@@ -155,14 +155,14 @@ class VllmEngine(Engine):
         if source.trust_remote_code:
             options.append("--trust-remote-code")
         options += ["--shutdown-timeout", str(self.limits.drain_seconds)]
-        environment = {name: value for name, value in os.environ.items() if name not in _KEPT_ENVIRONMENT}
+        environment = {name: value for name, value in os.environ.items() if name not in _PYTHON_ENVIRONMENT}
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
         argv = [str(program), *options, *self.arguments]
         return Command(argv, environment, "http://engine", str(folder / "http"))
 
     def learn(self) -> None:
         """Learn the number format and the control tokens, which vLLM does not tell. Its model is in the hub's cache by now."""
-        dtype_name = self._given("--dtype") or self.number_format
+        dtype_name = self._user_argument("--dtype") or self.number_format
         self.dtype = DTYPES.get(dtype_name, dtype_name) or self._stored_dtype()
         if not self.dtype:
             reason = (
@@ -182,10 +182,10 @@ class VllmEngine(Engine):
         self._loaded, self._places = set(), {}
         await super().start()
 
-    async def _answers(self) -> bool:
+    async def _still_answers(self) -> bool:
         """Return whether the engine is still the server that was proven: one that replaced it at its address is healthy as well,
         and lacks the adapters, or has others by their names."""
-        if not await super()._answers():
+        if not await super()._still_answers():
             return False
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
@@ -247,7 +247,7 @@ class VllmEngine(Engine):
         return await self.ask("POST", "/v1/chat/completions", body)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        most = int(self._given("--max-lora-rank") or self.max_rank)
+        most = int(self._user_argument("--max-lora-rank") or self.max_rank)
         if self.address is None and (rank := _rank(folder)) > most:
             reason = f"its rank is {rank}, the engine was started for at most {most}"
             raise UserError(Problem(name, reason, f"start it with `-- --enable-lora --max-lora-rank {rank}`"))
@@ -262,8 +262,8 @@ class VllmEngine(Engine):
         self._loaded.discard(name)
         await super().unload_adapter(name)
 
-    def _given(self, flag: str) -> str:
-        """Return the value of an argument of the user's."""
+    def _user_argument(self, flag: str) -> str:
+        """Return the value that the user's arguments have for `flag`; empty where it is not among them."""
         for number, word in enumerate(self.arguments):
             if word == flag and number + 1 < len(self.arguments):
                 return self.arguments[number + 1]

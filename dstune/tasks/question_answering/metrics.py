@@ -126,11 +126,11 @@ def swapped_answers(
     """Return the answers before the swap of terms, with the terms of the answers swapped too, and those after it."""
     assert run.evaluate.counterfactual is not None
     swaps = Swaps.read(run.evaluate.counterfactual)
-    earlier, later = _given(task, *before), _given(task, *after)
+    earlier, later = _answers_of(task, *before), _answers_of(task, *after)
     return [normalized(swaps.text(text)) for text in earlier], [normalized(text) for text in later]
 
 
-def _given(task: QuestionAnsweringConfig, split: Split, outputs: Sequence[Row]) -> list[str]:
+def _answers_of(task: QuestionAnsweringConfig, split: Split, outputs: Sequence[Row]) -> list[str]:
     """Return the answer to each question, empty where there is none."""
     spans, margins = best_spans(split, outputs)
     none = [task.no_answer and margin > task.threshold for margin in margins]
