@@ -128,7 +128,7 @@ class ModelConfig:
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
     train_vision: bool = False
-    """Train the tower that sees images, and its projector, instead of leaving them as they are (`optimizer.vision_lr`)."""
+    """Train the vision tower and its projector; by default both stay frozen. `optimizer.vision_lr` is their learning rate."""
     unreached_parts: UnreachedParts = UnreachedParts.frozen
     """Parts that rows of text never reach (towers of images and sound, projectors): `frozen` leaves them out of the optimizer and
     of adapters. `trained` is what runs of earlier versions go on with; such parts only decay."""

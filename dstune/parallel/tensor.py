@@ -22,7 +22,7 @@ class TensorConfig(ParallelConfig):
 
     name: str = "tensor"
     size: int = setting(2, at_least=2)
-    """Ranks that share weights; has to divide their number, the model's heads of queries and of keys, and its width inside."""
+    """Ranks that share a model's weights; has to divide the world size, the numbers of query and key heads, and the MLP width."""
 
 
 @parallelism

@@ -22,7 +22,7 @@ class UlyssesConfig(ParallelConfig):
 
     name: str = "ulysses"
     size: int = setting(2, at_least=2)
-    """Ranks that share a row; has to divide their number and the model's attention heads."""
+    """Ranks that share a row; has to divide the world size and the number of attention heads."""
 
 
 @parallelism

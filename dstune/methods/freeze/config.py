@@ -12,7 +12,7 @@ from dstune.protocols.method import MethodConfig
 class FreezeConfig(MethodConfig):
     """A part of the weights stays as it is: embeddings, layers, or what a regular expression finds.
 
-    Between `head` and `full`: saves gradients and optimizer states of what is frozen, and keeps it to the bit.
+    Between `head` and `full`: frozen weights take no gradients and optimizer states, and keep every bit.
     """
 
     name: str = "freeze"

@@ -128,9 +128,9 @@ class ReinforcementConfig(TaskConfig):
     updates: int = setting(1, at_least=1)
     """Optimizer updates with the completions of one step (TRL: `num_iterations`). With 1, ratios are 1 and nothing is clipped."""
     clip_low: float | None = setting(None, at_least=0.0)
-    """How far below 1 a ratio counts (TRL: `epsilon`); 0.2 when not given, with `gspo` 3e-4. `cispo` has no lower bound."""
+    """Clip ratios at 1 minus this (TRL: `epsilon`); 0.2 when not given, with `gspo` 3e-4. `cispo` has no lower bound."""
     clip_high: float | None = setting(None, at_least=0.0)
-    """How far above 1 a ratio counts (TRL: `epsilon_high`); `clip_low` when not given, with `dapo` 0.28, with `gspo` 4e-4. With
+    """Clip ratios at 1 plus this (TRL: `epsilon_high`); `clip_low` when not given, with `dapo` 0.28, with `gspo` 4e-4. With
     `cispo` the largest ratio itself, 5."""
     scale_rewards: RewardScale = RewardScale.auto
     """What advantages are divided by: the standard deviation of their `group` (the completions of a prompt), of the `batch` (all
