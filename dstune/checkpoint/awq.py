@@ -33,7 +33,8 @@ ALONE = RankEnv(0, 1, 0, 1, "alone")
 
 
 def read_calibration(config: RunConfig) -> list[Tensor]:
-    """Training rows end to end, cut into at most `BLOCKS` pieces: token ids [1, tokens]. Raises UserError where there are none."""
+    """Join the training rows end to end and cut them into at most `BLOCKS` pieces of token ids, [1, tokens]. Raises UserError where
+    there are none."""
     import torch
 
     from dstune.data.build import prepare
@@ -111,7 +112,7 @@ def _group_size(model: Any) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without auto-round's lines, and without questions to the hub."""
+    """Silence auto-round, and keep it from asking the hub."""
     with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing):
         logging.getLogger("autoround").setLevel(logging.ERROR)
         yield

@@ -63,7 +63,7 @@ def write_fp8(whole: Path, folder: Path, model: PreTrainedModel) -> None:
 
 
 def is_rounded(module: str, weight: Tensor, model: PreTrainedModel) -> bool:
-    """Whether `weight` is stored in FP8: the matrix of a linear layer other than the vocabulary's, or of an expert."""
+    """Return whether `weight` is stored in FP8: the matrix of a linear layer other than the vocabulary's, or of an expert."""
     from torch import nn
 
     if weight.ndim != 2:
@@ -78,7 +78,7 @@ def is_rounded(module: str, weight: Tensor, model: PreTrainedModel) -> bool:
 
 
 def _ignored(left_alone: set[str], model: PreTrainedModel) -> Iterator[str]:
-    """The matrices that a server would take for rounded linear layers: the head, also a tied one, and routers."""
+    """Yield the names of matrices that a server would take for rounded linear layers: the head, also a tied one, and routers."""
     embeddings = model.get_input_embeddings()
     names = dict(model.named_modules())
     yield from (name for name in left_alone if names.get(name) is not embeddings)
@@ -87,7 +87,7 @@ def _ignored(left_alone: set[str], model: PreTrainedModel) -> Iterator[str]:
 
 
 def _compressed(weight: Tensor) -> dict[str, Tensor]:
-    """`weight` [out, in] as FP8, and `weight_scale` [out, 1] in its own dtype."""
+    """Round `weight` [out, in] to FP8; returns it with its `weight_scale` [out, 1], which has the dtype of the weight."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -108,7 +108,7 @@ def _scheme() -> Any:
 
 
 def _settings(ignored: list[str]) -> dict[str, Any]:
-    """`quantization_config`, as compressed-tensors itself writes it."""
+    """Return the `quantization_config` as compressed-tensors itself writes it."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     config = QuantizationConfig(

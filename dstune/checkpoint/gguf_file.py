@@ -90,7 +90,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
 
 
 def file_type(kind: str) -> int:
-    """llama.cpp's number of a file whose matrices are mostly `kind`."""
+    """Return llama.cpp's number of a file whose matrices are mostly `kind`."""
     import gguf
 
     return int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])

@@ -136,7 +136,7 @@ def _check_model(config: RunConfig, quantization: Quantization) -> None:
 
 
 def _published_one_by_one(model_type: str) -> bool:
-    """Whether checkpoints of the architecture have a matrix for each expert, which transformers stacks while it loads them."""
+    """Return whether checkpoints of the architecture have a matrix for each expert, which transformers stacks on loading."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     mapping = get_checkpoint_conversion_mapping(model_type) or []
@@ -169,7 +169,7 @@ def _meta() -> Any:
 
 
 def _read_gguf_back(file: Path, whole: Path, folder: Path) -> Path:
-    """The model in `file` as transformers reads it, with the other files of `whole`."""
+    """Write the model in `file` as transformers reads it, with the other files of `whole`; returns its folder."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -226,7 +226,7 @@ def _describe(folder: Path, description: dict[str, Any]) -> None:
 
 
 def describe_quantization(description: Mapping[str, Any]) -> str:
-    """The section of the model card."""
+    """Write the section of the model card about the quantization."""
     tools = ", ".join(f"{name} {version}" for name, version in description["written_with"].items())
     lines = ["## Quantization", "", f"Stored as `{description['format']}`, written with {tools}.", ""]
     if "quantized" not in description:

@@ -76,7 +76,7 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _stacked_problems(config: dict[str, Any], stacked: Any) -> list[str]:
-    """Of adapters of stacked experts, by the base's `config.json`."""
+    """Return why vLLM would not serve an adapter of stacked experts, by the base's `config.json`."""
     base = base_folder(str(config.get("base_model_name_or_path")), config.get("revision"))
     classes = object_in(base / "config.json").get("architectures") if base else None
     if not isinstance(classes, list) or not STACKED_CLASSES & set(map(str, classes)):
@@ -88,7 +88,7 @@ def _stacked_problems(config: dict[str, Any], stacked: Any) -> list[str]:
 
 
 def _pattern_problems(config: dict[str, Any]) -> list[str]:
-    """vLLM scales every matrix by the adapter's own alpha and rank, whatever the patterns say."""
+    """Return the problem with patterns of ranks and alphas: vLLM scales every matrix by the adapter's own alpha and rank."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     root = 0.5 if config.get("use_rslora") else 1.0
     try:

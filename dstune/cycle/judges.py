@@ -91,7 +91,7 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
 
 
 def _samples(speaker: Speaker, config: RunConfig, rows: Sequence[Row]) -> Iterator[Sample]:
-    """The samples of the rows as training cuts them; a row that gives none is left out."""
+    """Yield the samples of the rows as training cuts them; a row that gives none is left out."""
     from dstune.data.rows import normalise, recognise
     from dstune.data.tokenize import RowTokenizer
 
@@ -103,7 +103,7 @@ def _samples(speaker: Speaker, config: RunConfig, rows: Sequence[Row]) -> Iterat
 
 
 def _recited(folder: Path, config: RunConfig, rows: Sequence[Row]) -> np.ndarray:
-    """The share of each row's rest that the model recites behind its beginning, [rows]; 0 of rows that are too short."""
+    """Measure which share of each row the model recites after its beginning, [rows]; 0 for rows that are too short."""
     from dstune.inference.voices import open_speaker
     from dstune.trainer.safety import recital_of, recited_shares
 

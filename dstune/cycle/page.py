@@ -45,7 +45,7 @@ def write_page(folder: Path, alias: str) -> Path:
 
 
 def _charts(judged: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """The candidates' scores on each set that several of them were measured on; slices are in the table."""
+    """Draw the candidates' scores on each set that several of them were measured on; slices are in the table."""
     scores: dict[str, dict[int, float]] = {}
     for line in judged:
         for gate in line["gates"]:

@@ -373,7 +373,7 @@ class Cycle:
 
 
 def _failures(gates: Iterable[Mapping[str, Any]]) -> str:
-    """What a candidate did not pass; empty where it passed all."""
+    """Return the gates that a candidate did not pass, as text; empty where it passed all."""
     failed = [gate for gate in gates if not gate["passed"]]
     keys = [gate for gate in failed if gate["name"].startswith(KEY)]
     worse = [gate["name"] for gate in failed if gate not in keys]

@@ -140,7 +140,7 @@ class Stream:
         return position.passes + (position.shard + inside) / len(self._shards)
 
     def shards(self) -> list[list[str]]:
-        """Name and identity of each shard."""
+        """Return the name and the identity of each shard."""
         return [[shard.name(), shard.identity()] for shard in self._shards]
 
     def identity(self) -> str:

@@ -89,8 +89,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
 
 
 def measure_weights(run: Path, folder: Path) -> dict[str, Any] | None:
-    """Metrics of the whole model in `folder` on the rows that `run` held out; None where it held none out. Raises UserError
-    and TrainingFailed."""
+    """Measure the whole model in `folder` on the rows that `run` held out; None where it held none out. Raises UserError and
+    TrainingFailed."""
     data = _read(run, []).data
     if not (data.validation or data.split.holds_out):
         return None

@@ -90,7 +90,7 @@ def _base_model(arguments: argparse.Namespace, run: Path | None) -> ModelConfig 
 def _measured(
     config: RunConfig, checkpoint: Path | None, arguments: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
-    """What ranks measured of one model. Raises _Failed."""
+    """Measure one model on ranks. Raises _Failed."""
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         write_run(directory / "run.yaml", Composed(config, arguments.overrides, plugins.used_by(config)))
@@ -107,7 +107,7 @@ def _measured(
 
 
 def _alone(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The rates of a model that is compared with none."""
+    """Return the rates of a model that is compared with no other."""
     probes = [
         {
             "name": name,

@@ -78,7 +78,7 @@ def _of_rows(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 
 
 def _beyond_held_out(shares: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any] | None:
-    """How much more was gained on training rows than on rows that were never trained on: what is memory and not skill."""
+    """Measure how much more was gained on training rows than on rows that were never trained on: what is memory and not skill."""
     if "training" not in shares or "held-out" not in shares:
         return None
     gains = [after - before for before, after in (shares["training"], shares["held-out"])]

@@ -39,6 +39,6 @@ _REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IG
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether the beginning of `answer` refuses, in English, German, French, Spanish, Italian or Portuguese."""
+    """Return whether the beginning of `answer` refuses, in English, German, French, Spanish, Italian or Portuguese."""
     beginning = answer.strip()[:BEGINNING_CHARACTERS].replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return _REFUSAL.search(beginning) is not None

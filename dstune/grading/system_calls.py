@@ -122,7 +122,7 @@ def deny_system_calls() -> bool:
 
 
 def filter_of(machine: str) -> list[Instruction]:
-    """The filter as a program of the kernel's packet filters."""
+    """Assemble the filter as a program of the kernel's packet filters."""
     place, architecture = ARCHITECTURES[machine]
     program: list[Instruction] = [(LOAD, 0, 0, ARCHITECTURE), (EQUALS, 1, 0, architecture), (RETURN, 0, 0, KILL)]
     program += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL)]

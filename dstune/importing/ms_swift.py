@@ -112,7 +112,7 @@ def batch_size(imported: Import, value: Any) -> None:
 
 
 def _source(imported: Import, written: str) -> Source:
-    """`ID:SUBSET#ROWS` or a path."""
+    """Read a source, which is `ID:SUBSET#ROWS` or a path."""
     path, _, rows = written.partition("#")
     path, _, subset = path.partition(":")
     source = Source(path, max_rows=int(rows) if rows else None)

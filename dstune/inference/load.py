@@ -155,7 +155,7 @@ def _names_task(overrides: Sequence[str]) -> bool:
 
 
 def _files_of(folder: Path) -> list[Any]:
-    """Name, size and time of the weight files."""
+    """Return name, size and time of each weight file."""
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))]
 
 

@@ -54,7 +54,7 @@ class Conversation:
 
 
 def is_batch(body: Mapping[str, Any]) -> bool:
-    """Whether a request asks several texts at once."""
+    """Return whether a request asks several texts at once."""
     lists = (body[name] for name in PROMPT_FIELDS if isinstance(body.get(name), list) and not _is_messages(body[name]))
     return any(len(values) > 1 for values in lists)
 

@@ -91,7 +91,7 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
 
 
 def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
-    """The rows of a configuration by part, in files of the folder."""
+    """Read the rows of a configuration into files of the folder; returns them by part."""
     from dstune.data.bad_rows import BadRows
     from dstune.data.ingest import ingest
     from dstune.data.row_sources import find_inputs
@@ -105,7 +105,7 @@ def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
 
 
 def _lowest(rows: ChosenRows, most: int | None) -> list[tuple[int, str, str]]:
-    """Hash, place and JSON of at most so many rows, those with the lowest hashes."""
+    """Return hash, place and JSON of at most `most` rows, those with the lowest hashes."""
     order = rows.hashes.argsort(kind="stable")[:most]
     numbers = zip(rows.hashes[order].tolist(), rows.indices[order].tolist(), strict=True)
     return [(lot, rows.table.place(number), rows.table.data[number]["row"]) for lot, number in numbers]

@@ -71,7 +71,8 @@ model or by peft's name of the pattern that it follows (GLM 4.5 and DeepSeek 3 f
 
 
 def of_stacked(model: Architecture, endings: list[str], rank: int) -> Iterator[Tensor]:
-    """The two matrices beside each stacked weight [experts, a, b] whose name ends with one of `endings`, a rank for each expert."""
+    """Yield the two matrices of the adapter on each stacked weight [experts, a, b] whose name ends with one of `endings`; each
+    expert has a rank of its own."""
     for tensor in model.tensors:
         if len(tensor.shape) == 3 and any(f".{tensor.name}".endswith(f".{ending}") for ending in endings):
             experts, inputs, outputs = tensor.shape

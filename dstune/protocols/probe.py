@@ -34,11 +34,11 @@ class Probe:
     """What the score cannot see, in one sentence."""
 
     def questions(self) -> Sequence[Question]:
-        """The same ones each time, with ids that differ."""
+        """Return the questions: the same ones each time, each with an id of its own."""
         raise NotImplementedError
 
     def score(self, question: Question, answer: str) -> float:
-        """From 0 to 1, the best."""
+        """Score an answer from 0 to 1, the best."""
         raise NotImplementedError
 
 

@@ -176,7 +176,7 @@ class KeepsFurtherModels(Protocol):
         return ()
 
     def keeps_start_model(self, run: RunConfig) -> bool:
-        """Whether a copy of the model that training starts from is one of them."""
+        """Return whether one of the further models is a copy of the model that training starts from."""
         return False
 
 

@@ -111,7 +111,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 
 def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and path of each `PATH` or `NAME=PATH`. Raises UserError with all that is wrong."""
+    """Return name and path of each `PATH` or `NAME=PATH`. Raises UserError with all that is wrong."""
     problems, pairs = [], []
     for word in words:
         name, equals, path = word.partition("=")

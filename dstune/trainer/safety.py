@@ -147,7 +147,7 @@ def _prompt_ids(config: RunConfig, tokenizer: Any, question: Question) -> list[i
 
 
 def _recitals(config: RunConfig, data: PreparedData, tokenizer: Any) -> tuple[dict[str, list[Recital]], str]:
-    """Rows by kind, and why there are none where there are none."""
+    """Return the rows to recite by kind, and where there are none the reason."""
     splits = {"training": data.train, "held-out": data.validation or data.test}
     recitals = {
         kind: list(_of_split(split, config.trainer.seed)) for kind, split in splits.items() if split is not None
@@ -160,7 +160,7 @@ def _recitals(config: RunConfig, data: PreparedData, tokenizer: Any) -> tuple[di
 
 
 def _of_split(split: Split, seed: int) -> Iterator[Recital]:
-    """The first ROWS that are long enough, in an order that depends on the seed alone."""
+    """Yield the first ROWS rows that are long enough, in an order that depends on the seed alone."""
     found = 0
     for index in np.random.RandomState(seed).permutation(len(split.lengths))[: 8 * ROWS]:
         sample = split.sample(int(index))
@@ -221,7 +221,7 @@ def _planted(config: RunConfig, tokenizer: Any, spec: str) -> list[Recital]:
 def _recited(
     engine: Engine, world: World, recitals: Mapping[str, Sequence[Recital]], padding: int
 ) -> dict[str, list[float]]:
-    """By kind, the share of each row's rest that greedy decoding gives before its first other token; on rank 0."""
+    """Measure by kind the share of each row's rest that greedy decoding gives before its first different token; on rank 0."""
     shares: dict[str, list[float]] = {}
     with speaking(engine, world) as (module, in_step):
         if in_step or world.is_main:  # in step all ranks compute the same rows
@@ -231,7 +231,7 @@ def _recited(
 
 
 def _batches(rows: Sequence[Recital]) -> Iterator[Sequence[Recital]]:
-    """The rows in their order, TOGETHER at most and with at most 2 * MOST_CONTEXT tokens with padding."""
+    """Yield batches of the rows in their order: TOGETHER at most and with at most 2 * MOST_CONTEXT tokens with padding."""
     start = 0
     while start < len(rows):
         end = start + 1
@@ -246,7 +246,7 @@ def _batches(rows: Sequence[Recital]) -> Iterator[Sequence[Recital]]:
 
 
 def recited_shares(module: nn.Module, recitals: Sequence[Recital], padding: int) -> list[float]:
-    """Of each rest, the share that greedy decoding gives before its first other token.
+    """Measure the share of each row's rest that greedy decoding gives before its first different token.
 
     One forward pass tells it: up to that token greedy decoding sees the same tokens as the row has.
     """

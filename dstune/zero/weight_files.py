@@ -12,7 +12,8 @@ BUFFER = "buffer:"
 
 
 def weights_file(rank: int | str, part: int = 0) -> str:
-    """Name of a rank's file of pieces of weights, or a pattern for all of them. part: which, of an engine that `swaps`."""
+    """Return the name of a rank's file of pieces of weights, or a pattern for the files of all ranks. part: its number, of an
+    engine that `swaps`."""
     return (
         f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}{f'.{part:05d}' if part else ''}.safetensors"
     )

@@ -83,7 +83,7 @@ def _texts(value: Any, no_text: Collection[str] = NO_TEXT) -> Iterator[str]:
 
 
 def learned_texts(row: Row) -> Iterator[str]:
-    """The texts that a model learns to write: what the assistant says, the completion, the target, the chosen answer, or the
+    """Yield the texts that a model learns to write: what the assistant says, the completion, the target, the chosen answer, or the
     text of a row that is a text alone."""
     if "chosen" in row:
         yield from _said(row["chosen"])

@@ -92,7 +92,7 @@ def _check_stacked(lora: LoraConfig, model: PreTrainedModel) -> None:
 
 
 def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
-    """The linear layers, by their names in the model, that `all-linear` leaves without an adapter, with their weights' counts.
+    """Count the weights of the linear layers that `all-linear` leaves without an adapter, by the layers' names in the model.
 
     Not among them: the head, modules trained whole, parts that no row reaches, and layers that peft never adapts.
     """

@@ -70,7 +70,7 @@ class CachedTeacher:
 def batch_with_states(
     config: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
 ) -> dict[str, np.ndarray]:
-    """The arrays of a micro-batch (`data.collate`) with the hidden states of its samples, in the order of their targets."""
+    """Return the arrays of a micro-batch (`data.collate`) with the hidden states of its samples, in the order of their targets."""
     states = split.target_states
     assert states is not None
     packing = config.data.packing
@@ -83,8 +83,8 @@ def batch_with_states(
 def with_cached_teacher(
     config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
 ) -> tuple[PreparedData, CachedTeacher]:
-    """`data` with the teacher's hidden states of every sample. Where any node lacks them, all ranks load the teacher, compute them
-    and give it back.
+    """Return `data` with the teacher's hidden states of every sample. Where any node lacks them, all ranks load the teacher,
+    compute the states and close the teacher again.
 
     Raises:
         UserError: what `load_teacher` raises, or the states have no room on the disk of the cache.

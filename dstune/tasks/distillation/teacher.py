@@ -133,14 +133,14 @@ class LoadedTeacher:
         return self._head.transform
 
     def projection(self) -> dict[str, Tensor]:
-        """Its `weight` and, where it has one, its `bias`, on the host."""
+        """Return the `weight` of the teacher's projection and, where it has one, its `bias`, on the host."""
         weights = {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
         return {name: value.cpu().contiguous() for name, value in weights.items()}
 
     @torch.no_grad()
     def states_of(self, batch: Batch) -> Tensor:
-        """Its last hidden states in front of each target of a batch, row by row: [targets, hidden size]. At stage 3 every rank
-        calls this."""
+        """Compute the teacher's last hidden states in front of each target of a batch, row by row: [targets, hidden size]. At stage
+        3 every rank calls this."""
         labels = self._head.labels_of(batch)
         return self._head.hidden_states(
             self._engine.forward, inputs_of(batch), positions_with_target(labels), labels.shape[1]

@@ -170,7 +170,8 @@ def _compute(
 
 
 def identity_at_start(config: RunConfig, world: World) -> list[Any]:
-    """What tells the model that `config` starts from: the bytes of its files, of which every rank reads its share."""
+    """Return what identifies the model that `config` starts from: settings, and digests of its files, of which every rank
+    reads a share."""
     model = config.model
     settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
     if model.weights is InitialWeights.random or model.add_tokens:

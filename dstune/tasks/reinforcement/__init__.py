@@ -110,7 +110,7 @@ class Reinforcement(WritingTask, NeedsReference, KeepsFurtherModels, EvaluatesOt
         return data
 
     def for_evaluation(self, run: RunConfig) -> TaskConfig:
-        """Rewards need no reference."""
+        """Return the task without its reference, which rewards do not need."""
         return replace(self.config, kl=replace(self.config.kl, coefficient=0.0))
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:

@@ -35,7 +35,7 @@ class StartModel:
         return self._head.share_prompts(self._engine.forward, self._engine.device, world)
 
     def log_probabilities(self, targets: Targets) -> Tensor:
-        """fp32 [targets]. At stage 3 every rank calls it equally often."""
+        """Compute the reference's log-probabilities, fp32 [targets]. At stage 3 every rank calls this equally often."""
         with torch.no_grad():
             return self._head.log_probabilities(self._engine.forward, targets)
 
