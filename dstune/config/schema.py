@@ -131,7 +131,7 @@ class ModelConfig:
     """Train the vision tower and its projector; by default both stay frozen. `optimizer.vision_lr` is their learning rate."""
     unreached_parts: UnreachedParts = UnreachedParts.frozen
     """Parts that rows of text never reach (towers of images and sound, projectors): `frozen` leaves them out of the optimizer and
-    of adapters. `trained` is what runs of earlier versions go on with; such parts only decay."""
+    of adapters. With `trained`, as in runs of earlier versions, the optimizer has them, but only weight decay changes them."""
 
 
 @dataclass(frozen=True)

@@ -22,4 +22,4 @@ class QuestionAnsweringConfig(TaskConfig):
     max_answer_tokens: int = setting(30, at_least=1)
     """Longest span that is predicted, in tokens."""
     stride: int = setting(128, at_least=0)
-    """Tokens of a long text that two chunks of it have in common; at most half of what has room beside the question."""
+    """Overlap of two chunks of a long text, in tokens; at most half of the room that the question leaves."""
