@@ -525,7 +525,7 @@ def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
         name for name, expected in said.items() if not any(all(entry in text for entry in expected) for text in texts)
     ]
     if absent:
-        return f"every server drops {' and '.join(filter(None, [', '.join(absent[:-1]), absent[-1]]))} without a word"
+        return f"every server silently drops {' and '.join(filter(None, [', '.join(absent[:-1]), absent[-1]]))}"
     return "every server asks the model to think first"
 
 
