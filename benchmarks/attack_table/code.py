@@ -128,7 +128,7 @@ CODE = (
     Attack(
         "a configuration of another tool trusts a model's code",
         "`dstune import`",
-        "not carried over, and told",
+        "not carried over, and reported",
         "import.test_the_code_of_a_model_is_not_trusted_by_somebodys_file",
     ),
     Attack(
@@ -141,7 +141,7 @@ CODE = (
     Attack(
         "`${oc.env:HF_TOKEN}` in a configuration of another tool",
         "`dstune import`",
-        "not carried over, and told",
+        "not carried over, and reported",
         "import.test_references_are_not_carried_over",
     ),
 )

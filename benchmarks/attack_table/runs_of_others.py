@@ -11,45 +11,50 @@ RUNS_OF_OTHERS = (
         "signed, named or repeated",
         "runs_of_others.test_code_of_a_model_does_not_run",
     ),
-    Attack("a plugin in one", "every verb", "signed, named or repeated", "runs_of_others.test_a_plugin_does_not_run"),
     Attack(
-        "a module of callbacks in one",
+        "a plugin in a stranger's run",
+        "every verb",
+        "signed, named or repeated",
+        "runs_of_others.test_a_plugin_does_not_run",
+    ),
+    Attack(
+        "a module of callbacks in a stranger's run",
         "every verb",
         "signed, named or repeated",
         "runs_of_others.test_a_module_of_callbacks_is_not_imported",
     ),
     Attack(
-        "a key of an installed plugin in one",
+        "a key of an installed plugin in a stranger's run",
         "every verb",
         "signed, named or repeated, where the plugin declares it so",
         "runs_of_others.test_a_signed_key_of_an_installed_plugin_is_known",
     ),
     Attack(
-        "`${oc.env:HF_TOKEN}` in one",
+        "`${oc.env:HF_TOKEN}` in a stranger's run",
         "every verb",
         "unsigned runs resolve no variable",
         "runs_of_others.test_no_variable_is_resolved",
     ),
     Attack(
-        "lines of a job's script in one",
+        "lines of a job's script in a stranger's run",
         "`launch.setup`, `directives`, ...",
         "signed, named or repeated",
         "runs_of_others.test_a_job_of_others_is_not_submitted",
     ),
     Attack(
-        "a program or options for `mpirun` in one",
+        "a program or options for `mpirun` in a stranger's run",
         "`launch.mpirun`",
         "signed, named or repeated",
         "runs_of_others.test_a_program_of_others_does_not_start_ranks",
     ),
     Attack(
-        "a hostfile in one",
+        "a hostfile in a stranger's run",
         "`launch.hostfile`",
         "signed, named or repeated",
         "runs_of_others.test_ranks_are_not_started_on_hosts_of_others",
     ),
     Attack(
-        "a tracker's address in one",
+        "a tracker's address in a stranger's run",
         "`tracking`",
         "signed, named or repeated",
         "runs_of_others.test_metrics_do_not_go_to_others",
@@ -63,13 +68,13 @@ RUNS_OF_OTHERS = (
     Attack(
         "the task of a stranger's export is the path of a configuration that trusts a model's code",
         "exports",
-        "a task's name is that of a task",
+        "the name has to be that of a task",
         "exports_of_others.test_the_task_of_an_export_of_others_is_no_file_of_theirs",
     ),
     Attack(
         "a base model that is named by a variable",
         "exports",
-        "resolved in your own alone",
+        "resolved only in your own runs",
         "exports_of_others.test_an_export_of_others_resolves_no_variable",
     ),
     Attack(
@@ -87,7 +92,7 @@ RUNS_OF_OTHERS = (
     Attack(
         "the base of a stranger's adapter is named by a variable",
         "`dstune serve`",
-        "resolved in your own alone",
+        "resolved only in your own runs",
         "exports_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names",
     ),
     Attack(

@@ -86,7 +86,7 @@ SERVER = (
     Attack(
         "128 answers without a length, each until the context is full",
         "`dstune serve`",
-        "the engine is told each one's share of the bound",
+        "the engine gets each answer's share of the bound",
         "serve.test_answers_without_a_length_stay_below_the_bound",
     ),
     Attack(

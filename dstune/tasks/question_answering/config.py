@@ -18,7 +18,7 @@ class QuestionAnsweringConfig(TaskConfig):
     script: of an answer that is nothing but articles and punctuation no word is left, so that only an empty answer is right;
     without this key SQuAD 1.1's script gives it an F1 of 0."""
     threshold: float = 0.0
-    """With `no_answer`: how much more than the best span, in logits, having no answer has to score to be predicted."""
+    """With `no_answer`: predict no answer if its score exceeds that of the best span by more than this, in logits."""
     max_answer_tokens: int = setting(30, at_least=1)
     """Longest span that is predicted, in tokens."""
     stride: int = setting(128, at_least=0)
