@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dstune.core.distributed import World
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.data.sampler import MicroBatch
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.records import FOLDER, Scored, from_record, identity_of, place_of, read_records
@@ -28,13 +28,21 @@ def recorded_step(task: ReinforcementConfig, world: World, step: int) -> dict[st
     """Return the completions of the run that `task.replay` names, by prompt and sample; None without one.
 
     Raises:
-        UserError: it has none for this step. On all ranks alike.
+        UserError: it has none for this step, or they cannot be read. On all ranks alike.
     """
     if task.replay is None:
         return None
     rows: list[dict[str, Any]] = []
+    unreadable = ""
     if world.is_main:
-        rows = read_records(Path(task.replay), step)
+        try:
+            rows = read_records(Path(task.replay), step)
+        except (OSError, ValueError) as error:
+            unreadable = f"its completions of step {step} cannot be read: {first_line(error)}"
+    if unreadable := world.broadcast(unreadable):
+        raise UserError(
+            Problem("task.replay", unreadable, "the folder `rollouts` of a run, as it was written", task.replay)
+        )
     records = [from_record(row, task.reward_names) for row in world.broadcast(rows)]
     recorded = {place_of(scored.completion): scored for scored in records if scored is not None}
     if not recorded:

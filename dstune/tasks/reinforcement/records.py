@@ -59,16 +59,22 @@ def write_records(
         if not scored.completion.sample:
             row["question"] = questions.get(scored.completion.prompt, "")
         lines.append(json.dumps(row, ensure_ascii=False))
-    files.write(record_path(folder, step), "\n".join(lines) + "\n")
+    # Half of a surrogate pair, as a reward may log it, is no character that a file can hold.
+    files.write(record_path(folder, step), ("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
 
 def read_records(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines that were written of a step; none where there is no file."""
+    """Return the lines that were written of a step; none where there is no file. Raises OSError, and ValueError for a line that
+    is no object of JSON."""
     try:
-        lines = record_path(folder, step).read_text(encoding="utf-8").splitlines()
+        # Of bytes: a text would also be parted at U+2028, which a completion may hold.
+        lines = record_path(folder, step).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no object")
+    return rows
 
 
 def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None:
