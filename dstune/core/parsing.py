@@ -44,6 +44,12 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
+def whole_characters(text: str) -> str:
+    """Return `text` with a question mark for each half of a surrogate pair: JSON has them (`"\\ud83d"`), but no tokenizer and no
+    file in UTF-8 takes them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text.
 

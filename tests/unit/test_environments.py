@@ -11,6 +11,7 @@ from support.tool_template import TEMPLATE, call_of
 
 from dstune.core import plugins
 from dstune.core.errors import UserError
+from dstune.data.chat.tool_calls import FORMS
 from dstune.data.collate import NO_TARGET
 from dstune.tasks.reinforcement import turns
 from dstune.tasks.reinforcement.config import ReinforcementConfig
@@ -18,7 +19,7 @@ from dstune.tasks.reinforcement.reward_process import RewardProcess
 from dstune.tasks.reinforcement.rollout import Rollouts
 from dstune.testing.tiny import word_tokenizer
 
-CALL, WRONG, HANG = map(call_of, ("peek", "none", "hang"))
+CALL, WRONG, HANG, HALF = CALLS = [*map(call_of, ("peek", "none", "hang", "half"))]
 ENVIRONMENTS = '''
 import time
 import dstune
@@ -40,6 +41,10 @@ class Hidden(dstune.Environment):
     def hang(self) -> str:
         """Never answer."""
         time.sleep(1000)
+
+    def half(self) -> str:
+        """Return half of a character."""
+        return "w1 " + chr(0xD83D)
 
     def get_reward(self):
         return numpy.float32(self.peeked)
@@ -95,7 +100,7 @@ def act(tmp_path, monkeypatch):
     file.write_text(ENVIRONMENTS)
     plugins.activate([str(file)])
     tokenizer = word_tokenizer([*("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"), *["user", "assistant", "tool", "tools"],
-                                *["go", "now", "w1", "w2", "peek", "hang", "error:", "ok"], CALL, WRONG, HANG])  # fmt: skip
+                                *["go", "now", "w1", "w2", "peek", "hang", "half", "error:", "ok"], *CALLS])  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     world = SimpleNamespace(any=bool, gather=lambda value: [value], rank=0, size=1)
     opened = []
@@ -122,7 +127,7 @@ def test_tokens_of_tools_are_read_and_not_trained(act):
     rows = {0: {"prompt": "go", "word": "w2"}, 1: {"prompt": [{"role": "user", "content": "go"}], "word": "w1"}}
     answers = {(0, 0): [f"ok {CALL} <|im_end|>", "w2 <|im_end|>"], (1, 0): ["w1 w1 <|im_end|>"]}
     (first, second), script, process, tokenizer = act(answers, rows=rows)
-    prompt = "<|im_start|> tools hang peek <|im_end|> <|im_start|> user go now <|im_end|> <|im_start|> assistant"
+    prompt = "<|im_start|> tools half hang peek <|im_end|> <|im_start|> user go now <|im_end|> <|im_start|> assistant"
     assert tokenizer.decode(first.completion.prompt_ids) == prompt
     written = f"ok {CALL} <|im_end|> <|im_start|> tool w2 <|im_end|> <|im_start|> assistant w2 <|im_end|>"
     assert tokenizer.decode(first.completion.ids) == written
@@ -158,6 +163,17 @@ def test_limits_end_a_completion(act):
     (short,), *_ = act(answers, rows={0: rows[0]}, turns=9, max_new_tokens=10)
     assert len(short.completion.ids) <= 10, "a result that leaves no room is not read"
     assert not short.completion.ended
+
+
+def test_half_of_a_character_is_shown_as_a_question_mark(act):
+    """No tokenizer takes it: a tool that returned it, or a model that wrote it as an argument, would end the run."""
+    answers = {(0, 0): [f"{HALF} <|im_end|>", "ok <|im_end|>"]}
+    (scored,), *_ = act(answers, rows={0: {"prompt": "go", "word": "w1"}})
+    assert (scored.messages[1]["content"], scored.failed_calls, scored.completion.ended) == ("w1 ?", 0, True)
+    (call,) = next(form for form in FORMS if form.name == "hermes").parse(
+        r'<tool_call>{"name":"f","arguments":{"q":"\ud83d"}}</tool_call>'
+    )
+    assert json.loads(call["function"]["arguments"]) == {"q": "?"}
 
 
 def test_an_environment_that_hangs_scores_nothing_and_the_run_goes_on(act):

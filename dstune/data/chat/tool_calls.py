@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dstune.core.parsing import whole_characters
 from dstune.data.chat.template import ChatTemplate, RenderError
 
 Call = dict[str, Any]
@@ -85,7 +86,8 @@ def _all(values: Any) -> list[Call] | None:
             arguments = _json(arguments)
         if not isinstance(arguments, dict):
             return None
-        function = {"name": value["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+        written = json.dumps(arguments, ensure_ascii=False)
+        function = {"name": whole_characters(value["name"]), "arguments": whole_characters(written)}
         calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
     return calls or None
 

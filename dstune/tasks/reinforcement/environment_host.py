@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dstune.core.parsing import whole_characters
 from dstune.protocols import ENVIRONMENTS
 
 LONGEST_RESULT = 100_000
@@ -28,7 +29,7 @@ class EnvironmentHost:
             environment = self._instances[row["key"]] = ENVIRONMENTS[name]()
             environment.random = random.Random(row["seed"])
             observation = finished(environment.reset(**row["columns"]))
-            observations.append("" if observation is None else str(observation)[:LONGEST_RESULT])
+            observations.append("" if observation is None else shown(observation))
         return observations
 
     def call(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -49,8 +50,13 @@ class EnvironmentHost:
                 raise ValueError(f"there is no tool {name!r}; there are {', '.join(environment.tool_names())}")
             result = finished(getattr(environment, name)(**arguments))
         except Exception as error:
-            return {"text": f"error: {error}"[:LONGEST_RESULT], "failed": True}
-        return {"text": str(result)[:LONGEST_RESULT], "failed": False}
+            return {"text": shown(f"error: {error}"), "failed": True}
+        return {"text": shown(result), "failed": False}
+
+
+def shown(value: Any) -> str:
+    """Return what the model reads of `value`."""
+    return whole_characters(str(value)[:LONGEST_RESULT])
 
 
 def finished(value: Any) -> Any:
