@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -137,46 +140,61 @@ def _compute(
     key: str,
 ) -> None:
     """Write the entry `key` on every node: each rank computes its share, and the first one of a node writes what all have."""
-    writes = world.local_rank == 0
-    unfinished = root / f"{key}.of-rank-{world.rank}"
-    if writes:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    targets = sum(int(_starts(split)[-1]) for split in splits.values())
-    done, size = 0, None
-    for name, split in splits.items():
-        starts, array = _starts(split), None
-        mine = share(padded_batches(split.lengths, config), world.rank, world.size)
-        for number, micro_batch in enumerate(mine):
-            activity.info("the teacher reads the %s rows", name, extra={"done": number + 1, "total": len(mine)})
-            batch = collate(split, micro_batch, pad_token_id=pad_token_id, packing=False)
-            states = teacher.states_of({part: value.to(teacher.device) for part, value in batch.items()})
-            counts = (batch["labels"] != NO_TARGET).sum(dim=1).tolist()
-            rows = [] if micro_batch.filler else [split.row(index) for index in micro_batch.samples]
-            for of_rank, values in world.gather((list(zip(rows, counts, strict=False)), _as_array(states))):
-                if not writes:
-                    continue
-                if array is None:
-                    size = values.shape[1]
-                    if not done:
-                        _check_room(root, targets * size * values.itemsize)
-                    shape = (int(starts[-1]), size)
-                    array = np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", values.dtype, shape)
-                begin = 0
-                for row, count in of_rank:
-                    assert starts[row + 1] - starts[row] == count, "a sample's weight is not the number of its targets"
-                    array[starts[row] : starts[row + 1]] = values[begin : begin + count]
-                    begin += count
-                done += begin
-        if array is not None:
-            array.flush()
-    if writes:
-        save_file(teacher.projection(), unfinished / PROJECTION)
-        transform = teacher.transform
-        described = {"dtype": teacher.dtype, "scale": transform.scale, "cap": transform.cap}
-        (unfinished / DESCRIPTION).write_text(json.dumps(described))
-        cache.entry(root, key, _moved_from(unfinished))
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with _unfinished_entry(root, key) if world.local_rank == 0 else nullcontext() as folder:
+        targets = sum(int(_starts(split)[-1]) for split in splits.values())
+        done, size = 0, None
+        for name, split in splits.items():
+            starts, array = _starts(split), None
+            mine = share(padded_batches(split.lengths, config), world.rank, world.size)
+            for number, micro_batch in enumerate(mine):
+                activity.info("the teacher reads the %s rows", name, extra={"done": number + 1, "total": len(mine)})
+                batch = collate(split, micro_batch, pad_token_id=pad_token_id, packing=False)
+                states = teacher.states_of({part: value.to(teacher.device) for part, value in batch.items()})
+                counts = (batch["labels"] != NO_TARGET).sum(dim=1).tolist()
+                rows = [] if micro_batch.filler else [split.row(index) for index in micro_batch.samples]
+                for of_rank, values in world.gather((list(zip(rows, counts, strict=False)), _as_array(states))):
+                    if folder is None:
+                        continue
+                    if array is None:
+                        size = values.shape[1]
+                        if not done:
+                            _check_room(root, targets * size * values.itemsize)
+                        shape = (int(starts[-1]), size)
+                        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", values.dtype, shape)
+                    begin = 0
+                    for row, count in of_rank:
+                        assert starts[row + 1] - starts[row] == count, "a weight is not the number of targets"
+                        array[starts[row] : starts[row + 1]] = values[begin : begin + count]
+                        begin += count
+                    done += begin
+            if array is not None:
+                array.flush()
+        if folder is not None:
+            save_file(teacher.projection(), folder / PROJECTION)
+            transform = teacher.transform
+            described = {"dtype": teacher.dtype, "scale": transform.scale, "cap": transform.cap}
+            (folder / DESCRIPTION).write_text(json.dumps(described))
+            cache.entry(root, key, _moved_from(folder))
+
+
+@contextmanager
+def _unfinished_entry(root: Path, key: str) -> Iterator[Path]:
+    """Yield a folder of this process alone, since several runs may compute the entry `key` at once; it is gone behind the block.
+    Those that killed processes left are removed: nobody holds their locks any more."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.glob(f"{key}.*.unfinished.lock"):
+        with suppress(Timeout), FileLock(path, timeout=0):
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink(missing_ok=True)
+    folder = root / f"{key}.{secrets.token_hex(8)}.unfinished"
+    lock = folder.with_name(f"{folder.name}.lock")
+    with FileLock(lock):
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _moved_from(folder: Path) -> Callable[[Path], None]:
