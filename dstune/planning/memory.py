@@ -320,8 +320,7 @@ def _at_the_reduction(s: Setup, resident: Parts) -> Parts:
     return resident | {
         "gathered": gathered(s),
         "gradients": _running_gradients(s, s.trained_count),
-        # Stage 0 makes its flat copy on a single rank too.
-        "communication": _copies(s) if s.ranks > 1 or s.stage == 0 or s.weight_bytes == 2 else 0,
+        "communication": _copies(s) if s.ranks > 1 or s.weight_bytes == 2 else 0,
     }
 
 

@@ -59,6 +59,8 @@ def test_fp32_at_stage_0_is_16_bytes_a_weight_and_the_copy_that_is_reduced() -> 
     step = found.moments["reduction"]
     assert step["weights"] + step["optimizer"] + step["gradients"] == 16 * P
     assert step["communication"] == 4 * 500_000_000
+    alone = memory(llama("zero.stage=0", precision=Precision.fp32, ranks=1)).moments["reduction"]
+    assert not alone["communication"], "nothing is reduced, so nothing is copied for it"
 
 
 def test_a_layer_keeps_41_times_its_positions_and_width() -> None:
