@@ -48,7 +48,8 @@ KINDS = {
     "dr_grpo": ["task.loss=dr_grpo"],
     "gspo": ["task.loss=gspo", "task.clip_low=0.01", "task.clip_high=0.02"],
     "cispo": ["task.loss=cispo", "task.clip_high=1.01"],
-    "rloo": ["task.loss=rloo"],
+    # One ratio for a whole completion: within the usual bounds none is left after the first of two updates, and no gradient.
+    "rloo": ["task.loss=rloo", "task.clip_low=0.9", "task.clip_high=50"],
     "dapo-ended": ["task.loss=dapo", "task.mask_truncated=true", "task.max_new_tokens=40"],
 }
 CELLS = {
