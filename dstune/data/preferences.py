@@ -93,7 +93,7 @@ def dialogue_of(text: str) -> list[Message]:
 def parted(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """Return a conversation before its last message, and that message, which is the assistant's. Raises RowError."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise RowError("the last message is judged, so the assistant has to say it, in answer to another one")
+        raise RowError("the last message is judged, so it has to be the assistant's answer to an earlier message")
     return messages[:-1], messages[-1:]
 
 

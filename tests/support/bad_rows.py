@@ -386,7 +386,7 @@ ROWS: list[Case] = [
         {"prompt": "Another question", "chosen": [USER, ANSWER], "rejected": [USER, output("assistant", "No")]},
     ),
     (
-        "the last message is judged, so the assistant has to say it, in answer to another one",
+        "the last message is judged, so it has to be the assistant's answer to an earlier message",
         JUDGED,
         [chat(USER, ANSWER, label=True), chat(USER, label=True)],
     ),

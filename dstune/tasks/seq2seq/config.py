@@ -17,9 +17,9 @@ class Seq2SeqConfig(TaskConfig):
     prompt: str = "{source}"
     """What the model reads, `{source}` in it: `"Translate to Spanish: {source}"`."""
     chat: bool = True
-    """A decoder with a chat template is asked through it; else the target follows the prompt and `separator`."""
+    """Put the prompt of a decoder into its chat template. If false or without a template, the target follows the prompt and `separator`."""
     separator: str = "\n"
-    """Between prompt and target where a decoder is asked without a chat template."""
+    """Text between prompt and target if a decoder gets its prompt without a chat template."""
     template_date: str | None = None
     """The date that a chat template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
     chat_template_kwargs: dict[str, Any] = setting({})
