@@ -17,7 +17,7 @@ class Seq2SeqConfig(TaskConfig):
     prompt: str = "{source}"
     """What the model reads, `{source}` in it: `"Translate to Spanish: {source}"`."""
     chat: bool = True
-    """Put the prompt of a decoder into its chat template. If false or without a template, the target follows the prompt and `separator`."""
+    """Use the chat template of a decoder, if it has one. Otherwise the target follows the prompt and `separator`."""
     separator: str = "\n"
     """Text between prompt and target if a decoder gets its prompt without a chat template."""
     template_date: str | None = None
