@@ -56,7 +56,7 @@ _CHAT: dict[str, Mutation] = {
     ),
     "rows_that_need_continue_final_message_are_refused": undo(
         "data/messages.py",
-        'if requested[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":',
+        'if prompt_messages[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":',
         "if False:",
     ),
     "data_show_separates_context_and_target_turn_by_turn": undo(

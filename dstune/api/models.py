@@ -219,7 +219,7 @@ class Loaded:
         if not places_and_columns:
             return []
         question = task_of(expected.config.task).question(expected.labels, expected.config.data)
-        requested = Questions(question, places_and_columns, [], OnBadRow.error)
+        questions = Questions(question, places_and_columns, [], OnBadRow.error)
 
         def loaded() -> Predictor:
             with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
@@ -228,7 +228,7 @@ class Loaded:
         model: Predictor = self._loaded(("predict", expected.config, expected.identity), loaded)
         return [
             answer
-            for block in requested.blocks(512)
+            for block in questions.blocks(512)
             for answer in model.answers(block, batch_size, all_labels=probabilities)
         ]
 

@@ -238,19 +238,19 @@ def _section(raw: Mapping[str, Any], name: str) -> Any:
 
 def _read_precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
     """Add `trainer.precision` to `content`, by the sections `bf16` and `fp16`."""
-    requested = {}
+    enabled_by_name = {}
     for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
         for section in sections:
             content_of = _section(raw, section)
             enabled = content_of.get("enabled", AUTO) if content_of and content_of != AUTO else AUTO
             if enabled != AUTO:
-                requested[name] = bool(enabled)
-    enabled_names = [name for name, enabled in requested.items() if enabled]
+                enabled_by_name[name] = bool(enabled)
+    enabled_names = [name for name, enabled in enabled_by_name.items() if enabled]
     if len(enabled_names) == 2:
         content.problems.append(Problem(f"fp16.enabled in {where}", "bf16 is enabled too", "disable one of them"))
     elif enabled_names:
         content.values.append(Value("trainer.precision", enabled_names[0], f"{enabled_names[0]}.enabled"))
-    elif requested.get("bf16") is False:
+    elif enabled_by_name.get("bf16") is False:
         content.values.append(Value("trainer.precision", "fp32", "bf16.enabled"))
 
 

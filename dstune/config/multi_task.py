@@ -65,11 +65,11 @@ def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterato
         return
     key = f"data.mixture.{name}.prompt"
     if not TASKS[name_of_task(config, source)].asks_by_prompt:
-        requested = next(task for task, cls in TASKS.classes().items() if cls.asks_by_prompt)
+        task_name = next(task for task, cls in TASKS.classes().items() if cls.asks_by_prompt)
         yield Problem(
             key,
             "only sources with targets are asked by a prompt",
-            f"data.mixture.{name}.task={requested}",
+            f"data.mixture.{name}.task={task_name}",
             source.prompt,
         )
     elif source.prompt.count("{source}") != 1:

@@ -351,8 +351,8 @@ _sources: dict[tuple[str, str], bytes] = {}
 
 
 def _activate(sources: Sequence[Source], run_dir: Path | None) -> None:
-    requested = [(one.name, one.sha256, one.is_file) for one in sources]
-    if requested == [(one.name, one.sha256, one.is_file) for one in active()]:
+    identities = [(one.name, one.sha256, one.is_file) for one in sources]
+    if identities == [(one.name, one.sha256, one.is_file) for one in active()]:
         _active.update({one.name: replace(_active[one.name], file=one.file) for one in sources})
     else:
         for name in tuple(_active):  # all: which of two members of one name is refused depends on their order alone

@@ -31,12 +31,12 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
     folder = root / key
     if folder.is_dir():
         return folder
-    requested = time.time()
+    began = time.time()
     failure = root / f"{key}.error"
     with _locked(root, key):
         if folder.is_dir():
             return folder
-        _raise_failure_since(failure, requested)
+        _raise_failure_since(failure, began)
         incomplete = root / f"{key}.incomplete"
         shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
         incomplete.mkdir()

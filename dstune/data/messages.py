@@ -164,18 +164,18 @@ def after_history(prompt: Any, value: Any) -> Any:
 def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
     """Return the messages of a prompt and a completion of which one at least is a list of messages. Only those of the completion
     are trained. Raises RowError."""
-    requested = exchange(prompt, "")[:1] if isinstance(prompt, str) else conversation_of(prompt, "prompt")
+    prompt_messages = exchange(prompt, "")[:1] if isinstance(prompt, str) else conversation_of(prompt, "prompt")
     answered = (
         exchange("", completion)[1:] if isinstance(completion, str) else conversation_of(completion, "completion")
     )
-    refuse_continued(requested, answered)
-    context = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in requested]
+    refuse_continued(prompt_messages, answered)
+    context = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in prompt_messages]
     return [*context, *answered]
 
 
-def refuse_continued(requested: list[Message], answered: list[Message]) -> None:
+def refuse_continued(prompt_messages: list[Message], answered: list[Message]) -> None:
     """Raises RowError for an answer that goes on inside of a message of the prompt."""
-    if requested[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":
+    if prompt_messages[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":
         raise RowError(
             "the prompt ends inside a message of the assistant, which a server is asked to continue by "
             "continue_final_message alone; give the prompt without it, and the message as a whole as the answer"

@@ -138,29 +138,29 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
             raise RowError("chosen and rejected are the same")
         if not common:
             raise RowError("chosen and rejected begin with different messages, so they answer no common prompt")
-        requested = answered["chosen"][:common]
-        _refuse_another_prompt(prompt, requested, answered["chosen"])
+        prompt_messages = answered["chosen"][:common]
+        _refuse_another_prompt(prompt, prompt_messages, answered["chosen"])
         answered = {name: messages[common:] for name, messages in answered.items()}
     elif any(whole):
         raise RowError("one of chosen and rejected is a whole conversation, the other an answer")
     elif prompt is None:
         raise RowError("no column 'prompt', without which chosen and rejected must be whole conversations")
     else:
-        requested = exchange(prompt, "")[:1] if isinstance(prompt, str) else prompt
-    requested = with_system(requested, system)
+        prompt_messages = exchange(prompt, "")[:1] if isinstance(prompt, str) else prompt
+    prompt_messages = with_system(prompt_messages, system)
     for name, messages in answered.items():
         if not messages:
             raise RowError(f"{name} ends where the other one goes on")
         if messages[0]["role"] != "assistant":
             raise RowError(
-                f"chosen and rejected differ before the assistant answers: message {len(requested) + 1} of {name} has the "
+                f"chosen and rejected differ before the assistant answers: message {len(prompt_messages) + 1} of {name} has the "
                 f"role {messages[0]['role']}"
             )
-        refuse_continued(requested, messages)
-        check_conversation([*_untrained(requested), *messages], needs_answer=True)
+        refuse_continued(prompt_messages, messages)
+        check_conversation([*_untrained(prompt_messages), *messages], needs_answer=True)
         if name == "chosen":  # the other one may teach the model not to be silent
-            check_answers([*_untrained(requested), *messages])
-    return {"prompt": requested, **answered}
+            check_answers([*_untrained(prompt_messages), *messages])
+    return {"prompt": prompt_messages, **answered}
 
 
 def _refuse_another_prompt(prompt: Any, requested: list[Message], chosen: list[Message]) -> None:

@@ -73,16 +73,18 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
     first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first:
         return None
-    requested = messages[:first]
-    prompt_text = "\n".join(content_text(message["content"]) for message in requested if message["role"] != "system")
+    prompt_messages = messages[:first]
+    prompt_text = "\n".join(
+        content_text(message["content"]) for message in prompt_messages if message["role"] != "system"
+    )
     reference = content_text(messages[first].get("content"))
     if row.get(COLUMN):
-        return _with_images(encode, row, requested, SamplePrompt([], prompt_text, reference))
+        return _with_images(encode, row, prompt_messages, SamplePrompt([], prompt_text, reference))
     if encode.renderer is None:
         return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), prompt_text, reference)
     try:
         ids = encode.renderer.prompt_ids(
-            requested, tools=row.get("tools"), arguments=row.get("chat_template_kwargs"), answer=messages[first]
+            prompt_messages, tools=row.get("tools"), arguments=row.get("chat_template_kwargs"), answer=messages[first]
         )
         return SamplePrompt(ids, prompt_text, reference)
     except RenderError:

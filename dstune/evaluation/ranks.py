@@ -92,8 +92,8 @@ def evaluate(
         data = task.before_loading(config, data, tokenizer, world, precision)
         part = part if safety else _rows_of(data, split)
     message = console.message if console else lambda text: None
-    asked = shots is not None
-    engine, head = _build(config, task, data, tokenizer, checkpoint, precision, world, message, prompted=asked)
+    is_prompted = shots is not None
+    engine, head = _build(config, task, data, tokenizer, checkpoint, precision, world, message, prompted=is_prompted)
     if safety:
         measured_safety = measure_safety(config, data, engine, tokenizer, world)
         if world.is_main:
@@ -212,11 +212,11 @@ def _file_and_line(row: dict[str, Any]) -> tuple[str, int]:
 
 def run(directory: Path, env: RankEnv, options: str) -> None:
     config, world = read_decided(directory / "run.yaml").config, start_process_group(env)
-    requested = json.loads(options)
-    checkpoint = None if requested["checkpoint"] is None else Path(requested["checkpoint"])
-    shots, with_rows = requested["shots"], requested["rows"]
-    safety = requested.get("safety", False)
-    evaluate(config, directory, requested["split"], checkpoint, world, shots=shots, with_rows=with_rows, safety=safety)
+    settings = json.loads(options)
+    checkpoint = None if settings["checkpoint"] is None else Path(settings["checkpoint"])
+    shots, with_rows = settings["shots"], settings["rows"]
+    safety = settings.get("safety", False)
+    evaluate(config, directory, settings["split"], checkpoint, world, shots=shots, with_rows=with_rows, safety=safety)
 
 
 if __name__ == "__main__":

@@ -41,39 +41,39 @@ def _parser() -> VerbParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb. Raises UserError; returns the exit code of the public contract."""
-    requested = _parser().parse_args(argv)
-    if requested.ranks is not None and requested.ranks < 1:
-        raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(requested.ranks)))
-    if requested.output is not None:
-        _check_output(requested.output, requested.force)
-    raw = read(requested.file)
-    if requested.trainer is not None:
-        if requested.trainer not in SUPPORTED:
+    arguments = _parser().parse_args(argv)
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(arguments.ranks)))
+    if arguments.output is not None:
+        _check_output(arguments.output, arguments.force)
+    raw = read(arguments.file)
+    if arguments.trainer is not None:
+        if arguments.trainer not in SUPPORTED:
             fix = f"one of {', '.join(SUPPORTED)}"
-            raise UserError(Problem("--trainer", "this trainer is not supported", fix, requested.trainer))
-        raw = {**raw, TRAINER_KEY: requested.trainer}
-    experiment = convert(raw, tool_of(raw, requested.tool, str(requested.file)), requested.file, requested.ranks)
-    if requested.output is not None:
+            raise UserError(Problem("--trainer", "this trainer is not supported", fix, arguments.trainer))
+        raw = {**raw, TRAINER_KEY: arguments.trainer}
+    experiment = convert(raw, tool_of(raw, arguments.tool, str(arguments.file)), arguments.file, arguments.ranks)
+    if arguments.output is not None:
         try:
-            requested.output.parent.mkdir(parents=True, exist_ok=True)
-            requested.output.write_text(experiment.text, encoding="utf-8")
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(experiment.text, encoding="utf-8")
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
-            raise UserError(Problem("--output", reason, "give a folder of yours", str(requested.output))) from None
-    if requested.json:
+            raise UserError(Problem("--output", reason, "give a folder of yours", str(arguments.output))) from None
+    if arguments.json:
         print(
             json.dumps(
                 {
                     **asdict(experiment),
                     "experiment": experiment.text,
-                    "output": requested.output and str(requested.output),
+                    "output": arguments.output and str(arguments.output),
                 }
             )
         )
     else:
-        if requested.output is None:
+        if arguments.output is None:
             print(experiment.text, end="")
-        print(report(experiment, requested.output), file=sys.stderr if requested.output is None else sys.stdout)
+        print(report(experiment, arguments.output), file=sys.stderr if arguments.output is None else sys.stdout)
     return EXIT_USER if experiment.problems else EXIT_DONE
 
 

@@ -145,14 +145,14 @@ def _output(
         for request in requests
     ]
     text = json.dumps(parts)
-    requested = {
+    identity = {
         "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
         "adapters": adapters,
         "prompts": xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass")),
         "sampling": {**asdict(sampling), "stop": list(sampling.stop)},
         "speech": [arguments.plain, arguments.system],
     }
-    return answers_file(arguments.output, requested, arguments.batch_size, force=arguments.force)
+    return answers_file(arguments.output, identity, arguments.batch_size, force=arguments.force)
 
 
 def _digests(request: Request) -> list[Any]:

@@ -166,14 +166,14 @@ def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows
     from dstune.data import sources
 
     texts = json.dumps(arguments.texts).encode("utf-8", "surrogatepass")
-    requested = {
+    identity = {
         "model": [arguments.model, request.identity],
         "overrides": arguments.overrides,
         "rows": [*(sources.fingerprint(file) for file in files), xxhash.xxh3_128_hexdigest(texts)],
         "count": rows.count,
         "probabilities": arguments.probabilities,
     }
-    return answers_file(arguments.output, requested, BLOCK, force=arguments.force)
+    return answers_file(arguments.output, identity, BLOCK, force=arguments.force)
 
 
 def _row(query: Query, answer: Answer, taken: Set[str]) -> dict[str, Any]:

@@ -101,10 +101,12 @@ class Writer:
                 )
                 raise UserError(Problem(request.where, reason, "leave them out"))
             return self._control(name).sequence([request.text], sys.maxsize)[0]
-        requested = with_system(request, self._system)
-        messages = requested.messages or [{"role": "user", "content": requested.text}]
+        request_with_system = with_system(request, self._system)
+        messages = request_with_system.messages or [{"role": "user", "content": request_with_system.text}]
         try:
-            return self._prompts_of(name).ids(messages, tools=requested.tools, arguments=requested.arguments)
+            return self._prompts_of(name).ids(
+                messages, tools=request_with_system.tools, arguments=request_with_system.arguments
+            )
         except RenderError as error:
             raise UserError(Problem(request.where, str(error))) from error
 

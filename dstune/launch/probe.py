@@ -16,13 +16,13 @@ from typing import Any
 
 
 def main() -> None:
-    requested = json.loads(os.environ.get("DSTUNE_PROBE", "{}"))
+    query = json.loads(os.environ.get("DSTUNE_PROBE", "{}"))
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "time": time.time(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "packages": {name: version(name) for name in requested.get("packages", [])},
-        "files": {path: fingerprint(path) for path in requested.get("paths", [])},
+        "packages": {name: version(name) for name in query.get("packages", [])},
+        "files": {path: fingerprint(path) for path in query.get("paths", [])},
         "interfaces": interfaces(),
         "port": free_port(),
         "gpus": gpus(),

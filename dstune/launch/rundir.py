@@ -160,8 +160,8 @@ def choose(
     publish(str(place))
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
-        requested = run is None or any(key_of(text) == "run.resume" for text in given)
-        composed = _continued(composed, path, given, may_refuse=requested)
+        is_resume_given = run is None or any(key_of(text) == "run.resume" for text in given)
+        composed = _continued(composed, path, given, may_refuse=is_resume_given)
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():

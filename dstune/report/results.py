@@ -152,13 +152,13 @@ def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figur
     tested = section(run.result, "test")
     comparisons = []
     for name in dict.fromkeys([metric, "chrf", "accuracy"]):
-        requested = [
+        prompted_rows = [
             row for row in baseline_file.read(run.path) if isinstance(section(row, "metrics").get(name), (int, float))
         ]
-        if not requested:
+        if not prompted_rows:
             continue
         lower = is_lower_better(name)
-        best = (min if lower else max)(requested, key=lambda row: row["metrics"][name])
+        best = (min if lower else max)(prompted_rows, key=lambda row: row["metrics"][name])
         reached = tested.get(name) if best.get("split") == "test" else _last(curves, f"eval/{name}")
         value = best["metrics"][name]
         label = f"untuned {plain_name(name)}, {best.get('shots')} examples"

@@ -126,9 +126,9 @@ class Fleet:
         by_base: dict[tuple[str, ...], _Group] = {}
         for source in sorted(sources, key=lambda entry: entry.adapter):  # whole models first: one may be a base
             shared = source.adapter and source.generates
-            requested = (source.template or "") if self._one_template else ""
+            template = (source.template or "") if self._one_template else ""
             place = source.base if shared else str(source.folder or source.path)
-            key = (place, source.base_revision or "", requested)
+            key = (place, source.base_revision or "", template)
             group = by_base.get(key) if shared else None
             if group is None:
                 base = source

@@ -56,8 +56,8 @@ def slots(config: RunConfig, devices: Devices, ranks: Sequence[int | None] = (No
     if parallel == 1 or not launcher.here:
         return [Slot(host)] * parallel
     kind, things = ("GPU", devices.gpus) if devices.gpus else ("core", devices.cores)
-    requested = max((count for count in ranks if count is not None), default=None)
-    each = requested if requested is not None and devices.gpus else max(1, len(things) // parallel)
+    most_ranks = max((count for count in ranks if count is not None), default=None)
+    each = most_ranks if most_ranks is not None and devices.gpus else max(1, len(things) // parallel)
     if parallel * each > len(things):
         needs = f" of {each} {kind}s" if each > 1 else ""
         reason = (

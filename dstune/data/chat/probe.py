@@ -128,7 +128,7 @@ def facts_of(template: ChatTemplate) -> Facts:
     thinking = {} if switch is None else {switch: True}
     as_text, empty, printed, call_ids = _calls(template)
     facts = Facts(None, switch, True, True, True, printed, True, True, as_text, empty, call_ids)
-    requested = facts.adapted(
+    call_message = facts.adapted(
         {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
     )
     both = facts.adapted(
@@ -140,10 +140,10 @@ def facts_of(template: ChatTemplate) -> Facts:
             ],
         }
     )
-    (requested, answered), (both,) = (
-        with_call_ids(conversation, call_ids) for conversation in ([requested, _RESULT], [both])
+    (call_message, answered), (both,) = (
+        with_call_ids(conversation, call_ids) for conversation in ([call_message, _RESULT], [both])
     )
-    reasoning_key, reasons_in = _reasoning(template, {False: _ANSWER, True: requested}, thinking)
+    reasoning_key, reasons_in = _reasoning(template, {False: _ANSWER, True: call_message}, thinking)
     return Facts(
         reasoning_key=reasoning_key,
         switch=switch,
@@ -156,7 +156,7 @@ def facts_of(template: ChatTemplate) -> Facts:
         ),
         prints_calls=printed,
         prints_several_calls=printed and _prints(template, [_QUESTION, both], "qzother", tools=_TOOLS),
-        prints_results=_prints(template, [_QUESTION, requested, answered], "qzresult", tools=_TOOLS, prompt=True),
+        prints_results=_prints(template, [_QUESTION, call_message, answered], "qzresult", tools=_TOOLS, prompt=True),
         arguments_as_text=as_text,
         empty_content=empty,
         call_ids=call_ids,
@@ -207,10 +207,10 @@ def _reads_thoughts(template: ChatTemplate, turn: dict[str, Any]) -> bool:
 def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) -> frozenset[bool]:
     """Return in which turns the template prints reasoning that begins their content, between `marks`: in those that call tools
     (True), in others (False)."""
-    requested = facts.adapted(
+    call_message = facts.adapted(
         {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
     )
-    turns = {False: _ANSWER, True: with_call_ids([requested], facts.call_ids)[0]}
+    turns = {False: _ANSWER, True: with_call_ids([call_message], facts.call_ids)[0]}
     thinking = {} if facts.switch is None else {facts.switch: True}
     printing = set()
     for calls, turn in turns.items():
@@ -350,10 +350,10 @@ def _stops_of_calls(
     """Yield (whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
     first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
     second = _call("qzsecond", {"qzkey": "qzvalue"}, "qzcall002")
-    requested = facts.adapted({"role": "assistant", "tool_calls": [first]})
-    requested, answered = with_call_ids([requested, _RESULT], facts.call_ids)
+    call_message = facts.adapted({"role": "assistant", "tool_calls": [first]})
+    call_message, answered = with_call_ids([call_message, _RESULT], facts.call_ids)
     try:
-        final, middle = _behind(template, [_QUESTION, requested], "qzvalue", [answered], tools=_TOOLS)
+        final, middle = _behind(template, [_QUESTION, call_message], "qzvalue", [answered], tools=_TOOLS)
     except (RenderError, RuleError):
         return
     if alternatives(known_tokens).search(final):

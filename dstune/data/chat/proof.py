@@ -151,22 +151,22 @@ class Server:
         thinks = self._thinks(messages[number])
         variables = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
         try:
-            requested = self._rendered(messages[:number], row.get("tools"), variables, prompt=True)
+            prompt_text = self._rendered(messages[:number], row.get("tools"), variables, prompt=True)
         except REFUSALS:
             if any(message["role"] == "user" for message in messages[:number]):
                 raise
             return None  # nothing was asked yet
         answered = self._rendered(messages, row.get("tools"), variables, prompt=False)
-        if not answered.startswith(requested):
-            added = self._added(messages, row.get("tools"), variables, requested, answered)
-            answered = answered if added is None else requested + added
+        if not answered.startswith(prompt_text):
+            added = self._added(messages, row.get("tools"), variables, prompt_text, answered)
+            answered = answered if added is None else prompt_text + added
         by_text = self.ending is not None and answered.endswith(self.ending[1])
         if self.ending is not None and by_text:
             answered = answered.removesuffix(self.ending[1]) + self.ending[0]
-        prompt, whole = self._ids(requested), self._ids(answered)
+        prompt, whole = self._ids(prompt_text), self._ids(answered)
         written = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
-            written = self._behind(prompt, answered.removeprefix(requested), whole)
+            written = self._behind(prompt, answered.removeprefix(prompt_text), whole)
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
         by_text = by_text and end is None
         stop = (

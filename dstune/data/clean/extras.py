@@ -23,13 +23,13 @@ PACKAGES = {
 
 
 def _needed(config: CleanConfig) -> dict[str, dict[str, str]]:
-    requested = {
+    is_used_by_key = {
         "languages": bool(config.languages),
         "duplicates": config.duplicates is Duplicates.near,
         "secrets": config.secrets is not Found.keep,
         "personal_data": config.personal_data is not Found.keep,
     }
-    return {key: PACKAGES[key] for key, expected in requested.items() if expected}
+    return {key: PACKAGES[key] for key, is_used in is_used_by_key.items() if is_used}
 
 
 def missing(config: CleanConfig) -> Iterator[Problem]:

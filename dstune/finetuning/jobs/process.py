@@ -180,8 +180,8 @@ class Training:
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
         """Pass on the wish to stop, as signals of the launching process: one lets it save, a second one does not."""
         how = self._folder.stop_requested()
-        requested = 2 if how == NOW else 1 if how or self._signalled else 0
-        if requested > self._signals and time.monotonic() - self._signalled_at > TWICE_SECONDS:
+        signals_due = 2 if how == NOW else 1 if how or self._signalled else 0
+        if signals_due > self._signals and time.monotonic() - self._signalled_at > TWICE_SECONDS:
             with contextlib.suppress(OSError):
                 process.send_signal((signal.SIGTERM, signal.SIGINT)[self._signals])
             self._signals, self._signalled_at = self._signals + 1, time.monotonic()
@@ -221,7 +221,7 @@ class Training:
     def _wait_in_queue(self) -> int:
         from dstune.launch.manage import cancel, status_of
 
-        run, requested, unsure, looked = self._folder.run, "", 0, time.monotonic()
+        run, obeyed, unsure, looked = self._folder.run, "", 0, time.monotonic()
         # A result may be seen later than the end of the job, on a file system of several machines.
         while (status := status_of(run)).state in QUEUED_STATES or unsure < LOOKS:
             if status.state in ENDED:
@@ -231,9 +231,9 @@ class Training:
             self._running += now - looked if status.state == "running" else 0.0
             looked = now
             how = self._folder.stop_requested()
-            if how and how != requested:
+            if how and how != obeyed:
                 cancel([str(run), "--json", *(["--now"] if how == NOW else [])])
-                requested = how
+                obeyed = how
             time.sleep(QUEUE_SECONDS)
         code = ENDED.get(status.state, EXIT_LOST)
         launched = records.read_launch(run)

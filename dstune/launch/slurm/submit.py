@@ -94,7 +94,7 @@ def wait(
     jobs: Sequence[str], run_dir: Path, size: int, followers: Sequence[Follower], console: Console
 ) -> Verdict | None:
     """Wait until the last job is over. None where the terminal went away: the jobs do not need this process."""
-    shown_text, changed, requested, over = "", time.monotonic(), 0.0, ""
+    shown_text, changed, queried, over = "", time.monotonic(), 0.0, ""
     with caught_signals() as received:
         answered = 0
         while not over:
@@ -105,10 +105,10 @@ def wait(
             if len(received) > answered:
                 answered = len(received)
                 _stop(jobs, run_dir, console, received)
-                requested = 0.0
+                queried = 0.0
             now = time.monotonic()
-            if now - requested >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
-                requested = now
+            if now - queried >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
+                queried = now
                 try:
                     jobs_seen = queue.ask(jobs)
                 except Unreachable as error:

@@ -131,12 +131,12 @@ class LlamaCppEngine(Engine):
         text = row.get("text")
         if text is None:
             field_by_key = {"messages": "messages", "tools": "tools", "arguments": "chat_template_kwargs"}
-            requested = {field: row[key] for key, field in field_by_key.items() if row.get(key)}
+            fields = {field: row[key] for key, field in field_by_key.items() if row.get(key)}
             try:
-                requested["messages"] = self._in_one_text(requested.get("messages", []))
+                fields["messages"] = self._in_one_text(fields.get("messages", []))
             except ApiError as error:
                 raise Unprovable(f"a row of its reference cannot be asked: {error}") from None
-            text = (await self.ask("POST", "/apply-template", requested))["prompt"]
+            text = (await self.ask("POST", "/apply-template", fields))["prompt"]
         # As it does with a request: the begin of the text that its vocabulary asks for is taken from what the template has
         # printed, and put in front of the tokens.
         body = {"content": text, "add_special": True, "parse_special": True}

@@ -61,14 +61,14 @@ class AnswerEncoder(Encoder):
         self, number: int, question: list[int], context: list[int], offsets: np.ndarray, answers: list[Answer]
     ) -> list[Sample]:
         room = self._max_length - self._frame.size
-        requested = question[: room // 2]
-        size = room - len(requested)
+        cut_question = question[: room // 2]
+        size = room - len(cut_question)
         span = _tokens_of(answers[0], offsets) if answers else None
         problem = "no token holds the first answer" if answers and span is None else ""
         length = len(question) + len(context) + self._frame.size
         samples = []
         for start, end in chunks(len(context), size, min(self._stride, size // 2)):
-            ids, kinds, (_, place) = self._frame.around([requested, context[start:end]])
+            ids, kinds, (_, place) = self._frame.around([cut_question, context[start:end]])
             char_start, char_end = np.full(len(ids), NOT_IN_CONTEXT), np.full(len(ids), NOT_IN_CONTEXT)
             char_start[place : place + end - start] = offsets[start:end, 0]
             char_end[place : place + end - start] = offsets[start:end, 1]

@@ -30,8 +30,10 @@ class Sources:
     def __init__(self, tokenizer: Any, task: Seq2SeqConfig, *, encoder_decoder: bool):
         self._tokenizer, self._task, self.encoder_decoder = tokenizer, task, encoder_decoder
         self._control = ControlTokens(tokenizer)
-        requested = task.chat and bool(tokenizer.chat_template) and not encoder_decoder
-        self.renderer = ChatRenderer(tokenizer, task.template_date, task.chat_template_kwargs) if requested else None
+        uses_template = task.chat and bool(tokenizer.chat_template) and not encoder_decoder
+        self.renderer = (
+            ChatRenderer(tokenizer, task.template_date, task.chat_template_kwargs) if uses_template else None
+        )
         self._end = end_of_target(tokenizer)
 
     def conversation(self, source: str, target: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
