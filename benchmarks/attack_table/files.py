@@ -37,7 +37,7 @@ FILES = (
     Attack(
         "a folder `./Org/Model` runs its code in the place of the hub's model of that name",
         "`model.trust_remote_code`",
-        "refused: with that consent a name of the form of a hub id is never a folder; `./Org/Model` is one",
+        "refused: with this setting, a name such as `Org/Model` is never read as a folder; `./Org/Model` is one",
         "models_of_others.test_consent_to_the_code_of_a_hub_id_is_none_to_that_of_a_folder",
     ),
     Attack(
