@@ -77,6 +77,13 @@ class Before:
             error.unlink()
         return True
 
+    def restore_unless_taken(self) -> None:
+        """Undo a launch that has not locked the directory yet. One that another launch has created and locked since stays: two
+        commands of one second choose the same new directory, and one of them may fail while the other trains.
+        """
+        if self.path not in self.created or not (self.path / records.LOCK).exists():
+            self.restore()
+
 
 def _begun(path: Path) -> tuple[int | None, ...]:
     # What stops the last stage of a run does not undo those before it, which have folders of their own.

@@ -199,7 +199,7 @@ def _prepare(
                 mirror.copy_rows()
         config = preflight.resolve_run(composed.config, console.stage, origins=origins)
     except BaseException:
-        before.restore()
+        before.restore_unless_taken()
         raise
     prepared = rundir.prepare(replace(composed, config=config, origins=origins), before, console.message)
     prepared = replace(prepared, mirror=mirror)

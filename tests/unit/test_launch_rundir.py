@@ -124,6 +124,19 @@ def test_a_refused_first_start_leaves_the_users_own_folders(tmp_path):
     assert [path.name for path in (tmp_path / "mine" / "new").iterdir()] == ["other"]
 
 
+def test_a_start_that_is_refused_early_leaves_what_another_has_begun_there_meanwhile(tmp_path):
+    chosen_by_both = rundir.choose(composed(dir=str(tmp_path / "runs" / "run")))
+    refused, early = rundir.before_launch(chosen_by_both), rundir.before_launch(chosen_by_both)
+    prepared = rundir.prepare(chosen_by_both)
+    refused.restore_unless_taken()
+    assert (tmp_path / "runs" / "run" / "run.yaml").is_file()
+    prepared.before.restore()
+    release(prepared)
+    (tmp_path / "runs" / "run" / "data").mkdir(parents=True)  # rows of a launch that holds no lock yet
+    early.restore_unless_taken()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_start_that_prepare_refuses_leaves_nothing(tmp_path):
     other = begin(tmp_path / "other")
     with pytest.raises(UserError, match=r"run\.resume"):
