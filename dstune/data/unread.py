@@ -77,6 +77,8 @@ class Unread:
     def _of(self, fields: Mapping[str, Any]) -> list[str]:
         expanded = self._form().expand(fields)
         self.columns |= expanded.keys()
+        if self._form.keeps_columns:  # rewards may read any of them
+            return []
         read = columns_read(self._form, self._mapping, expanded) | self._except_for | (fields.keys() - expanded.keys())
         read |= {column for column in fields if any(fields[column] is expanded.get(name, MISSING) for name in read)}
         looks = content_names() | set(self._mapping.values())

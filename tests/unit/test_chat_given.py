@@ -202,3 +202,9 @@ def test_what_a_message_says_beside_its_content_is_counted():
     unread.add({"messages": [user("Hi"), assistant("Yes", thought="Hm.", id="a1")]})
     unread.add({"messages": [user("Hi"), assistant("Yes", thought="", reasoning_content="Hm.")]})
     assert dict(unread.rows) == {"messages[].thought": 1}
+
+
+def test_columns_of_prompts_are_for_the_rewards() -> None:
+    unread = Unread("prompt", {})
+    unread.add({"prompt": "What is 2 + 3?", "answer": 5, "context": "sums"})
+    assert not unread.rows
