@@ -213,11 +213,14 @@ class CallbackList:
 
 
 def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
-    """Return what `callback` asks for. An end has a reason, without which the run would count as completed.
+    """Return what `callback` asks for: nothing where its hook returns nothing, as hooks of other trainers do. An end has a
+    reason, without which the run would count as completed.
 
     Raises:
-        UserError: no request, or one for what is `ignored` at this moment.
+        UserError: what is no request, or one for what is `ignored` at this moment.
     """
+    if request is None:
+        return Request()
     if not isinstance(request, Request):
         reason = f"the callback {callback.name} returned {type(request).__name__} where it asks for something"
         raise UserError(Problem(KEY, reason, "end the hook with `return dstune.Request()`"))

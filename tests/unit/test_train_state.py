@@ -147,14 +147,24 @@ def test_what_nobody_would_do_after_an_evaluation_is_refused(action):
         CallbackList([Late()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
 
 
-def test_a_hook_that_forgets_its_answer_is_named():
-    class Forgetful(Callback):
-        name = "forgetful"
+def test_a_hook_that_returns_nothing_asks_for_nothing():
+    class Silent(Callback):
+        name = "silent"
 
         def on_evaluate(self, run, evaluation): ...
 
-    with pytest.raises(UserError, match="the callback forgetful returned NoneType"):
-        CallbackList([Forgetful()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
+    assert CallbackList([Silent()]).on_evaluate(SimpleNamespace(), SimpleNamespace()) == Request()
+
+
+def test_a_hook_that_returns_something_else_is_named():
+    class Mistaken(Callback):
+        name = "mistaken"
+
+        def on_evaluate(self, run, evaluation):
+            return True
+
+    with pytest.raises(UserError, match="the callback mistaken returned bool"):
+        CallbackList([Mistaken()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
 
 
 def callback(**hooks):
