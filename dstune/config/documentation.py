@@ -224,10 +224,9 @@ def _key_text(key: str) -> str:
         names = registered_values().get(key)
         kind = f"{setting.type}; there are: {', '.join(names)}" if names else setting.type
         bounds = _bounds(setting)
+        advice = _wrapped("advice", GUIDANCE[key]) if key in GUIDANCE and not lines else []
         lines += [f"{key}{where}", *_wrapped("type", kind + (f", {bounds}" if bounds else ""))]
-        lines += [*_wrapped("default", _default_of(setting)), *_wrapped("meaning", setting.doc)]
-    if key in GUIDANCE:
-        lines += _wrapped("advice", GUIDANCE[key])
+        lines += [*_wrapped("default", _default_of(setting)), *_wrapped("meaning", setting.doc), *advice]
     return "\n".join([*lines, *_wrapped("example", f"dstune train ... {_example(key)}")])
 
 
@@ -272,7 +271,19 @@ def _group_text(name: str, choices: Sequence[str], settings: Sequence[Setting]) 
     shown = [choice for choice in choices if choice != "default"]
     if shown:
         lines += _block("Choices", {choice: _description(name, choice) for choice in shown}, 16)
+        if (default := _default_choice(name)) in shown:
+            lines += [f"  {name}={default} where nothing else is said", ""]
     return "\n".join([*lines, *(_block("Keys", _rows(settings), 12) if settings else [])])
+
+
+def _default_choice(group: str) -> str | None:
+    """Return what the root of every configuration chooses of a group; None where it chooses nothing."""
+    import yaml
+
+    from dstune.config.hydra_session import ROOT_CONFIG, config_folder
+
+    root = yaml.safe_load((config_folder() / f"{ROOT_CONFIG}.yaml").read_text(encoding="utf-8"))
+    return next((entry[group] for entry in root["defaults"] if isinstance(entry, dict) and group in entry), None)
 
 
 def _choice_text(group: str, choice: str) -> str:
