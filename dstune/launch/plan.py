@@ -282,6 +282,7 @@ def as_json(estimate: Planned, price: float | None, config: RunConfig) -> dict[s
         "warnings": _warnings(estimate, config),
         "calibrated": estimate.calibrated,
         "model": {
+            "path": config.model.path,
             "parameters": estimate.parameters,
             "trained": estimate.trained,
             **({"unreached": estimate.setup.unreached} if estimate.setup.unreached else {}),
