@@ -53,6 +53,13 @@ class PublishedWeights:
         if self._world.is_main:
             shutil.rmtree(self.path_of(version), ignore_errors=True)
 
+    def remove_earlier(self, version: str) -> None:
+        """Remove what earlier launches left beside this version, which can be a whole model for each."""
+        if self._world.is_main:
+            for folder in self._folder.glob(f"{PREFIX}*"):
+                if folder.name != version:
+                    shutil.rmtree(folder, ignore_errors=True)
+
     def _adapter(self) -> dict[str, Tensor]:
         """Return the adapter on the main rank, nothing elsewhere."""
         from peft import get_peft_model_state_dict

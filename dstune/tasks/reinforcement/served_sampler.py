@@ -72,6 +72,8 @@ class ServedSampler:
 
         base = self._agree(give if self._world.is_main else lambda: self._base)
         self._base = ServedModel(*self._world.broadcast((base.name, base.max_length)))
+        if not earlier and self._task.rollout_folder is None:  # other runs may share a folder that is named
+            self._weights.remove_earlier(self.version)
         if earlier not in ("", self.version):
             self._weights.remove(earlier)
         return self.version
