@@ -29,7 +29,7 @@ class PrefixConfig(AdapterConfig):
     virtual_tokens: int = setting(20, at_least=1)
     """Length of the prefix."""
     projection_size: int | None = setting(None, at_least=1)
-    """Train the prefix through a two-layer network of this width; as it is when not given."""
+    """Train the prefix through a two-layer network of this width; if unset, train the prefix itself."""
 
 
 @method
