@@ -93,7 +93,7 @@ def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bo
         return Problem("model.path", f"{statement}, and {stored.obstacle}", fix, path)
     if stored.package and importlib.util.find_spec(stored.package.replace("-", "_")) is None:
         reason = f"{statement}, and reading them takes the package {stored.package}, which is not installed"
-        return Problem("model.path", reason, "pip install 'dstune[quantized]'", path)
+        return Problem("model.path", reason, "pip install '.[quantized]' in a clone of dstune", path)
     if quantizes:
         reason = f"{statement}, and this method rounds weights in 16 bits to 4 while it loads them"
         return Problem("method", reason, "method=lora, or a copy of the model in 16 bits", "qlora")

@@ -30,7 +30,7 @@ def require_river() -> None:
     try:
         import river.drift  # noqa: F401
     except ImportError as error:
-        fix = "pip install 'dstune[monitor]', or --no-streams"
+        fix = "pip install '.[monitor]' in a clone of dstune, or --no-streams"
         raise UserError(Problem("--streams", "needs the package river", fix)) from error
 
 
