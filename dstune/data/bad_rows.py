@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dstune.config.data_schema import OnBadRow
 from dstune.core.errors import Problem, UserError
-from dstune.data.problems import unprinted_in
+from dstune.data.problems import NO_TOWER, unprinted_in
 
 MAX_LISTED_BAD_ROWS = 10
 
@@ -77,4 +77,6 @@ class BadRows:
         fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
         if all(problem.reason.startswith("not UTF-8") for problem in self._faulty):
             fix = f"if it is of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW; else {fix}"
+        elif all(NO_TOWER in problem.reason for problem in self._faulty):
+            fix = "model.path=MODEL that sees (docs/images.md names some); data.on_bad_row=skip leaves such rows out"
         return [*problems, Problem(where=last.where, reason=last.reason + further, fix=fix)]

@@ -6,6 +6,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+NO_TOWER = "sees none: it has no tower for them"
+"""Of a model whose rows hold images: the rows may be right, and another model reads them."""
+
 
 class RowError(ValueError):
     """This row cannot be used; the text says why."""

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.core.text import one_line
 from dstune.data import sources
 from dstune.data.formats import check_task, column_of, recognise
+from dstune.data.images.places import COLUMN
 from dstune.data.rows import RowError, normalise
 from dstune.launch import machine
 from dstune.launch import plan as planner
@@ -43,6 +44,8 @@ CHARACTERS_A_TOKEN = 3
 """Of English text a token has 4; too long a row is cut, so the guess is a careful one."""
 TEMPLATE_TOKENS = 128
 """Of a chat template, with a system message of its own."""
+SEEING = "HuggingFaceTB/SmolVLM-256M-Instruct"
+SEEING_ON_GPU = "Qwen/Qwen3-VL-2B-Instruct"
 DECODERS = ("qwen3_8b", "qwen3_4b", "qwen3_1.7b", "qwen3_0.6b")
 """What a GPU may train, the largest first."""
 
@@ -128,8 +131,14 @@ def _check_output(path: Path, force: bool) -> None:
     if path.is_dir():
         raise UserError(Problem("--output", "is a folder", f"--output {path / 'my.yaml'}", str(path)))
     if path.exists() and not force:
-        fix = "--output FILE writes another one, --force replaces it"
+        fix = f"--output {_unused(path)} writes another one, --force replaces it"
         raise UserError(Problem("--output", "exists already", fix, str(path)))
+
+
+def _unused(path: Path) -> Path:
+    """Return the first name like `path` that no file has: my-2.yaml."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(name for name in names if not name.exists())
 
 
 # ---- rows ----
@@ -145,8 +154,8 @@ def read_rows(data: str) -> Rows:
         raise UserError(Problem("DATA", reason, "give a file with a row a line", data))
     lengths = sorted(_characters(row) for row in fields)
     place = next(row.place for row in raw if row.fields is not None)
-    count = len(raw) if len(raw) < READ_ROWS else sum(map(sources.count, files))
-    return Rows(count, place, fields, lengths[-1], lengths[(len(lengths) - 1) * 99 // 100])
+    total = len(raw) if len(raw) < READ_ROWS else sum(map(sources.count, files))
+    return Rows(total, place, fields, lengths[-1], lengths[(len(lengths) - 1) * 99 // 100])
 
 
 def _characters(value: Any) -> int:
@@ -257,14 +266,17 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
     if starter.value("task") is None:
         for line in recognised_task(rows, mapping):
             starter.add(line.key, line.value, line.comment)
-    count = f"{rows.count:,} rows" if rows.count > 1 else "1 row"
+    number = f"{rows.count:,} rows" if rows.count > 1 else "1 row"
     starter.add(
-        "data.train", data, f"{count}; the longest of the first {len(rows.fields):,} has {rows.longest:,} characters"
+        "data.train", data, f"{number}; the longest of the first {len(rows.fields):,} has {rows.longest:,} characters"
     )
     config = compose(starter.overrides()).config
-    check_rows(config, rows)
+    first = checked_row(config, rows)
     cluster = machine.here(config).cluster
     _add_lengths(starter, config, rows, cluster)
+    if COLUMN in first and not starter.value("model"):
+        sees = "the rows hold images: a model of the hub that sees; docs/images.md names others"
+        starter.add("model.path", SEEING_ON_GPU if cluster.device.gpu else SEEING, sees)
     _add_model(starter, config, cluster)
     _add_name(starter, data)
     config = compose(starter.overrides()).config
@@ -272,13 +284,13 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
     return starter, config, cluster
 
 
-def check_rows(config: RunConfig, rows: Rows) -> None:
-    """Raises UserError where the first row does not suit the task."""
+def checked_row(config: RunConfig, rows: Rows) -> Mapping[str, Any]:
+    """Return the first row as the task reads it. Raises UserError where it does not suit the task."""
     first = rows.fields[0]
     name = recognise(first, config.data.columns, config.data.format, config.task, rows.place)
     check_task(name, first, config.data.columns, config.data.format, config.task, rows.place)
     try:
-        normalise(first, name, config.data.columns, config.task)
+        return normalise(first, name, config.data.columns, config.task)
     except RowError as error:
         raise UserError(Problem(rows.place, str(error), "fix the row, or add data.on_bad_row=skip")) from None
 
@@ -294,7 +306,10 @@ def _add_lengths(starter: Starter, config: RunConfig, rows: Rows, cluster: Clust
     epochs = 3 if rows.count < 1000 else 2 if rows.count < 10_000 else 1
     starter.add("trainer.epochs", epochs, "passes over the rows; fewer if the held-out loss rises")
     batch = 8 if rows.count < 500 else 16 if rows.count < 5000 else 32
-    starter.add("trainer.global_batch_size", batch, "rows of a step, on all devices together")
+    comment = "rows of a step, on all devices together"
+    if not task_of(config.task).comparable_loss:
+        batch, comment = batch * 4, "rows of a step: each is compared with the others, so more of them teach more"
+    starter.add("trainer.global_batch_size", batch, comment)
 
 
 def _add_model(starter: Starter, config: RunConfig, cluster: Cluster) -> None:

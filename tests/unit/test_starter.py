@@ -119,6 +119,31 @@ def test_without_a_gpu_a_packaged_model(folder: Path):
     assert composed().model.path == "sample://minilm"
 
 
+def test_rows_with_images_get_a_model_that_sees(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}
+    file = write_rows([{"messages": [seen, TURNS[1]], "images": ["a.png"]}])
+    main([file])
+    assert composed().model.path == "HuggingFaceTB/SmolVLM-256M-Instruct"
+    on(monkeypatch, "NVIDIA GeForce RTX 4090")
+    main([file, "--force"])
+    assert composed().model.path == "Qwen/Qwen3-VL-2B-Instruct"
+    main([file, "model=smollm2", "--force"])
+    assert composed().model.path == "sample://smollm2"
+
+
+def test_rows_that_are_compared_get_larger_steps(folder: Path):
+    main([write_rows([{"anchor": "a", "positive": "b"}])])
+    assert composed().trainer.global_batch_size == 32
+
+
+def test_the_fix_names_a_free_file(folder: Path):
+    file = write_rows([{"messages": TURNS}])
+    for name in ("my.yaml", "my-2.yaml"):
+        Path(name).write_text("mine")
+    with pytest.raises(UserError, match=r"--output my-3\.yaml"):
+        main([file])
+
+
 def test_lengths_and_numbers_of_rows_decide(folder: Path):
     main([write_rows([{"text": "word " * 400}] * 30)])
     few = composed()

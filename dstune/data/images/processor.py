@@ -15,7 +15,7 @@ import numpy as np
 from dstune.config.architectures import VisionFiles
 from dstune.core.errors import Problem, UserError, files_of_others, first_line
 from dstune.data.images.store import require_pillow
-from dstune.data.problems import RowError
+from dstune.data.problems import NO_TOWER, RowError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def refusal(vision: VisionFiles | None, model: str) -> str:
     """Return why the model is not trained on images; empty where it is. model: its name for the message."""
     families = ", ".join(sorted(FAMILIES))
     if vision is None:
-        return f"{model} sees none: it has no tower for them (models with one: {families})"
+        return f"{model} {NO_TOWER} (models with one: {families})"
     if vision.model_type not in FAMILIES:
         return f"images are trained with {families}, and {model} is {vision.model_type}"
     if not vision.has_processor:
