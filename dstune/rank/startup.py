@@ -218,6 +218,8 @@ def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
 def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
     if not run.config.evaluate.samples or (before and run.state.step > 0):
         return
+    if prompts := run.data.prompts[: run.config.evaluate.samples]:
+        run.message(f"answering {len(prompts)} held-out prompt{'s' if len(prompts) > 1 else ''} (evaluate.samples)")
     answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
     if run.log is not None and answers:
         run.log.samples(run.state.step, answers)
