@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
             _print_status(f"left out: {problem}")
         _print_status(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
     taken = {*ANSWERS, "row"}
-    _note_replaced(rows, taken)
+    if files:
+        _note_replaced(rows, taken)
     output = _output(arguments, files, rows, request) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         _print_status(f"loading the model for task={task.name}")
