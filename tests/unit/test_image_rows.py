@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dstune.config.data_schema import OnBadRow
+from dstune.core.errors import UserError
+from dstune.data.bad_rows import BadRows
 from dstune.data.chat.evidence import Kept, _pixels
 from dstune.data.images import store
 from dstune.data.images.expand import count_to, expand
 from dstune.data.images.places import for_hash
 from dstune.data.images.positions import three_positions
+from dstune.data.images.processor import refusal
 from dstune.data.images.store import ImageFiles, ImageWriter, decode, size_of
 from dstune.data.preferences import as_chat
 from dstune.data.problems import RowError
@@ -415,6 +419,19 @@ def test_relative_paths_begin_in_the_folder_that_is_named(rows: Path, tmp_path: 
     assert ImageWriter(tmp_path, str(elsewhere)).take({"images": ["x.png"]}, rows)["images"][0]["size"] == [32, 32]
     with pytest.raises(RowError, match="the row holds an image; it is blind"):
         ImageWriter(tmp_path, None, "it is blind").take({"images": ["a.png"]}, rows)
+
+
+def test_the_fix_for_a_model_without_a_tower_is_another_model() -> None:
+    def fix(*reasons: str) -> str:
+        bad = BadRows(OnBadRow.error)
+        for number, reason in enumerate(reasons, 1):
+            bad.add(f"rows.jsonl:{number}", f"the row holds an image; {reason}")
+        with pytest.raises(UserError) as caught:
+            bad.raise_if_any()
+        return caught.value.problems[-1].fix
+
+    assert fix(*[refusal(None, "m")] * 2).startswith("model.path=MODEL that sees")
+    assert fix(refusal(None, "m"), "task=reward reads none").startswith("fix the file")
 
 
 def test_bytes_are_hashed_by_their_digest() -> None:
