@@ -33,8 +33,9 @@ def best_commands(sweep: Path, records: Sequence[Record], objective: str) -> lis
         values = [f"{key}={literal(value)}" for key, value in best.values.items()]
     except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError, KeyError, UserError):
         return []
-    trial = shlex.quote(str(sweep / best.name))
-    return [redact(shlex.join(["dstune", "train", *fixed, *values])), f"dstune export {trial}"]
+    folder = sweep / "best"  # what the trial exported at its end is in the way of another export there
+    export = ["dstune", "export", str(sweep / best.name), "--out", str(folder)]
+    return [redact(shlex.join(["dstune", "train", *fixed, *values])), shlex.join(export)]
 
 
 def _fixed(content: Any, best: Record) -> list[str]:

@@ -283,7 +283,7 @@ def test_the_best_trial_is_a_command(sweep: Path):
     train, export = best_commands(sweep, read_records(sweep), "loss")
     words = ["--config-dir", "groups", "data.train=my rows.jsonl", "method=lora", "optimizer.lr=0.001", "method.rank=8"]
     assert shlex.split(train) == ["dstune", "train", *words]
-    assert shlex.split(export) == ["dstune", "export", f"{sweep}/001-lr=0.001,rank=8"]
+    assert shlex.split(export) == ["dstune", "export", f"{sweep}/001-lr=0.001,rank=8", "--out", f"{sweep}/best"]
     assert train in Page(page(sweep)).text
     file.write_text("{")
     assert best_commands(sweep, [], "loss") == []
