@@ -267,8 +267,8 @@ def _metadata(key: str, group: str) -> Mapping[str, Any]:
 
 
 def _group_text(name: str, choices: Sequence[str], settings: Sequence[Setting]) -> str:
-    lines = [f"{name}: a group, chosen by {name}=CHOICE" if choices else f"{name}: a section of keys", ""]
     shown = [choice for choice in choices if choice != "default"]
+    lines = [f"{name}: a group, chosen by {name}=CHOICE" if shown else f"{name}: a section of keys", ""]
     if shown:
         lines += _block("Choices", {choice: _description(name, choice) for choice in shown}, 16)
         if (default := _default_choice(name)) in shown:
