@@ -24,7 +24,7 @@ class AugmentConfig:
     models: list[str] = setting([])
     """Models that rewrite a copy one after another: `[EN_DE,DE_EN]` translates there and back, `[MODEL]` paraphrases."""
     prompt: str = "{text}"
-    """What such a model reads, `{text}` in it; a decoder is asked through its chat template."""
+    """Prompt of a rewriting model; `{text}` is the row's text. A decoder gets the prompt in its chat template."""
     temperature: float = setting(0.8, at_least=0.0)
     """Of the rewriting models; 0 takes the most probable token."""
     max_new_tokens: int = setting(128, at_least=1)
