@@ -158,7 +158,7 @@ def test_adapters_of_named_weights_equal_plain_peft(workshop, gpt_oss):  # noqa:
     for name in names.values():
         rows = workshop.rows(name)
         assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-6), name
-        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-4), name
+        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-5), name
         trained = load_file(workshop.folder / name / "export" / "adapter_model.safetensors")
         theirs = {key.replace(".default", ""): weight for key, weight in expected.weights.items() if ".lora_" in key}
         assert trained.keys() == theirs.keys() and any("experts.base_layer.lora_A" in key for key in trained)
