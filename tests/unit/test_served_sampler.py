@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dstune.core.errors import UserError
 from dstune.models.heads.base import IGNORED
-from dstune.tasks.reinforcement import sampler_check, sampling
+from dstune.tasks.reinforcement import rules, sampler_check, sampling, served_sampler, vllm_server
 from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
 from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead
@@ -185,6 +185,41 @@ def test_what_it_answers_is_checked(folder, server, tmp_path, fault, said):
     sampler = sampler_of(adapted(folder), server, tmp_path, max_new_tokens=252 if fault == "too long" else 24)
     with pytest.raises(UserError, match=said):
         write(sampler)
+
+
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_an_end_token_at_the_last_place_ends_a_completion(finish):
+    """Whatever the server looks at first."""
+    choice = {"finish_reason": finish, "token_ids": [5, END], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
+    assert vllm_server._read_choice(choice, [1], vllm_server.Sampling(2, 1.0, {END}, 64)).ended
+    with pytest.raises(vllm_server.ServerRefused, match="elsewhere"):
+        vllm_server._read_choice(choice | {"finish_reason": "length"}, [1], vllm_server.Sampling(3, 1.0, {END}, 64))
+
+
+def test_a_key_is_one_line_and_never_shown(monkeypatch):
+    monkeypatch.setenv(served_sampler.KEY, "secret\n")
+    assert served_sampler.read_key() == "secret"
+    monkeypatch.setenv(served_sampler.KEY, "sec\nret")
+    with pytest.raises(UserError) as told:
+        served_sampler.read_key()
+    assert "sec" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://host:80a",
+        "ftp://host",
+        "http://user:pw@host",
+        "http://host:0",
+        "http://host/?a=b",
+        "http://a b",
+    ],
+)
+def test_an_address_that_no_server_has_is_refused(url):
+    assert (reason := rules._wrong_address(url)) and url not in reason
+    assert not rules._wrong_address("http://[::1]:8000/prefix") and not rules._wrong_address("https://host")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dstune.config.convert import format_value
 from dstune.config.schema import Automatic, RunConfig
@@ -69,8 +70,8 @@ def _check_rollout(config: RunConfig, task: ReinforcementConfig) -> Iterator[Pro
         yield Problem(
             "task.rollout_url", "task.rollout=vllm needs a server", "task.rollout_url=http://HOST:PORT", "null"
         )
-    if task.rollout_url is not None and not task.rollout_url.startswith(("http://", "https://")):
-        yield Problem("task.rollout_url", "this is no address of a server", "http://HOST:PORT", task.rollout_url)
+    if task.rollout_url is not None and (reason := _wrong_address(task.rollout_url)):
+        yield Problem("task.rollout_url", reason, "http://HOST:PORT")
     if mode is not Rollout.vllm:
         defaults = ReinforcementConfig()
         for key in ("rollout_url", "rollout_folder", "rollout_seconds", "rollout_sleep"):
@@ -80,6 +81,20 @@ def _check_rollout(config: RunConfig, task: ReinforcementConfig) -> Iterator[Pro
     if task.correction is Correction.mask and task.cap is None:
         reason = "with task.rollout=exact the sampler is not corrected for"
         yield Problem("task.correction", reason, "task.importance_cap=2, or leave it out", "mask")
+
+
+def _wrong_address(url: str) -> str:
+    """Say why a server cannot be asked at this address, which may hold a password and is not repeated; empty where it can."""
+    try:
+        parts = urlsplit(url)
+        has_place = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number
+        has_place = False
+    if not has_place or not url.isprintable() or " " in url:
+        return "this is no address of a server"
+    if "@" in parts.netloc:
+        return "its user and password would stand in the run's files: DSTUNE_ROLLOUT_API_KEY holds a key"
+    return "it goes on behind the path" if parts.query or parts.fragment else ""
 
 
 def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:

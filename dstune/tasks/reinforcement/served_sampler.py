@@ -47,7 +47,7 @@ class ServedSampler:
         self._task, self._world = task, world
         folder = run_dir.resolve() / FOLDER if task.rollout_folder is None else Path(task.rollout_folder).resolve()
         self._weights = PublishedWeights(engine, world, folder)
-        self._server = VllmServer(task.rollout_url, os.environ.get(KEY, ""), task.rollout_seconds)
+        self._server = VllmServer(task.rollout_url, read_key(), task.rollout_seconds)
         if self._weights.is_adapter:
             self._server.recover = self._load
         vocabulary = int(configuration_of(engine.module).vocab_size)
@@ -145,6 +145,14 @@ class ServedSampler:
         if reasons := [reason for reason, _ in everyone if reason]:
             raise RolloutsUnavailable(reasons[0])
         return result  # type: ignore[return-value]
+
+
+def read_key() -> str:
+    """Return the server's key; empty where there is none. Raises UserError for one that no header can have, without showing it."""
+    key = os.environ.get(KEY, "").strip()  # files of secrets often end with a line break
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(Problem(KEY, "holds characters that no header of a request can have", "the key alone"))
+    return key
 
 
 def _seed(keys: tuple[int, int], prompt: int) -> int:

@@ -248,6 +248,11 @@ def _read_choice(choice: Mapping[str, Any], prompt: list[int], sampling: Samplin
     if not all(-math.inf < value < 0.1 for value in logps):  # a little above 0 by rounding
         raise ServerRefused(0, "its log-probabilities are no log-probabilities")
     has_ended = ids[-1] in sampling.ends
-    if has_ended != (finish == "stop") or any(token in sampling.ends for token in ids[:-1]):
+    is_full = (
+        len(ids) == sampling.max_new_tokens
+    )  # some versions look at the length first, and say `length` of an end token there
+    if (has_ended != (finish == "stop") and not (has_ended and is_full)) or any(
+        token in sampling.ends for token in ids[:-1]
+    ):
         raise ServerRefused(0, "it ended a completion elsewhere than at an end token")
     return Sampled(ids, logps, has_ended)
