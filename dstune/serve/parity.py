@@ -161,7 +161,7 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
     bound, compared, proven_with_images = _bound(engine), 0, 0  # rows of which it reports a target at least
-    largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
+    largest, scored = 0.0, []
     for number, row in enumerate(rows, 1):
         logprobs = await _logprobs(engine, name, row)
         compared += bool(logprobs)
@@ -174,10 +174,16 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
                 "is loaded."
             )
         largest = max(largest, different)
-        if effect is not None and base is not None and effect.needs(row):
-            effect.take(row, logprobs, await _logprobs(engine, base, row))
+        if logprobs:
+            scored.append((row, logprobs))
     if compared < max(LEAST_COMPARED * len(rows), 1):
         raise Unprovable(f"the engine reports log-probabilities of {compared} of {len(rows)} rows of the reference")
+    effect = None
+    if base is not None:
+        effect = Effect([row for row, _ in scored], engine.dtype)
+        for row, logprobs in scored:
+            if effect.needs(row):
+                effect.take(row, logprobs, await _logprobs(engine, base, row))
     if effect is not None and (reason := effect.problem()):
         raise Refused(
             f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
@@ -215,6 +221,7 @@ class Effect:
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], dtype: str):
+        """rows: those of a reference of which the engine reports log-probabilities."""
         self._dtype, self.largest = dtype, 0.0
         self._expected = all("base_logprobs" in row for row in rows)
         self._along = self._length = 0.0

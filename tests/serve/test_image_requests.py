@@ -194,6 +194,25 @@ def test_a_template_that_writes_earlier_answers_otherwise_scores_nothing(tmp_pat
     assert proof_by_vllm(tmp_path, monkeypatch, server, [ROW]).status == "unproven"
 
 
+def test_an_adapter_is_proven_by_the_rows_that_an_engine_scores(tmp_path, monkeypatch):
+    """Though training changed those with images most."""
+    write_reference(
+        tmp_path,
+        [*[ROW | {"base_logprobs": [-9.0, -9.0, -9.0]}] * 8, *[TEXT_ROW | {"base_logprobs": [-3.0]}] * 8],
+    )
+
+    async def score(self: Engine, model: str, prompt: Any, targets: Any) -> list[float]:
+        return [-1.0 if model == "m" else -3.0]
+
+    server = Vllm([1, 9, 9, 2], [-1.0, -2.0], scored=[1, 9, 9, 8, 5, 6])
+    monkeypatch.setattr(Engine, "ask", lambda self, *given: server.ask(*given))
+    monkeypatch.setattr(Engine, "logprobs", score)
+    engine = VllmEngine(stub_source("m", folder=tmp_path), "base", tmp_path, tmp_path, Limits(), address="http://x")
+    engine.dtype = "float32"
+    proof = asyncio.run(prove(engine, "m", engine.source, "base"))
+    assert (proof.status, proof.rows, proof.effect) == ("proven", 8, 2.0)
+
+
 def test_an_engine_without_images_is_proven_on_text(tmp_path, monkeypatch):
     monkeypatch.setattr(VllmEngine, "reads_images", False)
     found = proof_by_vllm(tmp_path, monkeypatch, Vllm([], []), [ROW, TEXT_ROW])
