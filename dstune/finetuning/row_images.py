@@ -16,7 +16,7 @@ from dstune.config.architectures import PROCESSOR_SETTINGS, VisionFiles
 from dstune.core.errors import UserError
 from dstune.core.parsing import object_in
 from dstune.data.images.processor import refusal
-from dstune.data.images.store import MAX_PIXELS_OF_ROW, content_of_data_url, decode, require_pillow
+from dstune.data.images.store import MAX_PIXELS_OF_ROW, content_of_data_url, decode, require_pillow, size_of
 from dstune.data.problems import RowError, format_value
 from dstune.finetuning.row_problems import FieldError
 from dstune.serve.images import is_image, problem_of_address
@@ -90,7 +90,8 @@ def _pixels(part: Mapping[str, Any], at: str) -> int:
         if not any(map(content.startswith, _BEGINNINGS.values())):
             raise RowError(f"is none of {', '.join(_BEGINNINGS)}")
         require_pillow("images")
-        width, height = decode(content).size
+        decode(content)
+        width, height = size_of(content)  # refuses several frames, of which decoding sees the first
     except RowError as error:
         raise FieldError(f"{at}.image_url.url", str(error)) from None
     except UserError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from dstune.core.parsing import parse_json
 from dstune.core.text import visible
 from dstune.data import media
+from dstune.data.images.places import COLUMN, with_images
 from dstune.data.message import type_of_part
 from dstune.data.messages import conversation_of, conversation_row
 from dstune.data.preferences import pair_row
@@ -167,6 +168,7 @@ def _supervised(row: dict[str, Any]) -> dict[str, Any]:
             value = _required(row, name)
             if not isinstance(value, str) or not value.strip():
                 raise FieldError(name, f"must be a text that is not empty, it is {format_value(value)}")
+        media.refuse_markers(row)
         return row
     _only(row, ("messages", *TOOL_KEYS), "")
     messages = _messages(_required(row, "messages"), "messages", sees=True)
@@ -182,6 +184,8 @@ def _check_by_reader(row: Mapping[str, Any]) -> None:
     read = conversation_row(conversation_of(row["messages"], "messages"), fields, needs_answer=True)
     if not any(_says(message) for message in read["messages"]):
         raise FieldError("messages", "no message says anything")
+    if COLUMN not in with_images(read, None, sees=""):
+        media.refuse_markers(read)
 
 
 def _says(message: Mapping[str, Any]) -> bool:
@@ -217,7 +221,7 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
     }
     if input_value.get("tools"):
         made["tools"] = input_value["tools"]
-    pair_row(made)
+    media.refuse_markers(pair_row(made))
     return made
 
 
@@ -230,7 +234,9 @@ def _reinforcement(row: dict[str, Any]) -> dict[str, Any]:
     for name in RESERVED:
         if name in row:
             raise FieldError(name, "this name is taken here; give the field another one")
-    conversation_row(conversation_of(messages, "messages"), {"tools": row.get("tools")}, needs_answer=False)
+    media.refuse_markers(
+        conversation_row(conversation_of(messages, "messages"), {"tools": row.get("tools")}, needs_answer=False)
+    )
     others = {name: value for name, value in row.items() if name not in ("messages", *TOOL_KEYS)}
     media.refuse_columns(others)
     made: dict[str, Any] = {"prompt": messages, **others}
