@@ -26,6 +26,7 @@ from dstune.cycle.judges import judge_of
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
 from dstune.cycle.settings import CycleSettings
+from dstune.data.images.places import COLUMN
 from dstune.monitor.row_files import read_run_parts
 from dstune.protocols import task_of
 
@@ -88,6 +89,7 @@ class Cycle:
     def run(self) -> str:
         """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
         check_task(read_run(self.settings.run / "run.yaml").config)
+        self._refuse_images()
         self._refuse_gates_of_text()
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._first_version()
@@ -99,6 +101,11 @@ class Cycle:
                 break
         files.write(self.place / DONE, json.dumps({"decision": decision}) + "\n", sync=True)
         return decision
+
+    def _refuse_images(self) -> None:
+        if any(COLUMN in row for rows in self._base[1].values() for row in rows):
+            reason = "its rows show images, which the log of requests does not keep and no gate looks at"
+            raise UserError(Problem("run", reason, "a run on text", str(self.settings.run)))
 
     def _refuse_gates_of_text(self) -> None:
         gates = self.settings.gates

@@ -93,12 +93,13 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
 def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
     """Read the rows of a configuration into files of the folder; returns them by part."""
     from dstune.data.bad_rows import BadRows
+    from dstune.data.images.store import ImageWriter
     from dstune.data.ingest import ingest
     from dstune.data.row_sources import find_inputs
 
-    bad = BadRows(OnBadRow.skip)
+    bad, images = BadRows(OnBadRow.skip), ImageWriter(folder, config.data.image_folder)
     return {
-        part: ingest(inputs[""].files, inputs[""].config, folder / f"{part}.arrow", bad)
+        part: ingest(inputs[""].files, inputs[""].config, folder / f"{part}.arrow", bad, images=images)
         for part, inputs in find_inputs(config).items()
         if part in ("train", "validation", "test")
     }

@@ -16,6 +16,8 @@ from dstune.config.compose import compose
 from dstune.config.forgetting import with_replay
 from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
+from dstune.cycle.settings import CycleSettings
+from dstune.cycle.steps import Cycle
 from dstune.monitor import row_files
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
 from dstune.monitor.gather import Reference, _add_model_signals, read_live
@@ -27,6 +29,7 @@ from dstune.tasks.classification.config import ClassificationConfig
 from tests.support.configs import run_config
 from tests.support.serving import chat, served
 from tests.support.tiny import write_labelled
+from tests.unit.test_image_rows import PNG
 
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
 
@@ -204,6 +207,21 @@ def test_rows_that_a_run_replayed_are_among_those_that_it_was_trained_on(tmp_pat
     train, validation = ({row["text"] for _, row in parts[part]} for part in ("train", "validation"))
     assert train | validation == texts[0] | texts[1] and texts[1] <= train and validation <= texts[0]
     assert len(read_run_parts(tmp_path / "run", 25)[1]["train"]) == 25
+
+
+def test_rows_of_a_run_on_images_are_read_with_their_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
+    row = {"messages": [asked, {"role": "assistant", "content": "a cat"}], "images": ["a.png"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["model.path=/nowhere", "data=files", f"data.train={tmp_path / 'rows.jsonl'}", "data.split.validation=0"]
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run" / "run.yaml", compose([*words, "task=chat"]))
+    ((_, read),) = read_run_parts(tmp_path / "run")[1]["train"]
+    assert asked_texts(read) == ("what is it?",) and read["images"][0]["size"] == [32, 32]
+    settings = CycleSettings(tmp_path / "run", tmp_path / "cycle", "feedback.jsonl")
+    with pytest.raises(UserError, match="its rows show images"):
+        Cycle(settings).run()
 
 
 @pytest.mark.parametrize(
