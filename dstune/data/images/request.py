@@ -54,7 +54,8 @@ class PromptImages:
         return expand(text, self.processor.placeholder, self._expansions, [len(self)]).text
 
     def look(self, number: int) -> None:
-        """Decode an image and make a model's inputs of it; its bytes are dropped. Raises RowError."""
+        """Decode an image and make a model's inputs of it; its bytes are dropped. Raises RowError, also where the inputs of all so
+        far are too much."""
         try:
             image = decode(self._contents[number])
             if image.size != self._sizes[number]:
@@ -63,14 +64,19 @@ class PromptImages:
         except RowError as error:
             raise self._error(number, error) from None
         self._contents[number] = b""
-
-    def inputs(self, ids: Sequence[int]) -> Inputs:
-        """Return what a model gets of the images beside the tokens of the prompt. Raises RowError where it is too much."""
-        if (size := self.processor.joined_bytes(self._seen)) > MAX_INPUT_BYTES:
+        if self.bytes > MAX_INPUT_BYTES:
             raise RowError(
-                f"the images are {size:,} bytes as the model takes them together, and at most {MAX_INPUT_BYTES:,} are computed; "
+                f"the images are more than {MAX_INPUT_BYTES:,} bytes as the model takes them together, and no more are computed; "
                 "images of one size take least"
             )
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the inputs of all images that were looked at."""
+        return self.processor.joined_bytes(self._seen)
+
+    def inputs(self, ids: Sequence[int]) -> Inputs:
+        """Return what a model gets of the images beside the tokens of the prompt."""
         inputs = self.processor.join(self._seen)
         if kind := self.processor.family.types:
             is_image = np.isin(np.asarray(ids, dtype=np.int64), self.processor.image_tokens)

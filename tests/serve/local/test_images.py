@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dstune.data.images import request, store
+from dstune.serve.engines.local.answers import ChatAnswers
 from tests.support.local_engine import Engine, body
 from tests.support.sight import draw, save
 from tests.unit.test_image_rows import PNG, animation, bomb, file_of
@@ -126,7 +127,7 @@ def test_images_together_are_bounded(
     assert "257 images" in refused(engine, shown(*[PNG] * 257))
     assert "This model takes 512 tokens" in refused(engine, shown(*[PNG] * 200))
     monkeypatch.setattr(request, "MAX_INPUT_BYTES", 1000)
-    assert "at most 1,000 are computed" in refused(engine, shown(PNG))
+    assert "more than 1,000 bytes" in refused(engine, shown(PNG))
     monkeypatch.setattr(store, "MAX_PIXELS_OF_ROW", 2000)
     assert "image 2 the images have 2,048 pixels together" in refused(engine, shown(PNG, PNG))
 
@@ -147,6 +148,68 @@ def test_what_images_of_prompts_that_wait_take_is_bounded(seeing: Callable[[str]
     found = engine.run(many)
     engine.scheduler._max_image_bytes = bound
     assert set(found) == {200, 503} and found.count(200) in (1, 2)
+
+
+def test_images_of_prompts_that_are_read_together_are_bounded(
+    seeing: Callable[[str], tuple[Path, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before any of them waits to be computed, and no longer than until then."""
+    _, engine = seeing("qwen2_vl")
+    size = input_bytes(engine)
+    monkeypatch.setattr(engine.scheduler, "_max_image_bytes", 3 * size)
+    looked_at: list[int] = []
+    plain = engine.app._count_bytes
+
+    def counting(images: request.PromptImages) -> None:
+        try:
+            plain(images)
+        finally:
+            looked_at.append(sum(engine.app._looked_at.values()))
+
+    monkeypatch.setattr(engine.app, "_count_bytes", counting)
+
+    async def many(client: Any) -> list[int]:
+        asked = body(messages=[{"role": "user", "content": shown(*[PNG] * 3)}], max_tokens=2)
+        answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=asked) for _ in range(6)))
+        return [answer.status_code for answer in answers]
+
+    statuses = engine.run(many)
+    assert set(statuses) == {200, 503} and 0 < max(looked_at) <= 3 * size
+    assert not engine.app._looked_at
+
+
+def input_bytes(engine: Engine) -> int:
+    """Of what the model gets of an image."""
+    images = request.PromptImages(engine.model.image_processor("base"), [PNG])
+    images.measure(0)
+    images.look(0)
+    return images.bytes
+
+
+def test_images_are_not_held_while_an_answer_is_written(
+    seeing: Callable[[str], tuple[Path, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = seeing("qwen2_vl")
+    asked = []
+    plain = ChatAnswers.submit
+
+    def submit(answers: ChatAnswers) -> None:
+        asked.append(answers.seen)
+        plain(answers)
+        assert answers.seen is None
+
+    monkeypatch.setattr(ChatAnswers, "submit", submit)
+    assert engine.says(messages=[{"role": "user", "content": shown(PNG)}]) and asked[0] is not None
+
+
+def test_what_the_engine_never_holds_is_refused_before_its_images_are_decoded(
+    seeing: Callable[[str], tuple[Path, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = seeing("qwen2_vl")
+    monkeypatch.setattr(engine.scheduler, "_max_cached_tokens", 10)
+    monkeypatch.setattr(request, "decode", None)
+    answer = engine.chat(messages=[{"role": "user", "content": shown(PNG)}], max_tokens=200)
+    assert answer["error"]["code"] == "context_length_exceeded" and "this engine holds 10" in answer["error"]["message"]
 
 
 def test_images_are_decoded_beside_the_event_loop(

@@ -15,7 +15,7 @@ from dstune.serve.asgi import event
 from dstune.serve.engines.local.batch import QueueFull, Scheduler, Sequence
 from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
 from dstune.serve.engines.local.model import LocalModel, SeenImages
-from dstune.serve.engines.local.prompts import Asked, chat_prompt, prompts_of, text_ids, too_long
+from dstune.serve.engines.local.prompts import Asked, busy, chat_prompt, prompts_of, text_ids, too_long
 from dstune.serve.engines.local.sampling import Chosen, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 from dstune.serve.errors import ApiError, error_body
@@ -106,15 +106,27 @@ class Answers:
             raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
         return bias
 
+    def refuse_large(self) -> None:
+        """Raise ApiError where the engine can never hold what is asked for."""
+        for prompt, samplings, _ in self.requested:
+            tokens = sum(len(prompt) + sampling.max_tokens for sampling in samplings)
+            try:
+                self.scheduler.refuse_large(tokens, len(samplings))
+            except ValueError as error:
+                raise ApiError(400, f"The request is too large: {error}.", code="context_length_exceeded") from None
+
     def submit(self) -> None:
         """Submit all answers of the request. Raises ApiError where the queue is full, or the engine can never hold them; nothing
         of the request is computed then."""
+        self.refuse_large()
         try:
             for prompt, samplings, choices in self.requested:
                 self._submit(prompt, samplings, choices)
         except BaseException:
             self.cancel()
             raise
+        finally:
+            self.seen = None  # the prompt that waits has it, and it may be a gigabyte
 
     def _submit(self, prompt: list[int], samplings: list[Sampling], choices: list[Choice]) -> None:
         loop = asyncio.get_running_loop()
@@ -137,9 +149,7 @@ class Answers:
         try:
             self.scheduler.submit(sequences, CLIENT.get(), self.seen)
         except QueueFull:
-            raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
-        except ValueError as error:
-            raise ApiError(400, f"The request is too large: {error}.", code="context_length_exceeded") from None
+            raise busy() from None
         self._sequences += sequences
         self.choices += choices
 

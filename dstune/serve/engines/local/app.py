@@ -17,6 +17,7 @@ from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel, SeenImages
 from dstune.serve.engines.local.prompts import (
     Asked,
+    busy,
     chat_prompt,
     prompts_of,
     read_messages,
@@ -72,6 +73,8 @@ class LanguageApp(EngineApp):
         self.model, self.scheduler = model, scheduler
         self._render = TurnThreads("render")  # one: a tokenizer keeps how it cuts
         self._images = TurnThreads("images")  # one: it has one decoded image in memory at a time
+        self._looked_at: dict[PromptImages, int] = {}
+        """Bytes of a model's inputs of images whose prompts are not submitted yet."""
         self.routes |= {
             ("GET", "/health"): self.health,
             ("GET", "/v1/models"): self.models,
@@ -104,6 +107,7 @@ class LanguageApp(EngineApp):
         if handler == self.chat:
             asked = await self._asked(body)
             chat = await self._rendered(lambda: ChatAnswers(self.model, self.scheduler, body, asked))
+            chat.refuse_large()
             chat.seen = await self._seen(asked, chat.prompt)
             answers = chat
         else:
@@ -126,16 +130,28 @@ class LanguageApp(EngineApp):
         images = asked.images
         if images is None:
             return None
-        await self._each_image(images, images.look)
 
         def joined() -> SeenImages:
             with refusing_messages():
                 return self.model.seen(ids, images.inputs(ids), images.processor)
 
-        return await self._images.run(CLIENT.get(), joined)
+        try:
+            await self._each_image(images, images.look, lambda: self._count_bytes(images))
+            return await self._images.run(CLIENT.get(), joined)
+        finally:
+            self._looked_at.pop(images, None)
 
-    async def _each_image(self, images: PromptImages, work: Callable[[int], None]) -> None:
-        """Do `work` on each image: in a thread, and between two of them others have their turn."""
+    def _count_bytes(self, images: PromptImages) -> None:
+        """Raise ApiError where what was made of these images has no room beside that of others."""
+        self._looked_at.pop(images, None)
+        if not self.scheduler.has_room_for_images(images.bytes, sum(self._looked_at.values())):
+            raise busy()
+        self._looked_at[images] = images.bytes
+
+    async def _each_image(
+        self, images: PromptImages, work: Callable[[int], None], then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Do `work` on each image: in a thread, and between two of them others have their turn. then: called behind each."""
 
         def refusing(number: int) -> None:
             with refusing_messages():
@@ -143,6 +159,7 @@ class LanguageApp(EngineApp):
 
         for number in range(len(images)):
             await self._images.run(CLIENT.get(), partial(refusing, number))
+            then()
 
     async def _rendered(self, render: Callable[[], T]) -> T:
         """Return what `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""

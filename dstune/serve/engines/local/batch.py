@@ -177,11 +177,7 @@ class Scheduler:
         """Queue the answers to one prompt, which may show images. Prompts of several clients are read in turn, and one client may
         have three quarters of those that wait. Raises QueueFull, ValueError where they can never be held."""
         prompt = _Prompt(sequences, client, images=images)
-        if prompt.tokens > self._max_cached_tokens or len(sequences) > self._max_sequences:
-            raise ValueError(
-                f"prompt and answers may take {prompt.tokens} tokens together; this engine holds "
-                f"{self._max_cached_tokens} in {self._max_sequences} answers"
-            )
+        self.refuse_large(prompt.tokens, len(sequences))
         with self._changed:
             if len(self._waiting) >= self._max_waiting:  # those whose clients have left take no place
                 self._waiting = deque(
@@ -194,13 +190,27 @@ class Scheduler:
                 or len(client_turns) * 4 >= self._max_waiting * 3
             ):
                 raise QueueFull
-            waiting_bytes = sum(waiting.image_bytes for waiting in self._waiting)
-            if waiting_bytes and waiting_bytes + prompt.image_bytes > self._max_image_bytes:
+            if prompt.image_bytes and not self.has_room_for_images(prompt.image_bytes):
                 raise QueueFull
             prompt.turn = client_turns[-1] + 1 if client_turns else self._waiting[0].turn if self._waiting else 0
             place = sum(waiting.turn <= prompt.turn for waiting in self._waiting)
             self._waiting.insert(place, prompt)
             self._changed.notify()
+
+    def refuse_large(self, tokens: int, answers: int) -> None:
+        """Raise ValueError where so many answers can never be held. tokens: of all of them, each with its prompt."""
+        if tokens > self._max_cached_tokens or answers > self._max_sequences:
+            raise ValueError(
+                f"prompt and answers may take {tokens} tokens together; this engine holds {self._max_cached_tokens} in "
+                f"{self._max_sequences} answers"
+            )
+
+    def has_room_for_images(self, size: int, beside: int = 0) -> bool:
+        """Return whether images of `size` bytes may be in memory beside those of the prompts that wait, and `beside` bytes of those
+        that are not submitted yet: always where there are no others."""
+        with self._changed:
+            others = beside + sum(waiting.image_bytes for waiting in self._waiting)
+        return not others or others + size <= self._max_image_bytes
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Return the result of `function`, which the computing thread runs between two steps."""

@@ -74,6 +74,11 @@ def text_ids(model: LocalModel, name: str, text: str) -> list[int]:
         raise too_long(error.most, f"more than {error.most}", 1, "prompt") from None
 
 
+def busy() -> ApiError:
+    """Return the error about a queue, or a memory, that is full."""
+    return ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"})
+
+
 def too_long(limit: int, length: str, requested: int, param: str) -> ApiError:
     """Return the error about a prompt for which the context has no room."""
     reason = f"This model takes {limit} tokens, prompt and answer together; the prompt has {length} and {requested} are asked for."
