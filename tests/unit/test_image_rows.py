@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dstune.config.data_schema import OnBadRow
+from dstune.config.data_schema import DataConfig, OnBadRow
 from dstune.core.errors import UserError
 from dstune.data.bad_rows import BadRows
 from dstune.data.chat.evidence import Kept, _pixels
@@ -30,6 +30,7 @@ from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
 from dstune.tasks.reward.config import RewardConfig
+from dstune.tasks.reward.predict import RewardQuestion
 from tests.support.sight import draw
 
 PLACE = {"type": "image"}
@@ -455,3 +456,13 @@ def test_three_positions_by_hand() -> None:
     assert found.tolist() == [[0, 1, 1, 1, 1, 3, 4], [0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]]
     side_by_side = three_positions(np.array([True] * 3 + [False]), np.array([[1, 2, 2], [1, 2, 4]]), 2)
     assert side_by_side.tolist() == [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
+
+
+def test_a_reward_model_refuses_to_score_images():
+    question = RewardQuestion(RewardConfig(), (), DataConfig())
+    image = "data:image/png;base64," + base64.b64encode(b"x").decode()
+    parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "Who?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Ada"}]
+    with pytest.raises(RowError, match="the row holds an image; task=reward reads none"):
+        question.row({"messages": messages}, "row 1")
+    assert question.row({"messages": [{"role": "user", "content": "Who?"}, messages[1]]}, "row 1")["messages"]

@@ -7,9 +7,10 @@ from typing import Any
 
 from dstune.config.data_schema import AUTOMATIC
 from dstune.core.errors import UserError
+from dstune.data.images.places import COLUMN
 from dstune.data.prepared import Split
 from dstune.data.problems import listing
-from dstune.data.rows import RowError, normalise, recognise
+from dstune.data.rows import SEES_NONE, RowError, normalise, recognise
 from dstune.data.tokenize import Sample
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Query, Question
@@ -28,7 +29,10 @@ class RewardQuestion(Question):
         except UserError:
             expected = "'messages', or 'prompt' and 'completion'"
             raise RowError(f"a reward is of {expected}; the columns here are {listing(fields)}") from None
-        return normalise(fields, fmt, self.mapping, ChatConfig())
+        row = normalise(fields, fmt, self.mapping, ChatConfig())
+        if COLUMN in row:
+            raise RowError(f"the row holds an image; task=reward {SEES_NONE}")
+        return row
 
 
 class RewardPredictor(Predictor):
