@@ -216,7 +216,7 @@ def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _key_text(key: str) -> str:
-    lines = []
+    lines: list[str] = []
     for setting in merged():
         if setting.key != key:
             continue
