@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 
 
@@ -17,7 +18,9 @@ def write_k_type(plain: Path, file: Path, kind: str) -> None:
     from dstune.checkpoint.gguf_file import file_type
 
     command = [sys.executable, "-m", __name__, str(plain), str(file), str(file_type(kind))]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode or not file.is_file():
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "assert" in line.lower()]
         said = lines[-1].strip() if lines else f"it ended with exit code {done.returncode}"

@@ -58,10 +58,11 @@ def export_quantized(
     for the model: before any work.
     """
     check_free(out, force)
-    require_package(quantization)
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     with quietly():
-        _check_model(config, quantization)
+        _check_model(config, quantization)  # a model that no package could write is refused as such
+    require_package(quantization)
+    with quietly():
         blocks = _calibration(config) if quantization.format == "awq" else []
     with temporary_folder(out) as folder:
         merge = method_of(config.method).merges
@@ -129,6 +130,7 @@ def _check_model(config: RunConfig, quantization: Quantization) -> None:
     if stacked and not _published_one_by_one(architecture.model_type):
         raise refuse("experts of this architecture are published as one stacked tensor, for which FP8 is not written")
     if quantization.format == "awq":
+        require_package(quantization)
         from auto_round.algorithms.transforms.awq.mappings import AWQ_MAPPING_REGISTRY
 
         if type(model).__name__ not in AWQ_MAPPING_REGISTRY:

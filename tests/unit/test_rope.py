@@ -19,7 +19,7 @@ from dstune.core.errors import UserError
 from dstune.methods.features.config import FeaturesConfig
 from dstune.methods.features.vectors import _key
 from dstune.models.load import load_config, load_model, load_tokenizer
-from dstune.tasks.preference.reference import _identity
+from dstune.tasks.preference.reference import identity_at_start
 
 POSITIONS = 128
 ROWS = ("data.packing=false", "trainer.micro_batch_size=1")
@@ -117,7 +117,7 @@ def test_cached_vectors_and_references_belong_to_the_positions_that_made_them(tm
     def keys_of(*words: str) -> list[str]:
         config = compose([f"model.path={folder}", "data.train=rows.jsonl", *words]).config
         vectors = _key(config, FeaturesConfig(), data, Precision.fp32)
-        return [vectors, json.dumps(_identity(config, alone), default=str)]
+        return [vectors, json.dumps(identity_at_start(config, alone), default=str)]
 
     types = [("model.rope.type=yarn",), ("model.rope.type=yarn", "model.rope.factor=4"), ("model.rope.type=linear",)]
     every = [keys_of(*words) for words in ((), *types)]

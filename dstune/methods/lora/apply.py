@@ -96,6 +96,8 @@ def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
 
     Not among them: the head, modules trained whole, parts that no row reaches, and layers that peft never adapts.
     """
+    if not hasattr(adapted, "get_base_model"):
+        return {}
     model: Any = adapted.get_base_model()  # type: ignore[operator]
     head, parts = model.get_output_embeddings(), unreached_parts(model)
     found = {}
