@@ -319,7 +319,9 @@ def run_trl(arguments: argparse.Namespace) -> None:
 
 def learn_sums(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure a verifiable task that the model can do and rarely does: after `3 + 4 =` it says the sum one time in ten."""
-    (folder / "plain.jinja").write_text("{{ messages[0].content }}")  # a conversation would be answered in words
+    # A conversation would be answered in words.
+    ending = "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    (folder / "plain.jinja").write_text("{% for message in messages %}{{ message.content }}" + ending + "{% endfor %}")
     sums = [(first, second) for first in range(1, 9) for second in range(1, 9) if first + second <= 9]
     write_rows(folder, [{"prompt": f"{one} + {two} =", "pattern": rf"^\s*{one + two}(?!\d)"} for one, two in sums])
     runs = []
