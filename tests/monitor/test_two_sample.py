@@ -263,5 +263,5 @@ def test_streams_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from dstune.monitor.streams import require_river
 
     monkeypatch.setitem(sys.modules, "river.drift", None)
-    with pytest.raises(UserError, match=r"dstune\[monitor\]"):
+    with pytest.raises(UserError, match=r"\.\[monitor\]"):
         require_river()

@@ -191,7 +191,8 @@ def documented() -> list[list[str]]:
     blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
-    return [words[2:] for words in commands if words[:2] == ["dstune", "plan"] and "--calibrate" not in words]
+    plans = [words[2:] for words in commands if words[:2] == ["dstune", "plan"] and "--calibrate" not in words]
+    return [words[: words.index(">")] if ">" in words else words for words in plans]
 
 
 def test_the_documented_commands_plan(capsys: pytest.CaptureFixture[str]) -> None:
