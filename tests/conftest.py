@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from absl.logging import PythonHandler
 from support import warm_start
-from support.tiers import SECONDS, WHOLE_FILES, part_of
+from support.tiers import SECONDS, WHOLE_FILES, is_left_to_slow, part_of
 
 pytest.register_assert_rewrite("support.matrix")
 
@@ -95,6 +95,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if place(item.path) in WHOLE_FILES:
             item.add_marker("ci")
+        if is_left_to_slow(f"{place(item.path)}::{item.name}"):
+            item.add_marker("slow")
     if chosen := config.getoption("--ci-part"):
         part, parts = map(int, chosen.split("/"))
         parts_of_files = part_of({place(item.path) for item in items if _long(item)}, parts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.tiers import SECONDS, part_of
+from support.tiers import LEFT_TO_SLOW, SECONDS, part_of
 
 TESTS = Path(__file__).parents[1]
 
@@ -14,6 +16,14 @@ TESTS = Path(__file__).parents[1]
 def test_every_named_file_is_there() -> None:
     """One that was renamed would be back in `make test`, and nobody would see it."""
     assert [file for file in SECONDS if not (TESTS / file).is_file()] == []
+
+
+@pytest.mark.parametrize("pattern", LEFT_TO_SLOW)
+def test_every_pattern_names_tests(pattern: str) -> None:
+    file, test = pattern.split("::")
+    functions = [node for node in ast.walk(ast.parse((TESTS / file).read_text())) if isinstance(node, ast.FunctionDef)]
+    name = re.split(r"[^a-z_]", test)[0]
+    assert any(function.name.startswith(name or "test_") for function in functions)
 
 
 @pytest.mark.parametrize("parts", [1, 6, 8])
