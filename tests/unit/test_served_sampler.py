@@ -70,13 +70,13 @@ def move(model, seed: int) -> None:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def sampler_of(model, server, tmp_path: Path, **settings) -> ServedSampler:
+def sampler_of(model, server, run_dir: Path, **settings) -> ServedSampler:
     task = ReinforcementConfig(
         rollout=Rollout.vllm,
         rollout_url=server.address,
         **({"max_new_tokens": 24, "rollout_seconds": 120.0} | settings),
     )
-    return ServedSampler(task, SimpleNamespace(module=model), ALONE, tmp_path, {END})
+    return ServedSampler(task, SimpleNamespace(module=model), ALONE, run_dir, {END})
 
 
 def write(sampler: ServedSampler, *, step: int = 1, samples: int = 4):
@@ -136,6 +136,21 @@ def test_an_adapter_is_published_by_its_content_and_samples_as_it_trains(folder,
     assert sampler.version != earlier and list(server.adapters) == [sampler.version], "the old one is unloaded"
     assert [path.name for path in (tmp_path / "sampler").iterdir()] == [sampler.version], "and removed"
     assert verdict(model, second, 0.8) == ""
+
+
+def test_runs_that_share_a_folder_leave_each_others_weights(folder, server, tmp_path):
+    """Both begin with the same weights, which have one name."""
+    model = adapted(folder)
+    samplers = [sampler_of(model, server, tmp_path / run, rollout_folder=str(tmp_path)) for run in ("a/run", "b/run")]
+    first, second = (sampler.publish() for sampler in samplers)
+    assert first == second
+    move(model, 1)
+    changed = samplers[0].publish()
+    assert sorted(path.name for path in tmp_path.glob("run-*/dstune-*")) == sorted([second, changed])
+    move(model, 2)
+    latest = sampler_of(model, server, tmp_path / "a" / "run", rollout_folder=str(tmp_path)).publish()
+    assert sorted(path.name for path in tmp_path.glob("run-*/dstune-*")) == sorted([second, latest]), "started again"
+
 
 
 def test_whole_weights_are_read_from_a_folder(folder, server, tmp_path):

@@ -110,8 +110,8 @@ class ReinforcementConfig(TaskConfig):
     rollout_url: str | None = setting(None, signed=True)
     """Address of a vLLM server (`http://HOST:PORT`) for `rollout=vllm`; the variable `DSTUNE_ROLLOUT_API_KEY` may hold its key."""
     rollout_folder: str | None = setting(None, signed=True)
-    """Where the server reads adapters or weights, under the same path on both machines; `sampler` of the run directory when not
-    given."""
+    """Where the server reads adapters or weights, under the same path on both machines, in a folder of this run; `sampler` of the
+    run directory when not given."""
     rollout_seconds: float = setting(600.0, above=0.0)
     """How long a server may take for an answer, with all attempts: a run whose server takes longer is saved and left, to be
     continued (exit code 75)."""

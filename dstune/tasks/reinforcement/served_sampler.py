@@ -34,6 +34,14 @@ REMEDY = (
 )
 
 
+def weights_folder(shared: str | None, run_dir: Path) -> Path:
+    """Return where a run writes the weights for its server: a folder of its own below `shared`, since weights are named by their
+    content, and a run that removes its earlier ones would remove another run's that began with the same model."""
+    if shared is None:
+        return run_dir / FOLDER
+    return Path(shared).resolve() / f"{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
+
+
 class ServedSampler:
     """The server at `task.rollout_url`, on all ranks together. Rank 0 gives it weights; each rank asks for its own completions.
 
@@ -45,8 +53,7 @@ class ServedSampler:
     def __init__(self, task: ReinforcementConfig, engine: Engine, world: World, run_dir: Path, ends: Collection[int]):
         assert task.rollout_url is not None
         self._task, self._world = task, world
-        folder = run_dir.resolve() / FOLDER if task.rollout_folder is None else Path(task.rollout_folder).resolve()
-        self._weights = PublishedWeights(engine, world, folder)
+        self._weights = PublishedWeights(engine, world, weights_folder(task.rollout_folder, run_dir.resolve()))
         self._server = VllmServer(task.rollout_url, read_key(), task.rollout_seconds)
         if self._weights.is_adapter:
             self._server.recover = self._load
@@ -72,7 +79,7 @@ class ServedSampler:
 
         base = self._agree(give if self._world.is_main else lambda: self._base)
         self._base = ServedModel(*self._world.broadcast((base.name, base.max_length)))
-        if not earlier and self._task.rollout_folder is None:  # other runs may share a folder that is named
+        if not earlier:
             self._weights.remove_earlier(self.version)
         if earlier not in ("", self.version):
             self._weights.remove(earlier)
