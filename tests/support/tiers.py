@@ -1,4 +1,4 @@
-"""Which tests `make test` leaves to `make test-ci`, and that to `make test-slow`, and how it is divided into parts of equal length."""
+"""What `make test` leaves to `make test-ci`, and that to `make test-slow`, and how it is divided into parts of equal length."""
 
 from __future__ import annotations
 
