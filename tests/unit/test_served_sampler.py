@@ -152,7 +152,6 @@ def test_runs_that_share_a_folder_leave_each_others_weights(folder, server, tmp_
     assert sorted(path.name for path in tmp_path.glob("run-*/dstune-*")) == sorted([second, latest]), "started again"
 
 
-
 def test_whole_weights_are_read_from_a_folder(folder, server, tmp_path):
     model = plain(folder)
     sampler = sampler_of(model, server, tmp_path, rollout_sleep=True)
