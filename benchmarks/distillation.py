@@ -2,14 +2,19 @@
 
 usage: python benchmarks/distillation.py memory [--targets 2048] [--vocabularies N ...] [--teacher-hidden 2048] [--json]
        python benchmarks/distillation.py student FOLDER [--layers 10] [--steps 60] [--seeds 3] [--rows 800] [--json]
+       python benchmarks/distillation.py recipe FOLDER [--steps 40] [--seeds 3] [--json]
 
 memory: the peak of a process (VmHWM, above what it had before) for the loss and its gradients, by vocabulary: chunk by chunk from
 hidden states, and by autograd on complete logits. One thread, fp32, on the CPU.
 
 student: SmolLM2-135M is fine-tuned on dialogues and cut to some of its layers (`dstune prune`). The cut model is trained on these
 rows once by `task=chat`, and with the fine-tuned model as its teacher by `task=distillation`, on the rows and with half of the
-steps on its own answers: as many steps, the same rate. Reported are the cross entropies of held-out dialogues. FOLDER keeps the
-runs: a repeated command goes on.
+steps on its own answers: as many steps, the same rate. Reported are the cross entropies of held-out dialogues.
+
+recipe: `experiment=smollm2_compressed` for some of its steps: size, and cross entropy of its held-out dialogues, of the complete
+model, of the pruned one, and of that after training.
+
+FOLDER keeps the runs: a repeated command goes on.
 """
 
 from __future__ import annotations
@@ -79,16 +84,17 @@ def main() -> None:
     memory.add_argument("--targets", type=int, default=2048)
     memory.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     memory.add_argument("--teacher-hidden", type=int, default=2048)
-    student = commands.add_parser("student")
-    student.add_argument("folder", type=Path)
-    student.add_argument("--layers", type=int, default=10)
-    student.add_argument("--steps", type=int, default=60)
-    student.add_argument("--seeds", type=int, default=3)
+    student, recipe = commands.add_parser("student"), commands.add_parser("recipe")
+    for command, steps in ((student, 60), (recipe, 40)):
+        command.add_argument("folder", type=Path)
+        command.add_argument("--layers", type=int, default=10)
+        command.add_argument("--steps", type=int, default=steps)
+        command.add_argument("--seeds", type=int, default=3)
     student.add_argument("--rows", type=int, default=800)
-    for command in (memory, student):
+    for command in (memory, student, recipe):
         command.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    result = measure_memory(arguments) if arguments.command == "memory" else train_students(arguments)
+    result = {"memory": measure_memory, "student": train_students, "recipe": train_recipe}[arguments.command](arguments)
     if arguments.json:
         print(json.dumps({"machine": platform.processor() or platform.machine(), **result}))
         return
@@ -167,6 +173,50 @@ def train_students(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"steps": arguments.steps, "layers": arguments.layers, "rows": rows + gains(rows)}
 
 
+def train_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prune and train as the packaged experiment does; return sizes and held-out cross entropies by seed."""
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    pruned = folder / "pruned"
+    if not pruned.exists():
+        run("prune", "sample://smollm2", "--layers", str(arguments.layers), "--output", str(pruned))
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        directory = folder / f"seed-{seed}"
+        keys = [
+            f"trainer.max_steps={arguments.steps}",
+            "evaluate.every=0",
+            "evaluate.at_start=true",
+            "checkpoint.every=0",
+        ]
+        words = ["experiment=smollm2_compressed", f"model.path={pruned}", "launch.processes=1", f"trainer.seed={seed}"]
+        run("train", *words, *keys, f"run.dir={directory}")
+        before, after = (
+            json.loads((directory / "result.json").read_text())[f"eval_{end}"] for end in ("initial", "final")
+        )
+        if not rows:
+            rows = [
+                {"seed": "", "model": "complete", "text_loss": before["teacher_text_loss"]},
+                {"seed": "", "model": "pruned", "mib": mib(pruned), "text_loss": before["text_loss"]},
+            ]
+        rows.append(
+            {"seed": seed, "model": "trained", "mib": mib(directory / "export"), "text_loss": after["text_loss"]}
+        )
+    losses = [row["text_loss"] for row in rows if row["model"] == "trained"]
+    half = half_interval(losses) if len(losses) > 1 else float("nan")
+    rows.append({"model": "trained, mean", "text_loss": statistics.mean(losses), "95% interval": f"+-{half:.4f}"})
+    return {"steps": arguments.steps, "layers": arguments.layers, "rows": rows}
+
+
+def mib(folder: Path) -> int:
+    return round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20)
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of their mean, by Student's t."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
+
+
 def gains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How much lower than that of texts alone each loss is: the mean over seeds with its 95% interval (Student's t)."""
     by_model: dict[str, list[float]] = {}
@@ -178,10 +228,8 @@ def gains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(losses) != len(alone) or len(alone) < 2 or model == "texts alone":
             continue
         differences = [before - after for before, after in zip(alone, losses, strict=True)]
-        half = stats.t.ppf(0.975, len(alone) - 1) * statistics.stdev(differences) / len(alone) ** 0.5
-        lower.append(
-            {"model": model, "lower by": round(statistics.mean(differences), 4), "95% interval": f"+-{half:.4f}"}
-        )
+        mean, half = statistics.mean(differences), half_interval(differences)
+        lower.append({"model": model, "lower by": round(mean, 4), "95% interval": f"+-{half:.4f}"})
     return lower
 
 
