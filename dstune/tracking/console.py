@@ -94,6 +94,15 @@ class Console:
         else:
             self._print(f"step {count}  {facts}")
 
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """Show how far an evaluation is: on a terminal at once, elsewhere when nothing was printed for ten seconds, so that only a
+        long one has lines of its own."""
+        with self._lock:
+            now = self._clock()
+            interval = TERMINAL_INTERVAL_SECONDS if self._columns else PLAIN_INTERVAL_SECONDS
+            if now - self._printed_at >= interval and total:
+                self.activity(f"evaluation after step {step}", done, total)
+
     def evaluation(self, step: int, metrics: Metrics, leading: Sequence[str] = (), rows: int | None = None) -> None:
         """Show one evaluation by at most three of its metrics: `leading` ones first, then the others in their order.
 

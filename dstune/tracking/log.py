@@ -100,6 +100,10 @@ class RunLog:
         """Show on the console that `step` of `total_steps` is done."""
         self._console.progress(step, total_steps, metrics)
 
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """Show on the console that `done` of `total` micro-batches of an evaluation are done."""
+        self._console.evaluating(step, done, total)
+
     def message(self, text: str) -> None:
         """Write a line for the reader of the console and of logs/rank-0.log."""
         self._console.message(text)

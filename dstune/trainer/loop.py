@@ -420,6 +420,8 @@ def evaluate(run: Training) -> Request:
 
     def progress(done: int, batches: int) -> None:
         run.callbacks.on_progress(f"micro-batch {done + 1} of {batches} of the evaluation after step {state.step}")
+        if run.log:
+            run.log.evaluating(state.step, done, batches)
 
     progress(0, 0)
     evaluation = run.evaluator(validation, progress)

@@ -109,16 +109,16 @@ def clock():
     return Clock()
 
 
-def console(monkeypatch, clock, kind):
+def make_console(monkeypatch, clock, kind):
     monkeypatch.setenv("DSTUNE_CONSOLE", kind)
     stream = io.StringIO()
     return Console(stream, clock), stream
 
 
 def test_plain_lines_come_first_last_and_every_ten_seconds(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "plain")
+    console, stream = make_console(monkeypatch, clock, "plain")
     for step in range(1, 21):
-        formatted.progress(step, 20, METRICS)
+        console.progress(step, 20, METRICS)
         clock.now += 2.0
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/20", "6/20", "11/20", "16/20", "20/20"]
@@ -129,12 +129,12 @@ def test_plain_lines_come_first_last_and_every_ten_seconds(monkeypatch, clock):
 
 
 def test_terminal_lines_are_drawn_over_and_cleared(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "tty:120")
-    formatted.progress(10, 40, METRICS)
+    console, stream = make_console(monkeypatch, clock, "tty:120")
+    console.progress(10, 40, METRICS)
     clock.now += 1
-    formatted.progress(11, 40, METRICS)
-    formatted.evaluation(11, {"eval/loss": 2.0, "eval/targets": 1751.0, "eval/seconds": 0.5})
-    formatted.close()
+    console.progress(11, 40, METRICS)
+    console.evaluation(11, {"eval/loss": 2.0, "eval/targets": 1751.0, "eval/seconds": 0.5})
+    console.close()
     first, second, erased, rest = stream.getvalue().split("\r")
     assert first.startswith("10/40 [#####---------------] loss 2.3457")
     assert {len(first), len(second), len(erased)} == {119}
@@ -143,11 +143,11 @@ def test_terminal_lines_are_drawn_over_and_cleared(monkeypatch, clock):
 
 
 def test_an_evaluation_is_one_short_line(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "plain")
+    console, stream = make_console(monkeypatch, clock, "plain")
     names = ["loss", "accuracy", "f1_macro", "f1_micro", "mcc", "a_metric_of_a_plugin_with_a_long_name", "targets"]
     metrics = {f"eval/{name}": 0.5 for name in names} | {"eval/seconds": 1.25}
-    formatted.evaluation(3, metrics, ("mcc", "loss"), 12)
-    formatted.evaluation(4, metrics, (), 20)
+    console.evaluation(3, metrics, ("mcc", "loss"), 12)
+    console.evaluation(4, metrics, (), 20)
     first, second = stream.getvalue().splitlines()
     assert first == "step 3  evaluation  mcc 0.5000  loss 0.5000  accuracy 0.5000  of 12 rows only  1.2 s"
     assert second == "step 4  evaluation  loss 0.5000  accuracy 0.5000  f1_macro 0.5000  1.2 s"
@@ -155,45 +155,45 @@ def test_an_evaluation_is_one_short_line(monkeypatch, clock):
 
 @pytest.mark.parametrize(("terminal", "widest"), [("tty:300", 119), ("tty:60", 59)])
 def test_messages_break_between_words_on_a_terminal(monkeypatch, clock, terminal, widest):
-    formatted, stream = console(monkeypatch, clock, terminal)
+    console, stream = make_console(monkeypatch, clock, terminal)
     text = "warning: " + "some words about key.name=value-of-it, " * 12
-    formatted.message(text.strip())
+    console.message(text.strip())
     lines = stream.getvalue().splitlines()
     assert len(lines) > 1
     assert max(map(len, lines)) <= widest
     assert " ".join(line.strip() for line in lines) == text.strip()
-    plain, piped = console(monkeypatch, clock, "plain")
+    plain, piped = make_console(monkeypatch, clock, "plain")
     plain.message(text.strip())
     assert piped.getvalue() == f"{text.strip()}\n", "programs read whole lines"
 
 
 @pytest.mark.parametrize("width", [20, 60, 80])
 def test_a_terminal_line_never_wraps(monkeypatch, clock, width):
-    formatted, stream = console(monkeypatch, clock, f"tty:{width}")
-    formatted.progress(1, 1000, METRICS)
-    formatted.close()
+    console, stream = make_console(monkeypatch, clock, f"tty:{width}")
+    console.progress(1, 1000, METRICS)
+    console.close()
     assert {len(line) for line in stream.getvalue().split("\r") if line} == {width - 1}
 
 
 def test_a_fast_run_draws_at_most_ten_times_a_second(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "tty:80")
+    console, stream = make_console(monkeypatch, clock, "tty:80")
     for step in range(1, 1001):
         clock.now += 0.001
-        formatted.progress(step, 1000, METRICS)
+        console.progress(step, 1000, METRICS)
     assert 5 <= stream.getvalue().count("\r") <= 13
 
 
 def test_time_left_counts_what_happens_between_steps(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "plain")
-    formatted.progress(1, 4, METRICS | {"step_seconds": 0.0})
+    console, stream = make_console(monkeypatch, clock, "plain")
+    console.progress(1, 4, METRICS | {"step_seconds": 0.0})
     clock.now += 3600.0
-    formatted.progress(2, 4, METRICS)
+    console.progress(2, 4, METRICS)
     assert stream.getvalue().splitlines()[-1].endswith("1:00:00 left")
 
 
 def test_a_skipped_step_says_so(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "plain")
-    formatted.progress(1, 4, METRICS | {"skipped": "nonfinite"})
+    console, stream = make_console(monkeypatch, clock, "plain")
+    console.progress(1, 4, METRICS | {"skipped": "nonfinite"})
     assert "skipped (nonfinite)" in stream.getvalue()
 
 
@@ -207,8 +207,8 @@ def test_evaluation_rows_are_shown_and_training_rows_are_not(monkeypatch, tmp_pa
 
 
 def test_what_goes_on_before_the_first_step_is_shown_with_its_counts(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "plain")
-    show_activities(formatted)
+    console, stream = make_console(monkeypatch, clock, "plain")
+    show_activities(console)
     log = logging.getLogger("dstune.data.anything")
     try:
         log.info("reading rows of %s", "a.jsonl")
@@ -230,10 +230,23 @@ def test_what_goes_on_before_the_first_step_is_shown_with_its_counts(monkeypatch
 
 
 def test_an_activity_on_a_terminal_is_drawn_over(monkeypatch, clock):
-    formatted, stream = console(monkeypatch, clock, "tty:80")
-    formatted.activity("tokenizing train rows", 500, 1000)
-    formatted.message("done")
+    console, stream = make_console(monkeypatch, clock, "tty:80")
+    console.activity("tokenizing train rows", 500, 1000)
+    console.message("done")
     first, erased, rest = stream.getvalue().split("\r")
     assert first.rstrip() == "  500/1,000 [##########----------] tokenizing train rows"
     assert not erased.strip()
     assert rest == "done\n"
+
+
+@pytest.mark.parametrize(("kind", "lines"), [("plain", 2), ("tty:80", 4)])
+def test_a_long_evaluation_shows_how_far_it_is(monkeypatch, clock, kind, lines):
+    """In a log only when ten seconds went by without a line."""
+    console, stream = make_console(monkeypatch, clock, kind)
+    console.progress(3, 20, METRICS)
+    for done in range(1, 4):
+        clock.now += 6
+        console.evaluating(3, done, 3)
+    printed = stream.getvalue().replace("\r", "\n").splitlines()
+    assert len(printed) == lines
+    assert [line for line in printed if "evaluation after step 3" in line and "2/3" in line]
