@@ -19,7 +19,7 @@ from dstune.data.images.processor import refusal
 from dstune.data.images.store import MAX_PIXELS_OF_ROW, content_of_data_url, decode, require_pillow, size_of
 from dstune.data.problems import RowError, format_value
 from dstune.finetuning.row_problems import FieldError
-from dstune.serve.images import is_image, problem_of_address
+from dstune.serve.images import is_chat_image, problem_of_address
 
 MOST_IMAGES = 10
 """Of a row."""
@@ -63,7 +63,7 @@ def _images_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any],
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for index, part in enumerate(content if isinstance(content, list) else ()):
-            if is_image(part):
+            if is_chat_image(part):
                 yield f"messages[{number}].content[{index}]", part, str(message.get("role"))
 
 

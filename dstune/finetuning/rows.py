@@ -25,7 +25,7 @@ from dstune.data.problems import RowError, format_value
 from dstune.finetuning.row_images import ImageRows
 from dstune.finetuning.row_problems import FieldError, RowProblem
 from dstune.serve.gateway.json_bounds import excess_of
-from dstune.serve.images import is_image
+from dstune.serve.images import is_chat_image
 
 LEAST_ROWS = 10
 LINE_BYTES = 144 << 20
@@ -290,7 +290,7 @@ def _message(message: Mapping[str, Any], at: str, *, sees: bool) -> None:
         raise FieldError(f"{at}.content", f"must be text, it is {format_value(message['content'])}")
     for number, part in enumerate(content if isinstance(content := message.get("content"), list) else ()):
         of_media = media.PARTS.get(type_of_part(part))
-        if of_media and not (sees and is_image(part)):
+        if of_media and not (sees and is_chat_image(part)):
             raise FieldError(f"{at}.content[{number}]", f"holds {of_media}; {_SEEN if sees else _READ}")
     weight = message.get("weight")
     if weight is not None:

@@ -32,7 +32,7 @@ from dstune.serve.asgi import dumps, event
 from dstune.serve.engines.http import MOST_READ_BYTES, object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.events import DONE, EventReader
-from dstune.serve.images import shows_image
+from dstune.serve.images import asks_about_images
 
 if TYPE_CHECKING:
     from dstune.serve.gateway.admission import Admission
@@ -96,7 +96,7 @@ class Guard:
         if policy is None:
             return None
         placed = await request.apart(lambda: of_request(route, body))
-        if any(map(shows_image, body.get("messages") or ())):
+        if asks_about_images(body):
             request.note(UNCHECKED, ["images"])
         texts = [entry.text for entry in placed]
         changed = await self._inspected(request, policy, placed, body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def _conversation(row: Mapping[str, Any]) -> Conversation | None:
     texts = asked_texts(body) if isinstance(body, dict) else ()
     if not texts:
         return None
-    fields = {"messages": body["messages"]} if isinstance(body.get("messages"), list) else {"text": texts[0]}
+    fields = _fields(body, texts)
     return Conversation(
         str(row["id"]),
         texts,
@@ -112,6 +112,16 @@ def _conversation(row: Mapping[str, Any]) -> Conversation | None:
         requests=tuple(str(name) for name in (row["id"], row.get("response")) if name),
         is_batch=is_batch(body),
     )
+
+
+def _fields(body: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """Return what a request asks: its messages, those of `/v1/responses` behind its instructions, or its first text."""
+    if isinstance(body.get("messages"), list):
+        return {"messages": body["messages"]}
+    if isinstance(asked := body.get("input"), list) and all(isinstance(item, dict) for item in asked):
+        instructions = body.get("instructions")
+        return {"messages": [*([{"role": "system", "content": instructions}] if instructions else ()), *asked]}
+    return {"text": texts[0]}
 
 
 def _seconds(moment: datetime.datetime) -> float:

@@ -23,6 +23,12 @@ def problem_of_address(url: str) -> str:
     return "must be a data URL of an image in base64 (data:image/png;base64,...)"
 
 
+def asks_about_images(body: Mapping[str, Any]) -> bool:
+    """Return whether a message of a request, to chat completions or to `/v1/responses`, has an image."""
+    conversations = (body.get("messages"), body.get("input"))
+    return any(any(map(shows_image, messages)) for messages in conversations if isinstance(messages, list))
+
+
 def shows_image(message: Any) -> bool:
     """Return whether the content of a message has a part that is an image."""
     content = message.get("content") if isinstance(message, Mapping) else None
@@ -30,7 +36,16 @@ def shows_image(message: Any) -> bool:
 
 
 def is_image(part: Any) -> bool:
+    return is_chat_image(part) or is_input_image(part)
+
+
+def is_chat_image(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "image_url"
+
+
+def is_input_image(part: Any) -> bool:
+    """Return whether a part is an image as `/v1/responses` has it, whose `image_url` is a text."""
+    return isinstance(part, Mapping) and part.get("type") == "input_image"
 
 
 def without_images(value: Any) -> Any:
@@ -42,12 +57,12 @@ def without_images(value: Any) -> Any:
 
 def _described(part: Mapping[str, Any]) -> dict[str, Any]:
     image = part.get("image_url")
-    url = image.get("url") if isinstance(image, Mapping) else None
+    url = image.get("url") if isinstance(image, Mapping) else image
     try:
         content = base64.b64decode(str(url).partition(",")[2])
     except ValueError:  # of a wrong length: the engine refuses it
         content = str(url).encode("utf-8", "replace")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"sha256:{hashlib.sha256(content).hexdigest()}", "bytes": len(content)},
-    }
+    digest, size = f"sha256:{hashlib.sha256(content).hexdigest()}", len(content)
+    if is_input_image(part):
+        return {"type": "input_image", "image_url": digest, "bytes": size}
+    return {"type": "image_url", "image_url": {"url": digest, "bytes": size}}

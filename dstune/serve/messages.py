@@ -42,15 +42,16 @@ def _check_image(url: str) -> str:
     return url
 
 
+ImageUrl = Annotated[str, AfterValidator(_check_image)]
+Detail = Annotated[
+    Literal["auto", "high"],
+    Expected("must be 'auto' or 'high': the model's processor chooses the size, as in training"),
+]
+
+
 class ImageAddress(Body):
-    url: Annotated[str, AfterValidator(_check_image)]
-    detail: (
-        Annotated[
-            Literal["auto", "high"],
-            Expected("must be 'auto' or 'high': the model's processor chooses the size, as in training"),
-        ]
-        | None
-    ) = None
+    url: ImageUrl
+    detail: Detail | None = None
 
 
 class ImagePart(Body):
@@ -188,21 +189,46 @@ Conversations = Annotated[
 """Messages, or a list of such lists."""
 
 
-class InputPart(Body):
+class InputText(Body):
     type: Literal["input_text", "output_text"]
     text: str
     annotations: Any = None
+    logprobs: Any = None
 
 
-class InputMessage(Body):
-    """Of `/v1/responses`."""
+class InputImage(NullsAreAbsent):
+    type: Literal["input_image"]
+    file_id: Annotated[None, Expected("names a file, and none is kept: send the image itself as image_url")] = None
+    image_url: ImageUrl
+    detail: Detail | None = None
+
+
+InputPart = Annotated[
+    Annotated[InputText, Tag("#input_text")]
+    | Annotated[InputText, Tag("#output_text")]
+    | Annotated[InputImage, Tag("#input_image")],
+    tagged_by("type"),
+]
+
+
+class InputMessage(NullsAreAbsent):
+    """Of `/v1/responses`, or what that has answered before."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("#plain")] | Annotated[list[InputPart], FailsFast, Tag("#parts")],
+        Annotated[str, Tag("#plain")]
+        | Annotated[list[InputPart], Field(max_length=MOST_MESSAGES), FailsFast, Tag("#parts")],
         Discriminator(_kind_of_content),
     ]
+    id: Name | None = None
+    status: Name | None = None
+
+    @model_validator(mode="after")
+    def _writes_no_image(self) -> InputMessage:
+        if self.role == "assistant" and any(isinstance(part, InputImage) for part in self.content):
+            raise wrong("of the assistant shows an image: models see images and write none")
+        return self
 
 
 ResponseInput = Annotated[

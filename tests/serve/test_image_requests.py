@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime
 import hashlib
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ from dstune.core.errors import UserError
 from dstune.cycle.collect import _row
 from dstune.guard.bodies import of_request
 from dstune.monitor.conversations import Conversation
+from dstune.monitor.server_logs import _conversation
 from dstune.serve import options
 from dstune.serve.engines.base import Engine, Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
@@ -70,10 +73,20 @@ def test_what_is_no_image_of_the_request_itself_is_refused(body: dict[str, Any],
     assert error.value.status == 400 and URL[30:60] not in str(error.value)
 
 
+def given(*parts: dict[str, Any]) -> dict[str, Any]:
+    """A request to `/v1/responses`."""
+    return {"input": [{"role": "user", "content": [*parts]}]}
+
+
+INPUT_IMAGE = {"type": "input_image", "image_url": URL}
+INPUT_TEXT = {"type": "input_text", "text": "What is it?"}
+
+
 def test_an_image_has_no_characters_of_a_prompt(tmp_path):
     engine = VllmEngine(stub_source("b"), "b", tmp_path, tmp_path, Limits(), address="http://127.0.0.1:9")
     engine.context = 4
     check_context("/v1/chat/completions", asked(image(), TEXT), engine)
+    check_context("/v1/responses", given(INPUT_IMAGE, INPUT_TEXT), engine)
     with pytest.raises(ApiError, match="messages has more"):
         check_context("/v1/chat/completions", asked(image(), {"type": "text", "text": "a" * 600}), engine)
 
@@ -81,11 +94,14 @@ def test_an_image_has_no_characters_of_a_prompt(tmp_path):
 def test_the_guard_reads_the_texts_beside_an_image():
     placed = of_request("/v1/chat/completions", asked(image(detail="auto"), TEXT, image("data:image/png;base64,AAAA")))
     assert [(one.place, one.text.text) for one in placed] == [(("messages", 0, "content", 1, "text"), "What is it?")]
+    placed = of_request("/v1/responses", given(INPUT_IMAGE, INPUT_TEXT))
+    assert [(one.place, one.text.text) for one in placed] == [(("input", 0, "content", 1, "text"), "What is it?")]
 
 
 def test_control_tokens_are_looked_for_in_texts_alone():
     special = SpecialTexts(re.compile("AAAA"))
     special.refuse(asked(image("data:image/png;base64,AAAA"), TEXT))
+    special.refuse(given(INPUT_IMAGE | {"image_url": "data:image/png;base64,AAAA"}))
     with pytest.raises(ApiError):
         special.refuse(asked(image(), {"type": "text", "text": "AAAA"}))
 
@@ -94,13 +110,39 @@ def test_the_log_has_the_digest_of_an_image(tmp_path):
     log = RequestLog(tmp_path, lambda text: text.replace("it", "***"))
     row = dict.fromkeys(("id", "response", "key", "model", "version", "status", "created"), "x") | {"user": None}
     log.add(row, "/v1/chat/completions", asked(image(), TEXT), b"{}", 5000)
+    log.add(row, "/v1/responses", given(INPUT_IMAGE, INPUT_TEXT), b"{}", 5000)
     log.close()
     (file,) = tmp_path.glob("*.parquet")
-    request = pq.read_table(file)["request"][0].as_py()
-    content = json.loads(request)["messages"][0]["content"]
+    chat, response = map(json.loads, pq.read_table(file)["request"].to_pylist())
     digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
-    assert content[0] == {"type": "image_url", "image_url": {"url": digest, "bytes": len(CONTENT)}}
-    assert content[1]["text"] == "What is ***?" and len(request) < 300
+    shown, text = chat["messages"][0]["content"]
+    assert shown == {"type": "image_url", "image_url": {"url": digest, "bytes": len(CONTENT)}}
+    assert text["text"] == "What is ***?"
+    shown, text = response["input"][0]["content"]
+    assert shown == {"type": "input_image", "image_url": digest, "bytes": len(CONTENT)}
+    assert text["text"] == "What is ***?"
+
+
+def test_a_logged_response_about_an_image_teaches_nothing():
+    body = given(INPUT_IMAGE | {"image_url": "sha256:0"}, INPUT_TEXT) | {"instructions": "Be brief."}
+    moment = datetime.datetime(2026, 1, 1)
+    row = {"id": "a", "created": moment, "status": 200, "request": json.dumps(body), "answer": "{}"}
+    said = replace(_conversation(row), correction="A cat")
+    assert _row(said, 1.0, (), writes=True) == ("with an image, of which the log has the digest alone", None)
+    body["input"][0]["content"].pop(0)
+    said = replace(_conversation(row | {"request": json.dumps(body)}), correction="A cat")
+    kind, taught = _row(said, 1.0, (), writes=True)
+    roles = ["system", "user", "assistant"]
+    assert kind == "correction" and [message["role"] for message in taught["messages"]] == roles
+
+
+def test_vllm_gets_a_detail_of_each_image(tmp_path):
+    engine = VllmEngine(stub_source("b"), "b", tmp_path, tmp_path, Limits(), address="http://127.0.0.1:9")
+    engine._special = SpecialTexts(re.compile("nothing"))
+    body = given(INPUT_IMAGE, INPUT_TEXT, INPUT_IMAGE | {"detail": "high"})
+    sent = engine.outgoing("/v1/responses", body)["input"][0]["content"]
+    assert sent == [INPUT_IMAGE | {"detail": "auto"}, INPUT_TEXT, INPUT_IMAGE | {"detail": "high"}]
+    assert engine.outgoing("/v1/responses", {"input": "a"}) == {"input": "a", "store": False}
 
 
 def test_a_logged_conversation_with_an_image_teaches_nothing():

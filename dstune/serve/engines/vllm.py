@@ -30,7 +30,7 @@ from dstune.serve.engines.base import (
     prompt_logprobs,
 )
 from dstune.serve.engines.special import SpecialTexts, hub_folder
-from dstune.serve.images import shows_image
+from dstune.serve.images import is_image, shows_image
 from dstune.serve.source import Source
 
 _SAMPLING = frozenset(
@@ -202,8 +202,10 @@ class VllmEngine(Engine):
         self._special.refuse(body)
         request = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
         request |= {"messages": _with_reasoning(body["messages"])} if isinstance(body.get("messages"), list) else {}
+        if path != "/v1/responses":
+            return request
         # vLLM would keep an answer under an id that any client may ask for.
-        return request | ({"store": False} if path == "/v1/responses" else {})
+        return request | {"input": _with_details(request["input"]), "store": False}
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         request = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
@@ -289,6 +291,18 @@ def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(message, dict) and message.get("reasoning_content") and "reasoning" not in message
         else message
         for message in messages
+    ]
+
+
+def _with_details(asked: Any) -> Any:
+    """Return the input of `/v1/responses` with a `detail` of each image, without which vLLM takes none."""
+    if not isinstance(asked, list):
+        return asked
+    return [
+        {**item, "content": [{"detail": "auto", **part} if is_image(part) else part for part in item["content"]]}
+        if shows_image(item)
+        else item
+        for item in asked
     ]
 
 

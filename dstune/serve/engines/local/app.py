@@ -24,6 +24,7 @@ from dstune.serve.engines.local.prompts import (
     refusing_messages,
     text_ids,
 )
+from dstune.serve.engines.local.responses import ResponseAnswers, as_chat, naming_input
 from dstune.serve.errors import ApiError
 from dstune.serve.turns import CLIENT, TurnThreads
 
@@ -80,6 +81,7 @@ class LanguageApp(EngineApp):
             ("GET", "/v1/models"): self.models,
             ("POST", "/v1/chat/completions"): self.chat,
             ("POST", "/v1/completions"): self.complete,
+            ("POST", "/v1/responses"): self.respond,
             ("POST", "/tokenize"): self.tokenize,
             ("POST", "/v1/load_lora_adapter"): self.load,
             ("POST", "/v1/unload_lora_adapter"): self.unload,
@@ -105,17 +107,24 @@ class LanguageApp(EngineApp):
         self._check_model(body)
         answers: Answers
         if handler == self.chat:
-            asked = await self._asked(body)
-            chat = await self._rendered(lambda: ChatAnswers(self.model, self.scheduler, body, asked))
-            chat.refuse_large()
-            chat.seen = await self._seen(asked, chat.prompt)
-            answers = chat
+            answers = await self._turn(body)
+        elif handler == self.respond:
+            with naming_input():
+                answers = await self._turn(as_chat(body), partial(ResponseAnswers, request=body))
         else:
             prompts = [await self._ids(body, prompt) for prompt in prompts_of(body["prompt"])]
             tokenized = body | {"prompt": prompts}
             answers = await self._rendered(lambda: TextAnswers(self.model, self.scheduler, tokenized))
         answers.submit()
         return answers
+
+    async def _turn(self, body: dict[str, Any], make: Callable[..., ChatAnswers] = ChatAnswers) -> ChatAnswers:
+        """Read a conversation that is to be continued. Raises ApiError."""
+        asked = await self._asked(body)
+        chat = await self._rendered(lambda: make(self.model, self.scheduler, body, asked))
+        chat.refuse_large()
+        chat.seen = await self._seen(asked, chat.prompt)
+        return chat
 
     async def _asked(self, body: dict[str, Any]) -> Asked:
         """Read the messages of a request, and the sizes of their images. Raises ApiError."""
@@ -188,6 +197,9 @@ class LanguageApp(EngineApp):
 
     async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         return await (await self._answers(self.chat, body)).answer()
+
+    async def respond(self, body: dict[str, Any]) -> dict[str, Any]:
+        return await (await self._answers(self.respond, body)).answer()
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         if "prompt_logprobs" in body:

@@ -19,6 +19,8 @@ _SAMPLING = frozenset(
 CHAT = _SAMPLING | {"model", "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
 CHAT |= {"chat_template_kwargs", "safety_identifier"}
 COMPLETION = _SAMPLING | {"model", "prompt"}
+RESPONSE = frozenset({"model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "user"})
+RESPONSE |= {"safety_identifier"}
 OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
     "embed": {
         "/v1/embeddings": frozenset({"model", "input", "encoding_format", "user"}),
@@ -50,7 +52,7 @@ class LocalEngine(Engine):
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
         if self.source.generates:
-            return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
+            return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
         return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
 
     def fits_without_max_tokens(self, answers: int, most: int) -> bool:
