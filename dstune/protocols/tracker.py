@@ -110,6 +110,10 @@ class Tracker:
         is to be there: rows of an earlier launch beyond its last checkpoint come again."""
         raise NotImplementedError
 
+    def location(self) -> str:
+        """Say where a person sees the run, as an address or a command, with nothing secret in it. It is printed after `start`."""
+        return ""
+
     def write(self, row: Row) -> None:
         """Write the row of one step; steps only rise."""
         raise NotImplementedError

@@ -18,17 +18,23 @@ MAX_WAITING = 10_000
 class Background:
     """Runs a tracker in a thread of its own: no call here waits for it, and nothing that it raises comes out.
 
-    The first exception is told through `warn` and ends the tracker; the run goes on without it.
+    The first exception is told through `tell` and ends the tracker; the run goes on without it.
     """
 
-    def __init__(self, tracker: Tracker, past: Callable[[], Iterator[Row]], warn: Callable[[str], None]):
+    def __init__(self, tracker: Tracker, past: Callable[[], Iterator[Row]], tell: Callable[[str], None]):
         self.name = tracker.title
         self._tracker = tracker
-        self._warn = warn
+        self._tell = tell
         self._on = True
         self._actions: queue.Queue[Callable[[], None]] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._work, name=tracker.title, daemon=True)
-        self._do(lambda: tracker.start(past()))
+
+        def start() -> None:
+            tracker.start(past())
+            if location := tracker.location():
+                tell(f"{tracker.title}: {location}")
+
+        self._do(start)
         self._thread.start()
 
     def write(self, row: Row, *, only_if_rebuilt: bool = False) -> None:
@@ -70,4 +76,4 @@ class Background:
     def _turn_off(self, reason: str) -> None:
         if self._on:
             self._on = False
-            self._warn(f"warning: {self.name} is off for the rest of this run: {reason}")
+            self._tell(f"warning: {self.name} is off for the rest of this run: {reason}")

@@ -166,6 +166,16 @@ def test_mlflow_knows_the_run_its_parameters_and_result(recorded):
     assert not {name for name in tags if name.startswith(("mlflow.source", "mlflow.user"))}
 
 
+def test_each_tracker_says_where_the_run_is(tmp_path, capsys):
+    launch(configuration(tmp_path / "store"), tmp_path, 0, 1, "completed")
+    (tmp_path / "board").mkdir()
+    launch(configuration(), tmp_path / "board", 0, 1, "completed")
+    printed = capsys.readouterr().out
+    assert f"MLflow: run {(tmp_path / 'mlflow-id').read_text()} of experiment proj\n" in printed
+    assert f"TensorBoard: tensorboard --logdir {tmp_path / 'board' / 'tensorboard'}\n" in printed
+    assert str(tmp_path / "store") not in printed, "an address may hold a password"
+
+
 def test_a_start_from_nothing_takes_the_place_of_the_attempt_before(tmp_path):
     config = configuration(tmp_path / "store")
     launch(config, tmp_path, 0, 3, "failed")

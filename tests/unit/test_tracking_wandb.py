@@ -181,7 +181,8 @@ def test_nothing_about_machine_program_or_secret_is_recorded(resumed):
     assert not {record["type"] for record in records(folder)} & {"stats", "output", "output_raw", "environment"}
     names = {path.name for path in (folder / "files").rglob("*")}
     assert not names & {"wandb-metadata.json", "requirements.txt", "output.log", "diff.patch", "code"}
-    assert "wandb" not in printed.lower() and "W&B" not in printed
+    assert [line for line in printed.lower().splitlines() if "wandb" in line and not line.startswith("w&b: ")] == []
+    assert printed.count("W&B") == printed.count("W&B: offline; upload it with `wandb sync ") == 3, "one line a launch"
     held = [path for path in run_dir.rglob("*") if path.is_file() and b"planted-value" in path.read_bytes()]
     assert held == []
     assert [path for path in (run_dir.parent / "home").rglob("*") if path.is_file()] == []
@@ -225,7 +226,7 @@ def test_online_the_server_gets_every_step_once_through_two_resumes(tmp_path):
         assert not any("planted-value" in text for text in server.received)
     assert [row["_step"] for row in sent] == list(range(9))
     assert {row["_step"]: metrics(row) for row in sent} == logged(run_dir)
-    assert "warning" not in printed and "wandb" not in printed
+    assert "warning" not in printed and printed.count("W&B: http://127.0.0.1:") == 3
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

@@ -114,6 +114,11 @@ class Mlflow(Tracker):
         for row in past:
             self.write(row)
 
+    def location(self) -> str:
+        """Without the store's address, which may hold a password."""
+        tracking = self._config.tracking
+        return f"run {self._run} of experiment {experiment_of(str(tracking.project), str(tracking.mlflow.uri))}"
+
     def write(self, row: Row) -> None:
         """Write the row unless the store has it: it has the steps up to `_sent`, and a resumed run repeats them, bit for bit."""
         from mlflow.entities import Metric, RunTag

@@ -55,6 +55,9 @@ class TensorBoard(Tracker):
             else:
                 file.unlink()
 
+    def location(self) -> str:
+        return f"tensorboard --logdir {self._run_dir / 'tensorboard'}"
+
     def write(self, row: Row) -> None:
         for name, value in numbers(row.metrics).items():
             self._writer.add_scalar(name, value, row.step, walltime=row.time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -50,6 +51,9 @@ class Trackio(Tracker):
         self._markdown = trackio.Markdown
         for row in past:
             self.write(row)
+
+    def location(self) -> str:
+        return f"trackio show --project {shlex.quote(self._config.tracking.project)}"
 
     def write(self, row: Row) -> None:
         self._run.log(numbers(row.metrics), step=row.step)

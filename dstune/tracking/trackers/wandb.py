@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -142,6 +143,11 @@ class Wandb(Tracker):
         if self.rebuilds:
             self._remove_older()
 
+    def location(self) -> str:
+        if self.rebuilds:
+            return f"offline; upload it with `wandb sync {shlex.quote(self._run.settings.sync_dir)}`"
+        return str(self._run.url)
+
     def write(self, row: Row) -> None:
         """Write the row unless the server has it: it has the steps before `_next_step`, and a resumed run repeats them, bit for
         bit."""
@@ -176,8 +182,7 @@ class Wandb(Tracker):
         except (wandb.errors.Error, OSError) as error:
             reason = f"W&B cannot be used ({first_line(error)})"
             wandb.teardown()  # its service still holds the id of the run that did not start
-        fix = f"upload it later with `wandb sync {self._folder}/offline-run-*`"
-        self._warn(f"warning: {reason}: this run is tracked offline; {fix}")
+        self._warn(f"warning: {reason}: this run is tracked offline")
         return None
 
     def _init(self, wandb: Any, mode: WandbMode) -> Any:
