@@ -38,6 +38,8 @@ UNAVAILABLE = 71
 OUT_OF_TIME = 124
 """Exit code where the program had to be ended; a program that ends with it ends with 1."""
 SYSTEM_CALLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "system_calls.py")
+FILTERED, UNFILTERED = b"f", b"u"
+"""What the sandbox says through `stands` when the program is about to run in it."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -108,10 +110,10 @@ def run_first_process(
         try:
             give_up_privileges()
             take_limits(limits)
-            deny_system_calls()
+            is_filtered = deny_system_calls()
         except OSError as error:
             give_up(error)
-        os.write(limits["stands"], b"x")
+        os.write(limits["stands"], FILTERED if is_filtered else UNFILTERED)
         os.close(limits["stands"])
         run_program(program)
     os.close(limits["stands"])

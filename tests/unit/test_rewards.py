@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,19 @@ def test_the_kernel_does_for_a_program_what_programs_need(user, tmp_path):
             outcome = run_as_nobody(source, Path(folder))
     assert not outcome.failure, outcome
     assert outcome.output.split() == ["{'EPERM'}", "EPERM", "ENOSYS", "EAFNOSUPPORT", "EAFNOSUPPORT", "thread", "Linux"]
+
+
+@needs_sandbox
+def test_a_machine_without_a_filter_of_system_calls_is_named_once(tmp_path, monkeypatch, caplog):
+    for name in ("sandbox_child.py", "system_calls.py"):
+        source = Path(sandbox.__file__).with_name(name).read_text()
+        (tmp_path / name).write_text(re.sub(r'"(x86_64|aarch64)": \(', '"another": (', source))
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "sandbox_child.py")
+    for _ in range(2):
+        assert sandbox.run_program("print('inside')", "", Limits(seconds=20)).output == "inside\n"
+    assert [record.message for record in caplog.records if "seccomp" in record.message] == [
+        "this kernel, or processor, has no filter of system calls (seccomp): the namespaces of the sandbox alone keep programs in"
+    ]
 
 
 def run_as_nobody(source: str, folder: Path) -> sandbox.Outcome:
