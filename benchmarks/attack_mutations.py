@@ -523,6 +523,45 @@ _BY_ATTACK: dict[str, Mutation] = {
     "unfolding.test_a_checkpoint_that_grows_is_not_given_to_the_library": undo(
         "lakehouse/inside.py", "_refuse_growing(entry.path)", "pass"
     ),
+    # Images.
+    "pictures.test_no_decoder_begins_with_a_bomb": undo(
+        "data/images/store.py", "if width * height > MAX_PIXELS:", "if False:", case="12"
+    ),
+    "pictures.test_many_images_are_no_bomb_together": undo(
+        "data/images/store.py", "if pixels > MAX_PIXELS_OF_ROW:", "if False:"
+    ),
+    "pictures.test_what_a_model_gets_of_small_files_is_bounded": undo(
+        "data/images/request.py", "if self.bytes > MAX_INPUT_BYTES:", "if False:"
+    ),
+    "pictures.test_an_image_that_lies_about_its_size_is_not_computed": undo(
+        "data/images/request.py", "if image.size != self._sizes[number]:", "if False:"
+    ),
+    "pictures.test_a_truncated_image_ends_its_row_and_nothing_else": undo(
+        "data/images/store.py",
+        "except Exception as error:  # a decoder meets",
+        "except EOFError as error:  # a decoder meets",
+    ),
+    "pictures.test_no_other_decoder_is_reached": undo(
+        "data/images/store.py", ", formats=FORMATS)", ")", case="PPM", count=2
+    ),
+    "pictures.test_a_row_reads_no_file_outside_of_its_folder": undo(
+        "data/images/store.py", "if not is_named_within or not (", "if False and not ("
+    ),
+    "pictures.test_a_request_reads_no_file_at_all": undo(
+        "data/images/store.py", "    if root is None:\n", "    if root is None and (root := Path('/')) is None:\n"
+    ),
+    "pictures.test_a_row_holds_no_more_images_than_it_may": undo(
+        "data/images/places.py", "if len(shown) > MAX_IMAGES:", "if False:"
+    ),
+    "pictures.test_no_address_is_fetched_for_an_image": undo(
+        "serve/images.py", "if DATA_URL.fullmatch(url):", "if True:"
+    ),
+    "pictures.test_an_image_of_a_hundred_megabytes_is_not_read": undo(
+        "serve/gateway/request.py",
+        "body = await read_body(self.receive, limit, self._hold)",
+        "body = await read_body(self.receive, 1 << 30, lambda size: None)",
+        case="chunks",
+    ),
     "hangs.test_a_pipe_or_a_device_in_the_place_of_rows": undo(
         "data/sources.py", "    if not file.is_file():\n", "    if file.is_fifo():\n", case="jsonl"
     ),
