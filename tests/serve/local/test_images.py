@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
+from dstune.config.schema import ModelConfig
 from dstune.data.images import request, store
+from dstune.inference.reference import CONVERSATIONS, base_reference
+from dstune.serve.engines.base import Limits
 from dstune.serve.engines.local.answers import ChatAnswers
+from dstune.serve.engines.local.engine import LocalEngine
+from dstune.serve.parity import Refused, prove
+from dstune.serve.source import resolve
 from tests.support.local_engine import Engine, body
 from tests.support.sight import draw, save
 from tests.unit.test_image_rows import PNG, animation, bomb, file_of
@@ -91,6 +100,47 @@ def test_answers_are_those_of_transformers(seeing: Callable[[str], tuple[Path, E
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
     assert engine.run(together) == expected
+
+
+@dataclass
+class Asking(LocalEngine):
+    """The local engine as the gateway has it, in front of an application in this process."""
+
+    app: Any = None
+
+    async def ask(self, method: str, path: str, body: Any) -> dict[str, Any]:
+        transport = httpx2.ASGITransport(app=self.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as client:
+            answer = await client.request(method, path, json=body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_as_it_is_is_proven_on_an_image(
+    seeing: Callable[[str], tuple[Path, Engine]], family: str, tmp_path: Path
+) -> None:
+    """`--prove`: also where another vision tower is loaded, whose texts are equal."""
+    folder, engine = seeing(family)
+    (tmp_path / "reference.json").write_text(json.dumps(base_reference(ModelConfig(path=str(folder)))))
+    source = replace(resolve("base", str(folder)), reference=tmp_path)
+    asking = Asking(source, "base", tmp_path, tmp_path, Limits(), dtype="float32", app=engine.app)
+    proof = asyncio.run(prove(asking, "base", source))
+    assert (proof.status, proof.rows) == ("proven", len(CONVERSATIONS) + 1)
+    assert proof.detail.startswith("1 of these rows show images; ") and proof.difference < 1e-4
+    towers = [tensor for name, tensor in engine.model.model.named_parameters() if re.search("vis(ion|ual)", name)]
+    originals = [tensor.detach().clone() for tensor in towers]
+    try:
+        with torch.no_grad():
+            for tensor in towers:
+                tensor.add_(torch.randn_like(tensor))
+        with pytest.raises(Refused, match=rf"of row {len(CONVERSATIONS) + 1} of its reference"):
+            asyncio.run(prove(asking, "base", source))
+    finally:
+        with torch.no_grad():
+            for tensor, original in zip(towers, originals, strict=True):
+                tensor.copy_(original)
 
 
 def refused(engine: Engine, content: Any) -> str:
