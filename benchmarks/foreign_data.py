@@ -5,13 +5,15 @@
 Each file below FOLDER is read under task=chat, else under the first of task=preference, task=preference task.loss=kto and
 task=causal_lm that reads it. Of every row that is read, every text that the file has must stand in what the model gets to see,
 the schemas of tools with their keys in the order of the file, and every message of the assistant that counts in what is trained;
-the template is our `chatml`, the tokenizer made up. Otherwise the row is WRONG, and the program ends with 1. `--samples` prints
+the template is our `chatml`, the tokenizer made up. Each image of such a row is read and decoded, and its place counted.
+Otherwise the row is WRONG, and the program ends with 1. `--samples` prints
 what is trained, to be looked at. Nothing of the files is part of this repository. How they were obtained:
 
     git clone https://github.com/hiyouga/LLaMA-Factory     data/*.json, data/*.jsonl, data/*.txt but dataset_info.json
     git clone https://github.com/axolotl-ai-cloud/axolotl  tests/fixtures/**/*.json
     git clone https://github.com/modelscope/ms-swift       tests/llm/data/*, examples/**/*.jsonl
-    git clone https://github.com/huggingface/trl           the rows that scripts/generate_*_dataset.py make, a file each
+    git clone https://github.com/huggingface/trl           the rows that scripts/generate_*_dataset.py make, a file each:
+                                                           JSONL, and Parquet of those with images
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ from dstune.data import sources
 from dstune.data.collate import NO_TARGET
 from dstune.data.files import is_readable
 from dstune.data.formats import check_task, recognise
+from dstune.data.images.places import COLUMN, MARKER, is_place
+from dstune.data.images.store import ImageFiles, ImageWriter
 from dstune.data.preferences import ANSWERS, as_chat
 from dstune.data.rows import RowError, json_text, normalise
 from dstune.data.tokenize import RowTokenizer
@@ -69,6 +74,8 @@ NOT_SEEN = (
     "chat_template_kwargs",
 )
 """Keys whose values are no text that the model has to see."""
+IMAGES = ("image", "images", "image_url")
+"""Keys whose values are images."""
 
 
 @dataclass
@@ -96,6 +103,7 @@ class Renderer:
     def texts(self, row: dict[str, Any]) -> tuple[str, str]:
         """Return what the model sees of a normalised row, and what of it is trained (of a pair, of both answers). Raises
         RowError."""
+        row = without_images(row)
         rows = [as_chat(row, answer) for answer in ANSWERS] if "chosen" in row else [row]
         seen, trained = [], []
         for part in rows:
@@ -182,6 +190,7 @@ def _read(file: Path, name: str, task: TaskConfig, renderer: Renderer, compared:
                 unread = Unread(reading.format, {})
             check_task(reading.format, raw.fields, {}, AUTOMATIC, task, raw.place)
             row = normalise(raw.fields, reading.format, {}, task)
+            look_at_images(row, file)
             unread.add(raw.fields)
             if reading.good < compared:
                 seen, trained = renderer.texts(row)
@@ -191,17 +200,58 @@ def _read(file: Path, name: str, task: TaskConfig, renderer: Renderer, compared:
                     reading.trained.append(trained[:300])
             reading.good += 1
         except RowError as error:
-            reading.refused[re.sub(r" in '.*?;", ";", str(error), flags=re.S)] += 1
+            reason = re.sub(r"^image \d+ \('.*?'\)", "an image", str(error))
+            reading.refused[re.sub(r" in '.*?;", ";", reason, flags=re.S)] += 1
     assert task_of(task) is not None
     if unread is not None and reading.good:
         reading.unread = dict(unread.rows)
     return reading
 
 
+def look_at_images(row: dict[str, Any], file: Path) -> None:
+    """Read and decode the images of a row of `file` as a run does. Raises RowError."""
+    if not row.get(COLUMN):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ImageWriter(Path(folder))
+        numbers = [entry["number"] for entry in writer.take(row, file)[COLUMN]]
+        writer.finish()
+        files = ImageFiles.of(Path(folder))
+        assert files is not None
+        for number in numbers:
+            files.image(number)
+
+
+def without_images(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the word PLACE where an image stands, which no model is needed for. Asserts that each has one."""
+    if COLUMN not in row:
+        return row
+    key = "prompt" if "chosen" in row else "messages"
+    asked = [
+        {**message, "content": [_word(part) for part in content] if isinstance(content, list) else content}
+        for message in row[key]
+        for content in [message.get("content")]
+    ]
+    places = sum(part == _PLACE for message in asked for part in message["content"] or ())
+    assert places == len(row[COLUMN]), f"{places} places for {len(row[COLUMN])} images"
+    return {name: value for name, value in row.items() if name != COLUMN} | {key: asked}
+
+
+_PLACE = {"type": "text", "text": "PLACE"}
+
+
+def _word(part: dict[str, Any]) -> dict[str, Any]:
+    return _PLACE if is_place(part) else part
+
+
 def missing_text(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str, trained: str) -> str:
     """Return a text of the file that the model does not see, or of the assistant that is not trained; empty where there is none."""
     read_fields = {key: value for key, value in fields.items() if key not in unread.rows}
-    for text in (*leaves(read_fields), *schemas(read_fields)):
+    texts: Iterable[str] = leaves(read_fields)
+    if COLUMN in row:
+        row = without_images(row)
+        texts = [part for text in texts for part in text.split(MARKER)]
+    for text in (*texts, *schemas(read_fields)):
         if _flat(text) not in _flat(seen):
             return f"{text[:200]!r} is not in what the model sees"
     conversations = [as_chat(row, answer) for answer in ANSWERS] if "chosen" in row else [row]
@@ -220,9 +270,9 @@ def missing_text(fields: dict[str, Any], unread: Unread, row: dict[str, Any], se
 
 def leaves(value: Any) -> Iterator[str]:
     """Yield every text in a row of a file. What is JSON as text is looked into: templates print it in their own way."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.get("type") not in IMAGES:
         for key, item in value.items():
-            if key not in NOT_SEEN:
+            if key not in NOT_SEEN and key not in IMAGES:
                 yield from leaves(item)
     elif isinstance(value, list):
         for item in value:

@@ -115,6 +115,17 @@ CONVENTIONS: dict[str, tuple[dict[str, Any], str, list[Any], list[Any]]] = {
         [PLACE, text("Who is left of "), PLACE, text("?")],
         ["a.png", "b.png"],
     ),
+    "LLaMA-Factory, v1": (
+        {
+            "messages": [
+                user([{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "Who?"}]),
+                {"role": "assistant", "content": [{"type": "text", "value": "Yes"}]},
+            ]
+        },
+        "messages",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
     "LLaMA-Factory, Alpaca": (
         {"instruction": "<image>Who?", "input": "", "output": "Yes", "images": ["a.png"]},
         "alpaca",
@@ -288,7 +299,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "missing": ("b.png", r"image 1 \('b.png'\) cannot be read: No such file"),
+    "missing": ("b.png", r"image 1 \('b.png'\) is not there; data.image_folder names the folder"),
     "folder": (".", r"image 1 \('.'\) is no file"),
     "outside": ("../secret.png", "lies outside of .*; data.image_folder names"),
     "absolute": ("/etc/passwd", "lies outside of"),

@@ -32,8 +32,8 @@ SPEAKERS = ("system", "user", "tool")
 _OTHERS = ("prompt", "completion", "chosen", "rejected")
 """Keys of a normalised row, beside `messages`, whose values may be messages."""
 
-_INSIDE = ("bytes", "url", "path", "image", "image_url", "base64", "file_name")
-"""Keys of an object that stands for an image: of `datasets`, OpenAI, transformers."""
+_INSIDE = ("bytes", "url", "path", "image", "image_url", "base64", "file_name", "value")
+"""Keys of an object that stands for an image: of `datasets`, OpenAI, transformers, LLaMA-Factory."""
 _ADDRESS = re.compile(r"\s*(?:https?|ftp|s3|gs)://", re.I)
 
 

@@ -231,6 +231,8 @@ class ImageWriter:
         if _is_data(reference):
             return self._add(content_of_data_url(reference))
         path = path_within(reference, root)
+        if not path.exists():
+            raise RowError("is not there; data.image_folder names the folder where paths of images begin")
         if (number := self._paths.get(str(path))) is None:
             number = self._paths[str(path)] = self._add(read_file(path), path)
         return number
