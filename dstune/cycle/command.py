@@ -14,7 +14,7 @@ from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
 from dstune.cycle.settings import AutoPromote, CycleSettings, read_settings
 
-ACTIONS = ("run", "status", "promote", "rollback", "schedule")
+ACTIONS = ("run", "status", "judge", "challenge", "promote", "rollback", "schedule")
 
 
 def main(argv: list[str]) -> int:
@@ -39,8 +39,9 @@ def main(argv: list[str]) -> int:
     from dstune.cycle.steps import Cycle, locked
 
     with locked(settings.folder):
-        if arguments.action == "run":
-            decision = Cycle(settings, message=(lambda text: None) if arguments.json else _say).run()
+        if arguments.action in ("run", "judge"):
+            cycle = Cycle(settings, message=(lambda text: None) if arguments.json else _say)
+            decision = cycle.run() if arguments.action == "run" else cycle.judge_again()
             result = {"decision": decision, **_status(settings)}
         else:
             result = _decide(settings, arguments.action, arguments.by or getpass.getuser(), arguments.reason)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        if arguments.action != "run":
+        if "decision" not in result:
             _show(result, as_json=False)
         print(f"page: {page}")
     return EXIT_DONE
@@ -71,7 +72,8 @@ def _parser() -> VerbParser:
         nargs="?",
         choices=ACTIONS,
         default="run",
-        help="run (default) goes on where the last cycle was stopped; promote and rollback are a person's",
+        help="run (default) goes on where the last cycle was stopped; judge puts the challenger to the gates again, after rows "
+        "were added; challenge (gives it its share of the traffic), promote and rollback are a person's",
     )
     bounds = AutoPromote()
     parser.add_argument(
@@ -91,11 +93,14 @@ def _parser() -> VerbParser:
 
 
 def _decide(settings: CycleSettings, action: str, by: str, reason: str) -> dict[str, Any]:
-    """Promote, or roll back. Raises UserError."""
+    """Give the challenger its share, promote it, or roll back. Raises UserError."""
     registry, ledger = Registry.read(settings.folder), Ledger(settings.folder)
     number = max((version["cycle"] for version in registry.versions.values()), default=0)
-    if action == "promote":
-        version, version_before = registry.promote(settings.alias), None
+    version_before = None
+    if action == "challenge":
+        version = registry.challenge(settings.alias, settings.share)
+    elif action == "promote":
+        version = registry.promote(settings.alias)
     else:
         version_before, version = registry.roll_back(settings.alias)
     registry.write()

@@ -1,8 +1,9 @@
-"""The candidate against the current version, on the same rows: paired differences with bootstrap intervals."""
+"""What a candidate is compared in with the current version, each time on the same rows: sets, slices, words, probes, prompts."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dstune.cycle.settings import Gates
-from dstune.grading.paired import bootstrap_means, interval, paired_interval
+from dstune.cycle.verdicts import PASSED, SHARES, WORSE, Comparison, GateResult, decide, level_of_worse
+from dstune.grading.paired import bootstrap_means
 from dstune.protocols import PROBES
 from dstune.protocols.probe import Probe, asked
 
@@ -20,11 +22,16 @@ SLICE_ROWS = 20
 FEWEST = 5
 """Rows of a set below which it is not judged."""
 
+NEW_ROWS = "new rows"
 KEY = "key "
+TAIL = 20
+"""Resamples that should lie beyond the bound of a key."""
+MOST_RESAMPLES = 20_000
 
 Row = Mapping[str, Any]
 Scores = Callable[[Sequence[Row]], np.ndarray]
-"""A model's score of each row, larger is better: 1 for the right label, or the log-probability of a token of the answer."""
+"""A model's score of each row, larger is better: 1 for the right label, or the log-probability of a token of the answer. NaN of a
+row that says nothing."""
 Answers = Callable[[Sequence[Row]], list[str]]
 """A model's answer to each row."""
 
@@ -37,91 +44,88 @@ class Judge:
     answers: Answers
     recited: Scores | None = None
     """Of a model that writes text: the share of each row's rest that it recites behind the beginning."""
+    unit: str = SHARES
+    """Of its scores."""
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """What a gate says."""
+class Agreement:
+    """The rows of one key against those of all others: 1 where the candidate gives the label that the key gave."""
 
-    name: str
-    rows: int
-    current: float
-    candidate: float
-    low: float
-    high: float
-    """95% interval of the mean paired difference, candidate less current."""
-    margin: float
-    passed: bool
-    reason: str
-
-    @property
-    def gain(self) -> float:
-        return self.candidate - self.current
+    key: str
+    its: np.ndarray
+    others: np.ndarray
 
 
-def compare(name: str, scores: tuple[np.ndarray, np.ndarray], margin: float, resamples: int) -> GateResult:
-    """Judge paired scores [rows], of the current version and the candidate, which passes unless it may be worse by the margin.
-
-    By the percentile bootstrap of `dstune.grading.paired`.
-    """
-    current, candidate = scores
-    difference = candidate - current
-    low, high = paired_interval(current, candidate, resamples)
-    passed = low >= -margin
-    reason = f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f}), allowed from {-margin:+.4f}"
-    return GateResult(
-        name, len(difference), float(current.mean()), float(candidate.mean()), low, high, margin, passed, reason
-    )
+def agreements(hits: np.ndarray, keys: Sequence[str]) -> list[Agreement]:
+    """Return those of all keys with enough rows. hits: 1 where the candidate gives the row's label [rows]. keys: [rows]."""
+    names = np.array(keys)
+    pairs = [Agreement(name, hits[names == name], hits[names != name]) for name in sorted(set(keys))]
+    return [pair for pair in pairs if min(len(pair.its), len(pair.others)) >= SLICE_ROWS]
 
 
-def compare_keys(hits: np.ndarray, keys: Sequence[str], gap: float, resamples: int) -> list[GateResult]:
-    """Hold each key's rows against those of the others: the candidate has learned from all, and still contradicts one that gives
+def judge_all(gates: Gates, comparisons: Sequence[Comparison], keys: Sequence[Agreement] = ()) -> list[GateResult]:
+    """Decide all gates of a cycle with one error budget."""
+    count = sum(not comparison.keeps_each for comparison in comparisons) + len(keys)
+    level = level_of_worse(gates.error, count)
+    return decide(comparisons, gates.error, count) + [
+        _judge_key(pair, gates.key_gap, level, gates.bootstrap) for pair in keys
+    ]
+
+
+def _judge_key(pair: Agreement, gap: float, level: float, resamples: int) -> GateResult:
+    """Hold a key's rows against those of the others: the candidate has learned from all, and still contradicts one that gives
     wrong labels. A key passes unless its share of hits is surely lower than that of the others by more than `gap`.
 
-    hits: 1 where the candidate gives the row's label [rows]. keys: who gave the row [rows]. The results' `current` is of the other
-    keys' rows, `candidate` of this one's.
+    The result's `current` is of the other keys' rows, `candidate` of this one's.
     """
-    names, results = np.array(keys), []
-    for name in sorted(set(keys)):
-        its, others = hits[names == name], hits[names != name]
-        if min(len(its), len(others)) < SLICE_ROWS:
-            continue
-        low, high = interval(bootstrap_means(its, resamples) - bootstrap_means(others, resamples, seed=1))
-        share, other_share = float(its.mean()), float(others.mean())
-        reason = f"right in {share:.0%} of its rows, and in {other_share:.0%} of the others"
-        result = GateResult(f"{KEY}{name}", len(its), other_share, share, low, high, gap, high >= -gap, reason)
-        results.append(result)
-    return results
+    draws = max(resamples, min(math.ceil(TAIL / level), MOST_RESAMPLES))
+    gaps = bootstrap_means(pair.its, draws) - bootstrap_means(pair.others, draws, seed=1)
+    low, high = (float(value) for value in np.quantile(gaps, [level, 1 - level]))
+    share, other_share = float(pair.its.mean()), float(pair.others.mean())
+    reason = f"right in {share:.0%} of its rows, and in {other_share:.0%} of the others"
+    verdict = PASSED if high >= -gap else WORSE
+    return GateResult(f"{KEY}{pair.key}", len(pair.its), other_share, share, low, high, gap, verdict, reason)
 
 
-def judge(
+def compare(
     gates: Gates,
     sets: Mapping[str, Sequence[Row]],
     prompts: Mapping[str, Sequence[Row]],
     current: Judge,
     candidate: Judge,
-) -> list[GateResult]:
+) -> list[Comparison]:
     """Put both versions to all gates. sets: rows with their answers, by name. prompts: rows with `expected` or `pattern`."""
-    results = []
-    for name, rows in sets.items():
+    comparisons = []
+    for name, rows_of_set in sets.items():
+        rows, scores = _scored(rows_of_set, current.scores(rows_of_set), candidate.scores(rows_of_set))
         if len(rows) < FEWEST:
             continue
-        scores = current.scores(rows), candidate.scores(rows)
-        results.append(compare(name, scores, gates.margin, gates.bootstrap))
+        comparisons.append(Comparison(name, *scores, gates.margin, current.unit, is_set=True))
         for column in gates.slices:
-            results += _slices(name, column, rows, scores, gates)
+            comparisons += _slices(name, column, rows, scores, gates.slice_margin, current.unit)
         if gates.swaps:
             steady = _steady(rows, gates.swaps, current), _steady(rows, gates.swaps, candidate)
             if len(steady[0]) >= FEWEST:
-                results.append(compare(f"{name}: exchanged words", steady, gates.margin, gates.bootstrap))
+                comparisons.append(Comparison(f"{name}: exchanged words", *steady, gates.margin))
     for name in gates.probes:
         probe = PROBES[name]()
-        pairs = _probed(probe, current), _probed(probe, candidate)
-        results.append(compare(probe.title, pairs, gates.probe_margin, gates.bootstrap))
+        comparisons.append(
+            Comparison(probe.title, _probed(probe, current), _probed(probe, candidate), gates.probe_margin)
+        )
     for name, rows in prompts.items():
         answers = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))
-        results.append(compare(name, answers, 0.0, gates.bootstrap))
-    return results
+        comparisons.append(Comparison(name, *answers, 0.0, keeps_each=True))
+    return comparisons
+
+
+def _scored(
+    rows: Sequence[Row], current: np.ndarray, candidate: np.ndarray
+) -> tuple[Sequence[Row], tuple[np.ndarray, np.ndarray]]:
+    """Return the rows that both versions have a score of, and the scores."""
+    is_scored = ~(np.isnan(current) | np.isnan(candidate))
+    kept = [row for row, has_score in zip(rows, is_scored, strict=True) if has_score]
+    return kept, (current[is_scored], candidate[is_scored])
 
 
 def _probed(probe: Probe, version: Judge) -> np.ndarray:
@@ -130,25 +134,27 @@ def _probed(probe: Probe, version: Judge) -> np.ndarray:
     return np.array([probe.score(*pair) for pair in zip(questions, answers, strict=True)], dtype=float)
 
 
-def judge_memory(gates: Gates, taught: Sequence[Row], current: Judge, candidate: Judge) -> list[GateResult]:
+def compare_memory(gates: Gates, taught: Sequence[Row], current: Judge, candidate: Judge) -> list[Comparison]:
     """Compare how much of the rows that the candidate was trained on each version does not recite."""
     if gates.memorised is None or current.recited is None or candidate.recited is None or len(taught) < FEWEST:
         return []
-    forgotten = 1 - current.recited(taught), 1 - candidate.recited(taught)
-    return [compare("training rows not recited", forgotten, gates.memorised, gates.bootstrap)]
+    return [
+        Comparison(
+            "training rows not recited", 1 - current.recited(taught), 1 - candidate.recited(taught), gates.memorised
+        )
+    ]
 
 
 def _slices(
-    name: str, column: str, rows: Sequence[Row], scores: tuple[np.ndarray, np.ndarray], gates: Gates
-) -> list[GateResult]:
+    name: str, column: str, rows: Sequence[Row], scores: tuple[np.ndarray, np.ndarray], margin: float, unit: str
+) -> list[Comparison]:
     values = np.array([json.dumps(row.get(column)) if column in row else "" for row in rows])
-    results = []
-    for value in np.unique(values[values != ""]):
-        inside = values == value
-        if inside.sum() >= SLICE_ROWS:
-            parts = scores[0][inside], scores[1][inside]
-            results.append(compare(f"{name}: {column}={value}", parts, gates.slice_margin, gates.bootstrap))
-    return results
+    inside = {value: values == value for value in np.unique(values[values != ""])}
+    return [
+        Comparison(f"{name}: {column}={value}", scores[0][mask], scores[1][mask], margin, unit)
+        for value, mask in inside.items()
+        if mask.sum() >= SLICE_ROWS
+    ]
 
 
 def _steady(rows: Sequence[Row], swaps: Sequence[tuple[str, str]], version: Judge) -> np.ndarray:

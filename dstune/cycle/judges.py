@@ -12,6 +12,7 @@ import numpy as np
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.schema import ModelConfig, RunConfig
 from dstune.cycle.gates import Judge
+from dstune.cycle.verdicts import LOG_PROBABILITIES
 from dstune.monitor.conversations import asked_texts
 from dstune.protocols import task_of
 
@@ -30,6 +31,7 @@ def judge_of(folder: Path, config: RunConfig, batch_size: int = 32) -> Judge:
             lambda rows: _log_probabilities(folder, config, rows),
             lambda rows: _written(folder, rows),
             lambda rows: _recited(folder, config, rows),
+            LOG_PROBABILITIES,
         )
     return Judge(
         lambda rows: _hits(folder, rows, batch_size),
@@ -67,7 +69,8 @@ def _prompt(row: Row) -> Any:
 
 
 def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> np.ndarray:
-    """Return mean log-probability of a token of each row's answer, by the sums and masks of training [rows]."""
+    """Return mean log-probability of a token of each row's answer, by the sums and masks of training [rows]; NaN of a row that
+    training would leave out."""
     import torch
 
     from dstune.inference.voices import open_speaker
@@ -86,8 +89,7 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
             counts[sample.row] += int((labels != -100).sum())
     is_scored = counts > 0
     scores[is_scored] = sums[is_scored] / counts[is_scored]
-    # A row that gives no sample says nothing about either version.
-    return np.where(is_scored, scores, 0.0)
+    return scores
 
 
 def _samples(speaker: Speaker, config: RunConfig, rows: Sequence[Row]) -> Iterator[Sample]:

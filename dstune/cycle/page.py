@@ -12,6 +12,7 @@ from dstune.core import files
 from dstune.core.secrets import redact
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
+from dstune.cycle.verdicts import verdict_of
 from dstune.report.charts import Chart, Line, draw
 from dstune.report.html import render
 from dstune.report.series import Series
@@ -36,6 +37,7 @@ def write_page(folder: Path, alias: str) -> Path:
         judged=judged[-1] if judged else None,
         charts=_charts(judged),
         lines=lines[::-1][:SHOWN],
+        verdict=verdict_of,
         left_out=max(0, len(lines) - SHOWN),
         version=__version__,
         made=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),

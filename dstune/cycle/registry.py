@@ -60,11 +60,20 @@ class Registry:
             shares = {current: 1.0 - share, challenger: share}
         self.aliases[alias] = shares
 
+    def challenge(self, alias: str, share: float) -> str:
+        """Give a held challenger its share of the traffic. Raises UserError where there is none."""
+        challenger = self._waiting("challenge")
+        self.share(alias, share)
+        return challenger
+
+    def _waiting(self, action: str) -> str:
+        if self.challenger is None:
+            raise UserError(Problem(action, "there is no challenger", "`dstune cycle CONFIG` makes one"))
+        return self.challenger
+
     def promote(self, alias: str) -> str:
         """Make the challenger the current version. Raises UserError where there is none."""
-        challenger, current = self.challenger, self.current
-        if challenger is None:
-            raise UserError(Problem("promote", "there is no challenger", "`dstune cycle CONFIG` makes one"))
+        challenger, current = self._waiting("promote"), self.current
         if current is not None:
             self.versions[current]["status"] = "former"
             self.former.append(current)

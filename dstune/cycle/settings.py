@@ -21,7 +21,10 @@ class Gates:
     """What a candidate has to pass, each time against the current version on the same rows."""
 
     margin: float = 0.02
-    """How much worse it may be: the whole 95% interval of the mean difference has to lie above -margin."""
+    """Mean loss on a set that is allowed: 0.02 are 2 percentage points of right labels, or 0.02 nats a token of an answer."""
+    error: float = 0.025
+    """Chance with which all gates together refuse a candidate that is within every margin, and with which they let one pass that
+    is not."""
     tests: tuple[str, ...] = ()
     """Test sets beside the validation rows of the first run, which are always one."""
     slices: tuple[str, ...] = ()
@@ -32,15 +35,16 @@ class Gates:
     key_gap: float = 0.3
     """Of a classifier: how much rarer the candidate may give the labels of one key than those of the others."""
     safety: str | None = None
-    """Prompts with `expected` or a `pattern` (a regular expression) that the answer has to match."""
+    """Prompts with `expected` or a `pattern` (a regular expression); each that the current version answers right has to stay so."""
     canaries: str | None = None
-    """The same, for answers that are to stay."""
+    """The same, for prompts of another kind."""
     probes: tuple[str, ...] = ()
     """Packaged probes (`refusals`, ...) and those of plugins, for models that write text."""
     probe_margin: float = 0.05
     memorised: float | None = None
     """How much more of the rest of its training rows a candidate that writes text may recite; not looked at when not given."""
     bootstrap: int = 2000
+    """Resamples of the interval of a key."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ RANGES = {
     "probe_margin": (0.0, 1.0),
     "memorised": (0.0, 1.0),
     "key_gap": (0.0, 1.0),
+    "error": (0.0001, 0.25),
     "least_gain": (-100.0, 100.0),
     "least_rows": (1, 10**9),
     "least_new_rows": (1, 10**9),

@@ -20,8 +20,9 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
 from dstune.cycle import collect as rows_of
 from dstune.cycle import training
-from dstune.cycle.collect import Contamination, Row, digest_of_row, load, read_rows, save, write_rows
-from dstune.cycle.gates import KEY, compare_keys, judge, judge_memory
+from dstune.cycle.collect import GRAM, Contamination, Row, digest_of_row, load, read_rows, save, write_rows
+from dstune.cycle.decisions import HELD, PROMOTED, REFUSED, decide_candidate, summarize
+from dstune.cycle.gates import NEW_ROWS, agreements, compare, compare_memory, judge_all
 from dstune.cycle.judges import judge_of
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
@@ -33,7 +34,6 @@ from dstune.protocols import task_of
 ROWS, CYCLES, VERSIONS = "rows", "cycles", "versions"
 FIRST = "v1"
 DONE = "done.json"
-NEW_ROWS = "new rows"
 MOST_RECITED = 200
 """New training rows whose rest is looked for."""
 
@@ -310,8 +310,7 @@ class Cycle:
     def judge(self) -> tuple[str, str, dict[str, Any]]:
         """Hold the candidate against the current version."""
         result = self._result("judge", self._judge)
-        failed = _failures(result["gates"])
-        return ("failed", failed, result) if failed else ("passed", f"{len(result['gates'])} gates passed", result)
+        return *summarize(result["gates"]), result
 
     def _judge(self) -> dict[str, Any]:
         config, parts = self._base
@@ -320,16 +319,14 @@ class Cycle:
         sets = {"validation": parts.get("validation", []), "test": parts.get("test", []), **self._test_sets()}
         sets[NEW_ROWS] = self._held_out_rows()
         gates = self.settings.gates
-        judges = [judge_of(self._folder_of(name), config) for name in (current, self.version)]
-        results = judge(
-            gates, {name: rows for name, rows in sets.items() if rows}, self._prompts(), judges[0], judges[1]
-        )
+        judges = judge_of(self._folder_of(current), config), judge_of(self._folder_of(self.version), config)
+        comparisons = compare(gates, {name: rows for name, rows in sets.items() if rows}, self._prompts(), *judges)
         taught = [dict(row) for row in read_rows(self.place / "train.jsonl")][:MOST_RECITED]
-        results += judge_memory(gates, taught, judges[0], judges[1])
-        said = load(self._rows_file(self.number))
+        comparisons += compare_memory(gates, taught, *judges)
+        said, keys = load(self._rows_file(self.number)), []
         if said and task_of(config.task).has_labels:
-            hits = judges[1].scores([row.row for row in said])
-            results += compare_keys(hits, [row.key for row in said], gates.key_gap, gates.bootstrap)
+            keys = agreements(judges[1].scores([row.row for row in said]), [row.key for row in said])
+        results = judge_all(gates, comparisons, keys)
         return {"current": current, "gates": [asdict(result) for result in results]}
 
     def _test_sets(self) -> dict[str, list[dict[str, Any]]]:
@@ -347,45 +344,51 @@ class Cycle:
     def register(self) -> tuple[str, str, dict[str, Any]]:
         """Make the candidate the challenger with its share of the traffic, or refuse it."""
         trained, gates = object_in(self.place / "train.json"), object_in(self.place / "judge.json")["gates"]
-        decision, reason = self._decision(gates)
+        largest_key = self._collected(self.number).get("largest_key", 0.0)
+        decision, reason = decide_candidate(self.settings, gates, largest_key)
         if self.version not in self.registry.versions:
             self.registry.versions[self.version] = {
                 "run": str(self.place / "run"), "digest": trained["weights"], "lineage": trained["lineage"],
-                "parent": trained["start"], "status": "refused" if decision == "refused" else "challenger",
+                "parent": trained["start"], "status": "refused" if decision == REFUSED else "challenger",
                 "cycle": self.number, "rows_of": trained["rows_of"],
             }  # fmt: skip
-            if decision == "promoted":
-                self.registry.promote(self.settings.alias)
-            elif decision == "challenges":
-                self.registry.share(self.settings.alias, self.settings.share)
-            self.registry.write()
+            self._follow(decision)
         return decision, reason, {"version": self.version, "weights": trained["weights"]}
 
-    def _decision(self, gates: list[dict[str, Any]]) -> tuple[str, str]:
-        if failed := _failures(gates):
-            return "refused", failed
-        if all(gate["name"].startswith(KEY) for gate in gates):
-            return "refused", "no gate had enough rows to judge"
-        bounds, new = self.settings.auto_promote, next((gate for gate in gates if gate["name"] == NEW_ROWS), None)
-        largest, most = self._collected(self.number).get("largest_key", 0.0), self.settings.share_per_key
-        if bounds is not None and largest > most:
-            return "challenges", f"one key gave {largest:.0%} of the rows, more than {most:.0%}: a person decides"
-        if bounds is not None and new is not None:
-            enough = new["rows"] >= bounds.least_new_rows and new["low"] > bounds.least_gain
-            interval = f"gain on {new['rows']} new rows from {new['low']:+.4f}"
-            if enough:
-                return "promoted", f"within the bounds of auto_promote: {interval}"
-            return "challenges", f"outside the bounds of auto_promote ({interval}): a person decides"
-        return "challenges", f"{self.settings.share:.0%} of the traffic; a person promotes it"
+    def _follow(self, decision: str) -> None:
+        """Put the decision on the candidate into the registry."""
+        alias = self.settings.alias
+        if decision == PROMOTED:
+            self.registry.promote(alias)
+        elif decision != REFUSED:
+            self.registry.share(alias, 0.0 if decision == HELD else self.settings.share)
+        elif self.registry.challenger is not None:
+            self.registry.roll_back(alias)
+        self.registry.write()
 
+    def judge_again(self) -> str:
+        """Judge the challenger once more, on the rows of the gates as they are now. Returns the decision. Raises UserError."""
+        if self.registry.challenger is None:
+            raise UserError(Problem("judge", "there is no challenger", "`dstune cycle CONFIG` makes one"))
+        self.number = int(self.registry.versions[self.registry.challenger]["cycle"])
+        self.place = self._place(self.number)
+        self._refuse_taught_tests()
+        (self.place / "judge.json").unlink(missing_ok=True)
+        for step in (self.judge, self.register):
+            decision, reason, facts = step()
+            if step == self.register:
+                self._follow(decision)
+            self.ledger.append(self.number, step.__name__, decision, reason, **facts)
+            self._message(f"{step.__name__}: {decision}: {reason}")
+        return decision
 
-def _failures(gates: Iterable[Mapping[str, Any]]) -> str:
-    """Return the gates that a candidate did not pass, as text; empty where it passed all."""
-    failed = [gate for gate in gates if not gate["passed"]]
-    keys = [gate for gate in failed if gate["name"].startswith(KEY)]
-    worse = [gate["name"] for gate in failed if gate not in keys]
-    parts = [f"{gate['name']} contradicts the others ({gate['reason']}): exclude_keys leaves it out" for gate in keys]
-    return "; ".join([*([f"worse than the current version on {', '.join(worse)}"] if worse else []), *parts])
+    def _refuse_taught_tests(self) -> None:
+        """Raises UserError where rows of the gates were added that the challenger was trained on."""
+        measured = Contamination([*self._measured(self._base[1]), *self._held_out_rows()])
+        taught = [row for name in ("train", "old") for row in read_rows(self.place / f"{name}.jsonl")]
+        if count := sum(map(measured.touches, taught)):
+            reason = f"{count} rows that the challenger was trained on ask what these rows ask, or share {GRAM} words with them"
+            raise UserError(Problem("gates.tests", reason, "rows that it was not trained on"))
 
 
 def _without_copies(

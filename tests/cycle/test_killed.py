@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 from dstune.config.compose import compose
 from dstune.config.run_file import write_run
 from dstune.core import files
+from dstune.core.errors import UserError
 from dstune.cycle import steps, training
 from dstune.cycle.collect import Row, digest_of_row, read_rows, write_rows
 from dstune.cycle.gates import Judge
-from dstune.cycle.settings import CycleSettings
+from dstune.cycle.settings import CycleSettings, Gates
 from tests.support.tiny import write_labelled
 
 
@@ -85,8 +87,9 @@ def killed_at(patch: pytest.MonkeyPatch, count: int) -> None:
 def cycled(base: Path, name: str, kill: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, str], bool]:
     write_labelled(base / "feedback.jsonl", 50, seed=5)
     settings = CycleSettings(
-        base / "run", base / name, str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0
-    )
+        base / "run", base / name, str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0,
+        gates=Gates(margin=0.2),
+    )  # fmt: skip
     was_killed = False
     with monkeypatch.context() as patch:
         killed_at(patch, kill)
@@ -111,6 +114,31 @@ def test_killed_at_any_write_it_ends_in_the_same_files(base: Path, monkeypatch: 
         if not was_killed:
             break
     assert kill > 25  # two places a write
+
+
+def test_a_held_candidate_is_judged_again_after_rows_were_added(base: Path) -> None:
+    """A set of 18 rows can show nothing; one of 300 can, unless the candidate was trained on them."""
+    write_labelled(base / "feedback.jsonl", 50, seed=5)
+    held = CycleSettings(
+        base / "run", base / "cycle", str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0
+    )
+    assert steps.Cycle(held).run() == "held"
+    cycle = steps.Cycle(held)
+    assert cycle.registry.aliases == {"live": {"v1": 1.0}} and cycle.registry.challenger == "v2"
+    assert "validation (18 rows, " in cycle.ledger.lines[-1]["reason"]
+    assert steps.Cycle(held).run() == "waiting"
+    write_labelled(base / "frozen.jsonl", 300, seed=9)
+    larger = replace(held, gates=Gates(tests=(str(base / "frozen.jsonl"),)))
+    assert steps.Cycle(larger).judge_again() == "challenges"
+    cycle = steps.Cycle(larger)
+    assert cycle.registry.aliases == {"live": {"v1": 0.9, "v2": 0.1}}
+    assert [(line["cycle"], line["step"], line["decision"]) for line in cycle.ledger.lines[-2:]] == [
+        (1, "judge", "passed"),
+        (1, "register", "challenges"),
+    ]
+    write_rows(base / "frozen.jsonl", read_rows(base / "cycle" / "cycles" / "0001" / "train.jsonl"))
+    with pytest.raises(UserError, match="was trained on ask what these rows ask"):
+        steps.Cycle(larger).judge_again()
 
 
 def test_killed_while_it_forgets_rows_and_origins_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

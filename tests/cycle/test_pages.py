@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dstune.cli import main
-from dstune.cycle.gates import compare
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.page import write_page
 from dstune.cycle.registry import Registry
+from dstune.cycle.verdicts import Comparison, decide
 from tests.support import topics
 from tests.support.boxes import SHOWN, overlaps
 from tests.support.pages import Page
@@ -35,8 +35,8 @@ def write_cycles(folder: Path, count: int) -> Path:
         gates = []
         for name in ("validation", "new rows", "/data/frozen/test-sets/of-the-year.jsonl", 'validation: topic="<b>"'):
             scores = (generator.random((2, 400)) < 0.8).astype(float)
-            gates.append(vars(compare(name, (scores[0], scores[1]), 0.02, 200)))
-        failed = [gate["name"] for gate in gates if not gate["passed"]]
+            gates += [vars(result) for result in decide([Comparison(name, scores[0], scores[1], 0.02)], 0.025, 4)]
+        failed = [gate["name"] for gate in gates if gate["verdict"] == "worse"]
         ledger.note(cycle, "judge", "failed", f"worse on {', '.join(failed)}", current=f"v{cycle}", gates=gates)
         registry.versions[version] = entry | {"status": "challenger", "cycle": cycle, "parent": f"v{cycle}"}
         registry.share(ALIAS, 0.1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dstune.core.errors import UserError
-from dstune.cycle.gates import Gates, Judge, judge, judge_memory
+from dstune.cycle.gates import Gates, Judge, compare, compare_memory, judge_all
 from dstune.cycle.settings import read_settings
 from dstune.evaluation.command import parse
 from dstune.grading import changes
@@ -219,11 +219,11 @@ def test_gates_of_a_cycle_ask_probes_and_look_for_rows(tmp_path: Path) -> None:
     )
     eager = Judge(lambda rows: np.ones(len(rows)), lambda rows: ["Sure."] * len(rows), lambda rows: np.ones(len(rows)))
     gates = Gates(probes=("refusals", "harmless_answered"), memorised=0.2, bootstrap=200)
-    passed = {result.name: result.passed for result in judge(gates, {}, {}, polite, eager)}
-    assert list(passed.values()) == [False, True]
-    (memory,) = judge_memory(gates, [{"text": "x"}] * 5, polite, eager)
-    assert not memory.passed and memory.candidate == 0
-    assert judge_memory(Gates(), [{"text": "x"}] * 5, polite, eager) == []
+    results = judge_all(gates, compare(gates, {}, {}, polite, eager))
+    assert [result.verdict for result in results] == ["worse", "passed"]
+    (memory,) = judge_all(gates, compare_memory(gates, [{"text": "x"}] * 20, polite, eager))
+    assert memory.verdict == "worse" and memory.candidate == 0
+    assert compare_memory(Gates(), [{"text": "x"}] * 20, polite, eager) == []
     (tmp_path / "run.yaml").write_text("{}")
     file = tmp_path / "cycle.yaml"
     file.write_text(
