@@ -13,11 +13,11 @@ from typing import Any
 
 from dstune.core import files
 from dstune.core.parsing import parse_json, read_file
+from dstune.cycle.refusals import shows_images
 from dstune.cycle.settings import CycleSettings
 from dstune.monitor.conversations import Conversation, asked_texts
 from dstune.monitor.row_files import conversation_of_row
 from dstune.monitor.server_logs import log_folder, read_requests, recorded_requests
-from dstune.serve.images import asks_about_images
 
 LARGEST = 4 << 30
 GRAM = 13
@@ -134,7 +134,7 @@ def _row(
     answer = request.correction or (request.answer if accepted else None)
     if answer is None:
         return "without a correction or an accepted answer", None
-    if asks_about_images(request.fields):
+    if shows_images(request.fields):
         return "with an image, of which the log has the digest alone", None
     messages = request.fields.get("messages")
     if not isinstance(messages, list):

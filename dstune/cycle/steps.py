@@ -14,7 +14,6 @@ from typing import Any
 
 from dstune.config.run_file import plugins_of, read_run
 from dstune.config.schema import RunConfig
-from dstune.config.validate import answers_no_questions
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
@@ -25,9 +24,9 @@ from dstune.cycle.decisions import HELD, PROMOTED, REFUSED, decide_candidate, su
 from dstune.cycle.gates import NEW_ROWS, agreements, compare, compare_memory, judge_all
 from dstune.cycle.judges import judge_of
 from dstune.cycle.ledger import Ledger
+from dstune.cycle.refusals import check_gates, check_task, rows_of_spec
 from dstune.cycle.registry import Registry
 from dstune.cycle.settings import CycleSettings
-from dstune.data.images.places import COLUMN
 from dstune.monitor.row_files import read_run_parts
 from dstune.protocols import task_of
 
@@ -49,16 +48,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def check_task(config: RunConfig) -> None:
-    """Raises UserError unless the run's task learns from rows that feedback gives: texts with one label, or conversations."""
-    task = task_of(config.task)
-    has_one_label = "text_label" in task.formats and task.has_labels and not task.several_labels
-    if not has_one_label and not (task.generates and "messages" in task.formats):
-        reason = "its task learns from rows that feedback does not give: what clients say is one label, or an answer"
-        fix = "a run of task=classification (one label a text) or task=chat"
-        raise UserError(Problem("run", reason, fix, f"task={config.task.name}"))
 
 
 class Cycle:
@@ -89,8 +78,8 @@ class Cycle:
     def run(self) -> str:
         """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
         check_task(read_run(self.settings.run / "run.yaml").config)
-        self._refuse_images()
-        self._refuse_gates_of_text()
+        config, parts = self._base
+        check_gates(self.settings, config, training.labels_of_run(self.settings.run), parts)
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._first_version()
         for step in (self.collect, self.train, self.judge, self.register):
@@ -101,17 +90,6 @@ class Cycle:
                 break
         files.write(self.place / DONE, json.dumps({"decision": decision}) + "\n", sync=True)
         return decision
-
-    def _refuse_images(self) -> None:
-        if any(COLUMN in row for rows in self._base[1].values() for row in rows):
-            reason = "its rows show images, which the log of requests does not keep and no gate looks at"
-            raise UserError(Problem("run", reason, "a run on text", str(self.settings.run)))
-
-    def _refuse_gates_of_text(self) -> None:
-        gates = self.settings.gates
-        given = [name for name in ("probes", "memorised") if getattr(gates, name) not in ((), None)]
-        if given and (reason := answers_no_questions(self._base[0])):
-            raise UserError(Problem(f"gates.{name}", reason, f"leave gates.{name} out") for name in given)
 
     def _first_version(self) -> None:
         if self.registry.current is not None:
@@ -333,11 +311,11 @@ class Cycle:
         specs = self.settings.gates.tests
         names = Counter(Path(spec).name for spec in specs)
         short = {spec: spec if "://" in spec or names[Path(spec).name] > 1 else Path(spec).name for spec in specs}
-        return {short[spec]: _file_rows(spec) for spec in specs}
+        return {short[spec]: [row for _, row in rows_of_spec(spec)] for spec in specs}
 
     def _prompts(self) -> dict[str, list[dict[str, Any]]]:
         spec_by_name = {"safety": self.settings.gates.safety, "canaries": self.settings.gates.canaries}
-        return {name: _file_rows(spec) for name, spec in spec_by_name.items() if spec is not None}
+        return {name: [row for _, row in rows_of_spec(spec)] for name, spec in spec_by_name.items() if spec is not None}
 
     # -- registry
 
@@ -403,13 +381,3 @@ def _without_copies(
         elif copies[digest] > 0:
             copies[digest] -= 1
             yield row
-
-
-def _file_rows(spec: str) -> list[dict[str, Any]]:
-    """Return rows of a file of gates. Raises UserError."""
-    from dstune.data import sources
-
-    rows: Iterable[Any] = (
-        raw.fields for file in sources.expand(spec, "gates", split="test") for raw in sources.read(file)
-    )
-    return [dict(row) for row in rows if row is not None]

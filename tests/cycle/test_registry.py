@@ -16,10 +16,10 @@ from dstune.cycle.decisions import decide_candidate, summarize
 from dstune.cycle.gates import Gates, Judge, agreements, compare, judge_all, swapped_row
 from dstune.cycle.gateway_routes import Aliases, conversation_name
 from dstune.cycle.ledger import Ledger
+from dstune.cycle.refusals import check_gates, check_task
 from dstune.cycle.registry import Registry, chosen_version
 from dstune.cycle.schedule import write_schedule
 from dstune.cycle.settings import AutoPromote, CycleSettings, read_settings
-from dstune.cycle.steps import check_task
 from dstune.cycle.verdicts import LOG_PROBABILITIES, Comparison, decide, rows_needed
 
 
@@ -328,6 +328,36 @@ def test_tasks_that_feedback_cannot_teach_are_refused(words: list[str], is_refus
             check_task(config)
     else:
         check_task(config)
+
+
+def test_rows_that_no_gate_can_judge_are_refused_with_their_place(tmp_path: Path) -> None:
+    def check(task: list[str], labels: tuple[str, ...], **rows: list[object]) -> str:
+        files = {}
+        for name, content in rows.items():
+            files[name] = str(tmp_path / f"{name}.jsonl")
+            Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in content))
+        gates = Gates(tests=(files.pop("tests"),) if "tests" in files else (), **files)
+        settings = CycleSettings(tmp_path, tmp_path, "rows.jsonl", gates=gates)
+        config = compose(["model.path=/nowhere", "data=files", "data.train=rows.jsonl", *task]).config
+        with pytest.raises(UserError) as refused:
+            check_gates(settings, config, labels, {})
+        return str(refused.value)
+
+    answered = {"role": "assistant", "content": "a cat"}
+    text = [{"role": "user", "content": "what is it?"}, answered]
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    seen = [{"role": "user", "content": [part, {"type": "text", "text": "what is it?"}]}, answered]
+    message = check(
+        ["task=chat"], (), tests=[{"messages": text}, {"messages": seen}, {"messages": text, "images": ["x"]}]
+    )
+    assert "gates.tests" in message and "tests.jsonl:2" in message and "shows an image" in message
+    assert "1 rows more" in message
+    message = check(["task=chat"], (), safety=[{"prompt": "x"}], canaries=[{"messages": seen, "expected": "a"}])
+    assert "gates.safety" in message and "`expected`" in message and "gates.canaries" in message
+    labels = ["task=classification", "task.labels=[a,b]"]
+    message = check(labels, ("a", "b"), tests=[{"text": "x", "label": "a"}, {"text": "y", "label": "c"}])
+    assert "tests.jsonl:2" in message and "'c', which the model lacks" in message
+    assert "no row of task=classification" in check(labels, ("a", "b"), tests=[{"review": "x", "stars": 3}])
 
 
 def test_words_are_exchanged_as_they_are_written() -> None:
