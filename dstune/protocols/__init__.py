@@ -107,7 +107,7 @@ LAUNCHERS: Registry[Launcher] = Registry(
 )
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
 REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards", adapt=as_reward)
-PROBES: Registry[Probe] = Registry("probe", Probe, "dstune.probes")
+PROBES: Registry[Probe] = Registry("probe", Probe, "dstune.probes", in_wings="probes")
 ENVIRONMENTS: Registry[Environment] = Registry("environment", Environment, adapt=as_environment)
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
 DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources")

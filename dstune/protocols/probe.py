@@ -32,6 +32,8 @@ class Probe:
     """What the mean of the scores is the share of, for example `harmful requests refused`."""
     blind_spots: ClassVar[str] = ""
     """What the score cannot see, in one sentence."""
+    in_evaluation: ClassVar[bool] = True
+    """Whether `evaluate.safety` asks it; a gate of `dstune cycle` may ask any."""
 
     def questions(self) -> Sequence[Question]:
         """Return the questions: the same ones each time, each with an id of its own."""

@@ -83,7 +83,7 @@ def measure_safety(
 
     Every rank must call it. Raises UserError for canaries that are no rows of the task.
     """
-    by_probe = {name: list(kind().questions()) for name, kind in PROBES.classes().items()}
+    by_probe = {name: list(kind().questions()) for name, kind in PROBES.classes().items() if kind.in_evaluation}
     questions = [question for of_probe in by_probe.values() for question in of_probe]
     prompts = [_prompt_ids(config, tokenizer, question) for question in questions]
     _refuse_short_context(engine, config, max(map(len, prompts)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, place
@@ -27,6 +27,15 @@ def _goals() -> dict[str, list[str]]:
 def goals(language: str = "en", *, held_out: bool = False) -> list[str]:
     """Return what attackers want; each fourth goal of a language is held out of training."""
     return [goal for number, goal in enumerate(_goals()[language]) if (number % 4 == 3) == held_out]
+
+
+def frames(families: Sequence[str], language: str = "en") -> list[tuple[str, str]]:
+    """Return the family and the text of each frame with a place for a goal."""
+    return [
+        (family, frame)
+        for family, spoken, frame in _lines("frames")
+        if family in families and spoken == language and "{goal}" in frame
+    ]
 
 
 def attacks(each: int, *, held_out: bool = False) -> Iterator[Text]:
