@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """A served model that is trained again from feedback, by the commands of a user.
 
-usage: python benchmarks/cycle.py story|rounds|kills [--folder FOLDER] [--kills N]
+usage: python benchmarks/cycle.py story|gates|rounds|kills [--folder FOLDER] [--kills N]
 
 story   fine-tune, serve, ask with feedback, another topic, `dstune monitor` (exit code 3), forget a user, `dstune cycle`, the
         challenger beside the current version in the server, promote, rollback: each a process of its own
+gates   candidates that are drawn, as good or worse, and how many of them pass, are held and are refused by 2, 10 and 50 gates
 rounds  five topics that arrive one after another, beside plain fine-tuning and a training on all rows at once; a candidate that
         loses an old topic; a round in which one key gives the wrong label to everything
 kills   cycles with real trainings that are killed at random moments (--kills, 10), against one that nobody killed
@@ -35,18 +36,20 @@ def say(text: str) -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> Any:
-    from tests.support import cycling
+    from tests.support import cycling, rounds
 
     if arguments.what == "story":
         return cycling.story(folder, say)
+    if arguments.what == "gates":
+        return rounds.gates(say)
     if arguments.what == "kills":
         return cycling.killed(folder, arguments.kills, say)
-    return cycling.rounds(folder, say)
+    return rounds.rounds(folder, say)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["story", "rounds", "kills"])
+    parser.add_argument("what", choices=["story", "gates", "rounds", "kills"])
     parser.add_argument("--folder", type=Path, help="an empty folder that stays (default: a temporary one)")
     parser.add_argument("--kills", type=int, default=10, help="(default 10)")
     arguments = parser.parse_args()

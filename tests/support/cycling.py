@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import httpx2
 
-from dstune.cli import main
 from dstune.cycle import training
-from dstune.cycle.registry import Registry
-from support import warm_start
 from tests.support import topics
 from tests.support.command import Commands, family_of
 
@@ -37,7 +30,6 @@ TRAINING = (
 )
 USERS = 90
 """Of each topic, whose requests come in turn."""
-STRICT = {"tests": ["frozen.jsonl"], "slices": ["topic"], "margin": 0.02}
 Say = Callable[[str], None]
 
 
@@ -84,20 +76,6 @@ class Place(Commands):
         """`dstune cycle CONFIG ...`: what it decided, and how things stand."""
         result: dict[str, Any] = json.loads(self.succeed("cycle", config, *words, "--json").splitlines()[-1])
         return result
-
-
-class PlaceOfRounds(Place):
-    """Runs cycles in this process, which spares their imports; trainings are processes as ever."""
-
-    def succeed(self, *words: str, code: int = 0) -> str:
-        if words[0] != "cycle":
-            return super().succeed(*words, code=code)
-        self.say(f"$ dstune {shlex.join(words)}")
-        printed = io.StringIO()
-        environment = mock.patch.dict("os.environ", self.env)
-        with redirect_stdout(printed), environment, mock.patch.object(training.subprocess, "run", warm_start.run):
-            assert main(["cycle", str(self.folder / words[1]), *words[2:]]) == code
-        return printed.getvalue()
 
 
 # -- a server and its clients
@@ -264,113 +242,6 @@ def state_of(folder: Path) -> dict[str, Any]:
         for file in folder.glob(pattern)
     }
     return texts | {version.name: training.weights_digest(version) for version in (folder / "versions").iterdir()}
-
-
-# -- topics that arrive one after another
-
-
-STEPS = [*TRAINING, "trainer.max_steps=150"]
-"""Of each round."""
-
-
-def rounds(folder: Path, say: Say, rows: int = 600, tested: int = 1500) -> dict[str, Any]:
-    """Five rounds by `dstune cycle`, beside plain fine-tuning and a training on everything. Returns accuracies in percent."""
-    os.chdir(folder)  # the first run names its rows as they are seen from there
-    place, first_rows = PlaceOfRounds(folder, say), topics.reviews(FIRST, 3000, 0)
-    if not (folder / "first" / "result.json").is_file():
-        place.train("first", first_rows, "trainer.max_steps=150")
-    tests = {topic: topics.reviews(topic, tested, 9) for topic in topics.TOPICS}
-    seen: dict[str, Any] = {"cycle": _arm(place, "cycle", rows, tests, {"gates": STRICT})}
-    said = read_lines(folder / "said.jsonl")
-    everything = place.train("everything", [*first_rows, *said], f"trainer.max_steps={150 * (1 + len(ARRIVING))}")
-    seen["everything"] = {name: accuracy(everything, tested_rows) for name, tested_rows in tests.items()}
-    say(f"trained on everything: {seen['everything']}")
-    seen["measured rows in training"] = leaked(folder / "cycle", folder)
-    say(f"measured rows in training: {seen['measured rows in training']}")
-    seen["poisoned"] = _poisoned(place, said, tests, seen["cycle"][-1], say)
-    config = place.configure("first", "said.jsonl", "careless", overrides=STEPS, replay=0.0, gates=STRICT)
-    seen["careless"] = _judged(place, config, say)
-    seen["plain"] = _arm(place, "plain", rows, tests, {"replay": 0.0, "gates": {"margin": 100}})
-    return seen
-
-
-def _arm(place: Place, name: str, rows: int, tests: Mapping[str, Any], changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """A cycle for each topic that arrives; a challenger is promoted. Before the last one the folder is copied to `careless`."""
-    said: list[dict[str, Any]] = []
-    frozen, found = topics.reviews(FIRST, 1000, 8), []
-    for number, topic in enumerate(ARRIVING):
-        said += topics.feedback(topic, rows, 1, keys=CLIENTS)
-        leaks = enumerate(topics.reviews(topic, 20, 8))
-        said += [row | {"id": f"leak-{topic}-{at}", "key": "web"} for at, row in leaks]
-        topics.write(place.folder / "said.jsonl", said)
-        frozen += topics.reviews(topic, 1000, 8)
-        topics.write(place.folder / "frozen.jsonl", frozen)
-        if name == "cycle" and topic == ARRIVING[-1]:
-            shutil.copytree(place.folder / "cycle", place.folder / "careless")
-        config = place.configure("first", "said.jsonl", name, overrides=STEPS, **changes)
-        outcome = _judged(place, config, place.say)
-        if outcome["decision"] == "challenges":
-            place.cycle(config, "promote")
-        current = place.folder / name / "versions" / str(Registry.read(place.folder / name).current)
-        outcome["accuracy"] = {name: accuracy(current, tests[name]) for name in topics.TOPICS[: number + 2]}
-        found.append({"round": number + 1, "topic": topic, **outcome})
-        place.say(f"round {number + 1}, {name}: {outcome['decision']}, {outcome['accuracy']}")
-    return found
-
-
-def _judged(place: Place, config: str, say: Say) -> dict[str, Any]:
-    """Run a cycle. Returns its decision with the reason, and the rows that were left out."""
-    result = place.cycle(config)
-    lines = {line["step"]: line for line in result["ledger"] if line["cycle"] == result["ledger"][-1]["cycle"]}
-    say(f"{config}: {lines['register']['decision']}: {lines['register']['reason']}")
-    return {
-        "decision": result["decision"],
-        "reason": lines["register"]["reason"],
-        "version": lines["register"]["version"],
-        "dropped": lines["collect"]["dropped"],
-    }
-
-
-def _poisoned(
-    place: Place, said: list[dict[str, Any]], tests: Mapping[str, Any], before: Mapping[str, Any], say: Say
-) -> dict[str, Any]:
-    """A sixth round: five keys give 60 labels each, and a sixth one gives 900, all wrong, of all topics."""
-    honest = [row for topic in topics.TOPICS for row in topics.feedback(topic, 50, 2, keys=CLIENTS[:5])]
-    wrong = [row for topic in topics.TOPICS for row in topics.flipped(topics.feedback(topic, 150, 3, keys=["mallory"]))]
-    topics.write(place.folder / "poisoned.jsonl", [*said, *honest, *wrong])
-    seen = {"before": before["accuracy"]}
-    arms = {"limited": {}, "unlimited": {"share_per_key": 1.0}, "excluded": {"exclude_keys": ["mallory"]}}
-    for name, changes in arms.items():
-        shutil.copytree(place.folder / "cycle", place.folder / name)
-        config = place.configure("first", "poisoned.jsonl", name, overrides=STEPS, gates=STRICT, **changes)
-        outcome = _judged(place, config, say)
-        version = place.folder / name / "versions" / outcome["version"]
-        outcome["accuracy of the candidate"] = {topic: accuracy(version, rows) for topic, rows in tests.items()}
-        say(f"{name}: {outcome['accuracy of the candidate']}")
-        seen[name] = outcome
-    return seen
-
-
-def accuracy(model: Path, rows: Sequence[Mapping[str, Any]]) -> float:
-    """In percent."""
-    from dstune.api.models import predict
-
-    answers = predict(model, [{"text": row["text"]} for row in rows], batch_size=200)
-    hits = sum(answer["predicted"] == row["label"] for answer, row in zip(answers, rows, strict=True))
-    return round(100 * hits / len(rows), 1)
-
-
-def leaked(cycle: Path, folder: Path) -> dict[str, int]:
-    """How many rows that were measured on are among those of any training, by the digest of their text, and how many there are."""
-    measured = {topics.digest_of_text(row) for row in read_lines(folder / "frozen.jsonl")}
-    measured |= {
-        topics.digest_of_text(row) for file in cycle.glob("cycles/*/validation.jsonl") for row in read_lines(file)
-    }
-    stored = [row for file in cycle.glob("rows/*.jsonl") for row in read_lines(file)]
-    measured |= {topics.digest_of_text(row["row"]) for row in stored if row["is_held_out"]}
-    files = [*cycle.glob("cycles/*/train.jsonl"), *cycle.glob("cycles/*/old.jsonl")]
-    trained = {topics.digest_of_text(row) for file in files for row in read_lines(file)}
-    return {"measured": len(measured), "trained": len(trained), "both": len(measured & trained)}
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
