@@ -75,11 +75,16 @@ class Cycle:
         config, parts = read_run_parts(self.settings.run)
         return config, {part: [row for _, row in rows] for part, rows in parts.items()}
 
+    @cached_property
+    def _labels(self) -> tuple[str, ...]:
+        """Those of the model; none where it writes text."""
+        return training.labels_of_run(self.settings.run)
+
     def run(self) -> str:
         """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
         check_task(read_run(self.settings.run / "run.yaml").config)
         config, parts = self._base
-        check_gates(self.settings, config, training.labels_of_run(self.settings.run), parts)
+        check_gates(self.settings, config, self._labels, parts)
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._first_version()
         for step in (self.collect, self.train, self.judge, self.register):
@@ -130,9 +135,8 @@ class Cycle:
         config, parts = self._base
         earlier = {number: load(self._rows_file(number)) for number in self._passed_cycles()}
         writes = task_of(config.task).generates
-        labels = training.labels_of_run(self.settings.run)
         used = {row.id for rows in earlier.values() for row in rows}
-        collected = rows_of.collect(self.settings, labels, used, writes=writes)
+        collected = rows_of.collect(self.settings, self._labels, used, writes=writes)
         forgotten = self._forget(collected.present)
         held_out = [row for row in collected.rows if row.is_held_out]
         measured = Contamination([*self._measured(parts), *(row.row for row in held_out), *self._held_out_rows()])
@@ -264,13 +268,13 @@ class Cycle:
             write_rows(self.place / f"lineage-{name}.jsonl", origins)
         held_out = parts.get("validation", [])
         write_rows(self.place / "validation.jsonl", held_out)
-        run, labels = self.place / "run", training.labels_of_run(self.settings.run)
+        run = self.place / "run"
         overrides = training.training_overrides(
             self.settings, self.place / "train.jsonl", self.place / "old.jsonl",
             self.place / "validation.jsonl" if held_out else None, self.version,
         )  # fmt: skip
         base = training.config_from_version(config, self._folder_of(start))
-        training.prepare_run(run, base, overrides, labels, plugins_of(self.settings.run / "run.yaml"))
+        training.prepare_run(run, base, overrides, self._labels, plugins_of(self.settings.run / "run.yaml"))
         training.train(run)
         from dstune.launch import records
 
