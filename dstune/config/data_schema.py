@@ -42,6 +42,12 @@ class TextRows(Enum):
     tagged = "tagged"
 
 
+class Padding(Enum):
+    checked = "checked"
+    tolerated = "tolerated"
+    never = "never"
+
+
 class OnBadRow(Enum):
     error = "error"
     skip = "skip"
@@ -173,6 +179,10 @@ class DataConfig:
     """Longest row in tokens; longer ones are cut, also to the positions of a model that has a learned vector for each."""
     packing: bool = True
     """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
+    padding: Padding = Padding.checked
+    """Without packing, rows are padded to the longest one beside them. `checked` refuses a model whose outputs for a row change
+    with the padding behind it (FNet, ConvBERT); `never` puts only rows of one length into a micro-batch; `tolerated`, as in runs
+    of earlier versions, trains such a model as it is."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -187,3 +197,8 @@ class DataConfig:
     """Labels that differ by case, white space or one character, and labels of one row: `list` them at the start, or `error`."""
     workers: int = setting(0, at_least=0)
     """Processes that tokenize; 0 is one per available core."""
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows of a micro-batch that are not packed may have different lengths."""
+        return self.padding is not Padding.never

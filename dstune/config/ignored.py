@@ -80,6 +80,7 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "data.augment.seed", ("no copies are made", "data.augment.copies=1")
     if data.packing:
         yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
+        yield "data.padding", ("packed rows have a proof of their own", "data.packing=false")
     stage = stage_of(zero)
     if stage == 0:
         yield "zero.reduce_bucket_size", ("zero.stage is 0", "zero=stage1")

@@ -32,9 +32,9 @@ class Composed:
     """Where values come from that nobody gave and no default has, by key."""
 
 
-RUN_FORMAT = 4
+RUN_FORMAT = 5
 """Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now; up to 3, parts of a model
-that text never reaches were trained."""
+that text never reaches were trained; up to 4, nobody looked whether a model reads padding."""
 
 
 def write_run(path: Path, composed: Composed, *, signature_of: Path | None = None) -> None:
@@ -169,4 +169,7 @@ def read_run_content(path: Path, sha256: str | None = None) -> dict[str, Any]:
     model = content["config"].get("model")
     if version < 4 and isinstance(model, dict):
         model["unreached_parts"] = "trained"
+    data = content["config"].get("data")
+    if version < 5 and isinstance(data, dict):
+        data["padding"] = "tolerated"
     return content

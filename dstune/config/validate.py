@@ -54,7 +54,7 @@ from dstune.protocols import (
     schedule_of,
     task_of,
 )
-from dstune.protocols.task_options import TrainsOnRollouts
+from dstune.protocols.task_options import BuildsBatches, TrainsOnRollouts
 
 
 def validate(config: RunConfig) -> None:
@@ -166,6 +166,9 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.clean.min_characters", reason, f"at most {most}", format_value(data.clean.min_characters))
     if data.packing and task.unpackable:
         yield Problem("data.packing", f"{task.unpackable}, so rows are not packed", "data.packing=false", "true")
+    if not data.pads_rows and isinstance(task, BuildsBatches):
+        reason = f"a micro-batch of task={task.name} has several texts of each row, of different lengths"
+        yield Problem("data.padding", reason, "data.padding=checked", data.padding.value)
     held_out = [
         (f"data.split.{name}", share)
         for name, share, file in (

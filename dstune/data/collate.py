@@ -57,7 +57,7 @@ def collate(
     Packed: `input_ids`, `labels`, `position_ids`, each [rows, longest row]. Positions restart at 0 with every sample,
     padding included, and there is no attention mask: from the restarts transformers keeps samples apart.
     Not packed: `input_ids`, `attention_mask` and what TOKEN_COLUMNS names, each [rows, longest sample rounded up to a
-    multiple of 8]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
+    multiple of 8, or without padding]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
     Rows whose body was run before (`method=features`): `features` [rows, hidden] float32 and what ROW_COLUMNS names.
     For an encoder-decoder (samples with `target_ids`) `labels` is [rows, longest target rounded up to a multiple of 8].
     with_index: `index` [rows] (sample numbers) too. In a filler every target is -100.
@@ -71,7 +71,7 @@ def collate(
     if "features" in held:
         return _of_features([_only(row) for row in rows], micro_batch, with_index)
     longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
-    width = longest if packing else -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = longest if packing or not micro_batch.padded else -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     shape = (len(rows), width)
     padding = {"input_ids": pad_token_id} | {name: value for name, value in TOKEN_COLUMNS.items() if name in held}
     arrays = {name: np.full(shape, value, dtype=np.int64) for name, value in padding.items()}

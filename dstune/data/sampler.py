@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class MicroBatch:
     """Its content counts for nothing: it is there so that all ranks make equally many steps."""
     needs_image: bool = False
     """It has to have an image, a blank one where its samples have none."""
+    padded: bool = True
+    """Without packing: whether rows are filled up to `PAD_MULTIPLE`; if not, all have one length."""
 
     @property
     def samples(self) -> list[int]:
@@ -69,8 +71,8 @@ class TrainingOrder:
     micro-batch is smaller, and an epoch's last step may be short. A step never spans epochs.
 
     With `packing` a row holds several samples, at most `max_length` tokens (best fit); without it `length_grouping`
-    puts samples of similar length into one micro-batch. With `repeats` an epoch has the samples that they say, else every
-    sample once.
+    puts samples of similar length into one micro-batch. Rows that are not to be `padded` are sorted by length within each step,
+    and a micro-batch ends where the length changes. With `repeats` an epoch has the samples that they say, else every sample once.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class TrainingOrder:
         length_grouping: bool,
         seed: int,
         repeats: Repeats | None = None,
+        padded: bool = True,
     ):
         assert len(lengths) == len(weights) > 0, "an order needs samples"
         self._lengths = np.asarray(lengths)
@@ -96,6 +99,7 @@ class TrainingOrder:
         self._length_grouping = length_grouping
         self._seed = seed
         self._repeats = repeats
+        self._padded = padded or packing
         self._constant = repeats is None or repeats.constant
         self._cached: _Plan | None = None
         self._steps_in: dict[int, int] = {}
@@ -137,10 +141,8 @@ class TrainingOrder:
         plan = self._plan(epoch)
         first = index * self._global
         last = min(first + self._global, len(plan.starts) - 1)
-        micro_batches = tuple(
-            MicroBatch(number, tuple(plan.row(row) for row in range(start, min(start + self._micro, last))))
-            for number, start in enumerate(range(first, last, self._micro))
-        )
+        rows = [plan.row(row) for row in range(first, last)]
+        micro_batches = tuple(_micro_batches(rows, self._micro, self._lengths, padded=self._padded))
         samples = plan.samples[plan.starts[first] : plan.starts[last]]
         # A Python int where they are integers: exact, and JSON.
         return GlobalBatch(micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum()))
@@ -152,6 +154,8 @@ class TrainingOrder:
 
     def efficiency(self) -> float:
         """Return share of the positions computed in the first epoch that hold a token instead of padding."""
+        if not self._padded:
+            return 1.0
         plan = self._plan(0)
         row_lengths = np.add.reduceat(self._lengths[plan.samples], plan.starts[:-1])
         rows = len(row_lengths)
@@ -218,6 +222,17 @@ class TrainingOrder:
         return grouped
 
 
+def _micro_batches(rows: list[Row], size: int, lengths: np.ndarray, *, padded: bool) -> Iterator[MicroBatch]:
+    """Yield the rows in micro-batches of at most `size`; where they are not padded those of one length, the longest ones first."""
+    if padded:
+        groups = [rows]
+    else:
+        rows = sorted(rows, key=lambda row: -int(lengths[row[0]]))
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: int(lengths[row[0]]))]
+    parts = (group[start : start + size] for group in groups for start in range(0, len(group), size))
+    yield from (MicroBatch(number, tuple(part), padded=padded) for number, part in enumerate(parts))
+
+
 def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
     """Return the micro-batches that `rank` of `world` computes: those whose position is `rank` modulo `world`.
 
@@ -237,13 +252,15 @@ def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> li
 def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
     """Return micro-batches of an evaluation in which every sample has a row of its own."""
     size = config.evaluate.micro_batch_size or config.trainer.rows
-    return evaluation_batches(lengths, micro_batch_size=size, max_length=config.data.max_length, packing=False)
+    padded, max_length = config.data.pads_rows, config.data.max_length
+    return evaluation_batches(lengths, micro_batch_size=size, max_length=max_length, packing=False, padded=padded)
 
 
 def evaluation_batches(
-    lengths: np.ndarray, *, micro_batch_size: int, max_length: int, packing: bool
+    lengths: np.ndarray, *, micro_batch_size: int, max_length: int, packing: bool, padded: bool = True
 ) -> list[MicroBatch]:
-    """Return micro-batches that hold every sample exactly once; without packing sorted by length, the longest first.
+    """Return micro-batches that hold every sample exactly once; without packing sorted by length, the longest first, and where
+    they are not `padded` of one length each.
 
     lengths: tokens of each sample, [samples]. The longest come first so that a lack of memory shows at once.
     """
@@ -253,7 +270,4 @@ def evaluation_batches(
         rows = [tuple(samples[start:end].tolist()) for start, end in pairwise(starts)]
     else:
         rows = [(int(sample),) for sample in np.argsort(-lengths, kind="stable")]
-    return [
-        MicroBatch(index, tuple(rows[start : start + micro_batch_size]))
-        for index, start in enumerate(range(0, len(rows), micro_batch_size))
-    ]
+    return list(_micro_batches(rows, micro_batch_size, lengths, padded=padded or packing))

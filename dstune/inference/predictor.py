@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from dstune.config.architectures import row_limit
-from dstune.config.data_schema import AUTOMATIC
+from dstune.config.data_schema import AUTOMATIC, Padding
 from dstune.config.schema import RunConfig
 from dstune.data.collate import collate
 from dstune.data.prepared import Split
-from dstune.data.sampler import MicroBatch
+from dstune.data.sampler import evaluation_batches
 from dstune.data.tokenize import RowTokenizer, Sample
 from dstune.inference.rows import Query, Question
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch
+from dstune.models.padding import measure_padding, rows_of_proof
 from dstune.protocols import task_of
 from dstune.trainer.measure import Row
 
@@ -92,19 +93,37 @@ class Predictor:
     def _answered(
         self, samples: list[Sample], requested: Sequence[Query], batch_size: int, all_labels: bool
     ) -> Iterator[Answer]:
-        order = np.argsort([-len(sample.input_ids) for sample in samples], kind="stable")
         split = self._split(samples, requested)
         outputs: list[Row] = [{} for _ in samples]
         device = next(self.model.parameters()).device
-        for start in range(0, len(order), batch_size):
-            chosen = [int(index) for index in order[start : start + batch_size]]
-            micro_batch = MicroBatch(0, tuple((index,) for index in chosen))
+        for micro_batch in evaluation_batches(
+            split.lengths,
+            micro_batch_size=batch_size,
+            max_length=self.longest,
+            packing=False,
+            padded=self.pads_rows,
+        ):
             batch = collate(split, micro_batch, pad_token_id=self.tokenizer.pad_token_id, packing=False)
             with torch.inference_mode():
                 computed = self.computed({name: tensor.to(device) for name, tensor in batch.items()})
-            for position, index in enumerate(chosen):
+            for position, index in enumerate(micro_batch.samples):
                 outputs[index] = {name: _array(values[position]) for name, values in computed.items()}
         return self.answers_from(split, outputs, requested, all_labels=all_labels)
+
+    @cached_property
+    def pads_rows(self) -> bool:
+        """Whether rows of different lengths are computed together: a model that reads padding gets those of one length."""
+        data = self.config.data
+        model: Any = self.model
+        if data.padding is not Padding.checked:
+            return data.pads_rows
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        rows, padding, device = (
+            rows_of_proof(self.tokenizer, base),
+            self.tokenizer.pad_token_id,
+            next(model.parameters()).device,
+        )
+        return not measure_padding(base, model, rows, padding, device).reads_padding
 
     # -- rows to samples
 

@@ -51,6 +51,7 @@ from dstune.trainer.loop import Training
 from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.out_of_memory import advice
 from dstune.trainer.sanity_checks import (
+    check_padding,
     check_unreached,
     content_digest,
     examine,
@@ -235,8 +236,10 @@ class Setup:
         self.startup.mark("engine")
         return engine
 
-    def check_arithmetic(self, built: BuiltModel, engine: Engine, start: MethodStart) -> Penalties | None:
-        """Check the head and packed rows, and return the penalties, while the weights are those of the start."""
+    def check_arithmetic(
+        self, rows: LoadedRows, built: BuiltModel, engine: Engine, start: MethodStart
+    ) -> Penalties | None:
+        """Check the head, packed and padded rows, and return the penalties, while the weights are those of the start."""
         config, world = self.config, self.world
         examine(built.head, engine, built.model, config.model.path)
         check_unreached(built.model, engine)
@@ -249,6 +252,8 @@ class Setup:
             penalties = Penalties(config.forgetting, engine, new_weights(built.model), start.fisher)
         architecture = built.model.config.get_text_config()
         verify_rows(config, engine, built.head, built.rows, architecture, world, self.message, has_images=has_images)
+        if getattr(built.head, "rows", None) is None:  # rows that are handed over in another way have been proven so
+            check_padding(config, engine, built.model, rows.tokenizer, rows.data, world, self.message)
         keep_freed()
         refuse_different_rows(world, start.digests["samples"] + start.digests["content"])
         return penalties

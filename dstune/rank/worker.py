@@ -81,7 +81,7 @@ def train_stage(
             start, rows = setup.prepare_method(layout, rows)
             built = setup.build_model(layout, rows, start)
             engine = setup.build_engine(layout, built, start)
-            penalties = setup.check_arithmetic(built, engine, start)
+            penalties = setup.check_arithmetic(rows, built, engine, start)
             restored = setup.restore(layout, rows, built, engine, start)
         with explained(setup.place("training"), partial(setup.less_memory, layout)):
             run = setup.build_training(layout, rows, built, engine, penalties, restored)

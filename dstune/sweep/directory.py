@@ -31,7 +31,8 @@ NOT_IDENTITY = ("launch", "tracking", "run", "sweep")
 """Sections that do not make another sweep of it."""
 
 
-UNREACHED = "model.unreached_parts"
+CHANGED_DEFAULTS = ("model.unreached_parts", "data.padding")
+"""Keys that sweeps of earlier versions have with another value than the present default."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
         section, name = key.split(".")
         if section not in varied and key not in varied and name in tree[section] and name in stored[section]:
             tree[section][name] = stored[section][name]
-    if UNREACHED not in {key_of(text) for text in sweep.overrides}:  # a sweep of an earlier version has another default
-        _copy(stored, tree, UNREACHED)
+    for key in {*CHANGED_DEFAULTS} - {key_of(text) for text in sweep.overrides}:
+        _copy(stored, tree, key)
     base = from_dict(tree, "the composed configuration")
     for key in varied:
         _copy(tree, stored, key)

@@ -76,6 +76,7 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
         length_grouping=config.trainer.length_grouping,
         seed=config.trainer.seed,
         repeats=repeats,
+        padded=config.data.pads_rows,
     )
 
 

@@ -175,6 +175,7 @@ class Evaluator:
             micro_batch_size=evaluate.micro_batch_size or self.config.trainer.rows,
             max_length=self.config.data.max_length,
             packing=packing,
+            padded=self.config.data.pads_rows,
         )
         batches = with_images_everywhere(batches, split, needed=needs_images(self.config, self.world))
         local_batches = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)

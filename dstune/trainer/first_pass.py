@@ -15,7 +15,8 @@ OF_CODE = (AttributeError, ImportError, LookupError, NotImplementedError, TypeEr
 """What is raised by code that does not fit what it is given. A device that fails, memory that is out and a rank that is gone raise
 others: such a run may be started again."""
 OF_OPERATORS = re.compile(
-    r"not implemented|must match|size of tensor|cannot be multiplied|expected .*(dtype|scalar type)|same dtype"
+    r"not implemented|must match|size of tensor|cannot be multiplied|expected .*(dtype|scalar type)|same dtype|"
+    r"match the broadcast shape|Unsupported dtype"
 )
 """What torch says in a RuntimeError of an operator that is not there for a number format or for these shapes."""
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 import xxhash
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dstune.config.data_schema import Padding
 from dstune.config.schema import RunConfig
 from dstune.core import environment
 from dstune.core.distributed import World
@@ -21,7 +22,10 @@ from dstune.models.heads import Head
 from dstune.models.heads.base import LeavesOutLogits, Rows
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
+from dstune.models.padding import measure_padding, rows_of_proof
 from dstune.models.unreached import verify_unreached
+from dstune.protocols import task_of
+from dstune.protocols.task_options import BuildsBatches
 from dstune.trainer.first_pass import refuse_failing_model
 from dstune.zero.engine import Engine
 
@@ -64,6 +68,41 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
                 fix="data.packing=false, or another model.attention",
             )
         )
+
+
+def check_padding(
+    config: RunConfig,
+    engine: Engine,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    world: World,
+    message: Callable[[str], None],
+) -> None:
+    """Prove that a row beside padding is computed as the row alone, where rows are not packed.
+
+    message: gets the difference where `data.padding` tolerates it. Every rank calls this. Raises UserError on all of them where
+    rows would be padded and differ, or where this forward pass fails in the model's own code.
+    """
+    if config.data.packing or model.main_input_name != "input_ids":  # vectors are not padded
+        return
+    name, rows, padding = type(model).__name__, rows_of_proof(tokenizer, model), tokenizer.pad_token_id
+    if not config.data.pads_rows:  # some pool so many positions that the shortest row has too few of them (Funnel)
+        rows[0] = rows[0][: min(int(split.lengths.min()) for split in data.splits if len(split.lengths))]
+    engine.train(False)
+    with refuse_failing_model(config.model.path, name):
+        measured = measure_padding(model, engine.forward, rows, padding, engine.device)
+    engine.train(True)
+    if not world.any(measured.reads_padding) or not config.data.pads_rows:
+        return
+    reason = f"{name} reads padding: its states of a row change by {measured.largest:.1%} with the padding behind it"
+    if config.data.padding is Padding.tolerated:
+        message(f"warning: {reason} (data.padding=tolerated)")
+        return
+    fix = "data.padding=tolerated, for losses that change with the rows beside each other, or another model"
+    if not isinstance(task_of(config.task), BuildsBatches):
+        fix = f"data.padding=never, for rows of one length in each micro-batch; {fix}"
+    raise UserError(Problem("data.padding", reason, fix, config.data.padding.value))
 
 
 def verify_rows(

@@ -11,7 +11,7 @@ from pathlib import Path
 from support.ranks import end_with, start_rank
 
 from dstune.config.run_file import read_run, write_run
-from dstune.core.errors import Preempted
+from dstune.core.errors import Preempted, UserError
 from dstune.rank import worker
 from dstune.trainer import generation, loop, micro_batch
 
@@ -56,8 +56,13 @@ def main() -> None:
             generation.room_for_weights = lambda engine, world, share=share: int(
                 share * generation.weights_bytes(engine)
             )
-        with contextlib.suppress(Preempted):
-            worker.train(composed.config, run_dir, world)
+        try:
+            with contextlib.suppress(Preempted):
+                worker.train(composed.config, run_dir, world)
+        except UserError as error:
+            if not case.get("refused"):
+                raise
+            (run_dir / "refused.txt").write_text(str(error))
         generation.room_for_weights = room
 
 

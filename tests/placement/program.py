@@ -126,7 +126,7 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     engine = setup.build_engine(layout, built, start)
     engines = sum(type(one).__name__ == "DeepSpeedEngine" for one in gc.get_objects())
     gc.enable()
-    penalties = setup.check_arithmetic(built, engine, start)
+    penalties = setup.check_arithmetic(rows, built, engine, start)
     restored = setup.restore(layout, rows, built, engine, start)
     run = setup.build_training(layout, rows, built, engine, penalties, restored)
     found: dict[str, Any] = {"losses": [], "norms": [], "micro_batches": [], "waits": [], "engines": engines}

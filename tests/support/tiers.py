@@ -69,6 +69,7 @@ WHOLE_FILES = {
     "parity/test_micro_batch.py": 80,
     "parity/test_offload.py": 30,
     "parity/test_optimizers.py": 110,
+    "parity/test_padding.py": 25,
     "parity/test_preference.py": 90,
     "parity/test_reinforcement.py": 90,
     "parity/test_reward_embedding.py": 65,

@@ -12,6 +12,7 @@ import yaml
 
 from dstune.checkpoint import store
 from dstune.cli import main
+from dstune.config.data_schema import Padding
 from dstune.config.resume import continue_run
 from dstune.config.run_file import RUN_FORMAT, Composed, read_run, write_run
 from dstune.config.schema import Automatic, UnreachedParts
@@ -30,13 +31,29 @@ def test_a_run_says_its_format_and_one_without_is_the_first(tmp_path: Path) -> N
     assert read_run(file) == written
     del content["format"]
     file.write_text(yaml.safe_dump(content))
-    assert read_run(file) == trains_unreached_parts(written)
+    assert read_run(file) == of_the_first_format(written)
 
 
-def trains_unreached_parts(composed: Composed) -> Composed:
-    """As runs did before format 4."""
+def of_the_first_format(composed: Composed) -> Composed:
+    """As runs did before formats 4 and 5."""
     model = replace(composed.config.model, unreached_parts=UnreachedParts.trained)
-    return replace(composed, config=replace(composed.config, model=model))
+    data = replace(composed.config.data, padding=Padding.tolerated)
+    return replace(composed, config=replace(composed.config, model=model, data=data))
+
+
+@pytest.mark.parametrize("earlier", [None, 4])
+def test_a_run_of_an_earlier_format_is_padded_as_it_was(tmp_path: Path, earlier: int | None) -> None:
+    file = tmp_path / "run.yaml"
+    write_run(file, Composed(run_config(), []))
+    content = yaml.safe_load(file.read_text())
+    del content["format"], content["config"]["data"]["padding"]
+    content |= {} if earlier is None else {"format": earlier}
+    file.write_text(yaml.safe_dump(content))
+    before = read_run(file)
+    assert before.config.data.padding is Padding.tolerated
+    assert (
+        continue_run(before, Composed(run_config(), [])).data.padding is Padding.tolerated
+    )  # the command says nothing of it
 
 
 @pytest.mark.parametrize("earlier", [None, 2, 3])

@@ -15,6 +15,8 @@ from dstune.models.pooled import DenseHead
 class FeatureClassifier(PreTrainedModel):
     """The `classifier` of `PooledForSequenceClassification` without its body: the same names, the same first weights."""
 
+    main_input_name = "features"
+
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
         self.classifier = DenseHead(config)

@@ -36,6 +36,7 @@ from dstune.models import pooled
 from dstune.models.heads.base import inputs_of
 from dstune.models.load import load_model, local_path, trained_config
 from dstune.protocols.method import Preparation
+from dstune.trainer.sanity_checks import check_padding
 from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -127,6 +128,7 @@ def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precisio
         config.model.config_overrides,
         method.pooling.value,
         precision.value,
+        *([] if config.data.pads_rows else ["without padding"]),
         [hash_file(Path(file)) for file in (__file__, pooled.__file__)],
         transformers.__version__,
     ]
@@ -144,6 +146,7 @@ def _compute(
         model = load_model(alone, tokenizer, data.labels, DTYPES[precision])
     body_parameters = sum(full_count(parameter) for parameter in model.base_model.parameters())
     engine = Engine(model, None, settings, world)
+    check_padding(config, engine, model, tokenizer, data, world, log.warning)
     engine.train(False)
     folder.mkdir(parents=True, exist_ok=True)
     pattern = "{part}-%d-of-%d.arrow"
