@@ -44,7 +44,7 @@ from dstune.protocols import method_of, task_of
 from dstune.protocols.method_options import QuantizesWeights, ReplacesHead
 from dstune.protocols.task_options import ChangesLoadedModel
 from dstune.zero import accelerator
-from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
+from dstune.zero.parts import all_ranks_hold, full_shape, gathered, keep_parts, partitioning, whole_loading
 
 
 def local_path(path: str) -> str:
@@ -249,7 +249,7 @@ def load_model(
             new = [name for name, _ in model.named_parameters()]
         else:
             model, loading = _pretrained(config, model_class, architecture, options)
-            _refuse_erased_padding(config.model, model)
+            _refuse_erased_padding(config, model)
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
     if isinstance(task, ChangesLoadedModel):
@@ -261,7 +261,11 @@ def load_model(
         complete_generation(model.generation_config, architecture)
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
-    rows = _input_embeddings(config.model, model).num_embeddings
+    embedding = _input_embeddings(config.model, model)
+    rows = full_shape(embedding.weight)[0]
+    if len(tokenizer) > rows and not isinstance(embedding, nn.Embedding):
+        reason = f"the tokenizer has {len(tokenizer)} tokens, the {type(embedding).__name__} of {type(model).__name__} has {rows}"
+        raise UserError(Problem("model.path", f"{reason} and cannot grow", "another model", config.model.path))
     if len(tokenizer) > rows:
         # New rows start from the mean of the old ones; without it a new token's logit dwarfs all others.
         on_meta = model.device.type == "meta"
@@ -323,17 +327,21 @@ def _pretrained(
     return model, loading
 
 
-def _refuse_erased_padding(config: ModelConfig, model: PreTrainedModel) -> None:
-    """Raises UserError where loading sets the embedding of the padding token to zero, whatever its files hold, as transformers
-    5.24 does with Youtu: with tied embeddings an export would be loaded with other logits than it was trained to."""
-    embedding: Any = _input_embeddings(config, model)
+def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
+    """Raises UserError where loading sets the embedding of the padding token to zero, whatever its files hold, and that row is
+    trained as one of the projection to logits, as of Youtu in transformers 5.24: an export would be loaded with other logits than
+    it was trained to. The input alone stays zero, in training as in every loading."""
+    embedding: Any = _input_embeddings(config.model, model)
     index, weight = getattr(embedding, "padding_idx", None), embedding.weight
     if index is None or weight.device.type == "meta" or not weight.is_floating_point():
+        return
+    projection = model.get_output_embeddings()
+    if projection is None or projection.weight is not weight or method_of(config.method).adapter:
         return
     with gathered([weight]):
         is_erased = weight.ndim == 2 and not weight[index].any()
     name = next((name for name, parameter in model.named_parameters() if parameter is weight), "")
-    folder = model_folder(config)
+    folder = model_folder(config.model)
     try:
         file = tensor_files(folder).get(name) if is_erased else None
     except LookupError:  # files that are no safetensors
@@ -343,11 +351,11 @@ def _refuse_erased_padding(config: ModelConfig, model: PreTrainedModel) -> None:
     with safe_open(folder / file, framework="pt") as stream:
         if stream.get_slice(name)[index].any():
             reason = (
-                f"transformers sets the embedding of its padding token to zero when it loads a {type(model).__name__}"
+                f"transformers sets the embedding of its padding token to zero when it loads a {type(model).__name__}, "
+                "which projects to logits by the same weights"
             )
-            raise UserError(
-                Problem("model.path", reason, "another model, or a transformers that keeps it", config.path)
-            )
+            fix = "method=lora, another model, or a transformers that keeps it"
+            raise UserError(Problem("model.path", reason, fix, config.model.path))
 
 
 def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
