@@ -30,13 +30,13 @@ from dstune.tracking.trials import (
     FINISHED,
     SWEEP_FILE,
     Record,
-    finished_trials,
     less_is_better,
     logarithmic_keys,
     objectives_of,
     ranked,
     read_records,
     unbeaten,
+    with_outcome,
 )
 
 MOST_MARKS = 6
@@ -140,7 +140,7 @@ def write(sweep: Path, target: Path) -> None:
 def page(sweep: Path) -> str:
     objectives = objectives_of(sweep)
     runs = {record.name: _run(sweep, record) for record in read_records(sweep)}
-    records = [_finished_trials(record, runs[record.name], objectives) for record in read_records(sweep)]
+    records = [_with_outcome(record, runs[record.name], objectives) for record in read_records(sweep)]
     ranked_records = ranked(records, objectives[0])
     front = unbeaten(ranked_records, objectives) if len(objectives) > 1 else set()
     trials = [
@@ -191,11 +191,11 @@ def _run(sweep: Path, record: Record) -> RunFiles | None:
     return read(path) if (path / RUN_FILE).is_file() else None
 
 
-def _finished_trials(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
+def _with_outcome(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
     if run is None:
         return record
     of_best = section(run.config, "run").get("export") == "best"
-    return finished_trials(record, run.result, run.metrics, objectives, of_best)
+    return with_outcome(record, run.result, run.metrics, objectives, of_best)
 
 
 def _trial(record: Record, run: RunFiles | None, place: int, front: bool) -> Trial:
@@ -281,10 +281,10 @@ def _scatters(
         both = [trial for trial in trials if trial.value(objectives[1]) is not None]
         plots.insert(0, (plain_name(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
     scatters = []
-    for title, values, listed_trials in plots:
+    for title, values, plotted in plots:
         if len({format_value(value) for value in values}) < 2:
             continue
-        inside, outside = without_outliers(_reached(listed_trials, objectives[0]), less_is_better(objectives[0]))
+        inside, outside = without_outliers(_reached(plotted, objectives[0]), less_is_better(objectives[0]))
         across, up = scale(values, of_key=title in keys, logarithmic=title in logarithmic), scale(inside)
         dots = [
             {
@@ -293,7 +293,7 @@ def _scatters(
                 "trial": trial,
                 "text": f"{trial.record.name}: {number(trial.value(objectives[0]))}",
             }
-            for value, trial in zip(values, listed_trials, strict=True)
+            for value, trial in zip(values, plotted, strict=True)
         ]
         note = ", ".join(
             filter(None, ["logarithmic" * across.logarithmic, f"{outside} beyond the edge" * bool(outside)])

@@ -222,7 +222,7 @@ def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console
         study = Study(sweep, names)
         finished_text = f", {study.done} of them before" if study.done else ""
         console.stage(
-            f"sweep {sweep.path}: {study.expected} trials chosen by Optuna{finished_text}, {parallel} at a time"
+            f"sweep {sweep.path}: {study.planned_trials} trials chosen by Optuna{finished_text}, {parallel} at a time"
         )
         return study
     grid = Grid(sweep.path, sweep.base, sweep.axes, names, again=longer)

@@ -35,14 +35,14 @@ def of_axes(sweep: SweepConfig, axes: Sequence[Axis]) -> list[Problem]:
         if axis.is_interval and sweep.optuna is None:
             reason = "an interval has no single values to combine"
             fix = f"{axis.key}=A,B,C or range(FROM,TO,STEP), or let Optuna choose: hydra/sweeper=optuna"
-            problems.append(Problem(axis.key, reason, fix, _format(axis)))
+            problems.append(Problem(axis.key, reason, fix, _interval_text(axis)))
         elif axis.is_interval and sweep.optuna and sweep.optuna.sampler is Sampler.grid:
             fix = "single values, or sweep.sampler=tpe"
-            problems.append(Problem(axis.key, "sweep.sampler=grid needs single values", fix, _format(axis)))
+            problems.append(Problem(axis.key, "sweep.sampler=grid needs single values", fix, _interval_text(axis)))
     return problems
 
 
-def _format(axis: Axis) -> str:
+def _interval_text(axis: Axis) -> str:
     return f"interval({axis.low:g},{axis.high:g})"
 
 

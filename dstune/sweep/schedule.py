@@ -59,33 +59,35 @@ class Running:
     record: Record
     started: float = field(default_factory=time.monotonic)
     pruned: str = ""
-    """Why, once it was decided."""
+    """The reason, once the trial is to be pruned."""
     pruned_at: float = 0.0
-    requested: int = 0
-    """Signals that were passed on."""
+    signals_sent: int = 0
 
 
 class Source(Protocol):
     """Where trials come from: every combination, or Optuna."""
 
     def next(self) -> Trial | None:
-        """Return the next one to start; None where there is none now (`exhausted`: and will not be)."""
+        """Return the next trial to start; None if there is none now (if `exhausted`, none will come)."""
         ...
 
     @property
     def exhausted(self) -> bool: ...
 
     def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Take note of new rows of metrics.jsonl; why the trial is to be ended now, or nothing."""
+        """Take new rows of metrics.jsonl; return why the trial is to be pruned, or an empty string."""
         ...
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
-        """Take note of the end of `trial`; return what it reached, by objective."""
+        """Take the end of `trial`; return its value of each objective."""
         ...
 
 
 class Schedule:
-    """common: what follows `dstune train` for every trial. received: signals, filled by a handler."""
+    """Runs trials until the source has none left.
+
+    common: arguments of `dstune train` for every trial. received: signals, filled by a handler.
+    """
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Schedule:
         received: list[str],
         variables: Mapping[str, str] = MappingProxyType({}),
     ):
-        """variables: of all trials, beside those of this process."""
+        """variables: environment variables of all trials, beside those of this process."""
         self._variables = variables
         self._sweep, self._source, self._common = sweep, source, list(common)
         self._free = list(slots)
@@ -110,11 +112,11 @@ class Schedule:
         """Start and watch trials until none is left or the sweep is asked to stop."""
         try:
             while True:
-                self._obey_signals()
+                self._forward_signals()
                 while self._free and not self._received and (trial := self._source.next()) is not None:
                     self._start(trial, self._free.pop(0))
                 for running in list(self._running):
-                    self._look_at(running)
+                    self._poll(running)
                 if not self._running and (self._received or self._source.exhausted):
                     return
                 time.sleep(POLL_SECONDS)
@@ -159,12 +161,12 @@ class Schedule:
             if not is_announced:
                 self._console.message(f"dstune: {trial.name} still runs as process {earlier.pid}: waiting for its end")
                 is_announced = True
-            self._obey_signals()
+            self._forward_signals()
             for running in list(self._running):
-                self._look_at(running)
+                self._poll(running)
             time.sleep(POLL_SECONDS)
 
-    def _obey_signals(self) -> None:
+    def _forward_signals(self) -> None:
         if len(self._received) > self._announced_signals:
             self._announced_signals = len(self._received)
             consequence = (
@@ -172,29 +174,29 @@ class Schedule:
             )
             self._console.message(f"dstune: received {self._received[-1]}: {consequence}")
         for running in self._running:
-            while running.requested < min(self._announced_signals, 2):
+            while running.signals_sent < min(self._announced_signals, 2):
                 # Two different ones: the same signal within a moment counts once (`launch.signals`).
-                running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.requested])
-                running.requested += 1
+                running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.signals_sent])
+                running.signals_sent += 1
 
-    def _look_at(self, running: Running) -> None:
-        ended = running.process.poll() is not None  # before the last look at its metrics
+    def _poll(self, running: Running) -> None:
+        ended = running.process.poll() is not None  # before the metrics, which are then complete
         run_dir = self._sweep / running.trial.name
         rows = running.metrics.new()
         if (
             rows
             and not running.pruned
-            and not running.requested
+            and not running.signals_sent
             and (reason := self._source.watch(running.trial, rows))
         ):
             running.pruned, running.pruned_at = reason, time.monotonic()
             if not ended:
-                _leave(run_dir / PRUNE_FILE, reason)
+                files.write(run_dir / PRUNE_FILE, reason)  # atomically: ranks poll it
         if ended:
             self._conclude(running, run_dir)
-        elif running.pruned and running.requested < 2 and time.monotonic() - running.pruned_at > PRUNE_PATIENCE:
-            running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.requested])
-            running.requested += 1
+        elif running.pruned and running.signals_sent < 2 and time.monotonic() - running.pruned_at > PRUNE_PATIENCE:
+            running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.signals_sent])
+            running.signals_sent += 1
 
     def _conclude(self, running: Running, run_dir: Path) -> None:
         self._running.remove(running)
@@ -208,10 +210,10 @@ class Schedule:
         if code not in (EXIT_DONE, EXIT_PREEMPTED) and status != "pruned":
             status = "failed"
         if not status or (code == EXIT_PREEMPTED and status != "pruned"):
-            status = "preempted" if running.requested or code == EXIT_PREEMPTED else "failed"
+            status = "preempted" if running.signals_sent or code == EXIT_PREEMPTED else "failed"
         reason = str((records.read_result(run_dir) or {}).get("reason") or "")
         if status == "failed" and (not reason or code not in (EXIT_DONE, EXIT_FAILED)):
-            reason = self._last_message(running) or reason or f"it ended with exit code {code}"
+            reason = self._error_message(running) or reason or f"it ended with exit code {code}"
         reached = self._source.ended(running.trial, status, run_dir)
         seconds = running.record.seconds + time.monotonic() - running.started
         record = replace(running.record, status=status, reason=reason, objective=reached, seconds=round(seconds, 1))
@@ -223,21 +225,16 @@ class Schedule:
         if status == "failed":
             self._console.message(f"dstune: its output is in {self._sweep / 'logs' / running.trial.name}.log")
 
-    def _last_message(self, running: Running) -> str:
-        """Return what a trial that had no result said last: the user's mistake, with key, value, reason and fix."""
+    def _error_message(self, running: Running) -> str:
+        """Return the error that ends the log of a trial without a result: the user's mistake, with key, value, reason and fix."""
         lines = attempt.last_lines(self._sweep / "logs" / f"{running.trial.name}.log", running.log_start)
         begin = max((at for at, line in enumerate(lines) if line.startswith("dstune: ")), default=None)
         return "\n".join(lines[begin:] if begin is not None else lines[-1:]).removeprefix("dstune: ")
 
     def _abandon(self) -> None:
-        """Abandon the sweep, with which something is wrong: its trials save and end without it."""
+        """Ask the trials to save and exit: the sweep itself has failed."""
         if platform.system() == "Linux":
             return  # the end of this process asks them (`sweep.trial`), and a second request would not let them save
         for running in self._running:
             with contextlib.suppress(OSError):
                 running.process.send_signal(signal.SIGTERM)
-
-
-def _leave(file: Path, text: str) -> None:
-    """Write a file that a rank may look at any time."""
-    files.write(file, text)

@@ -1,7 +1,7 @@
-"""`sweep=optuna`: trials are asked of an Optuna study, told what they reached, and ended early where it says so.
+"""`sweep=optuna`: an Optuna study proposes the trials, learns their results, and prunes them.
 
-The published Hydra plugin is held to Optuna 2 and knows nothing of runs that are continued; this one uses the study's
-ask-and-tell interface, and a study that several machines share.
+The published Hydra plugin is pinned to Optuna 2 and cannot resume runs; this one uses the study's ask-and-tell interface, and
+several machines can share a study.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from dstune.tracking.trials import FINISHED, Record, less_is_better, read_record
 if TYPE_CHECKING:
     import optuna
 
-OWNER, SEEN, OBJECTIVES, STARTS = "dstune_owner", "dstune_seen", "dstune_objectives", "dstune_starts"
-"""Attributes of trials and studies. The owner is the process that runs the trial; nobody's where it is empty."""
-SEEN_EVERY, FORSAKEN_AFTER = 60.0, 600.0
-"""How often an owner in a shared storage says that it lives, and after which silence others go on with its trial."""
-ASK_EVERY = 5.0
-"""How often the storage is asked again whether there is something to do."""
+OWNER, HEARTBEAT, OBJECTIVES, STARTS = "dstune_owner", "dstune_seen", "dstune_objectives", "dstune_starts"
+"""Attributes of trials and studies. The owner is the process that runs the trial; empty if no process does."""
+HEARTBEAT_SECONDS, ABANDONED_SECONDS = 60.0, 600.0
+"""How often the owner of a trial in a shared storage renews its heartbeat, and the silence after which others resume its trial."""
+ASK_AGAIN_SECONDS = 5.0
+"""How long after the study had no trial to run it is asked again."""
 
 
 class Study:
-    """objectives: metrics, the first of which ranks the trials."""
+    """The trials of a sweep, as an Optuna study chooses them.
+
+    objectives: metrics; the first ranks the trials.
+    """
 
     def __init__(self, sweep: Sweep, objectives: Sequence[str]):
         """Raises UserError: Optuna is not installed, the storage cannot be used, the study is about something else."""
@@ -52,44 +55,48 @@ class Study:
         self._optuna = _import_optuna()
         self._distributions = {axis.key: self._distribution(axis) for axis in self._axes}
         self._study = self._open()
-        self._expected = self._settings.trials
+        self._planned_trials = self._settings.trials
         self._check()
         if self._settings.sampler is Sampler.grid:
-            self._expected = self._enqueue_all()
-        self._mine: dict[int, optuna.Trial] = {}
-        self._put_off: set[int] = set()
-        """Trials that saved and left by themselves (run.time_limit): the next start goes on with them."""
-        self._failed, self._requests, self._report = 0, -math.inf, time.monotonic()
-        me = psutil.Process()
-        self._me = f"{socket.gethostname()}:{me.pid}:{me.create_time():.0f}"
+            self._planned_trials = self._enqueue_all()
+        self._running: dict[int, optuna.Trial] = {}
+        """Trials of this process, by number."""
+        self._preempted: set[int] = set()
+        """Trials that saved and exited by themselves (run.time_limit): the next start of the sweep resumes them."""
+        self._failed = 0
+        self._exhausted_at = -math.inf
+        """When the study last had no trial to run, in seconds of `time.monotonic`."""
+        self._last_heartbeat = time.monotonic()
+        process = psutil.Process()
+        self._owner = f"{socket.gethostname()}:{process.pid}:{process.create_time():.0f}"
 
     @property
-    def expected(self) -> int:
-        return self._expected
+    def planned_trials(self) -> int:
+        return self._planned_trials
 
     @property
     def done(self) -> int:
-        """Trials that have an end other than a failure."""
+        """The number of trials that ended, failures apart."""
         states = self._optuna.trial.TrialState
         return len(self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
 
     # ---- what the schedule asks ----
 
     def next(self) -> Trial | None:
-        if time.monotonic() - self._requests < ASK_EVERY:
+        if time.monotonic() - self._exhausted_at < ASK_AGAIN_SECONDS:
             return None
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
         for frozen in trials:
-            skipped = frozen.number in self._mine or frozen.number in self._put_off
+            skipped = frozen.number in self._running or frozen.number in self._preempted
             if frozen.state is states.RUNNING and not skipped and self._is_free(frozen):
-                again = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
-                if status_in(self._sweep / again.name) not in FINISHED:
-                    return again
-                self._wait_for_results(again)  # it had ended when the sweep was killed
-        counted = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in trials)
-        if counted + self._failed >= self._expected:
-            self._requests = time.monotonic()
+                resumed = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
+                if status_in(self._sweep / resumed.name) not in FINISHED:
+                    return resumed
+                self._record_end(resumed)  # it had ended when the sweep was killed
+        started = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in trials)
+        if started + self._failed >= self._planned_trials:
+            self._exhausted_at = time.monotonic()
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lists as choices, experimental samplers
@@ -97,13 +104,13 @@ class Study:
 
     @property
     def exhausted(self) -> bool:
-        return time.monotonic() - self._requests < ASK_EVERY
+        return time.monotonic() - self._exhausted_at < ASK_AGAIN_SECONDS
 
     def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
-        self._show_life()
+        self._send_heartbeat()
         if self._settings.pruner is Pruner.none:
             return ""
-        trial_of_study, name = self._mine[trial.number], f"eval/{self._objectives[0]}"
+        trial_of_study, name = self._running[trial.number], f"eval/{self._objectives[0]}"
         reported = self._study._storage.get_trial(trial_of_study._trial_id).intermediate_values
         for row in rows:
             if name not in row or row["step"] == 0 or row["step"] in reported:
@@ -119,16 +126,16 @@ class Study:
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
         states = self._optuna.trial.TrialState
-        trial_of_study = self._mine.pop(trial.number)
-        self._requests = -math.inf
+        trial_of_study = self._running.pop(trial.number)
+        self._exhausted_at = -math.inf
         if status == "preempted":
             trial_of_study.set_user_attr(OWNER, "")
-            self._put_off.add(trial.number)
+            self._preempted.add(trial.number)
             return {}
         objectives_reached = reached(run_dir, self._config, self._objectives)
         if status == "pruned":
             self._study.tell(trial.number, state=states.PRUNED)
-            return objectives_reached or self._last_seen(run_dir)
+            return objectives_reached or self._last_evaluation(run_dir)
         if status in FINISHED and len(objectives_reached) == len(self._objectives):
             self._study.tell(trial.number, [objectives_reached[name] for name in self._objectives])
             return objectives_reached
@@ -139,46 +146,48 @@ class Study:
     # ---- inside ----
 
     def _begin(self, trial_of_study: optuna.Trial) -> Trial:
-        self._mine[trial_of_study.number] = trial_of_study
-        trial_of_study.set_user_attr(OWNER, self._me)
-        trial_of_study.set_user_attr(SEEN, time.time())
+        self._running[trial_of_study.number] = trial_of_study
+        trial_of_study.set_user_attr(OWNER, self._owner)
+        trial_of_study.set_user_attr(HEARTBEAT, time.time())
         values = tuple(axis.value(trial_of_study.params[axis.key]) for axis in self._axes)
         assignment = Assignment(tuple(self._axes), values)
         return Trial(
             trial_name(assignment, trial_of_study.number), trial_of_study.number, assignment.overrides, assignment.plain
         )
 
-    def _wait_for_results(self, trial: Trial) -> None:
+    def _record_end(self, trial: Trial) -> None:
+        """Record a trial that ended while no sweep watched it."""
         run_dir, status = self._sweep / trial.name, status_in(self._sweep / trial.name)
         record = read_record(record_path(self._sweep, trial.name))
         record = record or Record(trial.name, trial.number, dict(trial.values))
         objective = self.ended(trial, status, run_dir)
         write_record(self._sweep, replace(record, status=status, objective=objective))
 
-    def _last_seen(self, run_dir: Path) -> dict[str, float]:
+    def _last_evaluation(self, run_dir: Path) -> dict[str, float]:
+        """Return the last value of the first objective in `metrics.jsonl`, by its name; nothing if there is none."""
         name = self._objectives[0]
         values = [row.get(f"eval/{name}") for row in Metrics(run_dir).new()]
         last = next((value for value in reversed(values) if isinstance(value, (int, float))), None)
         return {} if last is None else {name: float(last)}
 
     def _is_free(self, frozen: optuna.trial.FrozenTrial) -> bool:
-        """Return whether nobody runs this unfinished trial."""
-        owner, seen = frozen.user_attrs.get(OWNER), frozen.user_attrs.get(SEEN, 0.0)
-        if owner is None:  # another program's, or another machine asks for it at this moment
+        """Return whether no process runs this unfinished trial."""
+        owner, heartbeat = frozen.user_attrs.get(OWNER), frozen.user_attrs.get(HEARTBEAT, 0.0)
+        if owner is None:  # another program's, or another machine is just starting it
             return self._settings.storage is None
-        if self._settings.storage is None or not owner:  # the directory is locked: whoever had it is gone
+        if self._settings.storage is None or not owner:  # the directory is locked, so its owner is gone
             return True
         host, pid, started = owner.rsplit(":", 2)
         if host == socket.gethostname():
-            return not _lives(int(pid), float(started))
-        return time.time() - seen > FORSAKEN_AFTER
+            return not _is_alive(int(pid), float(started))
+        return time.time() - heartbeat > ABANDONED_SECONDS
 
-    def _show_life(self) -> None:
-        if self._settings.storage is None or time.monotonic() - self._report < SEEN_EVERY:
+    def _send_heartbeat(self) -> None:
+        if self._settings.storage is None or time.monotonic() - self._last_heartbeat < HEARTBEAT_SECONDS:
             return
-        self._report = time.monotonic()
-        for trial_of_study in self._mine.values():
-            trial_of_study.set_user_attr(SEEN, time.time())
+        self._last_heartbeat = time.monotonic()
+        for trial_of_study in self._running.values():
+            trial_of_study.set_user_attr(HEARTBEAT, time.time())
 
     def _open(self) -> optuna.Study:
         settings, optuna_ = self._settings, self._optuna
@@ -210,7 +219,7 @@ class Study:
         return study
 
     def _check(self) -> None:
-        """Raises UserError where the study that was found has other objectives or another space."""
+        """Raise UserError if an existing study has other objectives or another search space."""
         study, optuna_ = self._study, self._optuna
         objectives_before = study.user_attrs.get(OBJECTIVES)
         if objectives_before is None:
@@ -320,7 +329,7 @@ def _mixed(seed: int, starts: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {starts}".encode()).digest()[:4], "big")
 
 
-def _lives(pid: int, started: float) -> bool:
+def _is_alive(pid: int, started: float) -> bool:
     try:
         return os.getpid() == pid or abs(psutil.Process(pid).create_time() - started) < 2.0
     except psutil.Error:

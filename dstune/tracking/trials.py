@@ -189,14 +189,14 @@ def _training_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def finished_trials(
+def with_outcome(
     record: Record,
     result: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     objectives: Sequence[str],
     of_best: bool,
 ) -> Record:
-    """Return `record` with the end of its run, where no sweep waited for it (jobs of an array, a sweep that was killed)."""
+    """Return `record` with the outcome of its run, if no sweep recorded it (jobs of an array, a sweep that was killed)."""
     status = str(result.get("status") or "")
     if record.status != "running" or not status:
         return record

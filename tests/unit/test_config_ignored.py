@@ -41,8 +41,8 @@ def test_an_overruled_setting_is_reported_and_its_fix_lets_it_count(overrides: l
     found = ignored(*overrides)
     assert list(found) == [key]
     if "=" in found[key]:
-        finished_trials = [text for text in overrides if text.split("=")[0] != found[key].split("=")[0]]
-        assert key not in ignored(*finished_trials, found[key])
+        others = [text for text in overrides if text.split("=")[0] != found[key].split("=")[0]]
+        assert key not in ignored(*others, found[key])
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_trial_of_another_machine_is_left_alone_while_it_lives(tmp_path: Path,
     elsewhere = sweep.study(config)
     trial = elsewhere.next()
     assert trial is not None
-    own = elsewhere._mine[trial.number]
+    own = elsewhere._running[trial.number]
     own.set_user_attr("dstune_owner", "elsewhere:1:1")
     sweep.go(config)
     assert [one.number for one in read_records(sweep.path)] == [1]
