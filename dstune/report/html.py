@@ -17,7 +17,7 @@ def _environment(package: str) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in dict.fromkeys((package, PACKAGE))]),
         autoescape=True,
-        finalize=_format,
+        finalize=_finalize,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -33,8 +33,8 @@ def render(template: str, *, package: str = PACKAGE, **values: Any) -> str:
     return _environment(package).get_template(template).render(**values)
 
 
-def _format(value: Any) -> Any:
-    """Return what a template writes for `value`; text that is HTML already stays as it is."""
+def _finalize(value: Any) -> Any:
+    """Return what a template prints for `value`: plain text with its control characters visible, anything else as it is."""
     return visible(value) if type(value) is str else value
 
 

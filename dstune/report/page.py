@@ -27,8 +27,8 @@ REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
-class Preview:
-    """One run as the templates show it."""
+class RunView:
+    """A run as the templates read it."""
 
     label: str
     colour: int
@@ -71,18 +71,18 @@ def report(runs: Sequence[RunFiles]) -> str:
     """Return the HTML of one run, or of several side by side."""
     labels = _labels(runs)
     curves_of = [collect(run.metrics) for run in runs]
-    previews = [
-        _format(run, label, number, metrics)
-        for number, (run, label, metrics) in enumerate(zip(runs, labels, curves_of, strict=True))
+    views = [
+        _run_view(run, label, position, metrics)
+        for position, (run, label, metrics) in enumerate(zip(runs, labels, curves_of, strict=True))
     ]
     charts = curves.charts(runs, curves_of, labels)
     return render(
         "report.html.j2",
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
-        runs=previews,
-        one=previews[0] if len(runs) == 1 else None,
+        runs=views,
+        one=views[0] if len(runs) == 1 else None,
         charts=charts,
-        results=outcomes_table([run.outcome for run in previews]),
+        results=outcomes_table([run.outcome for run in views]),
         differences=configuration.differences(runs) if len(runs) > 1 else [],
         samples=samples.answered(runs, labels),
         story=rollouts.story(runs[0].path) if len(runs) == 1 else [],
@@ -91,10 +91,10 @@ def report(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _format(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series]) -> Preview:
-    return Preview(
+def _run_view(run: RunFiles, label: str, position: int, metrics: Mapping[str, Series]) -> RunView:
+    return RunView(
         label=label,
-        colour=number % curves.COLOURS,
+        colour=position % curves.COLOURS,
         files=run,
         outcome=outcome(run, metrics),
         summary=configuration.one_line(run),

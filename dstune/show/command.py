@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     console = Console(sys.stderr)
     config = with_local_files(config, console)
     os.environ.update(NO_TELEMETRY | OFFLINE)
-    _print(_format(config, options, console.kind), options)
+    _print(_read_preview(config, options, console.kind), options)
     return EXIT_DONE
 
 
@@ -94,22 +94,17 @@ def with_local_files(config: RunConfig, console: Console) -> RunConfig:
     return replace(resolved, model=replace(resolved.model, weights=config.model.weights))
 
 
-def _format(config: RunConfig, options: Options, console: str) -> Preview:
-    """Put together what is shown. console: as DSTUNE_CONSOLE, by which progress is shown: rows may be read and cut for minutes."""
+def _read_preview(config: RunConfig, options: Options, console_kind: str) -> Preview:
+    """Read the rows, with progress on stderr: a large file takes minutes. console_kind: the value of DSTUNE_CONSOLE."""
+    from dstune.show.facts import show, show_row
     from dstune.tracking.console import Console as Progress
     from dstune.tracking.console import console_activities
 
-    os.environ.setdefault("DSTUNE_CONSOLE", console)
+    os.environ.setdefault("DSTUNE_CONSOLE", console_kind)
     with console_activities(Progress(sys.stderr)):
-        return _of(config, options)
-
-
-def _of(config: RunConfig, options: Options) -> Preview:
-    from dstune.show.facts import show, show_row
-
-    if options.row is not None:
-        return show_row(config, options.row)
-    return show(config, options.split, options.rows)
+        if options.row is not None:
+            return show_row(config, options.row)
+        return show(config, options.split, options.rows)
 
 
 def _print(preview: Preview, options: Options) -> None:

@@ -38,8 +38,8 @@ COMPARED_SAMPLES = 1_000_000
 """Samples looked at for repetitions; a hash of 8 bytes is kept of each."""
 MAX_REPETITIONS = 5
 EXCERPT_CHARACTERS = 160
-THUMBNAIL = 320
-"""Pixels of the longer edge of an image on the page."""
+THUMBNAIL_PIXELS = 320
+"""The longer edge of an image on the page."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image of a sample."""
+class Thumbnail:
+    """An image of a sample, made small."""
 
     name: str
     """Its path, or how it came with the rows."""
     width: int
     height: int
-    thumbnail: str
-    """A small copy, as a data URL."""
+    url: str
+    """The small copy, as a data URL."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Row:
     conversation: bool = False
     beside: list[Beside] = field(default_factory=list)
     """Further texts that the model reads apart from the first."""
-    images: list[Shown] = field(default_factory=list)
-    """Those that stand in the sample, in order."""
+    images: list[Thumbnail] = field(default_factory=list)
+    """The images of the sample, in order."""
 
     @property
     def rejected_targets(self) -> int:
@@ -109,6 +109,8 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Preview:
+    """Rows of a split, and figures about all of its samples."""
+
     model: str
     task: str
     split: str
@@ -259,18 +261,18 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
         rejected=_rejected(sample, tokenizer),
         conversation=task_of(config.task).conversational and trained is not None,
         beside=_beside(sample, tokenizer),
-        images=[_shown(part.images, int(image)) for image in sample.get(COLUMN, ())] if part.images else [],
+        images=[_thumbnail(part.images, int(image)) for image in sample.get(COLUMN, ())] if part.images else [],
     )
 
 
-def _shown(files: ImageFiles, number: int) -> Shown:
+def _thumbnail(files: ImageFiles, number: int) -> Thumbnail:
     line = files.line(number)
     small = files.image(number)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     stream = io.BytesIO()
     small.save(stream, "JPEG")
     url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return Shown(line["path"] or "an image in the rows", line["width"], line["height"], url)
+    return Thumbnail(line["path"] or "an image in the rows", line["width"], line["height"], url)
 
 
 def _beside(sample: dict[str, Any], tokenizer: Any) -> list[Beside]:
