@@ -362,7 +362,7 @@ def cell(
     # As a client sends it, not as the row was read; a server gives calls the ids that the template takes.
     sent = with_call_ids(dialogue["messages"], encode.renderer.facts.call_ids)
     if reasoning is Reasoning.inline:
-        sent = encode.renderer.expected(sent)
+        sent = encode.renderer.prepare_messages(sent)
     turns = server.turns({**dialogue, "messages": sent})
     for turn in turns:
         if reason := difference(turn, rows, stops):

@@ -46,10 +46,10 @@ def main() -> None:
     job: Job = pickle.load(sys.stdin.buffer)
     name_panics()
     held_out = np.load(job.held_out)
-    expected: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-    threading.Thread(target=_listen, args=(expected,), daemon=True).start()
+    requests: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     while True:
-        name, begin = expected.get()
+        name, begin = requests.get()
         try:
             cache.entry(job.root, name, partial(_make, job, held_out, Position(**begin)))
         except UserError:  # kept beside the block, for the ranks to raise when they come to it
@@ -61,10 +61,10 @@ def _make(job: Job, held_out: np.ndarray, begin: Position, folder: Path) -> None
     block_builder(job.config, job.tokenizer, begin, held_out, job.shards, job.arguments)(folder)
 
 
-def _listen(expected: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
+def _listen(requests: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
     while True:
         try:
-            expected.put(pickle.load(sys.stdin.buffer))
+            requests.put(pickle.load(sys.stdin.buffer))
         except (EOFError, pickle.UnpicklingError):
             for child in psutil.Process().children(recursive=True):
                 child.kill()

@@ -86,11 +86,11 @@ def _locked(root: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
-def _raise_failure_since(failure: Path, requested: float) -> None:
-    """Raise the error that another process met after `requested`: it read the same files under the same settings."""
+def _raise_failure_since(failure: Path, since: float) -> None:
+    """Raise the error that another process met after `since`: it read the same files under the same settings."""
     try:
         recorded = json.loads(failure.read_text())
     except FileNotFoundError:
         return
-    if recorded["time"] >= requested:
+    if recorded["time"] >= since:
         raise from_json(recorded["error"])

@@ -40,15 +40,15 @@ class DataFile:
     """Name inside the zip archive `path`."""
     text_rows: TextRows = TextRows.line
     """What a row of plain text is."""
-    formatted: str = ""
-    """What messages call it; the path when not given."""
+    label: str = ""
+    """The file's name in messages; the path if empty."""
     digest: str = ""
-    """What tells its content, where that is known without reading it (a file of the hub at a commit)."""
+    """Identifies the content if that is known without reading it (a file of the hub at a commit)."""
     rows: Rows | None = None
-    """Of a slice, the rows that are read of it."""
+    """The rows to read, of a slice; None for all."""
 
     def __str__(self) -> str:
-        return self.formatted or (f"{self.path}!{self.member}" if self.member else str(self.path))
+        return self.label or (f"{self.path}!{self.member}" if self.member else str(self.path))
 
     @property
     def ending(self) -> str:

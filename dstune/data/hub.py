@@ -137,10 +137,7 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
     digest = f"{name.repository}@{entry.commit} {entry.subset} {split} "
     # One file is the whole split, so its rows are those of the split; among several the file has to be named.
     names = [where] if len(files) == 1 else [f"{where}/{file.name}" for file in files]
-    return [
-        DataFile(file, formatted=formatted, digest=digest + file.name)
-        for file, formatted in zip(files, names, strict=True)
-    ]
+    return [DataFile(file, label=label, digest=digest + file.name) for file, label in zip(files, names, strict=True)]
 
 
 def split_problem(key: str, path: str, split: str, splits: list[str]) -> Problem:

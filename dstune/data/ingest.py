@@ -107,7 +107,7 @@ def ingest(
     reader = _Reader(config, bad, images)
     already_bad = bad.count
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
-        for batch in reader.batches(_report(files, _all_rows(files) if rows is None else rows)):
+        for batch in reader.batches(_with_progress(files, _all_rows(files) if rows is None else rows)):
             writer.write_batch(batch)
     if not reader.rows_read:
         names = ", ".join(str(file) for file in files)
@@ -147,10 +147,10 @@ def numbers_on_disk(column: pa.ChunkedArray, file: Path) -> np.ndarray:
     return np.memmap(file, kind, mode="r") if len(column) else np.empty(0, kind)
 
 
-def _report(
+def _with_progress(
     files: list[sources.DataFile], rows: Iterable[tuple[int, sources.RawRow]]
 ) -> Iterator[tuple[int, sources.RawRow]]:
-    """Yield `rows`, with a report of how many there were every thousand rows."""
+    """Yield `rows`, and log their number every ROWS_PER_BATCH rows."""
     further = f" and {len(files) - 1} more files" if len(files) > 1 else ""
     for count, row in enumerate(rows, 1):
         if count % ROWS_PER_BATCH == 0:

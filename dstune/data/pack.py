@@ -47,12 +47,12 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             room = capacity if tightest is None else tightest
             # A row that just took one of these samples is the tightest for the next one: fill it before another.
             per_row = room // length
-            expected = -(-(end - start) // per_row)
+            needed_rows = -(-(end - start) // per_row)
             if tightest is None:
-                taken = list(range(next_row, next_row + expected))
-                next_row += expected
+                taken = list(range(next_row, next_row + needed_rows))
+                next_row += needed_rows
             else:
-                taken = started.take(tightest, expected)
+                taken = started.take(tightest, needed_rows)
             placed = min(end - start, len(taken) * per_row)
             rows[order[start : start + placed]] = np.repeat(taken, per_row)[:placed]
             in_last = placed - (len(taken) - 1) * per_row

@@ -50,7 +50,7 @@ def map_rows(
     processes = _processes(len(rows), workers)
     batch = _rows_per_batch(rows)
     tally = target.with_name(f"{target.name}.batches")
-    with _tokenizer_threads(enabled=processes == 1), _objects_left_alone(), _report(doing, tally, len(rows)):
+    with _tokenizer_threads(enabled=processes == 1), _objects_left_alone(), _progress_reports(doing, tally, len(rows)):
         return rows.map(
             _Tallied(function, tally),
             batched=True,
@@ -136,21 +136,21 @@ class _Tallied:
 
 
 @contextmanager
-def _report(doing: str, tally: Path, rows: int) -> Iterator[None]:
-    """Report every second how many of the rows are done."""
-    over = threading.Event()
+def _progress_reports(doing: str, tally: Path, rows: int) -> Iterator[None]:
+    """Log every PROGRESS_SECONDS, within the block, how many of the rows are done."""
+    finished = threading.Event()
     tally.touch()
 
     def report_progress() -> None:
-        while not over.wait(PROGRESS_SECONDS):
+        while not finished.wait(PROGRESS_SECONDS):
             done = min(tally.stat().st_size * ROWS_AT_ONCE, rows)
             log.info(doing, extra={"done": done, "total": rows})
 
-    teller = threading.Thread(target=report_progress, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report_progress, daemon=True)
+    reporter.start()
     try:
         yield
     finally:
-        over.set()
-        teller.join()
+        finished.set()
+        reporter.join()
         tally.unlink()

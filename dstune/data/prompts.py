@@ -43,7 +43,7 @@ def sample_prompts(
         if row_encoder.sources is not None:
             prompt = _from_source(row_encoder.sources, row)
             if prompt is not None and row_encoder is not encode:  # the prompt tells the task
-                prompt = replace(prompt, text=row_encoder.sources.requested(row["source"]))
+                prompt = replace(prompt, text=row_encoder.sources.prompt_text(row["source"]))
         else:
             prompt = (
                 _from_chat(row_encoder, row)

@@ -182,8 +182,8 @@ class ChatRenderer:
         """
         template_arguments = dict(arguments or {})
         if answer is not None:
-            template_arguments = self.arguments_for(self.expected([dict(answer)])[0], template_arguments)
-        messages = self.expected(messages, tools)
+            template_arguments = self.arguments_for(self.prepare_messages([dict(answer)])[0], template_arguments)
+        messages = self.prepare_messages(messages, tools)
         return prompt_ids(
             self._template, self._control, self.facts, messages, tools=tools, arguments=template_arguments
         )
@@ -201,7 +201,7 @@ class ChatRenderer:
 
         Raises RenderError if the template refuses the conversation, drops a part of it, or its targets cannot be told.
         """
-        messages = self.expected(messages, tools)
+        messages = self.prepare_messages(messages, tools)
         trained = self.trained(messages)
         self._refuse_dropped(messages, tools, trained, arguments)
         adapted = [self.facts.adapted(message) for message in messages]
@@ -286,7 +286,7 @@ class ChatRenderer:
         Raises RenderError as `passages` does, and where such a turn cannot be found again.
         """
         all_passages = self.passages(messages, tools=tools, arguments=arguments)
-        messages = self.expected(messages, tools)
+        messages = self.prepare_messages(messages, tools)
         adapted = [self.facts.adapted(message) for message in messages]
         last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         whole = self._template.text(adapted, tools=tools, arguments=self.arguments_for(last, arguments))
@@ -322,7 +322,7 @@ class ChatRenderer:
         return any(source == template_path(name).read_text(encoding="utf-8") for name in ("mistral", "mistral_tekken"))
 
     def trained(self, messages: Messages) -> list[int]:
-        """Return the numbers of the assistant's messages that are trained; `messages` are as `expected` gives them.
+        """Return the numbers of the assistant's messages that are trained; `messages` are those of `prepare_messages`.
 
         Where the template prints the reasoning of some turns and hides that of others, the latter are context: trained without
         it, they would teach the model not to think. A row whose reasoning it never prints keeps them, and is refused.
@@ -336,7 +336,7 @@ class ChatRenderer:
 
     def count_hidden(self, messages: Messages) -> int:
         """Return how many turns of a row are context since the template hides their reasoning."""
-        messages = self.expected(messages)
+        messages = self.prepare_messages(messages)
         trained = self.trained(messages)
         return sum(self._hides(message) and number not in trained for number, message in enumerate(messages))
 
@@ -353,8 +353,8 @@ class ChatRenderer:
         render: Render,
         expected: Mapping[str, Any] | None = None,
     ) -> Turn | None:
-        """Return the turn, or nothing if no context that renders precedes it. expected: what it has to say, as `expected` gives
-        it."""
+        """Return the turn; None if no context that renders precedes it. expected: the message that it has to print, as
+        `prepare_messages` returns it."""
         message = adapted[number]
         arguments = self.arguments_for(message, row)
         if not number:
@@ -450,9 +450,8 @@ class ChatRenderer:
         start = in_common(prompt, text)
         return Passage(text, (Place(trained[0], start, len(text), len(text), ((start, len(text)),)),))
 
-    def expected(self, messages: Messages, tools: Tools | None = None) -> Messages:
-        """Return `messages` without what `task.reasoning` drops, and with what it writes into contents; contents are as the
-        template reads them."""
+    def prepare_messages(self, messages: Messages, tools: Tools | None = None) -> Messages:
+        """Return `messages` as the template reads them, their reasoning dropped or in their contents as `task.reasoning` says."""
         messages = with_call_ids(as_template_reads(messages, self._template.source(tools)), self.facts.call_ids)
         if self.choice.drop_reasoning:
             return [without_reasoning(message) for message in messages]

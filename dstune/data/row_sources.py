@@ -36,9 +36,9 @@ def find_inputs(config: RunConfig) -> Inputs:
         raise UserError(Problem(where="data.train", reason="no training data given", fix=fix))
     problems: list[Problem] = []
     inputs: Inputs = {}
-    expected = {"train": of_training(config)}
-    expected |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
-    for part, config_by_source in expected.items():
+    configs_by_part = {"train": of_training(config)}
+    configs_by_part |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
+    for part, config_by_source in configs_by_part.items():
         for name, (key, source_config) in config_by_source.items():
             if getattr(source_config.data, part) is None:
                 continue

@@ -74,8 +74,8 @@ def files(address: Address, key: str) -> list[DataFile]:
         reason = "its rows are not on this machine" if address.is_resolved else "its version is not resolved yet"
         fix = "`dstune train` reads them where it is started; ranks on other nodes need a DSTUNE_CACHE that all nodes share"
         raise UserError(Problem(key, reason, fix, str(address)))
-    formatted = f"{address.scheme}://{address.location}@{address.version}"
-    return [DataFile(_folder(address) / ROWS, formatted=formatted, digest=str(record["digest"]))]
+    label = f"{address.scheme}://{address.location}@{address.version}"
+    return [DataFile(_folder(address) / ROWS, label=label, digest=str(record["digest"]))]
 
 
 def describe(address: Address) -> dict[str, Any]:

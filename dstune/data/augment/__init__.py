@@ -1,4 +1,4 @@
-"""Changed copies of training rows (`data.augment`): seeded, of training rows alone, and never one that is held out.
+"""Changed copies of training rows (`data.augment`): seeded, of training rows alone, and never equal to a held-out row.
 
 What a copy becomes depends on the content of its row, its number and the seeds of `data.augment` and `data.split` (the hash of
 a row has that one), not on the other rows; what models write depends on the order of the rows too, since texts of a batch are
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Announced:
+class AugmentReport:
     """What augmentation did, for the data report."""
 
     copies: int = 0
@@ -63,7 +63,7 @@ def augmented(
 
     copied_places: places in `train` of the rows that are copied, int64. work: folder for the new table.
     """
-    settings, report = config.data.augment, Announced()
+    settings, report = config.data.augment, AugmentReport()
     known_keys = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
     jobs = _jobs(train, copied_places, settings, report)
     made = _copies(train, jobs, settings, known_keys, report, config.data.split.seed)
@@ -87,7 +87,7 @@ def _keys(parts: Iterable[ChosenRows]) -> set[int]:
 
 
 def _jobs(
-    train: ChosenRows, copied_places: np.ndarray, settings: AugmentConfig, report: Announced
+    train: ChosenRows, copied_places: np.ndarray, settings: AugmentConfig, report: AugmentReport
 ) -> list[tuple[int, int]]:
     """Return (place of the row, number of the copy) of every copy that is wanted."""
     jobs = [(int(place), number) for place in copied_places for number in range(settings.copies)]
@@ -113,7 +113,7 @@ def _copies(
     jobs: list[tuple[int, int]],
     settings: AugmentConfig,
     known_keys: Mapping[str, set[int]],
-    report: Announced,
+    report: AugmentReport,
     split_seed: int,
 ) -> list[tuple[int, str, int]]:
     """Return (place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known_keys`
@@ -122,7 +122,7 @@ def _copies(
     hashes = train.hashes
     rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
     if settings.models:
-        rows = _by_models(rows, settings, report)
+        rows = _rewrite(rows, settings, report)
     left_out: Counter[str] = Counter()
     made = []
     for (place, number), row in zip(jobs, rows, strict=True):
@@ -154,8 +154,8 @@ def _copies(
     return made
 
 
-def _by_models(rows: list[Row], settings: AugmentConfig, report: Announced) -> list[Row]:
-    """Return the rows with every text of theirs rewritten."""
+def _rewrite(rows: list[Row], settings: AugmentConfig, report: AugmentReport) -> list[Row]:
+    """Return the rows with every text rewritten by models."""
     originals = [text for row in rows for text in texts(row)]
     answers = iter(rewritten(originals, settings))
     copies = [map_texts(row, lambda _: next(answers)) for row in rows]

@@ -283,7 +283,10 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         for exchange in exchanges:
             places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
             samples = [_columns(table[place], exchange.prefix) for place in places]
-            row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"], exchange.row.get("tools"))}
+            row = {
+                **exchange.row,
+                "messages": renderer.prepare_messages(exchange.row["messages"], exchange.row.get("tools")),
+            }
             try:
                 # The longest row may be kept as the first of its kind as well.
                 counts = Counter() if entry["number"] in counted_rows else marked

@@ -82,10 +82,10 @@ class Server:
         numbers: of the messages, where not all of them are wanted.
         """
         messages = row["messages"]
-        expected = range(1, len(messages)) if numbers is None else numbers
+        message_numbers = range(1, len(messages)) if numbers is None else numbers
         return [
             turn
-            for number in expected
+            for number in message_numbers
             if messages[number]["role"] == "assistant" and messages[number].get("weight", 1)
             if (turn := self._turn(row, number)) is not None
         ]

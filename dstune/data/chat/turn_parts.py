@@ -83,8 +83,8 @@ def text_behind_prompt(
     except RenderError:
         return None
     tails = [text.rpartition(END_MARKER)[2] for text in texts]
-    expected = zip((prompt, answered), texts, tails, strict=True)
-    if not all(END_MARKER in text and original.endswith(tail) for original, text, tail in expected):
+    renderings = zip((prompt, answered), texts, tails, strict=True)
+    if not all(END_MARKER in text and original.endswith(tail) for original, text, tail in renderings):
         return None
     return behind_message(tails[0], tails[1], closed, thinks=has_reasoning(turn))
 

@@ -136,8 +136,8 @@ class Cleaner:
         result.removed = self._left_out(result)
         return result
 
-    def formatted(self, row: Row) -> str:
-        """Return the beginning of a row for a report: in one line, without what it hides."""
+    def excerpt(self, row: Row) -> str:
+        """Return the beginning of a row for the report, on one line, with secrets and personal data masked."""
         text = " / ".join(part for part in texts(row) if part.strip())
         text = text[: 20 * EXCERPT_CHARACTERS]  # finding what to hide in a whole document would take long
         for _, _, find in self._searches():
@@ -146,11 +146,11 @@ class Cleaner:
         return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 3] + "..."
 
     def _searches(self) -> list[tuple[str, Found, Callable[[str], list[sensitive.Finding]]]]:
-        expected = (
+        searches = (
             ("secrets", self._config.secrets, sensitive.find_secrets),
             ("personal_data", self._config.personal_data, sensitive.find_personal_data),
         )
-        return [search for search in expected if search[1] is not Found.keep]
+        return [search for search in searches if search[1] is not Found.keep]
 
     def _change(self, result: Cleaned, step: str, change: Callable[[str], str]) -> None:
         row = map_texts(result.row, change)

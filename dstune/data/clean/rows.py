@@ -119,15 +119,15 @@ def comparable(text: str) -> str:
 
 
 def row_hashes(row: Row) -> tuple[int, int]:
-    """Return two 64-bit hashes of a row, white space apart (runs of it count as one space, at the ends of texts as none).
+    """Return two 64-bit hashes: of the whole row, and of its texts and images without label, system prompt and tools.
 
-    Equal for rows that are equal; and equal for rows of equal text, whatever their label, system prompt and tools.
+    A run of white space counts as one space, and as nothing at the ends of texts.
     """
     row = map_texts(row, comparable)
     content = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    output = "\x1f".join([*texts(row), *image_digests(row)])
-    first, second = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in (content, output))
-    return first, second
+    text = "\x1f".join([*texts(row), *image_digests(row)])
+    row_hash, text_hash = (xxhash.xxh3_64_intdigest(part.encode("utf-8", "surrogatepass")) for part in (content, text))
+    return row_hash, text_hash
 
 
 def image_digests(row: Row) -> list[str]:

@@ -38,7 +38,7 @@ ROWS_AT_ONCE = 10_000
 
 def active_steps(config: CleanConfig) -> list[str]:
     """Return the steps that `config` asks for, in their order."""
-    expected = {
+    is_enabled = {
         "unicode": config.unicode,
         "control_tokens": True,
         "secrets": config.secrets is not Found.keep,
@@ -53,7 +53,7 @@ def active_steps(config: CleanConfig) -> list[str]:
         "near_duplicates": config.duplicates is Duplicates.near,
         "leaks": config.leaks,
     }
-    return [step for step in STEPS if expected[step]]
+    return [step for step in STEPS if is_enabled[step]]
 
 
 class Cleaning:
@@ -165,7 +165,7 @@ class Cleaning:
 
     def _example(self, report: Report, step: str, table: Table, row: int, note: str) -> None:
         if report.wants_example(step):
-            report.example(step, table.place(row), self._cleaner.formatted(_row(table, row)), note)
+            report.example(step, table.place(row), self._cleaner.excerpt(_row(table, row)), note)
 
     def _duplicates(self, table: Table, keys: np.ndarray, report: Report, *, remove: bool) -> None:
         assert table.kept is not None

@@ -44,7 +44,7 @@ def _pass(text: str) -> str:
     text = _TAGS.sub(lambda match: match.group(1) or "", text)
     if _DIRECTIONS.search(text) and not _has_right_to_left(text):
         text = _DIRECTIONS.sub("", text)
-    text = _INVISIBLE.sub(lambda match: match.group() if _expected(text, match.start()) else "", text)
+    text = _INVISIBLE.sub(lambda match: match.group() if _is_needed(text, match.start()) else "", text)
     return unicodedata.normalize("NFC", text)  # returns `text` itself where it is NFC, after a quick check
 
 
@@ -52,8 +52,8 @@ def _has_right_to_left(text: str) -> bool:
     return any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in set(text))
 
 
-def _expected(text: str, position: int) -> bool:
-    """Return whether the script around it needs the invisible character at `position`."""
+def _is_needed(text: str, position: int) -> bool:
+    """Return whether the surrounding script needs the invisible character at `position`."""
     character_before = text[position - 1] if position else ""
     character_after = text[position + 1] if position + 1 < len(text) else ""
     if not character_before or not character_after:

@@ -41,7 +41,7 @@ class Sample:
 class SourcePrompts(Protocol):
     """Asks for the target of a source, where rows are sources and targets."""
 
-    def requested(self, source: str) -> str:
+    def prompt_text(self, source: str) -> str:
         """Return the prompt with the source in it."""
 
     def prompt_ids(

@@ -44,7 +44,7 @@ class TranslationEncoder(Encoder):
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         samples = []
         for number, row in zip(numbers, rows, strict=True):
-            source, length = self.sources.encoder_ids(self.sources.requested(row["source"]), self._most[0])
+            source, length = self.sources.encoder_ids(self.sources.prompt_text(row["source"]), self._most[0])
             target, whole = self.sources.target_ids(row["target"], self._most[1])
             columns = {"target_ids": np.array(target, dtype=np.int32), **{name: row[name] for name in TEXTS}}
             cut = length > len(source) or whole > len(target)

@@ -41,13 +41,13 @@ class Sources:
 
         arguments: those that the row gives to the chat template.
         """
-        prompt = self.requested(source)
+        prompt = self.prompt_text(source)
         if self.renderer is None:
             return {"prompt": prompt + self._task.separator, "completion": target}
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
         return {"messages": messages, **({"chat_template_kwargs": arguments} if arguments else {})}
 
-    def requested(self, source: str) -> str:
+    def prompt_text(self, source: str) -> str:
         """Return the prompt of the task with the source in it."""
         return prompt_of(self._task, source)
 
@@ -56,7 +56,7 @@ class Sources:
     ) -> list[int]:
         """Return what the model reads before it writes the target, as far as that is known. Raises RenderError where the chat
         template refuses it."""
-        prompt = self.requested(source)
+        prompt = self.prompt_text(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
         if self.renderer is not None:
