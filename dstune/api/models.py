@@ -214,18 +214,18 @@ class Loaded:
 
         check_overrides(overrides)
         _check_batch_size(batch_size, 32)
-        expected = find(ModelConfig(path=self._path), str(checkpoint), overrides)
+        request = find(ModelConfig(path=self._path), str(checkpoint), overrides)
         places_and_columns = [(f"row {number}", _columns(row)) for number, row in enumerate(each(rows), 1)]
         if not places_and_columns:
             return []
-        question = task_of(expected.config.task).question(expected.labels, expected.config.data)
+        question = task_of(request.config.task).question(request.labels, request.config.data)
         questions = Questions(question, places_and_columns, [], OnBadRow.error)
 
         def loaded() -> Predictor:
             with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-                return load(expected, Path(scratch))
+                return load(request, Path(scratch))
 
-        model: Predictor = self._loaded(("predict", expected.config, expected.identity), loaded)
+        model: Predictor = self._loaded(("predict", request.config, request.identity), loaded)
         return [
             answer
             for block in questions.blocks(512)

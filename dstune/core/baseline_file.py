@@ -12,10 +12,10 @@ from dstune.core import files
 NAME = "baseline.json"
 
 
-def remember(run_dir: Path, requested: str, split: str, rows: int, prompted: Sequence[dict[str, Any]]) -> None:
+def remember(run_dir: Path, model: str, split: str, rows: int, prompted: Sequence[dict[str, Any]]) -> None:
     """Add {"model", "split", "rows", "shots", "metrics"} for each of `prompted`, which have the last two, in place of what is
     known of the same model, split and number of examples."""
-    new = [{"model": requested, "split": split, "rows": rows, **entry} for entry in prompted]
+    new = [{"model": model, "split": split, "rows": rows, **entry} for entry in prompted]
     keys = [(row["model"], row["split"], row["shots"]) for row in new]
     other_rows = [row for row in read(run_dir) if (row.get("model"), row.get("split"), row.get("shots")) not in keys]
     files.write(run_dir / NAME, json.dumps([*other_rows, *new], indent=1))

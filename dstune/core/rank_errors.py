@@ -59,10 +59,10 @@ def report_once(
         return
     _wait(error_file(run_dir, 0).exists, patience)
     try:
-        report = error_file(run_dir, 0).read_text()
+        printed = error_file(run_dir, 0).read_text()
     except OSError:
-        report = ""
-    if report != to_json(error):
+        printed = ""
+    if printed != to_json(error):
         print(f"dstune: rank {env.rank}: {error}", file=sys.stderr, flush=True)
     leave_error(run_dir, env.rank, error)
 

@@ -83,8 +83,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         assert result is not None, "the supervisor saw to it"
     del result["status"]
     if arguments.shots is not None and _is_run(arguments.target):
-        run, requested = Path(arguments.target), result["asked"]
-        baseline_file.remember(run, requested, result["split"], result["rows"], result["prompted"])
+        run, model = Path(arguments.target), result["asked"]
+        baseline_file.remember(run, model, result["split"], result["rows"], result["prompted"])
     return EXIT_DONE, result
 
 

@@ -50,11 +50,11 @@ def _place(text: str) -> Path | str:
     return text if "://" in text else Path(text)
 
 
-def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, *, force: bool) -> AnswersFile:
+def answers_file(place: Path | str, request: dict[str, Any], batch_size: int, *, force: bool) -> AnswersFile:
     """Open the answers of a file, or of a table. Raises UserError: see `AnswersFile`; no such table."""
     if isinstance(place, Path):
         if not refused_operations(place):
-            return AnswersFile(place, requested, batch_size, force=force)
+            return AnswersFile(place, request, batch_size, force=force)
         refuse_place(place, force, TABLES)
 
         def put(file: Path) -> str:
@@ -62,7 +62,7 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
                 copied.copy(suffixed, place)
             return str(place)
 
-        return AnswersElsewhere(str(place), put, requested, batch_size, force=force)
+        return AnswersElsewhere(str(place), put, request, batch_size, force=force)
     source = registered_source(place)
     if not isinstance(source, WritesAddresses):
         places = ", ".join(
@@ -78,7 +78,7 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
     def write(file: Path) -> str:
         return source.write(place, file, file.stem, replace=force)
 
-    return AnswersElsewhere(place, write, requested, batch_size, force=force)
+    return AnswersElsewhere(place, write, request, batch_size, force=force)
 
 
 class AnswersFile:
@@ -87,14 +87,14 @@ class AnswersFile:
     written: str
     """Where they are in the end."""
 
-    def __init__(self, path: Path, requested: dict[str, Any], batch_size: int, *, force: bool = False):
-        """asked: everything that the answers depend on; a part that was begun with something else is refused.
+    def __init__(self, path: Path, request: dict[str, Any], batch_size: int, *, force: bool = False):
+        """request: everything that the answers depend on; a part that was begun with another request is refused.
 
         Raises UserError where `path` exists, or a part of other answers does; with `force` it starts over.
         """
         self.path, self._part = path, path.with_name(f"{path.name}.part")
         self.written = str(path)
-        head = json.dumps({"asked": requested, "batch_size": batch_size})
+        head = json.dumps({"asked": request, "batch_size": batch_size})
         refuse_place(path, force, TABLES)
         self.done = 0
         if self._part.exists() and not force:
@@ -145,19 +145,19 @@ class AnswersElsewhere(AnswersFile):
         self,
         place: str,
         bring: Callable[[Path], str],
-        requested: dict[str, Any],
+        request: dict[str, Any],
         batch_size: int,
         *,
         force: bool = False,
     ):
         """bring: writes the whole file to `place`; a line on what was done."""
         self._bring, self.written = bring, place
-        identity = xxhash.xxh3_128_hexdigest(json.dumps([place, requested], sort_keys=True).encode())
+        identity = xxhash.xxh3_128_hexdigest(json.dumps([place, request], sort_keys=True).encode())
         file = cache_root() / "answers" / f"{identity}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         self._whole = file.exists() and not force  # of a former time, when they could not be brought
         if not self._whole:
-            super().__init__(file, requested, batch_size, force=force)
+            super().__init__(file, request, batch_size, force=force)
             self.written = place
             return
         self.path = file

@@ -38,10 +38,10 @@ def main(argv: list[str]) -> int:
         stop=tuple(arguments.stop),
     )
     output = _output(arguments, requests, sampling, adapters) if arguments.output else None
-    expected = ModelConfig(
+    model = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    with open_speaker(expected, arguments.checkpoint, adapters) as speaker:
+    with open_speaker(model, arguments.checkpoint, adapters) as speaker:
         writer = Writer(speaker, sampling, plain=arguments.plain, system=arguments.system)
         check_adapters(requests, writer.names)
         if interactive:

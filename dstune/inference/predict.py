@@ -41,17 +41,17 @@ def main(argv: list[str]) -> int:
     from dstune.inference.rows import MAX_LISTED_BAD_ROWS, Rows
     from dstune.protocols import task_of
 
-    requested_model = ModelConfig(
+    model = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    request = find(requested_model, arguments.checkpoint, arguments.overrides)
+    request = find(model, arguments.checkpoint, arguments.overrides)
     data, task = request.config.data, task_of(request.config.task)
     if arguments.probabilities and not task.gives_probabilities:
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
     files = [] if arguments.input is None else _files(data, arguments.input)
-    # What the training did with its bad rows is no answer for these.
-    skip_bad_rows_requested = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
-    on_bad = data.on_bad_row if skip_bad_rows_requested else OnBadRow.error
+    # The run's own `data.on_bad_row` was about training rows.
+    is_policy_given = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
+    on_bad = data.on_bad_row if is_policy_given else OnBadRow.error
     rows = Rows(task.question(request.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
         for problem in islice(rows.bad_rows(), MAX_LISTED_BAD_ROWS):
@@ -214,7 +214,7 @@ def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
     """Yield one line a row: the answer, then as much of the row as there is room for."""
     room = shutil.get_terminal_size().columns
     for query, answer in zip(block, answers, strict=True):
-        answer_text = _report(answer)
+        answer_text = _answer_line(answer)
         text = " ".join(_text(query).split())
         columns_left = room - len(answer_text) - 2
         yield (
@@ -224,8 +224,8 @@ def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
         )
 
 
-def _report(answer: Mapping[str, Any]) -> str:
-    """Write one line of any task's answer, a plugin's included."""
+def _answer_line(answer: Mapping[str, Any]) -> str:
+    """Return any task's answer as one line, a plugin's included."""
     match answer:
         case {"problem": problem}:
             return f"no answer: {problem}"

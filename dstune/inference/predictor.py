@@ -64,36 +64,36 @@ class Predictor:
     reads_columns: ClassVar[bool] = True
     """Whether batches hold more of a sample than its tokens."""
 
-    def answers(self, requested: Sequence[Query], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
+    def answers(self, queries: Sequence[Query], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
         """Return the answer to each row, or the `problem` that it has none for. Rows of about the same length are computed
         together, at most `batch_size` at a time.
 
         all_labels: the probability of every label, not only of those that were predicted.
         """
-        return self.answers_of(self.samples(requested), requested, batch_size, all_labels=all_labels)
+        return self.answers_of(self.samples(queries), queries, batch_size, all_labels=all_labels)
 
     def answers_of(
-        self, samples: list[Sample], requested: Sequence[Query], batch_size: int, *, all_labels: bool = False
+        self, samples: list[Sample], queries: Sequence[Query], batch_size: int, *, all_labels: bool = False
     ) -> list[Answer]:
         """Return the same, of rows that are samples already."""
         problems = {sample.row: sample.problem for sample in samples if sample.problem}
-        good = [number for number in range(len(requested)) if number not in problems]
+        good = [number for number in range(len(queries)) if number not in problems]
         samples = [sample for sample in samples if sample.row not in problems]
         answers = iter(
-            self._answered(samples, [requested[number] for number in good], batch_size, all_labels) if good else ()
+            self._answered(samples, [queries[number] for number in good], batch_size, all_labels) if good else ()
         )
         cut = {sample.row for sample in samples if sample.truncated and not task_of(self.config.task).chunked}
         return [
             {"problem": problems[number]}
             if number in problems
             else next(answers) | ({"truncated": True} if number in cut else {})
-            for number in range(len(requested))
+            for number in range(len(queries))
         ]
 
     def _answered(
-        self, samples: list[Sample], requested: Sequence[Query], batch_size: int, all_labels: bool
+        self, samples: list[Sample], queries: Sequence[Query], batch_size: int, all_labels: bool
     ) -> Iterator[Answer]:
-        split = self._split(samples, requested)
+        split = self._split(samples, queries)
         outputs: list[Row] = [{} for _ in samples]
         device = next(self.model.parameters()).device
         for micro_batch in evaluation_batches(
@@ -108,7 +108,7 @@ class Predictor:
                 computed = self.computed({name: tensor.to(device) for name, tensor in batch.items()})
             for position, index in enumerate(micro_batch.samples):
                 outputs[index] = {name: _array(values[position]) for name, values in computed.items()}
-        return self.answers_from(split, outputs, requested, all_labels=all_labels)
+        return self.answers_from(split, outputs, queries, all_labels=all_labels)
 
     @cached_property
     def pads_rows(self) -> bool:
@@ -136,12 +136,12 @@ class Predictor:
         trained_prompt = getattr(adapter, "num_virtual_tokens", None) or 0
         return longest if limit is None else min(longest, limit - trained_prompt)
 
-    def samples(self, requested: Sequence[Query]) -> list[Sample]:
+    def samples(self, queries: Sequence[Query]) -> list[Sample]:
         """Make samples of all rows, in their order; a row may have several."""
         encode = RowTokenizer(self.tokenizer, self.config.task, AUTOMATIC, self.longest, self.labels)
-        return encode.samples([query.row for query in requested], list(range(len(requested))))
+        return encode.samples([query.row for query in queries], list(range(len(queries))))
 
-    def _split(self, samples: Sequence[Sample], requested: Sequence[Query]) -> Split:
+    def _split(self, samples: Sequence[Sample], queries: Sequence[Query]) -> Split:
         """Return the samples as what `collate` and the metrics of evaluations read."""
         columns = {"input_ids": [sample.input_ids for sample in samples]}
         if self.reads_columns:
@@ -149,7 +149,7 @@ class Predictor:
             columns |= {name: [self._column(sample, name) for sample in samples] for name in names}
         texts = None
         if task_of(self.config.task).metrics_read_rows:
-            texts = datasets.Dataset(pa.table({"row": [json.dumps(query.row) for query in requested]}))
+            texts = datasets.Dataset(pa.table({"row": [json.dumps(query.row) for query in queries]}))
         return Split(
             "asked",
             datasets.Dataset(pa.table(columns)),

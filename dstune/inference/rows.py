@@ -129,7 +129,7 @@ class Rows:
 
     def blocks(self, size: int, skip: int = 0) -> Iterator[list[Query]]:
         """Yield the rows behind the first `skip` ones, `size` at a time."""
-        rows = islice((requested for requested, _ in self._requests() if requested is not None), skip, None)
+        rows = islice((query for query, _ in self._requests() if query is not None), skip, None)
         while block := list(islice(rows, size)):
             yield block
 
@@ -167,21 +167,21 @@ class Rows:
     def _check(self, *, skips: bool) -> tuple[int, int]:
         """Count good and bad rows."""
         count, bad = 0, 0
-        report: list[Problem] = []
-        for requested, problem in self._requests():
-            count += requested is not None
+        problems: list[Problem] = []
+        for query, problem in self._requests():
+            count += query is not None
             bad += problem is not None
-            if problem is not None and len(report) < MAX_LISTED_BAD_ROWS:
-                report.append(problem)
-        if bad and not count and len({problem.reason for problem in report}) == 1:  # the same with all: told once
-            missing = "missing column" in report[0].reason
+            if problem is not None and len(problems) < MAX_LISTED_BAD_ROWS:
+                problems.append(problem)
+        if bad and not count and len({problem.reason for problem in problems}) == 1:  # the same with all: told once
+            missing = "missing column" in problems[0].reason
             fix = f"'data.columns={{{self._question.role}: NAME}}' with the column's name" if missing else ""
-            raise UserError(replace(report[0], fix=fix))
+            raise UserError(replace(problems[0], fix=fix))
         if bad and not (skips and count):
-            further = f"and {bad - len(report):,} more rows; " if bad > len(report) else ""
+            further = f"and {bad - len(problems):,} more rows; " if bad > len(problems) else ""
             fix = "data.on_bad_row=skip leaves the others out" if count else ""
-            report.append(Problem("--input", f"{further}{count:,} rows are good", fix))
-            raise UserError(report)
+            problems.append(Problem("--input", f"{further}{count:,} rows are good", fix))
+            raise UserError(problems)
         if not count:
             raise UserError(
                 Problem("--input", "there are no rows in it", "give a file with a row a line, or --text TEXT")

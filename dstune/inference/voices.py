@@ -222,9 +222,9 @@ def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
     """Note an adapter on another base, which gives nonsense where the shapes fit; but the same base may have several names."""
     from dstune.checkpoint.model_folder import base_name
 
-    expected = adapter_settings(folder)["base_model_name_or_path"]
-    if expected != base_name(base):
-        print(f"dstune: adapter {name} was trained on {expected}, and is put on {base.path}", file=sys.stderr)
+    trained_base = adapter_settings(folder)["base_model_name_or_path"]
+    if trained_base != base_name(base):
+        print(f"dstune: adapter {name} was trained on {trained_base}, and is put on {base.path}", file=sys.stderr)
 
 
 def _architecture(source: dict[str, Any], requested: ModelConfig) -> Any:

@@ -76,8 +76,8 @@ def measure_prompted(
     """
     config = replace(config, data=replace(config.data, packing=False))
     task = task_of(config.task)
-    if isinstance(task, AsksUntunedModel) and (requested := task.prompted(config, data, tokenizer, key)):
-        return [Answers(n, requested.evaluate(engine, head, world, split, n, progress)) for n in shots]
+    if isinstance(task, AsksUntunedModel) and (prompted := task.prompted(config, data, tokenizer, key)):
+        return [Answers(n, prompted.evaluate(engine, head, world, split, n, progress)) for n in shots]
     results = []
     for count in shots:
         chosen = draw(data.train, count, config.trainer.seed)
