@@ -46,7 +46,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "return process if alive else None",
     ),
     "manage.test_a_record_that_is_none_counts_for_nothing": undo(
-        "launch/records.py", "isinstance(job, str) and expected.fullmatch(job)", "isinstance(job, str)"
+        "launch/records.py", "isinstance(job, str) and job_id.fullmatch(job)", "isinstance(job, str)"
     ),
     "manage.test_no_value_begins_a_line_or_an_option_of_the_script": undo(
         "config/launch_rules.py", "if CONTROL.search(text):", "if False:"

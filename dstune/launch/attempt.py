@@ -89,8 +89,8 @@ def explain(run_dir: Path, verdict: Verdict, console: Console, starts: Mapping[i
     if isinstance(verdict.error, UserError):
         raise verdict.error
     console.message(f"dstune: {verdict.reason}")
-    if report := stalled(run_dir, len(starts), starts) if verdict.exit_code == EXIT_FAILED else "":
-        console.message(f"dstune: {report}")
+    if stall := stalled(run_dir, len(starts), starts) if verdict.exit_code == EXIT_FAILED else "":
+        console.message(f"dstune: {stall}")
     if verdict.culprit is not None and verdict.error is None:
         log = log_path(run_dir, verdict.culprit.rank)
         console.message(f"last lines of {log}:")

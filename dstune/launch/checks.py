@@ -227,8 +227,8 @@ def places() -> Iterator[Check]:
             ["quota", "--no-wrap", "--show-mntpoint"], capture_output=True, text=True, timeout=SECONDS
         )
         over = done.returncode != 0 and "none" not in done.stdout
-        message = " ".join(done.stdout.split())[:200]
-        yield Check("quota", FAIL if over else PASS, message or "none", "you are over it: remove files" if over else "")
+        quotas = " ".join(done.stdout.split())[:200]
+        yield Check("quota", FAIL if over else PASS, quotas or "none", "you are over it: remove files" if over else "")
 
 
 def network(*, hub: bool) -> Iterator[Check]:

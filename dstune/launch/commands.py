@@ -172,12 +172,13 @@ def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
     if missing:
         reason, fix = "the variable is not set here", "export it first, or take it out of the list"
         raise UserError(Problem("launch.export_env", reason, fix, name) for name in missing)
-    expected = EXPORTED_NAMES | set(further)
+    exported_names = EXPORTED_NAMES | set(further)
     return {
         name: value
         for name, value in env.items()
         # Ranks work offline: the launching process alone needs HF_TOKEN.
-        if name in expected or (name.startswith(EXPORTED_PREFIXES) and name != FORK_SERVER and not is_secret(name))
+        if name in exported_names
+        or (name.startswith(EXPORTED_PREFIXES) and name != FORK_SERVER and not is_secret(name))
     }
 
 

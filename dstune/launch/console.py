@@ -29,8 +29,8 @@ class Console:
         self._out = out or sys.stdout
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._format: bytes | None = None
-        """The transient line that is on the terminal now, whose rest a shorter line would leave visible."""
+        self._transient_line: bytes | None = None
+        """The transient line on the terminal now; a shorter line would not cover all of it."""
 
     @property
     def out(self) -> TextIO:
@@ -61,17 +61,17 @@ class Console:
                 if not transient:
                     self._clear()
                 self._write(self._out, segment)
-                self._format = segment if transient and segment.strip() else None
+                self._transient_line = segment if transient and segment.strip() else None
 
     def close(self) -> None:
         with self._lock:
             self._clear()
 
     def _clear(self) -> None:
-        if self._format is not None:
-            length = len(self._format.rstrip(b"\r").decode(errors="replace"))
+        if self._transient_line is not None:
+            length = len(self._transient_line.rstrip(b"\r").decode(errors="replace"))
             self._write(self._out, b" " * length + b"\r")
-            self._format = None
+            self._transient_line = None
 
     @staticmethod
     def _is_terminal(stream: TextIO) -> bool:

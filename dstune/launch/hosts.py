@@ -96,10 +96,10 @@ def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
     return Answer(host, None, ended - began, 0.0, reason, fix)
 
 
-def explain(host: str, code: int, message: str) -> tuple[str, str]:
-    """Return what ssh's or the remote shell's words mean: reason and fix."""
-    text = message.lower()
-    last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), f"exit code {code}")
+def explain(host: str, code: int, stderr: str) -> tuple[str, str]:
+    """Return (reason, fix) for a failure of ssh or of the remote shell. code: of ssh."""
+    text = stderr.lower()
+    last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), f"exit code {code}")
     if "could not resolve" in text or "name or service not known" in text:
         return "no machine has this name", "fix the name in the hostfile, or /etc/hosts"
     if "permission denied" in text and code == 255:

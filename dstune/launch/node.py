@@ -1,7 +1,7 @@
 """A node's share of a launch from another machine: `python -m dstune.launch.node LAUNCH_ID`, over an ssh that stays open.
 
-It keeps what the ranks of this node shall have and no command line may show, and ends every process of the launch when
-the connection ends: with the launch, with the machine that started it, or by order.
+It stores the secrets that the ranks of this node need, which no command line may show, and ends every process of the launch
+when the connection ends: with the launch, with the machine that started it, or on request.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dstune.launch.processes import end_all
 def main(launch_id: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    passed = json.loads(sys.stdin.readline() or "{}")
-    file = handoff_file(passed.get("file", {}).get("name", ""))
+    handoff = json.loads(sys.stdin.readline() or "{}")
+    file = handoff_file(handoff.get("file", {}).get("name", ""))
     try:
-        if passed:
+        if handoff:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with os.fdopen(os.open(file, flags, 0o600), "w") as stream:
-                json.dump(passed, stream)
+                json.dump(handoff, stream)
         print("ready", flush=True)
         for _ in sys.stdin:
             pass

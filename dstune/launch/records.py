@@ -116,8 +116,8 @@ def read_launch(run_dir: Path) -> LaunchRecord | None:
     if not (numbers and texts and isinstance(record.pid, int) and isinstance(record.jobs, list)):
         return None
     if record.jobs:
-        expected = (queue_named(record.launcher) or Queue).job
-        if not all(isinstance(job, str) and expected.fullmatch(job) for job in record.jobs):
+        job_id = (queue_named(record.launcher) or Queue).job
+        if not all(isinstance(job, str) and job_id.fullmatch(job) for job in record.jobs):
             return None
     return record
 
@@ -127,13 +127,13 @@ def _holds(process: psutil.Process, lock: Path) -> bool:
     import psutil
 
     try:
-        expected = lock.stat()
+        lock_file = lock.stat()
         held = [os.stat(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]
     except FileNotFoundError:
         return any(Path(file.path) == lock.absolute() for file in process.open_files())
     except OSError as error:
         raise psutil.AccessDenied(process.pid) from error
-    return any((status.st_dev, status.st_ino) == (expected.st_dev, expected.st_ino) for status in held)
+    return any((status.st_dev, status.st_ino) == (lock_file.st_dev, lock_file.st_ino) for status in held)
 
 
 def result_path(run_dir: Path) -> Path:

