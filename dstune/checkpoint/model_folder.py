@@ -371,11 +371,11 @@ class _Base(Mapping[str, Tensor]):
         return self._files.dtype(name) if isinstance(self._files, BaseWeights) and name in self._files else None
 
 
-def _in_files(config: ModelConfig, built: _Built, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
-    """Return what of `expected` the base's files hold as it is."""
+def _in_files(config: ModelConfig, built: _Built, shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
+    """Return the tensors of these names and shapes that the base's files hold as they are."""
     try:
         keys = Loading.of(built.model, built.state, BaseFiles(config)).keys
-        return BaseWeights(config, built.model.base_model_prefix, expected, keys, partial=True)
+        return BaseWeights(config, built.model.base_model_prefix, shapes, keys, partial=True)
     except LookupError:  # no file of a usual name
         return {}
 

@@ -95,7 +95,7 @@ class Checkpoints(CheckpointAccess):
         return self._run_dir
 
     def _report_incomplete(self, run_dir: Path, used: Path | None) -> None:
-        """Tell of what is newer than the checkpoint that is used."""
+        """Report the checkpoints that are newer than the one in use and incomplete."""
         for path in sorted(store.folder(run_dir).glob("step-*")):
             if used is not None and path.name <= used.name:
                 continue

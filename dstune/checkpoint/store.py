@@ -120,12 +120,12 @@ def repair(run_dir: Path) -> None:
 
 
 def quarantine(checkpoint: Path) -> None:
-    """Rename a checkpoint whose files are not what was written, so that it neither counts as the newest nor keeps a whole one
-    from being kept. It is pruned with the others."""
-    temporary = checkpoint.with_name(checkpoint.name + DAMAGED)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    checkpoint.rename(temporary)
+    """Rename a damaged checkpoint, so that it neither counts as the newest nor takes the place of a good one among those that
+    pruning keeps. It is pruned with the others."""
+    quarantined = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if quarantined.exists():
+        shutil.rmtree(quarantined)
+    checkpoint.rename(quarantined)
 
 
 def is_committed(checkpoint: Path) -> bool:

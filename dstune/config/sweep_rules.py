@@ -55,20 +55,20 @@ def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem
 
 
 def _check_optuna(config: RunConfig, sweep: OptunaConfig, metrics: Collection[str]) -> Iterator[Problem]:
-    expected = objectives(config)
+    objective_names = objectives(config)
     if not sweep.objective and not holds_out(config):
         reason = "Optuna learns from an evaluation, and no validation rows are held out"
         fix = "data.validation=rows.jsonl, data.split.validation=0.05, or sweep.objective=[seconds]"
         yield Problem("sweep.objective", reason, fix, "[]")
-    if sweep.sampler in SINGLE and len(expected) > 1:
+    if sweep.sampler in SINGLE and len(objective_names) > 1:
         reason = "this sampler knows one objective only"
         yield Problem("sweep.sampler", reason, "sweep.sampler=tpe, gp or nsgaii", sweep.sampler.name)
     if sweep.pruner is not Pruner.none:
-        if len(expected) > 1:
+        if len(objective_names) > 1:
             reason = "with several objectives no trial is behind all others before its end"
             yield Problem("sweep.pruner", reason, "one objective, or sweep.pruner=none", sweep.pruner.name)
-        elif expected[0] not in metrics:
-            reason = f"a trial is compared by its evaluations, and {expected[0]} is none of their metrics"
+        elif objective_names[0] not in metrics:
+            reason = f"a trial is compared by its evaluations, and {objective_names[0]} is none of their metrics"
             yield Problem("sweep.pruner", reason, f"sweep.objective=[{next(iter(metrics))}]", sweep.pruner.name)
         if config.evaluate.every == 0:
             reason = "trials are compared by their evaluations during training, and there are none"

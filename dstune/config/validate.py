@@ -341,13 +341,14 @@ def check_recomputed(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_profile(config: RunConfig) -> Iterator[Problem]:
-    steps, expected = config.trainer.max_steps, config.trainer.profile_steps
-    if expected > 0 and steps is not None and steps <= UNTIMED_STEPS:
+    max_steps, profiled_steps = config.trainer.max_steps, config.trainer.profile_steps
+    if profiled_steps > 0 and max_steps is not None and max_steps <= UNTIMED_STEPS:
         yield Problem(
             "trainer.profile_steps",
-            f"the first {UNTIMED_STEPS} steps of a launch are not profiled, and the run has no more (trainer.max_steps={steps})",
-            f"trainer.max_steps={UNTIMED_STEPS + expected}, or trainer.profile_steps=0",
-            format_value(expected),
+            f"the first {UNTIMED_STEPS} steps of a launch are not profiled, and the run has no more "
+            f"(trainer.max_steps={max_steps})",
+            f"trainer.max_steps={UNTIMED_STEPS + profiled_steps}, or trainer.profile_steps=0",
+            format_value(profiled_steps),
         )
 
 

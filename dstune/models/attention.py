@@ -17,7 +17,7 @@ from dstune.models.cpu_attention import CausalAttention, computes
 from dstune.models.spans import (
     Spans,
     attention_problem,
-    known_spans,
+    pop_spans,
     refuse_unknown,
     spans_of,
     window_of,
@@ -49,8 +49,8 @@ class SpanAttention:
         model.set_attn_implementation(self.NAME)
 
     @contextmanager
-    def temporary(self) -> Iterator[None]:
-        """Let the model attend as it was loaded, within the block."""
+    def original_attention(self) -> Iterator[None]:
+        """Give the model back the attention that it was loaded with, within the block."""
         self._model.set_attn_implementation(self._before)
         yield
         self._model.set_attn_implementation(self.NAME)
@@ -90,7 +90,7 @@ class SpanAttention:
     ) -> tuple[torch.Tensor, None]:
         """Attend as transformers calls it: query [rows, heads, positions, size], key and value with their own number of heads.
         Returns [rows, positions, heads, size]."""
-        spans = known_spans(module, attention_mask, options)
+        spans = pop_spans(module, attention_mask, options)
         if spans is None:  # whole rows
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
         refuse_unknown(module, options)
@@ -116,14 +116,14 @@ class SamplesApart(SpanAttention):
 
         GPUs have kernels for packed rows (`models.packed_attention`), and would wait for the launch of one after the other here.
         """
-        expected = config.model.attention is Attention.auto and not accelerator.present()
+        is_auto_on_cpu = config.model.attention is Attention.auto and not accelerator.present()
         language = task_of(config.task).language
         is_supported = not (
             method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model)
         )
         # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-        if not (expected and language and is_supported) or dropout:
+        if not (is_auto_on_cpu and language and is_supported) or dropout:
             return None
         return cls(model)
 

@@ -22,10 +22,10 @@ from dstune.core.parsing import object_in
 from dstune.core.weight_index import INDEX, check_indexes
 
 
-def original_weights(config: ModelConfig, prefix: str, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
+def original_weights(config: ModelConfig, prefix: str, shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
     """Return `BaseWeights`. Raises UserError where the files have other names than the model's parameters."""
     try:
-        return BaseWeights(config, prefix, expected)
+        return BaseWeights(config, prefix, shapes)
     except LookupError as error:
         reason = f"compares weights with those in the model's files, which have none of the name and shape of {error}"
         raise UserError(Problem("method.init", reason, "method.init=default", "loftq")) from error
@@ -71,14 +71,14 @@ class BaseFiles(Mapping[str, Tensor]):
 class BaseWeights(Mapping[str, Tensor]):
     """The pretrained weights of a model by the names of its parameters, straight from the safetensors files.
 
-    Raises LookupError where a name or shape of `expected` is not in the files as it is, since transformers joins some tensors.
+    Raises LookupError where a name or shape of `shapes` is not in the files as it is, since transformers joins some tensors.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         prefix: str,
-        expected: Mapping[str, torch.Size],
+        shapes: Mapping[str, torch.Size],
         keys: Mapping[str, str] | None = None,
         *,
         partial: bool = False,
@@ -87,7 +87,7 @@ class BaseWeights(Mapping[str, Tensor]):
         name in the files (`Loading.keys`). partial: leave out what is not in the files."""
         self._files = BaseFiles(config)
         self._keys: dict[str, str] = {}
-        for name, shape in expected.items():
+        for name, shape in shapes.items():
             candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", (keys or {}).get(name))
             key = next((key for key in candidates if key in self._files), None)
             if key is not None and self._files.shape(key) == shape:

@@ -61,11 +61,11 @@ class BlockDivergence:
         if self.objective.text_weight:
             gradient.mul_(1 - self.objective.text_weight)
             logps = torch.log_softmax(student_logits[:, :count], dim=-1)
-            expected = self.targets[rows][:, None]
-            text_loss = -logps.gather(1, expected).sum()
+            target_ids = self.targets[rows][:, None]
+            text_loss = -logps.gather(1, target_ids).sum()
             loss = (1 - self.objective.text_weight) * loss + self.objective.text_weight * text_loss
             gradient.add_(logps.exp_(), alpha=self.objective.text_weight)
-            gradient.scatter_add_(1, expected, gradient.new_full(expected.shape, -self.objective.text_weight))
+            gradient.scatter_add_(1, target_ids, gradient.new_full(target_ids.shape, -self.objective.text_weight))
         if count < student_logits.shape[-1]:  # rows that stand for no token
             gradient = nn.functional.pad(gradient, (0, student_logits.shape[-1] - count))
         return loss, self.transform.before(gradient, student_logits)
@@ -161,7 +161,7 @@ def measured_divergence(
 
 def _text_sums(student_logits: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
     """Sum cross entropy of the student, hits, cross entropy of the teacher, float64 [3]."""
-    expected = targets[:, None]
-    losses = [-torch.log_softmax(logits, dim=-1).gather(1, expected).sum() for logits in (student_logits, taught)]
+    target_ids = targets[:, None]
+    losses = [-torch.log_softmax(logits, dim=-1).gather(1, target_ids).sum() for logits in (student_logits, taught)]
     correct = (student_logits.argmax(dim=-1) == targets).sum()
     return torch.stack([losses[0].double(), correct.double(), losses[1].double()])

@@ -372,10 +372,10 @@ def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
 
 def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
     """Give the named parameters the model's own initial distribution, seeded by (seed, module name)."""
-    expected = set(names)
+    chosen_names = set(names)
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
-        owned = [p for name, p in module.named_parameters(recurse=False) if prefix + name in expected]
+        owned = [p for name, p in module.named_parameters(recurse=False) if prefix + name in chosen_names]
         if not owned:
             continue
         with gathered(owned, modified_by_rank=0), torch.random.fork_rng(devices=[]), torch.no_grad():

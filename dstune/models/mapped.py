@@ -81,10 +81,10 @@ def take_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         made = type(model)._from_config(model.config, dtype=dtype)
     finally:
         hook.remove()
-    saved_names, expected = set(made.state_dict()), dict(made.named_buffers())
+    saved_names, initial_buffers = set(made.state_dict()), dict(made.named_buffers())
     in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     for name, buffer in model.named_buffers():
         if name not in saved_names:
-            buffer.data = expected[name]
+            buffer.data = initial_buffers[name]
         elif not any(part in name for part in in_full):
-            buffer.data = buffer.to(expected[name].dtype)
+            buffer.data = buffer.to(initial_buffers[name].dtype)

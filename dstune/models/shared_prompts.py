@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dstune.core.errors import UserError
 from dstune.models.packing import TOLERANCE, Forward
-from dstune.models.spans import SPANS, attention_problem, known_spans, no_mask, refuse_unknown, window_of
+from dstune.models.spans import SPANS, attention_problem, no_mask, pop_spans, refuse_unknown, window_of
 
 NAME = "dstune_shared_prompts"
 """Of the attention function in transformers' registry."""
@@ -151,7 +151,7 @@ def _attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Compute transformers' attention, of a row with shared prompts where the forward pass tells so."""
-    shared: Any = known_spans(module, attention_mask, more)
+    shared: Any = pop_spans(module, attention_mask, more)
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
     refuse_unknown(module, more)

@@ -46,9 +46,9 @@ def with_spans(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, spans: 
     return model_inputs
 
 
-def known_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
-    """Take the spans out of the keywords of an attention function; None for a forward pass that tells none. Raises UserError
-    where layers of the model have not handed them on."""
+def pop_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
+    """Pop the spans from the keywords of an attention function; None for a forward pass without spans. Raises UserError if the
+    model's layers have dropped them."""
     spans = keywords.pop(SPANS, None)
     if spans is None and mask is not None and mask.shape == (1, 1, 1, 1):
         reason = f"the layers of this model do not tell {type(module).__name__} where samples begin"

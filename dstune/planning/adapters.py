@@ -17,10 +17,10 @@ def linear_modules(model: Architecture, targets: list[str]) -> Iterator[tuple[st
         module = tensor.name.removesuffix(".weight")
         leaf = module.rpartition(".")[2]
         if targets == ["all-linear"]:
-            expected = leaf not in ("lm_head", "score", "classifier", *model.unadapted) and "classifier." not in module
+            is_target = leaf not in ("lm_head", "score", "classifier", *model.unadapted) and "classifier." not in module
         else:
-            expected = any(module == ending or module.endswith(f".{ending}") for ending in targets)
-        if tensor.linear and expected and leaf not in of_experts:
+            is_target = any(module == ending or module.endswith(f".{ending}") for ending in targets)
+        if tensor.linear and is_target and leaf not in of_experts:
             yield module, tensor.shape, tensor.layer
 
 

@@ -93,11 +93,11 @@ def logit_rate(world: World, device: torch.device, dtype: torch.dtype, flops: fl
     targets, vocabulary, width = 512, 32768, 64
     projection = torch.nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     hidden = torch.randn(targets, width, device=device, dtype=dtype, requires_grad=True)
-    expected = torch.randint(vocabulary, (targets,), device=device)
+    labels = torch.randint(vocabulary, (targets,), device=device)
 
     def loss_pass() -> None:
         hidden.grad = projection.weight.grad = None
-        projected_cross_entropy(projection, projection.forward, hidden, expected).loss_sum.backward()
+        projected_cross_entropy(projection, projection.forward, hidden, labels).loss_sum.backward()
 
     taken = seconds_of(world, device, loss_pass)
     products = 3 * 2 * targets * vocabulary * width / flops

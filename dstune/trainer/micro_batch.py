@@ -77,12 +77,12 @@ def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, he
             ended = "a rank has no more in a step"
             break
         size = min(2 * size, share)
-        if (expected := at_most(last, size, held_gib)) > headroom_gib:
-            ended = f"{size} might take {expected:.1f} GiB"
+        if (expected_gib := at_most(last, size, held_gib)) > headroom_gib:
+            ended = f"{size} might take {expected_gib:.1f} GiB"
             break
         tried = trial(size)
         if tried is None:
-            ended = f"{size} run out of memory, though {expected:.1f} GiB were expected"
+            ended = f"{size} run out of memory, though {expected_gib:.1f} GiB were expected"
             break
         last = tried
         trials.append(last)

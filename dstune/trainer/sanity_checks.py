@@ -158,7 +158,7 @@ def rows_problem(
     engine.train(False)
     difference = 0.0
     with torch.no_grad():
-        with rows.temporary():
+        with rows.original_attention():
             alone = torch.cat(
                 [
                     head.logits(engine.forward, {"input_ids": sample[None].to(engine.device)}, (numbers >= 0)[None])
@@ -166,9 +166,9 @@ def rows_problem(
                 ]
             )
         largest = float(alone.abs().max())
-        for batch, expected in batches:
+        for batch, numbers in batches:
             inputs, numbers_in_rows = rows.model_inputs(
-                {name: value.to(engine.device) for name, value in batch.items()}, expected.to(engine.device)
+                {name: value.to(engine.device) for name, value in batch.items()}, numbers.to(engine.device)
             )
             logits = head.logits(engine.forward, inputs, numbers_in_rows >= 0)
             worst = (

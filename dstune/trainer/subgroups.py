@@ -49,15 +49,15 @@ def measure_slices(
             evaluation = task.measure(labels, part, totals_of(rows), rows)
             evaluation = with_registered(evaluation, task, labels)
             slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
-        expected = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
+        metric = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
         large = {
-            name: metrics_of_slice[expected]
+            name: metrics_of_slice[metric]
             for name, metrics_of_slice in slices.items()
-            if metrics_of_slice["rows"] >= config.evaluate.min_slice_rows and expected in metrics_of_slice
+            if metrics_of_slice["rows"] >= config.evaluate.min_slice_rows and metric in metrics_of_slice
         }
-        details[column] = {"metric": expected, "values": slices, "worst": None, "gap": None}
+        details[column] = {"metric": metric, "values": slices, "worst": None, "gap": None}
         if large:
-            lower = is_lower_better(expected)
+            lower = is_lower_better(metric)
             worst = (max if lower else min)(large, key=large.__getitem__)
             gap = max(large.values()) - min(large.values())
             details[column] |= {"worst": worst, "gap": gap}

@@ -319,14 +319,14 @@ class Engine:
                 reset_counters(self._engine, self.stage, set(self._group_names[number]), self._replica)
 
     def _groups_with(self, names: Collection[str]) -> list[int]:
-        expected = set(names)
-        numbers = [number for number, group in enumerate(self._group_names) if expected & set(group)]
-        assert expected == {name for number in numbers for name in self._group_names[number]}, "a part of a group"
+        chosen_names = set(names)
+        numbers = [number for number, group in enumerate(self._group_names) if chosen_names & set(group)]
+        assert chosen_names == {name for number in numbers for name in self._group_names[number]}, "a part of a group"
         return numbers
 
-    def _require_gradients(self, number: int, expected: bool) -> None:
+    def _require_gradients(self, number: int, required: bool) -> None:
         for name in self._group_names[number]:
-            self._parameters[name].requires_grad_(expected)
+            self._parameters[name].requires_grad_(required)
 
     @contextmanager
     def _all_trained(self) -> Iterator[None]:

@@ -47,20 +47,20 @@ def masked_weight_decay(
     """
     mask_by_key: dict[int, torch.Tensor] = {}
     for partition in partitions:
-        expected = torch.ones_like(partition.elements, dtype=torch.bool)
+        decays = torch.ones_like(partition.elements, dtype=torch.bool)
         for part in partition.fragments:
             if part.name in masks:
                 chosen = masks[part.name].reshape(-1)[part.start : part.start + part.count]
-                expected[part.offset : part.offset + part.count] = chosen.to(expected.device)
-        mask_by_key[id(partition.key)] = expected
+                decays[part.offset : part.offset + part.count] = chosen.to(decays.device)
+        mask_by_key[id(partition.key)] = decays
     for group in inner.param_groups:
         group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
 
     def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        expected = mask_by_key[id(partition.key)]
+        decays = mask_by_key[id(partition.key)]
         if decoupled:
-            partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * expected)
+            partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * decays)
         else:
-            gradient.add_(partition.elements * expected, alpha=group["masked_decay"])
+            gradient.add_(partition.elements * decays, alpha=group["masked_decay"])
 
     return decay

@@ -106,10 +106,10 @@ class HashedFile(io.RawIOBase):
 
 
 def _load(path: Path, source: Path | IO[bytes], map_location: Any, *, mmap: bool = False) -> Any:
-    expected = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if expected - KNOWN:
-        others = ", ".join(sorted(expected - KNOWN))
+    names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if names - KNOWN:
+        others = ", ".join(sorted(names - KNOWN))
         raise ValueError(f"{path} holds more than tensors and settings, and is not read: {others}")
-    classes = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in expected]
+    classes = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     with torch.serialization.safe_globals(classes):
         return torch.load(source, map_location=map_location, mmap=mmap, weights_only=True)

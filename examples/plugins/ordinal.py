@@ -73,10 +73,10 @@ class CornHead:
         logits = forward(**inputs_of(batch)).logits.float()[:, :-1]  # [batch, labels - 1]
         counted = labels != IGNORED
         steps = torch.arange(logits.shape[1], device=logits.device)
-        requested = (labels[:, None] >= steps) & counted[:, None]  # whether it is above k is a question from k on only
+        in_subset = (labels[:, None] >= steps) & counted[:, None]  # whether it is above k is a question from k on only
         above = (labels[:, None] > steps).float() * (1 - 2 * self._smoothing) + self._smoothing
-        each = functional.binary_cross_entropy_with_logits(logits, above, reduction="none") * requested
-        losses = each.sum(dim=1) / requested.sum(dim=1).clamp(min=1)
+        each = functional.binary_cross_entropy_with_logits(logits, above, reduction="none") * in_subset
+        losses = each.sum(dim=1) / in_subset.sum(dim=1).clamp(min=1)
         reached = torch.cat([torch.ones_like(logits[:, :1]), logits.sigmoid().cumprod(dim=1)], dim=1).detach()
         probability = reached - torch.cat([reached[:, 1:], torch.zeros_like(reached[:, :1])], dim=1)
         predictions = (reached[:, 1:] > 0.5).sum(dim=1)

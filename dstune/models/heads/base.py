@@ -61,8 +61,8 @@ class Rows(Protocol):
     def boundaries(self, inputs: Batch) -> tuple[torch.Tensor, int] | None:
         """Return where samples begin, where the model is told so by tensors."""
 
-    def temporary(self) -> AbstractContextManager[None]:
-        """Let the model take rows as they are, within the block."""
+    def original_attention(self) -> AbstractContextManager[None]:
+        """Give the model back its own attention, within the block: it then takes rows as they are."""
 
     def refuse(self, reason: str) -> str:
         """Fall back where logits are not those of the same samples alone: rows go to the model as they are from now on, and what

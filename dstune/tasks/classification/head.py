@@ -63,8 +63,8 @@ class MultiLabelHead:
         logits = forward(**inputs_of(batch)).logits.float()
         counted = labels[:, 0] != IGNORED
         # A filler's rows take part with the weight 0: leaving them out would leave its ranks without a graph.
-        expected = labels.clamp(min=0).float()
-        each = functional.binary_cross_entropy_with_logits(logits, expected, reduction="none")
+        targets = labels.clamp(min=0).float()
+        each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         losses = focal(each, self._gamma).mean(dim=1)
         detached = logits.detach()
         predictions = (detached > 0).long()

@@ -27,13 +27,13 @@ class AnswerHead:
             logits.float().masked_fill(padding, torch.finfo(torch.float32).min)
             for logits in (output.start_logits, output.end_logits)
         )
-        expected = batch["start_positions"], batch["end_positions"]
+        start_positions, end_positions = batch["start_positions"], batch["end_positions"]
         losses = [
             functional.cross_entropy(logits, positions, ignore_index=IGNORED, reduction="none")
-            for logits, positions in zip((starts, ends), expected, strict=True)
+            for logits, positions in zip((starts, ends), (start_positions, end_positions), strict=True)
         ]
         loss = (losses[0] + losses[1]) / 2
-        hits = (starts.detach().argmax(-1) == expected[0]) & (ends.detach().argmax(-1) == expected[1])
+        hits = (starts.detach().argmax(-1) == start_positions) & (ends.detach().argmax(-1) == end_positions)
         rows = {}
         if not torch.is_grad_enabled():
             inside = batch["char_end"] > batch["char_start"]
@@ -45,10 +45,10 @@ class AnswerHead:
                 "char_start": batch["char_start"].gather(1, first[:, None])[:, 0],
                 "char_end": batch["char_end"].gather(1, last[:, None])[:, 0],
                 "loss": loss,
-                "weight": expected[0] != IGNORED,
+                "weight": start_positions != IGNORED,
                 "correct": hits,
             }
-        return HeadOutput(loss_sum=loss.sum(), weight=(expected[0] != IGNORED).sum(), correct=hits.sum(), rows=rows)
+        return HeadOutput(loss_sum=loss.sum(), weight=(start_positions != IGNORED).sum(), correct=hits.sum(), rows=rows)
 
 
 def best_span(

@@ -35,13 +35,13 @@ def exact_match(predicted: str, right: str) -> float:
 def word_f1(predicted: str, right: str, *, no_answer: bool) -> float:
     """Compute the F1 of the words of two answers. no_answer: as the script of SQuAD 2 has it, two answers without a word are
     equal; that of SQuAD 1.1 says 0."""
-    words, expected = normalized(predicted).split(), normalized(right).split()
-    if no_answer and not (words and expected):
-        return float(words == expected)
-    common = sum((Counter(words) & Counter(expected)).values())
+    predicted_words, right_words = normalized(predicted).split(), normalized(right).split()
+    if no_answer and not (predicted_words and right_words):
+        return float(predicted_words == right_words)
+    common = sum((Counter(predicted_words) & Counter(right_words)).values())
     if not common:
         return 0.0
-    precision, recall = common / len(words), common / len(expected)
+    precision, recall = common / len(predicted_words), common / len(right_words)
     return 2 * precision * recall / (precision + recall)
 
 

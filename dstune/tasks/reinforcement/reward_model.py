@@ -124,14 +124,14 @@ def _load_local(path: str, trust_remote_code: bool) -> RewardModel:
     is_run = (Path(path) / "run.yaml").is_file()
     source = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     try:
-        expected = find(source, "last", [] if is_run else ["task=reward"])
+        request = find(source, "last", [] if is_run else ["task=reward"])
     except UserError as error:
         raise UserError([replace(problem, where="task.reward_models") for problem in error.problems]) from None
-    if expected.config.task.name != "reward":
-        reason = f"it is a model for task={expected.config.task.name}"
+    if request.config.task.name != "reward":
+        reason = f"it is a model for task={request.config.task.name}"
         raise UserError(Problem("task.reward_models", reason, "a run of task=reward", path))
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        loaded = _loaded[path, trust_remote_code] = LocalRewardModel(load(expected, Path(scratch)))
+        loaded = _loaded[path, trust_remote_code] = LocalRewardModel(load(request, Path(scratch)))
     return loaded
 
 
