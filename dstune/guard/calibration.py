@@ -194,11 +194,11 @@ def _bucket(row: Any, key: str) -> Bucket:
     up_to = row.get("up_to")
     if up_to is not None and (type(up_to) is not int or up_to < 1):
         raise _Wrong(f"{key}.up_to", f"must be a whole number of at least 1, or null, is {up_to!r}")
-    expected = {f"{rate:g}": rate for rate in LEVELS.values()}
-    if set(row["thresholds"]) != set(expected):
-        raise _Wrong(f"{key}.thresholds", f"must have the rates {', '.join(expected)}")
+    rates = {f"{rate:g}": rate for rate in LEVELS.values()}
+    if set(row["thresholds"]) != set(rates):
+        raise _Wrong(f"{key}.thresholds", f"must have the rates {', '.join(rates)}")
     threshold_by_rate: dict[float, float] = {}
-    for text, rate in expected.items():
+    for text, rate in rates.items():
         number = row["thresholds"][text]
         if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
             raise _Wrong(f"{key}.thresholds.{text}", f"must be a number, is {number!r}")

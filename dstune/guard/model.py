@@ -113,9 +113,9 @@ class GuardModel:
         if wrong := wrong_windows(window, step, part):
             key, reason = wrong
             raise UserError(Problem(f"--{key.replace('_', '-')}", reason))
-        expected = find(ModelConfig(path=str(folder)), "last", [])
+        request = find(ModelConfig(path=str(folder)), "last", [])
         with tempfile.TemporaryDirectory(prefix="dstune-guard-") as scratch:
-            predictor = load(expected, Path(scratch))
+            predictor = load(request, Path(scratch))
         name = label or (calibration.label if calibration else _label_of(predictor.labels, folder))
         if name not in predictor.labels:
             near = nearest(name, predictor.labels)

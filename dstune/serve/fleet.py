@@ -317,10 +317,10 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        expected = [model for model in self.models.values() if not model.failed]
+        usable = [model for model in self.models.values() if not model.failed]
         if not self.started.is_set():
             return False
-        return bool(expected or self._may_be_empty) and not self._stopping and all(model.ready for model in expected)
+        return bool(usable or self._may_be_empty) and not self._stopping and all(model.ready for model in usable)
 
     async def _watch(self, group: _Group) -> None:
         """Start an engine again when it ends, and list its models when they are proven again."""

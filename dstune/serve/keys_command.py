@@ -63,10 +63,10 @@ def _list(rows: list, organizations: Mapping[str, str], *, as_json: bool) -> Non
         if as_json:
             print(json.dumps(values))
         else:
-            reported = [
+            columns = [
                 f"{name}={value}" for name, value in values.items() if name != "name" and value not in (None, False)
             ]
-            print(f"{row.name:<24} {' '.join(reported)}")
+            print(f"{row.name:<24} {' '.join(columns)}")
 
 
 def _parser() -> VerbParser:

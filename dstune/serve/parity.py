@@ -238,8 +238,8 @@ class Effect:
     def take(self, row: Mapping[str, Any], logprobs: Sequence[float], plain: Sequence[float]) -> None:
         self.largest = max(self.largest, _difference(logprobs, plain, self._dtype))
         if self._expected:
-            reported = len(logprobs)  # an engine may tell of the first targets alone
-            changes = zip(row["logprobs"][:reported], row["base_logprobs"][:reported], strict=True)
+            count = len(logprobs)  # an engine may tell of the first targets alone
+            changes = zip(row["logprobs"][:count], row["base_logprobs"][:count], strict=True)
             expected = [adapted - base for adapted, base in changes]
             self._length += sum(value * value for value in expected)
             self._along += sum(

@@ -23,12 +23,12 @@ def prepare(run: Path, state: Path) -> Path:
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)
     command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch), *flags_for(run)]
-    code, reported = _run_apart(command)
-    if reported is None:
+    code, outcome = _run_apart(command)
+    if outcome is None:
         raise DstuneError(f"{run} could not be exported: the process that does it ended with {code}")
-    if "error" in reported:
-        raise from_json(reported["error"])
-    return Path(reported["folder"])
+    if "error" in outcome:
+        raise from_json(outcome["error"])
+    return Path(outcome["folder"])
 
 
 def prove_base(source: Source, state: Path) -> Source:

@@ -102,8 +102,8 @@ class Teacher:
                 return self._once(path, body)
             except urllib.error.HTTPError as error:
                 with error:
-                    said = _said(error)
-                reason = f"HTTP {error.code} {said}".strip()
+                    detail = _error_detail(error)
+                reason = f"HTTP {error.code} {detail}".strip()
                 if error.code not in AGAIN:
                     fix = "check --model, --teacher and the variable with the key"
                     raise UserError(Problem("--teacher", reason, fix, self.address.url)) from None
@@ -131,8 +131,8 @@ class Teacher:
         return answer
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """Return what the server says of it, shortened."""
+def _error_detail(error: urllib.error.HTTPError) -> str:
+    """Return the message in the body of an HTTP error, shortened."""
     try:
         content = parse_json(error.read(65_536))
         message = content.get("error", content) if isinstance(content, dict) else content

@@ -32,24 +32,24 @@ class History:
             for step, answers_of_step in groupby(self._samples, key=lambda row: row["step"])
         }
         seconds_left = self._seconds
-        report: tuple[dict[str, Any], ...] = ()
+        answers_so_far: tuple[dict[str, Any], ...] = ()
 
-        def answered(step: int, metrics: dict[str, Any]) -> Row:
-            nonlocal report
+        def row_of(step: int, metrics: dict[str, Any]) -> Row:
+            nonlocal answers_so_far
             new = answers.pop(step, ())
-            report += new
-            return Row(step, metrics, self._now - seconds_left, report if new else ())
+            answers_so_far += new
+            return Row(step, metrics, self._now - seconds_left, answers_so_far if new else ())
 
         for step, rows in groupby(_lines(self._metrics, self._metrics_size), key=lambda row: row["step"]):
             for earlier in sorted(other for other in answers if other < step):
-                yield answered(earlier, {})
+                yield row_of(earlier, {})
             metrics: dict[str, Any] = {}
             for row in rows:
                 seconds_left -= _seconds(row)
                 metrics |= {name: value for name, value in row.items() if name != "step"}
-            yield answered(step, metrics)
+            yield row_of(step, metrics)
         for step in sorted(answers):
-            yield answered(step, {})
+            yield row_of(step, {})
 
 
 def _lines(path: Path, size: int) -> Iterator[dict[str, Any]]:

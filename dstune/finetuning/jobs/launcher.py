@@ -78,11 +78,11 @@ class ProcessLauncher:
 def environment(server_environment: Mapping[str, str]) -> dict[str, str]:
     """Return what a job's process gets of the server's environment: no key, and no address with one in it."""
     queues = (room.queue for room in LAUNCHERS.classes().values() if room.queue is not None)
-    expected = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
+    inherited_names = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
     passed_on = {
         name: value
         for name, value in server_environment.items()
-        if (name in expected or name.startswith(EXPORTED_PREFIXES))
+        if (name in inherited_names or name.startswith(EXPORTED_PREFIXES))
         and not name.startswith(NEVER_PREFIXES)
         and not is_secret(name, value)
     }

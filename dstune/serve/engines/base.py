@@ -330,12 +330,12 @@ class Engine:
         return value if isinstance(value, dict) else {}
 
 
-def prompt_logprobs(reported: Any, ids: Sequence[int]) -> list[float]:
-    """Return the log-probabilities of all tokens of a prompt but the first, as vLLM and the local engine report them. Raises
-    Unprovable."""
-    if not reported:
+def prompt_logprobs(entries: Any, ids: Sequence[int]) -> list[float]:
+    """Return the log-probabilities of all tokens of a prompt but the first. entries: `prompt_logprobs` of vLLM's API, one entry
+    a token. Raises Unprovable if the engine sent none."""
+    if not entries:
         raise Unprovable("the engine tells no log-probabilities of a prompt")
-    return [float(entry[str(token)]["logprob"]) for entry, token in zip(reported[1:], ids[1:], strict=True)]
+    return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], ids[1:], strict=True)]
 
 
 def overriding_arguments(words: Sequence[str], flags: Collection[str]) -> str:

@@ -215,8 +215,8 @@ class LanguageApp(EngineApp):
             ids = await self._rendered(lambda: self.model.text_ids(name, text))
         seen = await self._seen(await self._asked(body), ids) if "messages" in body else None
         logprobs = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids, seen)))
-        reported = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], logprobs, strict=True))]
-        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": reported, "prompt_token_ids": ids}]}
+        entries = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], logprobs, strict=True))]
+        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": entries, "prompt_token_ids": ids}]}
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._check_model(body)

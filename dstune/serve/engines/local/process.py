@@ -83,8 +83,8 @@ def _encoder(settings: dict[str, Any]) -> Any:
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
     plugins = settings["plugins"]
-    expected = find(model, "last", [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else [])
-    predictor = load(expected, Path(settings["scratch"]))
+    request = find(model, "last", [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else [])
+    predictor = load(request, Path(settings["scratch"]))
     compute_in(settings["dtype"], predictor.model)
     return EncoderApp(settings["base"], predictor, settings["neutral_labels"])
 
