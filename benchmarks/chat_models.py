@@ -510,7 +510,7 @@ def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
     texts = [text for text in texts if "'thinking'" not in text]
     if not texts:
         return "every server refuses it: the template raises an error"
-    said = {
+    parts = {
         "the tools": [entry["function"]["description"] for entry in tools or []],
         "calls": [
             entry["function"]["arguments"]["city"] for message in messages for entry in message.get("tool_calls", [])
@@ -522,7 +522,7 @@ def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
         "reasoning": [message["reasoning_content"] for message in messages if "reasoning_content" in message],
     }
     absent = [
-        name for name, expected in said.items() if not any(all(entry in text for entry in expected) for text in texts)
+        name for name, passages in parts.items() if not any(all(entry in text for entry in passages) for text in texts)
     ]
     if absent:
         return f"every server silently drops {' and '.join(filter(None, [', '.join(absent[:-1]), absent[-1]]))}"

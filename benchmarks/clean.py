@@ -43,19 +43,19 @@ def main() -> None:
     options = parser.parse_args()
     path = samples.resolve(options.data) if samples.is_sample(options.data) else Path(options.data)
     rows = [json.loads(line) for line in path.open()]
-    message = ["\n".join(texts(row)) for row in rows]
+    row_texts = ["\n".join(texts(row)) for row in rows]
     compared = [near_text(row) for row in rows]
     near.signature(""), language.language("a"), sensitive.find_secrets(""), sensitive.find_personal_data("")
 
-    print(f"{len(rows):,} rows of {np.mean([len(text) for text in message]):,.0f} characters on average\n")
+    print(f"{len(rows):,} rows of {np.mean([len(text) for text in row_texts]):,.0f} characters on average\n")
     print("| step | rows/s |\n|---|---|")
     steps: dict[str, Callable[[], object]] = {
         "unicode": lambda: [map_texts(row, clean_unicode) for row in rows],
         "exact duplicates and leaks (two hashes)": lambda: [row_hashes(row) for row in rows],
         "near duplicates: signature": lambda: [near.signature(text) for text in compared],
-        "languages": lambda: [language.language(text) for text in message],
-        "secrets": lambda: [sensitive.find_secrets(text) for text in message],
-        "personal data": lambda: [sensitive.find_personal_data(text) for text in message],
+        "languages": lambda: [language.language(text) for text in row_texts],
+        "secrets": lambda: [sensitive.find_secrets(text) for text in row_texts],
+        "personal data": lambda: [sensitive.find_personal_data(text) for text in row_texts],
     }
     for name, work in steps.items():
         print(f"| {name} | {len(rows) / best(options.rounds, work):,.0f} |", flush=True)
@@ -73,12 +73,12 @@ def main() -> None:
         print(f"| near duplicates: groups and comparisons | {len(rows) / seconds:,.0f} |")
         print(f"\nmemory of the groups: {(peak_mib() - mib_before) * 2**20 / len(rows):,.0f} bytes a row at most")
     unequal = len(rows) - len({row_hashes(row)[0] for row in rows})
-    print(f"equal to an earlier row: {unequal}; languages: {counted(message)}")
-    print(f"texts with personal data: {sum(bool(sensitive.find_personal_data(text)) for text in message)}")
+    print(f"equal to an earlier row: {unequal}; languages: {counted(row_texts)}")
+    print(f"texts with personal data: {sum(bool(sensitive.find_personal_data(text)) for text in row_texts)}")
 
 
-def counted(message: list[str]) -> dict[str, int]:
-    names, counts = np.unique([language.language(text)[0] for text in message], return_counts=True)
+def counted(row_texts: list[str]) -> dict[str, int]:
+    names, counts = np.unique([language.language(text)[0] for text in row_texts], return_counts=True)
     order = np.argsort(-counts)[:5]
     return {str(names[place]): int(counts[place]) for place in order}
 

@@ -160,8 +160,9 @@ class Bench:
             raise Failed("\n".join((done.stdout + done.stderr).splitlines()[-8:]))
         return result(self.folder / name)
 
-    def reported(self, name: str, *words: str) -> dict[str, Any]:
-        """Call `run` and report what it reached, or why it failed, as a row. Returns what `run` does; empty where it failed."""
+    def run_and_report(self, name: str, *words: str) -> dict[str, Any]:
+        """Call `run`, and add a row with its figures or with the reason of its failure. Returns the result of `run`; empty if it
+        failed."""
         try:
             result = self.run(name, *words)
         except Failed as error:

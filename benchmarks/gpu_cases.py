@@ -58,7 +58,7 @@ def losses(bench: Bench) -> None:
     words = (f"model.path={bench.tiny_model()}", "trainer.precision=fp32", "optimizer.lr=1e-3")
     expected = bench.run("cpu", *words, "zero=stage2", on_cpu=True)
     for stage in ("stage2", "stage3", "stage1"):
-        result = bench.reported(f"{stage}-fp32", *words, f"zero={stage}")
+        result = bench.run_and_report(f"{stage}-fp32", *words, f"zero={stage}")
         if result:
             apart = {
                 key: max(abs(a / b - 1) for a, b in zip(result[key], expected[key], strict=True))
@@ -66,7 +66,7 @@ def losses(bench: Bench) -> None:
             }
             bench.row(run=f"{stage}-fp32 against the CPU", loss_apart=apart["losses"], norm_apart=apart["norms"])
     for stage in ("stage2", "stage3"):
-        bench.reported(f"{stage}-bf16", words[0], "trainer.precision=bf16", f"zero={stage}")
+        bench.run_and_report(f"{stage}-bf16", words[0], "trainer.precision=bf16", f"zero={stage}")
 
 
 @case
@@ -75,7 +75,7 @@ def packed_step(bench: Bench) -> None:
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)
     waits = bench.folder / "waits.json"
     os.environ["WAITS"] = str(waits)
-    bench.reported("packed", *words, "zero=stage2", "trainer.profile_steps=2")
+    bench.run_and_report("packed", *words, "zero=stage2", "trainer.profile_steps=2")
     if waits.exists():
         for place, times in json.loads(waits.read_text()).items():
             bench.row(waits_at=place, times_a_step=times)
@@ -86,7 +86,7 @@ def trace(bench: Bench) -> None:
     """Trace where two steps of full 1.5B spend their time, by kind of kernel, and how much of what is copied and reduced at
     ZeRO-2 runs beside the computation."""
     words = bench.packed(ONE_AND_A_HALF, "one-and-a-half", steps=5, rows=4)
-    if not bench.reported("traced", *words, "zero=stage2", "trainer.profile_steps=2"):
+    if not bench.run_and_report("traced", *words, "zero=stage2", "trainer.profile_steps=2"):
         return
     for file in sorted((bench.folder / "traced" / "profile").glob("*.json.gz")):
         for figures in gpu_trace.summarize(json.loads(gzip.decompress(file.read_bytes()))):
@@ -97,9 +97,9 @@ def trace(bench: Bench) -> None:
 def whole_steps(bench: Bench) -> None:
     """Time the fused kernels, each switched alone, in whole steps of packed rows: tokens a second and peak beside the default."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)
-    plain = bench.reported("none fused", *words, "zero=stage2", *(f"model.{name}=false" for name in SWITCHES))
+    plain = bench.run_and_report("none fused", *words, "zero=stage2", *(f"model.{name}=false" for name in SWITCHES))
     for switch in SWITCHES:
-        result = bench.reported(
+        result = bench.run_and_report(
             switch, *words, "zero=stage2", *(f"model.{name}={name == switch}".lower() for name in SWITCHES)
         )
         if plain and result:
@@ -112,7 +112,7 @@ def recompute(bench: Bench) -> None:
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=5, rows=4, micro=1)
     words = [word for word in words if not word.startswith("trainer.activation_checkpointing")]
     for setting in ("true", "selective", "false"):
-        bench.reported(f"stage3 {setting}", *words, "zero=stage3", f"trainer.activation_checkpointing={setting}")
+        bench.run_and_report(f"stage3 {setting}", *words, "zero=stage3", f"trainer.activation_checkpointing={setting}")
 
 
 @case
@@ -127,7 +127,7 @@ def plan(bench: Bench) -> None:
     words = bench.packed(ONE_AND_A_HALF, "one-and-a-half", steps=4, rows=2, micro=1)
     values = json.loads((bench.folder / "one-and-a-half" / "config.json").read_text())
     for stage in ("stage2", "stage3"):
-        result = bench.reported(f"plan-{stage}", *words, f"zero={stage}")
+        result = bench.run_and_report(f"plan-{stage}", *words, f"zero={stage}")
         config = compose(["data=files", *words, f"zero={stage}"]).config
         model = architecture(values, head_of(config))
         options = {"ranks": 1, "ranks_per_node": 1, "on_gpu": True, "precision": Precision.bf16, "values": values}
@@ -142,12 +142,12 @@ def plan(bench: Bench) -> None:
 def out_of_memory(bench: Bench) -> None:
     """Try `trainer.micro_batch_size=auto`, and show what a run says that does not fit."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=2, rows=bench.size(64, 8), micro="auto")
-    bench.reported("auto", *words, "zero=stage2")
+    bench.run_and_report("auto", *words, "zero=stage2")
     if bench.simulate:
         bench.row(run="forced", failed="a simulated device is never full")
         return
     words = [word for word in words if not word.startswith(("trainer.micro_batch", "trainer.activation"))]
-    bench.reported(
+    bench.run_and_report(
         "forced", *words, "zero=stage2", "trainer.micro_batch_size=64", "trainer.activation_checkpointing=false"
     )
 
@@ -155,7 +155,7 @@ def out_of_memory(bench: Bench) -> None:
 @case
 def importance(bench: Bench) -> None:
     words = (f"model.path={bench.tiny_model()}", "method=importance", "method.score_steps=2", "zero=stage2")
-    bench.reported("importance", *words)
+    bench.run_and_report("importance", *words)
 
 
 @case
@@ -164,7 +164,7 @@ def preference(bench: Bench) -> None:
 
     data = write_preferences(bench.folder / "pairs.jsonl", 60)
     words = (f"model.path={bench.tiny_model()}", f"data.train={data}", "zero=stage2", "method=lora")
-    bench.reported("dpo", "task=preference", *words)
+    bench.run_and_report("dpo", "task=preference", *words)
 
 
 @case
@@ -172,7 +172,9 @@ def classification(bench: Bench) -> None:
     from tests.support.tiny import save_encoder, write_labelled
 
     model, data = save_encoder(bench.folder / "encoder"), write_labelled(bench.folder / "labels.jsonl", 60)
-    bench.reported("classifier", f"model.path={model}", "task=classification", f"data.train={data}", "zero=stage3")
+    bench.run_and_report(
+        "classifier", f"model.path={model}", "task=classification", f"data.train={data}", "zero=stage3"
+    )
 
 
 @case
@@ -181,15 +183,15 @@ def half(bench: Bench) -> None:
         bench.row(run="fp16", failed="a CPU has no kernels of fp16 for several layers")
         return
     model = f"model.path={bench.tiny_model()}"
-    bench.reported("fp16", model, "trainer.precision=fp16", "zero=stage2")
-    bench.reported("tf32", model, "trainer.precision=fp32", "trainer.tf32=true", "zero=stage2")
+    bench.run_and_report("fp16", model, "trainer.precision=fp16", "zero=stage2")
+    bench.run_and_report("tf32", model, "trainer.precision=fp32", "trainer.tf32=true", "zero=stage2")
 
 
 @case
 def deterministic(bench: Bench) -> None:
     """Run twice with the same words, and show whether the runs are equal to the bit."""
     words = (f"model.path={bench.tiny_model()}", "trainer.precision=bf16", "trainer.deterministic=true", "zero=stage2")
-    first, second = bench.reported("first", *words), bench.reported("second", *words)
+    first, second = bench.run_and_report("first", *words), bench.run_and_report("second", *words)
     if first and second:
         bench.row(run="equal to the bit", value=first["losses"] == second["losses"])
 
@@ -204,9 +206,9 @@ def resume(bench: Bench) -> None:
         *(f"model.path={bench.tiny_model()}", "trainer.precision=bf16", "zero=stage2", "trainer.deterministic=true"),
         *("checkpoint.mode=async", "checkpoint.every=2", "schedule=constant"),  # the length of a run is in no rate
     )
-    whole = bench.reported("whole", *words)
-    bench.reported("halves", *words, "trainer.max_steps=2")
-    resumed = bench.reported("halves", *words)
+    whole = bench.run_and_report("whole", *words)
+    bench.run_and_report("halves", *words, "trainer.max_steps=2")
+    resumed = bench.run_and_report("halves", *words)
     if whole and resumed:
         bench.row(run="resumed to the bit", value=whole["losses"] == resumed["losses"])
 
@@ -217,7 +219,7 @@ def offload(bench: Bench) -> None:
         bench.row(run="offload", failed="the simulated device has no memory of its own to move states from")
         return
     words = (f"model.path={bench.tiny_model()}", "zero=stage3_offload", "trainer.precision=bf16")
-    bench.reported("offload", *words)
+    bench.run_and_report("offload", *words)
 
 
 @case
@@ -230,7 +232,7 @@ def qlora(bench: Bench) -> None:
     wide = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
     words = (f"model.path={save_decoder(bench.folder / 'wide', **wide)}", "method=qlora", "trainer.precision=bf16")
     for stage in ("stage2", "stage3"):
-        bench.reported(f"qlora-{stage}", *words, f"zero={stage}")
+        bench.run_and_report(f"qlora-{stage}", *words, f"zero={stage}")
 
 
 def main() -> None:

@@ -162,13 +162,13 @@ def report(part: int, results: list[dict[str, Any]], *, simulate: bool) -> str:
         keys = list(dict.fromkeys(key for row in rows for key in row))
         if keys:
             lines += [f"| {' | '.join(keys)} |", "| " + " | ".join("---" for _ in keys) + " |"]
-            lines += ["| " + " | ".join(formatted(row.get(key, "")) for key in keys) + " |" for row in rows]
+            lines += ["| " + " | ".join(format_cell(row.get(key, "")) for key in keys) + " |" for row in rows]
             lines.append("")
         lines += [f"    {line}" for line in result.get("last_lines", ())]
     return "\n".join(lines) + "\n"
 
 
-def formatted(value: Any) -> str:
+def format_cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

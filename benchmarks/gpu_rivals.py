@@ -23,12 +23,12 @@ def words_of(bench: Bench, shape: dict[str, int], name: str) -> list[str]:
 
 @case
 def full_1_5b(bench: Bench) -> None:
-    bench.reported("full 1.5B", *words_of(bench, ONE_AND_A_HALF, "one-and-a-half"))
+    bench.run_and_report("full 1.5B", *words_of(bench, ONE_AND_A_HALF, "one-and-a-half"))
 
 
 @case
 def lora_8b(bench: Bench) -> None:
-    bench.reported("LoRA 8B", *words_of(bench, EIGHT, "eight"), "method=lora")
+    bench.run_and_report("LoRA 8B", *words_of(bench, EIGHT, "eight"), "method=lora")
 
 
 @case

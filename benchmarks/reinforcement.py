@@ -83,8 +83,8 @@ def says_the_word(prompts, completions, environments, **kwargs):
     """0.3 for looking, and the rest for the share of the word in what is said behind it."""
     scores = []
     for messages, environment in zip(completions, environments):
-        said = messages[-1]["content"].split() if len(messages) > 1 else []
-        share = said.count(environment.word) / max(1, len(said))
+        words = messages[-1]["content"].split() if len(messages) > 1 else []
+        share = words.count(environment.word) / max(1, len(words))
         scores.append((0.3 + 0.7 * share) * environment.peeked)
     return scores
 '''
@@ -191,8 +191,8 @@ def learn_tokens(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         spent = None if first is None else round(sum(times[:first]), 1)
         largest = max(row["sampling/sampling_logp_difference/max"] for row in rows_of(run))
         steps = None if first is None else first + 1
-        told = {"seed": seed, "first": rewards[0], "last": rewards[-1], "steps_to_0.95": steps}
-        reached.append(told | {"processor_seconds": spent, "largest_difference": largest})
+        summary = {"seed": seed, "first": rewards[0], "last": rewards[-1], "steps_to_0.95": steps}
+        reached.append(summary | {"processor_seconds": spent, "largest_difference": largest})
     return {"task": "repeat the word, 8 tokens, 2 layers", "runs": reached}
 
 
@@ -236,10 +236,10 @@ def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)
-        told = json.loads(done.stdout.splitlines()[-1])
-        trl_seconds += told["seconds"]
-        trl_generating += told["generating"]
-        trl_lengths += told["lengths"]
+        measured = json.loads(done.stdout.splitlines()[-1])
+        trl_seconds += measured["seconds"]
+        trl_generating += measured["generating"]
+        trl_lengths += measured["lengths"]
     return {
         "work": f"{count} prompts x {arguments.samples} samples x {arguments.tokens} tokens, fp32, one thread",
         "steps": len(dstune_seconds),
@@ -313,8 +313,8 @@ def run_trl(arguments: argparse.Namespace) -> None:
     trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]
     steps = [[later - earlier for earlier, later in zip(*pair, strict=True)] for pair in itertools.pairwise(ends)]
-    told = {"seconds": [step[0] for step in steps], "generating": [step[1] for step in steps]}
-    print(json.dumps(told | {"lengths": lengths[1:]}))
+    measured = {"seconds": [step[0] for step in steps], "generating": [step[1] for step in steps]}
+    print(json.dumps(measured | {"lengths": lengths[1:]}))
 
 
 def learn_sums(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -339,12 +339,12 @@ def learn_sums(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         rows = rows_of(train(folder, f"sums-{seed}", *settings))
         rewards, edge = [row["reward"] for row in rows], max(1, len(rows) // 8)
-        told: dict[str, Any] = {"seed": seed, "steps": len(rewards), "seconds": round(time.monotonic() - began)}
-        told |= {"first": sum(rewards[:edge]) / edge, "last": sum(rewards[-edge:]) / edge}
-        told["processor_seconds_a_step"] = round(statistics.median(times_of(folder)), 2)
-        told["largest_difference"] = max(row["sampling/sampling_logp_difference/max"] for row in rows)
-        runs.append(told)
-        print(json.dumps(told), file=sys.stderr, flush=True)
+        summary: dict[str, Any] = {"seed": seed, "steps": len(rewards), "seconds": round(time.monotonic() - began)}
+        summary |= {"first": sum(rewards[:edge]) / edge, "last": sum(rewards[-edge:]) / edge}
+        summary["processor_seconds_a_step"] = round(statistics.median(times_of(folder)), 2)
+        summary["largest_difference"] = max(row["sampling/sampling_logp_difference/max"] for row in rows)
+        runs.append(summary)
+        print(json.dumps(summary), file=sys.stderr, flush=True)
     work = f"{arguments.prompts} prompts x {arguments.samples} samples x {arguments.tokens} tokens"
     return {"task": f"say the sum of two digits, {work}, LoRA, fp32", "threads": arguments.threads, "runs": runs}
 
@@ -371,13 +371,13 @@ def learn_tool(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         rewards, times = [row["reward"] for row in rows], times_of(folder)
         means = [sum(rewards[end - 5 : end]) / 5 for end in range(5, len(rewards) + 1)]
         first = next((number + 4 for number, mean in enumerate(means) if mean >= 0.9), None)
-        told = {"seed": seed, "first": rewards[0], "last": means[-1], "steps": len(rewards)}
-        told |= {"steps_to_0.9": None if first is None else first + 1}
-        told |= {"processor_seconds_to_0.9": None if first is None else round(sum(times[:first]), 1)}
+        summary = {"seed": seed, "first": rewards[0], "last": means[-1], "steps": len(rewards)}
+        summary |= {"steps_to_0.9": None if first is None else first + 1}
+        summary |= {"processor_seconds_to_0.9": None if first is None else round(sum(times[:first]), 1)}
         calls = [row["tools/call_frequency"] for row in rows]
-        told |= {"calls_first": calls[0], "calls_last": sum(calls[-5:]) / 5}
-        runs.append(told)
-        print(json.dumps(told), file=sys.stderr, flush=True)
+        summary |= {"calls_first": calls[0], "calls_last": sum(calls[-5:]) / 5}
+        runs.append(summary)
+        print(json.dumps(summary), file=sys.stderr, flush=True)
     return {"task": "look a word up by a tool, then say it; 2 random layers", "runs": runs}
 
 

@@ -171,9 +171,9 @@ def measure(name: str, folder: Path, gigabytes: float, saves: int) -> str:
     held, blocked, whole, slow = [], [], [], []
 
     def wait() -> None:
-        requested = time.perf_counter()
+        wait_started = time.perf_counter()
         way.before_update()
-        blocked[-1] += time.perf_counter() - requested
+        blocked[-1] += time.perf_counter() - wait_started
 
     for number in range(saves):
         original = {key: value.clone() for key, value in states.items()}

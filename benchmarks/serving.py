@@ -377,9 +377,9 @@ async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
             nonlocal done
             async with places:
                 run, _, expected = kinds[name]
-                told = await run()
-                count_by_answer[f"{name}: {told}"] = count_by_answer.get(f"{name}: {told}", 0) + 1
-                assert told in expected, (name, told)
+                outcome = await run()
+                count_by_answer[f"{name}: {outcome}"] = count_by_answer.get(f"{name}: {outcome}", 0) + 1
+                assert outcome in expected, (name, outcome)
                 done += 1
                 if done % max(requests // 20, 1) == 0:
                     memory.append((done, gateway.memory_info().rss / 2**20))
@@ -515,10 +515,10 @@ async def send_worst(url: str, key: str, model: str, seconds: float, streams: in
                 path, content = next(bodies)
                 try:
                     sent = content.replace(b'"model": "m"', b'"model": "%s"' % model.encode())
-                    told = str((await client.post(path, content=sent)).status_code)
+                    outcome = str((await client.post(path, content=sent)).status_code)
                 except httpx2.HTTPError as error:
-                    told = type(error).__name__
-                counts[told] = counts.get(told, 0) + 1
+                    outcome = type(error).__name__
+                counts[outcome] = counts.get(outcome, 0) + 1
 
     await asyncio.gather(*map(one, range(streams)))
     print(json.dumps(counts))

@@ -66,10 +66,10 @@ def main() -> None:
     print("| route | seconds | steps trained | ended early | best loss | best trial |\n|---|---|---|---|---|---|")
     for route in ROUTES:
         if (folder / f"{route}.json").exists():
-            result = json.loads((folder / f"{route}.json").read_text())
+            summary = json.loads((folder / f"{route}.json").read_text())
             print(
-                f"| {TITLES[route]} | {result['seconds']:.0f} | {result['steps']} | {result['pruned']} | {result['loss']:.4f} "
-                f"| {result['best']} |"
+                f"| {TITLES[route]} | {summary['seconds']:.0f} | {summary['steps']} | {summary['pruned']} | {summary['loss']:.4f} "
+                f"| {summary['best']} |"
             )
 
 
@@ -79,16 +79,16 @@ def measure(route: str, folder: Path) -> None:
     began = time.perf_counter()
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - began
-    report = json.loads(done.stdout)
-    steps = [json.loads((Path(trial["run"]) / "result.json").read_text())["steps"] for trial in report["trials"]]
-    result = {
+    result = json.loads(done.stdout)
+    steps = [json.loads((Path(trial["run"]) / "result.json").read_text())["steps"] for trial in result["trials"]]
+    summary = {
         "seconds": seconds,
         "steps": sum(steps),
-        "pruned": sum(trial["status"] == "pruned" for trial in report["trials"]),
-        "loss": report["best"]["objective"]["loss"],
-        "best": ", ".join(f"{key}={value:g}" for key, value in report["best"]["values"].items()),
+        "pruned": sum(trial["status"] == "pruned" for trial in result["trials"]),
+        "loss": result["best"]["objective"]["loss"],
+        "best": ", ".join(f"{key}={value:g}" for key, value in result["best"]["values"].items()),
     }
-    (folder / f"{route}.json").write_text(json.dumps(result))
+    (folder / f"{route}.json").write_text(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -108,15 +108,15 @@ def pairs(only: Sequence[str], stages: Sequence[int], ranks: int, folder: Path, 
             number += 1
             for stage in chosen:
                 words = [f"task={task}", f"method={method}", *of_task, *of_method, *further]
-                if expected := case(f"{task}-{method}-{stage}", words, stage, ranks, folder, only):
-                    yield expected
+                if matched := case(f"{task}-{method}-{stage}", words, stage, ranks, folder, only):
+                    yield matched
     for name, words in VARIANTS.items():
         task = next(word for word in words if word.startswith("task=")).removeprefix("task=")
         chosen = [stages[number % len(stages)]] if rotate else stages
         number += 1
         for stage in chosen:
-            if expected := case(f"{name}-{stage}", [*TASKS[task], *words], stage, ranks, folder, only):
-                yield expected
+            if matched := case(f"{name}-{stage}", [*TASKS[task], *words], stage, ranks, folder, only):
+                yield matched
 
 
 def case(name: str, words: list[str], stage: int, ranks: int, folder: Path, only: Sequence[str]) -> Case | None:

@@ -131,11 +131,11 @@ def serve_case(case: Case, folder: Path) -> Outcome:
     codes = [wait(child, began + CASE_SECONDS) for child in children]
     outcome = Outcome(next((code for code in codes if code), 0), round(time.monotonic() - began, 2))
     read_run(home / case.run, outcome)
-    reported = [(logs / f"rank-{rank}.log").read_text(errors="replace") for rank in range(len(children))]
+    log_texts = [(logs / f"rank-{rank}.log").read_text(errors="replace") for rank in range(len(children))]
     if case.ranks == 0:
-        outcome.problems = problems_in(reported[0])
+        outcome.problems = problems_in(log_texts[0])
     if outcome.exit_code:
-        outcome.log = "\n".join(log[-3000:] for log in reported)
+        outcome.log = "\n".join(text[-3000:] for text in log_texts)
     return outcome
 
 

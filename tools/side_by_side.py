@@ -147,11 +147,11 @@ def wording(case: Case, old: Outcome, new: Outcome) -> str:
     """Return the changed texts of errors and of model cards, as a diff."""
 
     def lines(outcome: Outcome) -> list[str]:
-        reported = [
+        problem_lines = [
             f"{problem.get('where')}: {problem.get('reason', problem.get('message'))} | {problem.get('fix')}"
             for problem in outcome.problems
         ]
-        return reported + [line for text in outcome.texts.values() for line in text.splitlines()]
+        return problem_lines + [line for text in outcome.texts.values() for line in text.splitlines()]
 
     title = f"{case.name}: {shlex.join(case.argv)}" if not case.ranks else case.name
     return "\n".join(difflib.unified_diff(lines(old), lines(new), title, title, lineterm="", n=0))
