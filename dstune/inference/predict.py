@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     from dstune.inference.rows import MAX_LISTED_BAD_ROWS, Rows
     from dstune.protocols import task_of
 
-    model = ModelConfig(
+    model_config = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    request = find(model, arguments.checkpoint, arguments.overrides)
+    request = find(model_config, arguments.checkpoint, arguments.overrides)
     data, task = request.config.data, task_of(request.config.task)
     if arguments.probabilities and not task.gives_probabilities:
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))

@@ -62,8 +62,8 @@ def test_two_hosts_equal_one_and_a_signal_saves(login, hosts, undisturbed):
     login.env |= secret
     command = login.start("train", *overrides("ssh", *launch, "launch.export_env=[MINE_TOKEN]"))
     wait_until(lambda: at_step(run_dir, 6))
-    formatted = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
-    assert not [word for word in formatted if any(value in word for value in secret.values())]
+    command_words = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
+    assert not [word for word in command_words if any(value in word for value in secret.values())]
     assert {"0", "1"} == ranks_of(run_dir).keys()
     signal_command(run_dir, signal.SIGTERM)
     assert command.wait(timeout=90) == 75, login.log

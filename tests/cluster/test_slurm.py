@@ -34,11 +34,11 @@ def test_a_job_is_reported_to_save_requeued_and_continues_exactly(on_slurm, slur
     assert environment["hosts"] == ["node1", "node2"]
     [first, second] = environment["launches"]
     assert (first["step"], second["step"] >= 7) == (0, True)
-    report = on_slurm.log
-    assert f"submitted job {job}: 2 node(s) x 1 rank(s)" in report
-    assert "steps 1 to 40" in report
-    assert f"job {job} waits in the queue" in report
-    assert f"steps {second['step'] + 1} to 40" in report
+    log = on_slurm.log
+    assert f"submitted job {job}: 2 node(s) x 1 rank(s)" in log
+    assert "steps 1 to 40" in log
+    assert f"job {job} waits in the queue" in log
+    assert f"steps {second['step'] + 1} to 40" in log
     assert {path.name for path in (run_dir / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
     status = on_slurm.run("status", "requeued", "--json")
     assert json.loads(status.stdout)["state"] == "completed"

@@ -42,7 +42,7 @@ def test_the_rows_are_those_of_an_agent_and_the_same_every_time(tmp_path: Path) 
     assert again == ROWS
 
 
-def requested(port: int, key: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def fetch_json(port: int, key: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
@@ -58,7 +58,7 @@ def models_of(port: int, state: Path, process: Any, commands: Commands) -> tuple
         assert process.poll() is None, commands.log
         try:
             key = (state / "key").read_text().strip()
-            return key, requested(port, key, "/v1/models")["data"]
+            return key, fetch_json(port, key, "/v1/models")["data"]
         except (OSError, urllib.error.URLError):
             time.sleep(1)
     raise AssertionError(commands.log)
@@ -98,7 +98,7 @@ def test_an_agent_is_trained_exported_served_and_proven(tmp_path: Path, template
         (agent,) = [model for model in models if model["id"] == "agent"]
         assert agent["parity"]["status"] == "proven", agent
         question = {"messages": ROWS[0]["messages"][:2], "tools": ROWS[0]["tools"], "max_tokens": 4}
-        answer = requested(port, key, "/v1/chat/completions", {"model": "agent", **question})
+        answer = fetch_json(port, key, "/v1/chat/completions", {"model": "agent", **question})
         assert answer["usage"]["completion_tokens"] == 4
     finally:
         process.send_signal(signal.SIGTERM)

@@ -84,9 +84,9 @@ def test_bad_input(workplace: Commands, case: str) -> None:
     long = {"messages": [{"role": "user", "content": "w1 " * 40}, {"role": "assistant", "content": "w2"}]}
     (workplace.folder / "long.jsonl").write_text(json.dumps(long) + "\n")
     done = workplace.run("train", *BASE, *overrides, f"run.dir=run-{case.replace(' ', '-')}")
-    message = done.stderr + done.stdout
-    assert done.returncode == 2, message
-    assert "Traceback" not in message
+    output = done.stderr + done.stdout
+    assert done.returncode == 2, output
+    assert "Traceback" not in output
     for text in named:
         assert text in done.stderr, done.stderr
     assert done.stderr.count("dstune: ") == 1, done.stderr

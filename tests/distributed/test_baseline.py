@@ -125,7 +125,7 @@ def test_labels_are_judged_by_their_likelihood(bench, capsys):
     split, model = limited(data.validation, 7, config.task), plain_model(bench)
     ask = LABEL_PROMPT.format(labels=" or ".join(data.labels))
 
-    def requested(sample) -> str:
+    def prompt_text(sample) -> str:
         text = ask.replace("{source}", tokenizer.decode(sample["input_ids"]))
         messages = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -140,13 +140,16 @@ def test_labels_are_judged_by_their_likelihood(bench, capsys):
     assert {classes[index] for index in chosen} == {0, 1}
     context: list[int] = []
     for index in chosen:
-        context += ids(f"{requested(data.train.sample(index))}{data.labels[classes[index]]}<|im_end|>\n")
+        context += ids(f"{prompt_text(data.train.sample(index))}{data.labels[classes[index]]}<|im_end|>\n")
     for prompted, before in zip(found, ([], context), strict=True):
         right, surprise = 0, 0.0
         for index in range(7):
             sample = split.sample(index)
             losses = torch.tensor(
-                [loss_of(model, [*before, *ids(requested(sample))], ids(f"{label}<|im_end|>")) for label in data.labels]
+                [
+                    loss_of(model, [*before, *ids(prompt_text(sample))], ids(f"{label}<|im_end|>"))
+                    for label in data.labels
+                ]
             )
             right += int(losses.argmin()) == int(sample["label"])
             surprise -= float(torch.log_softmax(-losses, dim=0)[int(sample["label"])])

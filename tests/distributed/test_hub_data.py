@@ -74,10 +74,10 @@ def test_a_run_stays_at_its_commit_and_continues_offline(workplace: Commands, hu
     # The branch moves on, and then the hub is gone: the run goes on with the rows that it began with.
     hub.publish("org/chats", repository(folder / "second", 16), SECOND)
     workplace.env["HF_HUB_OFFLINE"] = "1"
-    requested = len(hub.requested)
+    request_count = len(hub.requested)
     done = workplace.run("train", "runs/hub", "trainer.max_steps=3")
     assert done.returncode == 0, done.stderr + done.stdout
-    assert len(hub.requested) == requested
+    assert len(hub.requested) == request_count
     assert "the run has 3 steps now instead of 2, and its schedule is stretched" in done.stdout
     assert [row["step"] for row in metrics(run_dir) if "loss" in row] == [1, 2, 3]
     assert data_of(run_dir)["revision"] == FIRST
@@ -107,8 +107,8 @@ def test_what_the_hub_and_its_absence_answer(workplace: Commands, hub: Hub) -> N
         "misspelt": ({"train": "org/several", "subset": "germn"}, ("data.subset=germn", "data.subset=german")),
         "no hub": ({"train": "a.jsonl", "revision": "v1"}, ("data.revision=v1", "no rows come from the hub")),
     }
-    message = resolve(workplace, *(data for data, _ in cases.values()))
-    for text, (name, (_, expected)) in zip(message, cases.items(), strict=True):
+    resolutions = resolve(workplace, *(data for data, _ in cases.values()))
+    for text, (name, (_, expected)) in zip(resolutions, cases.items(), strict=True):
         assert text.startswith("REFUSED"), (name, text)
         assert all(part in text for part in expected), (name, text)
     done = workplace.run("train", *BASE, "data.train=org/chats:train_stf", "run.dir=runs/refused")

@@ -45,11 +45,11 @@ def test_from_training_to_the_export(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(export)
     true, found, losses = [], [], []
     for row in rows[45:]:
-        needed = [float(name in row["labels"]) for name in ("long", "low")]
+        labels = [float(name in row["labels"]) for name in ("long", "low")]
         with torch.no_grad():
-            output = model(**tokenizer(row["text"], return_tensors="pt"), labels=torch.tensor([needed]))
+            output = model(**tokenizer(row["text"], return_tensors="pt"), labels=torch.tensor([labels]))
         losses.append(float(output.loss))
-        true.append(needed)
+        true.append(labels)
         found.append((torch.sigmoid(output.logits[0]) > 0.5).float().tolist())
     expected = {
         "loss": sum(losses) / len(losses),

@@ -86,9 +86,9 @@ def test_each_row_becomes_what_its_task_alone_makes_of_it(folder: Path, monkeypa
         alone = prepared(folder, monkeypatch, *overrides, *common)
         assert contents(together, number) == contents(alone), name
         assert len(contents(alone)) == 30
-    formatted = [prompt.text for prompt in together.prompts]
-    assert any(text.startswith("turn: ") for text in formatted)
-    assert any(text.startswith("again: ") for text in formatted)
+    prompt_texts = [prompt.text for prompt in together.prompts]
+    assert any(text.startswith("turn: ") for text in prompt_texts)
+    assert any(text.startswith("again: ") for text in prompt_texts)
     # In the order of the rows, whatever their tasks: held-out rows come by hash, so that the first are a fair sample.
     assert together.validation is not None
     assert together.validation.origins is not None

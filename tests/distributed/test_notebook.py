@@ -19,8 +19,8 @@ def test_every_cell_of_the_notebook(tmp_path, monkeypatch):
     book = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     client = NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    formatted = [_format(cell) for cell in book.cells if cell.cell_type == "code"]
-    _, trained, table, answers, resumed, exported, mistakes, printed = formatted
+    outputs = [output_text(cell) for cell in book.cells if cell.cell_type == "code"]
+    _, trained, table, answers, resumed, exported, mistakes, printed = outputs
     assert "36/36" in trained
     assert "completed, 36 steps" in trained  # the run's own table
     assert "eval/accuracy" in table
@@ -31,10 +31,10 @@ def test_every_cell_of_the_notebook(tmp_path, monkeypatch):
     assert "optimizer.lr=fast" in mistakes
     assert "step 2: " in printed and "step 4: " in printed, "the callback of the cell has reached the ranks"
     assert "<iframe" in printed
-    assert not [cell.outputs for cell in book.cells if cell.cell_type == "code" and "Traceback" in _format(cell)]
+    assert not [cell.outputs for cell in book.cells if cell.cell_type == "code" and "Traceback" in output_text(cell)]
 
 
-def _format(cell) -> str:
+def output_text(cell) -> str:
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream":

@@ -115,9 +115,9 @@ def test_a_run_and_its_export_label_texts(shop, capsys, name):
     run = shop.folder / name
     model, tokenizer = plain(run / "export", "SequenceClassification", num_labels=2)
     expected = [logits(model, tokenizer, text).softmax(0) for text in TEXTS]
-    requested = [word for text in TEXTS for word in ("--text", text)]
+    text_flags = [word for text in TEXTS for word in ("--text", text)]
     for source in (run, run / "export", run / "checkpoints" / "step-00000024"):
-        rows = predicted(capsys, source, *requested, "--batch-size", 2, "--probabilities")
+        rows = predicted(capsys, source, *text_flags, "--batch-size", 2, "--probabilities")
         assert [row["text"] for row in rows] == TEXTS
         assert [row["row"] for row in rows] == [f"--text {number}" for number in range(1, 6)]
         for row, chances in zip(rows, expected, strict=True):
@@ -129,10 +129,10 @@ def test_a_run_and_its_export_label_texts(shop, capsys, name):
 
 
 def test_several_labels_and_numbers(shop, capsys):
-    requested = [word for text in TEXTS for word in ("--text", text)]
+    text_flags = [word for text in TEXTS for word in ("--text", text)]
     model, tokenizer = plain(shop.folder / "several" / "export", "SequenceClassification")
     names = [model.config.id2label[index] for index in range(3)]
-    rows = predicted(capsys, shop.folder / "several", *requested, "--probabilities")
+    rows = predicted(capsys, shop.folder / "several", *text_flags, "--probabilities")
     assert any(row["predicted"] for row in rows)
     for row, text in zip(rows, TEXTS, strict=True):
         assert list(row["probabilities"]) == names
@@ -140,7 +140,7 @@ def test_several_labels_and_numbers(shop, capsys):
         assert row["predicted"] == [name for name in names if chances[name] > 0.5]
         assert row["probability"] == pytest.approx({name: chances[name] for name in row["predicted"]}, abs=1e-5)
     model, tokenizer = plain(shop.folder / "number" / "export", "SequenceClassification")
-    found = [row["predicted"] for row in predicted(capsys, shop.folder / "number" / "export", *requested)]
+    found = [row["predicted"] for row in predicted(capsys, shop.folder / "number" / "export", *text_flags)]
     assert found == pytest.approx([float(logits(model, tokenizer, text)[0]) for text in TEXTS], abs=1e-5)
 
 
@@ -185,12 +185,12 @@ def test_marks_of_bilou_are_those_of_bioes():
 
 def test_questions_are_answered_with_words_of_their_text(shop, capsys, tmp_path):
     rows = [json.loads(line) for line in (shop.folder / "questions.jsonl").read_text().splitlines()][:12]
-    requested = [{"question": row["question"], "context": row["context"]} for row in rows]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in requested))
+    questions = [{"question": row["question"], "context": row["context"]} for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     run = shop.folder / "answers"
     sure = predicted(capsys, run, "--input", tmp_path / "asked.jsonl", "task.threshold=1e9")
     model, tokenizer = plain(run / "export", "QuestionAnswering")
-    for row, given in zip(sure, requested, strict=True):
+    for row, given in zip(sure, questions, strict=True):
         inputs = tokenizer(given["question"], given["context"], return_tensors="pt", return_offsets_mapping=True)
         offsets, own = inputs.pop("offset_mapping")[0].tolist(), inputs.sequence_ids(0)
         with torch.no_grad():
@@ -213,8 +213,8 @@ def test_questions_are_answered_with_words_of_their_text(shop, capsys, tmp_path)
 def test_texts_have_vectors(shop, capsys):
     folder = shop.folder / "vectors" / "export"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    requested = [word for text in TEXTS for word in ("--text", text)]
-    for row, text in zip(predicted(capsys, folder, *requested), TEXTS, strict=True):
+    text_flags = [word for text in TEXTS for word in ("--text", text)]
+    for row, text in zip(predicted(capsys, folder, *text_flags), TEXTS, strict=True):
         with torch.no_grad():
             mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         assert row["vector"] == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
@@ -222,11 +222,13 @@ def test_texts_have_vectors(shop, capsys):
 
 def test_answers_have_a_reward(shop, capsys, tmp_path):
     pairs = [json.loads(line) for line in (shop.folder / "pairs.jsonl").read_text().splitlines()][:6]
-    requested = [{"messages": [*pair["prompt"], *pair["chosen"]]} for pair in pairs]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in requested))
+    conversations = [{"messages": [*pair["prompt"], *pair["chosen"]]} for pair in pairs]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
     model, tokenizer = plain(shop.folder / "reward-lora" / "export", "SequenceClassification", num_labels=1)
     for source in (shop.folder / "reward-lora", shop.folder / "reward-lora" / "export"):
-        for row, given in zip(predicted(capsys, source, "--input", tmp_path / "asked.jsonl"), requested, strict=True):
+        for row, given in zip(
+            predicted(capsys, source, "--input", tmp_path / "asked.jsonl"), conversations, strict=True
+        ):
             text = tokenizer.apply_chat_template(given["messages"], tokenize=False)
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :64]
             with torch.no_grad():
@@ -426,12 +428,12 @@ def test_bad_rows_are_named_before_a_model_is_loaded(shop, tmp_path, monkeypatch
     file.write_text('{"text": "w1"}\n{"text": ""}\n{"txt": "w2"}\n{"text": \n')
     with pytest.raises(UserError) as refused:
         predict.main([str(shop.folder / "labels"), "--input", str(file)])
-    report = [str(problem) for problem in refused.value.problems]
-    assert [text.partition(" ")[0] for text in report] == [*(f"{file}:{line}:" for line in (2, 3, 4)), "--input:"], (
-        report
+    problems = [str(problem) for problem in refused.value.problems]
+    assert [text.partition(" ")[0] for text in problems] == [*(f"{file}:{line}:" for line in (2, 3, 4)), "--input:"], (
+        problems
     )
-    assert "'text' is empty" in report[0] and "missing column 'text'" in report[1]
-    assert "1 rows are good" in report[3] and "data.on_bad_row=skip" in report[3]
+    assert "'text' is empty" in problems[0] and "missing column 'text'" in problems[1]
+    assert "1 rows are good" in problems[3] and "data.on_bad_row=skip" in problems[3]
     for name, words, reason in (
         ("chat", ["--text", "w1"], "dstune generate"),
         ("answers", ["--text", "w1"], "more than a text"),

@@ -156,9 +156,9 @@ def test_the_best_checkpoint_is_exported_when_the_last_step_is_the_best(workplac
     assert done.returncode == 0, done.stdout + done.stderr
     ended = result(workplace.folder / "best")
     assert ended["best"]["step"] == 4
-    formatted = workplace.run("evaluate", "best", "--json")
-    assert formatted.returncode == 0, formatted.stderr
-    assert f"{ended['eval_final']['loss']:.4f}"[:5] in formatted.stdout
+    evaluation = workplace.run("evaluate", "best", "--json")
+    assert evaluation.returncode == 0, evaluation.stderr
+    assert f"{ended['eval_final']['loss']:.4f}"[:5] in evaluation.stdout
 
 
 def outer(workplace: Commands, name: str, program: list[str]) -> Path:

@@ -100,10 +100,10 @@ def run_dir(workplace) -> Path:
     command = workplace.start("train", *overrides("run"))
     wait_until(lambda: any(row["step"] >= 5 for row in metrics(run_dir)))
     family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
-    workplace.formatted = {}
+    workplace.processes = {}
     for process in family:
-        with_environment = (" ".join(process.cmdline()), process.environ())
-        workplace.formatted[process.pid] = with_environment
+        command_and_environment = (" ".join(process.cmdline()), process.environ())
+        workplace.processes[process.pid] = command_and_environment
     ranks = {int(rank.environ()["RANK"]): rank for rank in ranks_of(run_dir)}
     workplace.ranks = {number: rank.environ() for number, rank in ranks.items()}
     ranks[1].kill()
@@ -145,8 +145,8 @@ def test_mlflow_store_holds_references(workplace, run_dir):
 
 
 def test_no_command_line_shows_one_and_ranks_get_what_they_need(workplace, run_dir):
-    assert len(workplace.formatted) >= 4  # the command, its guard and two ranks at least
-    assert mentioned(" ".join(line for line, _ in workplace.formatted.values())) == []
+    assert len(workplace.processes) >= 4  # the command, its guard and two ranks at least
+    assert mentioned(" ".join(line for line, _ in workplace.processes.values())) == []
     for environment in workplace.ranks.values():
         assert mentioned(environment["HIDDEN_FOLDER"]) == [FOLDER]  # what run.yaml refers to
         assert "HF_TOKEN" not in environment

@@ -72,14 +72,14 @@ class Table:
 
 def several(folder: Path) -> dict[str, str]:
     """Rows of which one or another is about more than one text or label."""
-    questions = [requested for requested, _ in pairs()]
+    questions = [question for question, _ in pairs()]
     lists = [["long", "odd"] if number % 3 else [] for number in range(len(questions))]
     many = [{"text": text, "labels": labels} for text, labels in zip(questions, lists, strict=True)]
     as_csv = "text,labels\n" + "".join(f'{row["text"]},"{",".join(row["labels"])}"\n' for row in many)
     (folder / "many.csv").write_text(as_csv)
     two = [
-        {"text": requested, "text_pair": message, "label": row["label"]}
-        for (requested, message), row in zip(pairs(), LABELLED, strict=True)
+        {"text": question, "text_pair": answer, "label": row["label"]}
+        for (question, answer), row in zip(pairs(), LABELLED, strict=True)
     ]
     return {
         "lists of labels": str(write_jsonl(folder / "many.jsonl", many)),

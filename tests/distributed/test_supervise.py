@@ -53,12 +53,12 @@ def test_one_rank_killed_ends_the_run_within_ten_seconds(tmp_path):
     assert launch.finish() == 1
     assert time.monotonic() - killed < 10
     assert launch.survivors() == []
-    report = launch.stderr()
-    assert "rank 1 was killed by SIGKILL" in report
-    assert "line 29 of rank 1" in report
-    assert "line 10 of rank 1" in report
-    assert "line 9 of rank 1" not in report
-    assert "of rank 0" not in report
+    stderr = launch.stderr()
+    assert "rank 1 was killed by SIGKILL" in stderr
+    assert "line 29 of rank 1" in stderr
+    assert "line 10 of rank 1" in stderr
+    assert "line 9 of rank 1" not in stderr
+    assert "of rank 0" not in stderr
     result = launch.result()
     assert result["status"] == "failed"
     assert "SIGKILL" in result["reason"]
@@ -306,16 +306,16 @@ def test_transient_lines_reach_a_terminal(tmp_path, monkeypatch):
     subprocess.run(["stty", "cols", "77", "-onlcr"], stdin=terminal, check=True)
     launch = Launch(tmp_path / "run", PROGRESS, stdout=terminal)
     os.close(terminal)
-    formatted = b""
+    displayed = b""
     try:
         while data := os.read(screen, 4096):
-            formatted += data
+            displayed += data
     except OSError:  # EIO: the last writer has closed the terminal
         pass
     assert launch.finish() == 0
-    assert b"1/9 transient\r2/9 transient\r" in formatted
+    assert b"1/9 transient\r2/9 transient\r" in displayed
     blank = b" " * len("2/9 transient") + b"\r"
-    assert formatted.endswith(b"2/9 transient\r" + blank + b"last line\r\nunfinished\n")
+    assert displayed.endswith(b"2/9 transient\r" + blank + b"last line\r\nunfinished\n")
     assert "transient" not in (launch.run_dir / "logs" / "rank-0.log").read_text()
     assert launch.note("console", 0) == "tty:77"
 

@@ -45,16 +45,16 @@ def test_trials_side_by_side_one_of_which_fails(workplace: Commands):
     words = overrides(2, "data.train=dialogues.jsonl,broken.jsonl", "sweep.parallel=2", "sweep.dir=two")
     done = workplace.run("train", "--multirun", *words, "tracking.wandb.mode=offline", "--json")
     assert done.returncode == 1, done.stdout + done.stderr
-    report = json.loads(done.stdout)
-    good, bad = report["trials"]
+    result_of_sweep = json.loads(done.stdout)
+    good, bad = result_of_sweep["trials"]
     sweep = workplace.folder / "two"
-    assert report["best"] == good
+    assert result_of_sweep["best"] == good
     assert (good["name"], good["status"]) == ("train=dialogues.jsonl", "completed")
     assert good["objective"]["loss"] == result(sweep / good["name"])["eval_final"]["loss"]
     assert (bad["name"], bad["status"]) == ("train=broken.jsonl", "failed")
     assert "broken.jsonl:1" in bad["reason"]
     assert "fix:" in bad["reason"]
-    cores = [trial["place"].rpartition("core ")[2] for trial in report["trials"]]
+    cores = [trial["place"].rpartition("core ")[2] for trial in result_of_sweep["trials"]]
     assert len(set(cores)) == 2
     stored = yaml.safe_load((sweep / good["name"] / "run.yaml").read_text())["config"]
     assert stored["run"]["name"] == good["name"]

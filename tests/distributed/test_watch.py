@@ -89,9 +89,9 @@ def test_the_gap_is_that_between_held_out_loss_and_the_training_loss_since_the_l
         low, high = sorted(steps[row["step"] - back] for back in (0, 1))
         training = row["eval/loss"] - row["eval/gap"]  # the mean of two steps by their targets
         assert low - 1e-6 <= training <= high + 1e-6
-    reported = workshop.result("last")["overfitting"]
-    assert reported["gap"] == evaluated[-1]["eval/gap"] > evaluated[0]["eval/gap"]
-    assert reported["held_out_loss"] - reported["training_loss"] == pytest.approx(reported["gap"])
+    overfitting = workshop.result("last")["overfitting"]
+    assert overfitting["gap"] == evaluated[-1]["eval/gap"] > evaluated[0]["eval/gap"]
+    assert overfitting["held_out_loss"] - overfitting["training_loss"] == pytest.approx(overfitting["gap"])
 
 
 def test_a_gap_too_wide_stops_the_run(workshop):

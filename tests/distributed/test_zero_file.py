@@ -74,8 +74,8 @@ def runs(tmp_path_factory) -> dict[int, tuple[dict, list[dict]]]:
         file.unlink()  # the ranks do not look at it again
         directories.append(run_dir)
     output = run_ranks(PROGRAM, 2, [str(path) for path in directories])[0]
-    report = [json.loads(line.removeprefix("ENGINE ")) for line in output.splitlines() if line.startswith("ENGINE ")]
-    return {stage: (report[stage - 1], metrics(directories[stage - 1])) for stage in (1, 2, 3)}
+    engines = [json.loads(line.removeprefix("ENGINE ")) for line in output.splitlines() if line.startswith("ENGINE ")]
+    return {stage: (engines[stage - 1], metrics(directories[stage - 1])) for stage in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

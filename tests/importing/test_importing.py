@@ -108,8 +108,8 @@ def test_example_composes_and_every_key_is_accounted_for(name, monkeypatch):
     assert found.problems == []
     assert found.tool.replace("-", "_") == name.split("/")[0]
     for kind in (NOT_SUPPORTED, DIFFERENT, MEANINGLESS):
-        report = {key for key, dropped in found.dropped.items() if dropped.kind == kind}
-        assert report == NOT_CARRIED[name].get(kind, set()), kind
+        dropped_keys = {key for key, dropped in found.dropped.items() if dropped.kind == kind}
+        assert dropped_keys == NOT_CARRIED[name].get(kind, set()), kind
     assert set(found.off) == OFF.get(name, set())
     assert set(read(EXAMPLES / name)) == {*found.carried, *found.dropped, *found.off}
     assert all(dropped.reason for dropped in found.dropped.values())
@@ -260,9 +260,9 @@ def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     source = EXAMPLES / "axolotl" / "llama3_qlora_1b.yaml"
     assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml", "--ranks", "2"]) == 0
-    report = capsys.readouterr().out
-    assert "dataset_prepared_path: last_run_prepared" in report
-    assert "next: dstune train --config-dir mine experiment=qlora" in report
+    printed = capsys.readouterr().out
+    assert "dataset_prepared_path: last_run_prepared" in printed
+    assert "next: dstune train --config-dir mine experiment=qlora" in printed
     config = compose(["experiment=qlora"], ["mine"]).config
     assert config.trainer.global_batch_size == 16
     assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml"]) == 2

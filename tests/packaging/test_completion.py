@@ -43,7 +43,7 @@ class Terminal:
         if self._shell == 0:
             os.chdir(environment["HOME"])
             os.execve(command[0], command, environment)
-        self._format = ""
+        self._unread = ""
 
     def type(self, text: str) -> None:
         os.write(self._screen, text.encode())
@@ -51,11 +51,11 @@ class Terminal:
     def wait_for(self, text: str, seconds: float = 30.0) -> None:
         """Until the terminal shows `text`, which is then forgotten with what came before."""
         deadline = time.monotonic() + seconds
-        while text not in self._format:
-            assert time.monotonic() < deadline, f"waited for {text!r}; the terminal shows {self._format!r}"
+        while text not in self._unread:
+            assert time.monotonic() < deadline, f"waited for {text!r}; the terminal shows {self._unread!r}"
             if select.select([self._screen], [], [], 0.1)[0]:
-                self._format += os.read(self._screen, 4096).decode(errors="replace")
-        self._format = self._format.split(text, 1)[1]
+                self._unread += os.read(self._screen, 4096).decode(errors="replace")
+        self._unread = self._unread.split(text, 1)[1]
 
     def close(self) -> None:
         os.close(self._screen)
@@ -91,9 +91,9 @@ def test_zsh(environment: dict[str, str]) -> None:
 
 
 def test_fish(environment: dict[str, str]) -> None:
-    requested = "; ".join(
+    completions = "; ".join(
         f'complete -C "{line}"' for line in ("dstune eva", "dstune train exper", "dstune train method=lo")
     )
-    command = [needs("fish"), "--no-config", "-c", f"dstune completion fish | source; {requested}"]
+    command = [needs("fish"), "--no-config", "-c", f"dstune completion fish | source; {completions}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert [line.strip() for line in done.stdout.split()] == ["evaluate", "experiment=", "method=lora"], done.stderr

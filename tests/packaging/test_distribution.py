@@ -196,16 +196,16 @@ def declared(requirements: list[str]) -> set[str]:
 
 def test_the_dependencies_are_what_is_imported() -> None:
     imported = imported_distributions()
-    needed = declared(PROJECT["project"]["dependencies"])
+    required = declared(PROJECT["project"]["dependencies"])
     optional = declared([entry for group in PROJECT["project"]["optional-dependencies"].values() for entry in group])
     given = {
         "ipython",
         "llama-cpp",
     }  # by a notebook's kernel; the module of llama-cpp-python, where that is not installed
-    missing = {names: path for names, path in imported.items() if not names & (needed | optional | given)}
+    missing = {names: path for names, path in imported.items() if not names & (required | optional | given)}
     assert not missing, "imported, but not declared in pyproject.toml"
     # transformers reads GGUF files through it.
-    assert needed - frozenset().union(*imported) <= {"gguf"}, "declared in pyproject.toml, but imported nowhere"
+    assert required - frozenset().union(*imported) <= {"gguf"}, "declared in pyproject.toml, but imported nowhere"
 
 
 def test_the_dependencies_are_ranges() -> None:

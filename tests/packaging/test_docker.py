@@ -77,10 +77,10 @@ def test_the_images_are_installed_from_locked_versions_in_the_ranges_of_the_pack
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for text in [*project["dependencies"], *extras["mpi"], *extras["serve"], *extras["api"]]:
-        needed = Requirement(text)
-        if needed.name == "dstune":
+        requirement = Requirement(text)
+        if requirement.name == "dstune":
             continue
-        assert needed.specifier.contains(locked[needed.name.lower().replace("_", "-")]), text
+        assert requirement.specifier.contains(locked[requirement.name.lower().replace("_", "-")]), text
     for file in DOCKER.glob("Dockerfile.*"):
         installed = re.findall(r"pip install ([^&\n]*)", file.read_text())
         assert sum("--require-hashes -r docker/requirements.txt" in words for words in installed) == 1

@@ -38,16 +38,16 @@ def next_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.T
     """The sum of the losses of a micro-batch, and their weight."""
     labels = batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
-    expected = labels[:, 1:].flatten()
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), expected, ignore_index=-100, reduction="sum")
-    return loss, int((expected != -100).sum())
+    targets = labels[:, 1:].flatten()
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    return loss, int((targets != -100).sum())
 
 
 def target_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """That of an encoder-decoder, which makes the decoder's input from the labels by itself."""
-    logits, expected = model(**batch, use_cache=False).logits, batch["labels"].flatten()
-    loss = functional.cross_entropy(logits.flatten(0, 1), expected, ignore_index=-100, reduction="sum")
-    return loss, int((expected != -100).sum())
+    logits, targets = model(**batch, use_cache=False).logits, batch["labels"].flatten()
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    return loss, int((targets != -100).sum())
 
 
 def train_plainly(

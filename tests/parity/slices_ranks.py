@@ -102,20 +102,20 @@ def main() -> None:
     Slices.sum = counted
     for name, (kind, changes, how) in CASES.items():
         _, whole = built(kind, changes, how)
-        loss, norm, needed = gradients(whole)
+        loss, norm, whole_gradients = gradients(whole)
         model, module = built(kind, changes, how)
         slices = Slices(world, size)
         slice_model(module, model, slices)
         summed.clear()
         own_loss, own_norm, own = gradients(module, slices)
         activations = sum(8 * tensor.numel() for tensor in summed if tensor.dim() == 3)
-        assert own.keys() == needed.keys()
+        assert own.keys() == whole_gradients.keys()
         worst = 0.0
         for key, gradient in own.items():
             dim = slices.cuts.get(key)
-            expected = needed[key] if dim is None else needed[key].chunk(size, dim)[slices.part]
+            expected = whole_gradients[key] if dim is None else whole_gradients[key].chunk(size, dim)[slices.part]
             assert expected.shape == gradient.shape, key
-            worst = max(worst, float((gradient - expected).abs().max() / needed[key].abs().max()))
+            worst = max(worst, float((gradient - expected).abs().max() / whole_gradients[key].abs().max()))
         alike = [gradient for key, gradient in own.items() if key not in slices.cuts]
         first = [gradient.clone() for gradient in alike]
         for gradient in first:

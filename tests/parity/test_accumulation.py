@@ -26,12 +26,11 @@ def differences(tmp_path_factory) -> dict[tuple[int, str | None], float]:
     """Relative L2 distance to the reference of all gradients together, by (stage, type of accumulation)."""
     folder = tmp_path_factory.mktemp("accumulation")
     model = str(save_decoder(folder / "model"))
-    needed = [(stage, kind) for stage in STAGES for kind in (None, "bf16")]
-    files = {key: folder / f"stage{key[0]}-{key[1]}.pt" for key in needed}
+    keys = [(stage, kind) for stage in STAGES for kind in (None, "bf16")]
+    files = {key: folder / f"stage{key[0]}-{key[1]}.pt" for key in keys}
     program = Path(__file__).with_name("accumulate_ranks.py")
     cases = [
-        {"model": model, "stage": stage, "accumulate_in": kind, "file": str(files[stage, kind])}
-        for stage, kind in needed
+        {"model": model, "stage": stage, "accumulate_in": kind, "file": str(files[stage, kind])} for stage, kind in keys
     ]
     run_ranks(program, RANKS, cases)
     expected = summed_in_float64(model)

@@ -235,16 +235,16 @@ def test_adapters_whose_matrices_have_several_scales_are_not_served(tmp_path):
         assert (vllm_problems(tmp_path) == []) is served
 
 
-@pytest.mark.parametrize("requested", ["method.dropout=0.1", "method.dora=true"])
-def test_what_experts_cannot_have_is_named(models, requested):
+@pytest.mark.parametrize("override", ["method.dropout=0.1", "method.dora=true"])
+def test_what_experts_cannot_have_is_named(models, override):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"])
-    config = compose([f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", requested]).config
+    config = compose([f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", override]).config
     with pytest.raises(UserError, match="stacked weights") as refused:
         method_of(config.method).apply(model, config)
     (problem,) = refused.value.problems
-    assert f"{problem.where}={problem.value}" == requested and "target_modules" in problem.fix
+    assert f"{problem.where}={problem.value}" == override and "target_modules" in problem.fix
 
 
 @pytest.mark.parametrize(("targets", "bare"), [("all-linear", False), ("q_proj", True)])

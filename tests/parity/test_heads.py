@@ -61,9 +61,9 @@ def answer_loss(model, batch):
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     output = model(**{name: batch[name] for name in inputs if name in batch})
     total = torch.zeros((), dtype=torch.float64)
-    for logits, needed in ((output.start_logits, "start_positions"), (output.end_logits, "end_positions")):
+    for logits, positions in ((output.start_logits, "start_positions"), (output.end_logits, "end_positions")):
         for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-            total = total + functional.cross_entropy(logits[row, :length][None], batch[needed][row][None]) / 2
+            total = total + functional.cross_entropy(logits[row, :length][None], batch[positions][row][None]) / 2
     return total, len(batch["input_ids"])
 
 
@@ -304,8 +304,8 @@ def test_answers_are_learned_and_the_export_gives_them(trained):
 def test_evaluate_gives_slices_and_what_swapped_terms_change(trained, tmp_path, capsys):
     """On two ranks, from the run: the whole as at its end, of which the slices are the parts."""
     (tmp_path / "terms.csv").write_text("from,to\nw3,w4\nw90,w91\n")
-    needed = ["evaluate.slices=[source]", f"evaluate.counterfactual={tmp_path / 'terms.csv'}", "launch.processes=2"]
-    assert evaluate.main([str(trained.folder / "learn-answers"), *needed, "--json"]) == 0
+    options = ["evaluate.slices=[source]", f"evaluate.counterfactual={tmp_path / 'terms.csv'}", "launch.processes=2"]
+    assert evaluate.main([str(trained.folder / "learn-answers"), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     expected = trained.result("learn-answers")["eval_final"]
     assert {name: found["metrics"][name] for name in expected} == pytest.approx(expected, rel=1e-4)

@@ -194,7 +194,7 @@ def assert_the_verb_generates(workshop: Workshop, name: str) -> None:
         inputs = tokenizer(f"w0 {source}", return_tensors="pt", return_token_type_ids=False)
         written = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
         expected.append(tokenizer.decode(written, skip_special_tokens=True).strip())
-    requested = [word for source in sources for word in ("--prompt", source)]
+    prompt_flags = [word for source in sources for word in ("--prompt", source)]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert generate.main([str(workshop.folder / name), *requested, "--max-new-tokens", "8", "--json"]) == 0
+        assert generate.main([str(workshop.folder / name), *prompt_flags, "--max-new-tokens", "8", "--json"]) == 0
     assert [json.loads(line)["answer"] for line in out.getvalue().splitlines()] == expected

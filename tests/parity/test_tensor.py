@@ -111,11 +111,11 @@ def test_clipping_evaluation_lora_and_samples(workshop):  # noqa: F811
             assert two[when]["targets"] == one[when]["targets"]
             assert two[when]["loss"] == pytest.approx(one[when]["loss"], rel=near), name
         assert two["tokens"] == one["tokens"]
-        report = [
+        models = [
             json.loads((workshop.folder / f"{kind}-{name}" / "environment.json").read_text())["model"]
             for kind in ("plain", "shared")
         ]
-        assert report[0]["parameters"] == report[1]["parameters"] and report[0]["trained"] == report[1]["trained"]
+        assert models[0]["parameters"] == models[1]["parameters"] and models[0]["trained"] == models[1]["trained"]
         assert two.get("slices", {}).keys() == one.get("slices", {}).keys()
         for value, metrics in two["slices"]["kind"]["values"].items() if name == "clip-2" else ():
             assert metrics == pytest.approx(one["slices"]["kind"]["values"][value], rel=near), value

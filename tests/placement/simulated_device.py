@@ -163,9 +163,9 @@ def _refuse_mixed(name: str, args: Sequence[Any], simulated: list[Any], plain: l
         positions = {id(index) for index in args[1] if isinstance(index, torch.Tensor)}
         foreign = [tensor for tensor in foreign if id(tensor) not in positions]
     if foreign:
-        report = f"{name} of tensors on {NAME} and on the CPU, at {_caller()}"
-        print(f"MIXED {report}", file=sys.stderr, flush=True)
-        raise MixedDevices(report)
+        problem = f"{name} of tensors on {NAME} and on the CPU, at {_caller()}"
+        print(f"MIXED {problem}", file=sys.stderr, flush=True)
+        raise MixedDevices(problem)
 
 
 ALWAYS_WAITS = {

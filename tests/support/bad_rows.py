@@ -31,7 +31,7 @@ NAMED_TAGS = TokenClassificationConfig(labels=["O", "B-X", "I-X"])
 QUESTIONS = QuestionAnsweringConfig()
 
 
-def output(role: str, content: Any = "Yes", **fields: Any) -> dict[str, Any]:
+def message(role: str, content: Any = "Yes", **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
@@ -40,10 +40,10 @@ def chat(*messages: Any, **columns: Any) -> dict[str, Any]:
 
 
 def called(**call: Any) -> dict[str, Any]:
-    return chat(output("user"), {"role": "assistant", "tool_calls": [call]})
+    return chat(message("user"), {"role": "assistant", "tool_calls": [call]})
 
 
-def requested(answers: Any) -> dict[str, Any]:
+def question(answers: Any) -> dict[str, Any]:
     return {"question": "q", "context": "a b", "answers": answers}
 
 
@@ -57,11 +57,11 @@ def contents(*parts: Any) -> dict[str, Any]:
 
 GEMINI = contents(part("user", text="Hi"), part("model", text="Yes"))
 XLAM = {"query": "Hi", "tools": "[]", "answers": '[{"name": "f", "arguments": {}}]'}
-USER, ANSWER, OTHER = output("user"), output("assistant"), output("user", "No")
+USER, ANSWER, OTHER = message("user"), message("assistant"), message("user", "No")
 OPENAI = {
     "input": {"messages": [USER]},
     "preferred_output": [ANSWER],
-    "non_preferred_output": [output("assistant", "No")],
+    "non_preferred_output": [message("assistant", "No")],
 }
 CALL = {"function": {"name": "f", "arguments": {}}}
 REFUSING = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('it is bad') }}{% endif %}"
@@ -118,7 +118,7 @@ ROWS: list[Case] = [
         [{"prompt": "a", "completion": "b"}, {"prompt": 1, "completion": "b"}],
     ),
     ("text holds half of a surrogate pair (…), which is no character", TEXT, '{"text": "\\ud83d"}'),
-    ("a value is not JSON: …", CHAT, pa.Table.from_pylist([chat(output("user", at=b"1"), ANSWER)] * 2)),
+    ("a value is not JSON: …", CHAT, pa.Table.from_pylist([chat(message("user", at=b"1"), ANSWER)] * 2)),
     ("column … is text but not JSON: … at character …", CHAT, {"messages": "[{"}),
     ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
     (
@@ -127,23 +127,23 @@ ROWS: list[Case] = [
         {"messages": {"role": ["user", "assistant"], "content": ["Hi"]}},
     ),
     ("message … must be an object with role and content", CHAT, chat("Hi")),
-    ("message … has the unknown role …; roles are …", CHAT, chat(USER, output("robot"))),
+    ("message … has the unknown role …; roles are …", CHAT, chat(USER, message("robot"))),
     ("chat_template_kwargs must be an object, it is …", CHAT, chat(USER, ANSWER, chat_template_kwargs=[1])),
     (
         "chat_template_kwargs is text but not JSON: … at character …",
         CHAT,
         chat(USER, ANSWER, chat_template_kwargs="{x"),
     ),
-    ("message … has the role … after …, where … is expected", CHAT, chat(USER, output("tool"))),
+    ("message … has the role … after …, where … is expected", CHAT, chat(USER, message("tool"))),
     (
         "a block of type 'tool_result' follows one of another type, where results come first",
         CHAT,
-        chat(output("user", [{"type": "text", "text": "Hi"}, {"type": "tool_result", "content": "a"}]), ANSWER),
+        chat(message("user", [{"type": "text", "text": "Hi"}, {"type": "tool_result", "content": "a"}]), ANSWER),
     ),
     (
         "the content of a block of type 'tool_result' must be text, it is …",
         CHAT,
-        chat(output("user", [{"type": "tool_result", "content": 7}]), ANSWER),
+        chat(message("user", [{"type": "tool_result", "content": 7}]), ANSWER),
     ),
     ("column … must be a list of contents that is not empty", CHAT, [GEMINI, {"contents": []}]),
     ("content … must be an object with role and parts", CHAT, [GEMINI, {"contents": ["Hi"]}]),
@@ -180,66 +180,66 @@ ROWS: list[Case] = [
         CHAT,
         chat(USER, USER, ANSWER),
     ),
-    ("message … has the role … at the start, where … is expected", CHAT, chat(output("tool"), ANSWER)),
-    ("message … (…): content must be text, it is …", CHAT, chat(output("user", 3), ANSWER)),
+    ("message … has the role … at the start, where … is expected", CHAT, chat(message("tool"), ANSWER)),
+    ("message … (…): content must be text, it is …", CHAT, chat(message("user", 3), ANSWER)),
     (
         "message … (…) has a part of type …; only text is trained on",
         CHAT,
-        chat(output("user", [{"type": "file", "file": {"file_id": "x"}}]), ANSWER),
+        chat(message("user", [{"type": "file", "file": {"file_id": "x"}}]), ANSWER),
     ),
     (
         "message … (…) holds …; no task reads audio or video",
         CHAT,
-        chat(output("user", [{"type": "audio_url", "audio_url": {"url": "x"}}]), ANSWER),
+        chat(message("user", [{"type": "audio_url", "audio_url": {"url": "x"}}]), ANSWER),
     ),
     (
         "message … (…) holds an image; models see images and write none",
         CHAT,
-        chat(USER, output("assistant", [{"type": "image_url", "image_url": {"url": "x"}}])),
+        chat(USER, message("assistant", [{"type": "image_url", "image_url": {"url": "x"}}])),
     ),
     (
         "message … (…) has a part of type …, which only the assistant has",
         CHAT,
-        chat(output("user", [{"type": "reasoning", "value": "Hm."}]), ANSWER),
+        chat(message("user", [{"type": "reasoning", "value": "Hm."}]), ANSWER),
     ),
     (
         "message … (…): templates write reasoning, then text, then calls, and its parts come in another order",
         CHAT,
-        chat(USER, output("assistant", [{"type": "text", "value": "Yes"}, {"type": "reasoning", "value": "Hm."}])),
+        chat(USER, message("assistant", [{"type": "text", "value": "Yes"}, {"type": "reasoning", "value": "Hm."}])),
     ),
     (
         "the parts of a content put together write the control token …",
         CHAT,
-        chat(output("user", [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]), ANSWER),
+        chat(message("user", [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]), ANSWER),
     ),
     (
         "message … (…) has reasoning in its content and as …",
         CHAT,
-        chat(USER, output("assistant", [{"type": "reasoning", "value": "Hm."}], reasoning="Well.")),
+        chat(USER, message("assistant", [{"type": "reasoning", "value": "Hm."}], reasoning="Well.")),
     ),
     (
         "message … (…) has calls in its content and as tool_calls",
         CHAT,
-        chat(USER, output("assistant", [{"type": "tool_call", "value": '{"name": "f"}'}], tool_calls=[CALL])),
+        chat(USER, message("assistant", [{"type": "tool_call", "value": '{"name": "f"}'}], tool_calls=[CALL])),
     ),
     (
         "message … (…) has a content and a value that say different things",
         CHAT,
-        chat(USER, output("assistant", "Yes", value="No")),
+        chat(USER, message("assistant", "Yes", value="No")),
     ),
-    ("message … (…) has a content and a refusal", CHAT, chat(USER, output("assistant", "Yes", refusal="No"))),
+    ("message … (…) has a content and a refusal", CHAT, chat(USER, message("assistant", "Yes", refusal="No"))),
     ("… holds …; no task reads audio or video", CHAT, chat(USER, ANSWER, audios=["a.mp3"])),
     (
         "the marker … stands for media in …; the row has no images",
         CHAT,
-        chat(output("user", "<image>Who is it?"), ANSWER),
+        chat(message("user", "<image>Who is it?"), ANSWER),
     ),
-    ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, output("assistant", weight=0.5))),
-    ("message … (…) has different weights: …", CHAT, chat(USER, output("assistant", weight=0, loss_weight=1))),
+    ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, message("assistant", weight=0.5))),
+    ("message … (…) has different weights: …", CHAT, chat(USER, message("assistant", weight=0, loss_weight=1))),
     (
         "message … calls a tool in the turn of the message before it, and has another …",
         CHAT,
-        chat(USER, output("assistant", weight=0), {"role": "tool_call", "content": '{"name": "f"}'}),
+        chat(USER, message("assistant", weight=0), {"role": "tool_call", "content": '{"name": "f"}'}),
     ),
     (
         (
@@ -247,12 +247,12 @@ ROWS: list[Case] = [
             "task.train_on_prompt=true trains the whole conversation"
         ),
         CHAT,
-        chat(output("user", loss_weight=1.0), ANSWER),
+        chat(message("user", loss_weight=1.0), ANSWER),
     ),
     (
         "message … (assistant) has a … and a … that say different things",
         CHAT,
-        chat(USER, output("assistant", "Yes", reasoning="a", reasoning_content="b")),
+        chat(USER, message("assistant", "Yes", reasoning="a", reasoning_content="b")),
     ),
     (
         "continue_final_message: an answer that is begun is not trained; give the message as a whole",
@@ -267,25 +267,25 @@ ROWS: list[Case] = [
     (
         "message … has the key …; what is not to be trained is marked with weight: 0",
         CHAT,
-        chat(USER, output("assistant", train=False)),
+        chat(USER, message("assistant", train=False)),
     ),
     (
         "message … (…) is a prefix that the answer continues (continue_final_message); give the message as a whole",
         CHAT,
-        chat(USER, output("assistant", prefix=True)),
+        chat(USER, message("assistant", prefix=True)),
     ),
     ("no trainable token: the conversation has no assistant message", CHAT, chat(USER)),
-    ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, output("assistant", weight=0))),
+    ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, message("assistant", weight=0))),
     (
         "message … (…) is empty; weight: 0 keeps it in the conversation, untrained",
         CHAT,
-        chat(USER, ANSWER, USER, output("assistant", " ")),
+        chat(USER, ANSWER, USER, message("assistant", " ")),
     ),
-    ("message … (…): … must be text, it is …", CHAT, chat(USER, output("assistant", reasoning_content=["Hm."]))),
+    ("message … (…): … must be text, it is …", CHAT, chat(USER, message("assistant", reasoning_content=["Hm."]))),
     (
         "message … (…) calls a tool, which only the assistant does",
         CHAT,
-        chat(output("user", tool_calls=[CALL]), ANSWER),
+        chat(message("user", tool_calls=[CALL]), ANSWER),
     ),
     (
         "message … (…) has tool_calls and function_call; give its calls as tool_calls",
@@ -293,7 +293,7 @@ ROWS: list[Case] = [
         chat(USER, {"role": "assistant", "tool_calls": [CALL], "function_call": CALL["function"]}),
     ),
     ("message …: tool_calls must be a list, it is …", CHAT, chat(USER, {"role": "assistant", "tool_calls": {"a": 1}})),
-    ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, output("assistant", tool_calls="[{"))),
+    ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, message("assistant", tool_calls="[{"))),
     ("message …: a tool call needs the name of a function, it is …", CHAT, called(function={"arguments": {}})),
     (
         "message …: arguments of … are not JSON: … at character …",
@@ -327,7 +327,7 @@ ROWS: list[Case] = [
         CHAT,
         [
             {"conversations": GOOD["messages"], "system": "s"},
-            {"conversations": [output("system"), USER, ANSWER], "system": "s"},
+            {"conversations": [message("system"), USER, ANSWER], "system": "s"},
         ],
     ),
     (
@@ -383,7 +383,7 @@ ROWS: list[Case] = [
     (
         "the column 'prompt' says what chosen and rejected, which are whole conversations, do not",
         PAIRS,
-        {"prompt": "Another question", "chosen": [USER, ANSWER], "rejected": [USER, output("assistant", "No")]},
+        {"prompt": "Another question", "chosen": [USER, ANSWER], "rejected": [USER, message("assistant", "No")]},
     ),
     (
         "the last message is judged, so it has to be the assistant's answer to an earlier message",
@@ -441,13 +441,13 @@ ROWS: list[Case] = [
         {"tokens": ["a"], "tags": ["I-X"]},
     ),
     ("… column…, …", TAGS, {"rows.conll": "\nalone\n"}),
-    ("answers must be an object or a list, they are …", QUESTIONS, requested(7)),
-    ("answers need as many answer_start as text", QUESTIONS, requested({"text": ["a"], "answer_start": []})),
-    ("an answer must have a text, it is …", QUESTIONS, requested([{"text": "", "answer_start": 0}])),
-    ("answer_start of answer … must be a number, it is …", QUESTIONS, requested([{"text": "a", "answer_start": "0"}])),
-    ("answer … is not at character … of its context (…)", QUESTIONS, requested([{"text": "a", "answer_start": 1}])),
-    ("there is no answer; task.no_answer=true trains on questions without one", QUESTIONS, requested([])),
-    ("the chat template refuses this conversation: …", CHAT, chat(output("user", "bad"), ANSWER)),
+    ("answers must be an object or a list, they are …", QUESTIONS, question(7)),
+    ("answers need as many answer_start as text", QUESTIONS, question({"text": ["a"], "answer_start": []})),
+    ("an answer must have a text, it is …", QUESTIONS, question([{"text": "", "answer_start": 0}])),
+    ("answer_start of answer … must be a number, it is …", QUESTIONS, question([{"text": "a", "answer_start": "0"}])),
+    ("answer … is not at character … of its context (…)", QUESTIONS, question([{"text": "a", "answer_start": 1}])),
+    ("there is no answer; task.no_answer=true trains on questions without one", QUESTIONS, question([])),
+    ("the chat template refuses this conversation: …", CHAT, chat(message("user", "bad"), ANSWER)),
     (
         (
             "message … (assistant): the chat template writes another text for this turn than a server would prompt with: "
@@ -459,7 +459,7 @@ ROWS: list[Case] = [
     (
         "message … (assistant): the chat template does not print its …, so it would not be trained…",
         CHAT,
-        chat(USER, output("assistant", "No, and no again")),
+        chat(USER, message("assistant", "No, and no again")),
     ),
     (
         "the chat template does not print …, which this row has; set model.chat_template to one that does…",
@@ -477,12 +477,12 @@ ROWS: list[Case] = [
     (
         "the chat template rewrites turns of weight 0, so task.train_on_prompt cannot leave them out",
         ChatConfig(template_date="2025-03-09", train_on_prompt=True),
-        chat(USER, {**output("assistant", "No, and no again"), "weight": 0}, USER, ANSWER),
+        chat(USER, {**message("assistant", "No, and no again"), "weight": 0}, USER, ANSWER),
     ),
     (
         "the chat template rewrites earlier turns of the answer, which cannot be compared then",
         PAIRS,
-        {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [output("assistant", "No")]},
+        {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [message("assistant", "No")]},
     ),
     ("no trainable token", CHAT, [GOOD]),
 ]

@@ -99,8 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([_entry(path, folder) for path in inner])
         elif kind == "paths-info":
             text = body.decode()
-            requested = json.loads(text)["paths"] if text.startswith("{") else _form(text)
-            self._json([_entry(folder / path, folder) for path in requested if (folder / path).exists()])
+            paths = json.loads(text)["paths"] if text.startswith("{") else _form(text)
+            self._json([_entry(folder / path, folder) for path in paths if (folder / path).exists()])
         else:
             self._error(404, "EntryNotFound")
 
@@ -116,8 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = file.read_bytes()
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         status = 200
-        if expected := self.headers.get("Range"):
-            first, _, last = expected.removeprefix("bytes=").partition("-")
+        if byte_range := self.headers.get("Range"):
+            first, _, last = byte_range.removeprefix("bytes=").partition("-")
             start, end = int(first or 0), min(int(last or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             content, status = content[start : end + 1], 206

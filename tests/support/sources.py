@@ -30,12 +30,12 @@ def pairs(count: int = 24) -> list[tuple[str, str]]:
 
 
 CHATS: Rows = [
-    {"messages": [{"role": "user", "content": requested}, {"role": "assistant", "content": message}]}
-    for requested, message in pairs()
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in pairs()
 ]
-TEXTS: Rows = [{"text": f"{requested} {message}"} for requested, message in pairs()]
+TEXTS: Rows = [{"text": f"{question} {answer}"} for question, answer in pairs()]
 LABELLED: Rows = [
-    {"text": requested, "label": "even" if number % 2 else "odd"} for number, (requested, _) in enumerate(pairs())
+    {"text": question, "label": "even" if number % 2 else "odd"} for number, (question, _) in enumerate(pairs())
 ]
 
 
@@ -165,15 +165,15 @@ def chat_formats(folder: Path) -> dict[str, tuple[str, list[str]]]:
             for row in CHATS
         ],
         "sharegpt": [
-            {"conversations": [{"from": "human", "value": requested}, {"from": "gpt", "value": message}]}
-            for requested, message in pairs()
+            {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+            for question, answer in pairs()
         ],
         "sharegpt with role and content": [{"conversations": row["messages"]} for row in CHATS],
-        "alpaca": [{"instruction": requested, "input": "", "output": message} for requested, message in pairs()],
-        "prompt and completion": [{"prompt": requested, "completion": message} for requested, message in pairs()],
-        "prompt and response": [{"prompt": requested, "response": message} for requested, message in pairs()],
+        "alpaca": [{"instruction": question, "input": "", "output": answer} for question, answer in pairs()],
+        "prompt and completion": [{"prompt": question, "completion": answer} for question, answer in pairs()],
+        "prompt and response": [{"prompt": question, "response": answer} for question, answer in pairs()],
         "lists of messages": [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in CHATS],
-        "columns of the file": [{"question": requested, "reply": message} for requested, message in pairs()],
+        "columns of the file": [{"question": question, "reply": answer} for question, answer in pairs()],
     }
     overrides = {"columns of the file": ["data.columns={prompt: question, completion: reply}"]}
     return {

@@ -11,8 +11,8 @@ warm = "warm" if "torch" in sys.modules else "cold"
 if sys.argv[1] == "inherit":
     ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     limit = resource.getrlimit(resource.RLIMIT_CORE)
-    output = type(sys.stdout.buffer).__name__
-    print(os.sched_getaffinity(0), os.umask(0), ignored, output, limit, tempfile.gettempdir(), warm, sep="|")
+    stdout_class = type(sys.stdout.buffer).__name__
+    print(os.sched_getaffinity(0), os.umask(0), ignored, stdout_class, limit, tempfile.gettempdir(), warm, sep="|")
     sys.exit()
 print(os.getppid(), os.getcwd(), os.environ["DSTUNE_SIGN"], os.getpid(), warm, sep="|", flush=True)
 if sys.argv[1] == "wait":

@@ -40,11 +40,11 @@ def row(text: str, start: int | None = None, **more) -> dict:
 
 def test_the_files_of_squad(tmp_path):
     """Version 1 nested, version 2 with questions without an answer, and flat rows give the same."""
-    requested = [
+    questions = [
         {"id": "a", "question": "where", "answers": [{"text": "mat", "answer_start": 19}] * 2},
         {"id": "b", "question": "why", "answers": [], "is_impossible": True, "plausible_answers": [{}]},
     ]
-    nested = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": requested}]}]}
+    nested = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": questions}]}]}
     path = tmp_path / "train.json"
     path.write_text(json.dumps(nested, indent=1))
     flat = [row("mat", id="a"), {"question": "why", "context": CONTEXT, "answers": {"text": [], "answer_start": []}}]

@@ -116,10 +116,10 @@ def as_with_masks(folder, loss_of) -> None:
         loss = loss_of(model, apart)
         loss.backward()
         found.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
-    (expected, of_masks), (loss, gradients) = found
+    (expected, masked_gradients), (loss, gradients) = found
     torch.testing.assert_close(loss, expected)
     for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, of_masks[key], atol=2e-5, rtol=1e-4, msg=key)
+        torch.testing.assert_close(gradient, masked_gradients[key], atol=2e-5, rtol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", ["packed", "padded"])
@@ -164,15 +164,15 @@ def test_models_with_an_attention_of_their_own_keep_it(tmp_path):
     assert SamplesApart.of(config, model) is None
 
 
-def set_up_rank(model, rows, max_length=64):
-    """What is told of the proof before a run, and the head that comes out of it."""
+def verified(model, rows, max_length=64):
+    """Verify the rows as before a run; return the messages of that, and the head."""
     head = task_of(ChatConfig()).head(model, rows)
     engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
     world = SimpleNamespace(gather=lambda value: [value], any=bool)
     config = compose(["model=smollm2", "data=chitchat", f"data.max_length={max_length}"]).config
-    report: list[str] = []
-    verify_rows(config, engine, head, rows, model.config, world, report.append)
-    return report, head
+    messages: list[str] = []
+    verify_rows(config, engine, head, rows, model.config, world, messages.append)
+    return messages, head
 
 
 def crossing(inputs):
@@ -224,12 +224,12 @@ def test_another_attention_than_the_models_own_is_given_up_before_the_run(tmp_pa
     rows = SamplesApart(model)
     if name is not None:
         monkeypatch.setattr(attention, name, fault)
-    report, head = set_up_rank(model, rows)
+    messages, head = verified(model, rows)
     if name is None:
-        assert report == [] and head.rows is rows
+        assert messages == [] and head.rows is rows
         return
     assert head.rows is None and model.config._attn_implementation == "sdpa"
-    assert len(report) == 1 and report[0].startswith("model.attention=auto: sdpa, since samples")
+    assert len(messages) == 1 and messages[0].startswith("model.attention=auto: sdpa, since samples")
 
 
 def test_a_model_that_does_not_declare_its_attention_ends_the_run(tmp_path):
@@ -240,7 +240,7 @@ def test_a_model_that_does_not_declare_its_attention_ends_the_run(tmp_path):
             *given, **{key: value for key, value in more.items() if key != SPANS_KEYWORD}
         )
     with pytest.raises(UserError, match=r"(?s)do not tell LlamaAttention where samples begin.*model.attention=sdpa"):
-        set_up_rank(model, SamplesApart(model))
+        verified(model, SamplesApart(model))
 
 
 def test_what_changes_scores_is_not_left_out(tmp_path):

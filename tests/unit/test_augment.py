@@ -87,11 +87,11 @@ def test_copies_stand_behind_the_training_rows_and_held_out_rows_stay(tmp_path):
     assert texts_of(data)[:count] == texts_of(plain) and len(data.train.lengths) == 3 * count
     assert texts_of(data, "validation") == texts_of(plain, "validation")
     assert len(set(texts_of(data))) == 3 * count, "each is another one"
-    reported = data.report["train"]["augment"]
-    assert reported["copies"] == 2 * count and reported["changed"]["swap"]["rows"] == 2 * count
+    report = data.report["train"]["augment"]
+    assert report["copies"] == 2 * count and report["changed"]["swap"]["rows"] == 2 * count
     words = sum(len(text.split()) - 2 for text in texts_of(data)[count:])  # without [CLS] and [SEP]
-    assert 2 * 8 * count - words == reported["changed"]["delete"]["words"] > 0
-    assert " -> " in reported["examples"][0]["text"] and reported["examples"][0]["place"].startswith(
+    assert 2 * 8 * count - words == report["changed"]["delete"]["words"] > 0
+    assert " -> " in report["examples"][0]["text"] and report["examples"][0]["place"].startswith(
         f"{tmp_path}/rows.jsonl:"
     )
     assert "augment" not in plain.report["train"] and "augment" not in data.report["validation"]
@@ -118,12 +118,12 @@ def test_a_copy_that_equals_a_held_out_row_is_left_out(tmp_path):
     for part_name in ("validation", "test"):
         data = replace(config.data, **{part_name: str(held)}, split=SplitConfig(validation=0.0))
         found = prepared(replace(config, data=data), wordpiece(), tmp_path / "cache")
-        reported = found.report["train"]["augment"]
-        assert reported["left_out"] == {
+        report = found.report["train"]["augment"]
+        assert report["left_out"] == {
             "held_out": 1,
             "repeated": 1,
         }  # ee ff has no synonym: its copy is the row itself
-        assert reported["copies"] == 1 and len(found.train.lengths) == 4
+        assert report["copies"] == 1 and len(found.train.lengths) == 4
     broken = write_jsonl(tmp_path / "broken.jsonl", [{"word": "aa"}])
     config = run(tmp_path / "rows.jsonl", copies=1, synonyms=str(broken))
     (problem,) = refusal_of(config, wordpiece(), tmp_path)
@@ -146,15 +146,15 @@ def test_models_rewrite_there_and_back_and_decoders_are_prompted(tmp_path):
         tmp_path / "rows.jsonl", [{"text": f"w{n} w{n + 1} w{n + 2}", "label": f"w{n % 2}"} for n in range(12)]
     )
     there, back = (save_t5(tmp_path / name, seed=seed) for seed, name in enumerate(("there", "back")))
-    requested = save_decoder(tmp_path / "decoder")
+    decoder = save_decoder(tmp_path / "decoder")
     found = []
-    for models, more in (([there, back], {}), ([there, back], {"seed": 1}), ([requested], {"prompt": "w9 {text}"})):
+    for models, more in (([there, back], {}), ([there, back], {"seed": 1}), ([decoder], {"prompt": "w9 {text}"})):
         settings = {"models": list(map(str, models)), "max_new_tokens": 6, **more}
         data = prepared(run(path, copies=1, **settings), wordpiece(), tmp_path / "cache")
-        reported = data.report["train"]["augment"]
-        made = [example["text"].partition(" -> ")[2] for example in reported["examples"]]
-        assert reported["changed"]["models"]["rows"] > 0 and reported["copies"] == len(data.train.lengths) - 8
-        assert reported["copies"] + sum(reported.get("left_out", {}).values()) == 8 and made
+        report = data.report["train"]["augment"]
+        made = [example["text"].partition(" -> ")[2] for example in report["examples"]]
+        assert report["changed"]["models"]["rows"] > 0 and report["copies"] == len(data.train.lengths) - 8
+        assert report["copies"] + sum(report.get("left_out", {}).values()) == 8 and made
         found.append(made)
     assert found[0] != found[1] and found[2] not in found[:2]
     again = prepared(
@@ -181,7 +181,7 @@ def test_what_is_refused(tmp_path):
 
 def test_the_report_shows_it():
     augment = {"copies": 9, "changed": {"swap": {"rows": 9, "words": 31}, "models": {"rows": 4, "words": 0}}}
-    formatted = part("train", {"rows": 20, "augment": augment | {"left_out": {"held_out": 2}}}, {})
-    facts = {label: (value, remark) for label, value, remark in formatted.facts}
+    train_part = part("train", {"rows": 20, "augment": augment | {"left_out": {"held_out": 2}}}, {})
+    facts = {label: (value, remark) for label, value, remark in train_part.facts}
     assert facts["copies among them"] == ("9", "swap 31 words, models 4 rows")
     assert facts["copies left out, held out"][0] == "2"

@@ -120,8 +120,8 @@ def test_the_hub_is_queried_where_it_is_reachable(shelf, capsys, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
 
-    def list_models(self, **requested):
-        assert (requested["search"], requested["sort"]) == ("tiny", "downloads")
+    def list_models(self, **keywords):
+        assert (keywords["search"], keywords["sort"]) == ("tiny", "downloads")
         card = SimpleNamespace(to_dict=lambda: {"license": "llama3"})
         return [SimpleNamespace(id="them/tiny", card_data=card, gated="manual")]
 
@@ -138,7 +138,7 @@ def test_the_hub_is_queried_where_it_is_reachable(shelf, capsys, monkeypatch):
     assert (found["licence"], found["gated"], found["here"], found["origin"]) == ("llama3", True, False, "hub")
     assert found["parameters"] == PARAMETERS
 
-    def unreachable(self, **requested):
+    def unreachable(self, **keywords):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_models", unreachable)

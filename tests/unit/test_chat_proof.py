@@ -187,14 +187,14 @@ def test_an_exported_template_has_the_arguments_built_in(tmp_path, rows, expecte
     assert served.arguments == expected
     plain = byte_tokenizer(with_arguments(SWITCHED, served.arguments))
     messages = rows[0]["messages"]
-    requested = messages[: [message["role"] for message in messages].index("assistant")]
-    context = plain.apply_chat_template(requested, add_generation_prompt=True, return_dict=False)
+    prompt = messages[: [message["role"] for message in messages].index("assistant")]
+    context = plain.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     begins = [
         next(at for at, label in enumerate(sample["labels"]) if label != NO_TARGET) for sample in data.train.table
     ]
     assert context in [sample["input_ids"][:at] for sample, at in zip(data.train.table, begins, strict=True)]
-    report = plain.apply_chat_template(requested, add_generation_prompt=True, tokenize=False, enable_thinking=True)
-    assert report.endswith("assistant\n")
+    text = plain.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, enable_thinking=True)
+    assert text.endswith("assistant\n")
     assert ("<think></think>" in plain.decode(context)) is (expected["enable_thinking"] is False)
 
 

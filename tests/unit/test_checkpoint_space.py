@@ -13,10 +13,10 @@ from dstune.core.errors import UserError
 
 
 def check(folder, size: int, *, force: bool) -> list[str]:
-    message: list[str] = []
+    messages: list[str] = []
     engine, world = SimpleNamespace(checkpoint_bytes=lambda: size), SimpleNamespace(broadcast=lambda value: value)
-    Checkpoints(run_config(run=RunSection(force=force)), folder, engine, world, {}, message.append).check_space()
-    return message
+    Checkpoints(run_config(run=RunSection(force=force)), folder, engine, world, {}, messages.append).check_space()
+    return messages
 
 
 def test_no_room_is_refused_and_the_fix_works(tmp_path):

@@ -115,8 +115,8 @@ def test_texts_without_control_tokens_get_the_tokens_they_always_had(tokenizer):
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = sample(tokenizer, {"messages": PLAIN}, CHAT).input_ids.tolist()
     if "assistant: " in tokenizer.chat_template:  # the prompt ends inside a token of the whole
-        requested = ChatRenderer(tokenizer, "2025-03-09").prompt_ids(PLAIN[:-1])
-        assert found[: len(requested)] == requested
+        prompt_ids_before_answer = ChatRenderer(tokenizer, "2025-03-09").prompt_ids(PLAIN[:-1])
+        assert found[: len(prompt_ids_before_answer)] == prompt_ids_before_answer
         assert tokenizer.decode(found).split() == tokenizer.decode(expected).split()
     else:
         assert found == expected

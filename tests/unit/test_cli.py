@@ -57,11 +57,11 @@ def dstune_process(*arguments, **options):
 
 def test_help_names_every_verb_and_imports_nothing_heavy(capsys):
     assert cli.main(["--help"]) == 0
-    formatted = capsys.readouterr().out
+    help_text = capsys.readouterr().out
     for name, verb in cli.VERBS.classes().items():
-        assert f"  {name:<12} {verb.summary}\n" in formatted
+        assert f"  {name:<12} {verb.summary}\n" in help_text
     assert cli.main([]) == 0
-    assert capsys.readouterr().out == formatted
+    assert capsys.readouterr().out == help_text
     code = (
         "import sys, dstune.cli as c; c.main(['--help']); sys.exit(bool({'yaml', 'psutil', 'hydra'} & {*sys.modules}))"
     )
@@ -84,7 +84,7 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "report"),
+    ("arguments", "message"),
     [
         (["trian"], "did you mean `dstune train`?"),
         (["zzz"], "the verbs are train, "),
@@ -104,29 +104,29 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
         (["status", "none" * 1000], "cannot be used: File name too long"),
     ],
 )
-def test_mistakes_exit_2_with_a_message_and_no_traceback(arguments, report, capsys):
+def test_mistakes_exit_2_with_a_message_and_no_traceback(arguments, message, capsys):
     assert cli.main(arguments) == 2
-    formatted = capsys.readouterr()
-    assert report in formatted.err
-    assert formatted.err.startswith("dstune: ")
-    assert "Traceback" not in formatted.err
-    assert formatted.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("dstune: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
 
 
 def test_several_problems_are_listed_together(capsys):
     assert cli.main(["train", "trainer.max_step=3", "model.pth=x"]) == 2
-    formatted = capsys.readouterr().err
-    assert formatted.startswith("dstune: 2 problems\n  trainer.max_step=3: ")
-    assert "\n      fix: did you mean trainer.max_steps=3?\n  model.pth=x: " in formatted
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("dstune: 2 problems\n  trainer.max_step=3: ")
+    assert "\n      fix: did you mean trainer.max_steps=3?\n  model.pth=x: " in stderr
 
 
 def test_errors_as_json(capsys):
     assert cli.main(["train", "trainer.max_step=3", "--json"]) == 2
-    formatted = capsys.readouterr()
-    error = json.loads(formatted.out)["error"]
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)["error"]
     assert (error["type"], error["exit_code"]) == ("UserError", 2)
     assert error["problems"][0]["where"] == "trainer.max_step"
-    assert formatted.err == ""
+    assert captured.err == ""
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_train_writes_run_yaml_and_ends_with_the_summary(launched, capsys):
     assert written.config == config
     assert written.overrides == ["experiment=quickstart", "trainer.max_steps=3", "run.name=mine"]
     assert config.trainer.max_steps == 3
-    formatted = capsys.readouterr()
-    assert "held-out loss  1.5000" in formatted.out
-    assert f"run {run_dir} starts" in formatted.err
+    captured = capsys.readouterr()
+    assert "held-out loss  1.5000" in captured.out
+    assert f"run {run_dir} starts" in captured.err
 
 
 def test_train_as_json_prints_the_result_alone(launched, capsys):
@@ -213,9 +213,9 @@ def test_cfg_shows_instead_of_training(launched, capsys):
     assert cli.main(["train", "run.dir=r", "trainer.max_steps=3"]) == 0
     capsys.readouterr()
     assert cli.main(["train", "r", "--cfg", "job", "trainer.max_steps=8"]) == 0
-    formatted = capsys.readouterr().out
-    assert "max_steps: 8" in formatted
-    assert "dir: r" in formatted
+    printed = capsys.readouterr().out
+    assert "max_steps: 8" in printed
+    assert "dir: r" in printed
     assert len(launched.calls) == 1
 
 

@@ -28,7 +28,7 @@ from dstune.core.errors import UserError
 VERBS = {name: verb().words for name, verb in cli.VERBS.classes().items()}
 
 
-def format_value(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert show(hydra_flags(argv), VERBS) == 0
     return capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def test_all_wrong_flags_at_once():
 
 
 def test_cfg_job(capsys: pytest.CaptureFixture[str]):
-    config = yaml.safe_load(format_value(capsys, "--cfg", "job", "trainer.max_steps=3"))
+    config = yaml.safe_load(printed(capsys, "--cfg", "job", "trainer.max_steps=3"))
     assert config["run"]["name"] == "quickstart"
     assert config["trainer"]["max_steps"] == 3
     assert "hydra" not in config and "experiment" not in config
@@ -112,29 +112,29 @@ def test_cfg_has_the_values_of_a_deepspeed_file(capsys: pytest.CaptureFixture[st
     }
     path.write_text(json.dumps(content))
     argv = ("--cfg", "job", "data=chitchat", "zero=file", f"zero.path={path}", "trainer.epochs=${trainer.seed}")
-    config = yaml.safe_load(format_value(capsys, *argv))
+    config = yaml.safe_load(printed(capsys, *argv))
     run = to_dict(compose(argv[2:]).config)
     assert config["trainer"].pop("epochs") == "${trainer.seed}"
     del run["trainer"]["epochs"], run["task"], config["task"]  # today's date
     assert {key: value for key, value in config.items() if key in run} == run
     # What only the machine of the run has in its environment leaves the rest to be looked at.
-    unset = format_value(capsys, *argv, "trainer.seed=${oc.env:DSTUNE_TEST_UNSET}", "-p", "trainer")
+    unset = printed(capsys, *argv, "trainer.seed=${oc.env:DSTUNE_TEST_UNSET}", "-p", "trainer")
     assert "seed: ${oc.env:DSTUNE_TEST_UNSET}" in unset
     path.write_text("{")
     assert refused(*argv).problems[0].where == f"{path}:1"
-    assert "hydra:" in format_value(capsys, "--cfg", "hydra", *argv[2:])
+    assert "hydra:" in printed(capsys, "--cfg", "hydra", *argv[2:])
 
 
 def test_cfg_hydra_and_all(capsys: pytest.CaptureFixture[str]):
-    assert list(yaml.safe_load(format_value(capsys, "--cfg", "hydra"))) == ["hydra"]
-    assert {"hydra", "model"} <= set(yaml.safe_load(format_value(capsys, "--cfg", "all")))
+    assert list(yaml.safe_load(printed(capsys, "--cfg", "hydra"))) == ["hydra"]
+    assert {"hydra", "model"} <= set(yaml.safe_load(printed(capsys, "--cfg", "all")))
 
 
 def test_package(capsys: pytest.CaptureFixture[str]):
-    out = format_value(capsys, "--cfg", "job", "--package", "trainer")
+    out = printed(capsys, "--cfg", "job", "--package", "trainer")
     assert out.startswith("# @package trainer\n")
     assert "max_steps" in yaml.safe_load(out)
-    assert format_value(capsys, "--cfg", "job", "-p", "trainer.epochs") == "1\n"
+    assert printed(capsys, "--cfg", "job", "-p", "trainer.epochs") == "1\n"
     assert "trainer" in refused("--cfg", "job", "-p", "trainr").problems[0].fix
 
 
@@ -143,8 +143,8 @@ def test_references_are_shown_as_written_unless_resolved(
 ):
     monkeypatch.setenv("SECRET_NAME", "hunter2")
     argv = ("--cfg", "job", "run.name=${oc.env:SECRET_NAME}")
-    assert "hunter2" not in format_value(capsys, *argv)
-    assert "name: hunter2" in format_value(capsys, *argv, "--resolve")
+    assert "hunter2" not in printed(capsys, *argv)
+    assert "name: hunter2" in printed(capsys, *argv, "--resolve")
 
 
 def test_wrong_overrides_are_explained_for_every_flag():
@@ -159,7 +159,7 @@ def test_info(capfd: pytest.CaptureFixture[str]):
 
 
 def test_hydra_help(capsys: pytest.CaptureFixture[str]):
-    out = format_value(capsys, "--hydra-help")
+    out = printed(capsys, "--hydra-help")
     assert "== Flags ==" in out
     assert "dstune -sc install=bash" in out
 
@@ -174,7 +174,7 @@ def my_groups(tmp_path: Path) -> list[str]:
 def test_help_of_all_has_groups_keys_and_flags_but_not_the_schema(
     capsys: pytest.CaptureFixture[str], my_groups: list[str]
 ):
-    out = format_value(capsys, "--help", "all", *my_groups)
+    out = printed(capsys, "--help", "all", *my_groups)
     assert "importance, lora, mine, oft" in out
     assert not re.search(r"(?m)^ *schema\b|\bschema/", out)  # the group, which members come from
     for key in all_keys():
@@ -185,7 +185,7 @@ def test_help_of_all_has_groups_keys_and_flags_but_not_the_schema(
 
 
 def test_help_is_an_index_of_a_page(capsys: pytest.CaptureFixture[str], my_groups: list[str]):
-    out = format_value(capsys, "--help", *my_groups)
+    out = printed(capsys, "--help", *my_groups)
     assert len(out.splitlines()) <= 75
     for section in (*sections(), "experiment"):
         assert f"\n  {section} " in out
@@ -213,7 +213,7 @@ def test_help_is_an_index_of_a_page(capsys: pytest.CaptureFixture[str], my_group
 def test_help_of_a_group_a_choice_and_a_key(
     capsys: pytest.CaptureFixture[str], my_groups: list[str], name: str, texts: list[str]
 ):
-    out = " ".join(format_value(capsys, "--help", name, *my_groups).split())
+    out = " ".join(printed(capsys, "--help", name, *my_groups).split())
     for text in texts:
         assert " ".join(text.split()) in out
     assert "method.share" not in out or name == "method"
@@ -339,13 +339,13 @@ def test_completion_knows_groups_of_a_config_dir(tmp_path: Path):
 @pytest.mark.parametrize(("shell", "separator"), [("bash", " "), ("zsh", "\n"), ("fish", "\n")])
 def test_query(shell: str, separator: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COMP_LINE", "dstune train model")
-    assert format_value(capsys, "--shell-completion", f"query={shell}") == f"model.{separator}model=\n"
+    assert printed(capsys, "--shell-completion", f"query={shell}") == f"model.{separator}model=\n"
 
 
 def test_uninstall_and_wrong_requests(capsys: pytest.CaptureFixture[str]):
-    assert "unset hydra_bash_completion" in format_value(capsys, "-sc", "uninstall=bash")
-    assert "compdef -d dstune" in format_value(capsys, "-sc", "uninstall=zsh")
-    assert "complete -c dstune" in format_value(capsys, "-sc", "install=fish")
+    assert "unset hydra_bash_completion" in printed(capsys, "-sc", "uninstall=bash")
+    assert "compdef -d dstune" in printed(capsys, "-sc", "uninstall=zsh")
+    assert "complete -c dstune" in printed(capsys, "-sc", "install=fish")
     assert "bash, fish, zsh" in refused("-sc", "install=csh").problems[0].reason
     assert "install=" in refused("-sc").problems[0].reason
 

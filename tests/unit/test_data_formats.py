@@ -166,9 +166,9 @@ def targets(encode, messages):
 def test_messages_of_weight_0_are_rendered_and_not_trained(template):
     tokenizer = byte_tokenizer(template)
     encode = RowTokenizer(tokenizer, ChatConfig(), "messages", 1000)
-    reply = tokenizer.decode(targets(encode, TALK))
-    assert reply.startswith("Two") and reply.endswith("<|im_end|>")
-    assert "No one" not in reply
+    trained_text = tokenizer.decode(targets(encode, TALK))
+    assert trained_text.startswith("Two") and trained_text.endswith("<|im_end|>")
+    assert "No one" not in trained_text
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in TALK]
     (weighted,), (whole,) = (encode.samples([{"messages": rows}], [0]) for rows in (TALK, plain))
     assert weighted.input_ids.tolist() == whole.input_ids.tolist()
@@ -184,9 +184,9 @@ def test_no_template_sees_the_weight():
 def test_weight_0_stays_out_where_prompts_are_trained_too():
     tokenizer = byte_tokenizer()
     encode = RowTokenizer(tokenizer, ChatConfig(train_on_prompt=True), "messages", 1000)
-    reply = tokenizer.decode(targets(encode, TALK))
-    assert "No one" not in reply
-    assert "user\nHi<|im_end|>" in reply and "Two<|im_end|>" in reply
+    trained_text = tokenizer.decode(targets(encode, TALK))
+    assert "No one" not in trained_text
+    assert "user\nHi<|im_end|>" in trained_text and "Two<|im_end|>" in trained_text
 
 
 def test_weights_reach_the_samples_of_a_run(tmp_path):

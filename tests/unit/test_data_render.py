@@ -256,8 +256,8 @@ def test_qwen3_looks_at_how_a_user_message_starts():
 
 def test_llama3_tool_call_ends_with_a_token_of_its_own():
     tokenizer = byte_tokenizer(LLAMA3, eos="<|eot_id|>", bos="<|begin_of_text|>")
-    requested = {"role": "assistant", "tool_calls": call("weather", {"city": "Paris"})}
-    messages = [user("Weather?"), requested, tool('say "sunny"\n'), assistant("It is sunny.")]
+    tool_call = {"role": "assistant", "tool_calls": call("weather", {"city": "Paris"})}
+    messages = [user("Weather?"), tool_call, tool('say "sunny"\n'), assistant("It is sunny.")]
     assert trained(tokenizer, messages) == [
         '{"name": "weather", "parameters": {"city": "Paris"}}<|eom_id|>',
         "It is sunny.<|eot_id|>",
@@ -293,9 +293,9 @@ def test_a_template_that_ends_turns_with_a_line_break():
     assert trained(tokenizer, TWO_TURNS) == ["Hello\n", "I am fine, thanks.\n"]
     for sample in encoded(tokenizer, TWO_TURNS):
         first = np.flatnonzero(sample.labels != NO_TARGET)[0]
-        requested = tokenizer.decode(sample.input_ids[:first])
-        assert requested.endswith("assistant: ")
-        assert sample.input_ids[:first].tolist() == tokenizer(requested, add_special_tokens=False)["input_ids"]
+        context = tokenizer.decode(sample.input_ids[:first])
+        assert context.endswith("assistant: ")
+        assert sample.input_ids[:first].tolist() == tokenizer(context, add_special_tokens=False)["input_ids"]
 
 
 def test_a_template_whose_turns_have_no_end_is_refused():

@@ -282,8 +282,8 @@ def test_conversations_that_are_refused(row, reason):
 def test_messages_as_json_text_and_keys_without_a_value():
     row = {"messages": json.dumps(exchange("a", "b")["messages"])}
     assert normalise(row, "messages", {}) == exchange("a", "b")
-    requested = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "x": None}}]}
-    row = {"messages": [{"role": "user", "content": "a", "name": None}, requested], "tools": None}
+    tool_call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "x": None}}]}
+    row = {"messages": [{"role": "user", "content": "a", "name": None}, tool_call], "tools": None}
     assert normalise(row, "messages", {}) == {
         "messages": [
             {"role": "user", "content": "a"},

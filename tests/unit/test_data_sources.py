@@ -148,7 +148,7 @@ def test_numbers_with_names_become_their_names(tmp_path):
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def format_value(spec, root, **options):
+def file_names(spec, root, **options):
     return [str(file).removeprefix(f"{root}/") for file in expand(str(spec), "data.train", **options)]
 
 
@@ -157,16 +157,16 @@ def test_folders_are_distinguished_as_datasets_does(tmp_path):
     for name in ("b.jsonl", "a.csv.gz", "deep/c.parquet", "README.md", "notes.txt", ".hidden.jsonl", "model.bin"):
         (plain / name).parent.mkdir(parents=True, exist_ok=True)
         (plain / name).write_text("x")
-    assert format_value(plain, plain) == ["a.csv.gz", "b.jsonl", "deep/c.parquet"]
-    assert format_value(plain, plain, split="validation") == ["a.csv.gz", "b.jsonl", "deep/c.parquet"]
+    assert file_names(plain, plain) == ["a.csv.gz", "b.jsonl", "deep/c.parquet"]
+    assert file_names(plain, plain, split="validation") == ["a.csv.gz", "b.jsonl", "deep/c.parquet"]
     named = tmp_path / "named"
     for name in ("train-1.jsonl", "train-2.jsonl", "dev.jsonl"):
         (named / name).parent.mkdir(parents=True, exist_ok=True)
         (named / name).write_text("x")
-    assert format_value(named, named) == ["train-1.jsonl", "train-2.jsonl"]
-    assert format_value(named, named, split="validation") == format_value(f"{named}:validation", named) == ["dev.jsonl"]
+    assert file_names(named, named) == ["train-1.jsonl", "train-2.jsonl"]
+    assert file_names(named, named, split="validation") == file_names(f"{named}:validation", named) == ["dev.jsonl"]
     with pytest.raises(UserError, match=r"there is no split 'test'; the splits are .*by the names of the files"):
-        format_value(f"{named}:test", named)
+        file_names(f"{named}:test", named)
 
 
 def test_parts_take_their_own_split(tmp_path):
@@ -261,7 +261,7 @@ def test_without_a_revision_the_data_set_prepared_last_is_taken(cache):
 
 def test_archives_and_endings_decide_how_a_file_is_read(tmp_path):
     found = chat_sources(tmp_path)
-    assert format_value(found["zip"], tmp_path) == ["rows.zip!rows/a.jsonl", "rows.zip!rows/b.jsonl.gz"]
+    assert file_names(found["zip"], tmp_path) == ["rows.zip!rows/a.jsonl", "rows.zip!rows/b.jsonl.gz"]
     content = json.dumps(CHATS[0]).encode()
     for name in ("one.jsonl", "one.txt"):
         (tmp_path / name).write_bytes(content)

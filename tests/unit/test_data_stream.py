@@ -254,11 +254,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(
-    "report", [name if "new" in name else pytest.param(name, marks=pytest.mark.ci) for name in CHANGES]
+    "change", [name if "new" in name else pytest.param(name, marks=pytest.mark.ci) for name in CHANGES]
 )
-def test_files_that_change_during_training_are_named(tmp_path, opened, report):
+def test_files_that_change_during_training_are_named(tmp_path, opened, change):
     data_loader = StreamingLoader(streaming(tmp_path), opened(streaming(tmp_path)), None)
-    CHANGES[report](tmp_path)
+    CHANGES[change](tmp_path)
 
     def train() -> None:
         for step in range(30):
@@ -268,7 +268,7 @@ def test_files_that_change_during_training_are_named(tmp_path, opened, report):
     with pytest.raises(UserError, match="changed while the run trains") as raised:
         train()
     assert [problem.where for problem in raised.value.problems] == ["data.train"]
-    assert f"({report})" in str(raised.value)
+    assert f"({change})" in str(raised.value)
 
 
 def test_files_that_change_while_a_block_is_read_are_named(tmp_path):

@@ -24,7 +24,7 @@ def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400
 
 
 @pytest.mark.parametrize(
-    ("found", "status", "report"),
+    ("found", "status", "detail"),
     [
         (figures(), PASS, "bus bandwidth 400.00 GB/s"),
         (figures(bandwidth=359), WARN, "the link of a NVIDIA H100 80GB HBM3 has 450 GB/s"),
@@ -38,10 +38,10 @@ def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400
         (figures(ranks=1), PASS, "nothing to measure"),
     ],
 )
-def test_the_measured_bandwidth_is_compared_with_the_link(found, status, report):
+def test_the_measured_bandwidth_is_compared_with_the_link(found, status, detail):
     check = doctor.judge(found)
     assert check.status == status
-    assert report in check.detail
+    assert detail in check.detail
     assert bool(check.fix) == (status == WARN)
 
 
@@ -49,11 +49,11 @@ def test_a_failed_check_is_the_exit_code_and_has_its_fix(capsys, monkeypatch):
     found = [Check("a", PASS, "fine"), Check("b", FAIL, "broken", "repair it"), Check("c", WARN, "slow", "faster")]
     monkeypatch.setattr(doctor, "_checks", lambda *_: iter(found))
     assert doctor.main([]) == 1
-    formatted = capsys.readouterr().out
-    assert "FAIL  b" in formatted and "fix: repair it" in formatted and "3 checks: 1 failed, 1 warning" in formatted
+    printed = capsys.readouterr().out
+    assert "FAIL  b" in printed and "fix: repair it" in printed and "3 checks: 1 failed, 1 warning" in printed
     assert doctor.main(["--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report == {"ok": False, "checks": [vars(check) for check in found]}
+    result = json.loads(capsys.readouterr().out)
+    assert result == {"ok": False, "checks": [vars(check) for check in found]}
     found[1] = Check("b", SKIP, "absent")
     assert doctor.main([]) == 0
 
@@ -139,13 +139,13 @@ def test_who_waited_for_whom(tmp_path):
     """The last words of the watchdogs of a launch, joined."""
     (tmp_path / "logs").mkdir()
     words = "dstune: rank {} made no progress for 3 s (trainer.stall_seconds) in step 7: it {}; the stacks of its threads:\n"
-    message = {
+    states = {
         0: "waits in the collective all_gather",
         2: "waits in the collective all_gather",
         3: "is in read (files.py:7)",
     }
-    for rank, what in message.items():
-        (tmp_path / "logs" / f"rank-{rank}.log").write_text("earlier\n" + words.format(rank, what) + "File x\n")
+    for rank, state in states.items():
+        (tmp_path / "logs" / f"rank-{rank}.log").write_text("earlier\n" + words.format(rank, state) + "File x\n")
     (tmp_path / "logs" / "rank-1.log").write_text(words.format(1, "waits in the collective barrier"))
     starts = {
         0: 0,

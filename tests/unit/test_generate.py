@@ -146,10 +146,10 @@ def test_a_conversation_is_remembered(decoder, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
-    requested = []
+    conversations = []
 
     def stream(writer, request, show, interrupted):
-        requested.append(request.messages)
+        conversations.append(request.messages)
         return Answer("said", 1, "end")
 
     monkeypatch.setattr(sys, "stdin", Terminal())
@@ -157,7 +157,7 @@ def test_a_conversation_is_remembered(decoder, monkeypatch):
     monkeypatch.setattr(Writer, "stream", stream)
     assert generate.main([str(decoder)]) == 0
     user = [{"role": "user", "content": content} for content in ("w1", "w2")]
-    assert requested == [[user[0]], [user[0], {"role": "assistant", "content": "said"}, user[1]], [user[1]]]
+    assert conversations == [[user[0]], [user[0], {"role": "assistant", "content": "said"}, user[1]], [user[1]]]
 
 
 def test_a_batch_answers_as_one_by_one(decoder, tmp_path, capsys):
@@ -286,15 +286,15 @@ def test_a_conversation_changes_its_adapter(decoder, adapters, monkeypatch, caps
 
 def test_ctrl_c_ends_the_answer_and_not_the_program(decoder, monkeypatch, capsys):
     typed = iter(["w1", "w2", "/exit"])
-    requested = []
+    conversations = []
     real = Writer.stream
 
     def stream(writer, request, show, interrupted):
-        requested.append(request.messages)
+        conversations.append(request.messages)
 
         def interrupt(piece: str) -> None:
             show(piece)
-            if len(requested) == 1 and not interrupted():
+            if len(conversations) == 1 and not interrupted():
                 signal.raise_signal(signal.SIGINT)
 
         return real(writer, request, interrupt, interrupted)
@@ -305,7 +305,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(decoder, monkeypatch, capsys
     before = signal.getsignal(signal.SIGINT)
     assert generate.main([str(decoder), "--max-new-tokens", "40"]) == 0
     assert signal.getsignal(signal.SIGINT) is before
-    kept = requested[1][1]["content"]
+    kept = conversations[1][1]["content"]
     assert 1 <= len(kept.split()) < len(expected(decoder, "w1", count=40).split()), (
         "what was written stays in the history"
     )

@@ -76,10 +76,10 @@ def test_an_export_of_another_checkpoint_is_not_what_was_requested(decoder, tmp_
     assert export_command.main([str(run_dir), "--checkpoint", "3"]) == 0  # after step 5 was saved
     last = export.export_checkpoint(run_dir, newer, tmp_path / "last")
     capsys.readouterr()
-    requested = ["--prompt", "w5", "--max-new-tokens", 8]
-    (row,) = answers(capsys, run_dir, *requested)
+    flags = ["--prompt", "w5", "--max-new-tokens", 8]
+    (row,) = answers(capsys, run_dir, *flags)
     assert row["answer"] == expected(last, "w5") != expected(run_dir / "export", "w5")
-    (row,) = answers(capsys, run_dir, *requested, "--checkpoint", 3)
+    (row,) = answers(capsys, run_dir, *flags, "--checkpoint", 3)
     assert row["answer"] == expected(run_dir / "export", "w5")
     scratch = tmp_path / "scratch"
     assert export.existing_or_new_export(run_dir, scratch, which="3") == run_dir / "export"

@@ -28,10 +28,10 @@ def test_keys_are_in_the_order_of_the_scores():
     assert (keys[1:] >= keys[:-1]).all() and keys[5] > keys[4] > keys[2]
 
 
-@pytest.mark.parametrize(("expected", "taken"), [(0, 0), (1, 1), (2, 1), (3, 3), (5, 5), (9, 6)])
-def test_threshold_takes_equal_scores_together(expected, taken):
+@pytest.mark.parametrize(("count", "taken"), [(0, 0), (1, 1), (2, 1), (3, 3), (5, 5), (9, 6)])
+def test_threshold_takes_equal_scores_together(count, taken):
     keys = sortable(torch.tensor([0.5, 0.25, 0.25, -1.0, -2.0, -3.0]))
-    lowest = threshold(lambda key: int((keys >= key).sum()), expected)
+    lowest = threshold(lambda key: int((keys >= key).sum()), count)
     assert int((keys >= lowest).sum()) == taken
 
 

@@ -11,7 +11,7 @@ from dstune.trainer import memory
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def mallopt_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     calls: list[tuple[int, int]] = []
     libc = SimpleNamespace(mallopt=lambda option, value: calls.append((option, value)), malloc_trim=lambda pad: 1)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
@@ -21,26 +21,26 @@ def report(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return calls
 
 
-def test_freed_tensors_up_to_32_mib_are_kept(report: list[tuple[int, int]]) -> None:
+def test_freed_tensors_up_to_32_mib_are_kept(mallopt_calls: list[tuple[int, int]]) -> None:
     memory.keep_freed()
-    assert report == [(-1, 2**31 - 1), (-3, 32 * 2**20)]  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    assert mallopt_calls == [(-1, 2**31 - 1), (-3, 32 * 2**20)]  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")]
 )
 def test_what_the_user_has_set_stays(
-    report: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    mallopt_calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
     memory.keep_freed()
-    assert [option for option, _ in report] == [-1]
+    assert [option for option, _ in mallopt_calls] == [-1]
 
 
-def test_on_a_gpu_nothing_is_changed(report: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_nothing_is_changed(mallopt_calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.accelerator, "present", lambda: True)
     memory.keep_freed()
-    assert report == []
+    assert mallopt_calls == []
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,10 +154,10 @@ def test_more_processes_than_gpus_is_refused():
 
 
 def test_far_more_processes_than_cores_are_refused_unless_forced():
-    requested = LocalConfig(processes=17)
+    launch = LocalConfig(processes=17)
     with pytest.raises(UserError, match=r"launch.processes=17: this machine has 2 core\(s\) and no GPU"):
-        number_of_ranks(run_config(launch=requested), Machine(gpus=0, cores=2))
-    forced = run_config(launch=requested)
+        number_of_ranks(run_config(launch=launch), Machine(gpus=0, cores=2))
+    forced = run_config(launch=launch)
     forced = replace(forced, run=replace(forced.run, force=True))
     assert number_of_ranks(forced, Machine(gpus=0, cores=2)) == 17
 

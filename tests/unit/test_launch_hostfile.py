@@ -34,7 +34,7 @@ def test_slots_are_those_that_deepspeed_takes(file, include, exclude):
 
 
 @pytest.mark.parametrize(
-    ("text", "report"),
+    ("text", "message"),
     [
         ("node1\n", "hosts:1=node1: this is not `HOST slots=N`"),
         ("node1 slots=2\nnode1 slots=2\n", "hosts:2=node1: this host stands here twice"),
@@ -42,11 +42,11 @@ def test_slots_are_those_that_deepspeed_takes(file, include, exclude):
         ("# nothing\n", "there is no host in it"),
     ],
 )
-def test_bad_lines(tmp_path, text, report):
+def test_bad_lines(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError) as caught:
         hostfile.read(str(tmp_path / "hosts"))
-    assert report in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_all_wrong_lines_at_once(tmp_path):
@@ -58,7 +58,7 @@ def test_all_wrong_lines_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("include", "exclude", "report"),
+    ("include", "exclude", "message"),
     [
         ("node4", None, "launch.include=node4: the hostfile has no such host"),
         ("node2:2", None, "launch.include=node2:2: node2 has 2 slots"),
@@ -66,7 +66,7 @@ def test_all_wrong_lines_at_once(tmp_path):
         ("node1:a", None, "this is not HOST or HOST:SLOT,SLOT"),
     ],
 )
-def test_bad_choices(file, include, exclude, report):
+def test_bad_choices(file, include, exclude, message):
     with pytest.raises(UserError) as caught:
         hostfile.chosen(hostfile.read(str(file)), include, exclude)
-    assert report in str(caught.value)
+    assert message in str(caught.value)

@@ -130,8 +130,8 @@ def test_status_reports_the_last_step(run, launcher, capsys):
     rows = [{"step": 4, "loss": 2.5}, {"step": 5, "loss": 2.25}, {"step": 5, "eval/loss": 3.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
     assert manage.status([str(run), "--json"]) == 0
-    formatted = json.loads(capsys.readouterr().out)
-    assert (formatted["state"], formatted["step"], formatted["loss"], formatted["pid"]) == (
+    status = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["step"], status["loss"], status["pid"]) == (
         "running",
         5,
         2.25,
@@ -203,9 +203,9 @@ def test_checkpoints_are_listed_verified_and_pruned(run, capsys):
     ]
     (run / "checkpoints" / store.tag(4) / "weights").write_text("54321")  # same size, other bytes
     assert manage.checkpoints([str(run), "--verify"]) == 1
-    formatted = capsys.readouterr().out
-    assert "damaged: weights" in formatted
-    assert "torn, not usable" in formatted
+    printed = capsys.readouterr().out
+    assert "damaged: weights" in printed
+    assert "torn, not usable" in printed
     assert manage.checkpoints([str(run), "--prune", "1"]) == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [store.tag(2), store.tag(6)]
     with pytest.raises(UserError, match="at least one"):

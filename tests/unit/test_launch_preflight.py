@@ -208,15 +208,15 @@ def test_a_branch_becomes_a_commit_and_only_what_is_needed_is_downloaded(hub):
         "README.md",
         "modeling_x.py",
     ]
-    report = []
-    resolved = resolve_model(ModelConfig(path="owner/name", revision="main"), report.append)
+    messages = []
+    resolved = resolve_model(ModelConfig(path="owner/name", revision="main"), messages.append)
     assert resolved.revision == COMMIT
     assert hub.requested == [("owner/name", "main")]
     assert hub.requests == [
         (COMMIT, ["chat_template.jinja", "config.json", "tokenizer.json"], False),
         (COMMIT, ["model.safetensors"], False),
     ]
-    assert "owner/name at commit 0123456789ab" in report[0]
+    assert "owner/name at commit 0123456789ab" in messages[0]
 
 
 def test_shards_and_remote_code_are_downloaded(hub):
@@ -271,9 +271,9 @@ def test_refusals_of_the_hub_name_the_page(hub, error, key, reason, fix):
 @pytest.mark.parametrize("error", [http(errors.HfHubHTTPError, 503), ConnectionError("refused"), TimeoutError()])
 def test_without_a_connection_the_cache_serves_or_exit_2(hub, error):
     hub.info = error
-    report = []
-    assert resolve_model(ModelConfig(path="owner/name"), report.append).revision == COMMIT
-    assert "cannot be reached; using owner/name as cached" in report[0]
+    messages = []
+    assert resolve_model(ModelConfig(path="owner/name"), messages.append).revision == COMMIT
+    assert "cannot be reached; using owner/name as cached" in messages[0]
     hub.cached = False
     message = refusal("owner/name")
     assert "the hub cannot be reached" in message
@@ -333,10 +333,10 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
     written(rows, {"prompt": "a", "completion": "b"})
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(samples, "resolve", lambda uri, fetch=True: fetched.append(uri) or rows)
-    report = []
+    messages = []
     model, data = ModelConfig(path="sample://smollm2"), DataConfig(train="sample://chitchat")
     config = run_config(model=model, data=data)
-    resolved = resolve_run(config, report.append)
+    resolved = resolve_run(config, messages.append)
     split = resolved.data.split
     assert isinstance(split.validation, float), "the share of held-out rows is chosen here"
     assert resolved == replace(config, zero=resolved.zero, data=replace(config.data, split=split))
@@ -345,7 +345,7 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
         "sample://chitchat",
         "sample://chitchat",
     ]  # the second time for its first row
-    assert "fetching sample://smollm2 (93 MB)" in report
+    assert "fetching sample://smollm2 (93 MB)" in messages
     with pytest.raises(UserError, match=r"model.path=sample://chitchat: this sample is no model"):
         resolve_run(run_config(model=ModelConfig(path="sample://chitchat"), data=data))
 

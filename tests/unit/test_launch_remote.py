@@ -70,8 +70,8 @@ def test_a_task_survives_its_way_over_ssh():
 
 def test_no_command_line_shows_a_secret():
     plan = mpirun(export_env=["MY_TOKEN"])
-    formatted = "\n".join([*plan.argv, *plan.env.values()])
-    assert not [secret for secret in ("hf-secret", "wandb-secret", "my-secret") if secret in formatted]
+    visible = "\n".join([*plan.argv, *plan.env.values()])
+    assert not [secret for secret in ("hf-secret", "wandb-secret", "my-secret") if secret in visible]
     assert plan.handoff["all"]["MY_TOKEN"] == "my-secret"
     assert plan.handoff["first"]["WANDB_API_KEY"] == "wandb-secret"
     assert "HF_TOKEN" not in json.dumps(plan.handoff)
@@ -154,7 +154,7 @@ def test_handoff_files_reach_the_ranks_that_need_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "message", "reason"),
+    ("code", "stderr", "reason"),
     [
         (255, "ssh: Could not resolve hostname n9: Name or service not known", "no machine has this name"),
         (255, "me@n1: Permission denied (publickey).", "it refuses the key"),
@@ -164,9 +164,9 @@ def test_handoff_files_reach_the_ranks_that_need_it(tmp_path, monkeypatch):
         (127, "env: '/opt/python': No such file or directory", f"it has no {sys.executable}"),
     ],
 )
-def test_what_ssh_says_in_words_of_the_user(code, message, reason):
-    report, fix = hosts.explain("n1", code, message)
-    assert reason in report
+def test_what_ssh_says_in_words_of_the_user(code, stderr, reason):
+    explanation, fix = hosts.explain("n1", code, stderr)
+    assert reason in explanation
     assert fix
 
 

@@ -21,14 +21,14 @@ NOW = datetime(2026, 3, 4, 5, 6, 7)
 
 def composed(*, overrides=(), max_steps=None, lr=None, **run):
     """What the command line says, and 10 steps at 2e-5 where it does not."""
-    message = [f"{key}={value}" for key, value in (("trainer.max_steps", max_steps), ("optimizer.lr", lr)) if value]
+    given = [f"{key}={value}" for key, value in (("trainer.max_steps", max_steps), ("optimizer.lr", lr)) if value]
     return Composed(
         run_config(
             run=schema.RunSection(**run),
             trainer=schema.TrainerConfig(max_steps=max_steps or 10),
             optimizer=AdamWConfig(lr=lr or 2e-5),
         ),
-        [*message, *overrides],
+        [*given, *overrides],
     )
 
 

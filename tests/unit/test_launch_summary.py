@@ -36,8 +36,8 @@ def test_a_finished_run(tmp_path):
         {"step": 14, "prompt": "Hi", "reference": "Hello!", "answer": "Hey there"},
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    formatted = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
-    assert formatted == {
+    value_by_title = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
+    assert value_by_title == {
         "held-out loss": "3.4000 -> 2.9000",
         "perplexity": "29.9600 -> 18.1700",
         "best": "loss 2.9000 at step 14",
@@ -75,10 +75,10 @@ def test_the_metrics_are_those_of_the_exported_weights(tmp_path):
         {"step": 14, "eval/loss": 2.9},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    formatted = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
-    assert formatted["held-out loss"] == "3.4000 -> 2.7500"
-    assert formatted["weights"] == "of step 10, the best; the run ended at step 14"
-    assert "best" not in formatted and "seconds" not in formatted
+    value_by_title = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
+    assert value_by_title["held-out loss"] == "3.4000 -> 2.7500"
+    assert value_by_title["weights"] == "of step 10, the best; the run ended at step 14"
+    assert "best" not in value_by_title and "seconds" not in value_by_title
 
 
 def test_a_gap_that_is_not_finite_costs_no_other_line(tmp_path):
@@ -91,12 +91,12 @@ def test_long_texts_are_wrapped_and_cut(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"status": "stopped", "reason": "no gain", "steps": 1}))
     row = {"step": 3, "prompt": "first " + "word " * 400 + "last", "reference": "", "answer": ""}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    formatted = summary(tmp_path)
-    assert max(map(len, formatted.splitlines())) <= 120
-    assert "word last" in formatted  # the end of a prompt is what is answered
-    assert "first" not in formatted
-    assert "(nothing)" in formatted
-    assert "no gain" in formatted
+    text = summary(tmp_path)
+    assert max(map(len, text.splitlines())) <= 120
+    assert "word last" in text  # the end of a prompt is what is answered
+    assert "first" not in text
+    assert "(nothing)" in text
+    assert "no gain" in text
 
 
 def test_files_that_are_missing_or_incomplete(tmp_path):

@@ -252,8 +252,8 @@ def test_terms_are_swapped_both_ways(tmp_path):
     assert swaps.text("He gave HIS the theme to her, in New York.") == "She gave HER the theme to his, in Lagos."
     assert swaps.names({"text": "He saw Lagos", "label": "he"}) == ["he -> she", "lagos -> new york"]
     assert swaps.row({"text": "nothing"}) is None
-    requested = {"question": "who?", "context": "so he and she", "answers": [{"text": "she", "start": 10}]}
-    assert swaps.row(requested)["answers"] == [{"text": "he", "start": 11}]
+    row = {"question": "who?", "context": "so he and she", "answers": [{"text": "she", "start": 10}]}
+    assert swaps.row(row)["answers"] == [{"text": "he", "start": 11}]
     table = write_jsonl(tmp_path / "terms.jsonl", [{"from": "he", "to": "she"}, {"from": "x"}])
     with pytest.raises(UserError, match=r"terms.jsonl:2"):
         Swaps.read(str(table))

@@ -224,8 +224,8 @@ def test_trained_prompts_and_their_encoders_are_those_of_peft(method: AdapterCon
     import peft
 
     model = on_meta("llama", DECODER, LANGUAGE_MODEL)
-    needed = peft.get_peft_config({"num_virtual_tokens": 5, "task_type": "CAUSAL_LM", **settings})
-    adapted = peft.get_peft_model(model, needed)
+    peft_config = peft.get_peft_config({"num_virtual_tokens": 5, "task_type": "CAUSAL_LM", **settings})
+    adapted = peft.get_peft_model(model, peft_config)
     expected = {
         name.replace(".default", ""): tuple(parameter.shape)
         for name, parameter in adapted.named_parameters()

@@ -494,7 +494,7 @@ def test_a_metric_of_a_task_that_may_be_better_either_way():
 # ---- rows to be predicted ----
 
 
-def requested(row: dict, *settings: str) -> dict:
+def query_row(row: dict, *settings: str) -> dict:
     config = compose(["task=classification", "plugins=[./star_rating.py]", *settings]).config
     return task_of(config.task).question(("1", "2"), config.data).query(row, "row 1").row
 
@@ -502,12 +502,12 @@ def requested(row: dict, *settings: str) -> dict:
 @pytest.mark.parametrize("settings", [[], ["data.format=star_rating"]])
 def test_rows_in_a_plugins_format_are_predicted_as_they_were_trained(settings):
     shutil.copy(ROOT / "examples" / "plugins" / "star_rating.py", ".")
-    assert requested({"title": "Good", "body": "It works."}, *settings)["text"] == "Good\nIt works."
-    assert requested({"title": "Good", "body": "It works.", "stars": "what is here is not read"}, *settings)["text"]
-    assert requested({"review": "Bad"}, "data.columns={body: review}", *settings)["text"] == "Bad"
-    assert requested({"text": "a bare text"}, *settings)["text"] == "a bare text"
+    assert query_row({"title": "Good", "body": "It works."}, *settings)["text"] == "Good\nIt works."
+    assert query_row({"title": "Good", "body": "It works.", "stars": "what is here is not read"}, *settings)["text"]
+    assert query_row({"review": "Bad"}, "data.columns={body: review}", *settings)["text"] == "Bad"
+    assert query_row({"text": "a bare text"}, *settings)["text"] == "a bare text"
     with pytest.raises(RowError, match="missing column"):
-        requested({"title": "Good", "stars": 4}, *settings)
+        query_row({"title": "Good", "stars": 4}, *settings)
 
 
 def test_answers_that_are_no_roles():

@@ -56,11 +56,11 @@ def test_a_rank_started_process_unpickles_what_a_plugin_defines(folder):
     (folder / "pickled").write_bytes(pickle.dumps(config))
     program = "import pickle; print(pickle.load(open('pickled', 'rb')).update_momentum)"
     lookup = "from dstune.protocols import OPTIMIZERS; print('signum' in OPTIMIZERS)"
-    for text, formatted in ((program, "0.9\n"), (lookup, "True\n")):
+    for code, stdout in ((program, "0.9\n"), (lookup, "True\n")):
         done = subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
-        assert done.stdout == formatted, done.stderr
+        assert done.stdout == stdout, done.stderr
     compose(["data=chitchat"])
     assert plugins.VARIABLE not in os.environ  # another run's ranks must not inherit it
 

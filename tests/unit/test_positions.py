@@ -75,25 +75,25 @@ def test_computed_positions_have_no_end():
 
 
 def test_rows_of_a_run_are_cut_to_them_and_that_is_reported(tmp_path):
-    message: list[str] = []
+    messages: list[str] = []
     encoder, decoder = save_encoder(tmp_path / "encoder"), save_decoder(tmp_path / "decoder")
     config = compose([f"model.path={encoder}", "task=classification", "data.train=x"]).config
-    assert within_positions(config, message.append).data.max_length == 128
-    assert message == ["rows are cut to 128 tokens, not data.max_length=1024: the model has no more positions"]
+    assert within_positions(config, messages.append).data.max_length == 128
+    assert messages == ["rows are cut to 128 tokens, not data.max_length=1024: the model has no more positions"]
     config = compose([f"model.path={encoder}", "task=classification", "data.train=x", "data.max_length=64"]).config
-    assert within_positions(config, message.append) is config
+    assert within_positions(config, messages.append) is config
     config = compose([f"model.path={encoder}", "task=classification", "data.train=x", "method=prompt"]).config
-    assert within_positions(config, message.append).data.max_length == 128 - config.method.virtual_tokens
+    assert within_positions(config, messages.append).data.max_length == 128 - config.method.virtual_tokens
     config = compose([f"model.path={decoder}", "task=causal_lm", "data.train=x", "data.max_length=4096"]).config
-    assert within_positions(config, message.append) is config
+    assert within_positions(config, messages.append) is config
 
 
 def test_the_same_command_continues_a_run_whose_rows_were_cut(tmp_path):
     encoder = save_encoder(tmp_path / "encoder")
-    requested = compose([f"model.path={encoder}", "task=classification", "data.train=x"]).config
-    begun = within_positions(requested, lambda text: None)
-    assert truncate_as_before(begun, requested) == begun
+    uncut = compose([f"model.path={encoder}", "task=classification", "data.train=x"]).config
+    begun = within_positions(uncut, lambda text: None)
+    assert truncate_as_before(begun, uncut) == begun
     shorter = compose([f"model.path={encoder}", "task=classification", "data.train=x", "data.max_length=64"]).config
-    assert truncate_as_before(shorter, requested) is requested, (
+    assert truncate_as_before(shorter, uncut) is uncut, (
         "that run chose its length, and another one would change its course"
     )

@@ -49,10 +49,10 @@ def test_texts_stay_texts_and_mix_with_messages():
 
 
 def test_silence_may_be_rejected_and_not_chosen():
-    silent, message = [user("a"), assistant("")], [user("a"), assistant("b")]
-    assert pair(chosen=message, rejected=silent)["rejected"] == [assistant("")]
+    without_answer, with_answer = [user("a"), assistant("")], [user("a"), assistant("b")]
+    assert pair(chosen=with_answer, rejected=without_answer)["rejected"] == [assistant("")]
     with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
-        pair(chosen=silent, rejected=message)
+        pair(chosen=without_answer, rejected=with_answer)
     judged = {"prompt": [user("a")], "completion": [assistant("")], "label": False}
     assert normalise(judged, "feedback", {})["desirable"] is False
     with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):

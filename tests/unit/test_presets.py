@@ -172,11 +172,11 @@ def test_encoder_decoders_are_refused_with_the_task_they_need(tmp_path, kind):
 
     (T5Config if kind == "t5" else BartConfig)(d_model=16).save_pretrained(tmp_path)
     model = ModelConfig(path=str(tmp_path))
-    report = [str(problem) for problem in description_problems(tmp_path, model, run_config(model=model))]
-    assert any(f"{kind} is an encoder-decoder" in text and "task=seq2seq" in text for text in report)
+    problems = [str(problem) for problem in description_problems(tmp_path, model, run_config(model=model))]
+    assert any(f"{kind} is an encoder-decoder" in text and "task=seq2seq" in text for text in problems)
     packed = run_config(model=model, task=Seq2SeqConfig(), data=DataConfig(train="x", packing=True))
-    report = [str(problem) for problem in description_problems(tmp_path, model, packed)]
-    assert any("data.packing" in text and "encoder-decoder" in text for text in report)
+    problems = [str(problem) for problem in description_problems(tmp_path, model, packed)]
+    assert any("data.packing" in text and "encoder-decoder" in text for text in problems)
     separate = replace(packed, data=DataConfig(train="x", packing=False))
     assert not any("encoder-decoder" in str(problem) for problem in description_problems(tmp_path, model, separate))
 
@@ -252,12 +252,14 @@ def test_a_packaged_template_is_the_family_s_own(name, family, messages, tools):
     bos = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}.get(name)
     given = {"tools": tools, "bos_token": bos} if bos else {"tools": tools}
     theirs = (folder / f"{family}.jinja").read_text(encoding="utf-8")
-    for formatted in (messages, [message for message in messages[:2] if message["role"] != "assistant"]):
-        prompt = formatted is not messages
+    for conversation in (messages, [message for message in messages[:2] if message["role"] != "assistant"]):
+        asks_for_answer = conversation is not messages
         expected = ours.apply_chat_template(
-            formatted, chat_template=theirs, add_generation_prompt=prompt, return_dict=False, **given
+            conversation, chat_template=theirs, add_generation_prompt=asks_for_answer, return_dict=False, **given
         )
-        found = ours.apply_chat_template(formatted, add_generation_prompt=prompt, return_dict=False, tools=tools)
+        found = ours.apply_chat_template(
+            conversation, add_generation_prompt=asks_for_answer, return_dict=False, tools=tools
+        )
         assert ours.decode(found) == ours.decode(expected)
         assert found == expected
 
@@ -303,9 +305,9 @@ def test_a_family_that_shows_the_prompt_alone_has_the_context_of_ours():
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
     ours = tokenizer("deepseek_r1")
     theirs = (folder / "deepseek_r1_distill.jinja").read_text(encoding="utf-8")
-    requested = [MESSAGES[0], REASONED[0], REASONED[1], MESSAGES[3]]
+    conversation = [MESSAGES[0], REASONED[0], REASONED[1], MESSAGES[3]]
     found, expected = (
-        ours.apply_chat_template(requested, chat_template=of, add_generation_prompt=True, return_dict=False)
+        ours.apply_chat_template(conversation, chat_template=of, add_generation_prompt=True, return_dict=False)
         for of in (None, theirs)
     )
     assert found == expected

@@ -25,8 +25,8 @@ def recorded(file: Path) -> set[str]:
 
 
 def test_steps_are_recorded_and_what_lies_between_them_is_not(tmp_path: Path) -> None:
-    message: list[str] = []
-    profiler = StepProfiler(3, tmp_path, 0, message.append)
+    messages: list[str] = []
+    profiler = StepProfiler(3, tmp_path, 0, messages.append)
     weight = torch.ones(8, 8)
     disturbed = []
     for step in range(3, 9):
@@ -44,7 +44,7 @@ def test_steps_are_recorded_and_what_lies_between_them_is_not(tmp_path: Path) ->
     assert recorded(tmp_path / "profile" / names[0]) == {"optimizer step 3", "optimizer step 4", "aten::mm"}
     assert recorded(tmp_path / "profile" / names[2]) == {"optimizer step 5", "aten::mm"}
     assert "aten::mm" in (tmp_path / "profile" / names[1]).read_text()
-    assert [line.split(":")[0] for line in message] == ["profile of steps 3 to 4", "profile of step 5"]
+    assert [line.split(":")[0] for line in messages] == ["profile of steps 3 to 4", "profile of step 5"]
 
 
 def test_what_the_end_of_a_run_cuts_short_is_written(tmp_path: Path) -> None:
@@ -67,12 +67,12 @@ def test_off_records_nothing(tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_costs_the_profile_alone(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("no folder")
-    message: list[str] = []
-    profiler = StepProfiler(5, tmp_path, 0, message.append)
+    messages: list[str] = []
+    profiler = StepProfiler(5, tmp_path, 0, messages.append)
     profiler._before_step(3)
     profiler._after_step(pause=True)
     profiler.write()
-    assert message[0].startswith("warning: no profile: ")
+    assert messages[0].startswith("warning: no profile: ")
     profiler._before_step(4)
     assert not profiler._left
 

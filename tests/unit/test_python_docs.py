@@ -23,10 +23,10 @@ def test_the_table_of_calls_has_every_argument():
     assert {name for name, _ in rows} == {
         name for name in dstune.__all__ if inspect.isfunction(getattr(dstune, name)) and name == name.lower()
     }
-    for name, report in rows:
+    for name, arguments in rows:
         known = inspect.signature(getattr(dstune, name)).parameters
         options = "options" in known  # explained by the docstring
-        for argument in re.findall(r"(\w+)=?(?:,|$)", report.replace("...", "")):
+        for argument in re.findall(r"(\w+)=?(?:,|$)", arguments.replace("...", "")):
             assert argument in known or (options and f"`{argument}`" in getattr(dstune, name).__doc__), (name, argument)
 
 

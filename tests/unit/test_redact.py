@@ -52,8 +52,8 @@ def test_numbers_and_keys_of_a_file_stay(monkeypatch, tmp_path):
 
     monkeypatch.setenv("DB_PASSWORD", "123456")
     result = {"tokens": 1234567, "checkpoint": "/x/123456", "123456": [0.123456, ("123456",), None, True]}
-    formatted = "${oc.env:DB_PASSWORD}"
-    expected = {"tokens": 1234567, "checkpoint": f"/x/{formatted}", "123456": [0.123456, [formatted], None, True]}
+    placeholder = "${oc.env:DB_PASSWORD}"
+    expected = {"tokens": 1234567, "checkpoint": f"/x/{placeholder}", "123456": [0.123456, [placeholder], None, True]}
     assert redacted(result) == expected
     write_result(tmp_path, result)
     assert records.read_result(tmp_path) == expected
@@ -152,8 +152,8 @@ def test_prints_tracebacks_and_loggers_are_redacted(planted, monkeypatch):
     except FileNotFoundError:
         sys.excepthook(*sys.exc_info())
     assert isinstance(sys.stdout, Filtered)
-    formatted = out.getvalue() + err.getvalue()
-    assert VALUE not in formatted and formatted.count("${oc.env:PLANTED}") == 3
+    written = out.getvalue() + err.getvalue()
+    assert VALUE not in written and written.count("${oc.env:PLANTED}") == 3
 
 
 @pytest.mark.parametrize("key", ["run.name", "tracking.project", "tracking.group", "tracking.wandb.entity"])

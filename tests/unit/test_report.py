@@ -139,18 +139,18 @@ def test_a_run_that_wrote_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launch", "reported"),
+    ("launch", "text"),
     [
         ({"host": "login", "jobs": ["17", "18"]}, "far elsewhere"),
         ({"host": "another"}, "far elsewhere"),
         ({"host": socket.gethostname(), "jobs": []}, "far ended"),
     ],
 )
-def test_a_run_that_cannot_be_seen_from_here_is_not_called_ended(tmp_path: Path, launch: dict, reported: str) -> None:
+def test_a_run_that_cannot_be_seen_from_here_is_not_called_ended(tmp_path: Path, launch: dict, text: str) -> None:
     run = write_run_directory(tmp_path / "run", name="far")
     (run / "launch.json").write_text(json.dumps({"pid": 1, "started": 0.0, "processes": 2, **launch}))
     page = page_of(run)
-    assert reported in page.text
+    assert text in page.text
     assert ("SLURM job 18" in page.text) is bool(launch.get("jobs"))
 
 
@@ -263,10 +263,10 @@ def test_where_the_page_goes(
 
 
 def test_a_report_that_fails_costs_the_run_nothing(tmp_path: Path) -> None:
-    message: list[str] = []
-    command.leave_behind(tmp_path / "no-run", message.append)
-    assert len(message) == 1
-    assert "no report.html was written" in message[0]
+    messages: list[str] = []
+    command.leave_behind(tmp_path / "no-run", messages.append)
+    assert len(messages) == 1
+    assert "no report.html was written" in messages[0]
 
 
 # -- curves and numbers -----------------------------------------------------------------------------------------------

@@ -48,11 +48,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces = [Segment("<s>", 1, False, True), Segment(LONG * 3, 9, True, False), Segment(HOSTILE, 3, False, False)]
     row = Row(0, 13, 9, None, LONG, pieces)
     data = {"max_length": 128, "packing": True}
-    formatted = Preview(
+    preview = Preview(
         "m", "chat", "train", 1, [row], DATA["train"], data, [Repeated(3, LONG)], answers=[Repeated(2, HOSTILE)]
     )
     target = tmp_path_factory.mktemp("rows") / "rows.html"
-    target.write_text(page(formatted), encoding="utf-8")
+    target.write_text(page(preview), encoding="utf-8")
     return target
 
 

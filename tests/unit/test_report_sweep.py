@@ -48,14 +48,14 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_trials_stand_best_first(sweep: Path):
-    formatted = Page(page(sweep))
-    links = [str(found["href"]) for found in formatted.having("href") if str(found["href"]).endswith("report.html")]
+    sweep_page = Page(page(sweep))
+    links = [str(found["href"]) for found in sweep_page.having("href") if str(found["href"]).endswith("report.html")]
     assert [link[:3] for link in links] == ["001", "002", "003", "000", "004"], "what was pruned stands behind"
     assert all("=" not in link.rsplit("/", 1)[0] for link in links), "names are quoted in addresses"
-    assert "best held-out loss 2 trial 001" in formatted.text
-    assert "4 completed, 1 pruned, 1 failed" in formatted.text
-    assert "<script>alert(1)" not in formatted.html
-    assert "Failed 005-lr=1.0,rank=8 not finite" in formatted.text
+    assert "best held-out loss 2 trial 001" in sweep_page.text
+    assert "4 completed, 1 pruned, 1 failed" in sweep_page.text
+    assert "<script>alert(1)" not in sweep_page.html
+    assert "Failed 005-lr=1.0,rank=8 not finite" in sweep_page.text
 
 
 def test_the_title_is_the_name_of_the_runs(sweep: Path):
@@ -66,13 +66,13 @@ def test_the_title_is_the_name_of_the_runs(sweep: Path):
 
 
 def test_values_curves_and_importance(sweep: Path):
-    formatted = Page(page(sweep))
-    titles = [words for words in formatted.words if words]
+    sweep_page = Page(page(sweep))
+    titles = [words for words in sweep_page.words if words]
     for title in ("All values together", "optimizer.lr", "method.rank", "Held-out loss", "Training loss"):
         assert title in titles
-    assert len(formatted.classed("dot")) >= 10, "five trials over each of two keys"
-    assert len(formatted.classed("ring")) == 2, "the pruned trial over each key"
-    paths = [found for found in formatted.having("d") if "c" in str(found.get("class"))]
+    assert len(sweep_page.classed("dot")) >= 10, "five trials over each of two keys"
+    assert len(sweep_page.classed("ring")) == 2, "the pruned trial over each key"
+    paths = [found for found in sweep_page.having("d") if "c" in str(found.get("class"))]
     assert len([found for found in paths if str(found["d"]).count("L") == 2]) == 5, "through two keys to the loss"
 
 
@@ -93,11 +93,11 @@ def test_curves_of_trials_that_diverged_are_left_out(tmp_path: Path):
         for row in own["files"]["metrics"]:
             if "eval/loss" in row:
                 row["eval/loss"] += at / 100
-    formatted = Page(
+    sweep_page = Page(
         page(write_sweep_directory(tmp_path / "sweep", [*runs, trial(7, 1.0, 8, 110.0, files={"metrics": rows})]))
     )
-    assert "1 diverged, not drawn" in formatted.text
-    assert "1 beyond the edge" in formatted.text
+    assert "1 diverged, not drawn" in sweep_page.text
+    assert "1 beyond the edge" in sweep_page.text
 
 
 def test_steps_that_pruning_saved(tmp_path: Path):
@@ -117,9 +117,9 @@ def test_several_objectives_mark_what_nobody_beats(tmp_path: Path):
         for at, (accuracy, seconds) in enumerate(reached)
     ]
     path = write_sweep_directory(tmp_path / "sweep", trials, ["accuracy", "seconds"])
-    formatted = Page(page(path))
-    assert len(formatted.classed("best")) == 2
-    assert "more is better" in formatted.text
+    sweep_page = Page(page(path))
+    assert len(sweep_page.classed("best")) == 2
+    assert "more is better" in sweep_page.text
     found = [Record(one["name"], 0, {}, status="completed", objective=one["objective"]) for one in trials]
     assert unbeaten(found, ["accuracy", "seconds"]) == {"t0", "t1"}
     assert [one.name for one in ranked(found, "accuracy")] == ["t0", "t3", "t1", "t2"]
@@ -127,9 +127,9 @@ def test_several_objectives_mark_what_nobody_beats(tmp_path: Path):
 
 def test_a_sweep_in_which_nothing_began(tmp_path: Path):
     path = write_sweep_directory(tmp_path / "sweep", [trial(0, 1e-4, 8, None, status="failed", run=False)])
-    formatted = Page(page(path))
-    assert "1 failed" in formatted.text
-    assert "Curves" not in formatted.text
+    sweep_page = Page(page(path))
+    assert "1 failed" in sweep_page.text
+    assert "Curves" not in sweep_page.text
     assert read_record(tmp_path / "none.json") is None
 
 
@@ -195,9 +195,9 @@ def test_scales():
 
 def test_report_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["report", str(sweep), "--json"]) == 0
-    reported = json.loads(capsys.readouterr().out)
-    assert reported["report"] == str(sweep / "report.html")
-    assert [Path(run).name[:3] for run in reported["runs"]] == ["001", "002", "003", "000", "004"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["report"] == str(sweep / "report.html")
+    assert [Path(run).name[:3] for run in printed["runs"]] == ["001", "002", "003", "000", "004"]
     assert "Trials, best first" in (sweep / "report.html").read_text()
     assert (
         cli.main(
@@ -241,16 +241,16 @@ def test_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reported"),
+    ("arguments", "message"),
     [
         (["runs", "none"], "there is no such folder"),
         (["runs", "SWEEP", "--sort", "f1"], "--sort=f1: none of these runs has such a metric\n    fix: one of loss"),
         (["runs", "SWEEP", "--sot"], "did you mean --sort?"),
     ],
 )
-def test_mistakes(arguments: list[str], reported: str, sweep: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes(arguments: list[str], message: str, sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main([str(sweep) if word == "SWEEP" else word for word in arguments]) == 2
-    assert reported in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_values_that_were_drawn_by_their_logarithm_have_a_logarithmic_axis(tmp_path: Path):

@@ -134,8 +134,8 @@ def test_upgrade_rewrites_what_is_of_an_earlier_format(
 
         monkeypatch.setattr(os, "link", refuse)
     assert main(["upgrade", str(tmp_path)]) == 0
-    message = f"checkpoints/{checkpoint.name}/state.json: format 1 -> {FORMAT}\nrun.yaml: format 1 -> {RUN_FORMAT}\n"
-    assert capsys.readouterr().out == message
+    printed = f"checkpoints/{checkpoint.name}/state.json: format 1 -> {FORMAT}\nrun.yaml: format 1 -> {RUN_FORMAT}\n"
+    assert capsys.readouterr().out == printed
     assert json.loads((checkpoint / "state.json").read_text()) == state and state["format"] == FORMAT
     assert read_run(tmp_path / "run.yaml") == run
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["format"] == RUN_FORMAT

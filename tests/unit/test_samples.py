@@ -67,12 +67,14 @@ class Server:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                needed = self.headers.get("Range")
-                outer.ranges.append(needed)
+                byte_range = self.headers.get("Range")
+                outer.ranges.append(byte_range)
                 if outer.status != 200:
                     self.send_error(outer.status)
                     return
-                start = int(needed.removeprefix("bytes=").rstrip("-")) if needed and outer.understands_ranges else 0
+                start = (
+                    int(byte_range.removeprefix("bytes=").rstrip("-")) if byte_range and outer.understands_ranges else 0
+                )
                 body = outer.content[start:]
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(body)))
@@ -250,9 +252,9 @@ def test_resolve_fetches_once_then_needs_nothing(ner_index: Index, cache: Path) 
     assert (path.parent / "LICENSE.package").read_text() == "MIT"
     assert list((cache / "samples" / "downloads").iterdir()) == []
 
-    requested = list(ner_index.verbs)
+    requests_before = list(ner_index.verbs)
     assert samples.resolve("sample://ner", fetch=False) == samples.resolve("sample://ner") == path
-    assert ner_index.verbs == requested
+    assert ner_index.verbs == requests_before
 
 
 def test_two_at_once_fetch_it_once(ner_index: Index) -> None:

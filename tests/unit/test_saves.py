@@ -122,20 +122,20 @@ class FakeEngine:
 
 
 def saves(tmp_path, mode: str) -> tuple[Saves, FakeEngine, list[str]]:
-    engine, message = FakeEngine(), []
+    engine, messages = FakeEngine(), []
     config = run_config(checkpoint=CheckpointConfig(mode=SaveMode[mode], keep=2))
-    return Saves(config, tmp_path, engine, OneRank(), {"world_size": 1}, message.append), engine, message  # type: ignore[arg-type]
+    return Saves(config, tmp_path, engine, OneRank(), {"world_size": 1}, messages.append), engine, messages  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_refused_save_costs_nothing_but_itself(tmp_path, mode):
-    writer, engine, message = saves(tmp_path, mode)
+    writer, engine, messages = saves(tmp_path, mode)
     assert writer.save(TrainState(step=1))
     engine.refuses = True
     writer.save(TrainState(step=2))
     assert not writer.wait_for_pending_save() if mode == "async" else writer.refusal
     assert "rank 0: full" in writer.refusal
-    assert "step 2 is not saved: rank 0: full" in message[-1] and "step-00000001 is whole" in message[-1]
+    assert "step 2 is not saved: rank 0: full" in messages[-1] and "step-00000001 is whole" in messages[-1]
     assert [path.name for path in store.folder(tmp_path).iterdir()] == ["step-00000001"]
     engine.refuses = False
     assert writer.save(TrainState(step=3), now=True)
@@ -203,19 +203,19 @@ def test_older_checkpoints_that_cannot_be_removed_do_not_cost_the_new_one(tmp_pa
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    writer, _, message = saves(tmp_path, "sync")
+    writer, _, messages = saves(tmp_path, "sync")
     monkeypatch.setattr(store, "prune", refuse)
     assert writer.save(TrainState(step=1))
     assert store.newest(tmp_path).name == "step-00000001"
-    assert "older checkpoints could not be removed" in message[-1]
+    assert "older checkpoints could not be removed" in messages[-1]
 
 
 def test_whatever_goes_wrong_in_the_background_is_no_save(tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("something else")
 
-    writer, _, message = saves(tmp_path, "async")
+    writer, _, messages = saves(tmp_path, "async")
     monkeypatch.setattr(store, "commit", fail)
     writer.save(TrainState(step=1))
     assert not writer.wait_for_pending_save()
-    assert "step 1 is not saved: RuntimeError: something else" in message[-1]
+    assert "step 1 is not saved: RuntimeError: something else" in messages[-1]

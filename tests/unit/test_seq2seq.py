@@ -79,18 +79,18 @@ def written(ids: np.ndarray) -> str:
 
 
 def test_a_decoder_is_prompted_through_its_template_or_plainly(tmp_path):
-    requested = samples(tmp_path, TASK, PAIR).sample(0)
-    assert written(requested["input_ids"]) == (
+    chat_sample = samples(tmp_path, TASK, PAIR).sample(0)
+    assert written(chat_sample["input_ids"]) == (
         "<|im_start|>user\nSay in Spanish: the sun<|im_end|>\n<|im_start|>assistant\nel sol<|im_end|>\n"
     )
     plain = replace(TASK, prompt="English: {source}\nSpanish:", chat=False, separator=" ")
     split = samples(tmp_path, plain, PAIR)
-    sample = split.sample(0)
-    assert written(sample["input_ids"]) == "English: the sun\nSpanish: el sol<|im_end|>"
-    for one in (requested, sample):
-        assert written(one["labels"][one["labels"] != -100]).strip() == "el sol<|im_end|>"
-    assert split.source_and_target(0) == PAIR and "source" not in sample
-    assert split.weights[0] == (sample["labels"] != -100).sum()
+    plain_sample = split.sample(0)
+    assert written(plain_sample["input_ids"]) == "English: the sun\nSpanish: el sol<|im_end|>"
+    for each in (chat_sample, plain_sample):
+        assert written(each["labels"][each["labels"] != -100]).strip() == "el sol<|im_end|>"
+    assert split.source_and_target(0) == PAIR and "source" not in plain_sample
+    assert split.weights[0] == (plain_sample["labels"] != -100).sum()
 
 
 def test_control_tokens_in_a_row_are_text(tmp_path):
@@ -182,9 +182,9 @@ def test_the_share_of_evaluation_is_reported_once_with_a_warning_where_it_is_muc
     assert fraction(evaluations(often, 100, 1.0), 100, 5.0, 1.0) == pytest.approx(15 / 115)
     cost = EvaluationCost(often, 100, 1.0)
     assert cost.evaluated(5.0) is None
-    message = [cost.stepped(1.0) for _ in range(4)]
-    assert message[:2] == [None, None] and message[3] is None
-    assert message[2] is not None and message[2].startswith("warning: 3 evaluations of 5.0 s: about 13%")
+    messages = [cost.stepped(1.0) for _ in range(4)]
+    assert messages[:2] == [None, None] and messages[3] is None
+    assert messages[2] is not None and messages[2].startswith("warning: 3 evaluations of 5.0 s: about 13%")
     once = EvaluationCost(run_config(evaluate=EvaluateConfig(every=0, at_start=False)), 100, 1.0)
     assert [once.stepped(1.0) for _ in range(5)] == [None] * 5
     line = once.evaluated(5.0)
@@ -204,14 +204,14 @@ def test_examples_are_the_same_every_time_and_of_all_classes():
 
 
 def test_impossible_settings_are_refused():
-    def report(**sections) -> str:
+    def problems_of(**sections) -> str:
         return " ".join(str(problem) for problem in find_problems(run_config(**sections)))
 
     data = DataConfig(train="x", packing=False)
-    assert "one place in the prompt" in report(task=Seq2SeqConfig(prompt="Translate"), data=data)
-    requested = EvaluateConfig(baseline_shots=[0, 4])
-    assert "--prompted MODEL" in report(task=ClassificationConfig(), data=data, evaluate=requested)
-    assert "baseline_shots" not in report(task=TASK, data=data, evaluate=requested)
+    assert "one place in the prompt" in problems_of(task=Seq2SeqConfig(prompt="Translate"), data=data)
+    config = EvaluateConfig(baseline_shots=[0, 4])
+    assert "--prompted MODEL" in problems_of(task=ClassificationConfig(), data=data, evaluate=config)
+    assert "baseline_shots" not in problems_of(task=TASK, data=data, evaluate=config)
 
 
 # -- verses from packages of Debian's ---------------------------------------------------------------------------------

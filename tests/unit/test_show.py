@@ -137,18 +137,18 @@ def test_json_and_page(show, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "my.jsonl", chats(30))
     code, out, _ = show("data.train=my.jsonl", "data.max_length=32", "--rows", "3", "--json", "--html", "rows.html")
     assert code == 0
-    formatted = json.loads(out)
-    assert (formatted["split"], len(formatted["rows"])) == ("train", 3)
-    assert [row["number"] for row in formatted["rows"]] == [
+    preview = json.loads(out)
+    assert (preview["split"], len(preview["rows"])) == ("train", 3)
+    assert [row["number"] for row in preview["rows"]] == [
         0,
-        round((formatted["samples"] - 1) / 2),
-        formatted["samples"] - 1,
+        round((preview["samples"] - 1) / 2),
+        preview["samples"] - 1,
     ]
-    row = formatted["rows"][0]
+    row = preview["rows"][0]
     assert sum(segment["tokens"] for segment in row["segments"]) == row["tokens"]
     assert sum(segment["tokens"] for segment in row["segments"] if segment["trained"]) == row["targets"]
-    assert formatted["longer_than"]["32"] == formatted["report"]["truncated"]
-    assert 0 < formatted["report"]["packing"] <= 1
+    assert preview["longer_than"]["32"] == preview["report"]["truncated"]
+    assert 0 < preview["report"]["packing"] <= 1
     page = (tmp_path / "rows.html").read_text()
     assert "<mark>The answer is 2." in page
     assert "two and two" not in page
@@ -169,11 +169,11 @@ def test_repetitions_are_counted(show, tmp_path: Path) -> None:
     rows = [exchange("Ping?", "Pong.")] * 4 + [exchange(f"Say {number}", "I do not know.") for number in range(3)]
     write_jsonl(tmp_path / "my.jsonl", [*rows, *chats(5)])
     given = ("data.train=my.jsonl", "data.split.validation=0", "data.clean.duplicates=keep", "--json")
-    formatted = json.loads(show(*given)[1])
-    (duplicate,) = formatted["duplicates"]
+    preview = json.loads(show(*given)[1])
+    (duplicate,) = preview["duplicates"]
     assert duplicate["count"] == 4
     assert "Ping?" in duplicate["text"]
-    (answer,) = formatted["answers"]
+    (answer,) = preview["answers"]
     assert (answer["count"], answer["text"]) == (3, "I do not know.")
 
 
@@ -238,26 +238,26 @@ def test_a_pair_shows_both_answers_and_counts_what_is_trained(show, tmp_path: Pa
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def formatted_row(*pieces: Segment) -> Preview:
+def preview_of(*pieces: Segment) -> Preview:
     row = Row(0, sum(piece.tokens for piece in pieces), 1, None, None, list(pieces))
     return Preview("m", "chat", "train", 1, [row], {}, {"max_length": 8, "packing": False})
 
 
 def test_colours_and_brackets() -> None:
     pieces = (Segment("<s>", 1, False, True), Segment("ask", 1, False, False), Segment("a\nb", 2, True, False))
-    formatted = formatted_row(*pieces, Segment("</s>", 1, True, True))
-    assert text(formatted, PLAIN).endswith("<s>ask[[a\nb</s>]]")
+    preview = preview_of(*pieces, Segment("</s>", 1, True, True))
+    assert text(preview, PLAIN).endswith("<s>ask[[a\nb</s>]]")
     coloured = "\x1b[35m<s>\x1b[0mask\x1b[32ma\x1b[0m\n\x1b[32mb\x1b[0m\x1b[32m\x1b[1m</s>\x1b[0m"
-    assert text(formatted, COLOURS).endswith(coloured)
+    assert text(preview, COLOURS).endswith(coloured)
 
 
 def test_text_cannot_command_the_terminal() -> None:
     assert visible("\x1b[2J\x07\u202eevil\u2028\ttab\n") == "\\x1b[2J\\x07\\u202eevil\\u2028\ttab\n"
-    assert "\x1b[2J" not in text(formatted_row(Segment("\x1b[2J", 1, True, False)), COLOURS)
+    assert "\x1b[2J" not in text(preview_of(Segment("\x1b[2J", 1, True, False)), COLOURS)
 
 
 def test_long_pieces_lose_their_middle() -> None:
-    printed = text(formatted_row(Segment("a" * 5000 + "b" * 5000, 9, False, False)), PLAIN)
+    printed = text(preview_of(Segment("a" * 5000 + "b" * 5000, 9, False, False)), PLAIN)
     assert "a" * 600 + " [... 8,800 characters ...] " + "b" * 600 in printed
 
 

@@ -18,7 +18,7 @@ from dstune.trainer.state import TrainState
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
 
 
-def message(
+def startup_messages(
     *overrides: str,
     report: dict | None = None,
     steps: int = 100,
@@ -45,12 +45,12 @@ def message(
 
 
 def test_rows_that_were_cut_are_counted() -> None:
-    (line,) = message("data.max_length=64", report=REPORT)
+    (line,) = startup_messages("data.max_length=64", report=REPORT)
     assert line.startswith(
         "38 of 40 train rows are longer than data.max_length=64 and were cut (the longest has 80 tokens"
     )
     assert (
-        message("task=causal_lm", "data=files", "data.train=x.jsonl", report=REPORT) == []
+        startup_messages("task=causal_lm", "data=files", "data.train=x.jsonl", report=REPORT) == []
     )  # divided, nothing is lost
 
 
@@ -66,11 +66,11 @@ def test_rows_that_were_cut_are_counted() -> None:
     ],
 )
 def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warned: bool) -> None:
-    assert [("without optimizer.lr: 0.0002" in line) for line in message(*overrides)] == [True] * warned
+    assert [("without optimizer.lr: 0.0002" in line) for line in startup_messages(*overrides)] == [True] * warned
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "reported"),
+    ("overrides", "ranks", "pattern"),
     [
         ("global_batch_size=4 micro_batch_size=4", 2, "1 of the 2 micro-batches .*trainer.micro_batch_size=2 does"),
         ("global_batch_size=8 micro_batch_size=3", 2, "1 of the 4 micro-batches .*trainer.micro_batch_size=2 does"),
@@ -80,12 +80,12 @@ def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warne
         ("global_batch_size=8 micro_batch_size=4 parallel=ulysses parallel.size=2", 4, None),  # two groups of two
     ],
 )
-def test_micro_batches_that_count_for_nothing_are_reported(overrides: str, ranks: int, reported: str | None) -> None:
+def test_micro_batches_that_count_for_nothing_are_reported(overrides: str, ranks: int, pattern: str | None) -> None:
     given = [word if "=" in word and "parallel" in word else f"trainer.{word}" for word in overrides.split()]
     found = list(fillers(compose(["data=chitchat", *given]).config, ranks))
-    assert len(found) == (reported is not None)
-    if reported:
-        assert re.search(reported, found[0]), found[0]
+    assert len(found) == (pattern is not None)
+    if pattern:
+        assert re.search(pattern, found[0]), found[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6, 8])
@@ -102,8 +102,8 @@ def test_what_is_advised_leaves_none(ranks: int, rows: int) -> None:
 
 
 def test_few_held_out_rows_are_reported() -> None:
-    assert message(held_out=20) == []
-    (line,) = message(held_out=1)
+    assert startup_messages(held_out=20) == []
+    (line,) = startup_messages(held_out=1)
     assert line.startswith("1 validation row: metrics of so few say little")
 
 
@@ -111,52 +111,52 @@ def test_experts_without_adapters_are_reported() -> None:
     experts = nn.Module()
     experts.register_parameter("down_proj", nn.Parameter(torch.zeros(3, 2, 2)))
     mixture = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts, "gate": nn.Linear(2, 2, bias=False)})})
-    (line,) = message("method=lora", "optimizer.lr=2e-4", module=mixture)
+    (line,) = startup_messages("method=lora", "optimizer.lr=2e-4", module=mixture)
     assert line.startswith("the experts, 75% of the weights, have no adapters")
-    assert message("method=lora", "optimizer.lr=2e-4", "method.target_modules=[q_proj]", module=mixture) == []
+    assert startup_messages("method=lora", "optimizer.lr=2e-4", "method.target_modules=[q_proj]", module=mixture) == []
 
 
 def test_early_stopping_without_evaluations_between_is_reported() -> None:
     patient = ["trainer.early_stopping.patience=3", "evaluate.every=50"]
-    (line,) = message(*patient, steps=4)
+    (line,) = startup_messages(*patient, steps=4)
     assert "4 steps and evaluate.every=50" in line
-    assert message(*patient, steps=51) == []
+    assert startup_messages(*patient, steps=51) == []
 
 
 def test_a_stretched_schedule_is_reported() -> None:
     ended = TrainState(step=100, planned_steps=100)
     linear = ["schedule=linear", "optimizer.lr=1e-3", "schedule.warmup_ratio=0"]
-    (line,) = message(*linear, steps=200, state=ended)
+    (line,) = startup_messages(*linear, steps=200, state=ended)
     assert line.startswith("the run has 200 steps now instead of 100") and "goes on at 0.0005 instead of 1e-05" in line
-    assert message(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
-    assert message("schedule=constant", steps=200, state=ended) == []
-    assert message(*linear, steps=200) == []  # a first start
+    assert startup_messages(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
+    assert startup_messages("schedule=constant", steps=200, state=ended) == []
+    assert startup_messages(*linear, steps=200) == []  # a first start
 
 
 def test_labels_are_counted_and_misspelt_ones_named() -> None:
     counts = {"Bug": 1, "account": 65, "billing": 63, "billling": 2, "bug": 56, "cat": 1, "bat": 50}
     assert label_counts(counts).startswith("7 labels: account 65, billing 63, bug 56, bat 50, billling 2")
     assert label_counts({str(number): 1 for number in range(30)}).endswith(" and 18 more")
-    lines = message(report={"train": {"rows": 238, "labels": counts}})
+    lines = startup_messages(report={"train": {"rows": 238, "labels": counts}})
     assert lines == [
         "the labels 'Bug' (1 training row) and 'bug' (56 training rows) differ by case only",
         "the labels 'billling' (2 training rows) and 'billing' (63 training rows) differ by one character only",
         "the label 'Bug' has one training row",
         "the label 'cat' has one training row",
     ]
-    assert message(report={"train": {"rows": 9, "labels": {"bug": 3, "cat": 6}}}) == []
-    many = message(report={"train": {"rows": 30, "labels": {f"name {number}": 1 for number in range(30)}}})
+    assert startup_messages(report={"train": {"rows": 9, "labels": {"bug": 3, "cat": 6}}}) == []
+    many = startup_messages(report={"train": {"rows": 30, "labels": {f"name {number}": 1 for number in range(30)}}})
     assert len(many) == 13 and many[-1].startswith("18 more labels look like a slip")
 
 
 def test_columns_that_are_not_used_are_reported() -> None:
-    assert message(report={"train": {"rows": 9, "unread_columns": {"context": 7}}}) == [
+    assert startup_messages(report={"train": {"rows": 9, "unread_columns": {"context": 7}}}) == [
         "the column 'context' of 7 train rows is not used; data.columns says which columns are"
     ]
 
 
 def test_bad_rows_are_counted_for_each_file() -> None:
     report = {part: {"rows": 190, "rows_read": 200, "bad_rows": 10} for part in ("train", "validation")}
-    (line,) = message("data.on_bad_row=skip", report=report)
+    (line,) = startup_messages("data.on_bad_row=skip", report=report)
     assert line == "10 of 200 rows of data.train are bad and left out (data_report.json names the first)"
-    assert len(message("data.on_bad_row=skip", "data.validation=y.jsonl", report=report)) == 2
+    assert len(startup_messages("data.on_bad_row=skip", "data.validation=y.jsonl", report=report)) == 2

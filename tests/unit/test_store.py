@@ -15,11 +15,11 @@ from dstune.core.files import hash_file
 
 
 def write(run_dir, step, *, best_step=None, size=100, weights_only=False):
-    temporary = store.folder(run_dir) / (store.tag(step) + store.INCOMPLETE)
-    (temporary / "shards").mkdir(parents=True)
-    (temporary / "shards" / "rank0.pt").write_bytes(bytes(size))
+    incomplete = store.folder(run_dir) / (store.tag(step) + store.INCOMPLETE)
+    (incomplete / "shards").mkdir(parents=True)
+    (incomplete / "shards" / "rank0.pt").write_bytes(bytes(size))
     best = None if best_step is None else {"metric": "loss", "value": 1.0, "step": best_step}
-    return store.commit(temporary, {"step": step, "best": best, "weights_only": weights_only})
+    return store.commit(incomplete, {"step": step, "best": best, "weights_only": weights_only})
 
 
 def steps(run_dir):
@@ -163,16 +163,16 @@ def test_weights_alone_are_no_place_to_continue_from_and_cost_none(tmp_path):
 
 
 def test_entries_of_the_writers_are_compared_with_the_files(tmp_path):
-    temporary = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
-    temporary.mkdir(parents=True)
-    (temporary / "rank0.pt").write_bytes(bytes(100))
-    entry = {"bytes": 100, "xxh3_64": hash_file(temporary / "rank0.pt")}
+    incomplete = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
+    incomplete.mkdir(parents=True)
+    (incomplete / "rank0.pt").write_bytes(bytes(100))
+    entry = {"bytes": 100, "xxh3_64": hash_file(incomplete / "rank0.pt")}
     with pytest.raises(OSError, match=r"rank1\.pt is not what was written"):
-        store.commit(temporary, {"step": 10}, {"rank0.pt": entry, "rank1.pt": entry})
+        store.commit(incomplete, {"step": 10}, {"rank0.pt": entry, "rank1.pt": entry})
     with pytest.raises(OSError, match=r"rank0\.pt is not what was written"):
-        store.commit(temporary, {"step": 10}, {"rank0.pt": {**entry, "bytes": 101}})
+        store.commit(incomplete, {"step": 10}, {"rank0.pt": {**entry, "bytes": 101}})
     assert store.newest(tmp_path) is None
-    path = store.commit(temporary, {"step": 10}, {"rank0.pt": entry})
+    path = store.commit(incomplete, {"step": 10}, {"rank0.pt": entry})
     assert store.damaged_files(path) == []
 
 

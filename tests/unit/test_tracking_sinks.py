@@ -211,10 +211,10 @@ def test_a_package_that_is_not_installed_is_reported_before_the_ranks_start(monk
     config = run_config(tracking=tracking, model=schema.ModelConfig(path="/nowhere"))
     with pytest.raises(UserError) as caught:
         resolve_run(config)
-    report = {problem.where: problem.fix for problem in caught.value.problems}
-    assert report["tracking.tensorboard"] == "pip install '.[tensorboard]' in a clone of dstune"
-    assert report["tracking.mlflow.uri"] == "pip install '.[mlflow]' in a clone of dstune"
-    assert "model.path" in report, "all problems are told together"
+    fixes = {problem.where: problem.fix for problem in caught.value.problems}
+    assert fixes["tracking.tensorboard"] == "pip install '.[tensorboard]' in a clone of dstune"
+    assert fixes["tracking.mlflow.uri"] == "pip install '.[mlflow]' in a clone of dstune"
+    assert "model.path" in fixes, "all problems are told together"
 
 
 def test_a_database_needs_the_whole_of_mlflow(monkeypatch):

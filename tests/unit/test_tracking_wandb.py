@@ -337,15 +337,15 @@ class Stuck:
 
 
 def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end():
-    report: list[str] = []
+    messages: list[str] = []
     began = time.monotonic()
-    background = Background(Stuck(), lambda: iter(()), report.append)
+    background = Background(Stuck(), lambda: iter(()), messages.append)
     for step in range(20_000):
         background.write(Row(step, {}, 0.0))
     background.finish("completed")
     background.wait(time.monotonic() + 0.2)
     assert time.monotonic() - began < 5
-    assert report == ["warning: W&B is off for the rest of this run: it is 10,000 rows behind"]
+    assert messages == ["warning: W&B is off for the rest of this run: it is 10,000 rows behind"]
 
 
 def test_disabled_never_imports_wandb(tmp_path):

@@ -250,12 +250,12 @@ def test_ranks_attend_by_one_kernel_or_by_none(tmp_path, monkeypatch, others, ch
     monkeypatch.setattr(varlen, "kernels", lambda: iter([Kernel("raising", raising), LOOP]))
     config = compose(["model=smollm2", "data=chitchat"]).config
     model = load(save_decoder(tmp_path)).to(torch.bfloat16)
-    report = []
-    found = PackedAttention.of(config, model, ranks(*others), report.append)
+    messages = []
+    found = PackedAttention.of(config, model, ranks(*others), messages.append)
     assert (found is not None and found.title == "a loop") == chosen
-    assert report.pop(0) == "model.attention=auto: not by raising: RuntimeError head dimension at most 256"
+    assert messages.pop(0) == "model.attention=auto: not by raising: RuntimeError head dimension at most 256"
     kinds = "a loop, flex attention" if others[0] else "a loop, none"
-    assert chosen or report == [f"model.attention=auto: by masks, since ranks have different kernels ({kinds})"]
+    assert chosen or messages == [f"model.attention=auto: by masks, since ranks have different kernels ({kinds})"]
     assert model.config._attn_implementation == (PackedAttention.NAME if chosen else "sdpa")
 
 

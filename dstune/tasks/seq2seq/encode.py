@@ -73,13 +73,13 @@ class ReplyEncoder(ChatEncoder):
         return {**super().columns, **_TEXT_COLUMNS}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        samples = self._requests([(row["source"], row) for row in rows], numbers)
+        samples = self._samples_of([(row["source"], row) for row in rows], numbers)
         for place, row in enumerate(rows):
             sample, source = samples[place], row["source"]
             length = sample.length
             while sample.length > self._max_length and source:
                 source = self.sources.shortened(source, sample.length - self._max_length)
-                (sample,) = self._requests([(source, row)], [numbers[place]])
+                (sample,) = self._samples_of([(source, row)], [numbers[place]])
             if not source:  # the target alone is too long
                 sample = samples[place]
             sample.truncated, sample.length = length > self._max_length, length
@@ -94,7 +94,7 @@ class ReplyEncoder(ChatEncoder):
     def _conversation(self, source: str, row: dict[str, Any]) -> dict[str, Any]:
         return self.sources.conversation(source, row["target"], row.get("chat_template_kwargs"))
 
-    def _requests(self, pairs: list[tuple[str, dict[str, Any]]], numbers: list[int]) -> list[Sample]:
+    def _samples_of(self, pairs: list[tuple[str, dict[str, Any]]], numbers: list[int]) -> list[Sample]:
         return super().__call__([self._conversation(source, row) for source, row in pairs], numbers)
 
     def _truncate_target(self, sample: Sample) -> None:

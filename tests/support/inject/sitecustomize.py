@@ -84,6 +84,6 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 if text := os.environ.get("DSTUNE_FAULT"):
-    expected = json.loads(text)
-    if "rank" not in expected or os.environ.get("RANK") == str(expected["rank"]):
-        sys.meta_path.insert(0, Finder(expected["at"].split(":")[0], expected))
+    fault = json.loads(text)
+    if "rank" not in fault or os.environ.get("RANK") == str(fault["rank"]):
+        sys.meta_path.insert(0, Finder(fault["at"].split(":")[0], fault))
