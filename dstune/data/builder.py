@@ -236,8 +236,8 @@ class Builder:
             return {}
         train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
         copied_places = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
-        chosen["train"], reported = augmented(train, held_out, copied_places, self._config, work)
-        return reported
+        chosen["train"], augment_report = augmented(train, held_out, copied_places, self._config, work)
+        return augment_report
 
     def _row_tokenizer(
         self, read: dict[str, Table], tables: dict[str, Table], labels: tuple[str, ...], weights: tuple[float, ...]
