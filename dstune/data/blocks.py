@@ -96,7 +96,7 @@ class Blocks:
         if leader:
             stream = data.stream
             self._process = _start(Job(config, tokenizer, stream.held_out, stream.shards, arguments, self.root))
-        self._requests: set[str] = set()
+        self._requested: set[str] = set()
         self._lock = threading.Lock()
         self._interrupted = threading.Event()
 
@@ -135,8 +135,8 @@ class Blocks:
         kept_names = [] if block.begin is None else [self._name(block.number, block.begin)]
         kept_names.append(self._name(block.number + 1, block.end))
         with self._lock:
-            kept_names += [name for name in self._requests if _number(name) >= first]
-            self._requests &= set(kept_names)
+            kept_names += [name for name in self._requested if _number(name) >= first]
+            self._requested &= set(kept_names)
             for path in self.root.glob("block-*"):
                 if path.name.split(".")[0] not in kept_names:
                     _remove(path)
@@ -164,9 +164,9 @@ class Blocks:
     def _ask(self, number: int, begin: dict[str, Any]) -> None:
         with self._lock:
             name = self._name(number, begin)
-            if name in self._requests:
+            if name in self._requested:
                 return
-            self._requests.add(name)
+            self._requested.add(name)
             if (self.root / name).is_dir():
                 return
             assert self._process is not None, "only the leader asks, and not after `close`"

@@ -129,13 +129,13 @@ class Rows:
 
     def blocks(self, size: int, skip: int = 0) -> Iterator[list[Query]]:
         """Yield the rows behind the first `skip` ones, `size` at a time."""
-        rows = islice((query for query, _ in self._requests() if query is not None), skip, None)
+        rows = islice((query for query, _ in self._queries() if query is not None), skip, None)
         while block := list(islice(rows, size)):
             yield block
 
     def bad_rows(self) -> Iterator[Problem]:
         """Yield what is wrong with rows that are left out."""
-        return (problem for _, problem in self._requests() if problem is not None)
+        return (problem for _, problem in self._queries() if problem is not None)
 
     def columns(self) -> list[str]:
         """Return columns of the first row."""
@@ -154,7 +154,7 @@ class Rows:
             return fields
         return {column: fields["text"]}
 
-    def _requests(self) -> Iterator[tuple[Query | None, Problem | None]]:
+    def _queries(self) -> Iterator[tuple[Query | None, Problem | None]]:
         """Yield each row, or what is wrong with it."""
         for place, fields, error in self._read():
             try:
@@ -168,7 +168,7 @@ class Rows:
         """Count good and bad rows."""
         count, bad = 0, 0
         problems: list[Problem] = []
-        for query, problem in self._requests():
+        for query, problem in self._queries():
             count += query is not None
             bad += problem is not None
             if problem is not None and len(problems) < MAX_LISTED_BAD_ROWS:

@@ -266,10 +266,8 @@ def checkpoint_of(run: str) -> Path:
     if newest is None and store.newest(path) is not None:
         raise UserError(_weights_alone("run.resume", path))
     if newest is None:
-        incomplete_reasons = [info.path.name for info in store.listing(path)]
-        reason = "this run has no whole checkpoint" + (
-            f" ({', '.join(incomplete_reasons)} is torn)" if incomplete_reasons else ""
-        )
+        incomplete = [info.path.name for info in store.listing(path)]
+        reason = "this run has no whole checkpoint" + (f" ({', '.join(incomplete)} is torn)" if incomplete else "")
         if store.is_committed(path):
             reason = "this is a checkpoint, not a run"
         fix = f"run.resume={path.parent.parent}" if store.is_committed(path) else "give a run that has saved"

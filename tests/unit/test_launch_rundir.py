@@ -45,12 +45,12 @@ def release(prepared):
         os.close(prepared.lock)
 
 
-def save(path, step, *, incomplete_reasons=False):
+def save(path, step, *, incomplete=False):
     folder = path / "checkpoints" / f"{store.tag(step)}.incomplete"
     folder.mkdir(parents=True)
     (folder / "weights").write_text("12345")
     final = store.commit(folder, {"step": step})
-    if incomplete_reasons:
+    if incomplete:
         (final / "weights").write_text("1")
     return final
 
@@ -74,7 +74,7 @@ def test_a_started_run_is_written_and_continued_from_its_newest_whole_checkpoint
     assert again.continues is None  # it had not saved
     release(again)
     first = save(run, 4)
-    save(run, 8, incomplete_reasons=True)
+    save(run, 8, incomplete=True)
     longer = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=20)))
     assert (longer.continues, longer.nothing_to_do) == (first, False)
     assert read_run(run / "run.yaml").config.trainer.max_steps == 20

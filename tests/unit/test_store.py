@@ -69,11 +69,11 @@ def test_a_flipped_bit_is_named(tmp_path):
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned(tmp_path):
     kept = write(tmp_path, 10)
-    incomplete_reasons = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
-    incomplete_reasons.mkdir()
+    incomplete = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
+    incomplete.mkdir()
     assert store.newest(tmp_path) == kept
-    assert store.prune(tmp_path, keep=2) == [incomplete_reasons]
-    assert not incomplete_reasons.exists()
+    assert store.prune(tmp_path, keep=2) == [incomplete]
+    assert not incomplete.exists()
 
 
 def test_a_damaged_checkpoint_that_was_moved_costs_no_complete_one(tmp_path):
@@ -89,12 +89,12 @@ def test_a_damaged_checkpoint_that_was_moved_costs_no_complete_one(tmp_path):
 def test_a_whole_checkpoint_without_its_name_gets_it_back(tmp_path, ending):
     path = write(tmp_path, 10)
     path.rename(path.with_name(path.name + ending))
-    incomplete_reasons = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
-    incomplete_reasons.mkdir()
+    incomplete = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
+    incomplete.mkdir()
     assert store.newest(tmp_path) is None
     store.repair(tmp_path)
     assert store.newest(tmp_path) == path
-    assert incomplete_reasons.exists()  # not whole: left to the next pruning
+    assert incomplete.exists()  # not whole: left to the next pruning
 
 
 def test_a_checkpoint_that_is_read_is_not_pruned(tmp_path):

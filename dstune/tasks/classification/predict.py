@@ -30,8 +30,8 @@ class ClassificationQuestion(Question):
 class ClassificationPredictor(Predictor):
     question_class = ClassificationQuestion
 
-    def samples(self, requested: Sequence[Query]) -> list[Sample]:
-        rows = [query.row for query in requested]
+    def samples(self, queries: Sequence[Query]) -> list[Sample]:
+        rows = [query.row for query in queries]
         fmt = "pair" if any("text_pair" in row for row in rows) else "text_label"
         encode = RowTokenizer(self.tokenizer, self.config.task, fmt, self.longest, self.labels)
         return encode.samples(rows, list(range(len(rows))))

@@ -39,9 +39,9 @@ class RewardPredictor(Predictor):
     question_class = RewardQuestion
     reads_columns = False
 
-    def samples(self, requested: Sequence[Query]) -> list[Sample]:
+    def samples(self, queries: Sequence[Query]) -> list[Sample]:
         task: Any = self.config.task
-        rows = [query.row for query in requested]
+        rows = [query.row for query in queries]
         fmt = "messages" if any("messages" in row for row in rows) else "preference"
         encode = RewardEncoder(
             self.tokenizer, task.template_date, fmt, self.longest, arguments=task.chat_template_kwargs
