@@ -19,7 +19,7 @@ def job_of(run_dir: Path) -> str:
     return json.loads((run_dir / "launch.json").read_text())["jobs"][-1]
 
 
-def test_a_job_is_reported_to_save_requeued_and_continues_exactly(on_slurm, slurm, undisturbed):
+def test_a_job_is_asked_to_save_requeued_and_continues_exactly(on_slurm, slurm, undisturbed):
     """What SLURM sends before the time limit, by hand; streamed to the one who waits."""
     run_dir = on_slurm.folder / "requeued"
     command = on_slurm.start("train", *overrides("requeued", *TWO_NODES))
