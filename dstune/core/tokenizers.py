@@ -23,9 +23,9 @@ _EXAMPLE_CHARACTERS = 60
 
 
 def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options: Any) -> Any:
-    """Call `AutoTokenizer.from_pretrained`; its tokenizer raises UserError for a text on which its patterns do not end.
+    """Call `AutoTokenizer.from_pretrained`. The tokenizer raises UserError for a text on which its patterns backtrack for ever.
 
-    where: the key that chose it. Raises UserError: the files are missing or faulty, or the patterns do not end on made-up texts.
+    where: the key that chose it. Raises UserError: the files are missing or faulty, or the patterns do not end on test texts.
     """
     from transformers import AutoTokenizer
 

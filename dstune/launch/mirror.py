@@ -62,7 +62,7 @@ class Mirror:
         self._created = [folder for folder in (place, *place.absolute().parents) if not folder.exists()]
         self._last_copy, self._released = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
-        self._beat, self._beaten, self._copied_at = 0, 0.0, 0.0
+        self._beat, self._last_beat, self._copied_at = 0, 0.0, 0.0
         self._lost = False
         """Whether somebody else works on the run by now."""
         self._lock = self._take()
@@ -205,7 +205,7 @@ class Mirror:
 
     def _show_life(self) -> None:
         self._pass_on_requests()
-        if time.monotonic() - self._beaten > BEAT_SECONDS:
+        if time.monotonic() - self._last_beat > BEAT_SECONDS:
             self._renew_lease()
 
     def _copy_if_due(self) -> None:
@@ -251,7 +251,7 @@ class Mirror:
                 raise
             reason = f"cannot be created or written: {error.strerror}"
             raise UserError(Problem("run.dir", reason, "give a folder of yours", str(self.place))) from None
-        self._beaten = time.monotonic()
+        self._last_beat = time.monotonic()
 
     def _new_checkpoints(self) -> list[Path]:
         """Return checkpoints here, by all stages, that are not at the place as they are."""

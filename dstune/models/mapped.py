@@ -53,7 +53,7 @@ class Mapped:
 
 
 def _add_file(digest: Any, path: Path) -> set[str]:
-    """Add a safetensors file to the digest. Returns what it calls the types of its floating-point numbers."""
+    """Add a safetensors file to the digest. Returns the names of its floating-point types."""
     with safe_open(path, framework="pt") as tensors:  # first: it refuses what is no such file
         types = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     size = path.stat().st_size

@@ -214,6 +214,6 @@ def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
 def attention_of_samples(
     config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
 ) -> PackedAttention | SamplesApart | None:
-    """Return how samples of a row attend each on its own, in this run and on this device; None where masks keep them apart.
-    Every rank calls it."""
+    """Return the attention that keeps packed samples apart in this run and on this device; None if masks do. Every rank must
+    call it."""
     return PackedAttention.of(config, model, world, message) or SamplesApart.of(config, model)

@@ -34,7 +34,7 @@ class PooledForSequenceClassification(PreTrainedModel):
         body = AutoModel._model_mapping[type(config)](config)
         if isinstance(getattr(body, "pooler", None), nn.Module):
             body.pooler = None  # a pooling of the architecture's own that nothing would read
-        # The body is found, and its weights are, under the name that the architecture gives it.
+        # transformers looks for the body, and for its weights, under the architecture's own prefix.
         self.base_model_prefix = body.base_model_prefix
         setattr(self, self.base_model_prefix, body)
         self.classifier = DenseHead(config)

@@ -139,7 +139,7 @@ def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newe
         reason = "no row of it asks anything: columns that are read are messages, prompt, text, source, question and the like"
         raise UserError(Problem(key, reason, "give rows as the run was trained on", spec))
     in_order = sorted(heap, key=lambda entry: entry[1])
-    return FileRows(_one_a_conversation([conversation for *_, conversation in in_order]), count - len(heap))
+    return FileRows(_merge_conversations([conversation for *_, conversation in in_order]), count - len(heap))
 
 
 def _recency(row: Conversation) -> float:
@@ -194,8 +194,8 @@ def _conversation_name(row: Conversation, number: int) -> str:
     return f"c {row.key}" if row.key is not None else f"r {number}"
 
 
-def _one_a_conversation(rows: list[Conversation]) -> list[Conversation]:
-    """Join the rows that a column says belong together."""
+def _merge_conversations(rows: list[Conversation]) -> list[Conversation]:
+    """Join the texts of rows with the same conversation key; a row without one is a conversation of its own."""
     conversations: dict[str, Conversation] = {}
     for number, row in enumerate(rows):
         name = _conversation_name(row, number)

@@ -106,22 +106,22 @@ def setup_on(
     return _with_tower(planned_setup, config, whole, images), precision, model
 
 
-def _with_tower(s: Setup, config: RunConfig, whole: Mapping[str, Any], images: Images | None) -> Setup:
-    """Return `s` with the model's tower, and what is trained of it."""
-    tower = tower_of(whole)
+def _with_tower(setup: Setup, config: RunConfig, architecture: Mapping[str, Any], images: Images | None) -> Setup:
+    """Return `setup` with the model's vision tower, and what is trained of it."""
+    tower = tower_of(architecture)
     if tower is None:
-        return s
-    if images is not None and config.data.packing:  # a packed row holds as many as there is room for
-        images = replace(images, in_row=max(images.in_row, s.length // images.tokens))
-    if s.unreached and not any(name.endswith("audio_config") for name in whole):
-        tower = replace(tower, weights=s.unreached)  # counted, where the architecture was
+        return setup
+    if images is not None and config.data.packing:  # a packed row holds as many images as fit
+        images = replace(images, in_row=max(images.in_row, setup.length // images.tokens))
+    if setup.unreached and not any(name.endswith("audio_config") for name in architecture):
+        tower = replace(tower, weights=setup.unreached)  # counted, where the architecture was
     tower = replace(tower, learns=config.model.train_vision, images=images)
     if not tower.learns:
-        return replace(s, tower=tower)
-    rank = getattr(config.method, "rank", 0) if s.adapter else 0
-    trained = (*s.trained, trained_part(tower, adapter_rank=rank))
-    unreached = s.unreached if s.adapter else max(0, s.unreached - tower.weights)
-    return replace(s, tower=tower, trained=trained, unreached=unreached)
+        return replace(setup, tower=tower)
+    rank = getattr(config.method, "rank", 0) if setup.adapter else 0
+    trained = (*setup.trained, trained_part(tower, adapter_rank=rank))
+    unreached = setup.unreached if setup.adapter else max(0, setup.unreached - tower.weights)
+    return replace(setup, tower=tower, trained=trained, unreached=unreached)
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:

@@ -62,8 +62,8 @@ class Optimizer:
         yield from ()
 
     def kind(self, name: str, shape: Sequence[int], *, is_table: bool) -> str:
-        """Return how the parameter `name` is updated, for an optimizer that has several ways. Parameters of different kinds share
-        no group; the group has it as `kind`.
+        """Return the kind of update that the parameter `name` gets, for an optimizer with several. Parameters of different kinds
+        never share a group; a group stores its kind under `kind`.
 
         is_table: the weight of an embedding, which is read by rows.
         """

@@ -101,7 +101,7 @@ def outcome(run: RunFiles, curves: Curves) -> Outcome:
 
 def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     """Return the headline numbers of one run; what was never measured is left out."""
-    reached = outcome(run, curves)
+    result = outcome(run, curves)
     metric = _chosen_metric(run, curves)
     headlines = []
     for name in dict.fromkeys(["loss", metric, "accuracy"]):
@@ -114,15 +114,15 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     training = curves.get("loss")
     if not headlines and training and training.last is not None:
         headlines.append(_change("training loss", training, True))
-    if reached.best is not None:
+    if result.best is not None:
         best = section(run.result, "best")
         at = f"at step {best['step']:,}" if isinstance(best.get("step"), int) else ""
-        headlines.append(Figure(f"best {plain_name(reached.best_metric)}", number(reached.best), at))
-    watched = section(run.result, "overfitting")
-    if isinstance(watched.get("gap"), (int, float)):
-        training_loss = number(watched.get("training_loss"))
+        headlines.append(Figure(f"best {plain_name(result.best_metric)}", number(result.best), at))
+    overfitting = section(run.result, "overfitting")
+    if isinstance(overfitting.get("gap"), (int, float)):
+        training_loss = number(overfitting.get("training_loss"))
         headlines.append(
-            Figure("gap", number(watched["gap"]), f"held-out loss above that of training, {training_loss}")
+            Figure("gap", number(overfitting["gap"]), f"held-out loss above that of training, {training_loss}")
         )
     test = section(run.result, "test")
     for name, value in test.items():
@@ -130,19 +130,19 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
             headlines.append(Figure(f"test {plain_name(name)}", number(value)))
     headlines += _against_prompting(run, curves, metric)
     planned = section(run.config, "trainer").get("max_steps")
-    of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != reached.steps else ""
+    of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != result.steps else ""
     epoch = _last(curves, "epoch")
     headlines.append(
-        Figure("steps", f"{reached.steps:,}", of_planned or (f"{number(epoch, 3)} epochs" if epoch else ""))
+        Figure("steps", f"{result.steps:,}", of_planned or (f"{number(epoch, 3)} epochs" if epoch else ""))
     )
-    if reached.tokens:
-        headlines.append(Figure("tokens", short(reached.tokens)))
-    if reached.tokens_per_second:
-        headlines.append(Figure("tokens/s", short(reached.tokens_per_second)))
-    if reached.peak_memory_gib:
-        headlines.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
-    if reached.seconds:
-        headlines.append(Figure("time", duration(reached.seconds)))
+    if result.tokens:
+        headlines.append(Figure("tokens", short(result.tokens)))
+    if result.tokens_per_second:
+        headlines.append(Figure("tokens/s", short(result.tokens_per_second)))
+    if result.peak_memory_gib:
+        headlines.append(Figure("peak memory", f"{result.peak_memory_gib:.2f} GiB", "a rank"))
+    if result.seconds:
+        headlines.append(Figure("time", duration(result.seconds)))
     return headlines
 
 

@@ -101,9 +101,9 @@ def _evaluated(run: Any) -> dict[str, Any]:
     """Return the metrics of `dstune evaluate`, which are those of the run's last evaluation."""
     measured: dict[str, Any] = run.evaluate()["metrics"]
     final = run.result["eval_final"]
-    both = [name for name in measured if isinstance(final.get(name), (int, float))]
-    assert both, "dstune evaluate measures nothing that the run measured"
-    _same("the metrics of dstune evaluate", [measured[n] for n in both], [final[n] for n in both], TOLERANCE)
+    names = [name for name in measured if isinstance(final.get(name), (int, float))]
+    assert names, "dstune evaluate measures nothing that the run measured"
+    _same("the metrics of dstune evaluate", [measured[n] for n in names], [final[n] for n in names], TOLERANCE)
     return measured
 
 

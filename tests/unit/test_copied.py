@@ -193,7 +193,7 @@ def test_two_launches_never_work_on_one_run(without_locks, monkeypatch, tmp_path
         mirror.open_mirror(place, lambda text: None)
     # From another machine nothing but the lease is seen.
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache of another machine"))
-    first._beaten, beats = 0.0, []
+    first._last_beat, beats = 0.0, []
 
     def beat(seconds):
         beats.append(seconds)

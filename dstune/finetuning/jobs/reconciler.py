@@ -164,7 +164,7 @@ class Reconciler:
         active = [job for job in self._store.unfinished() if job.active and job.pool == LOCAL]
         while active := [job for job in active if self._launcher.is_alive(self._job_folder(job))]:
             for job in active:
-                self._ask(self._job_folder(job), SAVE)
+                self._request_end(self._job_folder(job), SAVE)
             lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
             time.sleep(0.2)
             self._launcher.reap()
@@ -187,7 +187,7 @@ class Reconciler:
             return False
         limit = self._presets().queue.validation_seconds
         if time.time() - folder.task.stat().st_mtime > limit:
-            self._ask(folder, NOW)
+            self._request_end(folder, NOW)
             message = f"The files were not read within {limit:g} s: give fewer or shorter rows."
             self._fail(job, "validation_timeout", message, "training_file")
             return False
@@ -276,7 +276,7 @@ class Reconciler:
         self._tell(job, steps, ended=not alive)
         if alive:
             if job.state == State.PAUSING:
-                self._ask(folder, SAVE)
+                self._request_end(folder, SAVE)
             if time.monotonic() - self._measured.get(job.id, -MEASURE_SECONDS) >= MEASURE_SECONDS:
                 self._measured[job.id] = time.monotonic()
                 self._store.measure(job.id, folder)
@@ -296,7 +296,7 @@ class Reconciler:
             log.error("job %s failed: %s", job.id, str(ended.get("reason"))[:2000])
             self._fail(job, "server_error", INTERNAL, None)
 
-    def _ask(self, folder: JobFolder, how: str) -> None:
+    def _request_end(self, folder: JobFolder, how: str) -> None:
         """Ask a job's process to end."""
         if folder.stop_requested() not in (how, NOW):
             folder.request_stop(how)
@@ -397,7 +397,7 @@ class Reconciler:
         """Wind down a job whose state says that it has no process any more."""
         folder = self._job_folder(job)
         if self._launcher.is_alive(folder):
-            self._ask(folder, NOW if job.state == State.CANCELLED else SAVE)
+            self._request_end(folder, NOW if job.state == State.CANCELLED else SAVE)
             return
         self._tell(job, self._reader(job).read(), ended=True)
         with self._store.database.writing.begin() as session:

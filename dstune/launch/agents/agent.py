@@ -54,19 +54,19 @@ class Agent:
         """The exit code of the run, where this node has led it to its end without the node of the job's script."""
         self.silence_seconds = task.settings.silence_seconds
         self._link: Link | None = None
-        self._heard = self._beaten = 0.0
+        self._last_heard = self._last_beat = 0.0
         self._ticked = time.monotonic()
         self._tried = 0.0
         self._server: ForkServer | None = None
         self._launch: NodeLaunch | None = None
         self._thread: threading.Thread | None = None
         self._generation = 0
-        self._has_told_failure = False
+        self._has_reported_failure = False
         self._stops: list[str] = []
         """Requests to stop for the ranks that run now."""
         self._seen: tuple[int, LeaseRecord | None, int] = (-1, None, 0)
         self._seen_since = self._ticked
-        self._signals_told = 0
+        self._signals_sent = 0
         self._complaint = ""
         self._waiting_since: float | None = None
         """Since when this node waits for others, after it let them lead; None once ranks have started."""
@@ -102,7 +102,7 @@ class Agent:
         """Do what is due. received: names of signals, filled by a handler."""
         gap, self._ticked = now - self._ticked, now
         if gap > PAUSE_SECONDS:  # this process was stopped: what others said meanwhile is still to be read
-            self._heard += gap
+            self._last_heard += gap
             self._seen_since += gap
         if self.leader is not None:
             self.leader.tick(now)
@@ -112,12 +112,12 @@ class Agent:
                     self._lead_not_before = now + TURN_SECONDS * (self.task.settings.expected + 1)
                 self.leader = None
         link = self._link
-        is_doubtful = link is None or not link.is_proven or now - self._heard > DOUBT_SECONDS
+        is_doubtful = link is None or not link.is_proven or now - self._last_heard > DOUBT_SECONDS
         if is_doubtful and self.leader is None and now - self._tried >= RETRY_SECONDS:
             self._tried = now
             self._look_for_leader(now)
         if self._link is not None:
-            self._hear(self._link, now, received)
+            self._receive(self._link, now, received)
         self._report()
 
     def _wait(self) -> None:
@@ -131,25 +131,25 @@ class Agent:
 
     # -- the leader ---------------------------------------------------------------------------------------------------
 
-    def _hear(self, link: Link, now: float, received: Sequence[str]) -> None:
+    def _receive(self, link: Link, now: float, received: Sequence[str]) -> None:
         for message in link.receive():
-            self._heard = now
-            self._obey(message)
-        if now - self._heard > self.silence_seconds:
-            link.close(f"the leader was silent for {now - self._heard:.0f} s")
-        for name in received[self._signals_told :]:
+            self._last_heard = now
+            self._follow(message)
+        if now - self._last_heard > self.silence_seconds:
+            link.close(f"the leader was silent for {now - self._last_heard:.0f} s")
+        for name in received[self._signals_sent :]:
             if name != "SIGHUP":
                 link.send({"signal": name})
-        self._signals_told = len(received)
-        if now - self._beaten >= BEAT_SECONDS:
-            self._beaten = now
+        self._signals_sent = len(received)
+        if now - self._last_beat >= BEAT_SECONDS:
+            self._last_beat = now
             link.send({"alive": True})
         if link.closed and not self.is_over:
             self._link = None
             self._end_ranks(now=True)
             self._message(f"dstune: {self.task.node} has lost the leader ({link.closed}), and has ended its ranks")
 
-    def _obey(self, message: Message) -> None:
+    def _follow(self, message: Message) -> None:
         if "start" in message:
             self._start(message)
         elif "end" in message:
@@ -242,7 +242,7 @@ class Agent:
 
     def _introduce(self, link: Link) -> None:
         link.send({"hello": self.task.node, "order": self.task.order, "ranks": self.task.ranks})
-        self._link, self._heard = link, time.monotonic()
+        self._link, self._last_heard = link, time.monotonic()
 
     def _say_goodbye(self, leader: Leader) -> None:
         deadline = time.monotonic() + LEAVING_SECONDS
@@ -257,7 +257,7 @@ class Agent:
 
     def _start(self, order: Message) -> None:
         self._end_ranks(now=True)
-        self._generation, self._has_told_failure, self._stops = order["start"], False, []
+        self._generation, self._has_reported_failure, self._stops = order["start"], False, []
         self._waiting_since = None
         file = self.lease.file(self._generation)
         console = Console()
@@ -278,8 +278,8 @@ class Agent:
         launch, thread, link = self._launch, self._thread, self._link
         if launch is None or thread is None:
             return
-        if launch.has_failed and not self._has_told_failure and link is not None:
-            self._has_told_failure = True
+        if launch.has_failed and not self._has_reported_failure and link is not None:
+            self._has_reported_failure = True
             link.send({"failed": True, "generation": self._generation})
         if not thread.is_alive():
             self._launch = self._thread = None

@@ -165,7 +165,7 @@ class Leader(Orders):
         self._log_starts: dict[int, int] = {}
         self._signals: dict[str, dict[str, float]] = {}
         """When each node has reported a signal, by its name."""
-        self._ticked = self._beaten = now
+        self._ticked = self._last_beat = now
         self._size = 1
         self._written: GroupStatus | None = None
         self._first_step = self._step()
@@ -191,9 +191,9 @@ class Leader(Orders):
             return
         self._accept(now)
         for peer in list(self.peers):
-            self._hear(peer, now)
-        if now - self._beaten >= BEAT_SECONDS:
-            self._beaten = now
+            self._receive(peer, now)
+        if now - self._last_beat >= BEAT_SECONDS:
+            self._last_beat = now
             for peer in self.peers:
                 peer.link.send({"alive": True})
         self._obey_stop_file()
@@ -236,10 +236,10 @@ class Leader(Orders):
                 self.peers.remove(strangers[0])
             self.peers.append(Peer(Link(sock, self._secret, LEADER), now))
 
-    def _hear(self, peer: Peer, now: float) -> None:
+    def _receive(self, peer: Peer, now: float) -> None:
         for message in peer.link.receive():
             peer.heard = now
-            self._obey(peer, message, now)
+            self._follow(peer, message, now)
         silent = now - peer.heard
         if silent > (self.settings.silence_seconds if peer.node else PROOF_SECONDS):
             peer.link.close(f"{SILENT} for {silent:.0f} s")
@@ -248,7 +248,7 @@ class Leader(Orders):
             if peer.node and all(other.node != peer.node for other in self.peers):
                 self.group.lose(peer.node, peer.link.closed)
 
-    def _obey(self, peer: Peer, message: Message, now: float) -> None:
+    def _follow(self, peer: Peer, message: Message, now: float) -> None:
         """Act on what an agent says. All agents know the secret; what they say is well-formed."""
         if "hello" in message:
             peer.node = message["hello"]

@@ -89,7 +89,7 @@ class Watchdog(Callback):
         self._seconds, self._rank, self._report = AUTO_SECONDS if seconds is None else seconds, rank, report
         self._setting = "trainer.stall_seconds" + "=auto" * (seconds is None)
         self._steps: deque[float] | None = deque(maxlen=AUTO_STEPS) if seconds is None and measures else None
-        self._now: _Watched | None = None
+        self._watched: _Watched | None = None
         self._closed = threading.Event()
         if self._seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -102,7 +102,7 @@ class Watchdog(Callback):
         return cls(seconds if isinstance(seconds, float) else None, rank, report, measures=not in_debugger)
 
     def on_progress(self, doing: str) -> None:
-        self._now = _Watched(time.monotonic(), self._seconds, doing, self._setting)
+        self._watched = _Watched(time.monotonic(), self._seconds, doing, self._setting)
 
     def on_train_begin(self, run: Run) -> None:
         self._in_step(f"step {run.state.step + 1}")
@@ -129,10 +129,10 @@ class Watchdog(Callback):
         slowest = max(self._steps)
         limit = max(AUTO_LEAST_SECONDS, AUTO_FACTOR * slowest)
         setting = f"{self._setting}; the slowest of the last {len(self._steps)} steps took {slowest:.3g} s"
-        self._now = _Watched(time.monotonic(), limit, doing, setting)
+        self._watched = _Watched(time.monotonic(), limit, doing, setting)
 
     def on_train_end(self, run: Run, request: Request) -> None:
-        self._now = None
+        self._watched = None
 
     def close(self) -> None:
         self._closed.set()
@@ -140,23 +140,23 @@ class Watchdog(Callback):
     @contextmanager
     def around(self, phase: str) -> Iterator[None]:
         """Allow PATIENCE times as long: a rank that hangs in it is found all the same."""
-        doing_before = self._now
+        watched_before = self._watched
         limit, setting = self._seconds * PATIENCE, f"{PATIENCE} times {self._setting}"
-        self._now = _Watched(time.monotonic(), limit, phase, setting)
+        self._watched = _Watched(time.monotonic(), limit, phase, setting)
         try:
             yield
         finally:
-            self._now = doing_before and replace(doing_before, since=time.monotonic())
+            self._watched = watched_before and replace(watched_before, since=time.monotonic())
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            now = self._now
-            if now is not None and time.monotonic() - now.since > now.limit:
-                self._end(now)
+            watched = self._watched
+            if watched is not None and time.monotonic() - watched.since > watched.limit:
+                self._end(watched)
 
-    def _end(self, now: _Watched) -> None:
+    def _end(self, watched: _Watched) -> None:
         waits, place = in_collective(), position()
-        text = f"rank {self._rank} made no progress for {now.limit:.4g} s ({now.setting}) in {now.doing}"
+        text = f"rank {self._rank} made no progress for {watched.limit:.4g} s ({watched.setting}) in {watched.doing}"
         error = (WaitedInVain if waits else Stalled)(f"{text}: {place}")
         try:
             self._report(error)
