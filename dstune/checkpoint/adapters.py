@@ -28,9 +28,9 @@ def adapters_by_module(names: Iterable[str], marks: Sequence[str]) -> dict[str, 
 
 
 def fill(module: nn.Module, prefix: str, names: Iterable[str], trained: Mapping[str, Tensor]) -> None:
-    """Give `module`, which was built without memory, its tensors of the checkpoint in fp32.
+    """Fill `module`, which was built on the meta device, with its tensors of the checkpoint, in fp32.
 
-    prefix: what the checkpoint has in front of the module's own names.
+    prefix: of the module's names in the checkpoint.
     """
     for name in names:
         part, _, parameter = name.removeprefix(prefix).rpartition(".")

@@ -57,9 +57,9 @@ class Cycle:
         self.settings, self._message = settings, message
         self.ledger = Ledger(settings.folder)
         self.registry = Registry.read(settings.folder)
-        begun = sorted(int(place.name) for place in (settings.folder / CYCLES).glob("[0-9]*"))
-        is_over = bool(begun) and (self._place(begun[-1]) / DONE).is_file()
-        self.number = 1 if not begun else begun[-1] + is_over
+        numbers = sorted(int(place.name) for place in (settings.folder / CYCLES).glob("[0-9]*"))
+        is_over = bool(numbers) and (self._place(numbers[-1]) / DONE).is_file()
+        self.number = 1 if not numbers else numbers[-1] + is_over
         self.place = self._place(self.number)
 
     def _place(self, number: int) -> Path:

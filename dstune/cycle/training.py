@@ -37,14 +37,15 @@ def config_from_version(base: RunConfig, folder: Path) -> RunConfig:
 
 
 def _without_adapters(config: MethodConfig) -> MethodConfig:
+    """Return `config` with the keys that name adapter folders reset to their defaults."""
     method = method_of(config)
     if not isinstance(method, StartsFromAdapters) or not method.folders:
         return config
     default, folders = type(config)(), method.folders
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     lists = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
-    naming = [key for key, items in lists.items() if any(item in folders for item in items)]
-    return replace(config, **{key: getattr(default, key) for key in naming})
+    keys_with_adapters = [key for key, items in lists.items() if any(item in folders for item in items)]
+    return replace(config, **{key: getattr(default, key) for key in keys_with_adapters})
 
 
 def training_overrides(settings: CycleSettings, rows: Path, old: Path, validation: Path | None, name: str) -> list[str]:

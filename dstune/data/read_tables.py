@@ -141,11 +141,11 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
 
 def _values(part: Any) -> Iterator[tuple[Any, str]]:
     """Yield the rows of a batch as Python's values, or why one has none."""
-    shares = any(_shares(column.type) for column in _unfolded(part.slice(0, 0)).columns)
+    shares = any(_shares(column.type) for column in _with_own_values(part.slice(0, 0)).columns)
     if not shares:
         try:
             with limited(None, MAX_BATCH_BYTES):
-                unfolded = _unfolded(part)
+                unfolded = _with_own_values(part)
                 rows = unfolded.to_pylist() if _bytes(unfolded) <= MAX_ROW_BYTES else None
             if rows is not None:
                 yield from ((fields, "") for fields in rows)
@@ -156,7 +156,7 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
     for index in range(len(part)):
         try:
             with limited(None, MAX_BATCH_BYTES):
-                row = _unfolded(part.slice(index, 1))
+                row = _with_own_values(part.slice(index, 1))
                 fields = row.to_pylist()[0] if _bytes(row) <= MAX_ROW_BYTES else None
         except (ValueError, ArithmeticError) as error:
             yield None, f"a value cannot be read: {first_line(error)}"
@@ -167,22 +167,22 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
             yield (None, too_long) if bad else (fields, "")
 
 
-def _unfolded(part: Any) -> Any:
-    """Return `part`, whose columns have a value of their own for each row where rows share them: a dictionary or a view of a few
-    bytes may stand for gigabytes."""
+def _with_own_values(batch: Any) -> Any:
+    """Return `batch` with shared values copied to each row: dictionaries, runs and views of a few bytes may stand for
+    gigabytes, which must be counted."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    def own(column: Any) -> Any:
+    def expanded(column: Any) -> Any:
         if pa.types.is_dictionary(column.type):
-            return own(column.dictionary_decode())
+            return expanded(column.dictionary_decode())
         if pa.types.is_run_end_encoded(column.type):
-            return own(pc.run_end_decode(column))
+            return expanded(pc.run_end_decode(column))
         if pa.types.is_string_view(column.type):
             return column.cast(pa.large_string())
         return column.cast(pa.large_binary()) if pa.types.is_binary_view(column.type) else column
 
-    return pa.RecordBatch.from_arrays([own(column) for column in part.columns], names=part.schema.names)
+    return pa.RecordBatch.from_arrays([expanded(column) for column in batch.columns], names=batch.schema.names)
 
 
 def _shares(kind: Any) -> bool:

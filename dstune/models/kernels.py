@@ -49,7 +49,7 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
 
 
 def of_machine() -> dict[str, str]:
-    """Return what a chat run of Llama 3 8B would be computed by here, in the precision that `trainer.precision=auto` takes."""
+    """Return the kernels that a chat run of Llama 3 8B would use on this machine, at `trainer.precision=auto`."""
     dtype = torch.bfloat16 if fast_bf16() else torch.float16 if accelerator.capability() else torch.float32
     parts = {"attention": SamplesApart.title}
     if accelerator.present():

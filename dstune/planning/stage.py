@@ -106,22 +106,24 @@ def setup_on(
     return _with_tower(planned_setup, config, whole, images), precision, model
 
 
-def _with_tower(setup: Setup, config: RunConfig, architecture: Mapping[str, Any], images: Images | None) -> Setup:
+def _with_tower(
+    planned_setup: Setup, config: RunConfig, model_config: Mapping[str, Any], images: Images | None
+) -> Setup:
     """Return `setup` with the model's vision tower, and what is trained of it."""
-    tower = tower_of(architecture)
+    tower = tower_of(model_config)
     if tower is None:
-        return setup
+        return planned_setup
     if images is not None and config.data.packing:  # a packed row holds as many images as fit
-        images = replace(images, in_row=max(images.in_row, setup.length // images.tokens))
-    if setup.unreached and not any(name.endswith("audio_config") for name in architecture):
-        tower = replace(tower, weights=setup.unreached)  # counted, where the architecture was
+        images = replace(images, in_row=max(images.in_row, planned_setup.length // images.tokens))
+    if planned_setup.unreached and not any(name.endswith("audio_config") for name in model_config):
+        tower = replace(tower, weights=planned_setup.unreached)  # counted, where the architecture was
     tower = replace(tower, learns=config.model.train_vision, images=images)
     if not tower.learns:
-        return replace(setup, tower=tower)
-    rank = getattr(config.method, "rank", 0) if setup.adapter else 0
-    trained = (*setup.trained, trained_part(tower, adapter_rank=rank))
-    unreached = setup.unreached if setup.adapter else max(0, setup.unreached - tower.weights)
-    return replace(setup, tower=tower, trained=trained, unreached=unreached)
+        return replace(planned_setup, tower=tower)
+    rank = getattr(config.method, "rank", 0) if planned_setup.adapter else 0
+    trained = (*planned_setup.trained, trained_part(tower, adapter_rank=rank))
+    unreached = planned_setup.unreached if planned_setup.adapter else max(0, planned_setup.unreached - tower.weights)
+    return replace(planned_setup, tower=tower, trained=trained, unreached=unreached)
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:

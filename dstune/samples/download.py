@@ -72,7 +72,7 @@ class Archive:
 
 
 def fetch(package: Package, folder: Path, label: str) -> Path:
-    """Return the path of `package`'s wheel in `folder`, fetched unless a whole and right one is there.
+    """Return the path of `package`'s wheel in `folder`, downloaded unless a complete and correct copy is there.
 
     Args:
         label: what progress lines and errors call it, for example `sample://smollm2`.

@@ -303,8 +303,8 @@ def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
     return segments(tokenizer, worse[start:], None if labels is None else labels[start:])
 
 
-def _trained(sample: dict[str, Any]) -> np.ndarray | None:
-    """Return labels of the tokens; of a question and its text the answer's tokens have one."""
+def _token_labels(sample: dict[str, Any]) -> np.ndarray | None:
+    """Return the label of each token, NO_TARGET outside of what is trained: of a question and its text, all but the answer."""
     if "start" not in sample:
         return sample.get("labels")
     labels = np.full(len(sample["input_ids"]), NO_TARGET)
@@ -316,7 +316,7 @@ def _trained(sample: dict[str, Any]) -> np.ndarray | None:
 def _tokens_and_labels(sample: dict[str, Any]) -> tuple[Any, np.ndarray | None]:
     """Return token ids and labels of a sample, the target of an encoder-decoder behind its source."""
     if "target_ids" not in sample:
-        return sample["input_ids"], _trained(sample)
+        return sample["input_ids"], _token_labels(sample)
     source, target = sample["input_ids"], sample["target_ids"]
     return np.concatenate([source, target]), np.concatenate([np.full(len(source), NO_TARGET), target])
 

@@ -152,10 +152,10 @@ def _compiled(*, show_message: bool) -> Problem | None:
 
 
 def _compile(show_message: bool) -> None:
-    """Compile DeepSpeed's asynchronous I/O, or load what was compiled; one process of the machine at a time.
+    """Compile DeepSpeed's asynchronous I/O, or load the compiled one; one process of a machine at a time.
 
-    So a lock file of torch's that is there was left by a process that was killed while it compiled. It is removed: every
-    later process would wait for it for ever."""
+    Under this lock, a lock file of torch's can only be left over from a process that was killed while it compiled. It is
+    removed, since every later process would wait for it for ever."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:

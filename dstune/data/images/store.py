@@ -120,7 +120,7 @@ def _is_turned(image: Any, content: bytes) -> bool:
 def _may_have_exif(head: Mapping[Any, Any], content: bytes) -> bool:
     """Return whether a PNG has EXIF data in its `head`, as Pillow has read that, or chunks behind its pixels that may hold some.
 
-    Also where a chunk is cut off or has another checksum than it says (PNG 3, 5.3): decoding tells what is wrong then.
+    Also True if a chunk is cut off or its checksum is wrong (PNG 3, 5.3): decoding then reports what is wrong.
     """
     if any("exif" in str(key) or "xmp" in str(key) for key in head):
         return True

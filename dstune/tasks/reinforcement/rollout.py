@@ -107,10 +107,10 @@ class Rollouts:
             local_completions = replayed(self._task, self._world, prompts, recorded)
         groups = self._with_advantages(local_completions, [part for part, _ in prompts])
         if recorded is None and self._run_dir is not None and self._world.is_main:
-            everyone = [scored for group in groups for scored in group]
-            numbers = {scored.completion.prompt for scored in everyone}
+            completions = [scored for group in groups for scored in group]
+            numbers = {scored.completion.prompt for scored in completions}
             questions = {number: self._scorer.question_of(number) for number in numbers}
-            write_records(self._run_dir / FOLDER, step.number, everyone, self._task.reward_names, questions)
+            write_records(self._run_dir / FOLDER, step.number, completions, self._task.reward_names, questions)
         self._head.largest_difference = 0.0
         logged = self._logged()
         sums = self._sums_of(groups) | logged
@@ -121,10 +121,10 @@ class Rollouts:
 
     def _logged(self) -> dict[str, float]:
         """Return what rewards logged in this step on any rank, the mean by name: the same on all of them."""
-        everyone = self._world.gather(self._scorer.logged)
+        completions = self._world.gather(self._scorer.logged)
         self._scorer.logged = {}
-        names = sorted({name for of_rank in everyone for name in of_rank})
-        values = {name: [value for of_rank in everyone for value in of_rank.get(name, ())] for name in names}
+        names = sorted({name for of_rank in completions for name in of_rank})
+        values = {name: [value for of_rank in completions for value in of_rank.get(name, ())] for name in names}
         return {f"{LOGGED}{name}": sum(numbers) / len(numbers) for name, numbers in values.items()}
 
     @contextmanager
