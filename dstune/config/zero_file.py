@@ -177,7 +177,8 @@ class _Source:
 
 
 def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
-    """Return who gave a key its value or chose a group for these overrides: the command line, or a file of `conf/`."""
+    """Return a function that names what set a key, or chose a group, for these overrides: the command line, or a file of
+    `conf/`."""
     texts = user_overrides.for_hydra(overrides)
     parsed, _ = user_overrides.parse(texts)
     given_keys = {override.key_or_group for override in parsed}

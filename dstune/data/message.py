@@ -306,13 +306,13 @@ def from_json(text: str, complaint: str) -> Any:
 
 
 def inline_reasoning(content: str) -> tuple[str, str] | None:
-    """Return the reasoning with which a content begins, and the answer behind it; a prompt may have opened it (`<think>`).
+    """Return the reasoning at the beginning of a content, and the answer after it; the prompt may hold the opening `<think>`.
 
-    Tags further on belong to what is said: "<think> opens, </think> closes" has no reasoning.
+    Tags further on belong to the answer: "<think> opens, </think> closes" has no reasoning.
     """
-    text_before, ended, answer = content.partition("</think>")
+    text_before, end_tag, answer = content.partition("</think>")
     reasoning = text_before.lstrip().removeprefix("<think>")
-    return None if not ended or "<think>" in reasoning else (reasoning, answer)
+    return None if not end_tag or "<think>" in reasoning else (reasoning, answer)
 
 
 GIVEN = ("arguments", "parameters")

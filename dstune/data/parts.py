@@ -69,7 +69,7 @@ def limited(rows: ChosenRows, config: RunConfig) -> ChosenRows:
 def leave_out_leaks(chosen: dict[str, ChosenRows], cleaning: Cleaning) -> None:
     train = chosen["train"]
     held_out = [(rows.table, rows.indices) for part, rows in chosen.items() if part != "train"]
-    rows = cleaning.leaks((train.table, train.indices), held_out)
+    rows = cleaning.without_leaks((train.table, train.indices), held_out)
     if len(train.indices) and not len(rows):
         reason = "every training row occurs in a held-out part as well"
         raise UserError(Problem(where="data.clean.leaks", value="true", reason=reason, fix="data.clean.leaks=false"))

@@ -128,7 +128,7 @@ def check_grader(grader: Any, at: str = "grader", *, absent: Mapping[str, str] =
 
 
 def grade(grader: Mapping[str, Any], sample: Sample, services: Services) -> Graded:
-    """Return the score of a grader that `check_grader` has let through: 0 where it failed, with the reason in `errors`."""
+    """Return the score of a grader that `check_grader` has accepted; 0 if it fails, with the reason in `errors`."""
     if grader["type"] == "multi":
         return _grade_multi(grader, sample, services)
     return _grade_one(grader, sample, services)

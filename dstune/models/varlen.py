@@ -110,8 +110,8 @@ BUILT_FOR: dict[str, Callable[[int], bool]] = {
 
 
 def flash_attn(name: str) -> Kernel | None:
-    """Return the kernel of an installed flash-attn; None if it is missing, built for another GPU, or not deterministic where the
-    run has to be."""
+    """Return the kernel of an installed flash-attn; None if it is missing, built for another GPU, or not deterministic in a run
+    that must be."""
     capability = accelerator.capability()
     if name in BUILT_FOR and not (capability and BUILT_FOR[name](capability[0])):
         return None

@@ -246,7 +246,7 @@ def test_leaks_leave_training_and_nothing_else(duplicates, tmp_path):
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, duplicates=duplicates)
     train = cleaned.rows(rows)
     held_out = [cleaned.rows(equal, "validation"), cleaned.rows([*near, {"text": "of its own"}], "test")]
-    kept = cleaned.cleaning.leaks((train, train.rows), [(table, table.rows) for table in held_out])
+    kept = cleaned.cleaning.without_leaks((train, train.rows), [(table, table.rows) for table in held_out])
     removed = set(range(200)) - set(kept.tolist())
     assert set(range(10)) <= removed
     if duplicates is Duplicates.near:
@@ -262,11 +262,11 @@ def test_leaks_leave_training_and_nothing_else(duplicates, tmp_path):
 def test_leaks_may_stay(tmp_path):
     cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, leaks=False)
     train, held_out = cleaned.rows([{"text": "same"}]), cleaned.rows([{"text": "same"}], "validation")
-    assert cleaned.cleaning.leaks((train, train.rows), [(held_out, held_out.rows)]).tolist() == [0]
+    assert cleaned.cleaning.without_leaks((train, train.rows), [(held_out, held_out.rows)]).tolist() == [0]
 
 
 def test_a_text_under_another_label_is_a_leak(tmp_path):
     cleaned = Cleaned(tmp_path, byte_tokenizer(), ClassificationConfig())
     train = cleaned.rows([{"text": "same", "label": "a"}, {"text": "other", "label": "b"}])
     held_out = cleaned.rows([{"text": "same", "label": "b"}], "validation")
-    assert cleaned.cleaning.leaks((train, train.rows), [(held_out, held_out.rows)]).tolist() == [1]
+    assert cleaned.cleaning.without_leaks((train, train.rows), [(held_out, held_out.rows)]).tolist() == [1]

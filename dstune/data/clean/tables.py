@@ -110,7 +110,7 @@ class Cleaning:
                 self._near_duplicates(table, report)
         return table
 
-    def leaks(self, train: Chosen, held_out: Sequence[Chosen]) -> np.ndarray:
+    def without_leaks(self, train: Chosen, held_out: Sequence[Chosen]) -> np.ndarray:
         """Return the training rows of `train` whose text is not among the rows held out, in order."""
         table, rows = train
         if not self._config.leaks or not held_out:

@@ -95,12 +95,12 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
     lines += [
         f"--output={_quoted(log)}",
         "--open-mode=append",
-        # To the ranks, which save and leave.
+        # The ranks save and exit on it.
         f"--signal=USR1@{launch.signal_seconds}",
         "--requeue" if launch.requeue else "--no-requeue",
         *(
             ["--no-kill"] if launch.restarts and launch.nodes + launch.spares > 1 else []
-        ),  # the agents see to lost nodes
+        ),  # the agents replace lost nodes
         f"--export={','.join(names) or 'NIL'}",
     ]
     return lines + launch.directives

@@ -97,13 +97,13 @@ class LlamaCppEngine(Engine):
             raise _unsupported("messages", "this engine reads no images; --engine local and --engine vllm do")
         if "messages" in request:
             request["messages"] = self._in_one_text(request["messages"])
-        # Older ones do not know this name, and would write without end.
+        # Older versions do not know this name, and would generate without a limit.
         most = request.pop("max_completion_tokens", None)
         if most is not None:
             request["max_tokens"] = most
-        if request.get("logprobs"):  # by itself it tells 20 alternatives, and for 0 of them nothing at all
+        if request.get("logprobs"):  # the default is 20 alternatives, and 0 of them means no logprobs
             request["top_logprobs"] = max(request.get("top_logprobs", 0), 1)
-        if "seed" in request:  # it has 32 bits for it, and draws one itself for -1
+        if "seed" in request:  # seeds have 32 bits, and -1 means a random one
             request["seed"] %= 2**31 - 1
         if isinstance(request.get("tool_choice"), dict):
             raise _unsupported(
