@@ -221,8 +221,8 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 
 def _without_absent(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `tools` without keys that are null and say nothing. A default that is null says something, unless null stands in
-    these schemas where JSON Schema has none: then they were in a table once, which gives each object the keys of all."""
+    """Return `tools` without the nulls that mean nothing. A null default means something, unless other keywords are null where
+    JSON Schema allows none: then the schemas were stored in a table, which gives every object the keys of all."""
     tools_without_null = [_without_null_keywords(tool) for tool in tools]
     from_table = [_parameters(tool) for tool in tools_without_null] != [_parameters(tool) for tool in tools]
     return [without_none(tool) for tool in tools] if from_table else tools_without_null

@@ -457,7 +457,7 @@ def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> d
                 images = configured.setup.images_of_row
                 estimate_by_method[name] = planned(other, cluster, images=images)
         except UserError:
-            continue  # of a model that cannot be trained so
+            continue  # this model cannot be trained by the method
     return estimate_by_method if len(estimate_by_method) > 1 else {}
 
 

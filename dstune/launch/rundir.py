@@ -365,7 +365,7 @@ def _foreign(path: Path) -> bool:
 
 
 def _fresh(parent: Path, now: datetime) -> Path:
-    """Return a directory name of this second that nobody has taken yet."""
+    """Return an unused directory path, named after the time to the second."""
     path = parent / now.strftime("%Y-%m-%d_%H-%M-%S")
     candidates: Sequence[Path] = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())

@@ -141,15 +141,16 @@ def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str,
 
 
 def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
-    """Return the fastest that fits: a plain choice before one that offloads, among those about as fast one that leaves room."""
+    """Return the fastest choice that fits. Among those about as fast, one without offloading wins, then one that leaves memory
+    free."""
     fitting = [row for row in choices if row.fits]
-    roomy = ROOMY * cluster.device.memory_gib
+    roomy_gib = ROOMY * cluster.device.memory_gib
     return min(
         fitting,
         key=lambda row: (
             round(row.time.seconds / _fastest(fitting), 1),
             row.offload != "none",
-            row.memory_gib > roomy,
+            row.memory_gib > roomy_gib,
             row.time.seconds,
             row.setup.stage,
         ),

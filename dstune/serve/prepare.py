@@ -18,7 +18,7 @@ from dstune.serve.source import Source
 
 
 def prepare(run: Path, state: Path) -> Path:
-    """Return the folder to serve. Raises UserError where the run has nothing that can be exported."""
+    """Export the run in a process of its own and return the folder. Raises UserError if it has nothing to export."""
     print(f"dstune: exporting {run} with a reference to hold the engine against", file=sys.stderr, flush=True)
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)

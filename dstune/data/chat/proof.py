@@ -79,7 +79,7 @@ class Server:
     def turns(self, row: Mapping[str, Any], numbers: Iterable[int] | None = None) -> list[Served]:
         """Return the assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
 
-        numbers: of the messages, where not all of them are wanted.
+        numbers: of the messages to look at; all if None.
         """
         messages = row["messages"]
         message_numbers = range(1, len(messages)) if numbers is None else numbers
