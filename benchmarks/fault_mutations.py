@@ -304,7 +304,7 @@ _GIVEN: dict[str, Mutation] = {
         "data/clean/rows.py", "() if key == ARGUMENTS else no_text", "no_text", count=2
     ),
     "an_answer_about_the_tags_of_reasoning_is_kept": undo(
-        "data/message.py", 'None if not end_tag or "<think>" in reasoning else', "None if not ended else", case="drop"
+        "data/message.py", 'None if not end_tag or "<think>" in reasoning else', "None if not end_tag else", case="drop"
     ),
     "an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused": undo(
         "data/chat/turn_parts.py",

@@ -168,7 +168,7 @@ class _Reader:
     def __init__(self, config: RunConfig, bad: BadRows, images: ImageWriter | None):
         self._images = images
         self._data = config.data
-        self._task, self._bound = config.task, task_of(config.task)
+        self._task_config, self._task = config.task, task_of(config.task)
         self._slices = config.evaluate.slices
         self._input_apart = config.model.prompt_template == "alpaca"
         self._bad = bad
@@ -210,16 +210,16 @@ class _Reader:
         if self.format is None or self.unread is None:
             self.format = self._recognise(raw)
             self.unread = Unread(self.format, mapping, self._slices)
-        check_task(self.format, raw.fields, mapping, format_name, self._task, raw.place)
+        check_task(self.format, raw.fields, mapping, format_name, self._task_config, raw.place)
         self.unread.add(raw.fields)
-        row = normalise(raw.fields, self.format, mapping, self._task, input_apart=self._input_apart)
+        row = normalise(raw.fields, self.format, mapping, self._task_config, input_apart=self._input_apart)
         self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
         label = None
-        if self._bound.has_labels:
+        if self._task.has_labels:
             self._refuse_other_labels(row)
-            label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
+            label = json.dumps(labels_of(row)) if self._task.several_labels else row["label"]
         row_hash = hash_of(row, self._data.split.seed)  # first, since it raises for values that are not JSON
-        if COLUMN in row and self._bound.sees_images:
+        if COLUMN in row and self._task.sees_images:
             assert self._images is not None, "nobody takes the images"
             row = self._images.take(row, raw.file.path)
         return json_text(row), row_hash, label
@@ -229,7 +229,7 @@ class _Reader:
         task, as long as a later one may have; UserError where none of them has."""
         assert raw.fields is not None
         try:
-            return recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)
+            return recognise(raw.fields, self._data.columns, self._data.format, self._task_config, raw.place)
         except UserError as error:
             self._unknown = self._unknown or error
             self._unknown_rows += 1
@@ -238,7 +238,7 @@ class _Reader:
             raise RowError(reason) from None
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:
-        allowed_labels = self._bound.given_labels
+        allowed_labels = self._task.given_labels
         for name in labels_of(row) if allowed_labels else ():
             if name not in allowed_labels:
                 raise RowError(f"label {name!r} is not among task.labels ({', '.join(allowed_labels)})")
