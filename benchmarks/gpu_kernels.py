@@ -63,13 +63,13 @@ def cross_entropy(bench: Bench) -> None:
     import torch.nn.functional as functional
     from torch import nn
 
-    from dstune.models.cross_entropy import projected_cross_entropy, wide_products
+    from dstune.models.cross_entropy import projected_cross_entropy, supports_fp32_products
 
     targets, vocabulary, width = bench.size(4096, 16), bench.size(128256, 64), bench.size(4096, 32)
     projection = nn.Linear(width, vocabulary, bias=False, dtype=torch.bfloat16).to(bench.device)
     hidden = torch.randn(targets, width).to(bench.device, torch.bfloat16).requires_grad_()
     expected = torch.randint(vocabulary, (targets,)).to(bench.device)
-    bench.row(logits="fp32" if wide_products(bench.device.type, torch.bfloat16) else "bf16")
+    bench.row(logits="fp32" if supports_fp32_products(bench.device.type, torch.bfloat16) else "bf16")
 
     def chunked() -> torch.Tensor:
         return projected_cross_entropy(projection, projection.forward, hidden, expected).loss_sum

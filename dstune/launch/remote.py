@@ -75,7 +75,8 @@ def on_cpu(answers: Sequence[Answer]) -> bool:
 
 
 def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None, console: Console) -> list[Answer]:
-    """Ask every host what it has. Raises UserError: all that keeps them from running ranks together."""
+    """Ask every host for its versions, GPUs and interfaces. Raises UserError with everything that keeps them from running ranks
+    together."""
     console.stage(f"looking at {', '.join(names)}")
     paths = [hosts.package_folder()]
     answers = hosts.ask(names, ssh, paths)
@@ -85,9 +86,9 @@ def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None
         problems += hosts.check_shared_folder(reached, ssh, run_dir)
     for answer in answers:
         if interface and answer.facts is not None and interface not in answer.facts["interfaces"]:
-            having = ", ".join(answer.facts["interfaces"])
+            interfaces = ", ".join(answer.facts["interfaces"])
             reason = f"{answer.host} has no such interface with an IPv4 address"
-            problems.append(Problem("launch.interface", reason, f"one of {having}", interface))
+            problems.append(Problem("launch.interface", reason, f"one of {interfaces}", interface))
     if problems:
         raise UserError(problems)
     for host, seconds in hosts.common_skew(answers).items():

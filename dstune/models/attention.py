@@ -66,7 +66,7 @@ class SpanAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """See `attend`. spans: what the forward pass was told."""
+        """See `attend`. spans: where the samples of each row begin and end."""
         return attend(query, key, value, spans, dropout=dropout, scale=scale, window=window)
 
     def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -122,7 +122,7 @@ def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 
 
 @cache
-def wide_products(device: str, dtype: torch.dtype) -> bool:
+def supports_fp32_products(device: str, dtype: torch.dtype) -> bool:
     """Return whether a product of half-precision matrices can stay in fp32, in which it is summed: on CUDA with torch 2.8 and
     newer. That operation has no derivative, and no kernel on a CPU."""
     if device == "cpu" or dtype is torch.float32:
@@ -189,7 +189,7 @@ class LinearLoss(torch.autograd.Function):
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         # One buffer for all chunks: two of them never exist at once, and the system maps its pages once.
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
-        wide = wide_products(hidden.device.type, hidden.dtype)
+        wide = supports_fp32_products(hidden.device.type, hidden.dtype)
         product: torch.Tensor | None = None
         start = 0
         for chunk in hidden.split(rows):

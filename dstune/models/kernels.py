@@ -12,7 +12,7 @@ from dstune.config.schema import ModelConfig
 from dstune.models import varlen
 from dstune.models.attention import SamplesApart
 from dstune.models.compiled import compiled_functions, use_compiled
-from dstune.models.cross_entropy import is_multiplied_once, rows_at_once, wide_products
+from dstune.models.cross_entropy import is_multiplied_once, rows_at_once, supports_fp32_products
 from dstune.models.heads.base import LeavesOutLogits
 from dstune.models.norms import NO_KERNEL, Kind, is_as_exact, norms_computed_here, use_lean_norms
 from dstune.models.packed_attention import Heads, choose
@@ -89,7 +89,7 @@ def _written(*, compiled: bool) -> str:
 def _chunks(projection: nn.Module, dtype: torch.dtype) -> str:
     device = accelerator.current()
     rows = rows_at_once(projection, torch.empty(0, device=device, dtype=dtype))
-    wide = is_multiplied_once(projection, dtype) and wide_products(device.type, dtype)
+    wide = is_multiplied_once(projection, dtype) and supports_fp32_products(device.type, dtype)
     logits = str(torch.float32 if wide else dtype).removeprefix("torch.")
     return f"{'one chunk' if rows is None else f'chunks of {rows} targets'}, logits in {logits}"
 

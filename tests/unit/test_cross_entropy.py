@@ -104,7 +104,7 @@ def test_products_with_fp32_output_are_closer_to_fp32(monkeypatch):
 
     errors = []
     for wanted in (False, True):
-        monkeypatch.setattr(cross_entropy, "wide_products", lambda *unused, wanted=wanted: wanted)
+        monkeypatch.setattr(cross_entropy, "supports_fp32_products", lambda *unused, wanted=wanted: wanted)
         monkeypatch.setattr(torch, "mm", wide)
         monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 2 * VOCABULARY)
         found = gradients(half, hidden.bfloat16(), targets, chunked)

@@ -60,7 +60,7 @@ def test_the_machine_names_the_kernel_that_computes_there(monkeypatch, others, n
 
 def test_logits_are_said_to_be_wide_only_where_one_product_makes_them(tmp_path, monkeypatch):
     """Not of fp16, of a projection with an adapter or a bias: their logits are the model's own."""
-    monkeypatch.setattr(kernels, "wide_products", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "supports_fp32_products", lambda device, dtype: True)
     for dtype, bias, expected in (
         (torch.bfloat16, False, "float32"),
         (torch.float16, False, "float16"),

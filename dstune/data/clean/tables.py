@@ -171,15 +171,15 @@ class Cleaning:
         assert table.kept is not None
         rows = np.flatnonzero(table.kept)
         _, first = np.unique(keys[rows], return_index=True)  # the index of the first of equal ones
-        copies = np.ones(len(rows), dtype=bool)
-        copies[first] = False
-        copies_of = rows[copies]
-        report.add("duplicates", "removed" if remove else "flagged", len(copies_of))
-        for row in copies_of[:MAX_EXAMPLES]:
+        is_copy = np.ones(len(rows), dtype=bool)
+        is_copy[first] = False
+        copy_rows = rows[is_copy]
+        report.add("duplicates", "removed" if remove else "flagged", len(copy_rows))
+        for row in copy_rows[:MAX_EXAMPLES]:
             original = rows[np.flatnonzero(keys[rows] == keys[row])[0]]
             self._example(report, "duplicates", table, row, f"as {table.place(original)}")
         if remove:
-            table.kept[copies_of] = False
+            table.kept[copy_rows] = False
 
     def _near_duplicates(self, table: Table, report: Report) -> None:
         is_kept = table.kept

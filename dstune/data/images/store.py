@@ -96,17 +96,17 @@ def size_of(content: bytes) -> tuple[int, int]:
             size = image.size
             _refuse_size(size)
             _refuse_mode(image)
-            # Pillow tells the size of a TIFF as it will be turned.
-            turned = image.format != "TIFF" and _is_turned(image, content)
-            # Behind a phone's photo (a JPEG with an index, MPO) lie its preview and depths.
-            moves = image.format != "MPO" and _has_second_frame(image)
+            # Pillow reports a TIFF's size as it is after the rotation.
+            is_rotated = image.format != "TIFF" and _is_turned(image, content)
+            # A phone's photo (a JPEG with an index, MPO) is followed by its preview and a depth map.
+            is_animated = image.format != "MPO" and _has_second_frame(image)
     except RowError:
         raise
     except Exception as error:
         raise RowError(f"is none of {', '.join(FORMATS)}, or not whole: {first_line(error)}") from None
-    if moves:
+    if is_animated:
         raise RowError("has several frames; only still images are read")
-    return (size[1], size[0]) if turned else size
+    return (size[1], size[0]) if is_rotated else size
 
 
 def _is_turned(image: Any, content: bytes) -> bool:
