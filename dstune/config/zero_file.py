@@ -30,7 +30,7 @@ COMMAND_LINE = "the command line"
 
 
 def with_file(config: RunConfig, given: Given) -> RunConfig:
-    """Return `config` with the content of the file that `zero.path` names; itself where that names none.
+    """Return `config` with the content of the file `zero.path`; unchanged if that is unset.
 
     Raises:
         UserError: the file cannot be read, everything in it that dstune cannot honour, and every value that contradicts a

@@ -58,7 +58,7 @@ class ImageRows:
 
 
 def _images_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Yield place, part and role of each."""
+    """Yield place, content part and role of each image in the row's messages."""
     messages = row.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None

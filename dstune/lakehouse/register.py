@@ -160,8 +160,8 @@ def digest_of(export: Path) -> str:
 
 
 def _version_with(client: Any, name: str, digest: str) -> str | None:
-    """Return the number of the version whose export has this digest; None where there is none. The tags of each version are read by
-    themselves: a registry lists versions without their tags."""
+    """Return the number of the version whose export has this digest; None if there is none. Tags are read version by
+    version, since a registry lists versions without them."""
     page = None
     while page is None or page.token:
         page = client.search_model_versions(f"name='{name}'", page_token=None if page is None else page.token)

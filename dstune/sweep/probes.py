@@ -80,16 +80,17 @@ def _is_value(axis: Axis) -> bool:
 
 
 def _assignments(axes: Sequence[Axis]) -> Iterable[Assignment]:
-    whole = [Axis(axis.key, axis.probes) for axis in axes]
+    """Return every combination of the axes' probes; where they are too many, the first one and each probe by itself."""
+    probed = [Axis(axis.key, axis.probes) for axis in axes]
     count = 1
-    for axis in whole:
+    for axis in probed:
         count *= len(axis.values)
     if count <= MOST_COMBINATIONS:
-        return grid(whole)
-    start = first(whole)
+        return grid(probed)
+    start = first(probed)
     one_by_one = (
         Assignment(start.axes, (*start.values[:at], value, *start.values[at + 1 :]))
-        for at, axis in enumerate(whole)
+        for at, axis in enumerate(probed)
         for value in axis.values[1:]
     )
     return itertools.chain([start], one_by_one)

@@ -38,7 +38,7 @@ def check_context(path: str, body: Mapping[str, Any], engine: Engine) -> None:
 
 
 def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
-    """Yield what is read at once: a conversation, or each text of a list."""
+    """Yield the prompts of a request: a conversation, or each text of a list."""
     if not isinstance(value, list) or path == "/v1/responses":
         yield value
     elif name == "messages":

@@ -298,7 +298,8 @@ class Request(requests.Request):
         return self._send
 
     async def _send_noted(self, message: Message) -> None:
-        """Raises SlowReader."""
+        """Send a message of the response with the gateway's headers, and note status, size and the time of the first byte. Raises
+        SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own_headers = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
