@@ -128,7 +128,7 @@ def _is_decisive(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _digest(path: Path) -> Digest:
-    """Raises OSError."""
+    """Digest a file; of JSON, each value too. Raises OSError."""
     if path.suffix == ".gguf":  # the tensors are proven by what they answer
         try:
             return {"sha256": "", "values": metadata_digests(path)}

@@ -261,7 +261,7 @@ def _value_of(kind: Any) -> Callable[[Any], Any] | None:
 
 
 def _time_of(kind: Any) -> Callable[[Any], str] | None:
-    """Return what writes a date or a time that a message holds as JSON has it."""
+    """Return the function that writes a date or a time of a message as JSON holds it; None for other types."""
     import pyarrow as pa
 
     is_time = pa.types.is_date(kind) or pa.types.is_timestamp(kind) or pa.types.is_time(kind)

@@ -60,7 +60,7 @@ def is_allowed(parts: SplitResult, allowed: Collection[str]) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the internet, also inside of the forms that carry an IPv4 address."""
+    """Return whether an IP address is public; an IPv6 form that carries an IPv4 address is judged by that."""
     parsed = _address(address)
     if parsed is None:
         return False

@@ -96,7 +96,7 @@ class Guarding:
         self._watcher = asyncio.create_task(self._watch())
 
     def lines(self) -> Iterator[str]:
-        """Yield, once the guard has started, what is guarded by which policy, and the label by which each model scores."""
+        """Yield lines for the start of the guard: what each policy guards, and the label that each model's score is of."""
         policies = self.policies
         for name in policies.policies:
             routes = [route for route, policy_name in policies.routes.items() if policy_name == name]

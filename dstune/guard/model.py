@@ -191,7 +191,7 @@ class GuardModel:
         return list(map(WindowScore, values, whole, work))
 
     def _parts(self, ids: list[int]) -> list[list[int]]:
-        """Return pieces of `part_tokens` tokens, each with the special tokens. None of a window that is no longer than one."""
+        """Return pieces of `part_tokens` tokens, each with the special tokens. Empty for a window no longer than one piece."""
         tokens_before, tokens_after = self._special_tokens or (0, 0)
         size, end = self.part_tokens, len(ids) - tokens_after
         if not size or end - tokens_before <= size:

@@ -138,13 +138,13 @@ def read(path: Path) -> Presets:
     except Exception as error:  # whatever the parser raises for a file that is none
         raise UserError(Problem(str(path), f"is no YAML: {first_line(error)}")) from None
     problems: list[Problem] = []
-    made = _presets(content, path.name, problems)
+    made = _read_presets(content, path.name, problems)
     if problems:
         raise UserError(problems)
     return made
 
 
-def _presets(content: Any, file: str, problems: list[Problem]) -> Presets:
+def _read_presets(content: Any, file: str, problems: list[Problem]) -> Presets:
     """Return everything that can be read; what cannot is added to `problems`."""
     if not isinstance(content, Mapping):
         problems.append(Problem(file, "must be a mapping with the key `models`"))

@@ -167,12 +167,15 @@ def _continued(
     goes_on: Callable[[bool], bool],
     positions_before: Sequence[int] = (),
 ) -> list[Drawn]:
-    """Return what is drawn behind each row of `input_ids`, `samples` times; of each result at most so many tokens as `limits`
-    says, which ends the loop where `goes_on` is told that nothing is unfinished."""
+    """Sample `samples` continuations of each row of `input_ids`.
+
+    limits: the most tokens of each continuation. goes_on: decides whether another token is computed, from whether this rank has
+    an unfinished continuation.
+    """
     from transformers import DynamicCache
 
     rows, device = len(input_ids) * samples, input_ids.device
-    ending = torch.tensor(sorted(ends), device=device)
+    end_tokens = torch.tensor(sorted(ends), device=device)
     room = torch.tensor(limits, device=device)
     tokens_before = torch.tensor(list(positions_before) or [0] * rows, device=device)
     with torch.no_grad():
@@ -195,16 +198,16 @@ def _continued(
             logps.append(logp)
             entropies.append(entropy)
             were_active.append(active)
-            ended |= active & torch.isin(token, ending)
+            ended |= active & torch.isin(token, end_tokens)
             active = active & ~ended & (room > position + 1)
             if not goes_on(bool(active.any())):
                 break
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             positions = positions + 1
-            ready: Tensor | None = mask
+            step_mask: Tensor | None = mask
             if takes_ready_masks:
-                ready = mask[:, None, None].bool() if is_padded else None
-            logits = last_logits(model, token[:, None], ready, positions, cache)
+                step_mask = mask[:, None, None].bool() if is_padded else None
+            logits = last_logits(model, token[:, None], step_mask, positions, cache)
     drawn, drawn_logps = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).double().tolist()
     lengths = torch.stack(were_active, dim=1).sum(dim=1).tolist()
     sums = (torch.stack(entropies, dim=1) * torch.stack(were_active, dim=1)).sum(dim=1).tolist()
