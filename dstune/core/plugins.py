@@ -212,14 +212,16 @@ def refuse_changes(before: Sequence[Plugin], now: Sequence[Plugin]) -> None:
 
 def _package_problems(plugin: Plugin) -> Iterator[Problem]:
     """Yield what is wrong with the installed plugin with which a run began."""
-    now = _installed.get(plugin.name)
+    installed = _installed.get(plugin.name)
     fix = f"pip install {plugin.distribution}=={plugin.version}{_OR_ACCEPT}"
-    if now is None:
+    if installed is None:
         reason = f"the run began with the plugin {plugin.name}{plugin.package_note}, which is not installed"
         yield Problem(KEY, reason, fix, plugin.name)
-    elif now.sha256 != plugin.sha256:
+    elif installed.sha256 != plugin.sha256:
         reason = f"the run began with the plugin {plugin.name}{plugin.package_note} (sha256 {plugin.sha256[:12]})"
-        yield Problem(now.file, f"{reason}, and {now.version} (sha256 {now.sha256[:12]}) is installed", fix)
+        yield Problem(
+            installed.file, f"{reason}, and {installed.version} (sha256 {installed.sha256[:12]}) is installed", fix
+        )
 
 
 ACCEPT = "run.accept_plugin_changes=true"

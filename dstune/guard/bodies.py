@@ -30,7 +30,7 @@ def of_request(route: str, body: Mapping[str, Any]) -> list[Placed]:
 
 
 def put(body: Any, changes: Mapping[Place, str]) -> Any:
-    """Return `body` with other texts."""
+    """Return a copy of `body` with the texts at the places of `changes` replaced; `body` itself if there are none."""
     if not changes:
         return body
     changed = copy.deepcopy(body)

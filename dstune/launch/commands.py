@@ -260,7 +260,7 @@ def count_gpus(env: Mapping[str, str], kfd: Path = Path("/sys/class/kfd/kfd/topo
 
 
 def idle_gpus(env: Mapping[str, str]) -> Iterator[str]:
-    """Yield what to tell of GPUs that a run leaves alone, because PyTorch is built for CPUs."""
+    """Yield a warning about GPUs that the run does not use, because PyTorch is built for CPUs."""
     version = _torch_version()
     if version.endswith("+cpu") and (gpus := count_gpus(env)):
         yield (

@@ -78,7 +78,7 @@ class Ia3(ModuleAdapter):
         return tuple(low_rank(model, self.targets, 1, experts=False))
 
     def _scales(self, model: Architecture) -> Iterator[Tensor]:
-        """Yield a number for each output of a scaled module, of a feed-forward one for each input."""
+        """Yield the scaling vectors: one number for each output of a module, for each input of a feed-forward module."""
         from dstune.planning.adapters import linear_modules
         from dstune.planning.architecture import Tensor
 

@@ -344,6 +344,7 @@ def _copies(s: Setup) -> int:
 
 
 def _at_the_step(s: Setup, resident: Parts) -> Parts:
+    """Return what is in memory during the optimizer step."""
     trained, share = s.trained_count, -(-s.trained_count // s.ranks)
     largest = max((t.count for t in s.trained), default=0)
     mixed = s.weight_bytes == 2

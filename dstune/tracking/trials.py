@@ -89,7 +89,7 @@ def read_records(sweep: Path) -> list[Record]:
 
 
 def objectives_of(sweep: Path) -> list[str]:
-    """Return what `sweep.yaml` says that trials are compared by."""
+    """Return the objectives that `sweep.yaml` names; `loss` if it names none or cannot be read."""
     try:
         content = parse_yaml(read_file(sweep / SWEEP_FILE).decode())
         return [str(name) for name in content["objective"]] or ["loss"]

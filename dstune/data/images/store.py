@@ -65,7 +65,7 @@ def require_pillow(where: str = "data.train") -> None:
 
 
 def decode(content: bytes) -> Any:
-    """Return the image in these bytes as RGB, turned as its EXIF data say: a PIL image. Raises RowError."""
+    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. Raises RowError."""
     from PIL import Image, ImageOps
 
     try:
@@ -73,14 +73,14 @@ def decode(content: bytes) -> Any:
             _refuse_size(image.size)
             # A palette may have an alpha channel, which `convert` alone would print as black or any other colour.
             _refuse_mode(image)
-            turned = ImageOps.exif_transpose(image)
-            if turned.mode.startswith("I;16"):  # which `convert` would cut off at 255
-                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-            if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-                turned = turned.convert("RGBA")
-                ground = Image.new("RGBA", turned.size, (255, 255, 255, 255))
-                return Image.alpha_composite(ground, turned).convert("RGB")
-            return turned.convert("RGB")
+            rotated = ImageOps.exif_transpose(image)
+            if rotated.mode.startswith("I;16"):  # which `convert` would cut off at 255
+                rotated = Image.fromarray((np.asarray(rotated) >> 8).astype(np.uint8))
+            if rotated.mode in ("RGBA", "LA", "PA") or "transparency" in rotated.info:
+                rotated = rotated.convert("RGBA")
+                ground = Image.new("RGBA", rotated.size, (255, 255, 255, 255))
+                return Image.alpha_composite(ground, rotated).convert("RGB")
+            return rotated.convert("RGB")
     except RowError:
         raise
     except Exception as error:  # a decoder meets anything in a stranger's file

@@ -179,7 +179,7 @@ def _size(path: Path) -> int:
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """Link the bytes of a file under another path, where they stay when it is removed."""
+    """Make `target` a hard link to `source`, or a copy on another disk: it stays when `source` is removed."""
     try:
         os.link(source, target)
     except OSError:  # another disk

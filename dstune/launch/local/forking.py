@@ -129,7 +129,8 @@ class Places:
         self._variables = (variables, ENVIRONMENT_ROOM if name == ROOM_VARIABLE.encode() else 0)
 
     def show(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Write both, cut to the room that there is; the mark of a launch comes first."""
+        """Write the command line and the environment that `ps` shows, each cut to the space it has. dstune's variables come
+        first: they mark the process as one of a launch."""
         entries = [f"{name}={env[name]}" for name in sorted(env, key=lambda name: not name.startswith("DSTUNE_"))]
         for (start, size), texts in ((self._arguments, argv), (self._variables, entries)):
             if size:

@@ -95,7 +95,7 @@ def with_reference_model(
 
 
 def _other_model(config: RunConfig) -> RunConfig | None:
-    """Return the configuration under which `task.reference_model` is the model; None where there is none."""
+    """Return the configuration that loads `task.reference_model`; None if the run has no such model."""
     task = config.task
     if not isinstance(task, PreferenceConfig) or not task.compares or task.reference_model is None:
         return None
