@@ -20,7 +20,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.models.packed_attention import Heads, PackedAttention, choose
 from dstune.models.varlen import Boundaries, Kernel, boundaries_of
 from dstune.zero import accelerator
-from tests.unit.test_attention import as_with_masks, batches, load, set_up_rank
+from tests.unit.test_attention import as_with_masks, batches, load, verified
 
 
 def looped(query, key, value, boundaries, scale, window):
@@ -73,12 +73,12 @@ def crossing(query, key, value, boundaries, scale, window):
 
 def test_a_kernel_that_lets_samples_see_each_other_is_given_up(tmp_path):
     model = load(save_decoder(tmp_path))
-    report, head = set_up_rank(model, PackedAttention(model, LOOP))
-    assert report == [] and head.rows is not None
+    messages, head = verified(model, PackedAttention(model, LOOP))
+    assert messages == [] and head.rows is not None
     model = load(tmp_path)
-    report, head = set_up_rank(model, PackedAttention(model, Kernel("a crossing", crossing)))
+    messages, head = verified(model, PackedAttention(model, Kernel("a crossing", crossing)))
     assert head.rows is None and model.config._attn_implementation == "sdpa"
-    assert report[0].startswith(
+    assert messages[0].startswith(
         "model.attention=auto: sdpa, since rows have other logits than their samples alone by a cr"
     )
 
