@@ -136,6 +136,7 @@ def _keep_good(
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
     schema = pa.schema([column for column in written if column.name not in COUNTED])
     content = {name: xxhash.xxh3_128() for name in schema.names}
+    absent = set(encode.later_columns)
     # Rows may be many, so nothing here takes more than 14 bytes for each.
     last_number = -1
     lengths, weights, sources, numbers = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16, np.int64))
@@ -161,6 +162,7 @@ def _keep_good(
             writer.write_batch(good_batch)
             for name, digest in content.items():
                 digest.update(_bytes_of(good_batch[name]))
+            absent = {name for name in absent if not len(pc.list_flatten(good_batch[name]))}
             parts = [
                 pc.list_value_length(good_batch[name]).to_numpy() for name in schema.names if name.endswith(TOKENS)
             ]
@@ -178,7 +180,8 @@ def _keep_good(
     all_lengths, all_weights = np.concatenate(lengths), np.concatenate(weights)
     np.save(f"{target}.lengths.npy", all_lengths)
     np.save(f"{target}.weights.npy", all_weights)
-    Path(f"{target}.content").write_text(" ".join(f"{name}={digest.hexdigest()}" for name, digest in content.items()))
+    digests = {name: digest.hexdigest() for name, digest in content.items() if name not in absent}
+    Path(f"{target}.content").write_text(" ".join(f"{name}={digest}" for name, digest in digests.items()))
     counts.samples, counts.tokens, counts.targets = len(all_lengths), int(all_lengths.sum()), int(all_weights.sum())
     if table.sources is not None:
         all_sources = np.concatenate(sources)

@@ -19,7 +19,10 @@ from tools.side_by_side import Tree
 
 ROOT = Path(__file__).parents[2]
 ARCHIVES = sorted((ROOT / "tests" / "data").glob("old-runs-*.tar.xz"))
-NAMES = [f"task-{path.stem}" for path in sorted((ROOT / "conf" / "task").glob("*.yaml"))]
+SINCE = {"distillation", "reinforcement"}
+"""Tasks that version 0.1.0 did not have."""
+TASKS = sorted({path.stem for path in (ROOT / "conf" / "task").glob("*.yaml")} - SINCE)
+NAMES = [f"task-{task}" for task in TASKS]
 NAMES += [f"method-{path.stem}" for path in sorted((ROOT / "conf" / "method").glob("*.yaml")) if path.stem != "full"]
 
 

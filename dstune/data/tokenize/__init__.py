@@ -91,6 +91,11 @@ class RowTokenizer:
         tokens = datasets.List(datasets.Value("int32"))
         return datasets.Features({"input_ids": tokens, **self._encoder.columns, **self._counted})
 
+    @property
+    def later_columns(self) -> frozenset[str]:
+        """Columns that do not count in the content of rows where no row has any."""
+        return self._encoder.later_columns
+
     def for_row(self, number: int) -> RowTokenizer:
         """Return the tokenizer of the row of that number: that of its source in a run of several tasks, else this one."""
         return self if self._sources is None or not self._of_source else self._of_source[self._sources[number]]

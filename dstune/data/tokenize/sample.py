@@ -71,6 +71,10 @@ class Encoder:
         assert self.images is not None or not numbered, "images of which nobody knows the files"
         return [self.images.image(image["number"]) for image in numbered] if self.images else []
 
+    later_columns: frozenset[str] = frozenset()
+    """Columns that samples of earlier versions did not have. Where no row has any of one, it does not count in the content by which
+    a run knows its rows again, so that runs of those versions continue."""
+
     @property
     def columns(self) -> Mapping[str, Any]:
         """Types (of `datasets`) of what a sample holds beside `input_ids`. `collate` knows which ones a batch gets."""

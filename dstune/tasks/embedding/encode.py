@@ -20,7 +20,7 @@ TOKENS = datasets.List(datasets.Value("int32"))
 COLUMNS = {"anchor": "input_ids", "positive": "positive_input_ids", "negative": "negative_input_ids"}
 """Where the tokens of each text go; those of all negatives of a pair are one list."""
 LENGTHS = "negative_lengths"
-"""Column with the number of tokens of each negative."""
+"""Column with the number of tokens of each negative; empty where there is one at most."""
 
 
 class ContrastiveEncoder(Encoder):
@@ -33,6 +33,8 @@ class ContrastiveEncoder(Encoder):
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._control = ControlTokens(tokenizer)
+
+    later_columns = frozenset({LENGTHS})
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -53,10 +55,11 @@ class ContrastiveEncoder(Encoder):
             encoded = [self._tokens(text) for text in (positive, *negatives[turn :: len(positives)])]
             longest = max(length, *(token_count for _, token_count in encoded))
             (tokens, _), *others = encoded
+            lengths = [len(ids) for ids, _ in others]
             columns = {
                 "positive_input_ids": tokens,
                 "negative_input_ids": np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in others)]),
-                LENGTHS: np.array([len(ids) for ids, _ in others], dtype=np.int32),
+                LENGTHS: np.array(lengths if len(lengths) > 1 else [], dtype=np.int32),
             }
             problem = "" if all(map(len, (anchor, tokens, *(ids for ids, _ in others)))) else "a text has no token"
             samples.append(Sample(number, anchor, columns, 1, longest > self._max_length, problem, longest))
