@@ -95,7 +95,7 @@ def _pattern_problems(config: dict[str, Any]) -> list[str]:
         rank, alpha = float(config["r"]), float(config["lora_alpha"])
         scales = [alphas.get(name, alpha) / ranks.get(name, rank) ** root for name in {*ranks, *alphas}]
         other = any(abs(scale - alpha / rank**root) > 1e-6 * abs(scale) for scale in scales)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):  # an adapter of a stranger
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # an adapter of a stranger
         return []
     return ["rank_pattern and alpha_pattern scale matrices differently, which it does not read"] if other else []
 

@@ -220,7 +220,7 @@ def test_what_cannot_be_evaluated_is_refused(bench, monkeypatch):
     with pytest.raises(UserError, match="drawn from training rows"):
         evaluate.main([str(bench.model), "task=seq2seq", "data=files", "data.validation=x.jsonl", "--shots", "4"])
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"(?s)lm-eval is not installed.*dstune\[harness\]"):
+    with pytest.raises(UserError, match=r"(?s)lm-eval is not installed.*'\.\[harness\]'"):
         evaluate.main([str(bench.model), "--harness", "mine"])
 
 

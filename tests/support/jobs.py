@@ -41,9 +41,9 @@ class StubLauncher:
         job = folder.path.name
         if job in self.alive:
             return False
+        self.environments.append(env)  # first: tests wait for what is started
         self.started.append((job, dict(task)))
         write(folder.task, dict(task))
-        self.environments.append(env)
         if task["phase"] == "validate" and self.validates:
             write(folder.validated, {"training_file": {"rows": ROWS}, "warnings": []})
             return True

@@ -110,7 +110,12 @@ COUNTED = {
     "moonshotai/Kimi-K2-Instruct-0905": 1_026_408_209_408,
     "moonshotai/Kimi-Linear-48B-A3B-Instruct": 49_133_074_464,
     "MiniMaxAI/MiniMax-M2": 228_689_748_992,
+    "MiniMaxAI/MiniMax-M2.1": 228_689_748_992,
     "deepseek-ai/DeepSeek-V3.2": 671_877_929_216,
+    # 671,026,419,200 with the 58 x 256 corrections of expert scores, which are buffers.
+    "deepseek-ai/DeepSeek-R1-0528": 671_026_404_352,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
     "google/embeddinggemma-300m": 302_863_104,
     "Qwen/Qwen3-Embedding-0.6B": 595_776_512,
     "Qwen/Qwen3-Embedding-4B": 4_021_774_336,
