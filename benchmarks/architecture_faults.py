@@ -106,8 +106,8 @@ def planted(fault: str) -> Iterator[None]:
             labels[row, position] = NO_TARGET
         return labels
 
-    def inputs(batch: Any, dtype: Any) -> Any:
-        model_inputs = inputs_of(batch, dtype)
+    def inputs(batch: Any, *arguments: Any) -> Any:
+        model_inputs = inputs_of(batch, *arguments)
         if active and fault == "samples of a row see each other" and "position_ids" in model_inputs:
             import torch
 
