@@ -22,20 +22,22 @@ OF_OPERATORS = re.compile(
 
 
 @contextmanager
-def refuse_failing_model(path: str, name: str) -> Iterator[None]:
+def refuse_failing_model(path: str, name: str, *, raised_there: bool = False) -> Iterator[None]:
     """Raises UserError in place of what the code of a model raises within: the operator or attribute, and where.
 
-    path: `model.path`. name: of the model's class. Every rank computes the same, so it is raised on all of them.
+    path: `model.path`. name: of the model's class. raised_there: only what a file of models raises itself; for the rest callbacks
+    may be at fault. Every rank computes the same, so it is raised on all of them.
     """
     try:
         yield
     except (*OF_CODE, RuntimeError) as error:
         if not isinstance(error, OF_CODE) and not OF_OPERATORS.search(str(error)):
             raise
-        frame = next(
-            (f for f in reversed(traceback.extract_tb(error.__traceback__)) if "transformers" in f.filename), None
-        )
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if "transformers" in frame.filename), None)
         if frame is None:  # not the model's code
+            raise
+        if raised_there and (frame is not frames[-1] or not Path(frame.filename).name.startswith("modeling_")):
             raise
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         reason = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
 from dstune.trainer.data_loader import DataLoader
 from dstune.trainer.evaluate import Evaluator
+from dstune.trainer.first_pass import refuse_failing_model
 from dstune.trainer.forgetting import Penalties
 from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
@@ -183,7 +184,8 @@ def train(run: Training) -> Request:
             request, _ = synchronize(run, run.callbacks.while_waiting(run))
         else:
             try:
-                train_step(run, step)
+                with refused_by_model(run):
+                    train_step(run, step)
             except RolloutsUnavailable as error:  # on all ranks alike, with everything as the step before left it
                 return save_if_requested(run, Request(Action.PREEMPT, str(error)))
             synchronize_step(run, step)
@@ -195,6 +197,14 @@ def train(run: Training) -> Request:
         if request.action & (Action.STOP | LEAVE):
             return request
     return Request(Action.STOP)
+
+
+def refused_by_model(run: Training) -> AbstractContextManager[None]:
+    """Raises UserError within the first step where the model itself says that it is not trained like this, as Reformer does of rows
+    that its positions do not fill: in evaluation mode it takes them."""
+    if run.state.step:
+        return nullcontext()
+    return refuse_failing_model(run.config.model.path, type(run.engine.module).__name__, raised_there=True)
 
 
 def steps(run: Training) -> Iterator[Step | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, AutoModelForSequenceClassification
 
 from dstune.core.errors import UserError
 from dstune.trainer.first_pass import refuse_failing_model
@@ -26,6 +26,28 @@ def test_llama_4_is_refused_with_the_line_that_fails() -> None:
     assert (problem.where, problem.value) == ("model.path", "meta-llama/Llama-4")
     assert "Llama4ForConditionalGeneration fails in its first forward pass" in problem.reason
     assert "modeling_llama4.py" in problem.reason and "image_outputs" in problem.reason
+
+
+def test_what_a_model_refuses_in_training_alone() -> None:
+    """Reformer fills up rows to its positions in evaluation mode, and wants full ones to be trained."""
+    import sys
+
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from tiny_architectures import build, small_config
+
+    model = build(AutoModelForSequenceClassification, small_config("reformer")).eval()
+    with refuse_failing_model("a/reformer", "Reformer", raised_there=True):
+        model(input_ids=torch.arange(8)[None])
+        model.train()
+        with (
+            pytest.raises(UserError, match="axial_pos_shape"),
+            refuse_failing_model("a", "Reformer", raised_there=True),
+        ):
+            model(input_ids=torch.arange(8)[None])
+    handle = model.eval().register_forward_pre_hook(lambda module, inputs: inputs["no such"])
+    with pytest.raises(TypeError), refuse_failing_model("a/reformer", "Reformer", raised_there=True):
+        model(input_ids=torch.arange(8)[None])  # a callback's hook
+    handle.remove()
 
 
 @pytest.mark.parametrize(
