@@ -124,8 +124,9 @@ def loss_of(case: Case, model: Any, sample: dict[str, Any]) -> tuple[Any, int]:
     if case.group == "classification":
         label = torch.as_tensor(sample["label"] if "label" in sample else sample["labels"]).long().reshape(1)
         return functional.cross_entropy(model(input_ids=ids).logits.float(), label, reduction="sum"), 1
-    labels = torch.as_tensor(sample["target_ids" if case.group == "seq2seq" else "labels"]).long()[None]
-    if case.group == "seq2seq":
+    has_decoder = "target_ids" in sample  # some that transformers lists beside encoder-decoders have a single stack
+    labels = torch.as_tensor(sample["target_ids" if has_decoder else "labels"]).long()[None]
+    if has_decoder:
         logits = model(input_ids=ids, labels=labels, use_cache=False).logits.float()
         return functional.cross_entropy(logits[0], labels[0], reduction="sum"), labels.numel()
     logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -173,7 +174,7 @@ def logits_apart(case: Case, config: Any, plain: Any, exported: Any) -> float:
     sample = next(iter(samples_of(config)))[0]
     ids = torch.as_tensor(sample["input_ids"]).long()[None]
     options: dict[str, Any] = (
-        {"labels": torch.as_tensor(sample["target_ids"]).long()[None]} if case.group == "seq2seq" else {}
+        {"labels": torch.as_tensor(sample["target_ids"]).long()[None]} if "target_ids" in sample else {}
     )
     if case.group != "classification":
         options["use_cache"] = False

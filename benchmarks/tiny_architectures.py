@@ -178,6 +178,9 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "mistral4": {"num_key_value_heads": HEADS, "head_dim": 2 * HEAD_DIM},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 5},
+    "encoder-decoder": {
+        "decoder_start_token_id": 1
+    },  # with that of padding, transformers hides the first token from the decoder
     "deberta": {"pooler_hidden_size": HIDDEN},
     "deberta-v2": {"pooler_hidden_size": HIDDEN},
     "lilt": {"channel_shrink_ratio": 2, "hidden_size": 36, "num_attention_heads": 2},

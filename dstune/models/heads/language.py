@@ -30,10 +30,14 @@ class CausalLmHead:
     """
 
     def __init__(self, model: PreTrainedModel, rows: Rows | None = None):
-        """rows: how they are handed to the model, where not as they are."""
+        """rows: how they are handed to the model, where not as they are. Raises UserError for a model that names no projection."""
         self.rows = rows
         projection = model.get_output_embeddings()
-        assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
+        if not isinstance(projection, nn.Module) or isinstance(
+            projection, nn.Embedding
+        ):  # FSMT names the table of its decoder
+            reason = f"{type(model).__name__} does not name the layer that projects to logits (get_output_embeddings)"
+            raise UserError(Problem("model.path", reason, "another model (`dstune models`)"))
         self._projection, self._project = projection, projection.forward
         self._kept: tuple[torch.Tensor, int] | None = None
         """Which positions of the rows, end to end, are projected; and how many a row has."""
