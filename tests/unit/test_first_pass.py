@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMultimodalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from dstune.core.errors import UserError
+from dstune.models.heads.language import EncoderDecoderHead
 from dstune.trainer.first_pass import refuse_failing_model
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from tiny_architectures import build, small_config
 
 
 def test_llama_4_is_refused_with_the_line_that_fails() -> None:
     """Where a release of transformers trains it, this test fails, and the page about models can say so."""
-    import sys
-
-    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-    from tiny_architectures import build, small_config
-
     model = build(AutoModelForMultimodalLM, small_config("llama4"))
     with pytest.raises(UserError) as refused, refuse_failing_model("meta-llama/Llama-4", type(model).__name__):
         model(input_ids=torch.arange(4)[None], use_cache=False)
@@ -30,11 +31,6 @@ def test_llama_4_is_refused_with_the_line_that_fails() -> None:
 
 def test_what_a_model_refuses_in_training_alone() -> None:
     """Reformer fills up rows to its positions in evaluation mode, and wants full ones to be trained."""
-    import sys
-
-    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-    from tiny_architectures import build, small_config
-
     model = build(AutoModelForSequenceClassification, small_config("reformer")).eval()
     with refuse_failing_model("a/reformer", "Reformer", raised_there=True):
         model(input_ids=torch.arange(8)[None])
@@ -61,3 +57,12 @@ def test_what_may_pass_is_no_fault_of_the_model(error: Exception) -> None:
 def test_a_fault_of_dstune_itself_keeps_its_traceback() -> None:
     with pytest.raises(AttributeError), refuse_failing_model("a/model", "Model"):
         raise AttributeError("ours")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("prophetnet", "states of 4 dimensions"), ("fsmt", "does not name the layer that projects")]
+)
+def test_a_projection_that_the_loss_cannot_stand_behind_is_refused(kind: str, reason: str) -> None:
+    model = build(AutoModelForSeq2SeqLM, small_config(kind)).eval()
+    with pytest.raises(UserError, match=reason):
+        EncoderDecoderHead(model).examine(model, torch.device("cpu"))

@@ -19,6 +19,9 @@ from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, Rows, 
 KEPT, TARGETS, STARTS, LONGEST = "kept", "targets", "starts", "longest"
 """What `CausalLmHead.indexed` adds to a batch."""
 
+HIDDEN_DIMENSIONS = 3
+"""Of states that are projected to logits: [rows, positions, width]."""
+
 
 class CausalLmHead:
     """Next-token cross entropy, computed at the positions that have a target and at no other.
@@ -38,7 +41,7 @@ class CausalLmHead:
         ):  # FSMT names the table of its decoder
             reason = f"{type(model).__name__} does not name the layer that projects to logits (get_output_embeddings)"
             raise UserError(Problem("model.path", reason, "another model (`dstune models`)"))
-        self._projection, self._project = projection, projection.forward
+        self._name, self._projection, self._project = type(model).__name__, projection, projection.forward
         self._kept: tuple[torch.Tensor, int] | None = None
         """Which positions of the rows, end to end, are projected; and how many a row has."""
         self._targets: torch.Tensor | None = None
@@ -83,7 +86,11 @@ class CausalLmHead:
         return {"input_ids": tokens}
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run in place of the projection's own forward pass."""
+        """Run in place of the projection's own forward pass. Raises UserError where it gets no state for each position (ProphetNet
+        projects several predictions of a position at once)."""
+        if hidden.dim() > HIDDEN_DIMENSIONS:
+            reason = f"{self._name} projects states of {hidden.dim()} dimensions to logits, in place of [rows, positions, width]"
+            raise UserError(Problem("model.path", reason, "another model (`dstune models`)"))
         if self._probe is not None:
             return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
         if self._kept is None:
