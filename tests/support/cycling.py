@@ -47,15 +47,15 @@ class Place(Commands):
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return str(done.stdout)
 
-    def train(self, name: str, rows: Sequence[Mapping[str, Any]], *overrides: str) -> Path:
-        """Train a classifier on rows, a quarter of them held out, from the encoder of random weights."""
+    def train(self, name: str, rows: Sequence[Mapping[str, Any]], *overrides: str, held_out: float = 0.25) -> Path:
+        """Train a classifier on rows, a share of them held out, from the encoder of random weights."""
         if not (self.folder / "model").is_dir():
             topics.save_encoder(self.folder / "model")
         topics.write(self.folder / f"{name}.jsonl", rows)
         self.succeed(
             *("train", "task=classification", "task.labels=[good,bad]", "model.path=model", "data=files"),
             *(f"data.train={name}.jsonl", "data.columns={text: text, label: label}", "data.max_length=32"),
-            *("data.split.validation=0.25", f"run.dir={name}", f"run.name={name}", *TRAINING, *overrides),
+            *(f"data.split.validation={held_out}", f"run.dir={name}", f"run.name={name}", *TRAINING, *overrides),
         )
         return self.folder / name
 

@@ -46,7 +46,7 @@ class PlaceOfRounds(Place):
 
 
 def gates(
-    say: Say, repeats: int = 400, rows: int = 2000, flips: float = 0.04, margin: float = 0.02
+    say: Say, repeats: int = 200, rows: int = 2000, flips: float = 0.04, margin: float = 0.02
 ) -> list[dict[str, Any]]:
     """Draw candidates and judge them by 2, 10 and 50 gates. Returns the shares that pass, are held and are refused.
 
@@ -94,6 +94,7 @@ def _drawn(
 # -- topics that arrive one after another
 
 
+STEPS_EACH = 300
 STEPS = [
     *(word for word in TRAINING if not word.startswith("optimizer.lr=")),
     "optimizer.lr=1e-3",
@@ -107,13 +108,15 @@ REPLAY = 0.8
 def rounds(folder: Path, say: Say, rows: int = 600, tested: int = 1500) -> dict[str, Any]:
     """Five rounds by `dstune cycle`, beside plain fine-tuning and a training on everything. Returns accuracies in percent."""
     os.chdir(folder)  # the first run names its rows as they are seen from there
-    place, first_rows = PlaceOfRounds(folder, say), topics.reviews(FIRST, 6000, 0)
+    place, first_rows = PlaceOfRounds(folder, say), topics.reviews(FIRST, 4000, 0)
     if not (folder / "first" / "result.json").is_file():
-        place.train("first", first_rows, "trainer.max_steps=150")
+        place.train("first", first_rows, "trainer.max_steps=150", held_out=0.4)
     tests = {topic: topics.reviews(topic, tested, 9) for topic in topics.TOPICS}
     seen: dict[str, Any] = {"cycle": _arm(place, "cycle", rows, tests, {"replay": REPLAY, "gates": STRICT})}
     said = read_lines(folder / "said.jsonl")
-    everything = place.train("everything", [*first_rows, *said], f"trainer.max_steps={150 + 200 * len(ARRIVING)}")
+    everything = place.train(
+        "everything", [*first_rows, *said], f"trainer.max_steps={150 + STEPS_EACH * len(ARRIVING)}"
+    )
     seen["everything"] = {name: accuracy(everything, tested_rows) for name, tested_rows in tests.items()}
     say(f"trained on everything: {seen['everything']}")
     seen["measured rows in training"] = leaked(folder / "cycle", folder)
