@@ -56,6 +56,7 @@ from dstune.trainer.sanity_checks import (
     content_digest,
     examine,
     refuse_different_rows,
+    refuse_uneven_gathers,
     samples_digest,
     verify_rows,
 )
@@ -241,6 +242,7 @@ class Setup:
     ) -> Penalties | None:
         """Check the head, packed and padded rows, and return the penalties, while the weights are those of the start."""
         config, world = self.config, self.world
+        refuse_uneven_gathers(config, built.model, world)
         examine(built.head, engine, built.model, config.model.path)
         check_unreached(built.model, engine)
         has_images = start.preparation.data.train.images is not None

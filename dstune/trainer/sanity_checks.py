@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 import xxhash
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dstune.config.data_schema import Padding
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, stage_of
 from dstune.core import environment
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
@@ -50,6 +51,21 @@ def check_unreached(model: PreTrainedModel, engine: Engine) -> None:
     engine.train(False)
     verify_unreached(model, engine.forward, engine.device)
     engine.train(True)
+
+
+def refuse_uneven_gathers(config: RunConfig, model: PreTrainedModel, world: World) -> None:
+    """Raises UserError where rows decide which weights a rank reads next, and several ranks have partitioned them: they would wait
+    for different weights at the same time, and gloo or NCCL ends or hangs."""
+    if stage_of(config.zero) < 3 or world.size == 1:
+        return
+    reason = ""
+    if any(isinstance(module, nn.ModuleDict) and name.endswith("experts") for name, module in model.named_modules()):
+        reason = "calls the experts that its rows choose (Switch Transformers, NLLB-MoE)"
+    elif getattr(model.config, "attention_window", None) and model.config.is_encoder_decoder:
+        reason = "reads its embeddings again where a row does not fill its last window (LED)"
+    if reason:
+        reason = f"{type(model).__name__} {reason}: ranks of stage 3 would wait for different weights at the same time"
+        raise UserError(Problem("zero.stage", reason, "zero=stage2", "3"))
 
 
 def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:

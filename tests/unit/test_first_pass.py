@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.configs import run_config
 from transformers import AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from dstune.config.schema import ZeroConfig
 from dstune.core.errors import UserError
 from dstune.models.heads.language import EncoderDecoderHead
 from dstune.trainer.first_pass import refuse_failing_model
+from dstune.trainer.sanity_checks import refuse_uneven_gathers
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -57,6 +61,20 @@ def test_what_may_pass_is_no_fault_of_the_model(error: Exception) -> None:
 def test_a_fault_of_dstune_itself_keeps_its_traceback() -> None:
     with pytest.raises(AttributeError), refuse_failing_model("a/model", "Model"):
         raise AttributeError("ours")
+
+
+@pytest.mark.parametrize("kind", ["led", "switch_transformers"])
+def test_weights_that_rows_choose_are_not_partitioned(kind: str) -> None:
+    """On two ranks gloo ended the process: one had gathered other weights than the other one at the same time."""
+    model = AutoModelForSeq2SeqLM.from_config(small_config(kind))
+    for stage, ranks in ((3, 1), (2, 2)):
+        refuse_uneven_gathers(run_config(zero=ZeroConfig(stage=stage)), model, SimpleNamespace(size=ranks))
+    with pytest.raises(UserError, match="wait for different weights"):
+        refuse_uneven_gathers(run_config(zero=ZeroConfig(stage=3)), model, SimpleNamespace(size=2))
+    longformer = AutoModelForSequenceClassification.from_config(
+        small_config("longformer")
+    )  # fills up tokens, and reads them once
+    refuse_uneven_gathers(run_config(zero=ZeroConfig(stage=3)), longformer, SimpleNamespace(size=2))
 
 
 @pytest.mark.parametrize(
