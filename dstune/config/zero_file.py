@@ -162,8 +162,8 @@ def nested_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
     """Merge both mappings; where both have a value, that of `above` counts."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = nested_merge(merged[key], value) if both else value
+        are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = nested_merge(merged[key], value) if are_mappings else value
     return merged
 
 

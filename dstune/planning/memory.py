@@ -276,7 +276,7 @@ def _at_the_head(s: Setup, resident: Parts) -> Parts:
 
 
 def _in_the_layers(s: Setup, resident: Parts) -> Parts:
-    """Return the largest moment of the backward pass through the layers, from the last to the first."""
+    """Return what is in memory at the largest moment of the backward pass through the layers, from the last to the first."""
     act = activations.layer(s)
     m = s.model
     last = sum(t.count for t in s.trained if t.layer is None and not _is_embedding(s, t))
@@ -325,15 +325,14 @@ def _at_the_reduction(s: Setup, resident: Parts) -> Parts:
 
 
 def _copies(s: Setup) -> int:
-    """Return copies of gradients while they are reduced and added up."""
+    """Return the bytes of the copies of gradients while they are reduced and summed."""
     p, trained = s.weight_bytes, s.trained_count
     share = -(-trained // s.ranks)
     largest = max((t.count for t in s.trained), default=0)
     bucket = min(trained, max(s.reduce_bucket, largest))
     mixed = p == 2
-    if s.stage == 0 or (
-        s.stage == 1 and mixed
-    ):  # one flat copy, of fp32 sums in mixed precision, and that in bf16 to send
+    # One flat copy; in mixed precision of the fp32 sums, with another in bf16 to send.
+    if s.stage == 0 or (s.stage == 1 and mixed):
         return (4 + (p if s.stage == 1 else 0)) * min(trained, ALL_REDUCE_BUCKET)
     flat = p * bucket
     if s.stage == 3:

@@ -211,7 +211,7 @@ class HostCopies:
 
     def _tensor(self, tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return tensor.cpu().clone()  # a subclass (quantized weights) knows by itself how
+            return tensor.cpu().clone()  # a subclass (quantized weights) knows how to copy itself
         storage = tensor.untyped_storage()
         key = storage.data_ptr() or id(storage)
         if key not in storages:

@@ -55,7 +55,7 @@ def chosen(texts: Iterable[Text], count: int) -> list[Text]:
 
 
 def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
-    """Return at most `each` of a group, `count` together."""
+    """Choose at most `each` texts of a group, and at most `count` in all."""
     groups: dict[str, list[Text]] = {}
     for text in texts:
         groups.setdefault(text.group, []).append(text)

@@ -298,25 +298,27 @@ class Stage:
             line.close()
         self._waiting = []
 
-    def _start(self, present: Attempt) -> None:
+    def _start(self, attempt: Attempt) -> None:
         """Tell every task what its rank is."""
-        hellos = {rank: task.hello for rank, task in present.tasks.items()}
+        hellos = {rank: task.hello for rank, task in attempt.tasks.items()}
         try:
             refusals.check(hellos, self._run_dir)
             on_cpu = refusals.hides_gpus() or not any(hello["gpus"] for hello in hellos.values())
-            plain, unseen = variables_of(self._config, self._run_dir, self._launch, self._id, os.environ, on_cpu=on_cpu)
+            variables, handoff = variables_of(
+                self._config, self._run_dir, self._launch, self._id, os.environ, on_cpu=on_cpu
+            )
         except UserError as error:
             self._refusal = error
             return
         if self._began:
             self._console.message("dstune: Spark starts the stage again; the run goes on from its newest checkpoint")
-        folder = plain.pop(FOLDER, "/")
+        folder = variables.pop(FOLDER, "/")
         for name in (HANDOFF_FILE, RANK_LOGS):
-            plain.pop(name, None)
-        for rank, task in present.tasks.items():
+            variables.pop(name, None)
+        for rank, task in attempt.tasks.items():
             host = hellos[rank]["host"]
             peers = sorted(other for other, hello in hellos.items() if hello["host"] == host)
-            env = {**plain, **unseen.get("all", {}), **(unseen.get("first", {}) if rank == 0 else {})}
+            env = {**variables, **handoff.get("all", {}), **(handoff.get("first", {}) if rank == 0 else {})}
             env |= {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(self.size),
@@ -330,11 +332,11 @@ class Stage:
                 "env": env,
                 "command": self._command,
                 "folder": folder,
-                "mark": f"{self._id}-{present.number}-{rank}",
+                "mark": f"{self._id}-{attempt.number}-{rank}",
                 "grace": self._launch.grace_seconds,
             }
             task.line.send({"start": start})
-        present.running = self._began = True
+        attempt.running = self._began = True
         self._missing_reported = False
 
     def _end_attempt(self) -> None:

@@ -109,7 +109,7 @@ class Alpaca(ConversationFormat):
         return [] if {"instruction", "output"} & {*columns} else _question_and_answer(columns, mapping)
 
     def messages(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        return _instructed(values, input_apart=self.input_apart)
+        return _alpaca_messages(values, input_apart=self.input_apart)
 
 
 @row_format
@@ -123,7 +123,7 @@ class Dolly(ConversationFormat):
 
     def messages(self, values: dict[str, Any]) -> list[dict[str, Any]]:
         renamed = {**values, "input": values["context"], "output": values["response"]}
-        return _instructed(renamed, input_apart=self.input_apart)
+        return _alpaca_messages(renamed, input_apart=self.input_apart)
 
 
 @row_format
@@ -170,8 +170,8 @@ def _question_and_answer(columns: Sequence[str], mapping: Mapping[str, str]) -> 
     return columns_found if all(columns_found) and not mapping else []
 
 
-def _instructed(values: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:
-    """Return the messages of an Alpaca row. Some have their question in the input alone. Raises RowError."""
+def _alpaca_messages(values: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:
+    """Return the messages of an Alpaca row. If the instruction is empty, the input takes its place. Raises RowError."""
     instruction = values["instruction"]
     if isinstance(instruction, str | None) and not (instruction or "").strip():
         instruction, values = values.get("input") or "", {**values, "input": None}

@@ -130,7 +130,7 @@ class ServedSampler:
             self._agree(self._server.sleep if self._world.is_main else lambda: None)
 
     def _load(self) -> None:
-        """Give the server this version, from one rank."""
+        """Load the weights of `self.version` into the server. One rank calls it."""
         folder = str(self._weights.path_of(self.version))
         if self._weights.is_adapter:
             self._server.load_adapter(self.version, folder)
