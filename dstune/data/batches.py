@@ -78,7 +78,7 @@ def rows_with_images(
 
 
 def reference(split: Split, micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:
-    """Return what the reference model says of the samples, [samples, answers]; 0 of blank ones."""
+    """Return the reference model's log-probabilities of the samples' answers, [samples, answers]; 0 for blank samples."""
     assert split.reference is not None
     known = np.asarray(split.reference[[split.row(index) for index in micro_batch.samples]], dtype=np.float32)
     return np.concatenate([known, np.zeros((len(blanks), known.shape[1]), np.float32)])

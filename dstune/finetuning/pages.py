@@ -25,7 +25,8 @@ class Page:
 
 
 def page_of(query: dict[str, str], *, limit: int, most: int, orders: tuple[str, str] = ("asc", "desc")) -> Page:
-    """Return what a query asks for. limit: where it says none; orders: the words for oldest and newest first. Raises ApiError."""
+    """Return the page that a query asks for. limit: the default; most: the largest. orders: the words for oldest and for newest
+    first. Raises ApiError."""
     limit_text = query.get("limit", "")
     if limit_text:
         if not (

@@ -91,7 +91,7 @@ def _ask(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[d
 
 
 def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
-    """Return the architecture that a whole `config.json` without a closed form describes.
+    """Return the architecture of a complete `config.json`, counted by building the model without memory.
 
     Raises:
         UserError: transformers has no such model.

@@ -56,11 +56,11 @@ class Changed:
 
 def changed(run: RunFiles) -> Changed | None:
     """Return the section, or None for a model that answers no questions."""
-    found = changes.read(run.path).get("changes")
-    if found is None:
+    changes_of_run = changes.read(run.path).get("changes")
+    if changes_of_run is None:
         return _unmeasured(run)
     try:
-        return _section(found)
+        return _section(changes_of_run)
     except (TypeError, LookupError, ValueError, AttributeError):  # somebody else's file may hold anything
         return None
 

@@ -70,19 +70,19 @@ def leave_out_low_scores(
 
 
 def leave_out_disagreeing(judged: Sequence[Judged], least: float) -> None:
-    """Keep of several answers to a request only the first of those that most agree with, if their share is at least `least`."""
+    """Keep one answer to each request: the first with the most common final answer, if the share of that is at least `least`."""
     groups: dict[int, list[Judged]] = {}
     for row in staying(judged):
         groups.setdefault(row.draft.item.number, []).append(row)
     for group in groups.values():
         counts = Counter(final_answer(row.draft.answer) for row in group)
-        most, count = counts.most_common(1)[0]
+        common_answer, count = counts.most_common(1)[0]
         share, chosen = count / len(group), False
         for row in group:
             row.scores["agreement"] = round(counts[final_answer(row.draft.answer)] / len(group), 4)
             if share < least:
                 row.reason = f"agreement {share:.2g} below {least:g}"
-            elif final_answer(row.draft.answer) != most or chosen:
+            elif final_answer(row.draft.answer) != common_answer or chosen:
                 row.reason = "another answer stands for it"
             else:
                 chosen = True

@@ -513,9 +513,8 @@ class Reconciler:
     def _change(self, job: Job, change: Change, messages: Sequence[Message] = (), **values: Any) -> None:
         with self._store.database.writing.begin() as session:
             row = self._store.locked(session, job.id)
-            if (
-                row.state == job.state and row.version == job.version
-            ):  # a client may have wished something else meanwhile
+            # Not if a client has changed the job in the meantime.
+            if row.state == job.state and row.version == job.version:
                 self._store.change(session, row, change, messages, **values)
 
     def _end_attempt(

@@ -30,8 +30,8 @@ def shifted(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def plain_lora(adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of one plain adapter, by their names in its file, where weights were split or stand on finished adapters;
-    empty where neither is so.
+    """Return the tensors of one plain adapter, by their names in its file, if weights were split or build on finished adapters;
+    else an empty dictionary.
 
     adapted: the PeftModel, whose settings get the new ranks and modules. The sum of two products of low rank is one:
     s B A + D C = [s B, D] [A; C].
@@ -42,16 +42,16 @@ def plain_lora(adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]
     layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted)}
     tensors, ranks = {}, {}
     for module in sorted({*layers, *shifts}):
-        prefix, first, second = f"{ADAPTED}{module}", [], []
+        prefix, lora_a, lora_b = f"{ADAPTED}{module}", [], []
         if module in layers:
-            first.append(trained[f"{prefix}.lora_A.default.weight"].float())
-            second.append(trained[f"{prefix}.lora_B.default.weight"].float() * layers[module].scaling["default"])
+            lora_a.append(trained[f"{prefix}.lora_A.default.weight"].float())
+            lora_b.append(trained[f"{prefix}.lora_B.default.weight"].float() * layers[module].scaling["default"])
         if module in shifts:
-            first.append(shifts[module][0])
-            second.append(shifts[module][1])
-        tensors[f"{prefix}.lora_A.weight"] = torch.cat(first)
-        tensors[f"{prefix}.lora_B.weight"] = torch.cat(second, dim=1)
-        ranks[module] = sum(map(len, first))
+            lora_a.append(shifts[module][0])
+            lora_b.append(shifts[module][1])
+        tensors[f"{prefix}.lora_A.weight"] = torch.cat(lora_a)
+        tensors[f"{prefix}.lora_B.weight"] = torch.cat(lora_b, dim=1)
+        ranks[module] = sum(map(len, lora_a))
     settings = adapted.peft_config["default"]
     settings.r = settings.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]  # the scale is 1, whatever the rank
     settings.use_rslora = False

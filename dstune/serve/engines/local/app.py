@@ -160,7 +160,8 @@ class LanguageApp(EngineApp):
     async def _each_image(
         self, images: PromptImages, work: Callable[[int], None], then: Callable[[], None] = lambda: None
     ) -> None:
-        """Do `work` on each image: in a thread, and between two of them others have their turn. then: called behind each."""
+        """Run `work` on the number of each image, in a thread; other requests get their turn in between. then: called after
+        each."""
 
         def refusing(number: int) -> None:
             with refusing_messages():
