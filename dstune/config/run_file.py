@@ -54,8 +54,8 @@ def write_run(path: Path, composed: Composed, *, signature_of: Path | None = Non
     if signature_of is None:
         write_signed(path, content)
     else:
-        above = read_run_content(signature_of) if signature_of.is_file() else {}
-        _write_content(path, content, above.get(SIGNATURE))
+        parent_content = read_run_content(signature_of) if signature_of.is_file() else {}
+        _write_content(path, content, parent_content.get(SIGNATURE))
 
 
 def write_signed(path: Path, content: Mapping[str, Any]) -> bool:

@@ -220,12 +220,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
     try:
         features = datasets.Features.from_arrow_schema(schema)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # types of a newer release, or of images: the columns as they are
+    except (ValueError, TypeError, KeyError, AttributeError):  # types of a newer release: the columns stay as they are
         return {}
     names_by_column = {}
     for column, feature in features.items():

@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         if code != EXIT_DONE:
             return code, None
         result = records.read_result(directory)
-        assert result is not None, "the supervisor saw to it"
+        assert result is not None, "the supervisor writes a result"
     del result["status"]
     if arguments.shots is not None and _is_run(arguments.target):
         run, model = Path(arguments.target), result["asked"]

@@ -121,8 +121,8 @@ class Verdict:
         return bool(self.unchecked) and self.policy.on_failure == CLOSED
 
     def masks(self) -> dict[int, list[Span]]:
-        """Return what is masked, by the number of its text: in order and disjoint. Of all texts at once, since each look for
-        those of one goes through all there are."""
+        """Return the masked spans by the number of their text, in order and disjoint. For all texts at once, since a call per
+        text would scan all spans each time."""
         spans_by_text: dict[int, list[Span]] = {}
         for span in sorted(
             (span for span in self.spans if span.masked), key=lambda span: (span.text, span.start, -span.end)
@@ -130,7 +130,7 @@ class Verdict:
             text_spans = spans_by_text.setdefault(span.text, [])
             if not text_spans or span.start >= text_spans[-1].end:
                 text_spans.append(span)
-            elif span.end > text_spans[-1].end:  # a longer one that begins within: both are gone
+            elif span.end > text_spans[-1].end:  # an overlapping one that ends later: masked together
                 text_spans[-1] = replace(text_spans[-1], end=span.end)
         return spans_by_text
 

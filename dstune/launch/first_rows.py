@@ -111,7 +111,7 @@ def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
 
 
 def _bad_rows(config: RunConfig, files: list[DataFile], name: str) -> list[Problem]:
-    """Return the problems with the first bad rows of the files, and how many there are: among their first `SCANNED_ROWS` rows."""
+    """Return the problems of the first bad rows, and the number of bad rows, among the first `SCANNED_ROWS` of the files."""
     bad = BadRows(OnBadRow.error)
     for row in islice(chain.from_iterable(map(sources.read, files)), SCANNED_ROWS):
         try:

@@ -48,7 +48,7 @@ class Penalties:
                     place = slice(part.offset, part.offset + part.count)
                     strength[place] = config.l2sp
                     if config.ewc:
-                        assert fisher[part.name].numel() == part.count, f"{part.name} lies otherwise"
+                        assert fisher[part.name].numel() == part.count, f"{part.name} has another layout"
                         strength[place] += config.ewc * fisher[part.name]
             self._start[id(partition.key)] = partition.elements.detach().float().clone()
             self._strength[id(partition.key)] = strength
