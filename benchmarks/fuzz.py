@@ -71,9 +71,8 @@ class Measured:
         self.inputs += 1
         (self.root / "input").write_text(repr(value)[:3000], errors="replace")
         seconds = self._parse(value)
-        if (
-            self.inputs == 1 or seconds > SECONDS / 4
-        ):  # once more: the first one that comes so far imports what it needs
+        # Once more: the first one that comes so far imports what it needs.
+        if self.inputs == 1 or seconds > SECONDS / 4:
             seconds = self._parse(value)
         self.slowest = max(self.slowest, seconds)
         if seconds > SECONDS:

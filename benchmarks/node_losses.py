@@ -251,10 +251,8 @@ class Campaign:
             self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
         if revived and not self.nodes.machines.is_up(revived):
             self.nodes.revive(revived)
-        if kind == "node" and (self.launcher, self.mode) != (
-            "slurm",
-            "fewer",
-        ):  # the node that came back has an agent again
+        # The node that came back has an agent again.
+        if kind == "node" and (self.launcher, self.mode) != ("slurm", "fewer"):
             self.until(lambda: dead in {*self.status()["training"], *self.status()["spare"]}, command)
         self.until(lambda: last_step(self.run_dir) > step, command)
         figure = {"kind": kind, "step": step, "started": started, "trained": time.monotonic() - struck, "nodes": nodes}

@@ -164,9 +164,8 @@ class Processes:
 
     def client(self, role: str, **options: Any) -> httpx2.AsyncClient:
         headers = {"authorization": f"Bearer {self.running[role][1].get('key', 'none')}"}
-        limits = httpx2.Limits(
-            max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
-        )  # servers': 5 s
+        # Servers close idle connections after 5 s.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0)
         timeout = httpx2.Timeout(120)
         return httpx2.AsyncClient(
             base_url=self.url(role), headers=headers, limits=limits, timeout=timeout, trust_env=False, **options

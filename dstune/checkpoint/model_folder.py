@@ -344,9 +344,8 @@ class _Sources:
             return drawn
         files = _in_files(config.model, self._built, missing)
         loaded: dict[str, Tensor] = {}
-        if (
-            missing.keys() - files.keys()
-        ):  # joined tensors, or an enlarged vocabulary: transformers knows how to load it
+        # Joined tensors or an enlarged vocabulary: transformers knows how to load them.
+        if missing.keys() - files.keys():
             loaded = load_model(config, tokenizer, labels, self._built.dtype).state_dict()
         return _Base(files, loaded)
 

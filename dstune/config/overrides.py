@@ -61,9 +61,8 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     Hydra refuses new entries of a mapping without a plus; here every entry of such a mapping is free, so
     `data.columns.text=review` gets its `++`. And it cannot choose nothing, so `experiment=null` is left out.
     """
-    named_sections = {
-        key.partition(".")[0] for key in map(key_of, overrides) if "." in key
-    }  # only their rooms are imported
+    # Only the rooms of these sections are imported.
+    named_sections = {key.partition(".")[0] for key in map(key_of, overrides) if "." in key}
     keys = {
         key: hint for section in sections() if section in named_sections for key, hint in keys_below(section).items()
     }
@@ -179,9 +178,8 @@ def is_hydra_setting(override: Override) -> bool:
 def hydra_would_take(override: Override) -> bool:
     """Return whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
     key = override.key_or_group
-    is_not_offered = (
-        not_offered(key, override.value()) is not None
-    )  # Hydra takes any value of a key that has several types
+    # Hydra takes any value for a key of several types.
+    is_not_offered = not_offered(key, override.value()) is not None
     return (
         is_not_offered
         or is_hydra_setting(override)

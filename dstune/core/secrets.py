@@ -43,9 +43,8 @@ def is_secret(name: str, value: str = "") -> bool:
     """Return whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address
     with credentials in it."""
     looks_secret = SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
-    return looks_secret or (
-        name.upper().endswith("_PROXY") and "@" in value
-    )  # NAME:PASSWORD@HOST is enough for a proxy
+    # NAME:PASSWORD@HOST is enough for a proxy.
+    return looks_secret or (name.upper().endswith("_PROXY") and "@" in value)
 
 
 def remember(value: str, reference: str) -> None:

@@ -204,9 +204,8 @@ def _remove(path: Path) -> None:
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
     """Return the preparing process, in the session of this rank so that whoever ends the rank ends it too."""
-    environment = child_environment() | {
-        "CUDA_VISIBLE_DEVICES": ""
-    }  # it computes nothing, and a context takes memory of the GPU
+    # It computes nothing on the GPU, and a CUDA context would take memory there.
+    environment = child_environment() | {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [sys.executable, "-m", "dstune.data.block_process"], stdin=subprocess.PIPE, env=environment
     )

@@ -103,9 +103,8 @@ def _texts_in(
 
 
 def _has_space(text: str) -> bool:
-    return text != "" and text.split(None, 1) != [
-        text
-    ]  # five times as fast as an expression, of the megabytes of an image
+    # Five times as fast as a regular expression over the megabytes of an image.
+    return text != "" and text.split(None, 1) != [text]
 
 
 def _names(key: str | int, text: str, part: str) -> bool:

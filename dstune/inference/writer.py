@@ -241,9 +241,8 @@ class Writer:
     def _says_stop(self, voice: Voice, written: list[int]) -> bool:
         """Return whether the last tokens hold a stop text (transformers' own `stop_strings` fails on vocabularies of whole
         words)."""
-        reach = (
-            max(map(len, self._sampling.stop)) + 8
-        )  # a token is a character at least, but one may need several bytes
+        # A token is a character at least, but a character may take several tokens of one byte.
+        reach = max(map(len, self._sampling.stop)) + 8
         text = voice.tokenizer.decode(written[-reach:], skip_special_tokens=True)
         return any(stop in text for stop in self._sampling.stop)
 

@@ -266,9 +266,8 @@ class Mirror:
         """
         if self._lost:
             return
-        version_by_name = dict(
-            self._versions()
-        )  # a result written from here on may mean a checkpoint that is not copied below
+        # A result written after this may refer to a checkpoint that is not copied below.
+        version_by_name = dict(self._versions())
         changed = [name for name, version in version_by_name.items() if self._known.get(name) != version]
         results = sorted((name for name in changed if Path(name).name == RESULT), key=lambda name: name.count("/"))
         # Before `run.yaml` asks for more steps than the result that is there counts.

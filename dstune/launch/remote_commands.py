@@ -93,9 +93,8 @@ def variables_of(
     }
     unseen = referenced(config, parent)  # run.yaml keeps only their names too
     shown_variables = {name: value for name, value in UNLESS_SET.items() if name not in variables}
-    shown_variables |= {
-        "OMP_NUM_THREADS": "1"
-    }  # how many cores the nodes have is theirs to say: launch.export_env, or their shells
+    # The cores of the nodes are not known here: launch.export_env, or their shells, set more.
+    shown_variables |= {"OMP_NUM_THREADS": "1"}
     if python := python_path(variables.get("PYTHONPATH", "")):
         variables["PYTHONPATH"] = python
     handoff: dict[str, dict[str, str]] = {"all": {}, "first": {}}

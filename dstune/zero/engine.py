@@ -173,9 +173,8 @@ class Engine:
             engine._reduce_non_expert_gradients = lambda grads, elements_per_buffer: None
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
-            scaler.raise_error_at_min_scale = (
-                False  # the callback `NonFinite` stops the run, with a result and a reason
-            )
+            # The callback `NonFinite` stops the run, with a result and a reason.
+            scaler.raise_error_at_min_scale = False
         return engine
 
     @property

@@ -59,7 +59,6 @@ def set_arithmetic(trainer: TrainerConfig) -> None:
     if trainer.tf32 and accelerator.present():
         torch.set_float32_matmul_precision("high")
     if trainer.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is deterministic with a fixed workspace only
+        # cuBLAS is deterministic with a fixed workspace only.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -54,9 +54,8 @@ def start_process_group(env: RankEnv) -> World:
 def import_deepspeed() -> None:
     """Import DeepSpeed without what no run needs of it."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it wherever it is; it misses what nobody needs
+    # peft imports bitsandbytes if it is installed, and it warns about libraries that nobody needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not accelerator.present():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
     with _without("mlflow"):

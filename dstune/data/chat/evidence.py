@@ -259,9 +259,8 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     for entry in record["rows"]:
         row_encoder = encode.of_source(entry["source"])
         renderer = row_encoder.renderer
-        if renderer is None or (
-            entry["cut"] and row_encoder.sources is not None
-        ):  # a source is shortened in front of its target
+        # A source that was cut is shortened in front of its target.
+        if renderer is None or (entry["cut"] and row_encoder.sources is not None):
             continue
         stops = stops or frozenset(stop_token_ids(tokenizer, renderer.run_arguments))  # the run's, whatever the source
         server = Server(tokenizer, stops, renderer.date, renderer.run_arguments, renderer.facts)

@@ -149,9 +149,8 @@ def _personal_data(text: str) -> Iterator[Finding]:
             yield Finding(*match.span(), "IP_ADDRESS")
     numbers = _ibans_and_cards(text)
     yield from numbers
-    remaining_text = _without(
-        text, numbers
-    )  # the digits before a card, with its first ones, may pass for a phone number
+    # The digits before a card number, with its first ones, may pass for a phone number.
+    remaining_text = _without(text, numbers)
     for match in _SSN.finditer(remaining_text):
         if _checks("stdnum.us.ssn").is_valid(match.group()):
             yield Finding(*match.span(), "SSN")

@@ -157,9 +157,8 @@ class Stage:
             finally:
                 self._end_attempt()
                 if job.is_alive():
-                    with contextlib.suppress(
-                        Exception
-                    ):  # Java may be gone: what became of the ranks is known without it
+                    # Java may be gone; how the ranks ended is known without it.
+                    with contextlib.suppress(Exception):
                         context.cancelJobGroup(self._id)
                     job.join(JOB_SECONDS)
                 for task in self._attempt.tasks.values():

@@ -102,9 +102,8 @@ def keep(task: Task, standard_input: int | None = None, dead_holder: str = "") -
     os.environ.pop(FORK_SERVER, None)  # that of a command on another machine
     with ExitStack() as stack:
         if task.settings.warm and task.settings.restarts:
-            os.environ.update(
-                stack.enter_context(warm.offer())
-            )  # here, so that the server outlives an agent that is killed
+            # Here, so that the server outlives an agent that is killed.
+            os.environ.update(stack.enter_context(warm.offer()))
         return _keep(task, standard_input, dead_holder)
 
 

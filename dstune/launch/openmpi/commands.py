@@ -37,9 +37,8 @@ def mpirun_plan(
         *(["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []),
         *(["--prtemca", "prte_if_include", launch.interface] if launch.interface else []),
         *launch.mpirun_options,
-        *[
-            word for name in sorted(shown_variables) for word in ("-x", name)
-        ],  # names alone: values are in mpirun's environment
+        # Names alone: the values are in mpirun's environment.
+        *[word for name in sorted(shown_variables) for word in ("-x", name)],
         *(sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute())),
     ]
     env = {name: value for name, value in parent.items() if name in ("HOME", "USER", "SSH_AUTH_SOCK", "TMPDIR")}

@@ -98,9 +98,8 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
         # The ranks save and exit on it.
         f"--signal=USR1@{launch.signal_seconds}",
         "--requeue" if launch.requeue else "--no-requeue",
-        *(
-            ["--no-kill"] if launch.restarts and launch.nodes + launch.spares > 1 else []
-        ),  # the agents replace lost nodes
+        # The agents replace lost nodes.
+        *(["--no-kill"] if launch.restarts and launch.nodes + launch.spares > 1 else []),
         f"--export={','.join(names) or 'NIL'}",
     ]
     return lines + launch.directives

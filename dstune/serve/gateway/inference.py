@@ -244,11 +244,8 @@ async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
     except (ValueError, AttributeError):
         error = {}
     status = answer.status
-    if status in (
-        401,
-        403,
-        407,
-    ):  # the key that it refuses is the operator's, which the text may show, not the client's
+    # The refused key is the operator's, not the client's, and the text may show it.
+    if status in (401, 403, 407):
         log.error("the engine refuses the gateway: %d", status)
         return ApiError(502, "The engine refuses the gateway.", code="engine_error")
     if status in (429, 503):

@@ -248,9 +248,8 @@ def _read_choice(choice: Mapping[str, Any], prompt: list[int], sampling: Samplin
     if not all(-math.inf < value < 0.1 for value in logps):  # a little above 0 by rounding
         raise ServerRefused(0, "its log-probabilities are no log-probabilities")
     has_ended = ids[-1] in sampling.ends
-    is_full = (
-        len(ids) == sampling.max_new_tokens
-    )  # some versions look at the length first, and say `length` of an end token there
+    # Some versions check the length first, and report `length` for an end token at the limit.
+    is_full = len(ids) == sampling.max_new_tokens
     if (has_ended != (finish == "stop") and not (has_ended and is_full)) or any(
         token in sampling.ends for token in ids[:-1]
     ):
