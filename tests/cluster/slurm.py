@@ -74,9 +74,8 @@ class Slurm:
         self.root, self.machines = root, machines
         self.nodes = [name for name in machines.names if name != "head"]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._munge = Path(
-            tempfile.mkdtemp(prefix="munge-")
-        )  # its socket must be in reach of everybody, and its path short
+        # Its socket must be in reach of everybody, and its path short.
+        self._munge = Path(tempfile.mkdtemp(prefix="munge-"))
         self._munge.chmod(0o755)
         self.env = {"SLURM_CONF": str(root / "etc" / "slurm.conf")}
 

@@ -297,9 +297,8 @@ def main() -> None:
     world = start_rank()
     record(world)
     for case in json.loads(sys.argv[1]):
-        result = check(
-            case, world
-        )  # an error ends the table: the ranks are not in step any more, and others stand on the cell
+        # An error ends the table: the ranks are not in step any more, and others stand on the cell.
+        result = check(case, world)
         if world.is_main:
             print("CASE " + json.dumps({**case, **result}), flush=True)
 

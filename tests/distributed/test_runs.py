@@ -139,9 +139,8 @@ def test_stopped_at_an_evaluation_the_resumed_run_decides_as_the_undisturbed_one
     assert whole.returncode == 0, whole.stdout + whole.stderr
     cut = workplace.run("train", *overrides("patience-cut", *stopping, "run.time_limit=0.000001"))
     assert cut.returncode == 75, cut.stdout + cut.stderr
-    again = workplace.run(
-        "train", *overrides("patience-cut", *stopping, "run.time_limit=null")
-    )  # else the run keeps it
+    # Without null the run would keep its time limit.
+    again = workplace.run("train", *overrides("patience-cut", *stopping, "run.time_limit=null"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert exact(workplace.folder / "patience-cut") == exact(workplace.folder / "patience")
     assert result(workplace.folder / "patience-cut")["status"] == "stopped"

@@ -418,9 +418,8 @@ def test_a_text_is_as_like_attacks_as_its_likest_sentence() -> None:
 def test_encoded_attacks_are_not_trained_on_and_encoded_documents_are(folder: Path) -> None:
     rows = [row for row in read(folder / "data.jsonl") if BASE64 in row["text"]]
     assert [row for row in rows if row["label"] == "benign"]
-    assert {row["direction"] for row in rows if row["label"] == "attack"} <= {
-        "tool_result"
-    }  # of the document around it
+    # Attacks have the direction of the document around them.
+    assert {row["direction"] for row in rows if row["label"] == "attack"} <= {"tool_result"}
 
 
 def test_runs_of_words() -> None:

@@ -198,10 +198,11 @@ def test_the_dependencies_are_what_is_imported() -> None:
     imported = imported_distributions()
     required = declared(PROJECT["project"]["dependencies"])
     optional = declared([entry for group in PROJECT["project"]["optional-dependencies"].values() for entry in group])
+    # A notebook's kernel has the one; the other is the module of llama-cpp-python, where that is not installed.
     given = {
         "ipython",
         "llama-cpp",
-    }  # by a notebook's kernel; the module of llama-cpp-python, where that is not installed
+    }
     missing = {names: path for names, path in imported.items() if not names & (required | optional | given)}
     assert not missing, "imported, but not declared in pyproject.toml"
     # transformers reads GGUF files through it.

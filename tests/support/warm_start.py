@@ -266,9 +266,8 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.0005)
-    if words[0] == "-m" and (
-        words[1] == "dstune" or words[1].startswith("dstune.serve.")
-    ):  # which start ranks or engines
+    # These commands start ranks or engines.
+    if words[0] == "-m" and (words[1] == "dstune" or words[1].startswith("dstune.serve.")):
         ends = [end.detach() for end in socket.socketpair()]
         if os.fork() == 0:
             server_end = _dup_high(ends[1])

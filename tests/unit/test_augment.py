@@ -119,10 +119,11 @@ def test_a_copy_that_equals_a_held_out_row_is_left_out(tmp_path):
         data = replace(config.data, **{part_name: str(held)}, split=SplitConfig(validation=0.0))
         found = prepared(replace(config, data=data), wordpiece(), tmp_path / "cache")
         report = found.report["train"]["augment"]
+        # `ee ff` has no synonym: its copy is the row itself.
         assert report["left_out"] == {
             "held_out": 1,
             "repeated": 1,
-        }  # ee ff has no synonym: its copy is the row itself
+        }
         assert report["copies"] == 1 and len(found.train.lengths) == 4
     broken = write_jsonl(tmp_path / "broken.jsonl", [{"word": "aa"}])
     config = run(tmp_path / "rows.jsonl", copies=1, synonyms=str(broken))

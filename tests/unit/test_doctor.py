@@ -147,12 +147,13 @@ def test_who_waited_for_whom(tmp_path):
     for rank, state in states.items():
         (tmp_path / "logs" / f"rank-{rank}.log").write_text("earlier\n" + words.format(rank, state) + "File x\n")
     (tmp_path / "logs" / "rank-1.log").write_text(words.format(1, "waits in the collective barrier"))
+    # Rank 1 has written nothing in this launch.
     starts = {
         0: 0,
         1: (tmp_path / "logs" / "rank-1.log").stat().st_size,
         2: 0,
         3: 0,
-    }  # rank 1's is of an earlier launch
+    }
     assert attempt.stalled(tmp_path, 4, starts) == (
         "ranks 0, 2 waited in the collective all_gather (step 7); rank 3 was in read (files.py:7); "
         "rank 1 did not come to it and said nothing"

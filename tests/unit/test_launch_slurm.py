@@ -113,9 +113,8 @@ def test_ranks_on_each_node():
     assert "--ntasks-per-node=1" in directives(script())
     assert "--ntasks-per-node=3" in directives(script(processes=3, gpus=4))
     step = next(line for line in script(processes=3, cpus=4, nodes=2).splitlines() if " srun " in line)
-    assert (
-        "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=12" in step
-    )  # an agent, with the cores of its ranks
+    # One agent a node, with the cores of its ranks.
+    assert "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=12" in step
     assert " 3 dstune.worker" in script(processes=3)
 
 

@@ -98,9 +98,10 @@ def test_every_causal_architecture_is_planned_with_all_its_tensors(tmp_path: Pat
         found = architecture_or_count(values, whole[kind], LANGUAGE_MODEL)
         expected = shapes(model)
         if {t.name for t in found.tensors} != set(expected) and not found.is_counted:
+            # A closed form names the language model's tensors as its own class does.
             expected = {name: tuple(p.shape) for name, p in model.get_decoder().named_parameters()} | (
                 {} if found.tied else {"lm_head": tuple(model.get_output_embeddings().weight.shape)}
-            )  # a closed form names the language model's tensors as its own class does
+            )
         if sorted(t.shape for t in found.tensors) != sorted(expected.values()):
             differing.append(kind)
     assert differing == []

@@ -45,9 +45,8 @@ def llama(*overrides: str, ranks: int = 8, precision: Precision = Precision.bf16
     ],
 )
 def test_what_every_stage_partitions(stage: int, weights: float, optimizer: float, sums: float) -> None:
-    parts = memory(llama(f"zero.stage={stage}", "trainer.global_batch_size=64")).moments[
-        "forward"
-    ]  # several micro-batches
+    # A global batch of several micro-batches.
+    parts = memory(llama(f"zero.stage={stage}", "trainer.global_batch_size=64")).moments["forward"]
     norms = 65 * 4096  # too small to be partitioned: whole on every rank
     assert parts["weights"] == pytest.approx(weights + (2 * norms if stage == 3 else 0), abs=1e5)
     assert parts["optimizer"] == pytest.approx(optimizer, abs=10)

@@ -51,9 +51,8 @@ def test_a_run_of_an_earlier_format_is_padded_as_it_was(tmp_path: Path, earlier:
     file.write_text(yaml.safe_dump(content))
     before = read_run(file)
     assert before.config.data.padding is Padding.tolerated
-    assert (
-        continue_run(before, Composed(run_config(), [])).data.padding is Padding.tolerated
-    )  # the command says nothing of it
+    # The command does not set it.
+    assert continue_run(before, Composed(run_config(), [])).data.padding is Padding.tolerated
 
 
 @pytest.mark.parametrize("earlier", [None, 2, 3])

@@ -106,9 +106,8 @@ def test_a_disk_without_room_is_refused(tmp_path):
 def test_memory_that_may_not_be_locked_is_reported_before_a_buffer_is(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(swap.resource, "getrlimit", lambda which: (2**23, 2**23))
-    swap.check_disk_space(
-        settings(tmp_path), [2**10] * 100, 2, Alone()
-    )  # of a part: 1,024 + 100 elements, four times 4 bytes
+    # A part has 1,024 + 100 elements, of four times 4 bytes.
+    swap.check_disk_space(settings(tmp_path), [2**10] * 100, 2, Alone())
     with pytest.raises(UserError, match=r"(?s)34 MiB of locked memory, and 8 are allowed.*ulimit -l"):
         swap.check_disk_space(settings(tmp_path), [2**21 + 2**17], 2, Alone())
     swap.check_disk_space(settings(tmp_path), [2**19], 2, Alone())
