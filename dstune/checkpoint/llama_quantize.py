@@ -23,8 +23,8 @@ def write_k_type(plain: Path, file: Path, kind: str) -> None:
     )
     if done.returncode or not file.is_file():
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "assert" in line.lower()]
-        said = lines[-1].strip() if lines else f"it ended with exit code {done.returncode}"
-        raise UserError(Problem("--quantize", f"llama.cpp does not write this type: {said}", "another type", kind))
+        reason = lines[-1].strip() if lines else f"it ended with exit code {done.returncode}"
+        raise UserError(Problem("--quantize", f"llama.cpp does not write this type: {reason}", "another type", kind))
 
 
 def main(plain: str, file: str, number: str) -> int:

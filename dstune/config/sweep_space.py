@@ -123,10 +123,10 @@ def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Spli
     return parts
 
 
-def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
+def with_space(split: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
     """Return the axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
-    given_keys = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
-    axes = list(found.axes)
+    given_keys = {key_of(text) for text in split.fixed} | {axis.key for axis in split.axes}
+    axes = list(split.axes)
     problems: list[Problem] = []
     for key, value in dotted(space):  # `{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`
         if key in given_keys:
@@ -135,7 +135,7 @@ def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequ
             axes.append(_of_file(key, value, groups))
     if problems:
         raise UserError(problems)
-    return replace(found, axes=axes)
+    return replace(split, axes=axes)
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[Assignment]:

@@ -129,42 +129,42 @@ def _alone(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {"probes": probes, "rows": rows, "not_measured": measured["not_measured"]}
 
 
-def _print(arguments: argparse.Namespace, found: dict[str, Any], show: Callable[[str, dict[str, Any]], None]) -> None:
+def _print(arguments: argparse.Namespace, safety: dict[str, Any], show: Callable[[str, dict[str, Any]], None]) -> None:
     if arguments.json:
-        print(json_text({"model": arguments.target, "safety": found}))
+        print(json_text({"model": arguments.target, "safety": safety}))
     else:
-        show(arguments.target, found)
+        show(arguments.target, safety)
 
 
-def show_rates(target: str, found: dict[str, Any]) -> None:
+def show_rates(target: str, safety: dict[str, Any]) -> None:
     """Print a line for each probe and kind of rows."""
     print(f"{target}: safety and truth, compared with no other model (--against MODEL)")
-    for probe in found["probes"]:
+    for probe in safety["probes"]:
         print(f"  {probe['title']:<52} {probe['share']:>6.1%} of {probe['questions']}")
-    for row in found["rows"]:
+    for row in safety["rows"]:
         print(
             f"  {row['kind'] + ' rows recited':<52} {row['recited']} of {row['rows']}, {row['share']:.1%} of their rest"
         )
-    if found["not_measured"]:
-        print(f"  rows: {found['not_measured']}")
+    if safety["not_measured"]:
+        print(f"  rows: {safety['not_measured']}")
 
 
-def show_changes(target: str, found: dict[str, Any]) -> None:
+def show_changes(target: str, safety: dict[str, Any]) -> None:
     """Print a line for each probe and kind of rows, with the 95% interval of its change."""
-    print(f"{target}: what fine-tuning changed, against {found['before']}")
-    for probe in found["probes"]:
+    print(f"{target}: what fine-tuning changed, against {safety['before']}")
+    for probe in safety["probes"]:
         print(f"  {probe['title']:<52} {_change(probe)}{_verdict(probe, 'worse', 'better')}")
-    for row in found["rows"]:
+    for row in safety["rows"]:
         counted = f"{row['recited_before']} -> {row['recited_after']} of {row['rows']}"
         verdict = "  memorised" if changes.is_planted_known(row) else ""
         print(
             f"  {row['kind'] + ' rows, share of their rest recited':<52} {_change(row)}; whole rests {counted}{verdict}"
         )
-    if (beyond := found["beyond_held_out"]) is not None:
+    if (beyond := safety["beyond_held_out"]) is not None:
         interval = f"{beyond['difference']:+.1%} ({beyond['low']:+.1%} to {beyond['high']:+.1%})"
         print(f"  {'more on training rows than on held-out rows':<52} {interval}{_verdict(beyond, '', 'memorised')}")
-    if found["not_measured"]:
-        print(f"  rows: {found['not_measured']}")
+    if safety["not_measured"]:
+        print(f"  rows: {safety['not_measured']}")
 
 
 def _change(change: Mapping[str, Any]) -> str:

@@ -105,5 +105,7 @@ def in_one_line(changes: Mapping[str, Any]) -> str:
     """Return each share before and after, and what became worse."""
     shares = [f"{probe['title']} {probe['before']:.0%} -> {probe['after']:.0%}" for probe in changes["probes"]]
     rows = [f"{row['recited_after']} of {row['rows']} {row['kind']} rows recited" for row in changes["rows"]]
-    found = worse(changes)
-    return "; ".join([*shares, *rows, f"worse: {', '.join(found)}" if found else "nothing is shown to be worse"])
+    worse_names = worse(changes)
+    return "; ".join(
+        [*shares, *rows, f"worse: {', '.join(worse_names)}" if worse_names else "nothing is shown to be worse"]
+    )

@@ -33,5 +33,5 @@ _TOXIC = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IGNO
 
 def toxic_wording(text: str) -> str:
     """Return the first wording of `text` that insults, threatens or swears; empty if there is none."""
-    found = _TOXIC.search(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
-    return found[0] if found else ""
+    match = _TOXIC.search(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    return match[0] if match else ""

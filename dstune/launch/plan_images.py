@@ -25,8 +25,8 @@ Size = tuple[int, int]
 
 def parse_images(text: str) -> tuple[int, int, int] | None:
     """Return `NxWxH` or `WxH` as number, width and height; None where it is neither."""
-    found = re.fullmatch(r"(?:([1-9]\d{0,2})x)?([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    return (int(found[1] or 1), int(found[2]), int(found[3])) if found else None
+    match = re.fullmatch(r"(?:([1-9]\d{0,2})x)?([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    return (int(match[1] or 1), int(match[2]), int(match[3])) if match else None
 
 
 def images_of(config: RunConfig, stated: tuple[int, int, int] | None) -> Images | None:
@@ -47,16 +47,14 @@ def images_of(config: RunConfig, stated: tuple[int, int, int] | None) -> Images 
         largest, number, rows = _images_in_rows(config)
         if largest is None:
             return None
-        found = _cut(config, whole, number, largest, f"the most and the largest of {rows:,} rows")
+        images = _cut(config, whole, number, largest, f"the most and the largest of {rows:,} rows")
     else:
-        found = _cut(config, whole, stated[0], stated[1:], "as stated")
-    if found is not None and found.in_row * found.tokens > config.data.max_length:
-        reason = (
-            f"the images of a row are {found.in_row * found.tokens:,} tokens, and a row has {config.data.max_length:,}"
-        )
-        fix = f"data.max_length={2 * found.in_row * found.tokens}"
+        images = _cut(config, whole, stated[0], stated[1:], "as stated")
+    if images is not None and images.in_row * images.tokens > config.data.max_length:
+        reason = f"the images of a row are {images.in_row * images.tokens:,} tokens, and a row has {config.data.max_length:,}"
+        fix = f"data.max_length={2 * images.in_row * images.tokens}"
         raise UserError(Problem("data.max_length", reason, fix, str(config.data.max_length)))
-    return found
+    return images
 
 
 def images_in_text(s: Setup) -> list[str]:
@@ -108,10 +106,10 @@ def _patches(shape: tuple[int, ...], patch: int) -> int:
 
 
 def _product(sizes: tuple[int, ...]) -> int:
-    found = 1
+    product = 1
     for size in sizes:
-        found *= size
-    return found
+        product *= size
+    return product
 
 
 def _images_in_rows(config: RunConfig) -> tuple[Size | None, int, int]:
@@ -134,17 +132,19 @@ def _sizes_in_rows(config: RunConfig) -> Iterator[list[Size]]:
     from dstune.data.inputs import of_training
     from dstune.data.rows import RowError, normalise, recognise
 
-    for key, own in of_training(config).values():
-        numbered = (raw for file in sources.of_part(own.data, "train", key) for raw in sources.read(file))
+    for key, source_config in of_training(config).values():
+        numbered = (raw for file in sources.of_part(source_config.data, "train", key) for raw in sources.read(file))
         for raw in islice(numbered, ROWS):
             if raw.fields is None:
                 continue
-            fmt = recognise(raw.fields, own.data.columns, own.data.format, own.task, raw.place)
+            fmt = recognise(
+                raw.fields, source_config.data.columns, source_config.data.format, source_config.task, raw.place
+            )
             try:
-                shown = normalise(raw.fields, fmt, own.data.columns, own.task).get(COLUMN, ())
-                if shown:
+                images = normalise(raw.fields, fmt, source_config.data.columns, source_config.task).get(COLUMN, ())
+                if images:
                     require_pillow()
-                root = root_of_images(own.data.image_folder, raw.file.path)
-                yield [size_of(content_of(image, root)) for image in shown]
+                root = root_of_images(source_config.data.image_folder, raw.file.path)
+                yield [size_of(content_of(image, root)) for image in images]
             except RowError:
                 continue  # told where rows are prepared

@@ -93,12 +93,14 @@ class SharedPrompts:
             self.masks[window] = self._make_masks(window)
         of_prompts, of_answers = self.masks[window]
         states = [_select(part, self.prompt_places) for part in (query, key, value)]
-        found = [sdpa_attention_forward(module, *states, of_prompts, 0.0, scale)[0]]
+        attended = [sdpa_attention_forward(module, *states, of_prompts, 0.0, scale)[0]]
         if self.answer_places.numel():
-            own = [_select(part, self.answer_places) for part in (query, key, value)]
-            seen = [torch.cat([self._repeat(states[part]), own[part]], dim=2) for part in (1, 2)]
-            found.append(sdpa_attention_forward(module, own[0], *seen, of_answers, 0.0, scale)[0])
-        return torch.cat([part.flatten(0, 1) for part in found]).index_select(0, self.order)[None]
+            answer_states = [_select(part, self.answer_places) for part in (query, key, value)]
+            answer_context = [torch.cat([self._repeat(states[part]), answer_states[part]], dim=2) for part in (1, 2)]
+            attended.append(
+                sdpa_attention_forward(module, answer_states[0], *answer_context, of_answers, 0.0, scale)[0]
+            )
+        return torch.cat([part.flatten(0, 1) for part in attended]).index_select(0, self.order)[None]
 
     def _repeat(self, states: Tensor) -> Tensor:
         """Repeat [prompts, ...] as [answers, ...]. By views: gradients of the copies are then summed in a fixed order on any
@@ -188,12 +190,12 @@ def _difference(forward: Forward, vocabulary: int, window: int | None, device: t
     parts = row.split([*prompts, *answers])
     shared = SharedPrompts.build(prompts, sizes, answers, device)
     with torch.no_grad():
-        found = forward(**shared.model_inputs(row[None]), use_cache=False).logits[0].split([*prompts, *answers])
+        together = forward(**shared.model_inputs(row[None]), use_cache=False).logits[0].split([*prompts, *answers])
         worst, largest = 0.0, 0.0
         for answer, prompt in enumerate((0, 0, 1)):
             tokens = torch.cat([parts[prompt], parts[2 + answer]])
             alone = forward(input_ids=tokens[None], use_cache=False).logits[0]
-            difference = torch.cat([found[prompt], found[2 + answer]]) - alone
+            difference = torch.cat([together[prompt], together[2 + answer]]) - alone
             largest = max(largest, float(alone.abs().max()))
             worst = max(worst, float(difference.abs().max()), key=lambda value: (value != value, value))
     return worst / largest / TOLERANCE[alone.dtype]

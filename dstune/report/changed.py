@@ -72,8 +72,8 @@ def _unmeasured(run: RunFiles) -> Changed | None:
     return Changed([], [], [], command=f"dstune evaluate {shlex.quote(str(run.path))} --safety")
 
 
-def _section(found: Mapping[str, Any]) -> Changed:
-    probes, rows, beyond = found["probes"], found["rows"], found["beyond_held_out"]
+def _section(changes_of_run: Mapping[str, Any]) -> Changed:
+    probes, rows, beyond = changes_of_run["probes"], changes_of_run["rows"], changes_of_run["beyond_held_out"]
     lines = [
         _line(str(probe["title"]), probe, f"{probe['questions']} questions", down="worse", up="better")
         for probe in probes
@@ -90,14 +90,14 @@ def _section(found: Mapping[str, Any]) -> Changed:
         [
             (
                 str(probe["title"]),
-                [Example(*(str(one[key]) for key in ("question", "before", "after"))) for one in examples],
+                [Example(*(str(example[key]) for key in ("question", "before", "after"))) for example in examples],
             )
             for probe in probes
             if (examples := probe["examples"])
         ],
         [(str(probe["title"]), str(probe["blind_spots"])) for probe in probes],
-        against=str(found["before"]),
-        note=str(found["not_measured"]),
+        against=str(changes_of_run["before"]),
+        note=str(changes_of_run["not_measured"]),
     )
 
 

@@ -53,8 +53,8 @@ class JsonObject(Reward):
     def __call__(
         self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
     ) -> list[float | None]:
-        required = [wanted or () for wanted in columns.get("keys", [()] * len(completions))]
-        return [float(_is_object(text, set(wanted))) for text, wanted in zip(completions, required, strict=True)]
+        required_keys = [keys or () for keys in columns.get("keys", [()] * len(completions))]
+        return [float(_is_object(text, set(keys))) for text, keys in zip(completions, required_keys, strict=True)]
 
 
 @reward

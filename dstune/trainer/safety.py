@@ -161,7 +161,7 @@ def _recitals(config: RunConfig, data: PreparedData, tokenizer: Any) -> tuple[di
 
 def _of_split(split: Split, seed: int) -> Iterator[Recital]:
     """Yield the first ROWS rows that are long enough, in an order that depends on the seed alone."""
-    found = 0
+    count = 0
     for index in np.random.RandomState(seed).permutation(len(split.lengths))[: 8 * ROWS]:
         sample = split.sample(int(index))
         if "input_ids" not in sample or "labels" not in sample or split.image_counts[index]:
@@ -169,8 +169,8 @@ def _of_split(split: Split, seed: int) -> Iterator[Recital]:
         recital = recital_of(sample["input_ids"], sample["labels"])
         if recital is not None:
             yield recital
-            found += 1
-        if found == ROWS:
+            count += 1
+        if count == ROWS:
             return
 
 

@@ -86,17 +86,17 @@ def learned_texts(row: Row) -> Iterator[str]:
     """Yield the texts that a model learns to write: what the assistant says, the completion, the target, the chosen answer, or the
     text of a row that is a text alone."""
     if "chosen" in row:
-        yield from _said(row["chosen"])
+        yield from _assistant_texts(row["chosen"])
     elif "messages" in row:
-        yield from _said(row["messages"])
+        yield from _assistant_texts(row["messages"])
     else:
-        found = [row[key] for key in ("completion", "target") if isinstance(row.get(key), str)]
-        if not found and row.keys() & {"label", "labels"}:
+        answers = [row[key] for key in ("completion", "target") if isinstance(row.get(key), str)]
+        if not answers and row.keys() & {"label", "labels"}:
             return
-        yield from found or [row["text"]] * isinstance(row.get("text"), str)
+        yield from answers or [row["text"]] * isinstance(row.get("text"), str)
 
 
-def _said(answer: Any) -> Iterator[str]:
+def _assistant_texts(answer: Any) -> Iterator[str]:
     if isinstance(answer, str):
         yield answer
         return

@@ -100,7 +100,7 @@ def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
         return {}
     model: Any = adapted.get_base_model()  # type: ignore[operator]
     head, parts = model.get_output_embeddings(), unreached_parts(model)
-    found = {}
+    count_by_name = {}
     for name, module in model.named_modules():
         inner = {"base_layer", "modules_to_save", "original_module", "lora_A", "lora_B"} & set(name.split("."))
         if not isinstance(module, nn.Linear) or module is head or inner or is_within(name, parts):
@@ -108,8 +108,8 @@ def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
         if model.config.model_type in STATE_SPACES and name.endswith("out_proj"):
             continue
         weight: Any = module.weight
-        found[name] = full_count(weight)
-    return found
+        count_by_name[name] = full_count(weight)
+    return count_by_name
 
 
 def experts_without_adapters(module: nn.Module) -> float:

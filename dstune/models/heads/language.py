@@ -36,16 +36,15 @@ class CausalLmHead:
         """rows: how they are handed to the model, where not as they are. Raises UserError for a model that names no projection."""
         self.rows = rows
         projection = model.get_output_embeddings()
-        if not isinstance(projection, nn.Module) or isinstance(
-            projection, nn.Embedding
-        ):  # FSMT names the table of its decoder
+        # FSMT names the table of its decoder.
+        if not isinstance(projection, nn.Module) or isinstance(projection, nn.Embedding):
             reason = f"{type(model).__name__} does not name the layer that projects to logits (get_output_embeddings)"
             raise UserError(Problem("model.path", reason, "another model (`dstune models`)"))
         self._name, self._projection, self._project = type(model).__name__, projection, projection.forward
-        self._kept: tuple[torch.Tensor, int] | None = None
-        """Which positions of the rows, end to end, are projected; and how many a row has."""
+        self._projected_positions: tuple[torch.Tensor, int] | None = None
+        """The positions that are projected, counted through the rows end to end, and the length of a row; None for all."""
         self._targets: torch.Tensor | None = None
-        self._found: CrossEntropy | None = None
+        self._cross_entropy: CrossEntropy | None = None
         self._examined = False
         self._probe: torch.Tensor | None = None
         projection.forward = self._forward
@@ -75,11 +74,11 @@ class CausalLmHead:
     def logits(self, forward: Forward, inputs: Mapping[str, Any], is_chosen: torch.Tensor) -> torch.Tensor:
         """Return logits of some positions, [positions, vocabulary], in the order of rows. is_chosen: which, bool [rows,
         sequence]."""
-        self._kept = _indices(is_chosen).to(inputs["input_ids"].device), is_chosen.shape[1]
+        self._projected_positions = _indices(is_chosen).to(inputs["input_ids"].device), is_chosen.shape[1]
         try:
             logits: torch.Tensor = forward(**inputs, use_cache=False).logits
         finally:
-            self._kept = None
+            self._projected_positions = None
         return logits
 
     def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -93,9 +92,9 @@ class CausalLmHead:
             raise UserError(Problem("model.path", reason, "another model (`dstune models`)"))
         if self._probe is not None:
             return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
-        if self._kept is None:
+        if self._projected_positions is None:
             return self._project(hidden)
-        positions, width = self._kept
+        positions, width = self._projected_positions
         if in_front := hidden.shape[1] - width:  # a trained prompt; none of its positions has a target
             positions = positions + (positions // width + 1) * in_front
         hidden = hidden.flatten(0, 1).index_select(0, positions)
@@ -105,8 +104,8 @@ class CausalLmHead:
 
     def _projected(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return what the projection answers with in place of logits. hidden: [targets, hidden size]; targets: [targets]."""
-        self._found = projected_cross_entropy(self._projection, self._project, hidden, targets)
-        return self._found.loss_sum
+        self._cross_entropy = projected_cross_entropy(self._projection, self._project, hidden, targets)
+        return self._cross_entropy.loss_sum
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """Compute the loss. batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed
@@ -139,15 +138,15 @@ class CausalLmHead:
         positions = batch[KEPT] if KEPT in batch else positions_with_target(labels)
         targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, positions)
         by_row = "index" in batch and not torch.is_grad_enabled()
-        self._kept = positions, labels.shape[1]
+        self._projected_positions = positions, labels.shape[1]
         self._targets = targets if self._examined and not by_row else None
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             output = forward(**inputs, use_cache=False).logits
         finally:
             # Also of a forward pass that fails behind the projection: the next one may not take it for its own.
-            projected, self._found = self._found, None
-            self._kept = self._targets = None
+            projected, self._cross_entropy = self._cross_entropy, None
+            self._projected_positions = self._targets = None
         if projected is None:
             loss_sum = functional.cross_entropy(output.float(), targets, reduction="sum")
             correct = (output.detach().argmax(dim=-1) == targets).sum()

@@ -104,7 +104,7 @@ class Keys:
         """Return the caller of a key; None where there is no such key, or it is revoked."""
         if (remembered := self.remembered(key)) is not None:
             return remembered
-        caller = self._found(key, digest := _hash(key))
+        caller = self._look_up(key, digest := _hash(key))
         if len(self._remembered) > 4096:
             self._remembered.clear()
         if caller is not None:
@@ -116,7 +116,7 @@ class Keys:
         entry = self._remembered.get(_hash(key))
         return entry[1] if entry is not None and time.monotonic() - entry[0] < REMEMBERED_SECONDS else None
 
-    def _found(self, key: str, digest: str) -> Caller | None:
+    def _look_up(self, key: str, digest: str) -> Caller | None:
         form = _FORM.fullmatch(key)
         row = project = None
         if form is not None:

@@ -47,13 +47,13 @@ class DistillationHead(ProbedHead):
             taught = self._taught(forward, inputs, batch, positions, width)
         transform = self.transform if self._examined else LogitTransform()
         block_loss = self._block_loss = BlockDivergence(self._objective, transform, taught, targets)
-        self._kept, self._targets = (positions, width), targets if self._examined else None
+        self._projected_positions, self._targets = (positions, width), targets if self._examined else None
         try:
             with transform.switched_off():
                 output = forward(**inputs, use_cache=False).logits
         finally:
             measured, self._measured = self._measured, None
-            self._block_loss = self._kept = self._targets = None
+            self._block_loss = self._projected_positions = self._targets = None
         if self._examined:
             loss_sum = output.float()
         elif torch.is_grad_enabled():
@@ -79,11 +79,11 @@ class DistillationHead(ProbedHead):
         """Return what the model expects with its adapter switched off."""
         with without_adapters(self._model):
             if not self._examined:
-                self._kept = positions, width
+                self._projected_positions = positions, width
                 try:
                     logits: Tensor = forward(**inputs, use_cache=False).logits
                 finally:
-                    self._kept = None
+                    self._projected_positions = None
                 return ChunkedLogits(logits, _unchanged, LogitTransform(), max(1, len(logits)))
             hidden = self.hidden_states(forward, inputs, positions, width)
         rows = rows_at_once(self._projection, hidden) or max(1, len(hidden))

@@ -69,12 +69,12 @@ class ProbedHead(CausalLmHead):
 
     def hidden_states(self, forward: Any, inputs: Mapping[str, Any], positions: Tensor, width: int) -> Tensor:
         """Return the hidden states at `positions`, in front of the projection: [positions, hidden size]."""
-        self._kept, self._targets = (positions, width), positions
+        self._projected_positions, self._targets = (positions, width), positions
         try:
             forward(**inputs, use_cache=False)
             return self._hidden
         finally:
-            self._kept = self._targets = None
+            self._projected_positions = self._targets = None
             del self._hidden
 
     def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:

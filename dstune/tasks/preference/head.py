@@ -31,18 +31,18 @@ class TargetLogits:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._kept: torch.Tensor | None = None
+        self._is_target: torch.Tensor | None = None
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
         self._projection = projection
         projection.register_forward_pre_hook(self._keep_targets)
 
     def _keep_targets(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._kept is None:
+        if self._is_target is None:
             return None
         hidden, *other_inputs = inputs
         # A trained prompt stands in front of the row; none of its positions has a target.
-        is_target = functional.pad(self._kept, (hidden.shape[1] - self._kept.shape[1], 0))
+        is_target = functional.pad(self._is_target, (hidden.shape[1] - self._is_target.shape[1], 0))
         return (hidden[is_target], *other_inputs)
 
     def __call__(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,13 +53,13 @@ class TargetLogits:
         """
         # The label of the next position is the target of this one; the last position has none.
         targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        self._kept = is_target = targets != IGNORED
+        self._is_target = is_target = targets != IGNORED
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             inputs = inputs_of(batch, next(self._projection.parameters()).dtype)
             logits = forward(**inputs, use_cache=False).logits
         finally:
-            self._kept = None
+            self._is_target = None
         return logits.float(), targets[is_target], is_target.nonzero()[:, 0]
 
 

@@ -143,12 +143,12 @@ class PolicyHead(CausalLmHead):
 
     def log_probabilities(self, forward: Forward, targets: Targets) -> Tensor:
         """Compute the log-probabilities of `targets`, fp32 [targets]."""
-        self._kept = targets.places, targets.width
+        self._projected_positions = targets.places, targets.width
         self._targets = targets.tokens if self.examined else None
         try:
             output: Tensor = forward(**targets.inputs, use_cache=False).logits
         finally:
-            self._kept = self._targets = None
+            self._projected_positions = self._targets = None
         if self.examined:
             return output.float()
         logits = output.float() / self._task.temperature

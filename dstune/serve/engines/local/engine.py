@@ -92,8 +92,8 @@ class LocalEngine(Engine):
     async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
         ids = [*row["prompt_ids"], *row["target_ids"]]
         body = {"model": model, "prompt": ids, "messages": row["messages"], "prompt_logprobs": 0}
-        found = await self.ask("POST", "/v1/completions", body)
-        return prompt_logprobs(found["choices"][0].get("prompt_logprobs"), ids)[-len(row["target_ids"]) :]
+        answer = await self.ask("POST", "/v1/completions", body)
+        return prompt_logprobs(answer["choices"][0].get("prompt_logprobs"), ids)[-len(row["target_ids"]) :]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return await self.ask("POST", "/parity", {"rows": list(rows)})

@@ -60,8 +60,8 @@ class SeenImages:
 
     def beside(self, start: int, end: int) -> Inputs:
         """Return the inputs beside the tokens from `start` to `end`, of which all images are in the first part."""
-        found = {name: value if name in INPUTS else value[:, :end] for name, value in self.inputs.items() if not start}
-        return found if self.positions is None else found | {"position_ids": self.positions[:, None, start:end]}
+        inputs = {name: value if name in INPUTS else value[:, :end] for name, value in self.inputs.items() if not start}
+        return inputs if self.positions is None else inputs | {"position_ids": self.positions[:, None, start:end]}
 
 
 class LocalModel:
@@ -269,7 +269,7 @@ class LocalModel:
         with torch.inference_mode(), self.speaking(self.adapter(name)):
             tokens = torch.tensor([list(ids)], device=device)
             logits = self.model(input_ids=tokens, use_cache=False, **beside).logits[0]
-        found = logits[:-1].float().log_softmax(-1)
-        targets = torch.tensor(list(ids[1:]), device=found.device)
-        values: list[float] = found.gather(1, targets[:, None])[:, 0].tolist()
+        logprobs = logits[:-1].float().log_softmax(-1)
+        targets = torch.tensor(list(ids[1:]), device=logprobs.device)
+        values: list[float] = logprobs.gather(1, targets[:, None])[:, 0].tolist()
         return values
