@@ -129,7 +129,7 @@ def refuse_lone(**lists: Any) -> None:
     problems = []
     for name, argument in lists.items():
         if isinstance(argument, (str, os.PathLike, type)):
-            shown = argument.__name__ if isinstance(argument, type) else repr(os.fspath(argument))
-            problems.append(Problem(name, "expected a list", f"{name}=[{shown}]", shown))
+            text = argument.__name__ if isinstance(argument, type) else repr(os.fspath(argument))
+            problems.append(Problem(name, "expected a list", f"{name}=[{text}]", text))
     if problems:
         raise UserError(problems)

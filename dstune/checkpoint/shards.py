@@ -200,8 +200,8 @@ class _Parameters(_Layout):
                 self.shapes[name] = torch.Size(shape)
                 self._places[name] = offset, share
                 offset += share
-        held = sum(piece.numel() for piece in self._weights[0])
-        assert offset == held, f"the shards hold {held} elements a rank, the parameters take {offset}"
+        element_count = sum(piece.numel() for piece in self._weights[0])
+        assert offset == element_count, f"the shards hold {element_count} elements a rank, the parameters take {offset}"
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         offset, share = self._places[name]

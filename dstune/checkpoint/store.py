@@ -212,7 +212,7 @@ def hold(checkpoint: Path) -> TextIO:
     return marker
 
 
-def _held(checkpoint: Path) -> bool:
+def _is_held(checkpoint: Path) -> bool:
     try:
         with (checkpoint / COMMITTED).open() as marker:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -308,7 +308,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     infos = listing(run_dir)
     whole = [info.path for info in infos if info.committed]
     kept_paths = {*whole[-keep:], best(run_dir), resumable(run_dir)}
-    doomed = [info.path for info in infos if info.path not in kept_paths and not _held(info.path)]
+    doomed = [info.path for info in infos if info.path not in kept_paths and not _is_held(info.path)]
     for ending in (INCOMPLETE, REPLACED, DAMAGED):
         doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]
     doomed = [path for path in doomed if not path.is_symlink()]  # it may be another run's

@@ -135,9 +135,9 @@ def keep_neurons(model: PreTrainedModel, activations: Sequence[Tensor], count: i
 
 @contextmanager
 def _hooks(handles: Iterable[Any]) -> Iterator[None]:
-    held = list(handles)
+    handle_list = list(handles)
     try:
         yield
     finally:
-        for handle in held:
+        for handle in handle_list:
             handle.remove()

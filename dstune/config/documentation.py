@@ -267,11 +267,11 @@ def _metadata(key: str, group: str) -> Mapping[str, Any]:
 
 
 def _group_text(name: str, choices: Sequence[str], settings: Sequence[Setting]) -> str:
-    shown = [choice for choice in choices if choice != "default"]
-    lines = [f"{name}: a group, chosen by {name}=CHOICE" if shown else f"{name}: a section of keys", ""]
-    if shown:
-        lines += _block("Choices", {choice: _description(name, choice) for choice in shown}, 16)
-        if (default := _default_choice(name)) in shown:
+    named_choices = [choice for choice in choices if choice != "default"]
+    lines = [f"{name}: a group, chosen by {name}=CHOICE" if named_choices else f"{name}: a section of keys", ""]
+    if named_choices:
+        lines += _block("Choices", {choice: _description(name, choice) for choice in named_choices}, 16)
+        if (default := _default_choice(name)) in named_choices:
             lines += [f"  {name}={default} where nothing else is said", ""]
     return "\n".join([*lines, *(_block("Keys", _rows(settings), 12) if settings else [])])
 

@@ -71,20 +71,20 @@ def parser_of(verb: Callable[[list[str]], int], argv: list[str]) -> VerbParser |
 class VerbParser(argparse.ArgumentParser):
     """`argparse` whose errors are a `UserError` with what to type instead, also as JSON."""
 
-    _given: Sequence[str] = ()
+    _words: Sequence[str] = ()
     """The words of the command, behind `prog`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if _looking.get():
             raise _FoundParser(self)
-        self._given = self._given or list(args or ())  # two passes read an intermixed command, the second a part of it
+        self._words = self._words or list(args or ())  # two passes read an intermixed command, the second a part of it
         return super().parse_known_args(args, namespace)
 
     def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         # Since Python 3.13 it does not come by `parse_known_args`.
         if _looking.get():
             raise _FoundParser(self)
-        self._given = list(args or ())
+        self._words = list(args or ())
         return super().parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

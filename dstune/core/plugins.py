@@ -181,8 +181,8 @@ def activate_stored(plugins: Sequence[Plugin], run_dir: Path, overrides: Sequenc
     if problems:
         raise UserError(problems)
     _activate(sources, run_dir)
-    given = {plugin.name: plugin.file for plugin in plugins}
-    _active.update({name: replace(one, file=given[name]) for name, one in _active.items()})
+    file_by_name = {plugin.name: plugin.file for plugin in plugins}
+    _active.update({name: replace(one, file=file_by_name[name]) for name, one in _active.items()})
 
 
 def accepts_changes(overrides: Sequence[str]) -> bool:

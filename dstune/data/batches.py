@@ -80,8 +80,8 @@ def rows_with_images(
 def reference(split: Split, micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:
     """Return the reference model's log-probabilities of the samples' answers, [samples, answers]; 0 for blank samples."""
     assert split.reference is not None
-    known = np.asarray(split.reference[[split.row(index) for index in micro_batch.samples]], dtype=np.float32)
-    return np.concatenate([known, np.zeros((len(blanks), known.shape[1]), np.float32)])
+    logps = np.asarray(split.reference[[split.row(index) for index in micro_batch.samples]], dtype=np.float32)
+    return np.concatenate([logps, np.zeros((len(blanks), logps.shape[1]), np.float32)])
 
 
 def counted(micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:

@@ -65,15 +65,15 @@ def collate(
     has none gets a last row with a blank one, in which every target is -100.
     """
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
-    held = rows[0][0].keys()
+    columns = rows[0][0].keys()
     if micro_batch.needs_image and not any(len(sample[COLUMN]) for row in rows for sample in row):
         rows.append([blank_sample(split, rows[0][0])])
-    if "features" in held:
+    if "features" in columns:
         return _of_features([_only(row) for row in rows], micro_batch, with_index)
     longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
     width = longest if packing or not micro_batch.padded else -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     shape = (len(rows), width)
-    padding = {"input_ids": pad_token_id} | {name: value for name, value in TOKEN_COLUMNS.items() if name in held}
+    padding = {"input_ids": pad_token_id} | {name: value for name, value in TOKEN_COLUMNS.items() if name in columns}
     arrays = {name: np.full(shape, value, dtype=np.int64) for name, value in padding.items()}
     real = np.zeros(shape, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -90,7 +90,7 @@ def collate(
     of_rows = _of_rows([row[0] for row in rows])
     assert not (packing and of_rows), "a packed row has no target of its own"
     arrays |= of_rows
-    if "target_ids" in held:
+    if "target_ids" in columns:
         arrays["labels"] = _targets([_only(row)["target_ids"] for row in rows])
     _mark_filler(arrays, micro_batch)
     arrays["position_ids" if packing else "attention_mask"] = position_ids if packing else real

@@ -61,8 +61,8 @@ def _tools_of_group(group: Any) -> list[Any]:
     declarations = _declared(group) if isinstance(group, dict) else None
     others = [key for key in group if key not in DECLARATIONS] if isinstance(group, dict) else []
     if others or not isinstance(declarations, list) or not all(isinstance(item, dict) for item in declarations):
-        shown = repr(others[0]) if others else format_value(group)
-        raise RowError(f"tools hold {shown}, which is no list of functionDeclarations")
+        faulty = repr(others[0]) if others else format_value(group)
+        raise RowError(f"tools hold {faulty}, which is no list of functionDeclarations")
     return [_tool(declaration) for declaration in declarations]
 
 

@@ -64,11 +64,11 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
         assert rows.table.labels is not None
         names = rows.table.labels[rows.indices]
         unknown = {row: _unknown(row, labels, several) for row in np.unique(names)}
-        seen = np.array([unknown[row] is None for row in names], dtype=bool)
-        for position in np.flatnonzero(~seen):
+        is_known = np.array([unknown[row] is None for row in names], dtype=bool)
+        for position in np.flatnonzero(~is_known):
             place, name = rows.table.place(rows.indices[position]), unknown[names[position]]
             bad.add(place, f"label {name!r} does not occur in the training rows ({', '.join(labels)})")
-        chosen[part] = rows.keep(np.flatnonzero(seen), int((~seen).sum()))
+        chosen[part] = rows.keep(np.flatnonzero(is_known), int((~is_known).sum()))
         if not len(chosen[part].indices):
             bad.raise_if_any()
             raise UserError(Problem(where=f"data.{part}", reason="no row has a label that training knows"))

@@ -274,9 +274,11 @@ class ChatRenderer:
     def _moved_marks(self, messages: Messages, turn: Turn, **options: Any) -> list[Span]:
         """Return the marks of a text that is P with what F adds: those of P, and those of F from there on."""
         assert turn.moved is not None
-        asked = self._template.marks(messages[:-1], prompt=True, **options)
-        shown = ((start + turn.moved, end + turn.moved) for start, end in self._template.marks(messages, **options))
-        return [*asked, *((max(start, turn.start), end) for start, end in shown if end > turn.start)]
+        prompt_marks = self._template.marks(messages[:-1], prompt=True, **options)
+        text_marks = (
+            (start + turn.moved, end + turn.moved) for start, end in self._template.marks(messages, **options)
+        )
+        return [*prompt_marks, *((max(start, turn.start), end) for start, end in text_marks if end > turn.start)]
 
     def whole_and_untrained(
         self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
@@ -331,8 +333,8 @@ class ChatRenderer:
         if self.choice.turns == "last":
             numbers = numbers[-1:]
         numbers = [number for number in numbers if messages[number].get("weight", 1)]
-        shown = [number for number in numbers if not self._hides(messages[number])]
-        return shown if any(number and has_reasoning(messages[number]) for number in shown) else numbers
+        visible = [number for number in numbers if not self._hides(messages[number])]
+        return visible if any(number and has_reasoning(messages[number]) for number in visible) else numbers
 
     def count_hidden(self, messages: Messages) -> int:
         """Return how many turns of a row are context since the template hides their reasoning."""
@@ -549,8 +551,10 @@ class ChatRenderer:
         fields = [field_name for field_name, is_dropped in dropped.items() if is_dropped]
         fix = "set model.chat_template to one that does"
         end = trained[-1] + 1 if trained else len(messages)
-        asked = self.arguments_for(messages[end - 1], arguments)
-        if (fields or any(map(self._hides, messages))) and self._packaged_fix(messages[:end], tools, asked):
+        template_arguments = self.arguments_for(messages[end - 1], arguments)
+        if (fields or any(map(self._hides, messages))) and self._packaged_fix(
+            messages[:end], tools, template_arguments
+        ):
             fix += f" (the packaged {self._packaged} does)"
         hidden = [bool(messages[number].get("tool_calls")) for number in trained if self._hides(messages[number])]
         if hidden:

@@ -29,10 +29,10 @@ def call_messages(query: str, answers: Any) -> list[Message]:
         answers = from_json(answers, "answers are not JSON")
     if not isinstance(answers, list):
         raise RowError(f"answers must be a list of calls, they are {format_value(answers)}")
-    asked = {"role": "user", "content": query}
+    question = {"role": "user", "content": query}
     if not answers:
-        return [asked, {"role": "assistant", "content": ""}]
-    return [asked, {"role": "assistant", "tool_calls": answers}]
+        return [question, {"role": "assistant", "content": ""}]
+    return [question, {"role": "assistant", "tool_calls": answers}]
 
 
 def schemas(tools: Any) -> Any:

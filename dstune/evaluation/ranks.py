@@ -194,15 +194,15 @@ def results_in_file_order(
     """Return the result of each row, with `row` as its FILE:LINE, in the order of the files. Training rows and caches of an earlier
     version have no places: their results keep the order of evaluation."""
     results = evaluation.row_results(labels)
-    seen = limited(part, config.evaluate.max_rows, config.task)
+    measured = limited(part, config.evaluate.max_rows, config.task)
     if evaluation.generated:
-        seen = limited(seen, config.evaluate.generate_rows, config.task)
-    if seen.places is None or seen.origins is None:
+        measured = limited(measured, config.evaluate.generate_rows, config.task)
+    if measured.places is None or measured.origins is None:
         return results
-    numbers = np.unique(seen.origins)
+    numbers = np.unique(measured.origins)
     if len(numbers) != len(results):
         return results
-    everywhere = json.loads(seen.places.read_text())
+    everywhere = json.loads(measured.places.read_text())
     rows = [{"row": everywhere[number], **result} for number, result in zip(numbers, results, strict=True)]
     return sorted(rows, key=_file_and_line)
 

@@ -47,8 +47,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(Problem("--against", "only --safety compares two models", fix, arguments.against))
         return
     others = ("shots", "harness", "grader", "output")
-    if given := [f"--{name}" for name in others if getattr(arguments, name) not in (None, [])]:
-        raise UserError(Problem(name, "--safety asks questions of its own", f"leave {name} out") for name in given)
+    if flags := [f"--{name}" for name in others if getattr(arguments, name) not in (None, [])]:
+        raise UserError(Problem(name, "--safety asks questions of its own", f"leave {name} out") for name in flags)
 
 
 def ask(arguments: argparse.Namespace, console: Console, configure: Configure) -> int:

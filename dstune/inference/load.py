@@ -217,10 +217,12 @@ def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
         raise UserError(Problem("MODEL", "holds no adapter_model.safetensors", "save it with safetensors", str(folder)))
     body, tokenizer = _body(request)
     with safe_open(file, "pt") as tensors:
-        held = set(tensors.keys())
+        tensor_names = set(tensors.keys())
     # In front of a name stands what peft wraps the model with, which differs between kinds of adapters.
     absent = [
-        name for name in new_weights(body).parameters if not any(held_name.endswith(f".{name}") for held_name in held)
+        name
+        for name in new_weights(body).parameters
+        if not any(held_name.endswith(f".{name}") for held_name in tensor_names)
     ]
     if absent:
         reason = f"the adapter does not hold {', '.join(absent[:3])}, which its base lacks: its answers would be chance"

@@ -166,9 +166,9 @@ def base_reference(model: ModelConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     rows = []
     for system, question, answer in CONVERSATIONS:
-        asked = [{"role": "user", "content": question}]
+        messages = [{"role": "user", "content": question}]
         if system and (tokenizer.chat_template or ""):
-            asked = [{"role": "system", "content": system}, *asked]
+            messages = [{"role": "system", "content": system}, *messages]
         if not tokenizer.chat_template:
             ids = [
                 tokenizer(text, add_special_tokens=first)["input_ids"]
@@ -178,12 +178,12 @@ def base_reference(model: ModelConfig) -> dict[str, Any]:
             continue
         try:
             turn = _rendered(
-                {"messages": [*asked, {"role": "assistant", "content": answer, "weight": 1}]}, config, tokenizer
+                {"messages": [*messages, {"role": "assistant", "content": answer, "weight": 1}]}, config, tokenizer
             )
         except UserError:  # a template that takes no system text
             turn = None
         if turn is not None:
-            rows.append({"messages": asked, "prompt_ids": turn.prompt, "target_ids": turn.target})
+            rows.append({"messages": messages, "prompt_ids": turn.prompt, "target_ids": turn.target})
             last = Answer(answer, turn.target)
     if rows and tokenizer.chat_template:
         drawn = drawn_row(tokenizer, task_of(config.task).template_date, "What is in this picture?", last)

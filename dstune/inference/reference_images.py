@@ -104,13 +104,13 @@ def drawn_row(tokenizer: Any, date: str | None, question: str, answer: Answer) -
     if vision is None or refusal(vision, "the model"):
         return None
     content = _drawn()
-    asked = [{"role": "user", "content": [dict(PLACE), {"type": "text", "text": question}]}]
+    with_place = [{"role": "user", "content": [dict(PLACE), {"type": "text", "text": question}]}]
     images = PromptImages(processor_of(vision), [content])
     try:
-        prompt = ChatPrompts(tokenizer, date).ids(asked, place_images=images.measured().place)
+        prompt = ChatPrompts(tokenizer, date).ids(with_place, place_images=images.measured().place)
     except (RenderError, RowError):
         return None
-    messages = [{"role": "user", "content": [_image(url_of(content)), asked[0]["content"][1]]}]
+    messages = [{"role": "user", "content": [_image(url_of(content)), with_place[0]["content"][1]]}]
     inputs = images.all_inputs([*prompt, *answer.ids])
     return {
         "messages": messages,

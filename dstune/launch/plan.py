@@ -297,12 +297,12 @@ def _warnings(estimate: Planned, config: RunConfig) -> list[str]:
 
 def _method_row(estimate: Planned) -> dict[str, Any]:
     best = estimate.plan.recommended
-    shown = best or min(estimate.plan.choices, key=lambda choice: choice.memory_gib)
+    choice = best or min(estimate.plan.choices, key=lambda choice: choice.memory_gib)
     return {
         "fits": best is not None,
-        "memory_gib_per_rank": round(shown.memory_gib, 4),
-        "host_gib_per_node": round(_node_gib(shown), 2),
-        "step_seconds": round(shown.time.seconds, 4),
+        "memory_gib_per_rank": round(choice.memory_gib, 4),
+        "host_gib_per_node": round(_node_gib(choice), 2),
+        "step_seconds": round(choice.time.seconds, 4),
         "recommended": best.overrides(estimate.setup) if best else {},
     }
 
@@ -433,11 +433,11 @@ def _compared(estimate: Planned) -> list[str]:
     lines = ["", f"{'method':<9}{'fits':<6}{'GiB a rank':>11}{'GiB of a node':>15}{'step':>11}{'tokens/s':>12}  how"]
     for method, other in estimate.others.items():
         best = other.plan.recommended
-        shown = best or min(other.plan.choices, key=lambda choice: choice.memory_gib)
-        how = ", ".join(filter(None, [shown.zero, _offload(shown, other).removeprefix("none").lstrip("+")]))
+        choice = best or min(other.plan.choices, key=lambda choice: choice.memory_gib)
+        how = ", ".join(filter(None, [choice.zero, _offload(choice, other).removeprefix("none").lstrip("+")]))
         lines.append(
-            f"{method:<9}{'yes' if best else 'no':<6}{shown.memory_gib:>11.1f}{_node_gib(shown):>15.0f}"
-            f"{shown.time.seconds:>9.2f} s{shown.time.tokens_per_second:>12,.0f}  {how}"
+            f"{method:<9}{'yes' if best else 'no':<6}{choice.memory_gib:>11.1f}{_node_gib(choice):>15.0f}"
+            f"{choice.time.seconds:>9.2f} s{choice.time.tokens_per_second:>12,.0f}  {how}"
         )
     return lines
 

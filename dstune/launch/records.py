@@ -128,12 +128,12 @@ def _holds(process: psutil.Process, lock: Path) -> bool:
 
     try:
         lock_file = lock.stat()
-        held = [os.stat(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]
+        open_files = [os.stat(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]
     except FileNotFoundError:
         return any(Path(file.path) == lock.absolute() for file in process.open_files())
     except OSError as error:
         raise psutil.AccessDenied(process.pid) from error
-    return any((status.st_dev, status.st_ino) == (lock_file.st_dev, lock_file.st_ino) for status in held)
+    return any((status.st_dev, status.st_ino) == (lock_file.st_dev, lock_file.st_ino) for status in open_files)
 
 
 def result_path(run_dir: Path) -> Path:

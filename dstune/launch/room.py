@@ -69,15 +69,15 @@ def _fix(plan: Planned) -> str:
 
 def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int:
     """Return bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
-    always = ("weights", "optimizer", "offloaded", *(held.name for held in setup.held))
+    always = ("weights", "optimizer", "offloaded", *(size.name for size in setup.held))
     sums = memory.moments["step"]["gradient sums"] if setup.stage else 0
     moments = []
     for parts in memory.moments.values():
-        held = sums + sum(parts.get(name, 0) for name in always)
+        size = sums + sum(parts.get(name, 0) for name in always)
         if full:
             every_target = task_of(config.task).every_position_is_a_target
-            held += parts.get("activations", 0) + (parts.get("logits", 0) if every_target else 0)
-        moments.append(held)
+            size += parts.get("activations", 0) + (parts.get("logits", 0) if every_target else 0)
+        moments.append(size)
     return max(moments)
 
 

@@ -167,11 +167,11 @@ def attend(
 
     def piece(rows: slice, first: int, end: int, start: int) -> torch.Tensor:
         """Attend from the positions from `first` to `end` of a sample that begins at `start`."""
-        seen = start if window is None else max(start, first - window + 1)
-        q, k, v = query[rows, :, first:end], key[rows, :, seen:end], value[rows, :, seen:end]
+        first_key = start if window is None else max(start, first - window + 1)
+        q, k, v = query[rows, :, first:end], key[rows, :, first_key:end], value[rows, :, first_key:end]
         mask = None
-        if window is not None and seen < first:
-            behind = torch.arange(first, end, device=q.device)[:, None] - torch.arange(seen, end, device=q.device)
+        if window is not None and first_key < first:
+            behind = torch.arange(first, end, device=q.device)[:, None] - torch.arange(first_key, end, device=q.device)
             mask = (behind >= 0) & (behind < window)
         return functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale

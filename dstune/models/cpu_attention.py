@@ -50,13 +50,15 @@ class CausalAttention(torch.autograd.Function):
         output = query.new_zeros(rows, positions, heads, size).transpose(1, 2)
         accurate = torch.float64 if query.dtype is torch.float64 else torch.float32
         sums = torch.zeros(rows, heads, positions, dtype=accurate)
-        for row, first, end, seen, _ in _pieces(spans, window):
+        for row, first, end, first_key, _ in _pieces(spans, window):
             # Heads of keys stand in place of a batch: a head of queries reads its own without a copy of it.
-            states = (part[row, :, seen:end].unsqueeze(1).expand(*groups, -1, -1) for part in (key, value))
+            states = (part[row, :, first_key:end].unsqueeze(1).expand(*groups, -1, -1) for part in (key, value))
             mask = None
-            if seen < first:
-                allowed = query.new_ones(end - first, end - seen, dtype=torch.bool)
-                mask = query.new_zeros(allowed.shape).masked_fill_(~_visible(allowed, first - seen, window), -torch.inf)
+            if first_key < first:
+                allowed = query.new_ones(end - first, end - first_key, dtype=torch.bool)
+                mask = query.new_zeros(allowed.shape).masked_fill_(
+                    ~_visible(allowed, first - first_key, window), -torch.inf
+                )
             attended, sum_of_row = _forward(
                 query[row, :, first:end].unflatten(0, groups), *states, 0.0, mask is None, attn_mask=mask, scale=scale
             )
@@ -80,8 +82,8 @@ class CausalAttention(torch.autograd.Function):
             for low in range(first, end, step):
                 high = min(low + step, end)
                 # What this block sees, and how many of its own positions are seen by its first one.
-                seen = start if behind is None else max(start, low - behind + 1)
-                query_span, key_span = (row, slice(None), slice(low, high)), (row, slice(None), slice(seen, high))
+                first_key = start if behind is None else max(start, low - behind + 1)
+                query_span, key_span = (row, slice(None), slice(low, high)), (row, slice(None), slice(first_key, high))
                 block = (heads // of_keys, high - low)
                 queries, outward = (
                     part[query_span].unflatten(0, (of_keys, -1)).reshape(of_keys, -1, part.shape[-1])
@@ -91,7 +93,7 @@ class CausalAttention(torch.autograd.Function):
                 minus_sum, minus_product = (part[query_span].reshape(of_keys, -1, 1).neg() for part in (sums, products))
                 exact = sums.dtype
                 shares = torch.baddbmm(minus_sum, queries.to(exact), keys.to(exact).mT, alpha=context.scale).exp_()
-                _visible(shares.unflatten(1, block), low - seen, behind)
+                _visible(shares.unflatten(1, block), low - first_key, behind)
                 scores = torch.baddbmm(minus_product, outward.to(exact), values.to(exact).mT).mul_(shares)
                 shares, scores = shares.to(query.dtype), scores.to(query.dtype)
                 of_query[query_span] = torch.bmm(scores, keys).mul_(context.scale).view(heads, high - low, -1)

@@ -47,9 +47,9 @@ def work_of(lengths: Iterable[int], *, window: int | None, projected: float) -> 
 
 def micro_batch_work(s: Setup) -> Work:
     """Count the work of a micro-batch as it is computed: rows that are full, and windows where the attention has them."""
-    seen = min(s.model.window or s.length, s.length) if s.attention in ("flash_attention_2", "samples") else s.length
+    window = min(s.model.window or s.length, s.length) if s.attention in ("flash_attention_2", "samples") else s.length
     projected = 0 if s.model.encoder else s.tokens * s.target_share
-    return Work(s.tokens, s.tokens * s.length, s.tokens * seen, projected)
+    return Work(s.tokens, s.tokens * s.length, s.tokens * window, projected)
 
 
 def forward_flops(s: Setup, work: Work | None = None) -> tuple[float, float, float]:

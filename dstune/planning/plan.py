@@ -131,13 +131,13 @@ def cheapest_stage(
 
 
 def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str, offload: str) -> Choice:
-    held = memory(setup)
+    usage = memory(setup)
     caution = 1.0 if setup.on_gpu else CPU_CAUTION
-    fits = held.total * caution <= cluster.device.memory_gib * GIB
+    fits = usage.total * caution <= cluster.device.memory_gib * GIB
     if cluster.host_gib is not None:
-        fits = fits and held.host * setup.ranks_per_node <= cluster.host_gib * GIB
+        fits = fits and usage.host * setup.ranks_per_node <= cluster.host_gib * GIB
     time = step_time(setup, speeds[setup.weight_bytes])
-    return Choice(zero, offload, setup.checkpointing, setup, held, time, fits)
+    return Choice(zero, offload, setup.checkpointing, setup, usage, time, fits)
 
 
 def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
@@ -160,8 +160,8 @@ def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
 
 def _offload(setup: Setup) -> str:
     """Return what of a run is in host memory, as `CANDIDATES` call it."""
-    held = (("optimizer", setup.offload_optimizer), ("param", setup.offload_param))
-    return "+".join(name for name, on in held if on) or "none"
+    offloaded = (("optimizer", setup.offload_optimizer), ("param", setup.offload_param))
+    return "+".join(name for name, on in offloaded if on) or "none"
 
 
 def _plainly_fits(rows: list[Choice]) -> bool:

@@ -290,7 +290,11 @@ def refuse_unshared(world: World, run_dir: Path) -> None:
     file = run_dir / "run.yaml"
     sees = file.is_file() and file.read_bytes() == written
     blind = sorted(
-        {host for host, seen in zip(world.gather(environment.host()), world.gather(sees), strict=True) if not seen}
+        {
+            host
+            for host, is_seen in zip(world.gather(environment.host()), world.gather(sees), strict=True)
+            if not is_seen
+        }
     )
     if blind:
         reason = f"it is not there on {', '.join(blind)}: the nodes do not share this file system"

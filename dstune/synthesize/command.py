@@ -98,8 +98,8 @@ def _fits(kind: str, item: Item) -> bool:
 def _identity(arguments: argparse.Namespace, requests: Sequence[Ask]) -> dict[str, Any]:
     """Return what the answers follow from. The address is not part of it: the same model may be served elsewhere later."""
     names = ("kind", "model", "temperature", "max_tokens", "seed", "samples", "system")
-    asked = digest_of([[ask.key, ask.messages] for ask in requests])
-    return {**{name: getattr(arguments, name) for name in names}, "requests": len(requests), "digest": asked}
+    digest = digest_of([[ask.key, ask.messages] for ask in requests])
+    return {**{name: getattr(arguments, name) for name in names}, "requests": len(requests), "digest": digest}
 
 
 def ask_all(arguments: argparse.Namespace, requests: Sequence[Ask], journal: Journal) -> str:

@@ -101,12 +101,12 @@ def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
     """Leave out all but the first of rows that are alike: in their words, and with `near` by that share of their characters at
     least (the extra `clean`)."""
     rows = list(staying(judged))
-    seen: set[str] = set()
+    earlier_texts: set[str] = set()
     for row in rows:
         text = comparable(row.draft)
-        if text in seen:
+        if text in earlier_texts:
             row.reason = "duplicate"
-        seen.add(text)
+        earlier_texts.add(text)
     if near is None:
         return
     import numpy as np

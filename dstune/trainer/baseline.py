@@ -50,8 +50,8 @@ def as_language_model(config: RunConfig) -> RunConfig:
     Raises UserError for an encoder, which writes nothing.
     """
     task = task_of(config.task)
-    asked = task.as_text_task(config) if isinstance(task, AsksUntunedModel) else config.task
-    return replace(config, task=asked, data=replace(config.data, packing=False))
+    task_config = task.as_text_task(config) if isinstance(task, AsksUntunedModel) else config.task
+    return replace(config, task=task_config, data=replace(config.data, packing=False))
 
 
 def measure_prompted(

@@ -87,7 +87,7 @@ def answers_on_all_ranks(
         shared = in_step and engine.slices is None
         if in_step or world.is_main:
             local_prompts = _dealt(prompts, world) if shared else prompts
-            seen = _dealt(images, world) if shared and images else images
+            local_images = _dealt(images, world) if shared and images else images
             answers = generate_answers(
                 module,
                 tokenizer,
@@ -96,7 +96,7 @@ def answers_on_all_ranks(
                 stops,
                 batch_size=batch_size,
                 in_step=shared,
-                images=seen,
+                images=local_images,
             )
     if not shared:
         return answers

@@ -93,8 +93,8 @@ def _wrong_type(name: str) -> UserError:
     return UserError(Problem("run.dir", reason, "continue from another checkpoint"))
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: set[str]) -> None:
-    if unknown := sorted(values.keys() - known):
+def _refuse_unknown(values: Mapping[str, Any], field_names: set[str]) -> None:
+    if unknown := sorted(values.keys() - field_names):
         reason = f"the checkpoint's state.json has fields that this version does not know: {', '.join(unknown)}"
         raise UserError(Problem("run.dir", reason, "continue the run with the version of dstune that wrote it"))
 

@@ -172,8 +172,8 @@ def _reasoning(
     tools."""
 
     def shows(turn: dict[str, Any], calls: bool) -> bool:
-        asked: dict[str, Any] = {"tools": _TOOLS} if calls else {}
-        return _prints(template, [_QUESTION, turn], "qzreasoning", arguments=thinking, refused=False, **asked)
+        options: dict[str, Any] = {"tools": _TOOLS} if calls else {}
+        return _prints(template, [_QUESTION, turn], "qzreasoning", arguments=thinking, refused=False, **options)
 
     for key in REASONING_KEYS:
         if any(

@@ -209,14 +209,16 @@ class Cleaning:
             for held_table, numbers in parts:
                 for start in range(0, len(numbers), ROWS_AT_ONCE):
                     stream.write(self._signatures[id(held_table)][numbers[start : start + ROWS_AT_ONCE]].tobytes())
-        held = sum(len(numbers) for _, numbers in held_out)
+        held_out_count = sum(len(numbers) for _, numbers in held_out)
 
         def allowed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-            return (first < held) & (second >= held)
+            return (first < held_out_count) & (second >= held_out_count)
 
         texts = _Texts(parts)
-        search = NearCopies(open_signatures(file, held + len(rows)), texts, allowed, self._config.near_threshold)
-        original = search.find()[held:]
+        search = NearCopies(
+            open_signatures(file, held_out_count + len(rows)), texts, allowed, self._config.near_threshold
+        )
+        original = search.find()[held_out_count:]
         leaked = original >= 0
         report.add("leaks", "removed", int(leaked.sum()))
         for position in np.flatnonzero(leaked)[:MAX_EXAMPLES]:

@@ -154,8 +154,8 @@ def _in_front(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, 
         raise RowError("the row has images and no question that could hold them")
     content = messages[first].get("content") or ""
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    asked = {**messages[first], "content": [*(dict(PLACE) for _ in range(count)), *texts]}
-    return [*messages[:first], asked, *messages[first + 1 :]]
+    question = {**messages[first], "content": [*(dict(PLACE) for _ in range(count)), *texts]}
+    return [*messages[:first], question, *messages[first + 1 :]]
 
 
 def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:

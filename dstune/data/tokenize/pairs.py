@@ -44,8 +44,8 @@ class PairEncoder(ChatEncoder):
 
     def _difference(self, chosen: Sample, rejected: Sample) -> str:
         """Return why the two do not answer the same images; empty where they do."""
-        shown = [sample.columns.get(COLUMN, ()) for sample in (chosen, rejected)]
-        return "" if np.array_equal(*shown) else "chosen and rejected show different images"
+        images = [sample.columns.get(COLUMN, ()) for sample in (chosen, rejected)]
+        return "" if np.array_equal(*images) else "chosen and rejected show different images"
 
     def _with_common_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the row with one prompt for both answers: where one begins with reasoning and the other does not, the model is

@@ -35,14 +35,14 @@ class LineError:
 
 def check_lines(path: Path, endpoint: str) -> tuple[int, list[LineError]]:
     """Return how many requests a file has, and what is wrong with it."""
-    count, errors, seen = 0, [], set()
+    count, errors, custom_ids = 0, [], set()
     for line in read_lines(path, endpoint):
         count += 1
         if isinstance(line, Line):
-            if line.custom_id in seen:
+            if line.custom_id in custom_ids:
                 line = LineError(line.number, "duplicate_custom_id", "Another request has this custom_id.", "custom_id")
             else:
-                seen.add(line.custom_id)
+                custom_ids.add(line.custom_id)
         if isinstance(line, LineError):
             errors.append(line)
             if len(errors) >= MOST_ERRORS:

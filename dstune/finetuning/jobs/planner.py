@@ -57,8 +57,8 @@ class Planner:
 
     def __init__(self, folder: Path, *, here: bool = True):
         self._folder, self._here = folder, here
-        self._known: dict[tuple[str, str], tuple[float, Estimate]] = {}
-        self._asked: set[tuple[str, str]] = set()
+        self._estimates: dict[tuple[str, str], tuple[float, Estimate]] = {}
+        self._pending: set[tuple[str, str]] = set()
         self._busy, self._planning = threading.Lock(), threading.Lock()
 
     def ask(self, preset: Preset, method: str) -> Estimate | None:
@@ -69,8 +69,8 @@ class Planner:
         if preset.hardware is None and not (self._here and preset.pool == LOCAL):
             return Estimate(fits=True)  # a plan of this machine would be of another one
         with self._busy:
-            if key not in self._asked:
-                self._asked.add(key)
+            if key not in self._pending:
+                self._pending.add(key)
                 threading.Thread(target=self._plan, args=(key, preset, method), name="plan", daemon=True).start()
         return None
 
@@ -81,11 +81,11 @@ class Planner:
                 plan = self._estimate(preset, method)
         finally:
             with self._busy:
-                self._known[key] = (time.monotonic(), plan)
-                self._asked.discard(key)
+                self._estimates[key] = (time.monotonic(), plan)
+                self._pending.discard(key)
 
     def _kept(self, key: tuple[str, str]) -> Estimate | None:
-        at, estimate = self._known.get(key, (0.0, None))
+        at, estimate = self._estimates.get(key, (0.0, None))
         return estimate if estimate is None or estimate.planned or time.monotonic() - at < AGAIN_SECONDS else None
 
     def _estimate(self, preset: Preset, method: str) -> Estimate:

@@ -149,30 +149,30 @@ class JobRequest:
 
 def read(body: Mapping[str, Any]) -> JobRequest:
     """Return the job that a request asks for. Raises ApiError for the first field that is wrong or unknown."""
-    asked = read_body(Creation, body, _ELSEWHERE | _places_of(body.get("method")))
-    method, values = _hyperparameters(asked)
+    creation = read_body(Creation, body, _ELSEWHERE | _places_of(body.get("method")))
+    method, values = _hyperparameters(creation)
     return JobRequest(
-        model=asked.model,
-        training_file=asked.training_file,
+        model=creation.model,
+        training_file=creation.training_file,
         method=method,
         hyperparameters=values,
-        validation_file=asked.validation_file,
-        suffix=asked.suffix,
-        seed=secrets.randbelow(MOST_SEED + 1) if asked.seed is None else asked.seed,
-        integrations=[integration.model_dump(exclude_none=True) for integration in asked.integrations or ()],
-        metadata=asked.metadata,
-        grader=_grader(asked),
+        validation_file=creation.validation_file,
+        suffix=creation.suffix,
+        seed=secrets.randbelow(MOST_SEED + 1) if creation.seed is None else creation.seed,
+        integrations=[integration.model_dump(exclude_none=True) for integration in creation.integrations or ()],
+        metadata=creation.metadata,
+        grader=_grader(creation),
     )
 
 
-def _grader(asked: Creation) -> dict[str, Any] | None:
+def _grader(creation: Creation) -> dict[str, Any] | None:
     """Raises ApiError."""
-    if asked.method is None or asked.method.type != "reinforcement":
+    if creation.method is None or creation.method.type != "reinforcement":
         return None
-    if asked.method.reinforcement is None:
+    if creation.method.reinforcement is None:
         message = "Missing required parameter: 'method.reinforcement.grader'."
         raise ApiError(400, message, param="method.reinforcement.grader", code="missing_required_parameter")
-    return asked.method.reinforcement.grader
+    return creation.method.reinforcement.grader
 
 
 def check_grader_of(job_request: JobRequest, preset: Preset) -> None:
@@ -192,17 +192,21 @@ def _places_of(method: Any) -> dict[str, str]:
     return hyperparameters.PLACES | places
 
 
-def _hyperparameters(asked: Creation) -> tuple[str, dict[str, Value]]:
+def _hyperparameters(creation: Creation) -> tuple[str, dict[str, Value]]:
     """Return the method's name and its hyperparameters, which may come under their earlier name. Raises ApiError where both are
     there and differ."""
-    earlier = _values(asked.hyperparameters or Supervised())
-    if asked.method is None:
+    earlier = _values(creation.hyperparameters or Supervised())
+    if creation.method is None:
         return "supervised", earlier
-    kind = asked.method.type
-    options = getattr(asked.method, kind)
+    kind = creation.method.type
+    options = getattr(creation.method, kind)
     absent = {"supervised": Supervised, "dpo": Dpo, "reinforcement": Reinforcement}[kind]()
     values = _values((options.hyperparameters if options else None) or absent)
-    if asked.hyperparameters and asked.hyperparameters.model_fields_set and (kind != "supervised" or earlier != values):
+    if (
+        creation.hyperparameters
+        and creation.hyperparameters.model_fields_set
+        and (kind != "supervised" or earlier != values)
+    ):
         message = (
             "'hyperparameters' is an earlier name of 'method.supervised.hyperparameters', and says something else."
         )

@@ -119,7 +119,7 @@ def wait_for_slots(context: Any, requested: int | None, received: Sequence[str])
     are there at once. Ends early when a signal was received. Raises UserError where there are too few.
     """
     is_local = str(context.master).startswith("local[") or context.master == "local"
-    seen, since = -1, time.monotonic()
+    last_count, changed_at = -1, time.monotonic()
     while True:
         slot_count = slots(context)
         if slot_count is None or received:
@@ -127,9 +127,9 @@ def wait_for_slots(context: Any, requested: int | None, received: Sequence[str])
             return requested or max(1, context.defaultParallelism // cores)
         if requested is not None and slot_count >= requested:
             return requested
-        if slot_count != seen:
-            seen, since = slot_count, time.monotonic()
-        waited = time.monotonic() - since
+        if slot_count != last_count:
+            last_count, changed_at = slot_count, time.monotonic()
+        waited = time.monotonic() - changed_at
         if requested is None and slot_count and (is_local or waited > QUIET_SECONDS):
             return slot_count
         if is_local or waited > SLOTS_SECONDS:

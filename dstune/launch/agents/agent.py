@@ -64,8 +64,8 @@ class Agent:
         self._has_reported_failure = False
         self._stops: list[str] = []
         """Requests to stop for the ranks that run now."""
-        self._seen: tuple[int, LeaseRecord | None, int] = (-1, None, 0)
-        self._seen_since = self._ticked
+        self._last_lease: tuple[int, LeaseRecord | None, int] = (-1, None, 0)
+        self._lease_changed_at = self._ticked
         self._signals_sent = 0
         self._complaint = ""
         self._waiting_since: float | None = None
@@ -103,7 +103,7 @@ class Agent:
         gap, self._ticked = now - self._ticked, now
         if gap > PAUSE_SECONDS:  # this process was stopped: what others said meanwhile is still to be read
             self._last_heard += gap
-            self._seen_since += gap
+            self._lease_changed_at += gap
         if self.leader is not None:
             self.leader.tick(now)
             if self.leader.is_deposed:
@@ -172,9 +172,9 @@ class Agent:
         except OSError as error:
             self._complain(f"dstune: the lease of the run cannot be read: {error}")
             return
-        seen = (generation, record, renewed)
-        if seen != self._seen:
-            self._seen, self._seen_since = seen, now
+        lease_state = (generation, record, renewed)
+        if lease_state != self._last_lease:
+            self._last_lease, self._lease_changed_at = lease_state, now
         if record is not None and record.is_over and record.launch == self.task.launch:
             self.is_over = True
         elif self._link is not None and self._link.is_proven:
@@ -195,7 +195,7 @@ class Agent:
     def _may_lead(self, generation: int, record: LeaseRecord | None, now: float) -> bool:
         if now < self._lead_not_before:
             return False
-        unchanged = now - self._seen_since
+        unchanged = now - self._lease_changed_at
         turn = TURN_SECONDS * self.task.order
         if generation == 0 or (record is not None and record.is_released):
             return unchanged >= turn

@@ -40,9 +40,9 @@ def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
         if base.weight.device.type == "meta":  # an export, which takes everything from the checkpoint
             continue
         scale, rank = layer.scaling["default"], layer.r["default"]
-        held: Any = base.weight
-        with gathered([held]), torch.no_grad():
-            weight = held.detach().float()
+        parameter: Any = base.weight
+        with gathered([parameter]), torch.no_grad():
+            weight = parameter.detach().float()
             if rank > min(weight.shape):
                 reason = f"{name} has a weight of {'x'.join(map(str, weight.shape))}, which has no part of this rank"
                 raise UserError(Problem("method.rank", reason, f"at most {min(weight.shape)}", str(rank)))

@@ -294,15 +294,15 @@ def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_details(asked: Any) -> Any:
+def _with_details(request_input: Any) -> Any:
     """Return the input of `/v1/responses` with a `detail` of each image, without which vLLM takes none."""
-    if not isinstance(asked, list):
-        return asked
+    if not isinstance(request_input, list):
+        return request_input
     return [
         {**item, "content": [{"detail": "auto", **part} if is_image(part) else part for part in item["content"]]}
         if shows_image(item)
         else item
-        for item in asked
+        for item in request_input
     ]
 
 

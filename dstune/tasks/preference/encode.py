@@ -94,8 +94,8 @@ def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict
 
 def _same_prompt(sample: dict[str, Any], other: dict[str, Any]) -> bool:
     """Tell whether two samples begin with the same tokens and images, which many questions about images differ in alone."""
-    shown = [of.get(COLUMN, ()) for of in (sample, other)]
-    return np.array_equal(_prompt(sample), _prompt(other)) and np.array_equal(*shown)
+    images = [either.get(COLUMN, ()) for either in (sample, other)]
+    return np.array_equal(_prompt(sample), _prompt(other)) and np.array_equal(*images)
 
 
 def _prompt(sample: dict[str, Any]) -> np.ndarray:

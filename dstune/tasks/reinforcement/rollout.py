@@ -175,8 +175,8 @@ class Rollouts:
         samples = self._task.samples
         numbers = dict.fromkeys(number for _, batch in prompts for number in batch["sample"].tolist())
         missing = [n for n in numbers if any(f"{n}/{sample}" not in completed for sample in range(samples))]
-        asked = [(number, self._split.sample(number)["input_ids"].tolist()) for number in missing]
-        for completion in self._server.complete(asked, samples, (self._config.trainer.seed, step)):
+        numbered_prompts = [(number, self._split.sample(number)["input_ids"].tolist()) for number in missing]
+        for completion in self._server.complete(numbered_prompts, samples, (self._config.trainer.seed, step)):
             completed[place_of(completion)] = completion
         self._server.rest()
         return [
