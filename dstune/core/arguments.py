@@ -91,7 +91,7 @@ class VerbParser(argparse.ArgumentParser):
         """Raises UserError."""
         if missing := re.search(r"the following arguments are required: (.+)", message):
             names = [name for name in missing[1].split(", ") if name != "KEY=VALUE"]  # of which there may be none
-            fix = f"{self.prog} {shlex.join(self._given)}".strip()
+            fix = f"{self.prog} {shlex.join(self._words)}".strip()
             raise UserError(Problem(", ".join(names), "this is missing", f"{fix} {' '.join(names)}"))
         if unknown := re.search(r"unrecognized arguments: (.+)", message):
             word = unknown[1].split()[0]

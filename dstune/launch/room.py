@@ -69,7 +69,7 @@ def _fix(plan: Planned) -> str:
 
 def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int:
     """Return bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
-    always = ("weights", "optimizer", "offloaded", *(size.name for size in setup.held))
+    always = ("weights", "optimizer", "offloaded", *(model.name for model in setup.held))
     sums = memory.moments["step"]["gradient sums"] if setup.stage else 0
     moments = []
     for parts in memory.moments.values():
