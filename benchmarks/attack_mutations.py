@@ -436,7 +436,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py", "            self._try(source)\n", "", case="loops"
     ),
     "templates.test_a_template_that_is_slow_each_time_is_refused": undo(
-        "data/chat/template.py", "self._left = OPENING_SECONDS", "self._left = None"
+        "data/chat/template.py", "self._budget = OPENING_SECONDS", "self._left = None"
     ),
     "templates.test_a_faulty_template_is_a_message": undo(
         "data/chat/template.py",
@@ -445,7 +445,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
         "data/chat/template.py",
-        "with limited(RENDER_SECONDS if self._left is None else self._left, ended_after=5 * RENDER_SECONDS):",
+        "with limited(RENDER_SECONDS if self._budget is None else self._budget, ended_after=5 * RENDER_SECONDS):",
         "with limited(8 * RENDER_SECONDS):",
         case="loops",
     ),

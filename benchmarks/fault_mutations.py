@@ -291,7 +291,7 @@ _GIVEN: dict[str, Mutation] = {
         "data/control.py", "return key in names or", "return key in NO_TEXT or"
     ),
     "a_text_that_the_template_cuts_inside_of_what_reads_like_a_control_token_is_refused": undo(
-        "data/tokenize/conversations.py", "if any(defused.left().search(written)", "if False and any(written"
+        "data/tokenize/conversations.py", "if any(defused.unrestored().search(written)", "if False and any(written"
     ),
     "a_message_of_other_keys_alone_says_nothing": undo(
         "data/messages.py", 'return bool(message.get("tool_calls"))', "return len(message) > 2"

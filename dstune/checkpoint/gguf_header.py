@@ -38,7 +38,7 @@ def metadata_digests(file: Path) -> dict[str, str]:
 
 class _Header:
     def __init__(self, stream: BinaryIO, size: int):
-        self._stream, self._left = stream, size
+        self._stream, self._bytes_left = stream, size
 
     def metadata_digests(self) -> dict[str, str]:
         _, entries = self._start()
@@ -57,7 +57,7 @@ class _Header:
             self._skip_value(*self._take("<I"))
         types = set()
         for _ in range(tensors):
-            if self._left < _LEAST_OF_A_TENSOR:
+            if self._bytes_left < _LEAST_OF_A_TENSOR:
                 raise ValueError("it ends within the list of its tensors")
             self._skip_text()
             (dimensions,) = self._take("<I")
@@ -113,6 +113,6 @@ class _Header:
     def _count(self, size: int) -> None:
         """Check that as many entries can follow: each step takes bytes off, so that no count in the file is worked through
         longer than the file is."""
-        if size > self._left:
+        if size > self._bytes_left:
             raise ValueError("it is shorter than it says")
-        self._left -= size
+        self._bytes_left -= size

@@ -123,12 +123,14 @@ def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Ite
     for group, key in (("model", "path"), ("data", "train")):
         if group not in value_by_key or f"{group}.{key}" in value_by_key:
             continue
-        alone = compose_dict_config(hydra, [*searched, f"{group}={value_by_key[group]}"])[group].get(key)
-        taken = getattr(getattr(config, group), key)
-        if alone is not None and alone != taken:
+        file_value = compose_dict_config(hydra, [*searched, f"{group}={value_by_key[group]}"])[group].get(key)
+        composed_value = getattr(getattr(config, group), key)
+        if file_value is not None and file_value != composed_value:
             experiment, choice = value_by_key["experiment"], value_by_key[group]
-            reason = f"experiment={experiment} says {group}.{key}={taken}, which wins over the file of {choice}"
-            yield Problem(group, reason, f"{group}.{key}={alone}", value_by_key[group])
+            reason = (
+                f"experiment={experiment} says {group}.{key}={composed_value}, which wins over the file of {choice}"
+            )
+            yield Problem(group, reason, f"{group}.{key}={file_value}", value_by_key[group])
 
 
 def typed_config(raw: Any, where: str) -> RunConfig:

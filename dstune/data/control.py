@@ -81,7 +81,7 @@ class Defused:
             text = text.replace(chr(self.first + number) * len(string), string)
         return text, control_starts
 
-    def left(self) -> re.Pattern[str]:
+    def unrestored(self) -> re.Pattern[str]:
         """Return the pattern of stand-ins that `restore` did not recognise in a text, since the template cut or escaped them."""
         last = self.first + max(0, len(self.strings) - 1)
         codes = "|".join(json.dumps(chr(code))[1:-1].replace("\\", r"\\") for code in range(self.first, last + 1))

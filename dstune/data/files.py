@@ -97,11 +97,11 @@ def is_readable(name: str) -> bool:
 
 def fingerprint(file: DataFile) -> str:
     """Return digest of the file's bytes and of what decides how they are read (128 bit, hexadecimal, and the endings)."""
-    how = file.member + file.ending + file.compression + (file.text_rows.name if file.ending in DOCUMENTS else "")
-    how += "" if file.rows is None else f"[{file.rows[0]}:{file.rows[1]}]"
+    options = file.member + file.ending + file.compression + (file.text_rows.name if file.ending in DOCUMENTS else "")
+    options += "" if file.rows is None else f"[{file.rows[0]}:{file.rows[1]}]"
     if file.digest:
-        return file.digest + how
-    return hash_file(file.path, bits=128) + how
+        return file.digest + options
+    return hash_file(file.path, bits=128) + options
 
 
 @contextmanager

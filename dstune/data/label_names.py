@@ -41,10 +41,10 @@ def refuse_suspicious(counts: Mapping[str, int]) -> None:
 
 def _alike(names: Mapping[str, int]) -> Iterator[str]:
     for first, second in _candidates(names):
-        how = _difference(first, second)
-        if how:
+        difference = _difference(first, second)
+        if difference:
             few, many = sorted((first, second), key=lambda name: names[name])
-            yield f"the labels {few!r} ({_rows(names[few])}) and {many!r} ({_rows(names[many])}) differ by {how} only"
+            yield f"the labels {few!r} ({_rows(names[few])}) and {many!r} ({_rows(names[many])}) differ by {difference} only"
 
 
 def _candidates(names: Collection[str]) -> list[tuple[str, str]]:

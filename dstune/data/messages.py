@@ -262,7 +262,7 @@ def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) 
     if not takes or not any(message.get("tool_calls") for message in messages):
         return messages
 
-    def kept(call: dict[str, Any]) -> dict[str, Any]:
+    def without_absent_arguments(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         argument_names = takes.get(function["name"])
         if argument_names is None or None not in function["arguments"].values():
@@ -273,7 +273,7 @@ def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) 
         return {**call, "function": {**function, "arguments": arguments}}
 
     return [
-        {**message, "tool_calls": [kept(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [without_absent_arguments(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
         for message in messages

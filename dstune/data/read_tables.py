@@ -133,7 +133,7 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
                 if number <= skip:
                     continue
                 for column, names in classes.items() if fields else ():
-                    fields[column] = _named(fields[column], names)
+                    fields[column] = _with_names(fields[column], names)
                 for column, value_of in nested.items() if fields else ():
                     fields[column] = value_of(fields[column])
                 yield RawRow(file, number, fields, fault)
@@ -275,9 +275,9 @@ def _parsed(text: Any) -> Any:
         return text
 
 
-def _named(value: Any, names: list[str]) -> Any:
+def _with_names(value: Any, names: list[str]) -> Any:
     if isinstance(value, list):
-        return [_named(item, names) for item in value]
+        return [_with_names(item, names) for item in value]
     if not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None  # -1 is how such a column says that nothing is known

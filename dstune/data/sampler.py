@@ -207,13 +207,13 @@ class TrainingOrder:
         sizes = np.diff(np.append(starts, total))
         slots = random.permutation(len(starts))
         grouped = np.empty_like(shuffled)
-        taken = 0
+        offset = 0
         for first in range(0, len(slots), BUCKET_MICRO_BATCHES):
             bucket_slots = slots[first : first + BUCKET_MICRO_BATCHES]
             count = int(sizes[bucket_slots].sum())
-            bucket = shuffled[taken : taken + count]
+            bucket = shuffled[offset : offset + count]
             bucket = bucket[np.argsort(self._lengths[bucket], kind="stable")]
-            taken += count
+            offset += count
             used = 0
             for slot in bucket_slots:
                 size = sizes[slot]

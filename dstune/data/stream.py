@@ -104,9 +104,9 @@ class Stream:
 
         Afterwards `position` is behind the last of them. Nothing comes only where a whole pass has no row.
         """
-        taken, self.position = 0, begin
+        row_count, self.position = 0, begin
         ends = begin.passes + 2
-        while taken < count and self.position.passes < ends:
+        while row_count < count and self.position.passes < ends:
             place = self.position
             number = self.order(place.passes)[place.shard]
             shard = self._shards[number]
@@ -114,9 +114,9 @@ class Stream:
             whole = True
             for raw in shard.rows(place.row, place.mark):
                 rows += 1
-                taken += 1
+                row_count += 1
                 yield number, raw
-                if taken == count:
+                if row_count == count:
                     self.position = replace(place, row=rows, mark=shard.mark())
                     whole = False
                     break
@@ -126,7 +126,7 @@ class Stream:
                 self.position = Position(place.passes, place.shard + 1)
             else:
                 self.position = Position(place.passes + 1)
-                if taken:
+                if row_count:
                     return
 
     def order(self, number: int) -> list[int]:

@@ -220,7 +220,7 @@ class Webhooks:
             audit.note(session, request, "webhook.created", row.id, url=values["url"])
         return row, secret
 
-    def _named(self, session: Session, request: Request, *, deleted: bool = False) -> WebhookEndpoint:
+    def _endpoint_of(self, session: Session, request: Request, *, deleted: bool = False) -> WebhookEndpoint:
         return self._of(session, request.key.project, request.parameters["endpoint"], deleted=deleted)
 
     @staticmethod
@@ -234,7 +234,7 @@ class Webhooks:
 
     def _read(self, request: Request) -> WebhookEndpoint:
         with self._database.session() as session:
-            return self._named(session, request)
+            return self._endpoint_of(session, request)
 
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
         with self._database.session() as session:
@@ -246,7 +246,7 @@ class Webhooks:
 
     def _update(self, request: Request, values: dict[str, Any]) -> WebhookEndpoint:
         with self._database.writing.begin() as session:
-            row = self._named(session, request)
+            row = self._endpoint_of(session, request)
             if changed := {name: value for name, value in values.items() if getattr(row, name) != value}:
                 for name, value in changed.items():
                     setattr(row, name, value)
@@ -258,7 +258,7 @@ class Webhooks:
         secret = new_secret()
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {attempt.project}")
-            row = self._named(session, request)
+            row = self._endpoint_of(session, request)
             if attempt.earlier_object(session):  # rotated once more, the secret that receivers know would be gone
                 return row, self._vault.open(row.secret)
             attempt.record(session, row.id)
@@ -269,7 +269,7 @@ class Webhooks:
 
     def _delete(self, request: Request) -> None:
         with self._database.writing.begin() as session:
-            row = self._named(session, request, deleted=is_repetition(request.header("x-stainless-retry-count")))
+            row = self._endpoint_of(session, request, deleted=is_repetition(request.header("x-stainless-retry-count")))
             if row.deleted_at is None:
                 row.deleted_at, row.url, row.old_secret = unix_time(), "", None
                 audit.note(session, request, "webhook.deleted", row.id)

@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
         for problem in islice(rows.bad_rows(), MAX_LISTED_BAD_ROWS):
             _print_status(f"left out: {problem}")
         _print_status(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
-    taken = {*ANSWERS, "row"}
+    answer_columns = {*ANSWERS, "row"}
     if files:
-        _note_replaced(rows, taken)
+        _note_replaced(rows, answer_columns)
     output = _output(arguments, files, rows, request) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         _print_status(f"loading the model for task={task.name}")
@@ -72,15 +72,17 @@ def main(argv: list[str]) -> int:
             answers = model.answers(block, arguments.batch_size, all_labels=arguments.probabilities)
             problems += sum("problem" in answer for answer in answers)
             cut += sum("truncated" in answer for answer in answers)
-            if plugin_columns := {name for answer in answers for name in answer} - taken:  # a plugin's
+            if plugin_columns := {name for answer in answers for name in answer} - answer_columns:  # a plugin's
                 _note_replaced(rows, plugin_columns)
-                taken |= plugin_columns
+                answer_columns |= plugin_columns
             done += len(block)
             if output is not None:
-                output.append([_row(query, answer, taken) for query, answer in zip(block, answers, strict=True)])
+                output.append(
+                    [_row(query, answer, answer_columns) for query, answer in zip(block, answers, strict=True)]
+                )
                 _print_status(f"{done:,} of {rows.count:,} rows")
             else:
-                _print(block, answers, taken, as_json=arguments.json)
+                _print(block, answers, answer_columns, as_json=arguments.json)
     if cut:
         _print_status(f"{cut:,} rows are longer than the model reads and were cut")
     if problems:
@@ -155,8 +157,8 @@ def _files(data: DataConfig, spec: str) -> list[DataFile]:
     return sources.of_part(test_data, "test", "--input")
 
 
-def _note_replaced(rows: Rows, taken: Set[str]) -> None:
-    replaced = [name for name in rows.columns() if name in taken]
+def _note_replaced(rows: Rows, answer_columns: Set[str]) -> None:
+    replaced = [name for name in rows.columns() if name in answer_columns]
     if replaced:
         _print_status(f"columns that answers have too are not kept: {', '.join(replaced)}")
 
@@ -177,9 +179,10 @@ def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows
     return answers_file(arguments.output, identity, BLOCK, force=arguments.force)
 
 
-def _row(query: Query, answer: Answer, taken: Set[str]) -> dict[str, Any]:
-    """Return where the row is, its own columns, and its answer. taken: names that no own column keeps."""
-    columns = {name: value for name, value in query.fields.items() if name not in taken}
+def _row(query: Query, answer: Answer, answer_columns: Set[str]) -> dict[str, Any]:
+    """Return where the row is, its own columns, and its answer. answer_columns: names of the answer, which replace
+    columns of the row."""
+    columns = {name: value for name, value in query.fields.items() if name not in answer_columns}
     row: dict[str, Any] = _plain({"row": query.place, **columns, **answer})
     return row
 
@@ -201,13 +204,13 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _print(block: Sequence[Query], answers: Sequence[Answer], taken: Set[str], *, as_json: bool) -> None:
+def _print(block: Sequence[Query], answers: Sequence[Answer], answer_columns: Set[str], *, as_json: bool) -> None:
     if not as_json:
         for line in _lines(block, answers):
             print(line, flush=True)
         return
     for query, answer in zip(block, answers, strict=True):
-        print(json.dumps(_row(query, answer, taken), ensure_ascii=False), flush=True)
+        print(json.dumps(_row(query, answer, answer_columns), ensure_ascii=False), flush=True)
 
 
 def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:

@@ -147,10 +147,10 @@ def _torch(facts: dict) -> Iterator[Check]:
     gpus = facts["gpus"]
     if gpus:
         free = ", ".join(f"{name} {free / GIB:.0f} of {total / GIB:.0f} GiB free" for name, free, total in gpus)
-        taken = [name for name, free, total in gpus if free < 0.9 * total]
+        busy = [name for name, free, total in gpus if free < 0.9 * total]
         kind = "ROCm" if facts.get("rocm") else facts.get("kind", "cuda")
-        fix = f"{SHOWS_USERS.get(kind, 'its own program')} shows who uses them" if taken else ""
-        yield Check("accelerators", WARN if taken else PASS, free, fix)
+        fix = f"{SHOWS_USERS.get(kind, 'its own program')} shows who uses them" if busy else ""
+        yield Check("accelerators", WARN if busy else PASS, free, fix)
         if kind != "cuda":
             reason = f"no test of dstune has run on {kind}"
             yield Check("tests", WARN, reason, "make gpu-report PART=1 shows whether it computes")

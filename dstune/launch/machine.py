@@ -39,14 +39,14 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
     machine = this_machine(env)
     ranks = ranks or number_of_ranks(config, machine)
     if machine.gpus and (listed := gpus()):
-        taken = used(listed, env, ranks)
-        fullest = min(taken or listed, key=lambda gpu: gpu.free_gib)
-        free = fullest.free_gib if taken else float("inf")
+        used_gpus = used(listed, env, ranks)
+        fullest = min(used_gpus or listed, key=lambda gpu: gpu.free_gib)
+        free = fullest.free_gib if used_gpus else float("inf")
         name, total = fullest.name, fullest.memory_gib
         published = known_device(name)
         device = replace(published or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
         # Rank 0 decides the precision of all.
-        device = replace(device, capability=(taken or [fullest])[0].capability)
+        device = replace(device, capability=(used_gpus or [fullest])[0].capability)
         return Here(Cluster(device, ranks, known=published is not None, host_gib=available_bytes() / GIB), free)
     available = available_bytes() / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)

@@ -32,7 +32,7 @@ from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.processes import end_all
 from dstune.launch.remote_commands import RemotePlan, ssh_of
 from dstune.launch.signals import StopFile, caught_signals
-from dstune.launch.verdict import Verdict, how
+from dstune.launch.verdict import Verdict, exit_reason
 
 POLL_SECONDS = 0.1
 READY_SECONDS = 60.0
@@ -208,7 +208,7 @@ class RemoteLaunch:
             return Verdict(
                 EXIT_FAILED, f"{names} was lost: the connection to it broke, and the ranks elsewhere were ended"
             )
-        return attempt.of_files(self.run_dir, self.plan.size, f"the launcher {how(code)}")
+        return attempt.of_files(self.run_dir, self.plan.size, f"the launcher {exit_reason(code)}")
 
     def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
         """Return the end of what `rank` wrote during this launch."""

@@ -75,7 +75,7 @@ def judge(
         if culprit.rank in errors and (culprit.code >= 0 or culprit.signalled_to_end):
             error = errors[culprit.rank]
             return Verdict(EXIT_FAILED, str(error), culprit, error)
-        return Verdict(EXIT_FAILED, f"rank {culprit.rank} {how(culprit.code)}", culprit)
+        return Verdict(EXIT_FAILED, f"rank {culprit.rank} {exit_reason(culprit.code)}", culprit)
     preempted = [end for end in own_ends if end.code == EXIT_PREEMPTED]
     if preempted:
         reasons = [str(errors[end.rank]) for end in preempted if end.rank in errors]
@@ -83,7 +83,7 @@ def judge(
     return Verdict(EXIT_DONE, "")
 
 
-def how(code: int) -> str:
+def exit_reason(code: int) -> str:
     """Return `code` in words: an exit code, or minus a signal's number."""
     if code >= 0:
         return f"ended with exit code {code}"

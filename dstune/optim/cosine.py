@@ -21,5 +21,5 @@ class Cosine(DecaySchedule):
     Config = CosineConfig
     config: CosineConfig
 
-    def left(self, progress: float) -> float:
+    def remaining(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))

@@ -20,5 +20,5 @@ class Linear(DecaySchedule):
     Config = LinearConfig
     config: LinearConfig
 
-    def left(self, progress: float) -> float:
+    def remaining(self, progress: float) -> float:
         return 1 - progress

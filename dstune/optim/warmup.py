@@ -87,10 +87,10 @@ class WarmupSchedule(Schedule):
 class DecaySchedule(WarmupSchedule):
     """From the peak after the warm-up to `min_lr_ratio` times the peak."""
 
-    def left(self, progress: float) -> float:
-        """Return what is left of the way down, from 1 to 0. progress: 0 at the peak, 1 at the end."""
+    def remaining(self, progress: float) -> float:
+        """Return the share of the decay that remains, from 1 to 0. progress: 0 at the peak, 1 at the end."""
         raise NotImplementedError
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         least, progress = self.config.min_lr_ratio, (step - warmup) / max(1, total_steps - warmup)
-        return float(least + (1 - least) * self.left(min(1.0, progress)))
+        return float(least + (1 - least) * self.remaining(min(1.0, progress)))

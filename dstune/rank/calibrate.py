@@ -99,9 +99,9 @@ def logit_rate(world: World, device: torch.device, dtype: torch.dtype, flops: fl
         hidden.grad = projection.weight.grad = None
         projected_cross_entropy(projection, projection.forward, hidden, labels).loss_sum.backward()
 
-    taken = seconds_of(world, device, loss_pass)
+    seconds = seconds_of(world, device, loss_pass)
     products = 3 * 2 * targets * vocabulary * width / flops
-    return targets * vocabulary / max(taken - products, taken / 20)
+    return targets * vocabulary / max(seconds - products, seconds / 20)
 
 
 def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:
@@ -143,12 +143,12 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
         hidden.float().sum().backward()
 
-    taken = seconds_of(world, device, step)
+    seconds = seconds_of(world, device, step)
     s = small_setup(size, rows, on_gpu=on_gpu)
     linear, attention, _ = forward_flops(s)
     products = 3 * linear / speed.flops + 3 * attention / speed.attention
     saved_bytes = s.model.layers * activations.layer(s).saved
-    elementwise_seconds = max(taken - products, taken / 20)
+    elementwise_seconds = max(seconds - products, seconds / 20)
     return Speed(**(asdict(speed) | {"saved": saved_bytes / elementwise_seconds}))
 
 
@@ -182,8 +182,8 @@ def communication(world: World, device: torch.device) -> float:
     if world.size == 1:
         return 1e12
     buffer = torch.zeros(1 << 23, device=device)
-    taken = seconds_of(world, device, lambda: torch_dist.all_reduce(buffer), equally_often=True)
-    return 2 * (world.size - 1) / world.size * buffer.numel() * 4 / taken
+    seconds = seconds_of(world, device, lambda: torch_dist.all_reduce(buffer), equally_often=True)
+    return 2 * (world.size - 1) / world.size * buffer.numel() * 4 / seconds
 
 
 def seconds_of(

@@ -278,8 +278,8 @@ def _scatters(
         return []
     plots = [(key, [trial.record.values.get(key) for trial in trials], trials) for key in keys]
     if len(objectives) > 1:
-        both = [trial for trial in trials if trial.value(objectives[1]) is not None]
-        plots.insert(0, (plain_name(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
+        complete = [trial for trial in trials if trial.value(objectives[1]) is not None]
+        plots.insert(0, (plain_name(objectives[1]), [trial.value(objectives[1]) for trial in complete], complete))
     scatters = []
     for title, values, plotted in plots:
         if len({format_value(value) for value in values}) < 2:

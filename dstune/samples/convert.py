@@ -145,8 +145,8 @@ def ner(archive: zipfile.ZipFile, target: Path) -> None:
 def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None:
     """Write verses as `{"en", "es", "verse"}`, where both modules have one. Left out are verses with more than three times the
     length of the other: at the end of the Bible a glossary follows."""
-    both = sword.verses(english), sword.verses(spanish)
-    pairs = ((name, text, both[1][name]) for name, text in both[0].items() if name in both[1])
+    verses = sword.verses(english), sword.verses(spanish)
+    pairs = ((name, text, verses[1][name]) for name, text in verses[0].items() if name in verses[1])
     _write_rows(
         target,
         (

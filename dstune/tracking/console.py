@@ -112,11 +112,11 @@ class Console:
         names = [
             name for name in dict.fromkeys([*leading, *values]) if name in values and name not in (*COUNTS, SECONDS)
         ]
-        facts = [_named(name, values[name]) for name in names[:SHOWN_METRICS]]
+        facts = [_metric_text(name, values[name]) for name in names[:SHOWN_METRICS]]
         if rows is not None and rows < FEW_ROWS:
             facts.append(f"of {rows} row{'s' * (rows != 1)} only")
         if SECONDS in values:
-            facts.append(_named(SECONDS, values[SECONDS]))
+            facts.append(_metric_text(SECONDS, values[SECONDS]))
         self.message(f"step {step}  evaluation  {'  '.join(facts)}")
 
     def message(self, text: str) -> None:
@@ -165,7 +165,7 @@ def _bar(share: float) -> str:
     return "[" + "#" * filled + "-" * (BAR_CELLS - filled) + "]"
 
 
-def _named(name: str, value: float | str) -> str:
+def _metric_text(name: str, value: float | str) -> str:
     if isinstance(value, str):
         return f"{name} {value}"
     if name == "seconds":

@@ -224,19 +224,19 @@ class KeptRows:
     TOGETHER = 64
 
     def __init__(self) -> None:
-        self._there: list[tuple[torch.Tensor, Mapping[str, torch.Tensor | Sequence[torch.Tensor]]]] = []
-        self._here: list[tuple[list[int], dict[str, Column]]] = []
+        self._on_device: list[tuple[torch.Tensor, Mapping[str, torch.Tensor | Sequence[torch.Tensor]]]] = []
+        self._on_host: list[tuple[list[int], dict[str, Column]]] = []
 
     def add(self, indices: torch.Tensor, columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
-        self._there.append((indices, columns))
-        if len(self._there) == self.TOGETHER:
+        self._on_device.append((indices, columns))
+        if len(self._on_device) == self.TOGETHER:
             self.read()
 
     def read(self) -> list[tuple[list[int], dict[str, Column]]]:
         """Return the numbers of the rows of each batch, and its columns."""
-        self._here += [(indices.tolist(), _columns(columns)) for indices, columns in self._there]
-        self._there.clear()
-        return self._here
+        self._on_host += [(indices.tolist(), _columns(columns)) for indices, columns in self._on_device]
+        self._on_device.clear()
+        return self._on_host
 
 
 def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> dict[str, Column]:

@@ -36,10 +36,13 @@ class Evaluation:
         if self.generated:
             rows = [asdict(row) for row in self.generated]
             return [{key: value for key, value in row.items() if key != "task" or value} for row in rows]
-        return [{"label": _named(true, labels), "predicted": _named(guess, labels)} for true, guess in self.predictions]
+        return [
+            {"label": _label_name(true, labels), "predicted": _label_name(guess, labels)}
+            for true, guess in self.predictions
+        ]
 
 
-def _named(label: Any, names: Sequence[str]) -> Any:
+def _label_name(label: Any, names: Sequence[str]) -> Any:
     """Return the name of a label's index, or those of the labels that a row has; what is no index is told as it is."""
     if isinstance(label, list) and label and isinstance(label[0], int):
         return [name for name, on in zip(names, label, strict=True) if on]

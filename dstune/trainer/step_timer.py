@@ -33,8 +33,8 @@ class StepTimes:
         if not self.are_known:
             self.marks[-1][1].synchronize()
         for (_, began), (part, ended) in zip(self.marks, self.marks[1:], strict=False):
-            taken = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
-            seconds_by_part[f"{part}_seconds"] = seconds_by_part.get(f"{part}_seconds", 0.0) + taken
+            seconds = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
+            seconds_by_part[f"{part}_seconds"] = seconds_by_part.get(f"{part}_seconds", 0.0) + seconds
         return seconds_by_part
 
 

@@ -116,12 +116,14 @@ def refuse_shared_devices(world: World, identity: str) -> None:
     shared = [(place, ranks) for place, ranks in places.items() if place[1] and len(ranks) > 1]
     if shared:
         (host, device), ranks = shared[0]
-        raise _shared(f"ranks {', '.join(map(str, ranks))} of {host} see one GPU, {device}", world.local_size)
+        raise _shared_device_error(
+            f"ranks {', '.join(map(str, ranks))} of {host} see one GPU, {device}", world.local_size
+        )
 
 
-def _shared(what: str, ranks: int) -> UserError:
+def _shared_device_error(reason: str, ranks: int) -> UserError:
     fix = "start one rank for each GPU, or show each rank a GPU of its own (CUDA_VISIBLE_DEVICES)"
-    return UserError(Problem("launch", f"{what}, and every rank needs one of its own", fix, f"{ranks} ranks"))
+    return UserError(Problem("launch", f"{reason}, and every rank needs one of its own", fix, f"{ranks} ranks"))
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def _named_duplicates(env: RankEnv) -> Iterator[None]:
         if "Duplicate GPU" not in str(error):
             raise
         reason = f"rank {env.rank} of {environment.host()} sees the GPU of another rank"
-        raise _shared(reason, env.local_size) from error
+        raise _shared_device_error(reason, env.local_size) from error
 
 
 def _import_muon() -> None:

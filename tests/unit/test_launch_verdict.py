@@ -3,7 +3,7 @@
 import pytest
 
 from dstune.core.errors import Preempted, Problem, Stalled, TrainingFailed, UserError, WaitedInVain, from_json, to_json
-from dstune.launch.verdict import Ended, how, judge
+from dstune.launch.verdict import Ended, exit_reason, judge
 
 MISTAKE = UserError(Problem("data.train", "it is empty"))
 FAILED = TrainingFailed("loss was not finite")
@@ -53,11 +53,11 @@ def test_reasons():
 
 
 def test_ways_to_end():
-    assert how(3) == "ended with exit code 3"
-    assert how(-9).startswith("was killed by SIGKILL (by hand, or")
-    assert how(-11).startswith("was killed by SIGSEGV")
-    assert how(-10) == "was killed by SIGUSR1"
-    assert how(-200) == "was killed by signal 200"
+    assert exit_reason(3) == "ended with exit code 3"
+    assert exit_reason(-9).startswith("was killed by SIGKILL (by hand, or")
+    assert exit_reason(-11).startswith("was killed by SIGSEGV")
+    assert exit_reason(-10) == "was killed by SIGUSR1"
+    assert exit_reason(-200) == "was killed by signal 200"
 
 
 STALLED = Stalled("rank 1 made no progress for 3 s in step 8: it is in forward (loop.py:7)")

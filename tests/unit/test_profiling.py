@@ -74,7 +74,7 @@ def test_a_disk_that_fails_costs_the_profile_alone(tmp_path: Path) -> None:
     profiler.write()
     assert messages[0].startswith("warning: no profile: ")
     profiler._before_step(4)
-    assert not profiler._left
+    assert not profiler._steps_left
 
 
 def operation(name: str, cpu: float, device: float, calls: int, **more: Any) -> SimpleNamespace:

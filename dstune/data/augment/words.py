@@ -28,13 +28,15 @@ def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
     """Return `text` without the words that a coin of this chance takes, one word at least left; and how many it took."""
     parts = pieces(text)
     places = _words(parts)
-    taken = {place for place in places if choose.random() < chance}
-    if taken and len(taken) == len(places):
-        taken.discard(choose.choice(places))
+    deleted_places = {place for place in places if choose.random() < chance}
+    if deleted_places and len(deleted_places) == len(places):
+        deleted_places.discard(choose.choice(places))
     remaining = [
-        parts[place] + "".join(parts[place + 1 : place + 2]) for place in range(0, len(parts), 2) if place not in taken
+        parts[place] + "".join(parts[place + 1 : place + 2])
+        for place in range(0, len(parts), 2)
+        if place not in deleted_places
     ]
-    return "".join(remaining).rstrip() if taken else text, len(taken)
+    return "".join(remaining).rstrip() if deleted_places else text, len(deleted_places)
 
 
 def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:

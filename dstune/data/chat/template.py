@@ -70,16 +70,17 @@ class ChatTemplate:
         self.date = date
         self._sources = {} if text is None else dict.fromkeys((False, True), freeze_date(text, date))
         self._slow_rows = 0
-        self._left: float | None = None
+        self._budget: float | None = None
+        """Processor seconds that the conversations of `opening` have left together."""
 
     @contextmanager
     def opening(self) -> Iterator[None]:
         """Give all conversations within the block `OPENING_SECONDS` together."""
-        self._left = OPENING_SECONDS
+        self._budget = OPENING_SECONDS
         try:
             yield
         finally:
-            self._left = None
+            self._budget = None
 
     def source(self, tools: Tools | None) -> str:
         """Return the Jinja text; a tokenizer may have one of its own for conversations with tools."""
@@ -144,10 +145,10 @@ class ChatTemplate:
         began = time.process_time()
         try:
             # What is left of the opening may be a millisecond, which is no time to end a process after.
-            with limited(RENDER_SECONDS if self._left is None else self._left, ended_after=5 * RENDER_SECONDS):
+            with limited(RENDER_SECONDS if self._budget is None else self._budget, ended_after=5 * RENDER_SECONDS):
                 yield
         except TooMuch as error:
-            if self._left is not None:
+            if self._budget is not None:
                 raise UserError(_untamed(f"to print a few short conversations {error}")) from None
             self._slow_rows += 1
             if self._slow_rows >= MAX_SLOW_ROWS:
@@ -159,8 +160,8 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of somebody else: it may raise anything
             raise TemplateRefusal(f"the chat template refuses this conversation: {first_line(error)}") from None
         finally:
-            if self._left is not None:
-                self._left = max(self._left - (time.process_time() - began), 0.001)
+            if self._budget is not None:
+                self._budget = max(self._budget - (time.process_time() - began), 0.001)
 
     def direct(
         self,

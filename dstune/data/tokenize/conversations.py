@@ -289,11 +289,15 @@ class ChatEncoder(Language):
             if row.get(COLUMN):
                 texts = self._expanded(texts, row)
         except (RenderError, RowError) as error:
-            return [_Text(problem=defused.left().sub("...", defused.restore(str(error))[0]) if defused else str(error))]
+            return [
+                _Text(
+                    problem=defused.unrestored().sub("...", defused.restore(str(error))[0]) if defused else str(error)
+                )
+            ]
         if defused is None:
             return texts
         restored = [(text, *defused.restore(text.text)) for text in texts]
-        if any(defused.left().search(written) for _, written, _ in restored):
+        if any(defused.unrestored().search(written) for _, written, _ in restored):
             return [_Text(problem="the chat template cuts or escapes a text that reads like a control token")]
         return [replace(text, text=written, own=control_starts) for text, written, control_starts in restored]
 

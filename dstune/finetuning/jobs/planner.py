@@ -64,7 +64,7 @@ class Planner:
     def ask(self, preset: Preset, method: str) -> Estimate | None:
         """Return the plan for this preset as it is now; None while it is made, which takes seconds and happens beside."""
         key = (repr(preset), method)
-        if (plan := self._kept(key)) is not None:
+        if (plan := self._fresh(key)) is not None:
             return plan
         if preset.hardware is None and not (self._here and preset.pool == LOCAL):
             return Estimate(fits=True)  # a plan of this machine would be of another one
@@ -84,7 +84,7 @@ class Planner:
                 self._estimates[key] = (time.monotonic(), plan)
                 self._pending.discard(key)
 
-    def _kept(self, key: tuple[str, str]) -> Estimate | None:
+    def _fresh(self, key: tuple[str, str]) -> Estimate | None:
         at, estimate = self._estimates.get(key, (0.0, None))
         return estimate if estimate is None or estimate.planned or time.monotonic() - at < AGAIN_SECONDS else None
 

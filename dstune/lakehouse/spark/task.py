@@ -159,8 +159,11 @@ def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> t
     }
     mark = str(start["mark"])
     environment = {**inherited, **start["env"], LAUNCH_ID: mark, LAUNCHER_PID: str(os.getpid())}
-    both = [*environment.get("PYTHONPATH", "").split(os.pathsep), *inherited.get("PYTHONPATH", "").split(os.pathsep)]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, both)))
+    python_path = [
+        *environment.get("PYTHONPATH", "").split(os.pathsep),
+        *inherited.get("PYTHONPATH", "").split(os.pathsep),
+    ]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, python_path)))
     folder = start["folder"] if os.path.isdir(start["folder"]) else "/"
     log_path = run_dir / "logs" / f"rank-{rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)

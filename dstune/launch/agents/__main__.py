@@ -31,7 +31,7 @@ from dstune.launch.agents import AGENT, BATCH_NODE, ORDER
 from dstune.launch.agents.agent import Agent
 from dstune.launch.agents.task import Settings, Task, task_of
 from dstune.launch.local import warm
-from dstune.launch.verdict import how
+from dstune.launch.verdict import exit_reason
 
 POLL_SECONDS = 0.2
 STARTS, PER_SECONDS = 5, 30.0
@@ -119,7 +119,7 @@ def _keep(task: Task, standard_input: int | None, dead_holder: str) -> int:
             if code == 0 or code >= WITHOUT_SCRIPT or is_leaving:
                 return code
             starts = [start for start in starts if time.monotonic() - start < PER_SECONDS]
-            print(f"dstune: the agent of {task.node} {how(code)}", flush=True)
+            print(f"dstune: the agent of {task.node} {exit_reason(code)}", flush=True)
             if len(starts) >= STARTS:
                 return 1
             starts.append(time.monotonic())

@@ -31,10 +31,12 @@ def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel,
         reason = f"{', '.join(new[:2])} of {type(model).__name__} are new and have to be trained, which it cannot"
         raise UserError(Problem("method", reason, "method=lora", name))
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    taken = config.data.max_length + positions
-    if longest is not None and taken > longest:
-        reason = f"rows of this length and the trained prompt take {taken} positions, and the model has {longest}"
-        fix = f"data.max_length={longest - taken + config.data.max_length}"
+    positions_needed = config.data.max_length + positions
+    if longest is not None and positions_needed > longest:
+        reason = (
+            f"rows of this length and the trained prompt take {positions_needed} positions, and the model has {longest}"
+        )
+        fix = f"data.max_length={longest - positions_needed + config.data.max_length}"
         raise UserError(Problem("data.max_length", reason, fix, str(config.data.max_length)))
     try:
         adapted: Any = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)

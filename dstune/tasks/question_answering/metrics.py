@@ -68,15 +68,15 @@ def answer_metrics(
     without an answer fare, and which threshold would give the highest F1 on these rows (`best_threshold`, `best_f1`).
     """
     if margins is None:
-        both = [scores(text, answers, no_answer=False) for text, answers in zip(predicted, right, strict=True)]
-        return {"exact_match": _mean([exact for exact, _ in both]), "f1": _mean([f1 for _, f1 in both])}
+        row_scores = [scores(text, answers, no_answer=False) for text, answers in zip(predicted, right, strict=True)]
+        return {"exact_match": _mean([exact for exact, _ in row_scores]), "f1": _mean([f1 for _, f1 in row_scores])}
     spans = [scores(text, answers, no_answer=True) for text, answers in zip(predicted, right, strict=True)]
     none = [(float(not answers), float(not answers)) for answers in right]
     chosen = [empty if margin > threshold else span for margin, span, empty in zip(margins, spans, none, strict=True)]
     answerable = [bool(answers) for answers in right]
     metrics = {"exact_match": _mean([exact for exact, _ in chosen]), "f1": _mean([f1 for _, f1 in chosen])}
     for name, which in (("answerable", True), ("unanswerable", False)):
-        part = [both for both, answers in zip(chosen, answerable, strict=True) if answers is which]
+        part = [row_scores for row_scores, answers in zip(chosen, answerable, strict=True) if answers is which]
         if part:
             metrics[f"exact_match_{name}"] = _mean([exact for exact, _ in part])
             metrics[f"f1_{name}"] = _mean([f1 for _, f1 in part])

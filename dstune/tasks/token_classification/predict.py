@@ -30,8 +30,8 @@ class TaggingQuestion(Question):
         if column not in fields:
             raise RowError(self.missing("tokens", fields))
         # Read twice: the words stand for their tags, of which there have to be as many.
-        both = {"tokens": column, "tags": column}
-        row = normalise(fields, "tokens_tags", both, replace(self.task, scheme=TagScheme.plain))
+        columns = {"tokens": column, "tags": column}
+        row = normalise(fields, "tokens_tags", columns, replace(self.task, scheme=TagScheme.plain))
         tag = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
         return {**row, "tags": [tag] * len(row["tokens"])}
 

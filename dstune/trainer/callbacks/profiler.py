@@ -38,7 +38,7 @@ class StepProfiler(Callback):
 
         from dstune.zero import accelerator
 
-        self._left, self._folder, self._rank, self._message = steps, folder / FOLDER, rank, message
+        self._steps_left, self._folder, self._rank, self._message = steps, folder / FOLDER, rank, message
         self._on_gpu = accelerator.present()
         self._recording: profile | None = None
         self._mark: record_function | None = None
@@ -76,7 +76,7 @@ class StepProfiler(Callback):
     def _before_step(self, step: int) -> None:
         """Begin to record before a step. step: from 1, as it is shown."""
         self._waits, self._written = self._written, False
-        if not self._left:
+        if not self._steps_left:
             return
         from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -96,13 +96,13 @@ class StepProfiler(Callback):
             return
         self._mark.__exit__(None, None, None)
         self._mark = None
-        self._left -= 1
-        if pause or not self._left:
+        self._steps_left -= 1
+        if pause or not self._steps_left:
             self._stop()
 
     def close(self) -> None:
         """Stop recording, also where the run ends in the middle of what was to be recorded."""
-        self._left = 0
+        self._steps_left = 0
         self._stop()
         self.write()
 
@@ -137,7 +137,7 @@ class StepProfiler(Callback):
             action()
             return True
         except (OSError, RuntimeError) as error:
-            self._left, self._recording, self._mark = 0, None, None
+            self._steps_left, self._recording, self._mark = 0, None, None
             if self._rank == 0:
                 self._message(f"warning: no profile: {error}")
             return False
