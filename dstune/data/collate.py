@@ -127,7 +127,7 @@ def _of_rows(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _mark_filler(arrays: dict[str, np.ndarray], micro_batch: MicroBatch) -> None:
-    """Let nothing of a filler count."""
+    """Set the targets of a filler micro-batch to values that no loss or metric counts."""
     for name in arrays.keys() & set(TARGETS) if micro_batch.filler else ():
         # Any number may be a target of a regression.
         arrays[name][:] = np.nan if arrays[name].dtype.kind == "f" else NO_TARGET

@@ -55,7 +55,7 @@ def paired_change(before: Any, after: Any) -> dict[str, Any]:
     """
     first, second = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     low, high = paired_interval(first, second)
-    is_shown = sign_test(second - first) < 0.05
+    is_significant = sign_test(second - first) < 0.05
     return {
         "before": float(first.mean()),
         "after": float(second.mean()),
@@ -64,5 +64,5 @@ def paired_change(before: Any, after: Any) -> dict[str, Any]:
         "high": high,
         "up": int((second > first).sum()),
         "down": int((second < first).sum()),
-        "verdict": "up" if low > 0 and is_shown else "down" if high < 0 and is_shown else "none",
+        "verdict": "up" if low > 0 and is_significant else "down" if high < 0 and is_significant else "none",
     }

@@ -400,7 +400,7 @@ def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
 
 
 def _machine() -> str:
-    """Return what tells where a number of a process means the same: this start of a machine, and the container."""
+    """Return an identity of the boot and the container: process ids are comparable only where it is the same."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

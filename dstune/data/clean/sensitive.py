@@ -277,7 +277,8 @@ def _grouped_cards(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _lone_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Yield runs of digits in any groups. Where another number goes before or follows, it has to be of an issuer."""
+    """Yield the places of card numbers: digits in any grouping with a valid check digit; next to another number, also with the
+    prefix of an issuer."""
     for match in _CARD.finditer(text):
         start, end = match.span()
         alone = not _BESIDE.fullmatch(text[max(start - 2, 0) : start]) and not _BESIDE.fullmatch(text[end : end + 2])

@@ -98,8 +98,8 @@ def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str
 
 
 def ask_orphan(folder: JobFolder, how: str) -> None:
-    """Ask a training whose job process is gone to end; again and again, so by no signal where it is to save first: the second
-    one would end it without."""
+    """Ask training that has outlived its job process to end. This is called repeatedly, so a training that is to save first gets
+    no signal: a second one would end it without saving."""
     import signal
 
     import psutil
@@ -110,7 +110,7 @@ def ask_orphan(folder: JobFolder, how: str) -> None:
     process = launched.process(folder.run) if launched is not None else None
     with contextlib.suppress(psutil.Error):  # it has ended meanwhile
         if process is None or str(folder.path) in (parent.cmdline() if (parent := process.parent()) else ()):
-            return  # its job process lives, and passes the wish on
+            return  # its job process is alive and passes the request on
         if how == NOW:
             process.send_signal(signal.SIGTERM)
         else:
