@@ -63,7 +63,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "changed_since.test_every_launcher_tells_ranks_which_run_is_theirs": undo(
         "launch/remote_commands.py",
-        "shown_variables |= variables_for_ranks(run_dir)",
+        "visible_variables |= variables_for_ranks(run_dir)",
         "",
         ("launch/slurm/script.py", "constants |= variables_for_ranks(run)", ""),
         ("launch/commands.py", "shared |= variables_for_ranks(run_dir)", ""),

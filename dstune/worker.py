@@ -6,8 +6,8 @@ from dstune.core.rank_env import hold_notices
 
 hold_notices()  # before the imports, which take seconds
 
-from dstune.rank.process import leave  # noqa: E402
+from dstune.rank.process import exit_now  # noqa: E402
 from dstune.rank.worker import main  # noqa: E402
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

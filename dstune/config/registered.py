@@ -78,11 +78,11 @@ def local_path(path: str, key: str, stage: Callable[[str], None] | None = None) 
     """Return the folder of a registered model, pinned now and fetched, and every other path as it is. Raises UserError."""
     if registry_of(path) is None:
         return path
-    tell = stage or (lambda text: print(f"dstune: {text}", file=sys.stderr, flush=True))
+    report = stage or (lambda text: print(f"dstune: {text}", file=sys.stderr, flush=True))
     pinned = pin(path, key)
     if pinned != path:
-        tell(f"{path} is {pinned}")
-    return str(fetch(pinned, key, tell))
+        report(f"{path} is {pinned}")
+    return str(fetch(pinned, key, report))
 
 
 def fetched_path(path: str) -> str:

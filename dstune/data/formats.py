@@ -180,13 +180,13 @@ def _check_mapped(
     """Raises UserError where `data.columns` names a column that the file does not have, with the nearest that it has."""
     problems = []
     absent = {role: column for role, column in used.items() if column not in columns}
-    mended = dict(mapping)
+    corrected = dict(mapping)
     for role, column in absent.items():
         close = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
-        mended[role] = close[0] if close else next(iter(columns), "NAME")
+        corrected[role] = close[0] if close else next(iter(columns), "NAME")
     for role, column in absent.items():
         reason = f"{where} has no such column, the columns there are {listing(columns)}"
-        fix = _mapping(key, mended)
+        fix = _mapping(key, corrected)
         problems.append(Problem(where=f"{key}.{role}", value=column, reason=reason, fix=fix))
     if problems:
         raise UserError(problems)

@@ -118,8 +118,8 @@ def ingest(
     table = replace(table, bad_examples=tuple(bad.first(already_bad)))
     if reader.unread is None:
         return table
-    met, synthetic = frozenset(reader.unread.columns), reader.synthetic_rows
-    return replace(table, columns=met, unread=reader.unread.rows, synthetic_rows=synthetic)
+    columns, synthetic = frozenset(reader.unread.columns), reader.synthetic_rows
+    return replace(table, columns=columns, unread=reader.unread.rows, synthetic_rows=synthetic)
 
 
 def load_table(

@@ -379,14 +379,14 @@ class ChatRenderer:
         try:
             turn = replace(turn_of(number, prompt, answered, self.stops, calls=calls), moved=moved)
         except RuleError as error:
-            mended = self._mended(turn_messages, tools, arguments, prompt)
-            raise RenderError(f"message {number + 1} (assistant): {error}{mended}") from None
+            fix_text = self._prompt_fixes(turn_messages, tools, arguments, prompt)
+            raise RenderError(f"message {number + 1} (assistant): {error}{fix_text}") from None
         if expected is not None and (unprinted_field := unprinted_part(turn, expected)):
             fixes = ["task.reasoning=drop trains without it"] if unprinted_field == "reasoning" else []
-            mended = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(turn_messages, tools, arguments)])
+            fix_text = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(turn_messages, tools, arguments)])
             raise RenderError(
                 f"message {number + 1} (assistant): the chat template does not print its {unprinted_field}, "
-                f"so it would not be trained{mended}"
+                f"so it would not be trained{fix_text}"
             )
         return turn
 
@@ -402,11 +402,13 @@ class ChatRenderer:
             whole = packaged.text(messages, tools=tools, arguments=arguments)
         except RenderError:
             return []
-        said = (content_text(message.get("content")).strip() for message in messages if message["role"] == "assistant")
-        prints = whole.startswith(begin) and all(text in whole for text in said)
+        answers = (
+            content_text(message.get("content")).strip() for message in messages if message["role"] == "assistant"
+        )
+        prints = whole.startswith(begin) and all(text in whole for text in answers)
         return [f"model.chat_template={self._packaged} fixes it"] if prints else []
 
-    def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
+    def _prompt_fixes(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
         """Return what makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
         fixes = []
         if is_open(prompt) and not has_reasoning(messages[-1]):
@@ -428,10 +430,8 @@ class ChatRenderer:
         for fix, (template, changed, changed_arguments) in tried.items():
             try:
                 begin, whole = (
-                    template.text(
-                        shown_messages, tools=tools, arguments={**arguments, **changed_arguments}, prompt=adds_prompt
-                    )
-                    for shown_messages, adds_prompt in ((changed[:-1], True), (changed, False))
+                    template.text(part, tools=tools, arguments={**arguments, **changed_arguments}, prompt=adds_prompt)
+                    for part, adds_prompt in ((changed[:-1], True), (changed, False))
                 )
             except RenderError:
                 continue

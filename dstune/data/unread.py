@@ -52,15 +52,17 @@ class Unread:
         """By column, the rows in which it holds something that is not read."""
 
     def add(self, fields: Mapping[str, Any]) -> None:
-        met = tuple(fields)
-        if met not in self._watched:
-            self._watched[met] = self._of(fields)
-            self._read[met] = [column for column in fields if column in columns_read(self._form, self._mapping, fields)]
-        for column in self._watched[met]:
+        names = tuple(fields)
+        if names not in self._watched:
+            self._watched[names] = self._of(fields)
+            self._read[names] = [
+                column for column in fields if column in columns_read(self._form, self._mapping, fields)
+            ]
+        for column in self._watched[names]:
             if holds_something(fields[column]):
                 self.rows[column] += 1
         if self._form.conversational:
-            for column in self._read[met]:
+            for column in self._read[names]:
                 self._look_into(column, fields[column])
 
     def _look_into(self, column: str, messages: Any) -> None:

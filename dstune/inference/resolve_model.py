@@ -79,9 +79,9 @@ def with_local_files(model: ModelConfig) -> ModelConfig:
     from dstune.launch.preflight import resolve_model
 
     flags = {"model.path": "MODEL", "model.revision": "--revision", "model.trust_remote_code": "--trust-remote-code"}
-    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    report: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
     try:
-        return resolve_model(model, tell)
+        return resolve_model(model, report)
     except UserError as error:
         raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
 

@@ -83,7 +83,7 @@ def path_of(parent: Mapping[str, str]) -> str:
 def variables_of(
     config: RunConfig, run_dir: Path, launch: HasInterface, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
 ) -> tuple[dict, dict]:
-    """Return what every rank gets, apart by how: (shown on command lines, handed over unseen). on_cpu: the nodes have no GPU.
+    """Return the variables of every rank: (those that command lines may show, those in the handoff). on_cpu: the nodes have no GPU.
 
     Raises:
         UserError: an unset variable in `launch.export_env`.
@@ -91,29 +91,29 @@ def variables_of(
     variables = {
         name: value for name, value in inherited(config, parent).items() if _travels(name, value, launch.export_env)
     }
-    unseen = referenced(config, parent)  # run.yaml keeps only their names too
-    shown_variables = {name: value for name, value in UNLESS_SET.items() if name not in variables}
+    referenced_names = referenced(config, parent)  # run.yaml keeps only their names too
+    visible_variables = {name: value for name, value in UNLESS_SET.items() if name not in variables}
     # The cores of the nodes are not known here: launch.export_env, or their shells, set more.
-    shown_variables |= {"OMP_NUM_THREADS": "1"}
+    visible_variables |= {"OMP_NUM_THREADS": "1"}
     if python := python_path(variables.get("PYTHONPATH", "")):
         variables["PYTHONPATH"] = python
     handoff: dict[str, dict[str, str]] = {"all": {}, "first": {}}
     for name, value in variables.items():
         if is_tracker_key(name) and name not in launch.export_env:
             handoff["first"][name] = value
-        elif is_secret(name, value) or name in unseen or not PLAIN.fullmatch(value):
+        elif is_secret(name, value) or name in referenced_names or not PLAIN.fullmatch(value):
             handoff["all"][name] = value
         else:
-            shown_variables[name] = value
-    shown_variables |= {**ALWAYS, **interface_variables(launch.interface)}
-    shown_variables |= variables_for_ranks(run_dir)
-    shown_variables |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
+            visible_variables[name] = value
+    visible_variables |= {**ALWAYS, **interface_variables(launch.interface)}
+    visible_variables |= variables_for_ranks(run_dir)
+    visible_variables |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
     if on_cpu:
-        shown_variables.setdefault("DS_ACCELERATOR", "cpu")
+        visible_variables.setdefault("DS_ACCELERATOR", "cpu")
     handoff["all"][GROUP_SECRET] = secrets.token_hex(32)
-    shown_variables[HANDOFF_FILE] = secrets.token_hex(16)
-    handoff["file"] = {"name": shown_variables[HANDOFF_FILE]}
-    return shown_variables, {kind: values for kind, values in handoff.items() if values}
+    visible_variables[HANDOFF_FILE] = secrets.token_hex(16)
+    handoff["file"] = {"name": visible_variables[HANDOFF_FILE]}
+    return visible_variables, {kind: values for kind, values in handoff.items() if values}
 
 
 def _travels(name: str, value: str, requested: list[str]) -> bool:

@@ -212,9 +212,9 @@ def prepare(
     except OSError as error:
         reason = f"cannot be created or written: {error.strerror}"
         raise UserError(Problem("run.dir", reason, "give a folder of yours", str(path))) from None
-    with ExitStack() as unless_it_runs:
-        unless_it_runs.callback(os.close, lock)
-        unless_it_runs.callback(before.restore)
+    with ExitStack() as rollback:
+        rollback.callback(os.close, lock)
+        rollback.callback(before.restore)
         records.wait_for_former_ranks(path, message)
         _refuse_running_job(path)
         refuse_links(path)
@@ -231,7 +231,7 @@ def prepare(
         if checkpoint is None and config.run.resume not in KEYWORDS:
             checkpoint = checkpoint_of(config.run.resume)
         write_run(run_file, composed)
-        unless_it_runs.pop_all()
+        rollback.pop_all()
     return Prepared(config, path, lock, before, checkpoint)
 
 

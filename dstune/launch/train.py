@@ -147,12 +147,12 @@ def prepare(command: Command, console: Console, write_rows: WriteRows | None = N
     Raises:
         UserError: whatever keeps the run from starting; nothing is left behind then.
     """
-    with ExitStack() as unless_it_runs:
+    with ExitStack() as rollback:
 
         def opened(place: Path) -> Mirror | None:
             mirror = open_mirror(place, console.message)
             if mirror is not None:
-                unless_it_runs.callback(mirror.close)
+                rollback.callback(mirror.close)
             return mirror
 
         # Before its `run.yaml` is read, which may have been cut short where the run is.
@@ -163,7 +163,7 @@ def prepare(command: Command, console: Console, write_rows: WriteRows | None = N
         if command.run is None:
             mirror = opened(place)
         prepared = _prepare(command, composed, place, mirror, console, write_rows, nodes)
-        unless_it_runs.pop_all()
+        rollback.pop_all()
     return prepared
 
 
@@ -229,9 +229,9 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         if command.flags.shows:
             return show_configuration(command) if env.rank == 0 else EXIT_DONE
     outcome = as_rank(env, lambda: (parse(argv), None))
-    from dstune.rank.process import leave
+    from dstune.rank.process import exit_now
 
-    leave(outcome.code)
+    exit_now(outcome.code)
     return outcome.code
 
 

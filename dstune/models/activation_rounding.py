@@ -34,8 +34,8 @@ def _round_tokens(settings: Any) -> bool:
         return False
     groups = settings.get("config_groups")
     inputs = [group.get("input_activations") for group in groups.values()] if isinstance(groups, Mapping) else []
-    wished = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
-    return len(inputs) == 1 and isinstance(inputs[0], Mapping) and wished.items() <= inputs[0].items()
+    dynamic_fp8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    return len(inputs) == 1 and isinstance(inputs[0], Mapping) and dynamic_fp8.items() <= inputs[0].items()
 
 
 def _is_named(name: str, pattern: str) -> bool:

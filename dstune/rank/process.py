@@ -23,25 +23,25 @@ def main(run: Callable[..., None]) -> None:
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     directory, arguments = Path(sys.argv[1]), sys.argv[2:]
     handoff.set_up_rank(env.rank, directory, os.environ)
-    leave(
+    exit_now(
         guarded(lambda: run(directory, env, *arguments), lambda error: report_to_launcher(directory, env.rank, error))
     )
 
 
-def guarded(work: Callable[[], None], tell: Callable[[DstuneError], None]) -> int:
-    """Run `work` and return the exit code; an error that a user can cause goes to `tell`."""
+def guarded(work: Callable[[], None], report: Callable[[DstuneError], None]) -> int:
+    """Run `work` and return the exit code; an error that a user can cause goes to `report`."""
     try:
         work()
         return 0
     except DstuneError as error:
-        tell(error)
+        report(error)
         return error.exit_code
     except BaseException:
         traceback.print_exc()
         return EXIT_FAILED
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End this process now: after an error, threads of a collective that waits for dead ranks would keep it alive."""
     sys.stdout.flush()
     sys.stderr.flush()

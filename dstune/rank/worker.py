@@ -31,7 +31,7 @@ from dstune.protocols.method import Preparation
 from dstune.protocols.method_options import TrainsInStages
 from dstune.protocols.task_options import HoldsModels
 from dstune.rank.finalize import finish
-from dstune.rank.process import guarded, leave
+from dstune.rank.process import exit_now, guarded
 from dstune.rank.setup import BuiltModel, Setup, activity
 from dstune.rank.startup import ask_untuned, describe, show_samples
 from dstune.rank.zero_stage import choose_zero_stage
@@ -317,4 +317,4 @@ def record_collectives(variables: MutableMapping[str, str], run_dir: Path | None
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -18,13 +18,13 @@ MAX_WAITING = 10_000
 class Background:
     """Runs a tracker in a thread of its own: no call here waits for it, and nothing that it raises comes out.
 
-    The first exception is told through `tell` and ends the tracker; the run goes on without it.
+    The first exception is reported through `report` and ends the tracker; the run goes on without it.
     """
 
-    def __init__(self, tracker: Tracker, past: Callable[[], Iterator[Row]], tell: Callable[[str], None]):
+    def __init__(self, tracker: Tracker, past: Callable[[], Iterator[Row]], report: Callable[[str], None]):
         self.name = tracker.title
         self._tracker = tracker
-        self._tell = tell
+        self._report = report
         self._on = True
         self._actions: queue.Queue[Callable[[], None]] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._work, name=tracker.title, daemon=True)
@@ -32,7 +32,7 @@ class Background:
         def start() -> None:
             tracker.start(past())
             if location := tracker.location():
-                tell(f"{tracker.title}: {location}")
+                report(f"{tracker.title}: {location}")
 
         self._do(start)
         self._thread.start()
@@ -76,4 +76,4 @@ class Background:
     def _turn_off(self, reason: str) -> None:
         if self._on:
             self._on = False
-            self._tell(f"warning: {self.name} is off for the rest of this run: {reason}")
+            self._report(f"warning: {self.name} is off for the rest of this run: {reason}")

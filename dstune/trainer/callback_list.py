@@ -138,11 +138,11 @@ class CallbackList:
         """Return the `numbers` of each callback."""
         return [_of_type(Mapping, callback, "numbers", callback.numbers()) for callback in self._callbacks]
 
-    def agreed(self, run: Training, mine: list[Mapping[str, float]], everyone: np.ndarray) -> None:
-        """Give each callback its numbers of all ranks. mine: what `numbers` returned. everyone: its values one after another,
-        [ranks, numbers]."""
-        columns = iter(everyone.T.tolist())
-        for callback, numbers in zip(self._callbacks, mine, strict=True):
+    def agreed(self, run: Training, local_numbers: list[Mapping[str, float]], gathered: np.ndarray) -> None:
+        """Give each callback its numbers of all ranks. local_numbers: what `numbers` returned. gathered: its values one after
+        another, [ranks, numbers]."""
+        columns = iter(gathered.T.tolist())
+        for callback, numbers in zip(self._callbacks, local_numbers, strict=True):
             if numbers:
                 callback.agreed(run, {name: next(columns) for name in numbers})
 

@@ -313,24 +313,24 @@ def synchronize_step(run: Training, step: Step) -> None:
 
 
 def synchronize(
-    run: Training, mine: Request, sums: Mapping[str, float] | None = None
+    run: Training, local_request: Request, sums: Mapping[str, float] | None = None
 ) -> tuple[Request, dict[str, float]]:
     """Exchange what any rank asks for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
     sums, numbers = sums or {}, run.callbacks.numbers()
     flat = [value for of_callback in numbers for value in of_callback.values()]
-    everyone = run.world.gather_numbers([float(mine.action), *flat, *sums.values()])
-    run.callbacks.agreed(run, numbers, everyone[:, 1 : 1 + len(flat)])
+    gathered = run.world.gather_numbers([float(local_request.action), *flat, *sums.values()])
+    run.callbacks.agreed(run, numbers, gathered[:, 1 : 1 + len(flat)])
     action = Action.CONTINUE
-    for requested in everyone[:, 0]:
+    for requested in gathered[:, 0]:
         action |= Action(int(requested))
-    reason = mine.reason
+    reason = local_request.reason
     if action & (Action.STOP | LEAVE):
-        reasons = run.world.gather(mine.reason)
+        reasons = run.world.gather(local_request.reason)
         rank_by_reason = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
         reason = "; ".join(
             text if len(rank_by_reason) == 1 else f"rank {rank}: {text}" for text, rank in rank_by_reason.items()
         )
-    return Request(action, reason), dict(zip(sums, everyone[:, 1 + len(flat) :].sum(axis=0).tolist(), strict=True))
+    return Request(action, reason), dict(zip(sums, gathered[:, 1 + len(flat) :].sum(axis=0).tolist(), strict=True))
 
 
 def report_step(run: Training, step: Step) -> None:

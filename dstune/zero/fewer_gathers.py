@@ -62,11 +62,11 @@ def wait_for_copies_only() -> None:
 
     for name in ("NoGatherHandle", "NoGatherCoalescedHandle"):
         handle = getattr(partition_parameters, name, None)
-        if handle is not None and not hasattr(handle.wait, "theirs"):
+        if handle is not None and not hasattr(handle.wait, "original"):
             handle.wait = _waits_for_copies(handle.wait, name, partition_parameters.ZeroParamStatus.AVAILABLE)
 
 
-def _waits_for_copies(theirs: Callable[..., None], name: str, available: Any) -> Callable[..., None]:
+def _waits_for_copies(original: Callable[..., None], name: str, available: Any) -> Callable[..., None]:
     def wait(handle: Any, **options: Any) -> None:
         attributes, complete = vars(handle), f"_{name}__complete"
         parameter = attributes.get(f"_{name}__param")
@@ -76,13 +76,13 @@ def _waits_for_copies(theirs: Callable[..., None], name: str, available: Any) ->
             or not weights
             or any(weight.ds_tensor.device != weight.device for weight in weights)
         ):
-            theirs(handle, **options)
+            original(handle, **options)
             return
         for weight in weights:
             weight.ds_status = available
         attributes[complete] = True
 
-    wait.theirs = theirs  # type: ignore[attr-defined]
+    wait.original = original  # type: ignore[attr-defined]
     return wait
 
 

@@ -105,7 +105,7 @@ def test_a_job_goes_on_with_another_number_of_devices(tmp_path):
             bench.store.change(session, bench.store.locked(session, job), Change.PAUSE)
         bench.end(job, 75)
         bench.step()
-        bench.store.wish(DEFAULT_PROJECT, job, Change.RESUME, repeated=False, message="")
+        bench.store.request_change(DEFAULT_PROJECT, job, Change.RESUME, repeated=False, message="")
         bench.step()
         return bench.launcher.started[-1][1]["devices"], bench.read(job).taken, bench.read(job).devices
 
@@ -387,10 +387,10 @@ def test_commands_to_jobs_are_committed_with_the_change_or_not_at_all(tmp_path):
     job = bench.add()
     done: list[str] = []
 
-    def wish(change: Change) -> None:
+    def request_change(change: Change) -> None:
         also = lambda session: done.append(change)  # noqa: E731
-        bench.store.wish(bench.read(job).project, job, change, repeated=False, message="m", also=also)
+        bench.store.request_change(bench.read(job).project, job, change, repeated=False, message="m", also=also)
 
     for _ in range(2):
-        wish(Change.CANCEL)
+        request_change(Change.CANCEL)
     assert done == [Change.CANCEL]

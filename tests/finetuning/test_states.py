@@ -126,7 +126,7 @@ def test_nothing_of_a_clients_rows_stays_when_a_job_is_over(bench):
     folder = bench.of(job)
     assert json.loads(folder.grader.read_text()) == grader
     leave_rows(folder)
-    bench.store.wish(bench.read(job).project, job, Change.CANCEL, repeated=False, message="cancelled")
+    bench.store.request_change(bench.read(job).project, job, Change.CANCEL, repeated=False, message="cancelled")
     bench.kill(job)
     bench.step()
     assert [path for path in folder.client_rows if path.exists()] == []
@@ -191,7 +191,7 @@ def test_a_pause_waits_for_the_save_and_a_resume_goes_on(bench):
     job = running(bench)
     bench.train(job, 1, 5)
     project = bench.read(job).project
-    row = bench.store.wish(project, job, Change.PAUSE, repeated=False, message="pause")
+    row = bench.store.request_change(project, job, Change.PAUSE, repeated=False, message="pause")
     assert row.state == State.PAUSING
     bench.step()
     assert bench.of(job).stop_requested() == "save"
@@ -203,7 +203,9 @@ def test_a_pause_waits_for_the_save_and_a_resume_goes_on(bench):
     assert [one.step for one in bench.store.checkpoints(project, job, Page(10))[0]] == [5, 4]
     bench.step()
     assert bench.state(job) == State.PAUSED  # and stays
-    assert bench.store.wish(project, job, Change.RESUME, repeated=False, message="resume").state == State.QUEUED
+    assert (
+        bench.store.request_change(project, job, Change.RESUME, repeated=False, message="resume").state == State.QUEUED
+    )
     bench.step()
     row = bench.read(job)
     assert (row.state, row.attempt) == (State.RUNNING, 2)
@@ -224,18 +226,21 @@ def test_cancelling_ends_the_process_and_frees_its_devices_afterwards(bench):
     bench.step(3)
     assert [bench.state(job) for job in jobs] == [State.RUNNING, State.RUNNING, State.QUEUED]
     project = bench.read(jobs[0]).project
-    assert bench.store.wish(project, jobs[0], Change.CANCEL, repeated=False, message="cancel").state == State.CANCELLED
+    assert (
+        bench.store.request_change(project, jobs[0], Change.CANCEL, repeated=False, message="cancel").state
+        == State.CANCELLED
+    )
     bench.step(2)
     assert bench.of(jobs[0]).stop_requested() == "now"
     assert bench.state(jobs[2]) == State.QUEUED  # its device is still taken
     bench.kill(jobs[0])
     bench.step(2)
     assert bench.state(jobs[2]) == State.RUNNING
-    again = bench.store.wish(project, jobs[0], Change.CANCEL, repeated=False, message="cancel")
+    again = bench.store.request_change(project, jobs[0], Change.CANCEL, repeated=False, message="cancel")
     assert again.state == State.CANCELLED
     assert bench.messages(jobs[0]).count("cancel") == 1
     with pytest.raises(ApiError):
-        bench.store.wish(project, jobs[0], Change.PAUSE, repeated=False, message="pause")
+        bench.store.request_change(project, jobs[0], Change.PAUSE, repeated=False, message="pause")
 
 
 @pytest.mark.parametrize("code", [75, -9, 143])

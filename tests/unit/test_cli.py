@@ -238,11 +238,11 @@ def inside(monkeypatch):
             noted.append(error)
             return SimpleNamespace(code=error.exit_code)
 
-    def leave(code):
+    def exit_now(code):
         noted.append(code)
 
     monkeypatch.setitem(sys.modules, "dstune.rank.worker", SimpleNamespace(main_inside=main_inside))
-    monkeypatch.setattr("dstune.rank.process.leave", leave)
+    monkeypatch.setattr("dstune.rank.process.exit_now", exit_now)
     for name in (*train.NO_TELEMETRY, *train.OFFLINE):
         monkeypatch.setenv(name, "0")
     return noted

@@ -461,7 +461,7 @@ def test_a_notice_during_imports_is_taken_once_the_rank_can_save(tmp_path):
         for number, action in before.items():
             signal.signal(number, action)
     program = """import signal, sys, types
-for name, function in (("process", "leave"), ("worker", "main")):
+for name, function in (("process", "exit_now"), ("worker", "main")):
     sys.modules[f"dstune.rank.{name}"] = types.SimpleNamespace(**{function: None})
 import dstune.worker
 print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"""

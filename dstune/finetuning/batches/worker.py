@@ -44,7 +44,7 @@ class BatchWorker:
     def __init__(self, database: Database, folder: Path, files: Files, webhooks: Webhooks, gateway: Gateway):
         self._database, self._folder, self._files, self._webhooks = database, folder, files, webhooks
         self._gateway, self._keys = gateway, Keys(database)
-        self._mine: set[str] = set()
+        self._running: set[str] = set()
         """Batches that are worked on here."""
 
     async def run(self) -> None:
@@ -53,13 +53,13 @@ class BatchWorker:
             while True:
                 row = None
                 try:
-                    row = await asyncio.to_thread(self._claim) if len(self._mine) < BATCHES else None
+                    row = await asyncio.to_thread(self._claim) if len(self._running) < BATCHES else None
                 except Exception:
                     log.exception("batches could not be looked for; it is tried again")
                 if row is None:
                     await asyncio.sleep(LOOK_SECONDS)
                 else:
-                    self._mine.add(row.id)
+                    self._running.add(row.id)
                     group.create_task(self._take(row))
 
     def _tidy(self) -> None:
@@ -77,7 +77,7 @@ class BatchWorker:
         except Exception:
             log.exception("a batch could not be worked on; it is tried again")
         finally:
-            self._mine.discard(row.id)
+            self._running.discard(row.id)
 
     def _claim(self) -> Batch | None:
         """Return the oldest batch that nobody works on, of a project with as few at work as any."""
@@ -91,7 +91,7 @@ class BatchWorker:
                 row
                 for row in rows
                 if row.lease_until < now
-                and row.id not in self._mine
+                and row.id not in self._running
                 and (row.status != "validating" or has_space(row.project))
             ]
             row = min(free, key=lambda row: busy[row.project], default=None)

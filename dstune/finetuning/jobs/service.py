@@ -108,13 +108,13 @@ class Jobs:
         await request.answer(objects.job(await asyncio.to_thread(self._read, request)))
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:
-        await self._wish(request, Change.CANCEL, "The job was cancelled")
+        await self._request_change(request, Change.CANCEL, "The job was cancelled")
 
     async def pause(self, gateway: Gateway, request: Request) -> None:
-        await self._wish(request, Change.PAUSE, "A pause was asked for")
+        await self._request_change(request, Change.PAUSE, "A pause was asked for")
 
     async def resume(self, gateway: Gateway, request: Request) -> None:
-        await self._wish(request, Change.RESUME, "The job is resumed")
+        await self._request_change(request, Change.RESUME, "The job is resumed")
 
     async def events(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=20, most=MOST_PAGE)
@@ -165,7 +165,7 @@ class Jobs:
 
     # -- inside
 
-    async def _wish(self, request: Request, change: Change, message: str) -> None:
+    async def _request_change(self, request: Request, change: Change, message: str) -> None:
         request.query(())
         await refuse_body(request)
         repeated = is_repetition(request.header("x-stainless-retry-count"))
@@ -177,7 +177,7 @@ class Jobs:
             audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job)
 
         row = await asyncio.to_thread(
-            self._store.wish, project, job, change, repeated=repeated, message=message, also=also
+            self._store.request_change, project, job, change, repeated=repeated, message=message, also=also
         )
         if change is Change.CANCEL:  # the loop asks trainings too, but looks at no validation any more
             with contextlib.suppress(OSError):

@@ -87,12 +87,12 @@ class JobStore:
                 hook(session, job)
         return True
 
-    def wish(
+    def request_change(
         self, project: str, job: str, change: Change, *, repeated: bool, message: str,
         also: Callable[[Session], None] = lambda session: None,
     ) -> Job:  # fmt: skip
-        """Return what a client asks of a job: cancel, pause, resume. also: done in the same transaction where it changes the
-        job. Raises ApiError."""
+        """Cancel, pause or resume a job at a client's request, and return it. also: called in the same transaction if the job
+        changes. Raises ApiError."""
         with self.database.writing.begin() as session:
             row = self.of(session, project, job, lock=True)
             if self.change(session, row, change, [Message(message)], repeated=repeated):

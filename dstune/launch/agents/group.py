@@ -86,13 +86,13 @@ class Orders:
 class Group:
     """The nodes of one run, as their leader sees them.
 
-    expected: nodes that have agents, spares included. wanted: nodes that train together if all are there. min_nodes: the
-    fewest that go on. rejoin_seconds: how long too few nodes wait for lost ones.
+    expected: nodes that have agents, spares included. target_nodes: nodes that train together if all are there. min_nodes:
+    the fewest that go on. rejoin_seconds: how long too few nodes wait for lost ones.
     """
 
     def __init__(
         self,
-        wanted: int,
+        target_nodes: int,
         min_nodes: int,
         orders: Orders,
         now: float,
@@ -101,7 +101,7 @@ class Group:
         rejoin_seconds: float = JOIN_SECONDS,
         expected: int = 0,
     ):
-        self.wanted, self.min_nodes = wanted, min_nodes
+        self.target_nodes, self.min_nodes = target_nodes, min_nodes
         self.members: dict[str, Member] = {}
         self.attempt: Attempt | None = None
         self.is_over = False
@@ -112,7 +112,7 @@ class Group:
         """Since when no rank runs."""
         self._not_before = now
         self._settle_seconds = self._give_up_seconds = JOIN_SECONDS
-        """After so long an attempt starts with fewer nodes than `wanted`; with fewer than `min_nodes` the run ends."""
+        """After so long an attempt starts with fewer nodes than `target_nodes`; with fewer than `min_nodes` the run ends."""
         self._rejoin_seconds = rejoin_seconds
         self._expected = expected
         """Nodes that the next attempt waits for a moment, so that spares do not begin in the place of others."""
@@ -200,16 +200,16 @@ class Group:
             self._give_up(f"received {self.stop_signal} while no rank was running", stopped=True)
         elif len(ready) < self.min_nodes and waited >= self._give_up_seconds:
             waited_for = f"{self._give_up_seconds:.0f} s"
-            count = f"{len(ready)} of {self.wanted} nodes are there after {waited_for}"
+            count = f"{len(ready)} of {self.target_nodes} nodes are there after {waited_for}"
             self._give_up(f"{count}, and {self.min_nodes} are needed", stopped=False)
         elif now >= self._not_before and (
-            len(ready) >= max(self.wanted, self._expected)
-            or (len(ready) >= self.wanted and waited >= REJOIN_SECONDS)
+            len(ready) >= max(self.target_nodes, self._expected)
+            or (len(ready) >= self.target_nodes and waited >= REJOIN_SECONDS)
             or (len(ready) >= self.min_nodes and waited >= self._settle_seconds)
         ):
-            self._start(ready[: self.wanted])
+            self._start(ready[: self.target_nodes])
         elif waited >= REJOIN_SECONDS and len(ready) < self.min_nodes:
-            self._announce(f"dstune: waiting for nodes: {len(ready)} of {self.wanted} are there")
+            self._announce(f"dstune: waiting for nodes: {len(ready)} of {self.target_nodes} are there")
 
     def _start(self, members: Sequence[Member]) -> None:
         shares: list[Share] = []

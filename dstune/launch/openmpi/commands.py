@@ -26,7 +26,7 @@ def mpirun_plan(
     """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
     launch = config.launch
     assert isinstance(launch, OpenMpiConfig)
-    shown_variables, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
+    visible_variables, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
     size = sum(len(host_slots) for host_slots in slots.values())
     hosts = ",".join(f"{host}:{len(host_slots)}" for host, host_slots in slots.items())
     agent = shlex.join(["ssh", *ssh_of(launch).options()])
@@ -38,11 +38,11 @@ def mpirun_plan(
         *(["--prtemca", "prte_if_include", launch.interface] if launch.interface else []),
         *launch.mpirun_options,
         # Names alone: the values are in mpirun's environment.
-        *[word for name in sorted(shown_variables) for word in ("-x", name)],
+        *[word for name in sorted(visible_variables) for word in ("-x", name)],
         *(sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute())),
     ]
     env = {name: value for name, value in parent.items() if name in ("HOME", "USER", "SSH_AUTH_SOCK", "TMPDIR")}
-    env |= shown_variables
+    env |= visible_variables
     env["PATH"] = path_of(parent)
     if as_root:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -94,7 +94,7 @@ def wait(
     jobs: Sequence[str], run_dir: Path, size: int, followers: Sequence[Follower], console: Console
 ) -> Verdict | None:
     """Wait until the last job is over. None where the terminal went away: the jobs do not need this process."""
-    shown_text, changed, queried, over = "", time.monotonic(), 0.0, ""
+    last_text, changed, queried, over = "", time.monotonic(), 0.0, ""
     with caught_signals() as received:
         answered = 0
         while not over:
@@ -117,9 +117,9 @@ def wait(
                     running = [job for job in jobs_seen if not job.is_over]
                     text = str(running[0] if running else jobs_seen[-1] if jobs_seen else "the job is over")
                     over = "" if running else text
-                if text != shown_text and not over:
+                if text != last_text and not over:
                     console.stage(text)
-                    shown_text, changed = text, now
+                    last_text, changed = text, now
             time.sleep(LOOK_SECONDS)
     deadline = time.monotonic() + SHARED_SECONDS
     while not records.result_path(run_dir).exists() and time.monotonic() < deadline:

@@ -145,9 +145,11 @@ def _compute(
         done, size = 0, None
         for name, split in splits.items():
             starts, array = _starts(split), None
-            mine = share(padded_batches(split.lengths, config), world.rank, world.size)
-            for number, micro_batch in enumerate(mine):
-                activity.info("the teacher reads the %s rows", name, extra={"done": number + 1, "total": len(mine)})
+            local_batches = share(padded_batches(split.lengths, config), world.rank, world.size)
+            for number, micro_batch in enumerate(local_batches):
+                activity.info(
+                    "the teacher reads the %s rows", name, extra={"done": number + 1, "total": len(local_batches)}
+                )
                 batch = collate(split, micro_batch, pad_token_id=pad_token_id, packing=False)
                 states = teacher.states_of({part: value.to(teacher.device) for part, value in batch.items()})
                 counts = (batch["labels"] != NO_TARGET).sum(dim=1).tolist()

@@ -25,7 +25,7 @@ class Throughput(Callback):
 
     def __init__(self, utilization: Utilization):
         self._utilization = utilization
-        self._mine: dict[str, float] = {}
+        self._local: dict[str, float] = {}
         """This rank's use of the present step."""
         self._used: dict[str, float] = {}
         """Of all ranks."""
@@ -44,11 +44,11 @@ class Throughput(Callback):
         used = {POSITIONS: counted.positions, TARGETS: counted.targets, FLOPS: flops}
         # Ranks that share rows have counted the same ones.
         world = run.world
-        self._mine = {name: value * world.data_parallel_size / world.size for name, value in used.items()}
+        self._local = {name: value * world.data_parallel_size / world.size for name, value in used.items()}
         return CONTINUE
 
     def numbers(self) -> Mapping[str, float]:
-        local_counts, self._mine = self._mine, {}
+        local_counts, self._local = self._local, {}
         return local_counts
 
     def agreed(self, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
