@@ -1,1 +1,1 @@
-"""DeepSpeed: its configuration, its engine, and every use of what it does not document."""
+"""DeepSpeed: its configuration, its engine, and every use of its undocumented parts."""

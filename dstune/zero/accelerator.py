@@ -1,7 +1,7 @@
-"""The accelerator that a rank computes on: CUDA, ROCm (which torch calls CUDA), Intel's XPU, Gaudi, ...; or none, and then the CPU.
+"""The accelerator that a rank computes on: CUDA, ROCm (which torch calls CUDA), Intel's XPU, Gaudi, ...; without one, the CPU.
 
-`torch.accelerator` says which there is; `torch.get_device_module` has its memory, streams and events. What is here takes the
-place of `torch.cuda` everywhere, but for what CUDA alone has.
+`torch.accelerator` says which one there is; `torch.get_device_module` has its memory, streams and events. The rest of the code
+calls these functions instead of `torch.cuda`, except for features of CUDA alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def kind() -> str:
 
 
 def present() -> bool:
+    """Return whether this machine has an accelerator that dstune trains on."""
     return kind() != "cpu"
 
 
@@ -54,14 +55,13 @@ def choose(index: int) -> None:
 
 
 def identity() -> str:
-    """Return a text that tells the device of this rank, which may be a part of a divided GPU, from all others of its node; empty
-    where torch does not know."""
+    """Return the UUID of this rank's device, which may be a partition of a GPU; empty if torch does not know it."""
     get_properties = getattr(module(), "get_device_properties", None)
     return "" if get_properties is None else str(getattr(get_properties(module().current_device()), "uuid", ""))
 
 
 def name(index: int | None = None) -> str:
-    """Return the name of a device as its maker calls it, or `CPU`."""
+    """Return the manufacturer's name of a device, or `CPU`."""
     return str(module().get_device_name(index)) if present() else "CPU"
 
 
@@ -70,24 +70,24 @@ def names() -> list[str]:
 
 
 def synchronize() -> None:
-    """Wait for all that was started on the device."""
+    """Wait until the device has finished all work."""
     if present():
         module().synchronize()
 
 
 def memory(device: torch.device | None = None) -> tuple[int, int]:
-    """Return the (free, all) bytes of the device."""
+    """Return the (free, total) bytes of the device."""
     free, total = module().mem_get_info(device)
     return int(free), int(total)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that tensors may still take of the device: what torch's allocator has kept of freed ones is free too."""
+    """Return how many bytes tensors can still allocate on the device, including freed memory that torch's allocator holds."""
     return memory(device)[0] + int(module().memory_reserved(device)) - int(module().memory_allocated(device))
 
 
 def has_bf16() -> bool:
-    """Return whether the device computes bf16 by itself: Volta and Turing go by way of fp32, slower than fp32 itself."""
+    """Return whether the hardware computes in bf16. Volta and Turing emulate it, slower than fp32."""
     if kind() == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(module(), "is_bf16_supported", None)
@@ -95,7 +95,7 @@ def has_bf16() -> bool:
 
 
 def capability() -> tuple[int, int] | None:
-    """Return CUDA's compute capability, (9, 0) of an H100; None of others, ROCm's among them."""
+    """Return CUDA's compute capability, such as (9, 0) for an H100; None for other accelerators, including ROCm."""
     version = module().get_device_capability() if present() and not torch.version.hip else None
     return version if isinstance(version, tuple) else None
 
@@ -108,26 +108,26 @@ def moment() -> Any:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether the accelerator, or the host, had no room for a tensor."""
+    """Return whether `error` says that the accelerator or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error), re.I))
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile with `torch.compile`. What it makes is kept in a folder of this user alone: torch's own is below /tmp, under a name
-    that somebody else may take first, and what lies there is loaded as code.
+    """Compile with `torch.compile`, whose cache is put into a folder that only this user can write to. torch loads its cache as
+    code, and by default keeps it below /tmp, under a name that another user could take first.
 
     Raises:
-        UserError: somebody else may write to that folder, or it is a link.
+        UserError: another user can write to that folder, or it is a link.
     """
-    folder = cache_root() / f"compiled-{os.getuid()}"  # a team may share the rest
+    folder = cache_root() / f"compiled-{os.getuid()}"  # a team may share the rest of the cache
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         reason = "compiled code would be loaded from here, and others may write to it"
         raise UserError(Problem(str(folder), reason, f"look what is in it, then remove it: rm -r {folder.name}"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    # Else each rank starts up to 32 processes, for a function or two.
+    # Otherwise each rank starts up to 32 processes to compile one or two functions.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     return torch.compile(function, **options)

@@ -1,4 +1,4 @@
-"""The only `deepspeed.initialize`, and what dstune does with an engine beyond its documented interface."""
+"""The only call of `deepspeed.initialize`, and everything that dstune does with an engine beyond its documented interface."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
 
 PARAMETER_GROUPS = "dstune_parameter_groups"
-"""Key of the parameter names of each group in what DeepSpeed saves: at stage 0 its optimizer has numbers only."""
+"""Key of each group's parameter names in DeepSpeed's checkpoints: at stage 0 its optimizer state has only numbers."""
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
-"""(forward, batch) -> an output whose `loss_sum` is the sum of the losses of the batch. See `models.heads`."""
+"""Maps (forward, batch) to an output whose `loss_sum` is the sum of the batch's losses. See `models.heads`."""
 
 
 def _announce_borrowed_weights(model: nn.Module) -> None:
-    """Tell ZeRO-3 of the modules that read a weight of another one without calling it: peft's trained rows of a vocabulary
-    (`TrainableTokensLayer`) read that of the layer below, which is cut in pieces unless it is gathered for them too. DeepSpeed
-    finds that out by itself the first time only."""
+    """Register with ZeRO-3 the modules that read another module's weight without calling that module: peft's
+    `TrainableTokensLayer`, which trains rows of a vocabulary, reads the weight of its base layer, which would still be
+    partitioned. DeepSpeed detects such a read by itself the first time only."""
     import deepspeed
 
     for module in model.modules():
@@ -51,8 +51,8 @@ def _announce_borrowed_weights(model: nn.Module) -> None:
 
 
 @contextmanager
-def _no_word_of_overflow() -> Iterator[None]:
-    """Silence DeepSpeed, which says `OVERFLOW! Skipping step` of a step that is left out on purpose."""
+def _without_overflow_message() -> Iterator[None]:
+    """Silence DeepSpeed, which logs `OVERFLOW! Skipping step` for a step that is skipped on purpose."""
     from deepspeed.utils import logger
 
     level = logger.level
@@ -63,9 +63,9 @@ def _no_word_of_overflow() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _other_names_of_frozen(model: nn.Module) -> list[str]:
-    """Return names under which a frozen parameter is in the module's state beside its own: a vocabulary projection that is tied
-    to the embedding. DeepSpeed leaves frozen ones out of checkpoints by their own names alone: 57 MB more a save for SmolLM2."""
+def _aliases_of_frozen(model: nn.Module) -> list[str]:
+    """Return the further names of frozen parameters in the module's state: a vocabulary projection that is tied to the embedding.
+    DeepSpeed leaves out frozen parameters by their first name alone, so a save of SmolLM2 would be 57 MB larger."""
     parameter_by_name = dict(model.named_parameters())
     frozen = {id(parameter) for parameter in parameter_by_name.values() if not parameter.requires_grad}
     state = model.state_dict(keep_vars=True)
@@ -82,18 +82,18 @@ def _state_bytes(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> f
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did."""
+    """Result of one optimizer step."""
 
     grad_norm: float
-    """Norm of the global gradient before clipping; not finite where the step was skipped."""
+    """Norm of the global gradient before clipping; not finite if the step was skipped."""
     applied: bool
     loss_scale: float = 1.0
     lowest_loss_scale: float = 1.0
-    """What overflows can lower it to: to itself where it is fixed."""
+    """The lowest value that overflows can bring `loss_scale` to; `loss_scale` itself if it is fixed."""
     vetoed: bool = False
-    """Not applied because `accumulate` was told so."""
-    read: Mapping[str, float] = field(default_factory=dict)
-    """Of what `update` was to read, what came with the norm."""
+    """Not applied because the `veto` of `accumulate` returned True."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Those of `update`'s `scalars` that could be read together with the norm."""
 
 
 class Engine:
@@ -110,13 +110,16 @@ class Engine:
         one_pass: bool = False,
         slices: Slices | None = None,
     ):
-        """optimizer: None for an engine that only evaluates, at stage 0 or 3. groups: the parameters that it trains. one_pass:
-        the model is a decoder that each micro-batch goes through once, and what trains of it is the same at every step. slices:
-        how ranks share the weights of `model`, below stage 3."""
+        """Build the engine.
+
+        optimizer: None for an engine that only evaluates, at stage 0 or 3. groups: the parameters that it trains. one_pass:
+        the model is a decoder that each micro-batch passes once, and the same parameters train at every step. slices: how
+        ranks share the weights of `model`, below stage 3.
+        """
         self._world = world
         self.slices = slices
         self._replica = world.rank if slices is None else slices.replica
-        """This rank among those that partition the same parameters."""
+        """This rank's number among those that partition the same parameters."""
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
         self._vetoed = False
@@ -131,7 +134,7 @@ class Engine:
             if one_pass:
                 handle_layers_whole(model)
         self.swaps = swap.device(settings) == "nvme"
-        """Whether optimizer states are on a disk, and in memory a part at a time."""
+        """Whether optimizer states are on a disk, with only a part of them in memory at a time."""
         shares = [
             -(-full_count(parameter) // world.size) for parameter in model.parameters() if parameter.requires_grad
         ]
@@ -141,8 +144,8 @@ class Engine:
             gather_persistent_together(self._engine.optimizer)
         from dstune.zero.shard_files import ShardFiles
 
-        self._files = self._engine.checkpoint_engine = ShardFiles(_other_names_of_frozen(model))
-        # A script beside the checkpoints; what it does is `dstune export`, and a full disk must not stop one rank there.
+        self._files = self._engine.checkpoint_engine = ShardFiles(_aliases_of_frozen(model))
+        # Skips copying DeepSpeed's recovery script: `dstune export` does the same, and a full disk must not stop one rank here.
         self._engine._copy_recovery_script = lambda folder: None
         self._engine.train()  # transformers hands a loaded model over in evaluation mode, without dropout
         self.module: nn.Module = self._engine.module
@@ -153,10 +156,10 @@ class Engine:
             self._inner.use_matrices(Matrices(self.partitions(), shapes, world, self.device))
         self._frozen_groups: set[int] = set()
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self._written = not self.swaps
-        """Whether it is known that the disk took all states."""
+        self._has_checked_swap = not self.swaps
+        """Whether it has been checked that the disk took all states."""
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._gradients = swap.FirstGradients(trained) if self.swaps else None
+        self._first_gradients = swap.FirstGradients(trained) if self.swaps else None
         self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
 
     def _initialize(self, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
@@ -164,12 +167,12 @@ class Engine:
 
         built = None if self._optimizer is None else self._optimizer.build(groups)
         fewer_reads.install()
-        deepspeed.utils.groups.mpu = None  # of an engine before this one
-        with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
+        deepspeed.utils.groups.mpu = None  # may be left from an earlier engine
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=self.slices)
         if self.stage == 0 and engine.dp_world_size == 1:
-            # It would copy all gradients into one buffer and back to take their mean over one rank: 0.4 of 1.4 s of the backward
-            # pass of 102 tokens by SmolLM2-135M. What comes before, zeros for parameters without a gradient, stays.
+            # To average over one rank, DeepSpeed would copy all gradients into one buffer and back: 0.4 of the 1.4 s of a backward
+            # pass of SmolLM2-135M over 102 tokens. The step before it, which fills in zeros for missing gradients, stays.
             engine._reduce_non_expert_gradients = lambda grads, elements_per_buffer: None
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
@@ -179,23 +182,23 @@ class Engine:
 
     @property
     def trained_count(self) -> int:
-        """Elements of the parameters that the optimizer has, those that wait to be unfrozen included; of shared ones those of
-        this rank's slices."""
+        """Elements of the optimizer's parameters, including those that will be unfrozen later; where ranks share weights, only
+        those of this rank's slices."""
         return sum(full_count(parameter) for parameter in self._trained)
 
     def whole_count(self, parameter: nn.Parameter) -> int:
-        """Return the parameter's number of elements before stage 3 partitioned it, or ranks shared it."""
+        """Return how many elements the complete parameter has: before stage 3 partitioned it, and over all slices."""
         return full_count(parameter) * (1 if self.slices is None else self.slices.parts_of(parameter))
 
     @property
     def whole_trained_count(self) -> int:
-        """As `trained_count`, of whole parameters."""
+        """`trained_count` of complete parameters, over all slices."""
         return sum(map(self.whole_count, self._trained))
 
     @property
-    def states_to_come(self) -> int:
-        """Bytes of the optimizer's tensors that its first step makes: at stage 0 all of them, at the others none, which
-        DeepSpeed makes at once."""
+    def unallocated_state_bytes(self) -> int:
+        """Bytes of optimizer states that the first step will still allocate: all of them at stage 0; none at stages 1 to 3, where
+        DeepSpeed allocates them at the start."""
         if self.stage > 0 or getattr(self._engine.optimizer, "state", None):
             return 0
         return round(self._state_bytes)
@@ -211,14 +214,14 @@ class Engine:
         last: bool,
         veto: Callable[[torch.Tensor], bool] | None = None,
     ) -> torch.Tensor:
-        """Run forward and backward pass of one micro-batch; return its loss sum, detached.
+        """Run the forward and backward pass of one micro-batch; return its loss sum, detached.
 
-        veto: asked between the forward and the backward pass, with the loss sum; where it says True (on all ranks), the
-        step is not applied: its gradient is made not a number, as a non-finite loss does.
+        veto: called with the loss sum between the forward and the backward pass. If it returns True (on all ranks), the step
+        is not applied: its gradient becomes NaN, as after a non-finite loss.
 
-        The gradient is that of `sum of all losses / batch_weight` over the step's micro-batches on all ranks: DeepSpeed
-        averages over the ranks (those that share weights are one), so the loss is multiplied by their number, and its own
-        division by the accumulation steps is off. Exact to 1.7e-7 in fp32 at stages 0-3.
+        The gradient is that of `sum of all losses / batch_weight` over the step's micro-batches on all ranks. DeepSpeed
+        averages over the ranks (ranks that share weights count as one), so the loss is multiplied by their number; DeepSpeed's
+        division by the accumulation steps is off. Exact to 1.7e-7 in fp32 at stages 0 to 3.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum = loss(self._engine, batch).loss_sum
@@ -226,14 +229,15 @@ class Engine:
         if veto is not None and veto(loss_sum.detach()):
             scale, self._vetoed = float("nan"), True
         # 0 * inf is nan: a non-finite loss makes this rank's gradients non-finite, hence the global norm, hence every
-        # rank skips the update, without a message of its own and without waiting for the device.
+        # rank skips the update, without an extra message and without waiting for the device.
         self._engine.backward(loss_sum * (scale + 0.0 * loss_sum.detach()), scale_wrt_gas=False)
         return loss_sum.detach()
 
     def update(self, scalars: Mapping[str, torch.Tensor] | None = None) -> Update:
-        """Update the weights; skipped on all ranks where the global gradient is not finite.
+        """Update the weights; skip the update, on all ranks, if the global gradient is not finite.
 
-        scalars: on the device, to read with the norm, before the update is launched: later the host would wait for it.
+        scalars: tensors on the device to read together with the norm, before the update is launched: reading them later would
+        make the host wait for the update.
         """
         self._files.wait_for_copies()
         vetoed, self._vetoed = self._vetoed, False
@@ -243,28 +247,28 @@ class Engine:
             norm = reads.value(self._unpartitioned_norm())
             if not math.isfinite(norm):
                 self._engine.zero_grad()
-                return Update(norm, applied=False, vetoed=vetoed, read=reads.beside)
+                return Update(norm, applied=False, vetoed=vetoed, scalars=reads.beside)
             self._engine.step()
-            return Update(norm, applied=True, read=reads.beside)
-        if self._gradients is not None and not vetoed:
-            self._gradients.refuse_missing(self._world)
-            self._gradients = None
+            return Update(norm, applied=True, scalars=reads.beside)
+        if self._first_gradients is not None and not vetoed:
+            self._first_gradients.refuse_missing(self._world)
+            self._first_gradients = None
         loss_scale, lowest = self._loss_scale()
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
-        with _no_word_of_overflow() if vetoed else nullcontext():
+        with _without_overflow_message() if vetoed else nullcontext():
             self._engine.step()
-        if scaler:  # a veto is no overflow that the scale should fall for
+        if scaler:  # a veto is no overflow: it must not lower the loss scale
             vars(self._engine.optimizer.loss_scaler).update(scaler)
         applied = self._engine.was_step_applied()
-        read = None if self._fp16 or not applied else reads.last  # a loss scale is divided out
-        norm = float(self._engine.get_global_grad_norm()) if read is None else read
-        if applied and not self._written:
+        norm_read = None if self._fp16 or not applied else reads.last  # with fp16 it still has the loss scale in it
+        norm = float(self._engine.get_global_grad_norm()) if norm_read is None else norm_read
+        if applied and not self._has_checked_swap:
             swap.check_written(self._engine.optimizer, self._world)
-            self._written = True
+            self._has_checked_swap = True
         return Update(norm, applied, loss_scale, lowest, vetoed, reads.beside)
 
     def _loss_scale(self) -> tuple[float, float]:
-        """Return the loss scale of this step, and the lowest that there can be."""
+        """Return the loss scale of this step, and the lowest value that it can fall to."""
         if not self._fp16:
             return 1.0, 1.0
         scaler = self._engine.optimizer.loss_scaler
@@ -272,21 +276,21 @@ class Engine:
         return scale, float(scaler.min_scale) if scaler.dynamic else scale
 
     def _unpartitioned_norm(self) -> torch.Tensor:
-        # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.
+        # DeepSpeed reports no norm at stage 0 in fp32. The gradients are averaged already, so every rank has the same.
         if self.slices is not None:
             return self.slices.norm(self._trained)
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     def forget_micro_batch(self) -> None:
-        """Finish what the backward pass of a failed micro-batch has begun to reduce, below stage 3 on a single rank, so that the
-        next one can begin. The step has to be left out."""
+        """Finish the reduction that the backward pass of a failed micro-batch has begun, so that the next micro-batch can run.
+        Only for a single rank below stage 3. The caller must not apply this step."""
         wrapper = self._engine.optimizer
         if any(bucket.elements for bucket in getattr(wrapper, "ipg_buckets", {}).values()):
             wrapper.independent_gradient_partition_epilogue()
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set the rate of the next update; a parameter group with a factor of its own (`rate`) gets that share of it."""
+        """Set the rate of the next update; a parameter group with a factor (`rate`) gets that multiple of it."""
         for number, group in enumerate(self._engine.optimizer.param_groups):
             # A frozen group has no gradients, but stages 1 to 3 apply weight decay and old momentum: 4.6e-4 of drift.
             group["lr"] = 0.0 if number in self._frozen_groups else rate * group.get("rate", 1.0)
@@ -295,21 +299,21 @@ class Engine:
 
     @property
     def frozen_groups(self) -> int:
-        """How many of the optimizer's groups are frozen now."""
+        """How many of the optimizer's groups are currently frozen."""
         return len(self._frozen_groups)
 
     def freeze(self, names: Collection[str]) -> None:
-        """Leave the parameters of these names as they are, to the bit, until `unfreeze`. They are whole groups of the
-        optimizer: DeepSpeed never trains a parameter that was frozen when the engine was made."""
+        """Keep the named parameters unchanged, to the bit, until `unfreeze`. They have to make up complete groups of the
+        optimizer. (They cannot be frozen before the engine is built: DeepSpeed would never train them.)"""
         for number in self._groups_with(names):
             self._frozen_groups.add(number)
             self._require_gradients(number, False)
 
     def unfreeze(self, names: Collection[str], *, fresh: bool) -> None:
-        """Train the parameters of these names from the next update on.
+        """Train the named parameters from the next update on.
 
-        fresh: their optimizer starts to count its steps now. It counted on while they were frozen, without a moment, and
-        would take its first moments for biased by nothing: AdamW's first step would be a third as large.
+        fresh: restart the optimizer's step count for them. It ran on while they were frozen and had no moments, so AdamW would
+        not correct the bias of their first moments: its first step would be a third as large.
         """
         for number in self._groups_with(names):
             self._frozen_groups.discard(number)
@@ -320,7 +324,9 @@ class Engine:
     def _groups_with(self, names: Collection[str]) -> list[int]:
         chosen_names = set(names)
         numbers = [number for number, group in enumerate(self._group_names) if chosen_names & set(group)]
-        assert chosen_names == {name for number in numbers for name in self._group_names[number]}, "a part of a group"
+        assert chosen_names == {name for number in numbers for name in self._group_names[number]}, (
+            "only a part of a group"
+        )
         return numbers
 
     def _require_gradients(self, number: int, required: bool) -> None:
@@ -329,7 +335,7 @@ class Engine:
 
     @contextmanager
     def _all_trained(self) -> Iterator[None]:
-        """Count all parameters as trained: DeepSpeed files one without gradients under those that are never trained."""
+        """Mark all parameters as trained: DeepSpeed saves one that needs no gradient as never trained."""
         for number in self._frozen_groups:
             self._require_gradients(number, True)
         try:
@@ -338,14 +344,14 @@ class Engine:
             for number in self._frozen_groups:
                 self._require_gradients(number, False)
 
-    # -- what is done to gradients and weights on the side ------------------------------------------------------------
+    # -- changing gradients and weights outside of the step -----------------------------------------------------------
 
     def before_update(self, change: Change) -> None:
-        """Call `change(partition, gradient, group)` for all that this rank updates, each time before the optimizer does.
+        """Call `change(partition, gradient, group)` for each partition that this rank updates, before every optimizer step.
 
-        gradient: of the step's mean loss, clipped, a vector of `partition.elements`' size that may be changed. group:
-        the optimizer's, with `lr` and `weight_decay`. Every element of every trained parameter comes once over all ranks,
-        at stage 0 once on each.
+        gradient: of the step's mean loss, after clipping; a vector of the size of `partition.elements` that may be changed in
+        place. group: the optimizer's parameter group, with `lr` and `weight_decay`. Each element of each trained parameter
+        comes once over all ranks; at stage 0 once on every rank.
         """
         partitions = {id(partition.key): partition for partition in self.partitions()}
 
@@ -359,13 +365,13 @@ class Engine:
         self._inner.register_step_pre_hook(on_step)
 
     def partitions(self) -> list[Partition]:
-        """Return what this rank updates."""
-        assert not self.swaps, "states on a disk are in memory one after the other"
+        """Return the partitions that this rank updates."""
+        assert not self.swaps, "states on a disk are in memory only one after another"
         return partitions_of(self._engine, self.stage, self._replica)
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
-        """The one that computes updates, below what partitions its states."""
+        """The optimizer that computes the updates, inside DeepSpeed's wrapper, which partitions its states."""
         return self._inner
 
     @property
@@ -376,9 +382,9 @@ class Engine:
         return inner
 
     def assemble(self, name: str, fragment: tuple[int, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
-        """Assemble a tensor of a parameter's size as a vector, the same on every rank, from the fragments of all ranks.
+        """Assemble a parameter-sized tensor, as a vector that is the same on every rank, from the fragments of all ranks.
 
-        fragment: (first element, values) that this rank has, None for nothing. Every rank must call it.
+        fragment: this rank's (first element, values); None if it has nothing of it. Every rank must call this.
         """
         whole = torch.zeros(full_count(self._parameters[name]), dtype=dtype, device=self.device)
         if fragment is not None and (self.stage > 0 or self._world.is_main):
@@ -388,11 +394,11 @@ class Engine:
         return whole
 
     def mask(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Train only the entries of these parameters whose mask is true; the others keep every bit.
+        """Train only those entries of these parameters whose mask is true; all other entries keep every bit.
 
-        masks: bool tensors of the parameters' full size, by name. Gradients of the others are zero from the start, so they
-        have no moments and no share in the norm; weight decay is taken from the optimizer and applied here. Masks cost a
-        bit for each entry on every rank.
+        masks: bool tensors of the parameters' full size, by name. Gradients of masked-out entries are zeroed before the
+        reduction, so these have no moments and no share in the norm; weight decay is taken from the optimizer and applied
+        here. Masks cost one bit an entry on every rank.
         """
         zero_gradients(self._parameters, masks, self.device)
         assert self._optimizer is not None
@@ -400,8 +406,8 @@ class Engine:
         self.before_update(masked_weight_decay(masks, self.partitions(), self._inner, decoupled=decoupled))
 
     @contextmanager
-    def without(self, name: str) -> Iterator[None]:
-        """Put zeros in place of the parameter `name` within the block. Every rank must enter and leave it."""
+    def zeroed(self, name: str) -> Iterator[None]:
+        """Replace the parameter `name` by zeros within the block. Every rank must enter and leave it."""
         parameter = self._parameters[name]
         with torch.no_grad():
             with gathered([parameter], modified_by_rank=0):
@@ -412,12 +418,12 @@ class Engine:
                 parameter.copy_(values_before)
 
     def evaluate(self, loss: Loss, batch: Batch) -> Any:
-        """Return the head's answer for one micro-batch without gradients. At stage 3 every rank must call it equally often."""
+        """Return the head's output for one micro-batch, without gradients. At stage 3 all ranks must call it equally often."""
         with torch.no_grad():
             return loss(self._engine, batch)
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        """Return the model's own output. At stage 3 every rank must call it equally often."""
+        """Return the model's output for `inputs`. At stage 3 all ranks must call it equally often."""
         return self._engine(**inputs)
 
     def train(self, mode: bool = True) -> None:
@@ -427,10 +433,10 @@ class Engine:
 
     @contextmanager
     def whole_module(self) -> Iterator[nn.Module]:
-        """Yield the module with all weights in memory on every rank, callable without collectives.
+        """Yield the module with all weights in memory on every rank, so that calling it needs no collectives.
 
-        At stage 3 the weights are gathered once and DeepSpeed's hooks are taken off, so that one rank can generate text
-        of any length while the others wait. Needs room for the whole model on every rank.
+        At stage 3 the weights are gathered once and DeepSpeed's hooks are removed, so that one rank can generate text of any
+        length while the others wait. Every rank needs memory for the complete model.
         """
         if self.stage < 3:
             yield self.module
@@ -439,19 +445,19 @@ class Engine:
             yield self.module
 
     @contextmanager
-    def partly_whole(self, room: int) -> Iterator[None]:
-        """Gather once, at stage 3, as many weights as fit into `room` bytes, from the first layer on: forward passes within the
-        block gather the others alone. Every rank must give the same room."""
+    def partly_gathered(self, max_bytes: int) -> Iterator[None]:
+        """Gather once, at stage 3, as many weights as fit into `max_bytes`, from the first layer on; forward passes within the
+        block gather only the remaining ones. All ranks must pass the same `max_bytes`."""
         chosen: list[Any] = []
         for parameter in filter(is_partitioned, self.module.parameters()):
-            room -= full_count(parameter) * parameter.element_size()
-            if room < 0:
+            max_bytes -= full_count(parameter) * parameter.element_size()
+            if max_bytes < 0:
                 break
             chosen.append(parameter)
         gathered_once = [parameter for parameter in chosen if not parameter.is_external_param]
         with gathered(chosen):
             for parameter in gathered_once:
-                parameter.is_external_param = True  # DeepSpeed's hooks do not give such ones back
+                parameter.is_external_param = True  # DeepSpeed's hooks do not release such parameters
             try:
                 yield
             finally:
@@ -465,8 +471,8 @@ class Engine:
         return {} if self.slices is None else {CUTS: self.slices.cuts}
 
     def checkpoint_bytes(self, *, weights_only: bool = False) -> int:
-        """Estimate how many bytes `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights; or
-        `save_weights`."""
+        """Estimate how many bytes `save` writes over all ranks: fp32 weights, optimizer states and the module's weights.
+        weights_only: how many `save_weights` writes."""
         elements = self.trained_count * (1 if self.slices is None else self.slices.parts)
         if weights_only:
             return 4 * elements
@@ -475,13 +481,13 @@ class Engine:
         return elements * (in_module + (0 if self.stage == 0 else 4)) + round(parts * self._state_bytes)
 
     def save(self, directory: Path, tag: str, *, background: bool = False) -> Save:
-        """Write this rank's shards below `directory/tag`, which exists. Every rank must call it.
+        """Write this rank's shards into `directory/tag`, which must exist. Every rank must call it.
 
-        What the disk refused is in the returned `error`. background: the caller lets a thread `work_off` the returned save;
-        the next `update` waits until it has copied the states.
+        An error of the disk is in the returned save's `error`. background: the caller has a thread `work_off` the returned
+        save; the next `update` waits until that has copied the states.
         """
         if self.swaps:
-            assert not background, "states on a disk are never in memory as a whole"
+            assert not background, "states on a disk are never all in memory"
             return self._save_pieces(directory, tag, states=True)
         save = self._files.begin(directory / tag, background=background)
         try:
@@ -498,11 +504,11 @@ class Engine:
         return save
 
     def save_weights(self, directory: Path, tag: str, *, background: bool = False) -> Save:
-        """Save as `save`, but the trained weights and the buffers alone, as safetensors. No rank waits for another one."""
+        """Save like `save`, but only the trained weights and the buffers, as safetensors. No rank waits for another one."""
         return self._save_pieces(directory, tag, background=background)
 
     def _save_pieces(self, directory: Path, tag: str, *, states: bool = False, background: bool = False) -> Save:
-        """Write pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
+        """Write this rank's pieces of the weights as safetensors: in one file, or one for each part if states are on a disk."""
         save = self._files.begin(directory / tag, background=background)
         try:
             if self.stage > 0 or self._replica == 0:
@@ -525,9 +531,9 @@ class Engine:
         return save
 
     def read_ahead(self, directory: Path, tag: str) -> dict[str, str]:
-        """Read the files that `load` needs on this rank, so that they are hashed before anything changes.
+        """Read the files that `load` needs on this rank, so that they are verified before anything changes.
 
-        Returns their hashes (XXH3, 64 bits) by their names in `directory/tag`. Raises OSError.
+        Returns their hashes (64-bit XXH3) by file name. Raises OSError.
         """
         paths = [Path(self._engine._get_ckpt_name(str(directory), tag))]
         if self.stage > 0:
@@ -536,8 +542,9 @@ class Engine:
         return {path.name: hashed for path, hashed in zip(paths, hashes, strict=True)}
 
     def load(self, directory: Path, tag: str) -> None:
-        """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage, with the same slices."""
-        with redirect_stdout(io.StringIO()):  # `_load_legacy_checkpoint`, which its bf16 optimizer prints
+        """Load this rank's shards from `directory/tag`. The same number of ranks must have written them, at the same stage and
+        with the same slices."""
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints `_load_legacy_checkpoint`
             loaded, _ = self._engine.load_checkpoint(
                 str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
             )
@@ -545,14 +552,14 @@ class Engine:
         self._files.read_ahead([])
 
     def restore(self, source: Source) -> None:
-        """Take over a checkpoint of another number of ranks, or of another stage, with other slices or none: without the
-        optimizer's states where `why_no_other_layout` says that they depend on the layout. Every rank must call it."""
+        """Load a checkpoint that another number of ranks wrote, or another stage, or with other slices. The optimizer's states
+        are left out if they depend on the layout (`why_no_other_layout`). Every rank must call it."""
         self._files.read_ahead([])
         rank_source = source if self.slices is None else SlicedSource(source, self.slices)
         states = self._optimizer is None or not self._optimizer.why_no_other_layout
         restore(self._engine, self.stage, rank_source, self._replica, states=states)
 
     def close(self) -> None:
-        """Leave nothing that keeps the model's memory, or the optimizer's, once the caller has let go of both."""
+        """Drop all references to the model and the optimizer, so that their memory is freed once the caller drops its own."""
         self._engine.destroy()
         forget(self._engine, self.module)

@@ -1,4 +1,4 @@
-"""Fewer and larger gathers at ZeRO-3."""
+"""Makes ZeRO-3 gather weights in fewer and larger messages."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-ONE_AFTER_ANOTHER = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
-"""Model types whose layers have weights of their own, are called once each, and take hidden states as their first input."""
+SEQUENTIAL_DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
+"""Model types whose layers share no weights, are called once each, and take the hidden states as their first input."""
 
 
 def handle_layers_whole(model: nn.Module) -> None:
-    """Let ZeRO-3 gather a decoder's layer at once and release it at once, in place of module by module: fewer, larger
-    messages, and a step of SmolLM2-135M on two CPU ranks that is up to a sixth shorter (docs/performance.md).
+    """Let ZeRO-3 gather and release each decoder layer at once, not module by module. With these fewer, larger messages a step of
+    SmolLM2-135M on two CPU ranks is up to a sixth shorter (docs/performance.md).
 
     DeepSpeed reduces such a layer's gradients when that of its input is there, and takes those that are not there by then for
     zeros. torch says so too early of a layer whose input has no gradient: the first one above a frozen embedding, which gets one
-    here. Only for decoders of `ONE_AFTER_ANOTHER` whose layers all train something.
+    here. Only for decoders of `SEQUENTIAL_DECODERS` whose layers all train something.
     """
     from deepspeed.utils import set_z3_leaf_module
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,7 +26,7 @@ def handle_layers_whole(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     kind = getattr(getattr(model, "config", None), "model_type", "")
     train = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
-    if kind not in ONE_AFTER_ANOTHER or not layers or not all(train):
+    if kind not in SEQUENTIAL_DECODERS or not layers or not all(train):
         return
     for layer in layers:
         layer.register_forward_pre_hook(_give_input_a_gradient)

@@ -1,6 +1,7 @@
-"""DeepSpeed reads the norm of a step's gradient again for every group of the optimizer, and the host waits for the device each
-time. Here it is read once a step, together with whatever else is needed of the step, and what says "not a number" is written
-without a copy from the host.
+"""Makes DeepSpeed read the norm of a step's gradient from the device only once, together with other scalars of the step.
+
+DeepSpeed itself reads it again for every group of the optimizer, and each time the host waits for the device. Marking a norm that
+is not finite also needs no copy from the host here.
 
 What is computed is the same to the bit. The functions are replaced in DeepSpeed's modules where they are called; a version that
 has other ones is left as it is, and waits more often (`tests/placement` counts).
@@ -19,7 +20,7 @@ MODULES = ("zero.stage_1_and_2", "zero.stage3", "bf16_optimizer", "utils")
 
 
 class NormReads:
-    """The norm that was read last, in this step, and what was read with it."""
+    """The gradient norm that was last read in this step, and the scalars that were read with it."""
 
     def __init__(self) -> None:
         self._norm: torch.Tensor | None = None
@@ -27,15 +28,15 @@ class NormReads:
         self._value: float | None = None
         self._scalars: Mapping[str, torch.Tensor] = {}
         self.beside: dict[str, float] = {}
-        """Values of the tensors that `begin_step` was given, as far as they lie where the norm does."""
+        """Values of `begin_step`'s scalars that are on the same device as the norm."""
 
     def begin_step(self, scalars: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Forget the norm of the step before. scalars: to read with the norm, which waits for all that was computed so far
-        anyway."""
+        """Forget the norm of the previous step. scalars: to read together with the norm, which waits for the device anyway."""
         self._norm = self._value = None
         self._scalars, self.beside = scalars or {}, {}
 
     def value(self, norm: torch.Tensor) -> float:
+        """Return the value of `norm`; it is read from the device only if it is another tensor than last time, or has changed."""
         if self._norm is not norm or self._version != norm._version:
             self._norm, self._version, self._value = norm, norm._version, self._read(norm)
         assert self._value is not None
@@ -50,13 +51,13 @@ class NormReads:
         self._scalars = {}
         if not scalars:
             return float(norm)
-        value, *others = torch.stack([norm.double(), *(scalar.double() for scalar in scalars.values())]).tolist()
-        self.beside = dict(zip(scalars, others, strict=True))
+        value, *scalar_values = torch.stack([norm.double(), *(scalar.double() for scalar in scalars.values())]).tolist()
+        self.beside = dict(zip(scalars, scalar_values, strict=True))
         return float(value)
 
     @property
     def last(self) -> float | None:
-        """What was read since `begin_step`, if anything."""
+        """The norm that was read since `begin_step`; None if none was."""
         return self._value
 
 
@@ -64,16 +65,16 @@ reads = NormReads()
 
 
 def install() -> None:
-    """Replace both functions wherever DeepSpeed looks them up. Does nothing the second time."""
+    """Replace DeepSpeed's two functions in all modules that call them. Does nothing the second time."""
     from deepspeed.runtime import utils
 
-    replaced = {name: getattr(utils, name, None) for name in OWN}
-    if None in replaced.values() or replaced["is_invalid_grad_norm"] is is_invalid_grad_norm:
+    originals = {name: getattr(utils, name, None) for name in REPLACEMENTS}
+    if None in originals.values() or originals["is_invalid_grad_norm"] is is_invalid_grad_norm:
         return
     for path in MODULES:
         module = importlib.import_module(f"deepspeed.runtime.{path}")
-        for name, function in OWN.items():
-            if getattr(module, name, None) is replaced[name]:
+        for name, function in REPLACEMENTS.items():
+            if getattr(module, name, None) is originals[name]:
                 setattr(module, name, function)
 
 
@@ -88,6 +89,6 @@ def mask_nan_or_inf_with_val_inplace(input: torch.Tensor, device: Any = None, va
     input.masked_fill_(~torch.isfinite(input), -1.0)
 
 
-OWN: dict[str, Callable[..., Any]] = {
-    one.__name__: one for one in (is_invalid_grad_norm, mask_nan_or_inf_with_val_inplace)
+REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (is_invalid_grad_norm, mask_nan_or_inf_with_val_inplace)
 }

@@ -1,4 +1,4 @@
-"""ZeRO-3's hooks, which gather the weights of each layer, taken off and put back."""
+"""Removes and restores ZeRO-3's hooks, which gather the weights of each layer, and frees closed engines."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 @contextmanager
 def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
-    """Keep DeepSpeed's stage-3 `engine` off its `module`, whose weights are gathered, within the block."""
+    """Remove the hooks of DeepSpeed's stage-3 `engine` from its `module` within the block. The caller has gathered the weights."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-    # An engine that only evaluates has the hooks in place of an optimizer.
+    # An engine that only evaluates has the object with the hooks in place of an optimizer.
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     parameters: list[Any] = list(module.parameters())
     for parameter in parameters:
@@ -33,15 +33,15 @@ def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
         offload.setup_zero_stage3_hooks()
-        FWD_MODULE_STACK.pop()  # it was there already
+        FWD_MODULE_STACK.pop()  # `setup_zero_stage3_hooks` pushes the module once more
 
 
 _closed: WeakSet[Any] = WeakSet()
 
 
 def forget(engine: Any, model: nn.Module) -> None:
-    """Let go of a DeepSpeed engine that was closed: version 0.19.8 keeps models of stage 3 in a list of a module and in a cache,
-    and an engine is in the hooks of its model."""
+    """Drop DeepSpeed's references to a closed engine: version 0.19.8 keeps stage-3 models in a module-level list and in a cache,
+    and the hooks of a model refer to its engine."""
     _closed.add(engine)
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -56,7 +56,7 @@ def forget(engine: Any, model: nn.Module) -> None:
 
 
 def collect_closed() -> None:
-    """Free what closed engines hold, models among it: they are in cycles, and one that Python only collects while it trains
-    synchronises the device in the midst of a step. Takes 0.3 s, and nothing where there was none."""
+    """Free the memory of closed engines and their models, which are in reference cycles. If Python collected them during a later
+    training, that would synchronize the device in the middle of a step. Takes 0.3 s; no time if no engine was closed."""
     if _closed:
         gc.collect()

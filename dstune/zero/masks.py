@@ -1,4 +1,4 @@
-"""Training chosen entries of parameters: masks as bits, gradients of the others that are zero, weight decay for the chosen."""
+"""Trains only chosen entries of parameters: masks packed into bits, zeroed gradients elsewhere, masked weight decay."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Restore the mask that `pack_bits` was given."""
-    every = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    return every.view(-1)[: shape.numel()].view(shape).bool()
+    """Restore the mask of `shape` that `pack_bits` packed into `bits`."""
+    unpacked = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return unpacked.view(-1)[: shape.numel()].view(shape).bool()
 
 
 def zero_gradients(
     parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:
-    """Make the gradients of entries outside of the masks zero, in every backward pass from here on."""
+    """Zero the gradients of entries outside of the masks in every backward pass from now on."""
     packed = {name: pack_bits(mask).to(device) for name, mask in masks.items()}
     for name, bits in packed.items():
         shape = full_shape(parameters[name])
@@ -41,9 +41,9 @@ def zero_gradients(
 def masked_weight_decay(
     masks: Mapping[str, torch.Tensor], partitions: Sequence[Partition], inner: torch.optim.Optimizer, *, decoupled: bool
 ) -> Change:
-    """Take weight decay from the optimizer, and return what applies it to entries inside of the masks.
+    """Disable the optimizer's weight decay, and return a function that applies it to entries inside of the masks.
 
-    decoupled: as AdamW has it; otherwise it is added to the gradient.
+    decoupled: as in AdamW; otherwise weight decay is added to the gradient.
     """
     mask_by_key: dict[int, torch.Tensor] = {}
     for partition in partitions:

@@ -1,4 +1,4 @@
-"""Whole matrices for an optimizer that needs them, out of partitions: each on one rank, for the length of an update."""
+"""Assembles complete matrices from partitions for an optimizer that needs them: each on one rank, during an update."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from dstune.zero.restore import Partition
 
 @runtime_checkable
 class UsesMatrices(Protocol):
-    """A torch optimizer that changes whole matrices."""
+    """A torch optimizer whose update of a matrix needs all of it."""
 
     def use_matrices(self, matrices: Matrices) -> None: ...
 
 
 class Matrices:
-    """The matrices that partitions are made of. Every rank makes one, and calls `change` for the same partitions in turn."""
+    """The complete matrices behind partitions. Every rank builds one, and calls `change` for the same partitions in turn."""
 
     def __init__(
         self, partitions: Sequence[Partition], shapes: Mapping[str, torch.Size], world: World, device: torch.device
     ):
-        """shapes: of the whole parameters. device: of the ranks' messages and of the computation."""
+        """shapes: of the complete parameters. device: where messages are sent from and matrices are computed."""
         self._shapes, self._world, self._device = shapes, world, device
         self._partitions = {id(partition.key): partition for partition in partitions}
         local_counts = {fragment.name: fragment.count for partition in partitions for fragment in partition.fragments}
         self._counts: list[dict[str, int]] = world.gather(local_counts)
-        """By rank, how many elements it has of each parameter: a rank's come before those of the next one."""
+        """For each rank, how many elements it has of each parameter, in the order of the ranks."""
 
     def change(self, key: Tensor, values: Tensor, of_matrix: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what `of_matrix` makes of each whole matrix in `values`, which stands as `key` does in this rank's partition.
+        """Return `of_matrix` of each complete matrix, of which `values` has this rank's elements, in the layout of `key`.
 
-        As many matrices at a time as there are ranks: each is sent to one of them, in pieces, and comes back in pieces.
+        Works on as many matrices at a time as there are ranks: each matrix is sent in pieces to one rank, and comes back in pieces.
         """
         partition, size = self._partitions[id(key)], self._world.size
         changed = torch.zeros_like(values)

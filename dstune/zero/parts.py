@@ -1,4 +1,4 @@
-"""Parameters that stage 3 keeps in parts: while a model loads, and read whole afterwards."""
+"""Parameters that stage 3 partitions: partitions them while a model loads, and gathers them later."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dstune.zero.hooks import collect_closed
 
 @contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """Let `models.load.load_model` at stage 3 leave on each rank its part of each parameter, within the block. At every stage the
-    memory of engines that were closed is free by then.
+    """Let `models.load.load_model` keep, at stage 3, only this rank's part of each parameter within the block. At every stage this
+    frees the memory of closed engines first.
 
     transformers keeps only a weak reference to this object: it has to outlive the loading.
     """
@@ -30,35 +30,36 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def whole_loading() -> Iterator[None]:
-    """Let `from_pretrained` make whole models, also within `partitioned_loading` and while a run at stage 3 goes on."""
+    """Let `from_pretrained` load complete models, even within `partitioned_loading` and during a run at stage 3."""
     from transformers.integrations import deepspeed
 
-    keep = deepspeed._hf_deepspeed_config_weak_ref
+    saved = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = keep
+        deepspeed._hf_deepspeed_config_weak_ref = saved
 
 
 def partitioning() -> bool:
-    """Return whether `partitioned_loading` is open, at stage 3."""
+    """Return whether the caller is within `partitioned_loading` at stage 3."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
 
 
 def all_ranks_hold(contents: str | None) -> bool:
-    """Return whether every rank has the same files, by a digest of them that is None where they cannot be used. A collective."""
+    """Return whether every rank has the same files. contents: a digest of this rank's files, None if they cannot be used. A
+    collective."""
     return contents is not None and set(messages.gather(contents)) == {contents}
 
 
 def keep_parts(module: nn.Module) -> None:
-    """Leave of each parameter, which is alike on all ranks, this rank's part, in the type that the run computes in. Call it
-    within `partitioned_loading`.
+    """Keep only this rank's part of each parameter, in the dtype that the run computes in. Call it within `partitioned_loading`,
+    with the same parameters on all ranks.
 
-    As `deepspeed.zero.Init(module)`, which sends every parameter from rank 0 first: of weights mapped from a file only the
-    pages of the part are read here, and nothing is sent.
+    Unlike `deepspeed.zero.Init(module)`, it does not broadcast every parameter from rank 0: each rank reads only the pages of
+    its part from weights that are mapped from a file.
     """
     import deepspeed
     from transformers.integrations.deepspeed import deepspeed_config
@@ -81,7 +82,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def full_count(parameter: nn.Parameter) -> int:
-    """Return the parameter's number of elements before stage 3 partitioned it, or bitsandbytes packed several into a byte."""
+    """Return how many elements the parameter had before stage 3 partitioned it, or bitsandbytes packed several into a byte."""
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return int(packed.shape.numel())
@@ -89,14 +90,14 @@ def full_count(parameter: nn.Parameter) -> int:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Return whether stage 3 keeps this parameter in parts."""
+    """Return whether stage 3 partitions this parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None = None) -> Any:
-    """Return a context in which stage 3 parameters are whole on every rank; a collective on entry and on exit.
+    """Return a context in which stage-3 parameters are complete on every rank; a collective on entry and on exit.
 
-    With `modified_by_rank`, what that rank writes into them is kept.
+    With `modified_by_rank`, changes by that rank are kept.
     """
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:

@@ -1,4 +1,4 @@
-"""Which number format a run computes in."""
+"""Chooses the number format that a run computes in."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def fast_bf16() -> bool:
 
 
 def resolve(config: RunConfig) -> Precision:
-    """Return `trainer.precision` with `auto` decided by the hardware.
+    """Return `trainer.precision`, with `auto` resolved by the hardware.
 
-    Raises UserError where the hardware cannot run what was asked for.
+    Raises UserError if the hardware does not support the requested precision.
     """
     requested = config.trainer.precision
     if requested is Precision.auto:

@@ -1,9 +1,9 @@
-"""Put whole parameters and what the optimizer keeps of them into the partitions of a running engine.
+"""Restores complete parameters and their optimizer states into the partitions of a running engine.
 
 This is how a run continues on another number of ranks or at another ZeRO stage. Every rank reads the elements of its own
 partitions by parameter name, so there is no converted copy of the checkpoint, and no rank holds more than its share and
-one parameter. DeepSpeed's own way (universal checkpoints) writes such a copy, shares one step counter between all
-sub-groups at stage 3, gives every group the first group's hyperparameters, and cannot go from stage 2 to stage 3 or back.
+one parameter. DeepSpeed's universal checkpoints need such a copy, share one step counter between all sub-groups at stage 3,
+give every group the first group's hyperparameters, and cannot go from stage 2 to stage 3 or back.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ WEIGHT = "weight"
 
 
 class Source(Protocol):
-    """What was saved, by parameter name. See `checkpoint.shards.Shards`."""
+    """A checkpoint, read by parameter name. See `checkpoint.shards.Shards`."""
 
     buffers: dict[str, Tensor]
     loss_scaler: Any
-    """DeepSpeed's object of an fp16 run, else None."""
+    """DeepSpeed's loss scaler of an fp16 run, else None."""
     global_steps: int
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Of the parameters."""
+        """Shapes of the complete parameters."""
         ...
 
     def read(self, name: str, kind: str = WEIGHT, start: int = 0, count: int | None = None) -> Tensor:
@@ -38,17 +38,17 @@ class Source(Protocol):
         ...
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Return the optimizer's tensors of the parameter's size, for example `exp_avg`."""
+        """Return the names of the optimizer's tensors of the parameter's size, for example `exp_avg`."""
         ...
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """Return what else the optimizer keeps, for example `step`."""
+        """Return the optimizer's other states of the parameter, for example `step`."""
         ...
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + count) of a parameter, which stand at `offset` of a partition."""
+    """Elements [start, start + count) of a parameter, at `offset` of a partition."""
 
     name: str
     start: int
@@ -61,22 +61,21 @@ class Partition:
     """fp32 elements that this rank updates."""
 
     key: Tensor
-    """By which the optimizer keeps their state."""
+    """The tensor under which the optimizer keeps their state."""
     elements: Tensor
-    """The same memory as a vector."""
+    """The memory of `key` as a vector."""
     like: str
-    """A parameter of the group: its counters are the partition's."""
+    """A parameter of the group, whose counters (`step`) are also the partition's."""
     fragments: list[Fragment]
     names: list[str]
-    """Of all parameters of its group or sub-group, the same ones in the same order on every rank."""
+    """Names of all parameters of its group or sub-group, in the same order on every rank."""
 
 
 def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool = True) -> None:
-    """Give `engine` (DeepSpeed's) the weights, buffers and optimizer state of `source`. Every rank must call it.
+    """Load weights, buffers and optimizer states from `source` into `engine` (DeepSpeed's). Every rank must call it.
 
-    rank: here and below, of those that partition the same parameters. states: whether the optimizer's states are taken too.
-
-    The learning rate and the other settings of the parameter groups stay as they are: they are the configuration's.
+    rank: here and below, this rank's number among those that partition the same parameters. states: whether to load the
+    optimizer's states too. The learning rate and other settings of the parameter groups stay as configured.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     wrapper = engine.optimizer
@@ -84,7 +83,7 @@ def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool 
         wrapper.checkpoint_event_prologue()
     inner: torch.optim.Optimizer = wrapper if stage == 0 else wrapper.optimizer
     with torch.no_grad():
-        # One after the other: on a disk, each is in memory until the next.
+        # One after the other: if states are on a disk, a partition is in memory only until the next one.
         for number, partition in enumerate(_partitions(wrapper, stage, names, rank, write=True)):
             _fill(partition.elements, partition.fragments, source, WEIGHT)
             if states:
@@ -92,10 +91,10 @@ def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool 
             if stage == 3:
                 _weights_from_partition(wrapper, number)
         if stage == 3:
-            if wrapper.persistent_parameters:  # whole on every rank; gathered again by checkpoint_event_epilogue
+            if wrapper.persistent_parameters:  # complete on every rank; checkpoint_event_epilogue gathers them again
                 wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
         elif stage > 0:
-            wrapper.update_lp_params()  # the parameters of other ranks too: from these ranks, not from the disk
+            wrapper.update_lp_params()  # other ranks' parameters come from these ranks, not from the disk
         for name, buffer in engine.module.named_buffers():
             if name in source.buffers:
                 buffer.copy_(source.buffers[name])
@@ -108,13 +107,13 @@ def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool 
 
 
 def partitions_of(engine: Any, stage: int, rank: int) -> list[Partition]:
-    """Return what this rank's optimizer updates."""
+    """Return the partitions that this rank's optimizer updates."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     return list(_partitions(engine.optimizer, stage, names, rank))
 
 
 def reset_counters(engine: Any, stage: int, names: Collection[str], rank: int) -> None:
-    """Let the optimizer of `engine` (DeepSpeed's) count the steps of the groups with the parameters `names` from 0."""
+    """Reset the optimizer's step counters of the groups that hold the parameters `names`. engine: DeepSpeed's."""
     inner: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
     for partition in partitions_of(engine, stage, rank):
         step = inner.state.get(partition.key, {}).get("step")
@@ -123,11 +122,11 @@ def reset_counters(engine: Any, stage: int, names: Collection[str], rank: int) -
 
 
 def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Yield the trained weights that this rank updates, as views in fp32 (at stage 0 all of them, on every rank), partition by
-    partition: elements [start, start + length) of a flattened parameter by `NAME@START`.
+    """Yield the trained weights that this rank updates, partition by partition, as fp32 views (at stage 0 all weights, on every
+    rank). `NAME@START` maps to elements [start, start + length) of a flattened parameter.
 
-    states: what the optimizer keeps too, as `KIND:NAME@START` (`exp_avg:...`), and its counters as `KIND:NAME`. Where states
-    are on a disk, a partition is in memory until the next one is asked for.
+    states: also yield the optimizer's states, as `KIND:NAME@START` (`exp_avg:...`), and its counters, as `KIND:NAME`. If states
+    are on a disk, a partition stays in memory only until the next one is requested.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     inner: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
@@ -143,14 +142,15 @@ def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Itera
                 if value.dim():
                     tensors[f"{kind}:{part.name}@{part.start}"] = value.view(-1)[span]
                 else:
-                    tensors[f"{kind}:{part.name}"] = value.clone()  # safetensors takes no memory twice
+                    tensors[f"{kind}:{part.name}"] = value.clone()  # safetensors refuses tensors that share memory
         yield tensors
 
 
 def _partitions(
     wrapper: Any, stage: int, names: dict[int, str], rank: int, *, write: bool = False
 ) -> Iterator[Partition]:
-    """Yield what this rank's optimizer updates, at any stage. write: what is changed of a partition on a disk goes back to it."""
+    """Yield the partitions that this rank's optimizer updates, at any stage. write: write changes of a partition that is on a disk
+    back to the disk."""
     if stage == 0:
         for group in wrapper.param_groups:
             for parameter in group["params"]:
@@ -197,8 +197,8 @@ def _end_to_end(parameters: list[nn.Parameter]) -> list[int]:
 def _overlaps(
     parameters: list[nn.Parameter], offsets: list[int], names: dict[int, str], rank: int, size: int
 ) -> list[Fragment]:
-    """Return the fragments of a rank at stages 1 and 2: the group's parameters stand at `offsets` of one vector, of which this
-    rank has the `size` elements from rank * size."""
+    """Return a rank's fragments at stages 1 and 2: the group's parameters are at `offsets` of one vector, and the rank has `size`
+    elements of it, starting at rank * size."""
     begin, end = rank * size, (rank + 1) * size
     fragments = []
     for parameter, offset in zip(parameters, offsets, strict=True):
@@ -209,7 +209,7 @@ def _overlaps(
 
 
 def _shares(parameters: list[nn.Parameter], names: dict[int, str], rank: int) -> list[Fragment]:
-    """Return the fragments of a rank at stage 3: it has an equal share of every parameter; the last rank's is shorter and
+    """Return a rank's fragments at stage 3: an equal share of every parameter; the last rank's share may be shorter, and is
     padded."""
     fragments, offset = [], 0
     for parameter in parameters:
@@ -228,22 +228,22 @@ def _fill(target: Tensor, fragments: list[Fragment], source: Source, kind: str) 
 
 
 def _fill_state(inner: torch.optim.Optimizer, partition: Partition, source: Source) -> None:
-    """Fill in the optimizer's own tensors for a partition; those of its padding stay zero."""
+    """Load the optimizer's states of a partition; its padding stays zero."""
     state: dict[str, Any] = {}
     old_state = inner.state.get(partition.key, {})
     for kind in source.kinds(partition.like):
-        # The tensor that is there: where states are on a disk, its memory is written back.
+        # Reuse the existing tensor: if states are on a disk, its memory is what is written back.
         tensor = old_state[kind].zero_() if kind in old_state else torch.zeros_like(partition.elements)
         _fill(tensor.view(-1), partition.fragments, source, kind)
         state[kind] = tensor.view(partition.key.shape) if tensor.shape != partition.key.shape else tensor
     for name, value in source.scalars(partition.like).items():
-        # A counter of its own: the optimizer counts in place.
+        # A copy for each partition, since the optimizer increments the counter in place.
         state[name] = value.clone().to(partition.key.device) if isinstance(value, Tensor) else value
     inner.state[partition.key] = state
 
 
 def _weights_from_partition(wrapper: Any, number: int) -> None:
-    """Set the parameters' own partitions at stage 3, in the model's dtype, after the fp32 ones of a sub-group."""
+    """Copy a sub-group's fp32 partition into the parameters' partitions at stage 3, in the model's dtype."""
     flat, weights = wrapper.fp32_partitioned_groups_flat[number], wrapper.fp16_partitioned_groups_flat[number]
     if flat.numel():
         weights.copy_(flat)

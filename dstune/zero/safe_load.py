@@ -1,4 +1,4 @@
-"""Reading DeepSpeed's shards without running what is in them."""
+"""Reads DeepSpeed's shards without running code that is in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import torch
 import xxhash
 
-KNOWN = frozenset(
+ALLOWED_CLASSES = frozenset(
     {
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -20,33 +20,33 @@ KNOWN = frozenset(
         "deepspeed.utils.tensor_fragment.fragment_address",
     }
 )
-"""Classes of DeepSpeed whose objects stand in its shards; they hold numbers."""
+"""Classes of DeepSpeed whose objects its shards contain; they hold only numbers."""
 
 
 BLOCK = 1 << 22
-"""Bytes hashed at a time that torch has not asked for."""
+"""Bytes read at a time only to hash them, where torch did not read them."""
 GAP = 1 << 16
-"""Bytes between two reads that are read too, so that the hash goes on: headers and padding between storages."""
+"""Largest gap between two of torch's reads that is read for the hash at once: headers and padding between storages."""
 
 
 def load(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """Load the state in `path`, with torch's unpickler that builds tensors, containers and numbers, and objects of KNOWN. Raises
-    ValueError where the file holds anything else."""
+    """Load the state in `path` with torch's restricted unpickler, which builds tensors, containers, numbers and objects of
+    `ALLOWED_CLASSES`. Raises ValueError if the file holds anything else."""
     return _load(path, path, map_location, mmap=mmap)
 
 
 @dataclass(frozen=True)
 class HashedState:
-    """What a file holds, and the hash of the file."""
+    """The state in a file, and the file's hash."""
 
     state: Any
     error: Exception | None
-    """Why the file cannot be read as a state, as after damage."""
+    """Why the file cannot be read as a state, for example because it is damaged."""
     xxh3_64: str
 
 
 def load_and_hash(path: Path) -> HashedState:
-    """Load `path` as `load` does, and hash it while it is read: each byte is read once. Raises OSError."""
+    """Load `path` as `load` does, and hash it in the same pass. Raises OSError."""
     with HashedFile(path) as file:
         state, reason = None, None
         try:
@@ -59,7 +59,7 @@ def load_and_hash(path: Path) -> HashedState:
 
 
 class HashedFile(io.RawIOBase):
-    """A file that hashes what is read of it. Torch reads the storages of a file in the order in which they are in it."""
+    """A file that hashes the bytes that are read. Torch reads the storages in the order in which the file has them."""
 
     def __init__(self, path: Path):
         self._file = path.open("rb", buffering=0)
@@ -88,7 +88,7 @@ class HashedFile(io.RawIOBase):
         return count
 
     def hexdigest(self) -> str:
-        """Return the hash of the file; what has not been read of it is read now."""
+        """Return the hash of the complete file; bytes that were not read yet are read now."""
         self._hash_until(os.fstat(self._file.fileno()).st_size)
         return self._digest.hexdigest()
 
@@ -107,9 +107,9 @@ class HashedFile(io.RawIOBase):
 
 def _load(path: Path, source: Path | IO[bytes], map_location: Any, *, mmap: bool = False) -> Any:
     names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if names - KNOWN:
-        others = ", ".join(sorted(names - KNOWN))
-        raise ValueError(f"{path} holds more than tensors and settings, and is not read: {others}")
+    if names - ALLOWED_CLASSES:
+        forbidden = ", ".join(sorted(names - ALLOWED_CLASSES))
+        raise ValueError(f"{path} holds more than tensors and settings, and is not read: {forbidden}")
     classes = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     with torch.serialization.safe_globals(classes):
         return torch.load(source, map_location=map_location, mmap=mmap, weights_only=True)

@@ -1,7 +1,6 @@
-"""How DeepSpeed's shards reach the disk: hashed while they are written, synced, read back; at once or in the background.
+"""Writes DeepSpeed's shards: hashed while they are written, synced, read back; at once or in the background.
 
-Import it where DeepSpeed is imported already. Why a thread of our own writes in the background was measured, see
-`benchmarks/saving.py`.
+Importing this module imports DeepSpeed. `benchmarks/saving.py` measured why a thread of this process writes in the background.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ BLOCK = 2**24
 """Bytes written or read at a time."""
 
 Entry = dict[str, Any]
-"""What the commit marker says of a file: `bytes` and `xxh3_64`."""
+"""A file's entry in the commit marker: `bytes` and `xxh3_64`."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Bytes that are still to be copied."""
+    """A copy that is still to be made, of all bytes of `source`."""
 
     source: Tensor
     target: Tensor
@@ -51,18 +50,18 @@ class Save:
 
     directory: Path
     entries: dict[str, Entry] = field(default_factory=dict)
-    """By the file's path below `directory`."""
+    """Entries of the written files, by their paths below `directory`."""
     error: str = ""
-    """Why a file could not be written; the others are not written then."""
+    """Why a file could not be written; no further file is written then."""
     queue: list[tuple[Any, Path]] = field(default_factory=list)
-    """States and files of a save in the background."""
+    """States and their files that a save in the background still has to write."""
     copies: list[Copy] = field(default_factory=list)
-    """What the states in the queue wait for."""
+    """Copies to be made before the states in the queue are complete."""
     copied: threading.Event = field(default_factory=threading.Event)
 
     def write(self, state: Any, path: Path) -> None:
-        """Write a file of this save. What the disk does not take is remembered, not raised: the ranks of a save meet in
-        collectives, and shall all hear of it afterwards."""
+        """Write a file of this save. An error of the disk is stored, not raised: the ranks of a save still have collectives to
+        do, after which all of them learn of the error."""
         if self.error:
             return
         try:
@@ -72,12 +71,12 @@ class Save:
             self.error = str(error)
 
     def work_off(self) -> None:
-        """Copy, then write all files of a save in the background; for a thread of its own."""
+        """Make the copies, then write all queued files. To be called in a background thread."""
         try:
             copy_to_host(self.copies)
         finally:
             self.copied.set()
-        make_way()
+        lower_thread_priority()
         for state, path in self.queue:
             self.write(state, path)
         self.queue.clear()
@@ -85,14 +84,14 @@ class Save:
 
 @dataclass(frozen=True)
 class SafeTensors:
-    """What a file of safetensors holds."""
+    """The content of a safetensors file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 class ShardFiles(CheckpointEngine):
-    """Takes the place of DeepSpeed's writer of shards (`engine.checkpoint_engine`)."""
+    """Writes and reads shards in place of DeepSpeed's own checkpoint engine (`engine.checkpoint_engine`)."""
 
     def __init__(self, leave_out: Collection[str] = ()) -> None:
         """leave_out: names in the module's state that no checkpoint needs."""
@@ -106,8 +105,8 @@ class ShardFiles(CheckpointEngine):
         self._read_ahead: dict[Path, HashedState] = {}
 
     def begin(self, directory: Path, *, background: bool) -> Save:
-        """Begin a save: whatever DeepSpeed saves until `end` belongs to the returned one. With `background` it is queued, and
-        its owner calls `work_off` in a thread."""
+        """Begin a save: everything that DeepSpeed saves until `end` becomes part of it. With `background` files are only queued,
+        and the caller runs `work_off` of the returned save in a thread."""
         assert self._save is None, "one save at a time"
         self._save, self._background = Save(directory), background
         self._host.reuse()
@@ -119,13 +118,13 @@ class ShardFiles(CheckpointEngine):
         self._save = None
 
     def wait_for_copies(self) -> None:
-        """Wait until weights and optimizer states may change."""
+        """Wait until a save in the background has copied the weights and optimizer states, so that they may change."""
         if self._copying is not None:
             self._copying.copied.wait()
             self._copying = None
 
     def read_ahead(self, paths: Sequence[Path]) -> list[str]:
-        """Read files for the next `load` of each, and return their hashes. What was read before is let go of."""
+        """Read files for the next `load` of each, and return their hashes. Files that were read ahead earlier are dropped."""
         self._read_ahead.clear()
         for path in paths:
             self._read_ahead[path] = load_and_hash(path)
@@ -148,7 +147,7 @@ class ShardFiles(CheckpointEngine):
         self._save.queue.append((copied, Path(path)))
 
     def save_tensors(self, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-        """Save a file of safetensors that DeepSpeed has no part in."""
+        """Save a safetensors file, which DeepSpeed itself knows nothing of."""
         assert self._save is not None, "begin() comes first"
         if not self._background:
             self._save.write(SafeTensors(tensors, metadata), path)
@@ -158,7 +157,7 @@ class ShardFiles(CheckpointEngine):
         self._save.queue.append((SafeTensors(copied, metadata), path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        read = self._read_ahead.get(Path(path))  # DeepSpeed loads a file of weights twice: first it looks at its keys
+        read = self._read_ahead.get(Path(path))  # DeepSpeed loads a weights file twice, at first only for its keys
         if read is None:
             return load(Path(path), map_location)
         if read.error is not None:
@@ -170,22 +169,22 @@ class ShardFiles(CheckpointEngine):
 
 
 class HostCopies:
-    """Copies of state dictionaries in host memory, which is kept for the next ones: the pages of new memory cost five times
-    as much as the copying. On GPUs it is pinned."""
+    """Copies of state dictionaries in host memory. The memory is reused for the next copy, since allocating new pages costs five
+    times as much as copying; with GPUs it is pinned."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._used = 0
 
     def reuse(self) -> None:
-        """Let earlier copies be overwritten: they are not needed any more."""
+        """Allow `copy` to overwrite earlier copies, which are no longer needed."""
         self._used = 0
 
     def copy(self, state: Any) -> tuple[Any, list[Copy]]:
-        """Make a deep copy whose tensors share memory as those of `state` do; return it, and what is still to be copied for it.
+        """Make a deep copy whose tensors share memory as those of `state` do; return it, and the copies still to be made.
 
-        Large tensors are left to the thread: weights and what the optimizer keeps do not change before the next update.
-        Small ones (counters, a module's buffers) and all that is no tensor are copied here.
+        Large tensors are left to the background thread: weights and optimizer states do not change before the next update.
+        Small ones (counters, a module's buffers) and everything else are copied here.
         """
         self._later: list[Copy] = []
         copied = self._copy(state, {})
@@ -207,7 +206,7 @@ class HostCopies:
                 return [self._copy(entry, storages) for entry in value]
             case tuple() if type(value) is tuple:
                 return tuple(self._copy(entry, storages) for entry in value)
-        return copy.copy(value)  # numbers, names, DeepSpeed's loss scaler, which counts on
+        return copy.copy(value)  # numbers, names, and DeepSpeed's loss scaler, which changes with later steps
 
     def _tensor(self, tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
@@ -227,14 +226,14 @@ class HostCopies:
 
     def _buffer(self, size: int, pinned: bool) -> Tensor:
         if self._used == len(self._buffers) or self._buffers[self._used].numel() != size:
-            # The same states come in the same order at every save, so the first one allocates all of it.
+            # Every save has the same states in the same order, so the first one allocates all buffers.
             self._buffers[self._used :] = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned)]
         self._used += 1
         return self._buffers[self._used - 1]
 
 
 def copy_to_host(copies: list[Copy]) -> None:
-    """Copy in a thread beside the one that computes; on GPUs on a stream of its own."""
+    """Make the copies, in a thread beside the one that computes; from GPUs on a separate stream."""
     on_gpu = [copy for copy in copies if not copy.source.is_cpu]
     if on_gpu:
         device = on_gpu[0].source.device
@@ -246,20 +245,20 @@ def copy_to_host(copies: list[Copy]) -> None:
         stream.synchronize()
     for host_copy in copies:
         if host_copy.source.is_cpu:
-            # Not torch's copy_: it spreads over as many threads as a matrix product, which hold each other up beside one.
+            # Not torch's copy_: it uses as many threads as a matrix product, and the two would slow each other down.
             np.copyto(host_copy.target.numpy(), host_copy.source.numpy())
 
 
-def make_way() -> None:
-    """Let the threads that compute go before this one. Hashing and writing want a core of their own, and where ranks train on
-    the CPU there is none: on 2 cores with 2 threads of torch the steps meanwhile took 1.3 times as long, not 2.4, and the save
-    6.6 s, not 4.1 (19 s with 10 instead of 5). Linux knows priorities of threads; elsewhere nothing changes."""
+def lower_thread_priority() -> None:
+    """Give the computing threads priority over this one. Hashing and writing take a core, and ranks that train on the CPU have none
+    to spare: on 2 cores with 2 threads of torch, steps during a save took 1.3 times as long, not 2.4 times, and the save 6.6 s,
+    not 4.1 s (19 s with niceness 10 instead of 5). Linux has priorities of threads; elsewhere this does nothing."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
-class _Hashed(io.RawIOBase):
-    """A file that hashes what is written to it."""
+class _HashingWriter(io.RawIOBase):
+    """A file that hashes the bytes that are written to it."""
 
     def __init__(self, path: Path):
         self._file = path.open("wb", buffering=0)
@@ -293,8 +292,8 @@ class _Hashed(io.RawIOBase):
 
 
 def write_file(state: Any, path: Path) -> Entry:
-    """Save `state` to `path`: on the disk when this returns, and read back. Raises OSError with the file's name."""
-    with _Hashed(path) as file:
+    """Save `state` to `path`, sync it and read it back. Raises OSError with the file's name."""
+    with _HashingWriter(path) as file:
         try:
             if isinstance(state, SafeTensors):
                 contiguous = {name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}
@@ -311,7 +310,7 @@ def write_file(state: Any, path: Path) -> Entry:
 
 
 def read_back(path: Path) -> Entry:
-    """Return size and hash of what the disk gives for `path`, past the page cache where the kernel lets go of it."""
+    """Return the size and hash of `path` as read from the disk, not from the page cache if the kernel agrees to drop it."""
     digest, size = xxhash.xxh3_64(), 0
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):

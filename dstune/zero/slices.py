@@ -1,8 +1,8 @@
-"""Ranks that share weights: who they are, and how a whole weight becomes slices and slices a whole weight.
+"""Ranks that share weights: their groups, and the conversion between complete weights and slices.
 
-DeepSpeed is handed a `Slices` as its `mpu`, the object that Megatron tells it of its ranks with: it then averages gradients and
-partitions what the optimizer keeps over the ranks that have the same slice, and sums norms and looks for overflow over those
-that share weights, where every weight without the mark `tensor_model_parallel` is counted once.
+DeepSpeed gets a `Slices` as its `mpu`, the interface by which Megatron describes its ranks. It then averages gradients and
+partitions optimizer states over the ranks with the same slice; it sums norms and checks for overflow over the ranks that share
+weights, and counts a weight without the attribute `tensor_model_parallel` once.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from dstune.core.errors import UserError
 from dstune.zero.restore import WEIGHT, Source
 
 CUTS = "dstune_cuts"
-"""Key of `Slices.cuts` in what DeepSpeed saves."""
+"""Key of `Slices.cuts` in DeepSpeed's checkpoints."""
 
 
 class Slices:
-    """This rank's place among those that share weights, and among those that have the same slices."""
+    """This rank's number among those that share weights (`part`), and among those with the same slices (`replica`)."""
 
     def __init__(self, world: World, parts: int):
-        """parts: ranks that share weights; neighbours, so that they are on one node. Every rank must call it.
+        """parts: how many neighbouring ranks share weights, so that they are on one node. Every rank must call it.
 
-        Raises UserError where the ranks cannot be divided so.
+        Raises UserError if the number of ranks cannot be divided by it.
         """
         if problem := ranks_problem(world.size, parts):
             raise UserError(problem)
         self.parts, self.part = parts, world.rank % parts
         self.replica, self.replicas = world.rank // parts, world.size // parts
         groups = [range(first, first + parts) for first in range(0, world.size, parts)]
-        alike = [range(part, world.size, parts) for part in range(parts)]
+        replica_groups = [range(part, world.size, parts) for part in range(parts)]
         self.group, _ = own_group(groups, world.rank)
-        self._alike, self._ranks_alike = own_group(alike, world.rank)
+        self._replica_group, self._replica_ranks = own_group(replica_groups, world.rank)
         self.cuts: dict[str, int] = {}
 
     @classmethod
     def of(cls, parts: int, world: World) -> Slices | None:
-        """Make slices for groups of `parts` ranks, None where each has all weights; from then on the groups read the rows of
-        `world`."""
+        """Make slices for groups of `parts` ranks, and let the ranks of a group read the same rows; None if each rank has all
+        weights."""
         if parts == 1:
             return None
         slices = cls(world, parts)
@@ -52,33 +52,31 @@ class Slices:
         return slices
 
     def cut(self, name: str, parameter: nn.Parameter, dim: int) -> None:
-        """Leave this rank its slice of a whole parameter along `dim`."""
-        # A copy: a view would keep the whole one in memory.
+        """Replace a complete parameter by this rank's slice of it along `dim`."""
+        # A copy: a view would keep the complete parameter in memory.
         parameter.data = parameter.data.chunk(self.parts, dim)[self.part].clone(memory_format=torch.contiguous_format)
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.cuts[name] = dim
 
     def parts_of(self, parameter: nn.Parameter) -> int:
-        """Count the ranks that share this parameter: 1 for one that is whole on every rank."""
+        """Return how many ranks share this parameter: 1 if it is complete on every rank."""
         return self.parts if hasattr(parameter, "tensor_model_parallel") else 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks that share weights, the same bits on each of them; `tensor` stays as it is."""
+        """Return the sum over the ranks that share weights, bit-equal on each of them; `tensor` is unchanged."""
         total = tensor.clone(memory_format=torch.contiguous_format)
         torch_dist.all_reduce(total, group=self.group)
         return total
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Return the norm of the gradients of whole weights, from those of their slices; whole ones are counted on the first
-        rank."""
+        """Return the gradient norm of the complete model. Parameters that are not sliced count on a group's first rank only."""
         counted = [parameter for parameter in parameters if self.part == 0 or self.parts_of(parameter) > 1]
         gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
-        squared_norm = torch.nn.utils.get_total_norm(
-            gradients
-        ).square()  # on the CPU where this rank has no gradient to count
+        # On the CPU if this rank has no gradient to count.
+        squared_norm = torch.nn.utils.get_total_norm(gradients).square()
         return self.sum(squared_norm.to(parameters[0].device)).sqrt()
 
-    # -- what DeepSpeed asks ------------------------------------------------------------------------------------------
+    # -- DeepSpeed's `mpu` interface ----------------------------------------------------------------------------------
 
     def get_model_parallel_group(self) -> Any:
         return self.group
@@ -94,10 +92,10 @@ class Slices:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def get_data_parallel_group(self) -> Any:
-        return self._alike
+        return self._replica_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return self._ranks_alike
+        return self._replica_ranks
 
     def get_data_parallel_rank(self) -> int:
         return self.replica
@@ -107,7 +105,7 @@ class Slices:
 
 
 class SlicedSource:
-    """A source of whole parameters, seen as one of slices."""
+    """Presents a source of complete parameters as a source of this rank's slices."""
 
     def __init__(self, source: Source, slices: Slices):
         self._source, self._slices = source, slices
@@ -117,13 +115,13 @@ class SlicedSource:
         dim = self._slices.cuts.get(name)
         if dim is None:
             return self._source.read(name, kind, start, count)
-        whole = self._source.read(name, kind).view(self._source.shapes[name])
-        rank_slice = whole.chunk(self._slices.parts, dim)[self._slices.part].reshape(-1)
+        complete = self._source.read(name, kind).view(self._source.shapes[name])
+        rank_slice = complete.chunk(self._slices.parts, dim)[self._slices.part].reshape(-1)
         return rank_slice[start:] if count is None else rank_slice[start : start + count]
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        return {name: _part_of(shape, self._slices, name) for name, shape in self._source.shapes.items()}
+        return {name: _slice_shape(shape, self._slices, name) for name, shape in self._source.shapes.items()}
 
     def kinds(self, name: str) -> tuple[str, ...]:
         return self._source.kinds(name)
@@ -132,6 +130,6 @@ class SlicedSource:
         return self._source.scalars(name)
 
 
-def _part_of(shape: torch.Size, slices: Slices, name: str) -> torch.Size:
+def _slice_shape(shape: torch.Size, slices: Slices, name: str) -> torch.Size:
     dim = slices.cuts.get(name)
     return torch.Size(size // slices.parts if place == dim else size for place, size in enumerate(shape))

@@ -1,4 +1,4 @@
-"""The start of a rank: DeepSpeed is imported, its device chosen, its process group joined."""
+"""Starts a rank: imports DeepSpeed, chooses the rank's device, and joins the process group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dstune.zero import accelerator
 
 
 def start_process_group(env: RankEnv) -> World:
-    """Join the ranks of this run: gloo on CPUs, nccl on GPUs. Sets the device of this rank."""
+    """Join the process group of this run: gloo on CPUs, nccl on GPUs. Sets the device of this rank."""
     os.environ.update(
         RANK=str(env.rank),
         WORLD_SIZE=str(env.world_size),
@@ -35,7 +35,7 @@ def start_process_group(env: RankEnv) -> World:
         accelerator.choose(_device_of(env))
     backend = get_accelerator().communication_backend_name()
     store = os.environ.get(STORE)
-    with _named_duplicates(env):
+    with _explained_duplicates(env):
         init_distributed(
             backend,
             auto_mpi_discovery=False,
@@ -52,20 +52,22 @@ def start_process_group(env: RankEnv) -> World:
 
 
 def import_deepspeed() -> None:
-    """Import DeepSpeed without what no run needs of it."""
+    """Import DeepSpeed without the parts that no run needs."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # peft imports bitsandbytes if it is installed, and it warns about libraries that nobody needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not accelerator.present():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # otherwise DeepSpeed looks for accelerators and warns that there is none
     with _without("mlflow"):
         import deepspeed
         import deepspeed.ops
 
         _import_muon()
-    # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
-    # without; it brought nothing measurable over gloo. In place of all of it: else every operator is probed, in each rank,
-    # with a line on the console for each of CUDA's where nvcc is not installed.
+    # DeepSpeed compiles its shared-memory collective for CPUs at first use: 30 to 60 s with a compiler, an error without one. It
+    # was not measurably faster than gloo. The complete table is replaced: otherwise each rank probes every operator, and prints
+    # a line for each CUDA operator if nvcc is not installed.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
@@ -83,17 +85,18 @@ def leave_process_group() -> None:
 
 
 def use_expandable_segments(variables: MutableMapping[str, str]) -> None:
-    """Let CUDA's allocator grow what it has, which leaves fewer gaps where micro-batches differ in size, unless the user has set
-    anything of it. To be called before the first tensor on the device."""
+    """Let CUDA's allocator extend its segments, which leaves fewer gaps if micro-batches differ in size, unless the user has
+    configured the allocator. To be called before the first tensor on the device."""
     if accelerator.kind() == "cuda" and not torch.version.hip and not any(name in variables for name in ALLOCATOR):
         variables[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _device_of(env: RankEnv) -> int:
-    """Return the index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
+    """Return the index of this rank's GPU, and set LOCAL_RANK to it for DeepSpeed. Raises UserError if there are fewer GPUs than
+    ranks."""
     visible = accelerator.count()
-    # Where each rank is shown its own GPU only (srun --gpus-per-task=1, Kubernetes, a wrapper around each rank of mpirun), it
-    # is number 0 of each. `refuse_shared_devices` tells that from a single GPU for all.
+    # If each rank sees only its own GPU (srun --gpus-per-task=1, Kubernetes, a wrapper around each rank of mpirun), that GPU is
+    # number 0 for each. `refuse_shared_devices` distinguishes this from a single GPU for all ranks.
     device = 0 if visible == 1 else env.local_rank
     if device >= visible:
         raise UserError(
@@ -109,11 +112,11 @@ def _device_of(env: RankEnv) -> int:
 
 
 def refuse_shared_devices(world: World, identity: str) -> None:
-    """Raises UserError on all ranks where two of a node are on the same device, which NCCL does not take."""
-    places: dict[tuple[str, str], list[int]] = {}
+    """Raise UserError on all ranks if two ranks of a node use the same device, which NCCL does not support."""
+    ranks_by_device: dict[tuple[str, str], list[int]] = {}
     for rank, (host, device) in enumerate(world.gather([environment.host(), identity])):
-        places.setdefault((host, device), []).append(rank)
-    shared = [(place, ranks) for place, ranks in places.items() if place[1] and len(ranks) > 1]
+        ranks_by_device.setdefault((host, device), []).append(rank)
+    shared = [(place, ranks) for place, ranks in ranks_by_device.items() if place[1] and len(ranks) > 1]
     if shared:
         (host, device), ranks = shared[0]
         raise _shared_device_error(
@@ -127,11 +130,9 @@ def _shared_device_error(reason: str, ranks: int) -> UserError:
 
 
 @contextmanager
-def _named_duplicates(env: RankEnv) -> Iterator[None]:
-    """Name duplicates that NCCL finds: it connects as soon as ranks meet on devices that are named, and finds two of them on one by
-    itself.
-
-    Raises UserError in place of its error."""
+def _explained_duplicates(env: RankEnv) -> Iterator[None]:
+    """Raise UserError in place of NCCL's error about two ranks on one device: NCCL connects as soon as ranks meet, before
+    `refuse_shared_devices` can check them."""
     try:
         yield
     except torch.distributed.DistBackendError as error:
@@ -142,14 +143,14 @@ def _named_duplicates(env: RankEnv) -> Iterator[None]:
 
 
 def _import_muon() -> None:
-    """Import Muon without its compiler: DeepSpeed's engines import it, and its functions are compiled as they are defined, which
-    takes 1.5 s of each rank's 11 for an optimizer that dstune does not offer."""
+    """Import DeepSpeed's Muon without compiling it. DeepSpeed's engines import it and its functions are compiled on definition,
+    which takes 1.5 s of each rank's 11 s, for an implementation that dstune does not use."""
     from deepspeed.runtime import compiler
 
     compile_function = getattr(compiler, "compile", None)
     compiler.compile = lambda *_, **__: lambda function: function
     try:
-        with suppress(ImportError):  # of a version that has it elsewhere
+        with suppress(ImportError):  # another version has it in another module
             import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         if compile_function is not None:
@@ -158,8 +159,8 @@ def _import_muon() -> None:
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Forbid the import of `module` within the block. DeepSpeed's autotuner, which dstune has no use for, imports MLflow
-    wherever it is installed: 0.7 s of each rank's 7."""
+    """Prevent the import of `module` within the block. DeepSpeed's autotuner, which dstune does not use, imports MLflow if it is
+    installed: 0.7 s of each rank's 7 s."""
     if module in sys.modules:
         yield
         return

@@ -182,9 +182,9 @@ def test_nccl_finds_two_ranks_on_one_device_when_they_meet():
     duplicate = (
         "NCCL error, invalid usage.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
     )
-    with pytest.raises(UserError, match=r"rank 1 of .* sees the GPU of another rank"), start._named_duplicates(env):
+    with pytest.raises(UserError, match=r"rank 1 of .* sees the GPU of another rank"), start._explained_duplicates(env):
         raise torch.distributed.DistBackendError(duplicate)
-    with pytest.raises(torch.distributed.DistBackendError, match="after 30 minutes"), start._named_duplicates(env):
+    with pytest.raises(torch.distributed.DistBackendError, match="after 30 minutes"), start._explained_duplicates(env):
         raise torch.distributed.DistBackendError("nobody came after 30 minutes")
 
 

@@ -268,7 +268,7 @@ def _ablate(config: RunConfig, method: ImportanceConfig, probe: Probe, names: li
     for number, name in enumerate(names):
         if number % 20 == 0:
             log.info("leaving out tensor %d of %d", number + 1, len(names))
-        with probe.engine.without(name):
+        with probe.engine.zeroed(name):
             metrics = evaluator(probe.data.validation).metrics
         lost[name] = {
             key: (metrics[key] - value if key == "loss" else value - metrics[key])
