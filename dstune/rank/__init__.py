@@ -1,1 +1,1 @@
-"""What a rank runs from top to bottom: set-up, start, training and end; and the measurements that need ranks."""
+"""Entry points of a rank, from top to bottom: set-up, start, training and end; and the measurements that need ranks."""

@@ -1,6 +1,6 @@
-"""What each rank of `dstune plan --calibrate` runs: `python -m dstune.rank.calibrate DIR`.
+"""Measure a rank's speeds for `dstune plan --calibrate`: each rank runs `python -m dstune.rank.calibrate DIR`.
 
-Every rank measures at the same time as the others, as in training: they share memory bandwidth, and on a CPU its caches.
+All ranks measure at the same time, as they train: they share memory bandwidth, and on a CPU its caches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dstune.zero.precision import fast_bf16
 from dstune.zero.start import start_process_group
 
 SECONDS = 1.0
-"""Time spent on each measurement, after one call that does not count."""
+"""Time spent on each measurement, after one untimed call."""
 
 SMALL = {
     "model_type": "llama",
@@ -47,13 +47,14 @@ SMALL = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
-"""A decoder whose layers are timed forward and backward."""
+"""The decoder whose layers are timed, forward and backward."""
 
 LENGTH = 512
+"""Tokens a row."""
 
 
 def calibrate(directory: Path, world: World) -> None:
-    """Measure and let rank 0 write `speeds.json` into `directory`: `Speed` by the bytes of a weight."""
+    """Measure, and write `speeds.json` into `directory` on rank 0: a `Speed` for each number of bytes a weight."""
     device = accelerator.current()
     formats = {4: torch.float32} | ({2: torch.bfloat16} if fast_bf16() else {})
     link = communication(world, device)
@@ -66,11 +67,11 @@ def calibrate(directory: Path, world: World) -> None:
 
 
 def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, link: float) -> Speed:
-    """Measure the speeds of one number format."""
+    """Measure the speeds of one number format, whose weights have `size` bytes."""
     on_gpu = device.type != "cpu"
-    wide = 4096 if on_gpu else 1024
-    a, b = (torch.randn(wide, wide, device=device, dtype=dtype) for _ in range(2))
-    flops = 2 * wide**3 / seconds_of(world, device, lambda: a @ b)
+    width = 4096 if on_gpu else 1024
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    flops = 2 * width**3 / seconds_of(world, device, lambda: a @ b)
     attention = attention_flops() / seconds_of(world, device, attention_pass(device, dtype))
 
     weight = torch.nn.Parameter(torch.randn(1 << 23, device=device))
@@ -89,7 +90,7 @@ def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, l
 
 
 def logit_rate(world: World, device: torch.device, dtype: torch.dtype, flops: float) -> float:
-    """Measure elements of logits a second through the cross entropy that training uses, its matrix products left out."""
+    """Measure how many logits a second training's cross entropy computes, without its matrix products."""
     targets, vocabulary, width = 512, 32768, 64
     projection = torch.nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     hidden = torch.randn(targets, width, device=device, dtype=dtype, requires_grad=True)
@@ -105,6 +106,7 @@ def logit_rate(world: World, device: torch.device, dtype: torch.dtype, flops: fl
 
 
 def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:
+    """Describe to the planner how the layers of `SMALL` are timed: weights of `size` bytes, `rows` rows of `LENGTH` tokens."""
     config = compose(
         [
             "task=causal_lm",
@@ -121,7 +123,7 @@ def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:
 
 
 def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, speed: Speed) -> Speed:
-    """Measure the rate of elementwise work: what a decoder's layers take beside their products, by the bytes that they keep."""
+    """Measure the rate of elementwise work: bytes that a decoder's layers save, by their seconds beside matrix products."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     on_gpu = device.type != "cpu"
@@ -153,23 +155,25 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
 
 
 HEADS, HEAD = 12, 64
+"""Number of attention heads, and their size."""
 
 
 def attention_flops() -> float:
-    """Return the operations of a forward and backward pass as the planner counts them: three times the forward pass."""
+    """Return the operations of `attention_pass` as the planner counts them: three times those of the forward pass."""
     return 3.0 * 4 * HEADS * HEAD * LENGTH * LENGTH * 2
 
 
 def attention_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a function that runs causal attention forward and backward, over two rows."""
     query, key, value = (
         torch.randn(2, HEADS, LENGTH, HEAD, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
     mask = torch.ones(2, 1, LENGTH, LENGTH, device=device, dtype=torch.bool).tril()
-    whole = (((0, LENGTH),),) * 2
+    spans = (((0, LENGTH),),) * 2
 
     def run() -> None:
         if device.type == "cpu":
-            output = CausalAttention.apply(query, key, value, whole, HEAD**-0.5, None)
+            output = CausalAttention.apply(query, key, value, spans, HEAD**-0.5, None)
         else:
             output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         output.float().sum().backward()
@@ -178,7 +182,7 @@ def attention_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], Non
 
 
 def communication(world: World, device: torch.device) -> float:
-    """Measure bytes a second that leave a rank in an all-reduce of 32 MiB; infinite for a single rank."""
+    """Measure the bytes a second that a rank sends in an all-reduce of 32 MiB; 1e12 for a single rank."""
     if world.size == 1:
         return 1e12
     buffer = torch.zeros(1 << 23, device=device)
@@ -189,23 +193,25 @@ def communication(world: World, device: torch.device) -> float:
 def seconds_of(
     world: World, device: torch.device, action: Callable[[], object], *, equally_often: bool = False
 ) -> float:
-    """Measure seconds of one call, the mean over all ranks. equally_often: a collective, which all ranks call 5 times."""
+    """Measure the seconds of one call of `action`, the mean over all ranks. equally_often: it is a collective, so all ranks call it
+    exactly 5 times."""
 
-    def once() -> None:
+    def call() -> None:
         action()
         if device.type != "cpu":
             accelerator.synchronize()
 
-    once()
+    call()
     world.barrier()
     began, calls = time.perf_counter(), 0
     while calls < 5 if equally_often else (calls < 3 or time.perf_counter() - began < SECONDS):
-        once()
+        call()
         calls += 1
     return float(world.gather_numbers([(time.perf_counter() - began) / calls]).mean())
 
 
 def run(directory: Path, env: RankEnv) -> None:
+    """Calibrate in this rank; rank 0 writes `result.json` into `directory` in the end."""
     world = start_process_group(env)
     calibrate(directory, world)
     if world.is_main:

@@ -1,7 +1,7 @@
-"""All-reduce between ranks, for `dstune doctor`: `python -m dstune.rank.doctor RUN_DIR` in each of them.
+"""Measure the all-reduce between ranks for `dstune doctor`: each rank runs `python -m dstune.rank.doctor RUN_DIR`.
 
-Latency is that of 4 KiB, bandwidth that of the largest message, as bus bandwidth: bytes / seconds * 2 (n - 1) / n, the
-traffic of a ring over the slowest link (NVIDIA's nccl-tests, PERFORMANCE.md), so that it compares with a link's speed.
+Latency is that of a 4 KiB message. Bandwidth is bus bandwidth, bytes / seconds * 2 (n - 1) / n: a ring's traffic over its
+slowest link (NVIDIA's nccl-tests, PERFORMANCE.md), which can be compared with the speed of a link.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from dstune.zero.start import start_process_group
 
 SMALL_BYTES = 4096
 LARGE_BYTES = {True: (2**24, 2**28, 2**30), False: (2**20, 2**24, 2**26)}
-"""By whether ranks are on accelerators."""
+"""Message sizes, by whether ranks are on accelerators."""
 ROUNDS = {True: 20, False: 5}
+"""Timed calls, by whether ranks are on accelerators."""
 
 
 def measure(device: torch.device, size: int) -> dict[str, Any]:
-    """Measure the process group that is there; the same calls on every rank."""
+    """Measure latency and bandwidth of the default process group, which has `size` ranks. Every rank must call it."""
     small = torch.zeros(SMALL_BYTES // 4, device=device)
     latency = _seconds(small, ROUNDS[device.type != "cpu"] * 5)
     rows = []
@@ -39,7 +40,7 @@ def measure(device: torch.device, size: int) -> dict[str, Any]:
 
 
 def _seconds(tensor: torch.Tensor, rounds: int) -> float:
-    """Time one all-reduce: the mean of `rounds` after two that set connections up, seconds."""
+    """Return the mean seconds of one all-reduce, over `rounds` calls after two that set up connections."""
     for number in range(2 + rounds):
         if number == 2:
             _synchronize(tensor)
@@ -55,8 +56,9 @@ def _synchronize(tensor: torch.Tensor) -> None:
 
 
 def run(directory: Path, env: RankEnv) -> None:
+    """Measure in this rank; rank 0 writes the figures into `result.json` of `directory`."""
     rendezvous.meet(env, directory, os.environ)
-    if accelerator.present():  # says over what it talks
+    if accelerator.present():  # NCCL's log names its transport
         os.environ.setdefault("NCCL_DEBUG", "INFO")
         os.environ.setdefault("NCCL_DEBUG_FILE", str(directory / "logs" / "nccl-%h-%p.log"))
     world = start_process_group(env)
@@ -71,7 +73,7 @@ def run(directory: Path, env: RankEnv) -> None:
 
 
 def _over_sockets(run_dir: Path) -> bool:
-    """Return whether NCCL says that it goes over TCP sockets between nodes."""
+    """Return whether NCCL's logs say that it uses TCP sockets between nodes."""
     return any("via NET/Socket" in log.read_text(errors="replace") for log in (run_dir / "logs").glob("nccl-*.log"))
 
 

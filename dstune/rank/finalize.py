@@ -1,4 +1,4 @@
-"""How a run ends: its last evaluation and save, the test, the export and `result.json`."""
+"""The end of a run: its last evaluation and save, the test, the export and `result.json`."""
 
 from __future__ import annotations
 
@@ -23,22 +23,27 @@ from dstune.trainer.safety import measure_moment
 
 
 def finish(
-    run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, request: Request, prepared: Preparation
+    run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, request: Request, preparation: Preparation
 ) -> None:
-    """Finish a run that ended as planned with evaluation, save, test, export and result; of another, write the result alone."""
+    """Finish the run: evaluate, save, test and export if it ended as planned, then write `result.json` in any case.
+
+    Raises:
+        Preempted: the run was preempted and saved.
+        TrainingFailed: the run failed, or its last step could not be saved.
+    """
     state = run.state
     result: dict[str, Any] = {"reason": request.reason, "export": None, "test": None}
     if not request.action & LEAVE:
-        evaluated = run.data.validation is not None and state.eval_last_step != state.step
-        if evaluated:
+        is_evaluation_due = run.data.validation is not None and state.eval_last_step != state.step
+        if is_evaluation_due:
             with run.around("the last evaluation"):
                 evaluate(run)
         with run.around("ending the run"):
-            result |= _conclude(run, checkpoints, run_dir, tokenizer, prepared, unsaved=evaluated)
+            result |= _conclude(run, checkpoints, run_dir, tokenizer, preparation, unsaved=is_evaluation_due)
             show_samples(run, tokenizer, before=False)
     run.saves.wait_for_pending_save()
     run.data_loader.close(for_good=not request.action & LEAVE)
-    state.seconds = run.seconds_before + time.monotonic() - run.started
+    state.seconds = run.seconds_before + time.monotonic() - run.start_time
     status = status_of(request)
     if run.world.is_main:
         checkpoint = store.newest(run_dir)
@@ -70,6 +75,7 @@ def finish(
 
 
 def status_of(request: Request) -> str:
+    """Return the `status` of `result.json` for the request that ended the run."""
     if request.action & Action.PREEMPT:
         return "preempted"
     if request.action & Action.FAIL:
@@ -80,19 +86,19 @@ def status_of(request: Request) -> str:
 
 
 def _conclude(
-    run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, prepared: Preparation, *, unsaved: bool
+    run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, preparation: Preparation, *, unsaved: bool
 ) -> dict[str, Any]:
-    """Save, measure what is measured at the end, and export. Every rank must call it; what `result.json` has of it.
+    """Save, run the measurements of the end, and export; return their entries of `result.json`. Every rank must call it.
 
-    unsaved: an evaluation came after the last save.
+    unsaved: an evaluation followed the last save.
     """
     state, config = run.state, run.config
     result: dict[str, Any] = {}
     run.saves.wait_for_pending_save()
     newest = store.newest(run_dir)
-    # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
-    due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))
-    if due and not save(run, now=True):
+    # After an evaluation the checkpoint is saved again, so that it records whether it is the best one.
+    is_save_due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))
+    if is_save_due and not save(run, now=True):
         reason = f"step {state.step} could not be saved: {run.saves.refusal}"
         raise TrainingFailed(f"{reason}; fix it, then run `dstune train RUN`")
     result["weights_step"] = restore_best(run, checkpoints, run_dir)
@@ -101,7 +107,7 @@ def _conclude(
     if run.data.test is not None:
         result["test"] = run.evaluator(run.data.test).metrics
     if run.world.is_main:
-        result |= prepared.result(run)
+        result |= preparation.result(run)
     if run.data.validation is not None and config.evaluate.counterfactual:
         state.results["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
     if config.run.export is not Export.none and run.world.is_main:
@@ -111,22 +117,22 @@ def _conclude(
 
 
 def restore_best(run: Training, checkpoints: Checkpoints, run_dir: Path) -> int:
-    """Load the best weights where `run.export=best`, so that what follows is measured on what is exported. Returns the step that
-    the weights are of."""
+    """Load the best weights if `run.export=best`, so that the exported model is the one that is tested. Returns the step of the
+    loaded weights."""
     best = store.best(run_dir) if run.world.is_main and run.config.run.export is Export.best else None
     best = run.world.broadcast(best)
-    reached = run.state.best
+    best_evaluation = run.state.best
     if (
         run.log
         and run.config.run.export is Export.best
-        and reached
-        and (best is None or best.name != store.tag(reached.step))
+        and best_evaluation
+        and (best is None or best.name != store.tag(best_evaluation.step))
     ):
         substitute = (
             "the last weights stand in for it" if best is None else "the best one that was saved stands in for it"
         )
         run.log.message(
-            f"warning: the best evaluation, after step {reached.step}, has no checkpoint here: {substitute}"
+            f"warning: the best evaluation, after step {best_evaluation.step}, has no checkpoint here: {substitute}"
         )
     if best is None or best.name == store.tag(run.state.step):
         return run.state.step
@@ -138,6 +144,7 @@ def restore_best(run: Training, checkpoints: Checkpoints, run_dir: Path) -> int:
 
 
 def export(run_dir: Path, config: RunConfig) -> Path:
+    """Export the newest checkpoint, or the best one if `run.export=best`, into `export` of the run; return that folder."""
     from dstune.checkpoint.export import export_checkpoint
 
     checkpoint = store.newest(run_dir)
@@ -148,5 +155,5 @@ def export(run_dir: Path, config: RunConfig) -> Path:
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Write `result.json` whole or not at all."""
+    """Write `result.json` atomically."""
     files.write(run_dir / "result.json", json_text(redacted(result), indent=1))

@@ -1,6 +1,6 @@
-"""How the process of a rank begins and ends. Modules that ranks run beside training have a function `run(directory, env, ...)`.
+"""Start and end of a rank's process. Each module that ranks run for something else than training has `run(directory, env, ...)`.
 
-`python -m MODULE DIRECTORY ...` is such a rank: `directory` holds the `run.yaml`, and gets `result.json`.
+`python -m MODULE DIRECTORY ...` starts such a rank: `directory` has the `run.yaml`, and gets the `result.json`.
 """
 
 from __future__ import annotations

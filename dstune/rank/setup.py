@@ -1,4 +1,4 @@
-"""Builds everything that a rank needs before the loop, step by step: each step returns what later ones take."""
+"""Builds everything that a rank needs before the loop, step by step; later steps take what earlier ones return."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ from dstune.zero.precision import DTYPES, resolve, set_arithmetic
 from dstune.zero.slices import Slices
 
 activity = logging.getLogger("dstune.worker")
-"""What goes on before the first step; rank 0 shows it."""
+"""Logs the activities before the first step, which rank 0 shows on the console."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How this rank computes, and which part of rows and weights it has."""
+    """A rank's precision, its part of rows and weights, and its DeepSpeed configuration."""
 
     precision: Precision
     cut: SequenceCut | None
-    """The rank's positions of each row, where ranks share rows."""
+    """The rank's positions of each row; None unless ranks share rows."""
     slices: Slices | None
-    """The rank's part of each weight, where ranks share weights."""
+    """The rank's part of each weight; None unless ranks share weights."""
     deepspeed: dict[str, Any]
     """DeepSpeed's configuration."""
 
@@ -94,20 +94,20 @@ class LoadedRows:
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
     proof: Proof
-    """That a server renders conversations as they are trained."""
+    """Evidence that a server renders conversations as they are trained."""
     blocks: Blocks | None
-    """Of a stream."""
+    """The blocks of a stream; None for other data."""
     memory: PeakMemory
 
 
 @dataclass(frozen=True)
 class MethodStart:
-    """What the method and the penalties of `forgetting` need from a copy of the model that is thrown away."""
+    """What the method and the penalties of `forgetting` compute with a temporary copy of the model."""
 
     preparation: Preparation
     fisher: Fisher
     digests: Mapping[str, Any]
-    """Of the samples, by which ranks and launches see that they have the same ones."""
+    """Digests of the samples, by which ranks and launches check that they have the same ones."""
 
 
 @dataclass(frozen=True)
@@ -115,35 +115,35 @@ class BuiltModel:
     """The model of a run."""
 
     model: PreTrainedModel
-    """As transformers builds it."""
+    """The model that transformers loads."""
     module: torch.nn.Module
-    """What is trained: `model`, with the method's parameters."""
+    """The module to train: `model` with the method's parameters."""
     head: Head
     rows: Rows | None
-    """How a language model gets its rows, where not as they are."""
+    """How a language model's rows are changed before its forward pass; None if they are not."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Where the run begins or continues."""
+    """The state from which the run begins or continues."""
 
     config: RunConfig
-    """With the size of a micro-batch."""
+    """With the chosen size of a micro-batch."""
     data: PreparedData
     state: TrainState
     checkpoints: Checkpoints
     metadata: dict[str, Any]
-    """Of every checkpoint."""
+    """Written into every checkpoint."""
 
 
 class Setup:
-    """The steps before the loop, in the order of the methods."""
+    """The steps before the loop, to be called in the order of the methods."""
 
     def __init__(self, config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer):
         self.config, self.run_dir, self.world = config, run_dir, world
         self.preemption, self.startup = preemption, startup
         self.task, self.method = task_of(config.task), method_of(config.method)
-        self.started = time.monotonic()
+        self.start_time = time.monotonic()
         self.console = Console()
         self.message: Callable[[str], None] = self.console.message if world.is_main else lambda text: None
 
@@ -162,7 +162,7 @@ class Setup:
         return Layout(precision, cut, slices, deepspeed)
 
     def load_data(self, layout: Layout) -> LoadedRows:
-        """Tokenize the rows, or find them in the cache, and prove that a server renders them alike."""
+        """Tokenize the rows or load them from the cache, and check that a server renders conversations the same way."""
         config, world = self.config, self.world
         tokenizer = load_tokenizer(config.model)
         data = prepare(config, tokenizer, world.env, cache_root())
@@ -173,7 +173,9 @@ class Setup:
             self.message(proof.note)
         refuse_with_images(config, data)
         blocks = None
-        if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
+        if (
+            data.stream is not None
+        ):  # built here so that the process that prepares the blocks starts while the model loads
             leader = world.local_rank == 0
             blocks = Blocks(
                 config, tokenizer, data, self.run_dir, cache_root(), arguments=proof.arguments, leader=leader
@@ -185,7 +187,7 @@ class Setup:
         return LoadedRows(tokenizer, data, proof, blocks, memory)
 
     def prepare_method(self, layout: Layout, rows: LoadedRows) -> tuple[MethodStart, LoadedRows]:
-        """Compute what the method needs of a copy of the model. Return it, and the rows to train on."""
+        """Compute what the method needs with a copy of the model; return it, and the rows to train on."""
         config, world, tokenizer, precision = self.config, self.world, rows.tokenizer, layout.precision
         activity.info("loading %s", format_value(config.model.path))
         digests = {"samples": samples_digest(rows.data), "content": content_digest(rows.data)}
@@ -197,7 +199,7 @@ class Setup:
         return MethodStart(preparation, fisher, digests), replace(rows, data=preparation.data)
 
     def build_model(self, layout: Layout, rows: LoadedRows, start: MethodStart) -> BuiltModel:
-        """Load the model, add the method's parameters, cut or slice it where ranks share rows or weights; build the head."""
+        """Load the model, add the method's parameters, split it if ranks share rows or weights, and build the head."""
         config, dtype = self.config, DTYPES[layout.precision]
         with partitioned_loading(layout.deepspeed):
             model = start.preparation.model(config, rows.tokenizer, dtype)
@@ -205,15 +207,15 @@ class Setup:
                 model = load_model(config, rows.tokenizer, rows.data.labels, dtype)
         if layout.cut is not None:
             layout.cut.install(model)
-        has_images = rows.data.train.images is not None  # then masks separate samples
+        has_images = rows.data.train.images is not None  # masks separate the samples of such rows
         model_rows = layout.cut or (
             None if has_images else attention_of_samples(config, model, self.world, self.message)
         )
-        plain = parameter_names(model)
+        base_names = parameter_names(model)
         module = self.method.apply(model, config)
         if config.run.export is not Export.none and not self.method.adapter:
             trained = (name for name, parameter in module.named_parameters() if parameter.requires_grad)
-            refuse_added(plain, trained, self.method.name)
+            refuse_added(base_names, trained, self.method.name)
         if layout.slices is not None:
             slice_model(module, model, layout.slices)
         use_kernels(module, config.model, self.message)
@@ -230,9 +232,9 @@ class Setup:
         start.preparation.restrict(module, new_weights(built.model))
         keep_frozen(built.model)
         optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module, vision_parts(built.model))
-        once = goes_once_through(config)
+        one_pass = is_one_pass(config)
         engine = Engine(
-            module, optimizer, layout.deepspeed, self.world, groups=groups, one_pass=once, slices=layout.slices
+            module, optimizer, layout.deepspeed, self.world, groups=groups, one_pass=one_pass, slices=layout.slices
         )
         self.startup.mark("engine")
         return engine
@@ -240,7 +242,7 @@ class Setup:
     def check_arithmetic(
         self, rows: LoadedRows, built: BuiltModel, engine: Engine, start: MethodStart
     ) -> Penalties | None:
-        """Check the head, packed and padded rows, and return the penalties, while the weights are those of the start."""
+        """Check the head's sums and packed and padded rows, and build the penalties, while the model has its start weights."""
         config, world = self.config, self.world
         refuse_uneven_gathers(config, built.model, world)
         examine(built.head, engine, built.model, config.model.path)
@@ -254,7 +256,7 @@ class Setup:
             penalties = Penalties(config.forgetting, engine, new_weights(built.model), start.fisher)
         architecture = built.model.config.get_text_config()
         verify_rows(config, engine, built.head, built.rows, architecture, world, self.message, has_images=has_images)
-        if getattr(built.head, "rows", None) is None:  # rows that are handed over in another way have been proven so
+        if getattr(built.head, "rows", None) is None:  # otherwise `verify_rows` has checked the changed rows
             check_padding(config, engine, built.model, rows.tokenizer, rows.data, world, self.message)
         keep_freed()
         refuse_different_rows(world, start.digests["samples"] + start.digests["content"])
@@ -263,7 +265,7 @@ class Setup:
     def restore(
         self, layout: Layout, rows: LoadedRows, built: BuiltModel, engine: Engine, start: MethodStart
     ) -> Restored:
-        """Choose the size of a micro-batch, compute log-probabilities of the start weights, and load the newest checkpoint."""
+        """Choose the size of a micro-batch, compute the reference's log-probabilities, and load the newest checkpoint."""
         world, padding, zero = self.world, rows.tokenizer.pad_token_id, layout.deepspeed["zero_optimization"]
         metadata: dict[str, Any] = {
             "world_size": world.size,
@@ -279,7 +281,7 @@ class Setup:
         trials = micro_batch.Trials(
             self.config, rows.data.train, engine, built.head, world, padding, rows.memory, self.message
         )
-        # Before layers are frozen for later: all of them take the most.
+        # Before any layers are frozen: memory is at its peak when all of them train.
         config, choice = trials.choose_micro_batch_size(checkpoints.remembered(micro_batch.NAME))
         data = rows.data
         if isinstance(self.task, NeedsReference):
@@ -299,7 +301,7 @@ class Setup:
         penalties: Penalties | None,
         restored: Restored,
     ) -> Training:
-        """Put the order of the data, the log and the callbacks together."""
+        """Build the data loader, the evaluator, the log and the callbacks, and put them into a `Training`."""
         world, run_dir, tokenizer = self.world, self.run_dir, rows.tokenizer
         config, data, state, head = restored.config, restored.data, restored.state, built.head
         data_loader = data_loader_of(config, data, rows.blocks, state.cursor)
@@ -334,23 +336,22 @@ class Setup:
             unfreezing=unfreezing,
             penalties=penalties,
             rollouts=rollouts,
-            started=self.started,
+            start_time=self.start_time,
             seconds_before=state.seconds,
         )
         run.callbacks = CallbackList.for_run(run)
         return run
 
     def place(self, activity: str) -> Callable[[], str]:
-        """Return what says where memory ran out: in which activity, and on which of several ranks."""
+        """Return a function that names the activity in which memory ran out, and with several ranks the rank."""
         return lambda: activity if self.world.size == 1 else f"{activity} on rank {self.world.rank}"
 
     def less_memory(self, layout: Layout) -> list[str]:
-        """Return settings with which the run would need less memory."""
+        """Return overrides with which the run would need less memory."""
         values = load_config(self.config.model).get_text_config().to_dict()
         return advice(self.config, values, layout.precision, self.world.size, self.world.local_size)
 
 
-def goes_once_through(config: RunConfig) -> bool:
-    """Return whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last
-    step."""
+def is_one_pass(config: RunConfig) -> bool:
+    """Return whether each micro-batch passes a decoder once and the same parameters train at every step."""
     return task_of(config.task).one_pass and method_of(config.method).same_parameters_throughout

@@ -1,4 +1,4 @@
-"""What a run writes and says before its first step."""
+"""The files that a run writes and the lines that it prints before its first step."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ from dstune.zero import accelerator
 from dstune.zero.parts import full_count
 
 FEW_STEPS = 20
-"""Optimizer steps below which a run is told to be short: adapters at their usual rate hardly move in fewer."""
+"""A run with fewer optimizer steps gets a warning: adapters at their usual rate hardly change in so few."""
 MAX_LISTED_LABELS = 12
 
 
 def describe(
-    config: RunConfig, run_dir: Path, run: Training, module: torch.nn.Module, base: Any, prepared: Preparation
+    config: RunConfig, run_dir: Path, run: Training, module: torch.nn.Module, base: Any, preparation: Preparation
 ) -> None:
-    """Write `environment.json` and say on the console what is about to be trained."""
+    """Write `environment.json` and `data_report.json`, and print what is about to be trained. base: the model without the
+    method's parameters."""
     hosts = run.world.gather(environment.host())
     if not run.world.is_main or run.log is None:
         return
     total = sum(map(run.engine.whole_count, module.parameters()))
-    total += prepared.parameters_left_out
-    for message in prepared.messages():
+    total += preparation.parameters_left_out
+    for message in preparation.messages():
         run.log.message(message)
     trained = run.engine.whole_trained_count
     unreached = count_by_part(base, run.engine.whole_count)
-    if prepared.masks:
-        in_masks = sum(full_count(parameter) for name, parameter in module.named_parameters() if name in prepared.masks)
-        trained += sum(int(mask.sum()) for mask in prepared.masks.values()) - in_masks
+    if masks := preparation.masks:
+        masked = sum(full_count(parameter) for name, parameter in module.named_parameters() if name in masks)
+        trained += sum(int(mask.sum()) for mask in masks.values()) - masked
     model = {
         "path": format_value(config.model.path),
         "revision": config.model.revision,
@@ -76,12 +77,12 @@ def describe(
         parts = ", ".join(f"{name} ({count / 1e6:.2f}M)" for name, count in unreached.items())
         run.log.message(f"frozen, since rows of text never reach them: {parts}")
     rows = {split.name: len(split.lengths) for split in run.data.splits}
-    counted = [
+    split_counts = [
         f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()
     ]
     packed = f" packed into rows of {config.data.max_length:,} tokens" if config.data.packing else ""
     run.log.message(
-        f"{', '.join(counted)}{packed}; "
+        f"{', '.join(split_counts)}{packed}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} {'of these ' * bool(packed)}rows each"
     )
     if labels := run.data.report.get("train", {}).get("labels"):
@@ -102,24 +103,24 @@ def describe(
 
 
 def conversations_of(counts: Mapping[str, Any]) -> str:
-    """Say of how many conversations the samples of a part are, where a chat template makes several of some, and with how many
-    times their tokens."""
-    once, conversations = counts.get("tokens_once"), counts.get("conversations")
-    if not once or not conversations or counts["samples"] <= conversations:
+    """Format how many conversations a split's samples come from, and how many times their tokens the samples have; empty unless
+    the chat template makes several samples of a conversation."""
+    tokens_once, conversations = counts.get("tokens_once"), counts.get("conversations")
+    if not tokens_once or not conversations or counts["samples"] <= conversations:
         return ""
-    return f" of {conversations:,} conversations ({counts['tokens'] / once:.1f} times their tokens)"
+    return f" of {conversations:,} conversations ({counts['tokens'] / tokens_once:.1f} times their tokens)"
 
 
 def label_counts(counts: dict[str, int]) -> str:
-    """Say how many training rows each label has, the most frequent first."""
+    """Format how many training rows each label has, the most frequent first."""
     ordered = sorted(counts, key=lambda name: -counts[name])
-    reported = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:MAX_LISTED_LABELS])
+    listed = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:MAX_LISTED_LABELS])
     further = f" and {len(ordered) - MAX_LISTED_LABELS} more" if len(ordered) > MAX_LISTED_LABELS else ""
-    return f"{len(ordered)} labels: {reported}{further}"
+    return f"{len(ordered)} labels: {listed}{further}"
 
 
 def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
-    """Yield labels that look like a slip, the first of them one by one."""
+    """Yield a warning for each label that looks like a typing error; those beyond `MAX_LISTED_LABELS` are only counted."""
     messages = suspicious(counts)
     yield from messages[:MAX_LISTED_LABELS]
     if further := len(messages[MAX_LISTED_LABELS:]):
@@ -127,32 +128,33 @@ def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
 
 
 def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
-    """Yield how rows become optimizer steps, where there are few of these, and what gives more."""
+    """Yield a warning if the run has few optimizer steps: how its rows become steps, and how to get more."""
     trainer, rows, total = config.trainer, run.data_loader.rows(), run.total_steps
     if run.state.step or total >= FEW_STEPS:
         return
-    only = f"this run has only {total} optimizer step{'s' * (total != 1)}"
+    warning = f"this run has only {total} optimizer step{'s' * (total != 1)}"
     if rows is None:
-        yield f"{only} (trainer.max_steps={trainer.max_steps}): a larger trainer.max_steps trains longer"
+        yield f"{warning} (trainer.max_steps={trainer.max_steps}): a larger trainer.max_steps trains longer"
         return
-    each, samples = run.data_loader.steps(1), len(run.data.train.lengths)
+    steps_per_pass, samples = run.data_loader.steps(1), len(run.data.train.lengths)
     packed = f" -> {rows:,} packed rows of {config.data.max_length:,} tokens" if config.data.packing else ""
-    read = run.data.report.get("train", {}).get("rows", samples)
-    made = f" -> {samples:,} samples" if samples != read else ""
-    way = f"{read:,} rows{made}{packed} -> {each} step{'s' * (each != 1)} of {trainer.global_batch_size} rows in a pass"
+    rows_read = run.data.report.get("train", {}).get("rows", samples)
+    split_up = f" -> {samples:,} samples" if samples != rows_read else ""
+    steps = f"{steps_per_pass} step{'s' * (steps_per_pass != 1)} of {trainer.global_batch_size} rows in a pass"
+    conversion = f"{rows_read:,} rows{split_up}{packed} -> {steps}"
     if trainer.max_steps is not None:
-        yield f"{only} (trainer.max_steps={trainer.max_steps}; {way}): a larger trainer.max_steps trains longer"
+        yield f"{warning} (trainer.max_steps={trainer.max_steps}; {conversion}): a larger trainer.max_steps trains longer"
         return
-    needed = -(-FEW_STEPS // trainer.epochs)
-    batch = (rows - 1) // (needed - 1) if needed > 1 else 0
+    needed_per_pass = -(-FEW_STEPS // trainer.epochs)
+    batch = (rows - 1) // (needed_per_pass - 1) if needed_per_pass > 1 else 0
     smaller = f", trainer.global_batch_size={batch}" if 1 <= batch < trainer.global_batch_size else ""
     passes = "" if trainer.epochs == 1 else f", {trainer.epochs} passes"
-    fix = f"trainer.epochs={-(-FEW_STEPS // max(1, each))}{smaller} or more rows give {FEW_STEPS}"
-    yield f"{only} ({way}{passes}), in which a model learns little: {fix}"
+    fix = f"trainer.epochs={-(-FEW_STEPS // max(1, steps_per_pass))}{smaller} or more rows give {FEW_STEPS}"
+    yield f"{warning} ({conversion}{passes}), in which a model learns little: {fix}"
 
 
 def cautions(config: RunConfig, run: Training) -> Iterator[str]:
-    """Yield what is allowed, and probably not meant."""
+    """Yield warnings about settings and data that are allowed but probably not intended."""
     yield from few_steps(config, run)
     yield from unlikely_labels(run.data.report.get("train", {}).get("labels", {}))
     for part, counts in run.data.report.items():
@@ -160,12 +162,12 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
             yield f"{bad:,} of {counts['rows_read']:,} rows of data.{part} are bad and left out (data_report.json names the first)"
         for column, rows in counts.get("unread_columns", {}).items():
             yield f"the column {column!r} of {rows:,} {part} rows is not used; data.columns says which columns are"
-        divided = task_of(config.task).splits_long_rows
-        if (cut := counts.get("truncated")) and not divided:
+        splits_long_rows = task_of(config.task).splits_long_rows
+        if (truncated := counts.get("truncated")) and not splits_long_rows:
             longest = f"the longest has {counts['longest']:,} tokens, " if counts.get("longest") else ""
             yield (
-                f"{cut:,} of {counts.get('rows', cut):,} {part} rows are longer than data.max_length={config.data.max_length} and "
-                f"were cut ({longest}`dstune data show` shows them)"
+                f"{truncated:,} of {counts.get('rows', truncated):,} {part} rows are longer than "
+                f"data.max_length={config.data.max_length} and were cut ({longest}`dstune data show` shows them)"
             )
     if run.data.validation is not None and (held_out := len(run.data.validation.lengths)) < FEW_ROWS:
         few = f"{held_out} validation row{'s' * (held_out != 1)}: metrics of so few say little"
@@ -189,23 +191,23 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
 
 
 def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
-    """Yield what to tell where a continued run has another number of steps, so that its rate jumps."""
+    """Yield a warning if the number of steps of a continued run has changed, so that its learning rate jumps."""
     step, total_before = run.state.step, run.state.planned_steps
     if not step or not total_before or total_before == run.total_steps:
         return
     schedule = schedule_of(config.schedule)
-    was = schedule.factor(min(step, total_before - 1), total_before)  # of the next step, or the last one again
-    now = schedule.factor(step, run.total_steps)
-    if abs(now - was) >= 0.01:
+    factor_before = schedule.factor(min(step, total_before - 1), total_before)  # of the next step, or of the last one
+    factor = schedule.factor(step, run.total_steps)
+    if abs(factor - factor_before) >= 0.01:
         yield (
             f"the run has {run.total_steps:,} steps now instead of {total_before:,}, and its schedule is stretched to them: the "
-            f"rate goes on at {config.optimizer.lr * now:.2g} instead of {config.optimizer.lr * was:.2g}. For a schedule of their "
-            f"own, train the further steps as a new run: model.path=EXPORT"
+            f"rate goes on at {config.optimizer.lr * factor:.2g} instead of {config.optimizer.lr * factor_before:.2g}. For a "
+            f"schedule of their own, train the further steps as a new run: model.path=EXPORT"
         )
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """Return what happened to the rows, which tables they come from, and how well they pack."""
+    """Return the contents of `data_report.json`: what happened to the rows, the tables they come from, and how well they pack."""
     report = data.report
     specs = {key: getattr(row_input.data, part) for key, part, row_input in inputs.row_inputs(config)}
     if tables := {key: source.describe(spec) for key, spec in specs.items() if (source := data_source_of(spec))}:
@@ -216,6 +218,7 @@ def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
 
 
 def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
+    """Show the model's answers to held-out prompts (`evaluate.samples`). before: the run is starting. Every rank must call it."""
     if not run.config.evaluate.samples or (before and run.state.step > 0):
         return
     if prompts := run.data.prompts[: run.config.evaluate.samples]:
@@ -225,14 +228,14 @@ def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
         run.log.samples(run.state.step, answers)
 
 
-def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer: Any) -> None:
-    """Measure what the model reaches on the validation rows before training, with examples in front (`evaluate.baseline_shots`)."""
+def measure_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer: Any) -> None:
+    """Measure the untuned model on the validation rows with worked examples in its prompt (`evaluate.baseline_shots`)."""
     config, validation = run.config, run.data.validation
     if not config.evaluate.baseline_shots or run.state.step > 0 or validation is None:
         return
-    adapted: Any = module
-    untouched = adapted.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
-    with untouched, run.around("asking the untuned model"):
+    peft_module: Any = module
+    adapter_disabled = peft_module.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
+    with adapter_disabled, run.around("asking the untuned model"):
         prompted = measure_prompted(
             config,
             run.data,

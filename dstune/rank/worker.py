@@ -1,4 +1,4 @@
-"""What each rank runs, from `run.yaml` to the result: `python -m dstune.rank.worker RUN_DIR`."""
+"""The program of a training rank, from `run.yaml` to the result: `python -m dstune.rank.worker RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dstune.protocols.task_options import HoldsModels
 from dstune.rank.finalize import finish
 from dstune.rank.process import exit_now, guarded
 from dstune.rank.setup import BuiltModel, Setup, activity
-from dstune.rank.startup import ask_untuned, describe, show_samples
+from dstune.rank.startup import describe, measure_untuned, show_samples
 from dstune.rank.zero_stage import choose_zero_stage
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
@@ -50,20 +50,20 @@ from dstune.zero.start import start_process_group
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
     startup = StartupTimer(os.environ)
-    # First, so that a signal during start-up is not lost; of all stages, which share the time and the files that ask.
+    # Built first, so that no signal is lost during start-up. All stages share it: they share the time limit and the stop files.
     preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
     config = choose_zero_stage(config, run_dir, world)
     with swap.own_folder(config.zero, run_dir, world) as zero:
         config = replace(config, zero=zero)
         *earlier_stages, config = stages_of(config, run_dir)
         for stage in earlier_stages:
-            train_before(stage, config, run_dir, world, preemption)
-            startup = StartupTimer()  # of the last stage, which `result.json` is about
+            train_earlier_stage(stage, config, run_dir, world, preemption)
+            startup = StartupTimer()  # `result.json` has the times of the last stage
         train_stage(config, run_dir, world, preemption, startup)
 
 
 def stages_of(config: RunConfig, run_dir: Path) -> list[RunConfig]:
-    """Return the runs that `config` trains one after another; the last one is the run itself."""
+    """Return the configurations that are trained one after another; the last one is the run itself."""
     method = method_of(config.method)
     return method.stages(config, run_dir) if isinstance(method, TrainsInStages) else [config]
 
@@ -71,7 +71,7 @@ def stages_of(config: RunConfig, run_dir: Path) -> list[RunConfig]:
 def train_stage(
     config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer | None = None
 ) -> None:
-    """Train as `train`, a single stage."""
+    """Train a single stage. Raises as `train` does."""
     setup = Setup(config, run_dir, world, preemption, startup or StartupTimer())
     engine: Engine | None = None
     try:
@@ -87,15 +87,15 @@ def train_stage(
             run = setup.build_training(layout, rows, built, engine, penalties, restored)
             run_training(run, built, rows.tokenizer, restored.checkpoints, start.preparation)
     except BaseException:
-        if world.size == 1:  # with more of them the device may still wait for a rank that is gone
+        if world.size == 1:  # with several ranks the device may still be waiting for one that is gone
             close(engine, setup.task)
         raise
     close(engine, setup.task)
 
 
 def close(engine: Engine | None, task: Task) -> None:
-    """Close the engine, so that another stage may follow in this process, or another run. What the run is worth is decided by
-    now."""
+    """Close the engine and the task's models, so that another stage or run can follow in this process. An error is only logged:
+    the run's result is already written."""
     for holder in (engine, task):
         try:
             if isinstance(holder, Engine | HoldsModels):
@@ -113,7 +113,7 @@ def run_training(
         describe(run.config, run_dir, run, module, built.model, preparation)
         run.state.planned_steps = run.total_steps
         show_samples(run, tokenizer, before=True)
-        ask_untuned(run, run_dir, module, tokenizer)
+        measure_untuned(run, run_dir, module, tokenizer)
         if run.state.step == 0:
             evaluate_monitored_sets(run, "before")
             measure_moment(run, tokenizer, "before")
@@ -127,28 +127,29 @@ def run_training(
         if run.rollouts is not None:
             run.rollouts.close()
         if run.log is not None:
-            run.log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
-        with suppress(Exception):  # what it raises is not why the run failed
+            run.log.finish("failed", crashed=True)  # flush what it holds: this process ends abruptly
+        with suppress(Exception):  # an error in here must not hide why the run failed
             run.callbacks.close()
         raise
-    run.callbacks.close()  # last: a run that is preempted has little time for its result
+    run.callbacks.close()  # last: a preempted run has little time left for its result
 
 
 def take_over_export(source: Path, run_dir: Path) -> None:
-    """Copy what an earlier stage of another run has exported, unless this run has its own: the checkpoint that the run goes on
-    from stands on it, and that run's folder may be gone by the next launch."""
-    exported = source / "export"
-    run_dir = run_dir / "export"
-    if not (exported / "config.json").is_file() or run_dir.is_dir():
+    """Copy the export of an earlier stage from the run `source`, unless this run has one. The checkpoint that this run continues
+    was trained from that export, and the other run's folder may be gone by the next launch."""
+    source_export, export = source / "export", run_dir / "export"
+    if not (source_export / "config.json").is_file() or export.is_dir():
         return
-    temporary = run_dir.with_name(f"{run_dir.name}{INCOMPLETE}")
+    temporary = export.with_name(f"{export.name}{INCOMPLETE}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(exported, temporary)
-    temporary.rename(run_dir)
+    shutil.copytree(source_export, temporary)
+    temporary.rename(export)
 
 
-def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
-    """Train a stage in front of the run, in a folder of its own, unless its export is there already, or in `run.resume`'s run."""
+def train_earlier_stage(
+    stage: RunConfig, config: RunConfig, run_dir: Path, world: World, preemption: Preemption
+) -> None:
+    """Train an earlier stage in its own folder below the run, unless it has been exported there or in `run.resume`'s run."""
     assert stage.run.dir is not None
     folder = Path(stage.run.dir)
     if world.is_main and config.run.resume not in ("auto", "never"):
@@ -157,19 +158,19 @@ def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: Worl
         return
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        above = run_dir / "run.yaml"
-        write_run(folder / "run.yaml", Composed(stage, [], plugins.used_by(stage)), signature_of=above)
+        run_file = run_dir / "run.yaml"
+        write_run(folder / "run.yaml", Composed(stage, [], plugins.used_by(stage)), signature_of=run_file)
     world.barrier()
     try:
         train_stage(stage, folder, world, preemption)
     except Preempted:
-        if world.is_main:  # the whole run is preempted; the next launch goes on with this stage
+        if world.is_main:  # the complete run is preempted, and its next launch continues with this stage
             files.write(run_dir / "result.json", (folder / "result.json").read_bytes())
         raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the rank's process as dstune's own launch starts it, here, by the agent of a node or by mpirun."""
+    """Run the process of a rank that dstune's launch layer started: on this machine, by a node's agent or by mpirun."""
     (argument,) = sys.argv[1:] if argv is None else argv
     die_with_parent()
     answer_with_stacks()
@@ -189,32 +190,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank inside somebody else's launch ended."""
+    """Result of a rank that another program launched."""
 
     code: int
     run_dir: Path | None = None
-    """None where the run was refused before it had one."""
+    """None if the run was refused before it had one."""
     error: DstuneError | None = None
 
 
 def main_inside(
     env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]], *, prints: bool = True
 ) -> Outcome:
-    """Run a rank inside somebody else's launch: rank 0 alone prepares the run, all read what it has written, or get its error and
-    exit code.
+    """Run a rank that another program launched. Rank 0 prepares the run; all ranks read what it has written, or return its error
+    and exit code.
 
-    prepare_run: the configuration (None where nothing is left to do), the folder of the run with its `run.yaml`, and the run
-    directory that the user knows, which is another one where that is only copied to (`dstune.launch.mirror`).
-    prints: whether errors go to stderr; they are in the outcome too.
+    prepare_run: returns the configuration (None if nothing is left to do), the folder with the `run.yaml`, and the run directory
+    that the user knows, which differs if the run is only copied there (`dstune.launch.mirror`).
+    prints: whether errors are printed to stderr; the outcome has them in any case.
     """
 
     try:
-        return _inside(env, prepare_run, prints)
+        return _run_inside(env, prepare_run, prints)
     finally:
         rendezvous.leave_store(env, os.environ)
 
 
-def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]], prints: bool) -> Outcome:
+def _run_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]], prints: bool) -> Outcome:
     def report(text: str) -> None:
         if prints:
             print(f"dstune: {text}", file=sys.stderr, flush=True)
@@ -223,7 +224,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     answer_with_stacks()
     try:
         rendezvous.set_address(env, os.environ)
-    except DstuneError as error:  # of the user's, every rank comes to the same answer
+    except DstuneError as error:  # every rank gets the same UserError, so rank 0 reports it
         if env.rank == 0 or not isinstance(error, UserError):
             report(str(error))
         return Outcome(error.exit_code, error=error)
@@ -231,13 +232,15 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
         record_collectives(os.environ)
         world = start_process_group(env)
         rendezvous.remove_meeting_files(env, os.environ)
-    except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
+    except (
+        DstuneError
+    ) as error:  # such as a node with too few GPUs; the other ranks wait for this one until they are ended
         report(f"rank {env.rank}: {error}")
         return Outcome(error.exit_code, error=error)
     config: RunConfig | None = None
     prepared: dict[str, Any] | None = None
     if world.is_main:
-        config, prepared = _prepared_for_all(prepare_run)
+        config, prepared = _prepare_for_all(prepare_run)
     prepared = world.broadcast(prepared)
     assert prepared is not None
     if "error" in prepared:
@@ -266,27 +269,26 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     return Outcome(code, prepared["place"], errors[0] if errors else None)
 
 
-def _prepared_for_all(
+def _prepare_for_all(
     prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]],
 ) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Rank 0's configuration, and what the other ranks are sent: the run, or the error that there is instead of one."""
+    """Prepare the run on rank 0. Return the configuration, and the message to all ranks: the run, or the error."""
     try:
         config, run_dir, place = prepare_run()
-        # Files refer to variables of rank 0's environment, which the launcher may have kept from the others.
+        # `run.yaml` may refer to variables of rank 0's environment that the launcher did not pass to the other ranks.
         names = set(REFERENCE.findall((run_dir / "run.yaml").read_text(encoding="utf-8"))) & os.environ.keys()
         variables = {name: os.environ[name] for name in names} | variables_for_ranks(run_dir)
         return config, {"run": run_dir, "place": place, "to do": config is not None, "variables": variables}
     except DstuneError as error:
         return None, {"error": to_json(error)}
-    except Exception as error:  # the other ranks wait for an answer whatever happens here
+    except Exception as error:  # the other ranks wait for the message whatever happens here
         traceback.print_exc()
         return None, {"error": to_json(DstuneError(f"{type(error).__name__}: {error}"))}
 
 
 def refuse_unshared(world: World, run_dir: Path) -> None:
-    """Raises UserError on all ranks where nodes do not see the run directory that rank 0 made: every rank writes its
-    shards of a checkpoint there, and reads those of others when the number of ranks changes."""
-    written = world.broadcast((run_dir / "run.yaml").read_bytes() if world.is_main else None)
+    """Raise UserError on all ranks unless every node sees the run directory that rank 0 made. Every rank writes its checkpoint
+    shards there, and reads those of other ranks when their number changes."""
     file = run_dir / "run.yaml"
     sees = file.is_file() and file.read_bytes() == written
     blind = sorted(
@@ -303,17 +305,17 @@ def refuse_unshared(world: World, run_dir: Path) -> None:
 
 
 def record_collectives(variables: MutableMapping[str, str], run_dir: Path | None = None) -> None:
-    """Turn on NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/` of the run, which
-    `torchfrtrace` reads. NCCL looks for the size when ranks meet, and for the place when it writes. What the user has set is
-    kept."""
+    """Turn on NCCL's flight recorder: if a collective times out, it dumps the last collectives of each rank into `logs/` of the
+    run, for `torchfrtrace` to read. The size of its buffer is read when ranks connect, the path of the dump when it is written.
+    Variables that the user has set stay."""
     if not accelerator.present():
         return
-    renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-    variables.setdefault("TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    has_new_names = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    variables.setdefault("TORCH_FR_BUFFER_SIZE" if has_new_names else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     variables.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if run_dir is not None:
-        file = "TORCH_FR_DUMP_TEMP_FILE" if renamed else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
-        variables.setdefault(file, str(run_dir.absolute() / "logs" / "nccl_trace_rank_"))
+        variable = "TORCH_FR_DUMP_TEMP_FILE" if has_new_names else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+        variables.setdefault(variable, str(run_dir.absolute() / "logs" / "nccl_trace_rank_"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`zero.stage=auto` of a run that was launched from a machine without its ranks' hardware: the first rank chooses."""
+"""Chooses the stage for `zero.stage=auto` on the first rank, if the launching machine did not have the ranks' hardware."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dstune.zero import accelerator
 def choose_zero_stage(config: RunConfig, run_dir: Path, world: World) -> RunConfig:
     """Return `config` with a stage in place of `auto`, the same on all ranks; rank 0 prints the reason.
 
-    A run that continues on as many ranks keeps the stage of its checkpoint, since it continues to the bit only there. Every rank
-    calls this before the engine is built.
+    A run that continues on the same number of ranks keeps the stage of its checkpoint: only at that stage does it continue to
+    the bit. Every rank calls this before the engine is built.
     """
     if not is_open(config):
         return config
@@ -46,7 +46,7 @@ def _choose(config: RunConfig, run_dir: Path, world: World) -> tuple[int, str]:
 
 
 def cluster_of(world: World) -> Cluster:
-    """Describe the ranks of `world` by the device of this one, with the memory that is free now."""
+    """Describe the cluster of `world` by this rank's device and its free memory."""
     nodes = max(1, world.size // world.local_size)
     host_gib = available_bytes() / GIB
     if not accelerator.present():

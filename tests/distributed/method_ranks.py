@@ -20,7 +20,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, task_of
-from dstune.rank.setup import goes_once_through
+from dstune.rank.setup import is_one_pass
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.zero.ds_config import deepspeed_config
@@ -52,7 +52,7 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
     module = method_of(config.method).apply(model, config)
     head = task_of(config.task).head(model)
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
-    engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=goes_once_through(config))
+    engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=is_one_pass(config))
     engine.set_learning_rate(config.optimizer.lr)
     frozen, trained = whole(engine, trained=False), whole(engine, trained=True)
     losses, norms = [], []

@@ -117,7 +117,7 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     gc.disable()  # so that what set-up leaves behind is still there when it is counted
     *before, config = worker.stages_of(config, run_dir)
     for stage in before:
-        worker.train_before(stage, config, run_dir, world, preemption)
+        worker.train_earlier_stage(stage, config, run_dir, world, preemption)
     setup = worker.Setup(config, run_dir, world, preemption, worker.StartupTimer())
     layout = setup.configure_rank()
     rows = setup.load_data(layout)

@@ -115,10 +115,10 @@ def test_every_launcher_tells_ranks_which_run_is_theirs(
 
 
 def test_ranks_of_another_launcher_obey_what_rank_0_wrote(run: tuple[RunConfig, Path]) -> None:
-    from dstune.rank.worker import _prepared_for_all
+    from dstune.rank.worker import _prepare_for_all
 
     config, run_dir = run
-    _, given = _prepared_for_all(lambda: (config, run_dir, run_dir))
+    _, given = _prepare_for_all(lambda: (config, run_dir, run_dir))
     assert given["variables"] == variables_for_ranks(run_dir)
 
 
