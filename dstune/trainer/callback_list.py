@@ -1,4 +1,4 @@
-"""The callbacks of a run as one: each hook calls that of all callbacks, in their order."""
+"""The callbacks of a run as one object: each hook calls the hook of every callback, in their order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dstune.protocols.callback import LEAVE, Action, Callback, Request, merge
 from dstune.trainer.state import TrainState
 
 if TYPE_CHECKING:
-    from dstune.trainer.loop import Evaluated, Step, Training
+    from dstune.trainer.loop import FinishedEvaluation, Step, Training
 
 
 SCALARS = {bool, float, int, str}
@@ -29,8 +29,8 @@ class CallbackList:
 
     @classmethod
     def for_run(cls, run: Training) -> CallbackList:
-        """Make the built-in callbacks that `run` needs and those of `trainer.callbacks`, with the states of its checkpoint.
-        Installs changes of gradients."""
+        """Make the built-in callbacks that `run` needs and those of `trainer.callbacks`, load their states from its checkpoint,
+        and register the callbacks that change gradients."""
         automatic = [member.for_run(run) for member in CALLBACKS.classes().values()]
         callbacks = cls([*(callback for callback in automatic if callback is not None), *chosen_callbacks(run.config)])
         callbacks.load(run.state)
@@ -68,7 +68,7 @@ class CallbackList:
         return merge([_checked(callback, callback.on_step_end(run, step)) for callback in self._callbacks])
 
     def on_step_agreed(self, run: Training, step: Step) -> None:
-        """Add what the callbacks ask for to `step.request`."""
+        """Merge what the callbacks ask for into `step.request`."""
         for callback in self._callbacks:
             step.request = merge([step.request, _checked(callback, callback.on_step_agreed(run, step))])
 
@@ -84,7 +84,7 @@ class CallbackList:
             ]
         )
 
-    def on_evaluate(self, run: Training, evaluation: Evaluated) -> Request:
+    def on_evaluate(self, run: Training, evaluation: FinishedEvaluation) -> Request:
         requests = [
             _checked(callback, callback.on_evaluate(run, evaluation), Action.EVALUATE | Action.REWIND)
             for callback in self._callbacks
@@ -97,7 +97,7 @@ class CallbackList:
 
     def on_rewind(self, run: Training, earlier: TrainState | None) -> None:
         for callback in self._callbacks:
-            # A checkpoint may be older than the callback's part in the run.
+            # The callback may have been added to the run after this checkpoint was written.
             saved = (
                 None if earlier is None else earlier.callbacks.get(callback.name, self._initial.get(callback.name, {}))
             )
@@ -111,9 +111,9 @@ class CallbackList:
         for callback in self._callbacks:
             callback.close()
 
-    def on_progress(self, doing: str) -> None:
+    def on_progress(self, activity: str) -> None:
         for callback in self._callbacks:
-            callback.on_progress(doing)
+            callback.on_progress(activity)
 
     @contextmanager
     def around(self, phase: str) -> Iterator[None]:
@@ -129,7 +129,8 @@ class CallbackList:
         return any(callback.can_veto for callback in self._callbacks)
 
     def veto(self, run: Training, loss: float) -> bool:
-        vetoes = [callback.veto(run, loss) for callback in self._callbacks if callback.can_veto]  # each sees every step
+        # A list, not a generator: every callback sees every step.
+        vetoes = [callback.veto(run, loss) for callback in self._callbacks if callback.can_veto]
         return any(vetoes)
 
     # -- numbers and reports ------------------------------------------------------------------------------------------
@@ -147,10 +148,10 @@ class CallbackList:
                 callback.agreed(run, {name: next(columns) for name in numbers})
 
     def metrics(self, run: Training, step: Step, taken: Iterable[str]) -> dict[str, float | int | str]:
-        """Return the metrics of all callbacks. taken: the names of the loop's own.
+        """Return the metrics of all callbacks. taken: the names that the loop uses itself.
 
         Raises:
-            UserError: a name is there already, so that one value would hide the other; or a value is not JSON.
+            UserError: a name is taken, so that one value would hide the other; or a value is not JSON.
         """
         metrics: dict[str, float | int | str] = {}
         owners = dict.fromkeys(taken, "the training loop")
@@ -171,8 +172,8 @@ class CallbackList:
         return metrics
 
     def results(self, taken: Collection[str], warn: Callable[[str], None]) -> dict[str, Any]:
-        """Return the results of all callbacks. What `result.json` cannot hold is left out with a warning: the training is done,
-        and a result that lacks an entry is better than a failed run. taken: the names that it has already."""
+        """Return the results of all callbacks. Entries that `result.json` cannot hold are left out with a warning: the training is
+        done, and a result that lacks an entry is better than a failed run. taken: the names that it has already."""
         results: dict[str, Any] = {}
         for callback in self._callbacks:
             returned: Any = callback.results()
@@ -182,8 +183,8 @@ class CallbackList:
                 )
                 continue
             for name, value in returned.items():
-                clash = name in taken or name in results
-                problem = "is there already" if clash else _not_json({name: value}, numpy=True)
+                is_taken = name in taken or name in results
+                problem = "is there already" if is_taken else _not_json({name: value}, numpy=True)
                 if problem:
                     warn(f"warning: result.json leaves out {name!r} of the callback {callback.name}: it {problem}")
                 else:
@@ -202,7 +203,7 @@ class CallbackList:
         return states
 
     def load(self, state: TrainState) -> None:
-        """Raises UserError for the state of a callback that nobody knows: it would be lost with the next save."""
+        """Load the state of each callback. Raises UserError for the state of an unknown callback: the next save would lose it."""
         names = {callback.name for callback in self._callbacks}
         if unknown := sorted(name for name in state.callbacks if name not in names and name not in CALLBACKS):
             reason = f"the checkpoint has the state of {', '.join(unknown)}, and no callback has such a name"
@@ -213,11 +214,11 @@ class CallbackList:
 
 
 def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
-    """Return what `callback` asks for: nothing where its hook returns nothing, as hooks of other trainers do. An end has a
-    reason, without which the run would count as completed.
+    """Return what `callback` asks for: nothing if its hook returns None, as hooks of other trainers do. A request to stop gets
+    a default reason, since a run without one would count as completed.
 
     Raises:
-        UserError: what is no request, or one for what is `ignored` at this moment.
+        UserError: the hook returned something else, or asks for an action that is `ignored` at this moment.
     """
     if request is None:
         return Request()
@@ -234,7 +235,7 @@ def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE
 
 
 def _of_type(kind: type, callback: Callback, hook: str, returned: Any) -> Any:
-    """Return `returned`, which the loop needs. Raises UserError where a hook of `callback` ends without it."""
+    """Return `returned`, which has to be a `kind`. Raises UserError if the hook of `callback` returned something else."""
     if isinstance(returned, kind):
         return returned
     wrong, right = type(returned).__name__, kind.__name__.removeprefix("Abstract")
@@ -243,7 +244,7 @@ def _of_type(kind: type, callback: Callback, hook: str, returned: Any) -> Any:
 
 
 def _not_json(value: Any, *, numpy: bool = False) -> str:
-    """Return what JSON has no type for in `value`; empty where there is nothing.
+    """Return why `value` is not JSON; empty if it is.
 
     numpy: scalars of numpy and torch are fine, since `tracking.jsonl.plain` converts them.
     """

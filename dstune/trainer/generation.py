@@ -50,7 +50,7 @@ def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
             yield module, False
             world.barrier()
     else:
-        with engine.partly_whole(room):
+        with engine.partly_gathered(room):
             yield engine.module, True
     engine.train(True)
 

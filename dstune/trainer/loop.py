@@ -64,7 +64,7 @@ class Training:
     evaluator: Evaluator
     saves: Saves
     rewind: Callable[[], TrainState | None]
-    """Loads the newest checkpoint that this run has written; None where there is none."""
+    """Loads the newest checkpoint that this run has written; returns None if there is none."""
     log: RunLog | None
     pad_token_id: int
     preemption: Preemption
@@ -72,17 +72,18 @@ class Training:
     memory: PeakMemory
     utilization: Utilization
     unfreezing: Any = None
-    """Of a method that trains more and more layers."""
+    """The schedule of a method that unfreezes more and more layers; None for other methods."""
     penalties: Penalties | None = None
     rollouts: Rollouts | None = None
-    """Of a task whose rows are prompts."""
-    started: float = field(default_factory=time.monotonic)
+    """Generates the answers of a task whose rows are prompts; None for other tasks."""
+    start_time: float = field(default_factory=time.monotonic)
+    """By `time.monotonic`."""
     seconds_before: float = 0.0
-    """Time that earlier launches of this run took."""
+    """Seconds that earlier launches of this run took."""
     step_timer: StepTimer = field(default_factory=StepTimer)
     callbacks: CallbackList = field(default_factory=lambda: CallbackList([]))
     unwritten: UnwrittenRow | None = None
-    """Of the step before, whose update the device may still be computing."""
+    """The row of the previous step, whose update the device may still be computing."""
 
     @property
     def epochs(self) -> float | None:
@@ -91,10 +92,11 @@ class Training:
             return None
         if not self.config.trainer.max_steps:
             return self.config.trainer.epochs
-        # The first pass over a small mixture may have no row at all.
+        # The first pass over a small mixture may have no rows at all.
         return self.total_steps / max(1, self.data_loader.steps(1))
 
     def around(self, phase: str) -> AbstractContextManager[None]:
+        """Wrap a long phase in the `around` of all callbacks."""
         return self.callbacks.around(phase)
 
     def message(self, text: str) -> None:
@@ -104,18 +106,19 @@ class Training:
 
 @dataclass
 class Step:
-    """One optimizer step, as far as it has come; see `protocols.callback.Step`."""
+    """One optimizer step, filled in while it runs; see `protocols.callback.Step`."""
 
     number: int
     number_in_launch: int
     batch: RankBatch
     """This rank's micro-batches of the global batch."""
-    waited: float
-    """Seconds for its rows."""
+    seconds_waited: float
+    """How long the loop waited for the step's rows."""
     timed: bool
     update: Update = field(init=False)
     sums: dict[str, float] = field(default_factory=dict)
-    """Of the head: this rank's, then those of all ranks, in `on_step_end` where a callback reads them there."""
+    """The head's sums: of this rank, and of all ranks after `synchronize_step` (already in `on_step_end` if a callback reads the
+    loss there)."""
     seconds: float = 0.0
     request: Request = CONTINUE
 
@@ -144,14 +147,14 @@ class UnwrittenRow:
 
     step: int
     metrics: dict[str, float | int | str]
-    more: dict[str, float | int | str]
-    """Of callbacks and of the task, behind the times."""
+    extra_metrics: dict[str, float | int | str]
+    """Metrics of callbacks and of the task, written after the times."""
     times: StepTimes
 
 
 @dataclass
-class Evaluated:
-    """See `protocols.callback.Evaluation`."""
+class FinishedEvaluation:
+    """What callbacks get in `on_evaluate`; see `protocols.callback.Evaluation`."""
 
     metrics: dict[str, float]
     seconds: float
@@ -159,9 +162,9 @@ class Evaluated:
 
 
 def fit(run: Training) -> Request:
-    """Train from `run.state` to the last step, or until the ranks agree to leave; returns why it ended.
+    """Train from `run.state` to the last step, or until the ranks agree to leave; return why the training ended.
 
-    The final evaluation and save are the caller's, so that they happen after a planned stop only.
+    The caller does the final evaluation and save, since they follow a planned stop only.
     """
     request = evaluate_before_training(run)
     if request.action & (Action.STOP | LEAVE):
@@ -178,9 +181,9 @@ def fit(run: Training) -> Request:
 
 
 def train(run: Training) -> Request:
-    """Train the steps that are left; return why they ended."""
+    """Train the remaining steps; return why the training ended."""
     for step in steps(run):
-        if step is None:  # rows of a stream are not ready on some rank
+        if step is None:  # some rank still waits for rows of a stream
             request, _ = synchronize(run, run.callbacks.while_waiting(run))
         else:
             try:
@@ -208,19 +211,21 @@ def refused_by_model(run: Training) -> AbstractContextManager[None]:
 
 
 def steps(run: Training) -> Iterator[Step | None]:
-    """Yield the steps that are left, each when its rows are there; None, on all ranks alike, while any of them waits for rows."""
-    state, first = run.state, run.state.step
-    # Global batches that a rewind leaves out are replaced by what comes after.
+    """Yield the remaining steps, each as soon as its rows are loaded; yield None, on all ranks alike, while any rank waits for
+    rows."""
+    state, first_step = run.state, run.state.step
+    # Later global batches replace those that a rewind leaves out.
     endless = run.config.trainer.spike.action is SpikeAction.rollback
     end = sys.maxsize if endless else run.total_steps + state.left_out_batches
-    numbers = range(state.next_batch, end if first < run.total_steps else state.next_batch)
+    numbers = range(state.next_batch, end if first_step < run.total_steps else state.next_batch)
     run.step_timer.start()
     for batch in prefetched_steps(run.config, run.data_loader, run.world, run.pad_token_id, numbers, run.head):
         if batch is None:
             yield None
             continue
-        number = state.step - first
-        step = Step(state.step + 1, number, batch, run.step_timer.rows_ready(), timed=number >= UNTIMED_STEPS)
+        number_in_launch = state.step - first_step
+        is_timed = number_in_launch >= UNTIMED_STEPS
+        step = Step(state.step + 1, number_in_launch, batch, run.step_timer.rows_ready(), timed=is_timed)
         run.callbacks.on_step_begin(run, step)
         yield step
         if state.step >= run.total_steps:
@@ -230,7 +235,8 @@ def steps(run: Training) -> Iterator[Step | None]:
 
 
 def train_step(run: Training, step: Step) -> None:
-    """Train one optimizer step: what the model answers where rows are prompts, then an update (with a rollout perhaps several)."""
+    """Train one optimizer step: generate answers if rows are prompts, then update the weights (with rollouts perhaps several
+    times)."""
     run.engine.set_learning_rate(learning_rate(run, step))
     run.step_timer.begin()
     if run.rollouts is None:
@@ -238,20 +244,20 @@ def train_step(run: Training, step: Step) -> None:
         return
     step.batch = run.rollouts.begin_step(run, step)
     run.step_timer.mark("rollout")
-    first: dict[str, float] = {}
+    first_sums: dict[str, float] = {}
     with run.rollouts.several_updates() as inputs_of_update:
         for number in range(run.rollouts.updates):
             update_weights(run, step, inputs_of_update(number))
             if not number:
-                first = step.sums | run.rollouts.end_step(step, step.sums)
-    step.sums = first | step.sums
+                first_sums = step.sums | run.rollouts.end_step(step, step.sums)
+    step.sums = first_sums | step.sums
 
 
-def update_weights(run: Training, step: Step, further: Sequence[Mapping[str, torch.Tensor]] = ()) -> None:
-    """Accumulate this rank's micro-batches, then update. further: tensors that are added to each of them."""
+def update_weights(run: Training, step: Step, extra_inputs: Sequence[Mapping[str, torch.Tensor]] = ()) -> None:
+    """Accumulate the gradients of this rank's micro-batches, then update. extra_inputs: tensors to add to each micro-batch."""
     seeds = dropout_seeds(run, step)
     batches = [on_device(batch, run.engine.device) for _, batch in step.batch.batches]
-    whole_batch_inputs = joined(run.head, run.engine, batches, run.world, seeds) or further
+    whole_batch_inputs = joined(run.head, run.engine, batches, run.world, seeds) or extra_inputs
     sums: dict[str, torch.Tensor] = {}
 
     def head(forward: Forward, batch: Batch) -> HeadOutput:
@@ -262,7 +268,7 @@ def update_weights(run: Training, step: Step, further: Sequence[Mapping[str, tor
         return output
 
     def veto(_: torch.Tensor) -> bool:
-        loss_sum = float(sums["loss_sum"]) if run.world.counts else 0.0  # the last micro-batch is in it
+        loss_sum = float(sums["loss_sum"]) if run.world.counts else 0.0  # includes the last micro-batch
         (total,) = run.world.sum([loss_sum])
         return run.world.any(run.callbacks.veto(run, total / step.weight))
 
@@ -281,23 +287,24 @@ def update_weights(run: Training, step: Step, further: Sequence[Mapping[str, tor
         run.step_timer.mark("backward")
     step.update = run.engine.update(sums if run.world.counts else None)
     run.step_timer.mark("update")
-    step.sums = numbers(sums, step.update.read) if run.world.counts else dict.fromkeys(sums, 0.0)
+    step.sums = numbers(sums, step.update.scalars) if run.world.counts else dict.fromkeys(sums, 0.0)
 
 
 def learning_rate(run: Training, step: Step) -> float:
+    """Return the rate of `step`: `optimizer.lr` by the schedule's factor."""
     return run.config.optimizer.lr * schedule_of(run.config.schedule).factor(step.number - 1, run.total_steps)
 
 
 def dropout_seeds(run: Training, step: Step) -> list[int]:
-    """Return the seed of each micro-batch, from (seed, step, micro-batch) alone: the same on any number of ranks, and after a
-    resume."""
-    # Ranks that share a row have other numbers for other positions of it.
+    """Return the seed of each micro-batch. It depends on (run seed, step, micro-batch) alone, so it is the same on any number of
+    ranks and after a resume."""
+    # Ranks that share a row have different positions of it, and need different random numbers for them.
     seed, place = run.config.trainer.seed, run.world.place_in_group
     return [dropout_seed(seed, step.number - 1, part.index, place) for part, _ in step.batch.batches]
 
 
 def synchronize_step(run: Training, step: Step) -> None:
-    """Exchange sums and requests with the other ranks, when the step is done on this one."""
+    """Exchange sums and requests with the other ranks after this rank has finished the step."""
     state = run.state
     state.step = step.number
     state.tokens += step.batch.tokens
@@ -309,13 +316,14 @@ def synchronize_step(run: Training, step: Step) -> None:
     else:
         step.request, step.sums = synchronize(run, run.callbacks.on_step_end(run, step), step.sums)
     step.seconds = run.step_timer.seconds()
-    run.state.seconds = run.seconds_before + time.monotonic() - run.started
+    run.state.seconds = run.seconds_before + time.monotonic() - run.start_time
 
 
 def synchronize(
     run: Training, local_request: Request, sums: Mapping[str, float] | None = None
 ) -> tuple[Request, dict[str, float]]:
-    """Exchange what any rank asks for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
+    """Merge the requests of all ranks and add up their `sums`; the result is the same on every rank. One small collective a
+    step."""
     sums, numbers = sums or {}, run.callbacks.numbers()
     flat = [value for of_callback in numbers for value in of_callback.values()]
     gathered = run.world.gather_numbers([float(local_request.action), *flat, *sums.values()])
@@ -334,8 +342,9 @@ def synchronize(
 
 
 def report_step(run: Training, step: Step) -> None:
-    """Put the step into metrics.jsonl. While a device still computes the update, nobody waits for its time: the row is written
-    after the next step, or before whatever comes in between. What callbacks and the loop act on is there at once."""
+    """Prepare the step's row of metrics.jsonl, and write it if the times of its parts are known. While the device still computes
+    the update, they are not, and the loop does not wait: it writes the row after the next step, or before an evaluation, save
+    or rewind in between."""
     write_row(run)
     if run.log is None:
         return
@@ -348,29 +357,29 @@ def report_step(run: Training, step: Step) -> None:
         "step_seconds": step.seconds,
     }
     task = task_of(run.config.task)
-    of_task = task.measure_step(Totals.of(step.sums)) if isinstance(task, MeasuresSteps) else {}
-    further_metrics = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *of_task)), **of_task}
-    run.unwritten = UnwrittenRow(step.number, metrics, further_metrics, run.step_timer.times())
+    task_metrics = task.measure_step(Totals.of(step.sums)) if isinstance(task, MeasuresSteps) else {}
+    extra_metrics = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *task_metrics)), **task_metrics}
+    run.unwritten = UnwrittenRow(step.number, metrics, extra_metrics, run.step_timer.times())
     if run.unwritten.times.are_known:
         write_row(run)
 
 
 def write_row(run: Training) -> None:
-    """Write the row that waits for the times of its step, if there is one."""
+    """Write the row that is waiting for its step's times, if there is one."""
     row, run.unwritten = run.unwritten, None
     if row is not None and run.log is not None:
-        metrics = row.metrics | row.times.parts() | row.more
+        metrics = row.metrics | row.times.parts() | row.extra_metrics
         run.log.log(row.step, metrics)
         run.log.progress(row.step, run.total_steps, metrics)
 
 
 def rewind_if_requested(run: Training, request: Request) -> Request:
-    """Go back to the last checkpoint where that is asked for; returns what is left of `request`.
+    """Go back to the newest checkpoint if `request` asks for it; return the actions that still have to be done.
 
-    The run then has the state of that checkpoint, but goes on with the data after the step that it came from.
+    The run then has the state of that checkpoint, but continues with the data after the step that it was at.
 
     Raises:
-        UserError: the configuration does not foresee it. On all ranks alike.
+        UserError: `trainer.spike.action` is not `rollback`. Raised on all ranks alike.
     """
     if not request.action & Action.REWIND:
         return request
@@ -386,18 +395,18 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
     if earlier is not None:
         earlier.left_out_batches = state.next_batch - earlier.step
         earlier.cursor = state.cursor
-        earlier.seconds, earlier.save_seconds = state.seconds, state.save_seconds  # they were spent all the same
+        earlier.seconds, earlier.save_seconds = state.seconds, state.save_seconds  # this time was spent all the same
         vars(state).update(vars(earlier))
         if run.log:
             run.log.rewind(state.step)
-        # That step is undone; its evaluation and save are not due any more.
+        # That step is undone, so its evaluation and save are no longer due.
         request = Request(request.action & LEAVE, request.reason)
     run.callbacks.on_rewind(run, earlier)
     return request
 
 
 def evaluate_before_training(run: Training) -> Request:
-    """Evaluate the start weights, or catch up on an evaluation that an earlier launch did not come to, and save for it."""
+    """Evaluate the start weights, or make up for an evaluation that an earlier launch had no time for; then save if requested."""
     state = run.state
     if not (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
         return CONTINUE
@@ -405,7 +414,8 @@ def evaluate_before_training(run: Training) -> Request:
 
 
 def evaluate_if_requested(run: Training, request: Request) -> Request:
-    """Evaluate where `request` says so, and add what callbacks ask for after it. A run that leaves evaluates when it continues."""
+    """Evaluate if `request` asks for it; return it merged with what callbacks ask for then. A run that is about to leave
+    evaluates when it continues instead."""
     if not request.action & Action.EVALUATE or run.data.validation is None:
         return request
     run.state.evaluation_due = bool(request.action & LEAVE)
@@ -413,15 +423,15 @@ def evaluate_if_requested(run: Training, request: Request) -> Request:
 
 
 def held_out_rows(run: Training) -> int | None:
-    """Return how many validation rows an evaluation measures; None without any."""
+    """Return how many validation rows an evaluation measures; None if there are none."""
     if run.data.validation is None:
         return None
-    rows, most = len(run.data.validation.lengths), run.config.evaluate.max_rows
-    return rows if most is None else min(rows, most)
+    rows, max_rows = len(run.data.validation.lengths), run.config.evaluate.max_rows
+    return rows if max_rows is None else min(rows, max_rows)
 
 
 def evaluate(run: Training) -> Request:
-    """Evaluate the validation rows, remember and report the metrics; what the callbacks of any rank ask for after them."""
+    """Evaluate the validation rows, store and report the metrics; return what the callbacks of all ranks then ask for."""
     validation, state = run.data.validation, run.state
     if validation is None:
         return CONTINUE
@@ -443,29 +453,29 @@ def evaluate(run: Training) -> Request:
         state.eval_initial = metrics
     state.results |= evaluation.details
     row = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
-    evaluated = Evaluated(metrics, seconds, row)
-    rank_request = run.callbacks.on_evaluate(run, evaluated)
+    finished = FinishedEvaluation(metrics, seconds, row)
+    rank_request = run.callbacks.on_evaluate(run, finished)
     if run.log:
-        run.log.log(state.step, evaluated.row, rows=held_out_rows(run))
+        run.log.log(state.step, finished.row, rows=held_out_rows(run))
     request, _ = synchronize(run, rank_request)
     return request
 
 
 def save_if_requested(run: Training, request: Request) -> Request:
-    """Save for `request`, which is returned; as a failure where the run leaves and cannot be saved."""
+    """Save if `request` asks for it; return `request`, or a failure if the run has to leave and cannot be saved."""
     if not request.action & (Action.SAVE | Action.PREEMPT) or request.action & UNSAVED:
         return request
-    leaving = bool(request.action & Action.PREEMPT)
-    saved = save(run, now=leaving, whole=leaving)
-    if leaving and not saved:
+    is_leaving = bool(request.action & Action.PREEMPT)
+    saved = save(run, now=is_leaving, whole=is_leaving)
+    if is_leaving and not saved:
         reason = f"step {run.state.step} could not be saved: {run.saves.refusal}"
         return Request(Action.FAIL, f"{request.reason}, and {reason}")
     return request
 
 
 def save(run: Training, *, now: bool, whole: bool = False) -> bool:
-    """See `checkpoint.saves.Saves.save`."""
-    write_row(run)  # a run that goes on from here writes no row of this step
+    """Save a checkpoint of the current step; see `checkpoint.saves.Saves.save`. Returns whether it was written."""
+    write_row(run)  # a run that continues from this checkpoint does not write this step's row again
     run.state.callbacks |= run.callbacks.state_dict()
     with run.around("saving"):
         saved = run.saves.save(run.state, now=now, whole=whole)

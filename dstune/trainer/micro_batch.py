@@ -173,7 +173,7 @@ class Trials:
         held: list[float] = []
         with self.memory.apart():
             self._timed_step([light, light], after_first=lambda: held.append(self.memory.now_gib))
-        return float(self.world.gather_numbers([held[0] + self.engine.states_to_come / GIB]).max())
+        return float(self.world.gather_numbers([held[0] + self.engine.unallocated_state_bytes / GIB]).max())
 
     def run_or_none(self, rows: int) -> Trial | None:
         """Run as `run`; None where memory ran out. Several ranks would wait in a collective for the one that ran out, and at
@@ -199,7 +199,7 @@ class Trials:
         batches = [heavy, heavy, heavy, self._batch([self.lightest])]
         with self.memory.apart() as peak:
             times = self._timed_step(batches)
-            gib = peak() + self.engine.states_to_come / GIB
+            gib = peak() + self.engine.unallocated_state_bytes / GIB
         numbers = self.world.gather_numbers([gib, min(times[1:3])])
         speed = rows / float(numbers[:, 1].max()) * self._without_padding(rows)
         trial = Trial(rows, round(float(numbers[:, 0].max()), 4), round(speed, 4))

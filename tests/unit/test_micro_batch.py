@@ -162,7 +162,7 @@ def test_states_that_the_first_step_makes_are_counted(stage: int, state: dict, e
     """At stage 0: two moments of 4 bytes for each of 10 weights."""
     inner = SimpleNamespace(optimizer=SimpleNamespace(state=state))
     engine = SimpleNamespace(stage=stage, _engine=inner, _state_bytes=80.0)
-    assert Engine.states_to_come.fget(engine) == expected
+    assert Engine.unallocated_state_bytes.fget(engine) == expected
 
 
 # ---- as a value of the configuration ----

@@ -115,7 +115,7 @@ class Stragglers(Callback):
 
     def on_micro_batch_begin(self, run: Run, step: Any, position: int, batch: Mapping[str, Any]) -> None:
         if position == 0:
-            self._own.start(next(iter(batch.values())).numel(), step.waited)
+            self._own.start(next(iter(batch.values())).numel(), step.seconds_waited)
 
     def on_micro_batch_end(self, run: Run, step: Step, position: int) -> None:
         self._own.stop()
