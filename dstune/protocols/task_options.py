@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import SourcePrompts
     from dstune.trainer.baseline import Prompted
-    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.counterfactual import EvaluatedRows
     from dstune.trainer.evaluate import Evaluator
     from dstune.trainer.measure import Evaluation, Totals
     from dstune.trainer.rollouts import Rollouts
@@ -157,7 +157,7 @@ class ComparesAnswers(Protocol):
     """A task whose answers can be compared between two texts of a row (`evaluate.counterfactual`)."""
 
     def counterfactual(
-        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+        self, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows, places: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Return how the answers change where terms are swapped: by name, a value for each row of `after`.
 

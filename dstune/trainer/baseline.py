@@ -1,4 +1,4 @@
-"""The untuned model, asked with worked examples in front of each row instead of being trained on them."""
+"""Measures the untuned model with worked examples in front of each row, in place of training on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dstune.zero.engine import Engine
 
 
 class Prompted(Protocol):
-    """What asks a language model for the answers to rows."""
+    """Evaluates a language model on rows, with worked examples in its prompts."""
 
     def evaluate(
         self,
@@ -37,17 +37,17 @@ class Prompted(Protocol):
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the untuned model reaches with so many worked examples."""
+class FewShotResult:
+    """The untuned model's evaluation with `shots` worked examples."""
 
     shots: int
     evaluation: Evaluation
 
 
 def as_language_model(config: RunConfig) -> RunConfig:
-    """Return `config` for the model that is asked: a classifier's place is taken by the language model itself.
+    """Return `config` with a language model's task: a classifier is replaced by the language model without its new head.
 
-    Raises UserError for an encoder, which writes nothing.
+    Raises UserError for an encoder, which generates no text.
     """
     task = task_of(config.task)
     task_config = task.as_text_task(config) if isinstance(task, AsksUntunedModel) else config.task
@@ -65,19 +65,19 @@ def measure_prompted(
     shots: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
     key: str = "--shots",
-) -> list[Answers]:
+) -> list[FewShotResult]:
     """Measure the metrics of `split` for each number of worked examples; the same examples for every row, drawn by the run's seed
     from the shorter half of the training rows.
 
     Language models are judged by the loss of the row's targets, seq2seq by what they generate too (up to the first line
     break where no target has one), classification by which label is the most likely answer.
-    engine: of a language model (`as_language_model`). key: what asked for it. Every rank must call it.
-    Raises UserError where examples and rows are longer than the model's context, or the task cannot be asked.
+    engine: of a language model (`as_language_model`). key: the setting that errors name. Every rank must call it.
+    Raises UserError if examples and rows are longer than the model's context, or the task has no prompts.
     """
     config = replace(config, data=replace(config.data, packing=False))
     task = task_of(config.task)
     if isinstance(task, AsksUntunedModel) and (prompted := task.prompted(config, data, tokenizer, key)):
-        return [Answers(n, prompted.evaluate(engine, head, world, split, n, progress)) for n in shots]
+        return [FewShotResult(n, prompted.evaluate(engine, head, world, split, n, progress)) for n in shots]
     results = []
     for count in shots:
         chosen = draw(data.train, count, config.trainer.seed)
@@ -87,7 +87,7 @@ def measure_prompted(
         context = joined([data.train.sample(index)["input_ids"] for index in chosen], tokenizer)
         refuse_too_long(key, engine, config, count, len(context) + int(split.lengths.max()))
         evaluator = Evaluator(config, data, engine, head, world, tokenizer)
-        results.append(Answers(count, evaluator(split, progress, context=context, one_line=True)))
+        results.append(FewShotResult(count, evaluator(split, progress, context=context, one_line=True)))
     return results
 
 
@@ -105,7 +105,7 @@ def draw(split: Split, count: int, seed: int, classes: np.ndarray | None = None)
 
 
 def joined(pieces: Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
-    """Join token ids of several samples, one behind the other; what begins a text stands at the beginning only."""
+    """Concatenate the token ids of several samples, with the special tokens that begin a text only once."""
     first = first_special_tokens(tokenizer)
     joined: list[int] = []
     for piece in pieces:
@@ -116,7 +116,9 @@ def joined(pieces: Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
 
 def refuse_too_long(key: str, engine: Engine, config: RunConfig, shots: int, longest: int) -> None:
     model: Any = engine.module
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and longest > most:
-        reason = f"the examples and the longest row have {longest} tokens, and {config.model.path} reads {most}"
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_positions is not None and longest > max_positions:
+        reason = (
+            f"the examples and the longest row have {longest} tokens, and {config.model.path} reads {max_positions}"
+        )
         raise UserError(Problem(key, reason, "fewer examples, or a smaller data.max_length", str(shots)))

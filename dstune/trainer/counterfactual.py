@@ -1,4 +1,4 @@
-"""What a model answers to rows in which nothing but some terms is another, against what it answered before."""
+"""Compares a model's answers to rows with its answers to the same rows in which some terms are swapped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dstune.protocols import task_of
 from dstune.protocols.task_options import ComparesAnswers
 from dstune.trainer.measure import Row, rows_of
 
-Evaluated = tuple[Split, Sequence[Row]]
+EvaluatedRows = tuple[Split, Sequence[Row]]
+"""Rows, and what the head returned for each of their samples."""
 
 
-def compare(config: RunConfig, swapped: Swapped, before: Evaluated, after: Evaluated) -> dict[str, Any]:
-    """Compare answers over the rows that hold a term: how many answers flip, the mean change of a row's loss for each of its
-    targets, and the same for each swap. Of a regression it is the mean change of the prediction instead of flips; a language model
-    has none.
+def compare(config: RunConfig, swapped: Swapped, before: EvaluatedRows, after: EvaluatedRows) -> dict[str, Any]:
+    """Compare answers over the rows that contain a term: how many answers flip and the mean change of a row's loss per target, in
+    total and for each swap. A regression has the mean change of the prediction instead of flips; a language model has neither.
 
-    before, after: the rows as they are and with the terms swapped, with what the head keeps of their samples.
+    before, after: the unchanged and the swapped rows.
     """
     split, _ = after
     assert split.origins is not None and before[0].origins is not None
@@ -70,6 +70,6 @@ def predictions(split: Split, outputs: Sequence[Row]) -> list[list[Any]]:
 
 
 def flips(earlier: Sequence[Any], later: Sequence[Any], places: np.ndarray) -> np.ndarray:
-    """Return 1.0 for each of the `later` answers that is not the one at its place in `earlier`, else 0.0."""
+    """Return 1.0 for each answer in `later` that differs from the one at its place in `earlier`, else 0.0: float64 [len(later)]."""
     changed = [earlier[place] != answer for place, answer in zip(places, later, strict=True)]
     return np.array(changed, dtype=np.float64)

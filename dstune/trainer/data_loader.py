@@ -1,4 +1,4 @@
-"""Where the steps of the loop come from: prepared data that is there as a whole, or a stream of prepared blocks."""
+"""Loads the global batches of the loop, from data that is completely prepared or from a stream of prepared blocks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class StepBatch:
     """The micro-batches of one optimizer step."""
 
     split: Split
-    """What the sample numbers in `global_batch` mean."""
+    """The split that the sample numbers in `global_batch` refer to."""
     global_batch: GlobalBatch
     epoch: float
-    """Passes over the training rows that are done after it."""
+    """Passes over the training rows that are completed with this step."""
 
 
 class DataLoader(Protocol):
-    """The same on every rank. Steps count from 0: those of the data, which run ahead of the optimizer's where data was
-    left out (`TrainState.next_batch`)."""
+    """Loads the steps of the data, the same on every rank. They count from 0, and run ahead of the optimizer's steps after data
+    was left out (`TrainState.next_batch`)."""
 
     def steps(self, epochs: int) -> int:
         """Return the optimizer steps in `epochs` passes over the rows."""
@@ -44,23 +44,23 @@ class DataLoader(Protocol):
         """Load the global batch of `step`; requested in rising order, by one thread."""
 
     def may_wait(self, step: int) -> bool:
-        """Return whether `load(step)` may take any time; asked when all steps before it are drawn."""
+        """Return whether `load(step)` may block for long; to be called when all earlier steps are loaded."""
 
     def begin(self, step: int) -> None:
-        """Let go of the steps before `step`: all ranks are done with them."""
+        """Release the steps before `step`, which all ranks have finished."""
 
     def cursor(self, step: int) -> dict[str, Any] | None:
-        """Return what a checkpoint has to remember beside the number of steps to go on with `step`; None for nothing."""
+        """Return what a checkpoint has to store, beside the number of steps, to continue with `step`; None for nothing."""
 
     def interrupt(self) -> None:
-        """Let a `load` that waits raise: nothing more will be drawn."""
+        """Make a `load` that is waiting raise: no further step will be needed."""
 
     def close(self, *, for_good: bool) -> None:
         """Close the loader after the loop; `for_good` where the run will not be continued."""
 
 
 def order_of(config: RunConfig, split: Split) -> TrainingOrder:
-    """Return the global order of training samples: the same on every rank and for any number of them."""
+    """Return the global order of training samples, which is the same on every rank and for any number of ranks."""
     repeats = None
     if split.sources is not None:
         counts = np.bincount(split.sources, minlength=len(config.data.mixture)).tolist()
@@ -81,9 +81,9 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
 
 
 class PreparedLoader:
-    """Samples that are all there; every epoch is another order of them.
+    """Loads completely prepared samples, in another order each epoch.
 
-    Raises UserError where the weights of a mixture leave no sample in the epochs asked for.
+    Raises UserError if the weights of a mixture leave no sample in `trainer.epochs`.
     """
 
     def __init__(self, config: RunConfig, data: PreparedData):
@@ -137,10 +137,10 @@ class _Segment:
 
 
 class StreamingLoader:
-    """Blocks of a stream, one after the other; the block's number takes the place of the epoch's.
+    """Loads the blocks of a stream one after the other; the number of the block seeds the order as that of the epoch does.
 
     `load` runs ahead of the loop, so the blocks in use are those from the loop's step to the drawn one.
-    cursor: of the checkpoint that the run continues. Raises UserError where the rows behind it have changed.
+    cursor: from the checkpoint that the run continues. Raises UserError if its block has other rows now.
     """
 
     def __init__(self, config: RunConfig, blocks: Blocks, cursor: dict[str, Any] | None):
@@ -195,7 +195,7 @@ class StreamingLoader:
             passed, block = self._segments[0].passed, self._segments[0].block
         if block.number != self._announced:
             self._announced = block.number
-            # The block behind the last one of the run is not prepared. Another rank may still be passing the empty ones.
+            # The block after the run's last one is not prepared. Another rank may still be skipping the empty ones.
             self._blocks.keep_from(passed, block, ahead=self._segments[-1].end < self._total_steps)
 
     def cursor(self, step: int) -> dict[str, Any] | None:
@@ -220,5 +220,5 @@ class StreamingLoader:
 def data_loader_of(
     config: RunConfig, data: PreparedData, blocks: Blocks | None, cursor: dict[str, Any] | None
 ) -> DataLoader:
-    """Make the loader of a run. cursor: of the checkpoint which the run continues, None at step 0."""
+    """Make the loader of a run. cursor: from the checkpoint that the run continues, None at step 0."""
     return PreparedLoader(config, data) if blocks is None else StreamingLoader(config, blocks, cursor)

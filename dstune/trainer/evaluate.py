@@ -35,13 +35,13 @@ from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
 
 Column = np.ndarray | list[np.ndarray]
-"""A value of each row of a batch; a list where rows have different lengths."""
+"""One value for each row of a batch; a list if their lengths differ."""
 
 
 def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
-    """Return the same `max_rows` rows of a split every time: evenly spaced, so that no part of it is left out.
+    """Return `max_rows` evenly spaced rows of a split, the same ones every time.
 
-    What counts as a row is a sample, or where the metrics are of whole rows (`count_rows`) a row with all its samples.
+    A row is a sample, or, if the metrics are of complete rows (`count_rows`), a row with all its samples.
     """
     total = count_rows(split, task)
     if max_rows is None or total <= max_rows:
@@ -54,11 +54,11 @@ def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
 
 @dataclass(frozen=True)
 class InContext(Split):
-    """Samples behind the same tokens, none of which is a target."""
+    """A split in which the same context, without targets, precedes each sample."""
 
     context: tuple[int, ...] = ()
     prefix: Sequence[int] = ()
-    """What begins a text: the context has it already."""
+    """The special tokens that begin a text, which are removed from each sample: the context has them already."""
 
     def sample(self, index: int) -> dict[str, Any]:
         sample = super().sample(index)
@@ -96,10 +96,10 @@ class Evaluator:
         """
         split = limited(split, self.config.evaluate.max_rows, self.config.task)
         if tasks := tasks_of(self.config):
-            return self._of_each_task(split, tasks, progress)
-        return self._evaluated(split, progress, context, one_line=one_line, slices=slices)[1]
+            return self._evaluate_each_task(split, tasks, progress)
+        return self._evaluate(split, progress, context, one_line=one_line, slices=slices)[1]
 
-    def _evaluated(
+    def _evaluate(
         self,
         split: Split,
         progress: Callable[[int, int], None] | None,
@@ -113,24 +113,26 @@ class Evaluator:
             return Totals(0.0, 0.0, 0.0), task.evaluate(self, split, progress)
         split_with_context: Split = split
         if context:
-            held = {field.name: getattr(split, field.name) for field in fields(split)}
-            split_with_context = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
-        totals, kept_rows = self._run(split_with_context, progress)
-        evaluation = task.measure(self.data.labels, split, totals, kept_rows)
+            values = {field.name: getattr(split, field.name) for field in fields(split)}
+            split_with_context = InContext(
+                **values, context=tuple(context), prefix=first_special_tokens(self.tokenizer)
+            )
+        totals, row_outputs = self._run(split_with_context, progress)
+        evaluation = task.measure(self.data.labels, split, totals, row_outputs)
         if isinstance(task, MeasuresFurther):
             evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
         evaluation = with_registered(evaluation, task, self.data.labels)
         if not (slices and self.config.evaluate.slices):
             return totals, evaluation
-        metrics, details = measure_slices(self.config, self.data.labels, split, kept_rows)
+        metrics, details = measure_slices(self.config, self.data.labels, split, row_outputs)
         return totals, replace(
             evaluation, metrics=evaluation.metrics | metrics, details=evaluation.details | {"slices": details}
         )
 
-    def _of_each_task(
+    def _evaluate_each_task(
         self, split: Split, tasks: Mapping[str, TaskConfig], progress: Callable[[int, int], None] | None
     ) -> Evaluation:
-        """Return the metrics of a language model over all rows, and those of each task as NAME/METRIC."""
+        """Return a language model's metrics over all rows, and the metrics of each task as NAME/METRIC."""
         assert split.sources is not None, "rows of several tasks come from a mixture"
         loss_sum = weight = correct = 0.0
         metrics: dict[str, float] = {}
@@ -141,7 +143,7 @@ class Evaluator:
                 continue
             config = replace(self.config, task=task, data=replace(self.config.data, mixture={}))
             task_evaluator = Evaluator(config, self.data, self.engine, self.head, self.world, self.tokenizer)
-            totals, evaluation = task_evaluator._evaluated(split.select(chosen), progress)
+            totals, evaluation = task_evaluator._evaluate(split.select(chosen), progress)
             loss_sum, weight = loss_sum + totals.loss_sum, weight + totals.weight
             correct += totals.correct
             metrics |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
@@ -149,7 +151,7 @@ class Evaluator:
         return Evaluation(language_model_metrics(loss_sum, weight, correct) | metrics, generated=generated)
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:
-        """Measure how the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""
+        """Measure how the answers change when terms are swapped (`evaluate.counterfactual`); None if no row of `split` has one."""
         swapped = self.data.swapped.get(split.name)
         if swapped is None:
             return None
@@ -160,16 +162,16 @@ class Evaluator:
         if not len(chosen):
             return None
         unswapped = split.select(np.flatnonzero(np.isin(split.origins, swapped.of[changed.origins])))
-        _, kept_before = self._run(unswapped, None)
-        _, kept_after = self._run(changed, None)
-        return compare(self.config, swapped, (unswapped, kept_before), (changed, kept_after))
+        _, outputs_before = self._run(unswapped, None)
+        _, outputs_after = self._run(changed, None)
+        return compare(self.config, swapped, (unswapped, outputs_before), (changed, outputs_after))
 
     def _run(self, split: Split, progress: Callable[[int, int], None] | None) -> tuple[Totals, list[dict[str, Any]]]:
-        """Sum over all rows on all ranks; return the sums, and what the head keeps of each sample, in the order of `split`."""
+        """Run the head over all rows on all ranks; return the sums, and the head's values of each sample in order."""
         evaluate = self.config.evaluate
-        each = bool(evaluate.slices or evaluate.counterfactual)
-        # What is told of single rows needs a row of the model for each; the sum is the same (proven at start).
-        packing = self.config.data.packing and not each
+        by_sample = bool(evaluate.slices or evaluate.counterfactual)
+        # Values of single samples need an unpacked row for each; the sums are the same (checked at the start).
+        packing = self.config.data.packing and not by_sample
         batches = evaluation_batches(
             split.lengths,
             micro_batch_size=evaluate.micro_batch_size or self.config.trainer.rows,
@@ -180,48 +182,51 @@ class Evaluator:
         batches = with_images_everywhere(batches, split, needed=needs_images(self.config, self.world))
         local_batches = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
         sums: dict[str, torch.Tensor] = {}
-        rows = KeptRows()
-        each = each or not task_of(self.config.task).language
+        rows = RowCollector()
+        by_sample = by_sample or not task_of(self.config.task).language
         self.engine.train(False)
         shares = None
         if isinstance(self.head, GlobalBatchHead) and self.head.join_evaluation:
             shares = joined(
-                self.head, self.engine, (self._batch(split, part, packing, each) for part in local_batches), self.world
+                self.head,
+                self.engine,
+                (self._batch(split, part, packing, by_sample) for part in local_batches),
+                self.world,
             )
         for number, micro_batch in enumerate(local_batches):
-            batch = self._batch(split, micro_batch, packing, each)
+            batch = self._batch(split, micro_batch, packing, by_sample)
             output = self.engine.evaluate(self.head, batch | (shares[number] if shares else {}))
             for name, value in sums_of(output).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-            if each and output.rows and self.world.counts and not micro_batch.filler:
+            if by_sample and output.rows and self.world.counts and not micro_batch.filler:
                 rows.add(batch["index"], output.rows)
             if progress:
                 progress(number + 1, len(local_batches))
         self.engine.train(True)
-        read = numbers(sums).values()
+        values = numbers(sums).values()
         totals = Totals.of(
-            dict(zip(sums, self.world.sum([value if self.world.counts else 0.0 for value in read]), strict=True))
+            dict(zip(sums, self.world.sum([value if self.world.counts else 0.0 for value in values]), strict=True))
         )
-        everyone = [
+        numbered_rows = [
             row
             for of_rank in self.world.gather(rows.read())
             for indices, columns in of_rank
             for row in zip(indices, _by_row(columns), strict=True)
         ]
-        return totals, [kept_rows for _, kept_rows in sorted(everyone, key=itemgetter(0))]
+        return totals, [row_outputs for _, row_outputs in sorted(numbered_rows, key=itemgetter(0))]
 
-    def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
-        """Build a batch. each: with the numbers of the samples, for the head to tell single rows."""
+    def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, by_sample: bool) -> dict[str, torch.Tensor]:
+        """Build a batch. by_sample: include the numbers of the samples, so that the head returns values of each."""
         config = replace(self.config, data=replace(self.config.data, packing=packing))
-        batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=each)
+        batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=by_sample)
         return on_device(indexed(self.head, batch), self.engine.device)
 
 
-class KeptRows:
-    """What a head keeps of each row. Batches stay on the device until some of them are read together, so that it is waited for
-    once in a while and not in each."""
+class RowCollector:
+    """Collects the head's values of each row. Batches stay on the device until `BATCHES_PER_READ` of them are read together, so
+    that the host waits for the device less often."""
 
-    TOGETHER = 64
+    BATCHES_PER_READ = 64
 
     def __init__(self) -> None:
         self._on_device: list[tuple[torch.Tensor, Mapping[str, torch.Tensor | Sequence[torch.Tensor]]]] = []
@@ -240,7 +245,7 @@ class KeptRows:
 
 
 def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> dict[str, Column]:
-    """Return columns of a batch on the CPU."""
+    """Copy the columns of a batch to the CPU."""
     return {
         name: column.cpu().numpy() if isinstance(column, torch.Tensor) else [part.cpu().numpy() for part in column]
         for name, column in columns.items()
@@ -248,7 +253,7 @@ def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> di
 
 
 def _by_row(columns: Mapping[str, Column]) -> list[dict[str, np.ndarray]]:
-    """Return one dictionary a row."""
+    """Convert columns to one dictionary per row."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -257,13 +262,13 @@ def answer_prompts(
 ) -> list[dict[str, str]]:
     """Generate the model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0."""
     prompts = data.prompts[: config.evaluate.samples]
-    seeing = [prompt for prompt in prompts if prompt.images]
-    if seeing and engine.stage == 3 and world.size > 1:
-        prompts = seeing  # ranks that gather the tower together all need an image
+    with_images = [prompt for prompt in prompts if prompt.images]
+    if with_images and engine.stage == 3 and world.size > 1:
+        prompts = with_images  # ranks gather the vision tower together, so all of them need an image
     if not prompts:
         return []
     split = data.validation or data.train
-    images = [prompt_inputs(split, prompt.input_ids, prompt.images) for prompt in prompts] if seeing else []
+    images = [prompt_inputs(split, prompt.input_ids, prompt.images) for prompt in prompts] if with_images else []
     stops = stop_token_ids(tokenizer, task_of(config.task).template_arguments)
     token_ids = [prompt.input_ids for prompt in prompts]
 

@@ -1,4 +1,4 @@
-"""A model that fails in its first forward pass, by a fault of its code in transformers, is refused before it trains."""
+"""Refuses, before training, a model whose first forward pass fails because of its code in transformers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from dstune.core.errors import Problem, UserError, first_line
 
 OF_CODE = (AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
-"""What is raised by code that does not fit what it is given. A device that fails, memory that is out and a rank that is gone raise
-others: such a run may be started again."""
+"""Errors that a model's code raises for inputs or a configuration that it does not support. A failing device, memory that runs out
+and a lost rank raise other errors, after which the run can be started again."""
 OF_OPERATORS = re.compile(
     r"not implemented|must match|size of tensor|cannot be multiplied|expected .*(dtype|scalar type)|same dtype|"
     r"match the broadcast shape|Unsupported dtype"
 )
-"""What torch says in a RuntimeError of an operator that is not there for a number format or for these shapes."""
+"""Texts of torch's RuntimeError for an operator that lacks a number format or does not fit the shapes."""
 
 
 @contextmanager

@@ -28,11 +28,12 @@ from dstune.zero.engine import Engine
 from dstune.zero.restore import Partition
 
 Fisher = dict[str, torch.Tensor]
-"""Of this rank's fragment of each parameter."""
+"""Fisher information of this rank's fragment of each parameter, by the parameter's name."""
 
 
 class Penalties:
-    """Must be made while the weights are still the start weights. New weights (a head) have no start worth keeping.
+    """Penalties on the distance from the start weights; to be built while the model still has them. New weights (a head) have no
+    penalty.
 
     The loss of a step is the data's loss + sum over entries of (l2sp + ewc * fisher) / 2 * (weight - start)^2.
     """
@@ -56,14 +57,14 @@ class Penalties:
     def add(self, partition: Partition, gradient: torch.Tensor) -> None:
         """Add the gradient of the penalties to the `gradient` of `partition`."""
         strength = self._strength[id(partition.key)]
-        # DeepSpeed fills partitions up to equal sizes with memory as it was: not a number now and then.
+        # DeepSpeed pads partitions to equal sizes with uninitialized memory, which may be NaN.
         distance = (partition.elements.float() - self._start[id(partition.key)]).where(strength > 0, 0.0)
         pull = strength * distance
         self._value = self._value + 0.5 * (pull.double() * distance).sum()
         gradient.add_(pull)
 
     def collect(self) -> float:
-        """Return the penalty of the weights before the last update, of this rank's partitions: read once for all of them."""
+        """Return the penalty of this rank's partitions for the weights before the last update, and reset it."""
         penalty, self._value = self._value, 0.0
         return float(penalty)
 

@@ -1,4 +1,4 @@
-"""A model that generates text on all ranks, and what it wrote."""
+"""Generates text with the model in training, on all ranks."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Generated:
-    """A row with what the model wrote."""
+    """A row with the text that the model generated."""
 
     source: str
     target: str
     answer: str
     task: str = ""
-    """Of several tasks, the name of its source in `data.mixture`."""
+    """With several tasks, the name of the row's source in `data.mixture`."""
 
 
 @contextmanager
 def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
-    """Yield the module to generate with, and whether all ranks have to run it in step.
+    """Yield the module to generate with, and whether all ranks have to call it in step.
 
-    Where the whole weights fit into memory twice on every rank, they are gathered once and each rank generates what it
-    likes; the others wait for it at the end. Else as many layers as fit are gathered once, the others stay partitioned, and
-    every forward pass is a collective.
+    If the complete weights fit into memory twice on every rank, they are gathered once, each rank generates independently, and
+    the ranks wait for each other at the end. Otherwise as many layers as fit are gathered once, the others stay partitioned,
+    and every forward pass is a collective.
     """
     engine.train(False)
-    if engine.slices is not None:  # which no rank has all of
+    if engine.slices is not None:  # no rank has all weights
         yield engine.module, True
     elif engine.stage < 3:
         yield engine.module, False
@@ -60,8 +60,8 @@ def weights_bytes(engine: Engine) -> int:
 
 
 def room_for_weights(engine: Engine, world: World) -> int:
-    """Return how many bytes of gathered weights fit: half of the free memory, since what is computed needs the rest; on a CPU of
-    this rank's share of the node's."""
+    """Return how many bytes of gathered weights fit: half of the free memory (on a CPU, of this rank's share of it). Computing
+    needs the other half."""
     if engine.device.type == "cpu":
         return int(available_bytes() / world.local_size) // 2
     return accelerator.free_bytes(engine.device) // 2
@@ -104,7 +104,6 @@ def answers_on_all_ranks(
 
 
 def _dealt(prompts: Sequence[T], world: World) -> list[T]:
-    """Return this rank's prompts, every `world.size`th; the ranks have equally many, the last of them one again that another
-    has."""
+    """Return this rank's share, every `world.size`th prompt. All ranks get the same number; the last prompts may be repeats."""
     rows = -(-len(prompts) // world.size)
     return [prompts[(row * world.size + world.rank) % len(prompts)] for row in range(rows)]

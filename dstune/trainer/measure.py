@@ -1,4 +1,4 @@
-"""What the ranks sum and keep of an evaluation, and what the metrics of a task come as."""
+"""Results of an evaluation: sums over the ranks, values of single rows, and the metrics of a task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dstune.protocols.task import Task, TaskConfig
 from dstune.trainer.generation import Generated
 
 Row = dict[str, np.ndarray]
-"""What the task's head keeps of a sample (`HeadOutput.rows`)."""
+"""The head's values of a sample (`HeadOutput.rows`)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evaluation:
     of 0 and 1; of a regression numbers; tags of the words; of a question the right answers and the one that was found."""
 
     def row_results(self, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """Return what became of each row, as JSON; nothing where a row has no answer of its own."""
+        """Return each row's target and prediction as JSON; empty if the task predicts nothing for single rows."""
         if self.generated:
             rows = [asdict(row) for row in self.generated]
             return [{key: value for key, value in row.items() if key != "task" or value} for row in rows]
@@ -45,7 +45,7 @@ class Evaluation:
 def _label_name(label: Any, names: Sequence[str]) -> Any:
     """Return the name of a label's index, or those of the labels that a row has; what is no index is told as it is."""
     if isinstance(label, list) and label and isinstance(label[0], int):
-        return [name for name, on in zip(names, label, strict=True) if on]
+        return [name for name, is_set in zip(names, label, strict=True) if is_set]
     return names[label] if isinstance(label, int) else label
 
 
@@ -62,20 +62,20 @@ class Totals:
     @classmethod
     def of(cls, sums: Mapping[str, float]) -> Totals:
         """Build from sums by name (`models.heads.sums_of`)."""
-        own_names = ("loss_sum", "weight", "correct")
-        further_sums = {name: value for name, value in sums.items() if name not in own_names}
-        return cls(sums["loss_sum"], sums["weight"], sums["correct"], further_sums)
+        field_names = ("loss_sum", "weight", "correct")
+        task_sums = {name: value for name, value in sums.items() if name not in field_names}
+        return cls(sums["loss_sum"], sums["weight"], sums["correct"], task_sums)
 
 
 def count_rows(split: Split, task: TaskConfig) -> int:
-    """Count the rows that are evaluated: of tasks with chunks and of conversations whole rows, else samples."""
+    """Count the evaluated rows: complete rows for tasks that split rows into several samples, else samples."""
     if split.origins is not None and whole_rows(split, task):
         return len(np.unique(split.origins))
     return len(split.lengths)
 
 
 def whole_rows(split: Split, task: TaskConfig) -> bool:
-    """Return whether what counts is a row with all its samples."""
+    """Return whether metrics count complete rows, with all their samples."""
     member = task_of(task)
     return split.origins is not None and (member.chunked or member.splits_conversations)
 
@@ -99,7 +99,7 @@ def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...])
 
 
 def _number(metric: Metric, value: Any) -> float:
-    """Raises UserError where the `compute` of `metric` returned none."""
+    """Convert `value`, which the `compute` of `metric` returned, to a float. Raises UserError if it is no number."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -108,8 +108,8 @@ def _number(metric: Metric, value: Any) -> float:
 
 
 def texts_of(split: Split) -> Iterator[dict[str, Any]]:
-    """Yield the normalised row of each row that is measured, in order."""
-    assert split.origins is not None and split.texts is not None, "its rows were kept"
+    """Yield the normalised content of each measured row, in order."""
+    assert split.origins is not None and split.texts is not None, "the split has no texts of its rows"
     for number in np.unique(split.origins).tolist():
         yield json.loads(split.texts[number]["row"])
 

@@ -26,33 +26,33 @@ def resident_bytes() -> int:
 
 
 def give_back() -> None:
-    """Give freed memory that glibc keeps back to the system, for which it counts as taken; other libraries of C keep less."""
+    """Return freed memory that glibc holds to the system, which still counts it as used. Other C libraries hold less."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed() -> None:
-    """Let glibc keep for the next micro-batch what the last one freed, on a CPU; other libraries of C do as they do.
+    """Make glibc reuse memory that one micro-batch freed for the next one, on a CPU. Other C libraries are not changed.
 
-    As it is, tensors above some size go back to the system when they are freed, and every new page of a tensor is mapped
-    and cleared again: a norm of transformers took 7.3 ms so, 3.4 without (`benchmarks/norms.py`). Call it when the model is
-    loaded and proven: what is freed until then goes back. A value that the user has set in the environment stays.
+    By default glibc returns large tensors to the system when they are freed, and the pages of each new tensor are mapped and
+    cleared again: a norm of transformers took 7.3 ms with it, 3.4 ms without (`benchmarks/norms.py`). Call this after the model
+    is loaded and checked: memory that was freed until then is returned. Values that the user has set in the environment stay.
     """
     if accelerator.present():
         return
     give_back()
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        for option, (variable, value) in KEPT.items():
+        for option, (variable, value) in MALLOC_OPTIONS.items():
             if variable not in os.environ and TUNABLES[option] not in os.environ.get("GLIBC_TUNABLES", ""):
                 libc.mallopt(option, value)
 
 
-KEPT = {
-    -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+MALLOC_OPTIONS = {
+    -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),  # M_TRIM_THRESHOLD: free memory that is kept at the heap's end
     -3: ("MALLOC_MMAP_THRESHOLD_", 2**25),  # M_MMAP_THRESHOLD: from this size on memory is not taken from the heap
 }
-"""Options of glibc's mallopt: the variable that sets the same, and the value here."""
+"""Options of glibc's mallopt: the environment variable for the same option, and the value that dstune sets."""
 
 
 TUNABLES = {-1: "glibc.malloc.trim_threshold", -3: "glibc.malloc.mmap_threshold"}
@@ -68,7 +68,7 @@ class PeakMemory:
         self._on_gpu = accelerator.present()
         self._base = self._peak = 0
         self._earlier = 0
-        """The allocator's peak before it was last set back."""
+        """The allocator's peak before its statistics were last reset."""
         self._stop = threading.Event()
         if self._on_gpu:
             accelerator.module().reset_peak_memory_stats()
@@ -89,12 +89,12 @@ class PeakMemory:
 
     @property
     def now_gib(self) -> float:
-        """What is taken at this moment."""
+        """Memory in use now."""
         return (accelerator.module().memory_allocated() if self._on_gpu else resident_bytes() - self._base) / GIB
 
     @contextmanager
     def apart(self) -> Iterator[Callable[[], float]]:
-        """Measure the peak within the block, in GiB, from a call of the yielded function; it does not count as the run's."""
+        """Measure a separate peak within the block, which does not count as the run's. The yielded function returns it, in GiB."""
         if self._on_gpu:
             self._earlier = max(self._earlier, accelerator.module().max_memory_allocated())
             accelerator.module().reset_peak_memory_stats()

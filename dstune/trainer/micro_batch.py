@@ -1,8 +1,8 @@
-"""`trainer.micro_batch_size=auto`: how many rows a micro-batch has, measured before the first step.
+"""`trainer.micro_batch_size=auto`: measures, before the first step, how many rows a micro-batch should have.
 
-Steps of the heaviest rows are computed in sizes that double, as training would, and left out like the step of a loss spike:
-weights, optimizer and the order of the data stay as they are. A size is tried only where it is bound to fit by what the size
-before took, so none runs out of memory to find out that it does.
+It runs training steps of the heaviest rows in sizes that double, and vetoes them like the step of a loss spike, so that weights,
+optimizer and the order of the data do not change. A size is only tried if the memory of the previous size bounds it below the
+limit, so that no trial is expected to run out of memory.
 """
 
 from __future__ import annotations
@@ -34,39 +34,38 @@ from dstune.zero import accelerator
 from dstune.zero.engine import Engine
 
 LEFT_FREE = 0.1
-"""Share of the memory that no size may take: the optimizer's step, evaluation and saves are not in a trial, and an allocator
-leaves gaps."""
+"""Share of the memory that stays free: trials have no optimizer step, evaluation or save, and an allocator leaves gaps."""
 GAIN = 1.03
-"""A size is worth its memory where it is at least so much faster than the best smaller one; less is noise."""
+"""A size has to be faster than the best smaller one by this factor; less is noise."""
 PATIENCE = 2
-"""So many sizes without a gain end the search: one may have been disturbed."""
+"""The search ends after so many sizes without a gain: a single measurement may have been disturbed."""
 NAME = "micro_batch"
-"""In `TrainState.results` and `result.json`."""
+"""Key of the choice in `TrainState.results` and `result.json`."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one size takes on the rank that takes most, and how fast the slowest one is."""
+    """Peak memory of one size on the rank that needs most, and the speed of the slowest rank."""
 
     rows: int
     gib: float
     rows_per_second: float
-    """Of rows as they come: the heaviest ones are as long as each other, others are padded to the longest beside them."""
+    """Corrected for padding: the heaviest rows are equally long, but usually rows are padded to the longest in a micro-batch."""
 
 
 @dataclass(frozen=True)
 class Choice:
     rows: int
     trials: tuple[Trial, ...]
-    ended: str
-    """Why no larger size was tried or taken."""
+    end_reason: str
+    """Why no larger size was tried or chosen."""
 
 
 def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, headroom_gib: float) -> Choice:
     """Choose the fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
 
-    trial: None for a size that ran out of memory. held_gib: what a micro-batch finds in memory when it begins. headroom_gib: what
-    a rank may take at most.
+    trial: returns None for a size that ran out of memory. held_gib: memory in use when a micro-batch begins. headroom_gib: limit
+    of a rank's peak.
     """
     first = trial(1)
     assert first is not None, "one row's own error is raised"
@@ -74,35 +73,35 @@ def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, he
     trials, size, without_gain = [best], 1, 0
     while True:
         if size >= share:
-            ended = "a rank has no more in a step"
+            end_reason = "a rank has no more in a step"
             break
         size = min(2 * size, share)
         if (expected_gib := at_most(last, size, held_gib)) > headroom_gib:
-            ended = f"{size} might take {expected_gib:.1f} GiB"
+            end_reason = f"{size} might take {expected_gib:.1f} GiB"
             break
-        tried = trial(size)
-        if tried is None:
-            ended = f"{size} run out of memory, though {expected_gib:.1f} GiB were expected"
+        measured = trial(size)
+        if measured is None:
+            end_reason = f"{size} run out of memory, though {expected_gib:.1f} GiB were expected"
             break
-        last = tried
+        last = measured
         trials.append(last)
         if last.gib > headroom_gib:
-            ended = f"{size} take {last.gib:.1f} GiB"
+            end_reason = f"{size} take {last.gib:.1f} GiB"
             break
         if last.rows_per_second >= GAIN * best.rows_per_second:
             best, without_gain = last, 0
         else:
             without_gain += 1
         if without_gain == PATIENCE:
-            ended = "larger ones are hardly faster"
+            end_reason = "larger ones are hardly faster"
             break
-    # As many micro-batches as with `best`, of equal size: 12 rows make two of 6, not one of 8 and one of 4.
+    # Keep the number of micro-batches that `best` gives, but with equal sizes: 12 rows make two of 6, not one of 8 and one of 4.
     count = -(-share // best.rows)
-    return Choice(-(-share // count), tuple(trials), ended)
+    return Choice(-(-share // count), tuple(trials), end_reason)
 
 
 def at_most(last: Trial, rows: int, held_gib: float) -> float:
-    """Return an upper bound of the peak of more `rows` than were tried, GiB.
+    """Return an upper bound of the peak with `rows`, more than in the `last` trial, GiB.
 
     The peak is the largest of several moments (the loss, the backward pass, a reduction), each a constant of at least
     `held_gib` and a part that grows with the rows. None of them was above the last peak, so none of them grows by more than
@@ -112,7 +111,7 @@ def at_most(last: Trial, rows: int, held_gib: float) -> float:
 
 
 def headroom_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
-    """Return what this rank's peak may be, GiB."""
+    """Return the limit of this rank's peak, GiB."""
     if device.type != "cpu":
         free, _ = accelerator.memory(device)
         return (1 - LEFT_FREE) * (free + accelerator.module().memory_reserved(device)) / GIB
@@ -132,27 +131,27 @@ class Trials:
     memory: PeakMemory
     message: Callable[[str], None]
 
-    def choose_micro_batch_size(self, known: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
-        """Choose a number for `trainer.micro_batch_size`, the same on all ranks; return the configuration with it, and what to
-        remember of it.
+    def choose_micro_batch_size(self, remembered: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
+        """Choose a number for `trainer.micro_batch_size`, the same on all ranks; return the configuration with it, and the record
+        of the choice.
 
-        known: what the run that is continued has remembered. Its number stays, since dropout and the order of the rows may
-        depend on it.
+        remembered: the record in the checkpoint that the run continues. Its number stays, since dropout and the order of the
+        rows may depend on it.
         """
         trainer = self.config.trainer
         if trainer.micro_batch_size is not Automatic.auto:
             return self.config, None
-        if known is None:
+        if remembered is None:
             room = float(self.world.gather_numbers([headroom_gib(self.engine.device, self.world, self.memory)]).min())
             choice = choose(self.run_or_none, self.share, self.held_gib(), room)
-            known = {
+            remembered = {
                 "rows": choice.rows,
                 "world_size": self.world.size,
                 "trials": [asdict(trial) for trial in choice.trials],
             }
             rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
-            self.message(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")
-        return replace(self.config, trainer=replace(trainer, micro_batch_size=int(known["rows"]))), known
+            self.message(f"taken: micro-batches of {rows}, since {choice.end_reason} (a rank may take {room:.1f} GiB)")
+        return replace(self.config, trainer=replace(trainer, micro_batch_size=int(remembered["rows"]))), remembered
 
     @property
     def share(self) -> int:
@@ -168,7 +167,7 @@ class Trials:
         return (int(np.argmin(self.split.lengths)),)
 
     def held_gib(self) -> float:
-        """Measure what a micro-batch finds when it begins, GiB: weights, optimizer, and the gradients of the one before."""
+        """Measure the memory in use when a micro-batch begins, GiB: weights, optimizer, and the gradients of the previous one."""
         light = self._batch([self.lightest])
         held: list[float] = []
         with self.memory.apart():
@@ -176,14 +175,14 @@ class Trials:
         return float(self.world.gather_numbers([held[0] + self.engine.unallocated_state_bytes / GIB]).max())
 
     def run_or_none(self, rows: int) -> Trial | None:
-        """Run as `run`; None where memory ran out. Several ranks would wait in a collective for the one that ran out, and at
-        stage 3 weights are gathered half way: there it ends the run, with what to do."""
+        """Call `run`; return None if memory ran out. With several ranks, or at stage 3, the error ends the run instead: the other
+        ranks would wait in a collective, and weights would be left half gathered."""
         try:
             return self.run(rows)
         except Exception as error:  # see `accelerator.out_of_memory`
             if rows == 1 or self.world.size > 1 or self.engine.stage == 3 or not accelerator.out_of_memory(error):
                 raise
-        # Outside of the handler, whose traceback holds the tensors.
+        # Outside of the handler, since the exception's traceback refers to the tensors.
         self.engine.forget_micro_batch()
         self._timed_step([self._batch([self.lightest])])
         gc.collect()
@@ -192,10 +191,10 @@ class Trials:
         return None
 
     def run(self, rows: int) -> Trial:
-        # Round and round where the data has fewer rows.
+        # Rows are repeated if the data has too few.
         heavy = self._batch([self.heaviest[place % len(self.heaviest)] for place in range(rows)])
-        # The first one fills caches and leaves gradients. The last one's backward pass ends the step, at ZeRO 0 and 1 with
-        # all communication, which comes once whatever the size is.
+        # The first one fills caches and leaves gradients. The last one ends the step, at ZeRO 0 and 1 with all communication,
+        # which comes once a step for any size, so it is not timed.
         batches = [heavy, heavy, heavy, self._batch([self.lightest])]
         with self.memory.apart() as peak:
             times = self._timed_step(batches)
@@ -211,7 +210,7 @@ class Trials:
         split = self.split
         task = task_of(self.config.task)
         if isinstance(task, NeedsReference) and task.caches_reference(self.config) and split.reference is None:
-            # Computed later, with the size that is found.
+            # The reference is computed later, with the chosen size.
             split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
         batch = batch_of(self.config, split, MicroBatch(0, tuple(rows)), self.pad_token_id)
         return on_device(indexed(self.head, batch), self.engine.device)
@@ -219,11 +218,11 @@ class Trials:
     def _timed_step(
         self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None
     ) -> list[float]:
-        """Return seconds of the forward and backward pass of each, in a step that is left out."""
+        """Run a step that is vetoed; return the seconds of the forward and backward pass of each batch."""
         seeds, times = list(range(len(batches))), []
         shares = joined(self.head, self.engine, batches, self.world, seeds)
         for position, batch in enumerate(batches):
-            last = position == len(batches) - 1
+            is_last = position == len(batches) - 1
             torch.manual_seed(seeds[position])
             self._wait()
             began = time.perf_counter()
@@ -231,8 +230,8 @@ class Trials:
                 self.head,
                 batch | (shares[position] if shares else {}),
                 batch_weight=1.0,
-                last=last,
-                veto=always if last else None,
+                last=is_last,
+                veto=always if is_last else None,
             )
             self._wait()
             times.append(time.perf_counter() - began)
@@ -246,11 +245,11 @@ class Trials:
             accelerator.synchronize()
 
     def _without_padding(self, rows: int) -> float:
-        """Return share of the positions that hold a token in the micro-batches of an epoch, at this size."""
+        """Return the share of positions that are no padding, in the micro-batches of an epoch with this size."""
         if self.config.data.packing:
-            return 1.0  # the rows are about full whatever the size
-        sized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))
-        order = order_of(sized, self.split)
+            return 1.0  # packed rows are about full with any size
+        resized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))
+        order = order_of(resized, self.split)
         return order.efficiency() if order.steps_in(0) else 1.0
 
 
@@ -259,8 +258,8 @@ def always(loss_sum: torch.Tensor) -> bool:
 
 
 def heaviest_rows(config: RunConfig, split: Split, count: int) -> list[Row]:
-    """Return at most `count` rows that take most memory together: the longest by each column of tokens, to which a batch pads
-    all others, then those with the most targets."""
+    """Return at most `count` rows that need the most memory together: the longest in each column of tokens, to which a batch pads
+    the others, then those with the most targets."""
     samples = np.arange(len(split.lengths))
     starts = np.arange(len(samples) + 1)
     if config.data.packing:

@@ -45,7 +45,7 @@ def test_the_largest_size_that_fits_is_never_exceeded_to_find_it() -> None:
     # A GPU that hardly does more for 8 rows than for one.
     found = choose(machine(lambda rows: 10 + 1.5 * rows, lambda rows: 1 + 0.01 * rows, tried), 64, 10, 30)
     assert tried == [1, 2, 4, 8]
-    assert (found.rows, found.ended) == (8, "16 might take 34.0 GiB")
+    assert (found.rows, found.end_reason) == (8, "16 might take 34.0 GiB")
 
 
 def test_a_peak_whose_reason_changes_is_not_exceeded_either() -> None:
@@ -78,7 +78,7 @@ def test_a_size_that_is_hardly_faster_is_not_taken() -> None:
     tried: list[int] = []
     found = choose(machine(lambda rows: 1 + 0.1 * rows, lambda rows: max(1.0, rows / 4), tried), 64, 1, 30)
     assert tried == [1, 2, 4, 8, 16]
-    assert (found.rows, found.ended) == (4, "larger ones are hardly faster")
+    assert (found.rows, found.end_reason) == (4, "larger ones are hardly faster")
 
 
 def test_one_disturbed_time_does_not_end_the_search() -> None:
@@ -88,7 +88,7 @@ def test_one_disturbed_time_does_not_end_the_search() -> None:
 
 def test_a_size_that_took_more_than_there_may_be_is_not_chosen() -> None:
     found = choose(machine(lambda rows: {1: 2.0, 2: 3.0, 4: 9.0}[rows], constant), 64, 1, 8)
-    assert (found.rows, found.ended) == (2, "4 take 9.0 GiB")
+    assert (found.rows, found.end_reason) == (2, "4 take 9.0 GiB")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,9 @@ def unwritten(run, event: Event, step: int = 3) -> None:
 def logging_run(**given):
     rows: list[tuple[int, dict]] = []
     log = SimpleNamespace(
-        log=lambda step, metrics, **unused: rows.append((step, metrics)), progress=lambda *unused: None
+        log=lambda step, metrics, **unused: rows.append((step, metrics)),
+        progress=lambda *unused: None,
+        evaluating=lambda *unused: None,
     )
     return rows, SimpleNamespace(log=log, unwritten=None, total_steps=9, **given)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.models.heads import Head, Rows
     from dstune.trainer.baseline import Prompted
-    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.counterfactual import EvaluatedRows
     from dstune.trainer.measure import Evaluation, Row, Totals
 
 
@@ -130,7 +130,7 @@ class Classification(Task):
         return measure(self.config, totals, outputs)
 
     def counterfactual(
-        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+        self, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows, places: np.ndarray
     ) -> dict[str, np.ndarray]:
         import numpy as np
 

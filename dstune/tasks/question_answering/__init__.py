@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
     from dstune.models.heads import Head, Rows
-    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.counterfactual import EvaluatedRows
     from dstune.trainer.measure import Evaluation, Row, Totals
 
 
@@ -72,7 +72,7 @@ class QuestionAnswering(Task):
         return measure(self.config, split, totals, outputs)
 
     def counterfactual(
-        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+        self, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows, places: np.ndarray
     ) -> dict[str, np.ndarray]:
         from dstune.tasks.question_answering.metrics import swapped_answers
         from dstune.trainer.counterfactual import flips

@@ -16,7 +16,7 @@ from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split
 from dstune.data.swaps import Swaps
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
-from dstune.trainer.counterfactual import Evaluated
+from dstune.trainer.counterfactual import EvaluatedRows
 from dstune.trainer.measure import Evaluation, Row, Totals, rows_of, texts_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -121,7 +121,7 @@ def best_spans(split: Split, outputs: Sequence[Row]) -> tuple[list[str], list[fl
 
 
 def swapped_answers(
-    task: QuestionAnsweringConfig, run: RunConfig, before: Evaluated, after: Evaluated
+    task: QuestionAnsweringConfig, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows
 ) -> tuple[list[str], list[str]]:
     """Return the answers before the swap of terms, with the terms of the answers swapped too, and those after it."""
     assert run.evaluate.counterfactual is not None

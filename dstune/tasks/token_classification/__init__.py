@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
     from dstune.models.heads import Head, Rows
-    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.counterfactual import EvaluatedRows
     from dstune.trainer.measure import Evaluation, Row, Totals
 
 
@@ -90,7 +90,7 @@ class TokenClassification(Task):
         return measure(self.config, labels, split, totals, outputs)
 
     def counterfactual(
-        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+        self, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows, places: np.ndarray
     ) -> dict[str, np.ndarray]:
         from dstune.trainer.counterfactual import flips, predictions
 
