@@ -146,10 +146,10 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
         hidden.float().sum().backward()
 
     seconds = seconds_of(world, device, step)
-    s = small_setup(size, rows, on_gpu=on_gpu)
-    linear, attention, _ = forward_flops(s)
+    planned = small_setup(size, rows, on_gpu=on_gpu)
+    linear, attention, _ = forward_flops(planned)
     products = 3 * linear / speed.flops + 3 * attention / speed.attention
-    saved_bytes = s.model.layers * activations.layer(s).saved
+    saved_bytes = planned.model.layers * activations.layer(planned).saved
     elementwise_seconds = max(seconds - products, seconds / 20)
     return Speed(**(asdict(speed) | {"saved": saved_bytes / elementwise_seconds}))
 

@@ -290,16 +290,12 @@ def refuse_unshared(world: World, run_dir: Path) -> None:
     """Raise UserError on all ranks unless every node sees the run directory that rank 0 made. Every rank writes its checkpoint
     shards there, and reads those of other ranks when their number changes."""
     file = run_dir / "run.yaml"
-    sees = file.is_file() and file.read_bytes() == written
-    blind = sorted(
-        {
-            host
-            for host, is_seen in zip(world.gather(environment.host()), world.gather(sees), strict=True)
-            if not is_seen
-        }
-    )
-    if blind:
-        reason = f"it is not there on {', '.join(blind)}: the nodes do not share this file system"
+    content = world.broadcast(file.read_bytes() if world.is_main else None)
+    is_shared = file.is_file() and file.read_bytes() == content
+    by_host = zip(world.gather(environment.host()), world.gather(is_shared), strict=True)
+    hosts_without = sorted({host for host, has_file in by_host if not has_file})
+    if hosts_without:
+        reason = f"it is not there on {', '.join(hosts_without)}: the nodes do not share this file system"
         fix = "give a run.dir on a file system that all nodes share (caches and data may be each node's own)"
         raise UserError(Problem("run.dir", reason, fix, str(run_dir)))
 

@@ -234,7 +234,7 @@ class RowCollector:
 
     def add(self, indices: torch.Tensor, columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
         self._on_device.append((indices, columns))
-        if len(self._on_device) == self.TOGETHER:
+        if len(self._on_device) == self.BATCHES_PER_READ:
             self.read()
 
     def read(self) -> list[tuple[list[int], dict[str, Column]]]:

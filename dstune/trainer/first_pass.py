@@ -23,10 +23,10 @@ OF_OPERATORS = re.compile(
 
 @contextmanager
 def refuse_failing_model(path: str, name: str, *, raised_there: bool = False) -> Iterator[None]:
-    """Raises UserError in place of what the code of a model raises within: the operator or attribute, and where.
+    """Raise UserError in place of an error that the model's code raises within the block, with the place in the code.
 
-    path: `model.path`. name: of the model's class. raised_there: only what a file of models raises itself; for the rest callbacks
-    may be at fault. Every rank computes the same, so it is raised on all of them.
+    path: `model.path`. name: of the model's class. raised_there: replace only errors whose last frame is in the model's code;
+    others may be a callback's fault. Every rank computes the same, so all of them raise it.
     """
     try:
         yield

@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def _label_name(label: Any, names: Sequence[str]) -> Any:
-    """Return the name of a label's index, or those of the labels that a row has; what is no index is told as it is."""
+    """Return the name of a label's index, or the names of a row's labels; anything else is returned unchanged."""
     if isinstance(label, list) and label and isinstance(label[0], int):
         return [name for name, is_set in zip(names, label, strict=True) if is_set]
     return names[label] if isinstance(label, int) else label

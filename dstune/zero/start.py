@@ -57,9 +57,7 @@ def import_deepspeed() -> None:
     # peft imports bitsandbytes if it is installed, and it warns about libraries that nobody needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not accelerator.present():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # otherwise DeepSpeed looks for accelerators and warns that there is none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no accelerator
     with _without("mlflow"):
         import deepspeed
         import deepspeed.ops

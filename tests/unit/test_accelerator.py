@@ -22,7 +22,7 @@ from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
 from dstune.rank import worker
 from dstune.trainer import generation, out_of_memory
-from dstune.trainer.evaluate import KeptRows
+from dstune.trainer.evaluate import RowCollector
 from dstune.zero import accelerator, fewer_gathers, fewer_reads, precision, start
 from dstune.zero.ds_config import deepspeed_config
 
@@ -367,7 +367,7 @@ def test_rows_of_an_evaluation_are_read_many_batches_at_a_time(monkeypatch):
     read: list[int] = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda indices: read.append(1) or tolist(indices))
-    rows, often = KeptRows(), KeptRows.TOGETHER
+    rows, often = RowCollector(), RowCollector.BATCHES_PER_READ
     for number in range(often + 1):
         rows.add(torch.tensor([number]), {"score": torch.tensor([0.5 * number]), "parts": [torch.tensor([number])]})
         assert len(read) == (0 if number < often - 1 else often)
