@@ -274,7 +274,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "serve/gateway/output_bound.py", "body = body | {names[0]: requested}", "return body"
     ),
     "serve.test_what_an_engine_elsewhere_sends_is_bounded": undo(
-        "serve/gateway/inference.py", "within_event(seen[start:])", "seen[start:]"
+        "serve/gateway/inference.py", "within_event(buffered[start:])", "buffered[start:]"
     ),
     "finetuning_api.test_group_7_one_tenant_sees_nothing_of_another": undo(
         "finetuning/files.py",

@@ -120,12 +120,12 @@ def streamed(content: bytes, folder: Path) -> None:
     from dstune.guard.check import Verdict
     from dstune.guard.policy import Policy
     from dstune.guard.streams import HeldBack
-    from dstune.serve.gateway.inference import WithoutUsage
+    from dstune.serve.gateway.inference import UsageRemover
     from dstune.serve.gateway.recording import Record
     from dstune.serve.gateway.request_log import answer_value
 
     half = len(content) // 2
-    shown, record = WithoutUsage(), Record(keeps_text=True)
+    shown, record = UsageRemover(), Record(keeps_text=True)
 
     async def chunks() -> AsyncIterator[bytes]:
         for chunk in (content[:half], content[half:]):

@@ -112,12 +112,12 @@ async def run_gateway(folder: Path) -> None:
     from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.routes import ROUTES
     from dstune.serve.gateway.settings import Settings
-    from dstune.serve.server import Server, configured, drained
+    from dstune.serve.server import Server, make_config, serve_until_signalled
     from dstune.serve.store.database import Database
     from tests.support.serving import StubEngine, stub_source
 
     url = json.loads((folder / "stub.json").read_text())["url"]
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     fleet = Fleet(lambda source, base: StubEngine(source, base, folder, folder, Limits(), url=url))
     await fleet.start([stub_source("first")])
     recorder = Recorder(database)
@@ -128,10 +128,10 @@ async def run_gateway(folder: Path) -> None:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(2048)
-    config = configured(gateway, timeout_graceful_shutdown=10)
+    config = make_config(gateway, timeout_graceful_shutdown=10)
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     (folder / "gateway.json").write_text(json.dumps({"url": address, "key": key}))
-    await drained(Server(config), gateway, 0.0, [listening])
+    await serve_until_signalled(Server(config), gateway, 0.0, [listening])
     await recorder.stop()
     await fleet.stop()
 

@@ -108,9 +108,9 @@ class FineTuningRoutes(Routes):
             return None
         _require_extra()
         from dstune.finetuning.service import FineTuning
-        from dstune.serve.state import opened_database
+        from dstune.serve.state import open_database
 
-        database = opened_database(state, arguments.store, create=True)
+        database = open_database(state, arguments.store, create=True)
         api = FineTuning(database, state, settings(arguments), parts(arguments, state))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: api.jobs.end())

@@ -95,7 +95,7 @@ class Guard:
         policy = self.policies.of_route(route)
         if policy is None:
             return None
-        placed = await request.apart(lambda: of_request(route, body))
+        placed = await request.run_in_thread(lambda: of_request(route, body))
         if asks_about_images(body):
             request.note(UNCHECKED, ["images"])
         texts = [entry.text for entry in placed]

@@ -54,14 +54,14 @@ def read_requests(folder: Path, since: float, store: str | None = None) -> list[
 def recorded_requests(folder: Path, store: str | None = None) -> set[str]:
     """Return the ids of all answers that the server's database still has: those of a user who was forgotten are gone."""
     from dstune.serve import extra
-    from dstune.serve.state import opened_database
+    from dstune.serve.state import open_database
 
     extra.require()
     from sqlalchemy import select
 
     from dstune.serve.store.tables import AnswerRow
 
-    database = opened_database(folder.parent, store, create=False)
+    database = open_database(folder.parent, store, create=False)
     try:
         with database.session() as session:
             return set(session.scalars(select(AnswerRow.id)))
@@ -157,7 +157,7 @@ def _with_words(
 def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
     """Return what clients said, by the id of the request and that of the answer."""
     from dstune.serve import extra
-    from dstune.serve.state import opened_database
+    from dstune.serve.state import open_database
 
     if not store and not any(state.glob("*.sqlite")):
         return {}
@@ -166,7 +166,7 @@ def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
 
     from dstune.serve.store.tables import AnswerRow, Feedback
 
-    database = opened_database(state, store, create=False)
+    database = open_database(state, store, create=False)
     try:
         with database.session() as session:
             rows = session.execute(

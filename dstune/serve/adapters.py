@@ -1,7 +1,5 @@
-"""Whether an adapter is one of the model that is served, by its files: before an engine loads it.
-
-vLLM took an adapter of another model without a word, and answered with the base's text.
-"""
+"""Check from files, before an engine loads an adapter, that it belongs to the base model being served. Without this check vLLM
+accepted an adapter of another model silently and answered with the base's text."""
 
 from __future__ import annotations
 
@@ -18,13 +16,13 @@ from dstune.planning.source import cached_snapshot
 from dstune.serve.source import Source
 
 LANGUAGE_MODEL = "model.language_model."
-"""Where a language model is in the classes of transformers that have more parts."""
+"""Prefix of the language model's tensors in multi-part classes of transformers."""
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
 
 
 def check(adapter: Source, base: Source, *, one_template: bool) -> None:
-    """Raises UserError with all that speaks against `adapter` on the engine of `base`. one_template: the engine asks all
-    adapters through the template of the base."""
+    """Check that `adapter` can run on the engine of `base`. Raises UserError with every problem. one_template: the engine uses the
+    base's chat template for all adapters."""
     problems = [
         Problem(adapter.name, reason, fix, value) for reason, fix, value in _problems(adapter, base, one_template)
     ]
@@ -46,7 +44,7 @@ def _problems(adapter: Source, base: Source, one_template: bool) -> Iterator[tup
     if adapter.base_revision and base.base_revision and adapter.base_revision != base.base_revision:
         reason = f"was trained on revision {adapter.base_revision}, the engine serves {base.base_revision}"
         yield reason, "", ""
-    # Of a base that is asked for by its hub id, the files that an engine would load.
+    # For a base given by its hub id, these are the files that an engine would load.
     base_folder = base.folder or cached_snapshot(ModelConfig(path=base.path, revision=base.base_revision))
     if base_folder is not None:
         yield from _wrong_shapes(adapter.folder, base_folder)
@@ -55,7 +53,7 @@ def _problems(adapter: Source, base: Source, one_template: bool) -> Iterator[tup
 
 
 def _same_base(adapter: Source, base: Source) -> bool | None:
-    """Return whether an adapter and a model have the same base; None where names alone do not tell: it may have several."""
+    """Return whether an adapter and a model have the same base; None if the names alone cannot tell."""
     if adapter.base in (base.path, base.base, str(base.folder)):
         return True
     folder = Path(adapter.base)
@@ -91,22 +89,26 @@ def _added(source: Source) -> set[str]:
 
 
 def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield modules that the base lacks, or has in another shape."""
+    """Yield the modules that the base lacks or has in another shape."""
     shapes = {name: shape for file in sorted(base.glob("*.safetensors")) for name, shape in tensor_shapes(file).items()}
     settings = object_in(adapter / "adapter_config.json")
     if not shapes or settings.get("peft_type") != "LORA" or settings.get("target_parameters"):
         return
     ends = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
     factors: dict[str, dict[str, list[int]]] = {}
-    strange = []
+    unloadable = []
     for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
         match = _FACTOR.match(name)
         if match is not None:
             factors.setdefault(match[1], {})[match[2]] = shape
         elif "lora_" in name and "embedding" not in name and "magnitude" not in name:
-            strange.append(name)
-    if strange:
-        yield f"{len(strange)} tensors have names that peft does not load, first {strange[0]}", "dstune export RUN", ""
+            unloadable.append(name)
+    if unloadable:
+        yield (
+            f"{len(unloadable)} tensors have names that peft does not load, first {unloadable[0]}",
+            "dstune export RUN",
+            "",
+        )
     if not factors:
         yield "holds no low-rank matrices under the names that peft loads", "dstune export RUN", ""
     absent = [name for name in factors if _weight_of(name, ends) is None]
@@ -127,17 +129,17 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
         weight = _weight_of(name, ends)
         if weight is None or set(pair) != {"A", "B"} or len(weight) != 2:
             continue
-        first, second = pair["B"], pair["A"]
-        if len(first) != 2 or len(second) != 2 or [first[0], second[1]] != list(weight):
-            made = f"[{', '.join(map(str, [*first[:1], *second[1:]]))}]"
-            reason = f"{name} has the shape {list(weight)} in the base, the adapter is for {made}"
+        lora_b, lora_a = pair["B"], pair["A"]
+        if len(lora_b) != 2 or len(lora_a) != 2 or [lora_b[0], lora_a[1]] != list(weight):
+            adapter_shape = f"[{', '.join(map(str, [*lora_b[:1], *lora_a[1:]]))}]"
+            reason = f"{name} has the shape {list(weight)} in the base, the adapter is for {adapter_shape}"
             yield reason, "give the adapter's own base", ""
             return
 
 
 def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
-    """Return the shape of the weight of a module; files of some bases lack the model's outermost name, have two names exchanged,
-    or have the language model's own names beside a tower (`visual.`, Qwen2-VL and 2.5-VL)."""
+    """Return the shape of a module's weight. Some bases omit the model's outermost name, swap two names, or name the language model
+    differently beside a vision tower (`visual.`, Qwen2-VL and 2.5-VL)."""
     candidates = [*layouts_of(name)[:2], name.partition(".")[2]]
     if name.startswith(LANGUAGE_MODEL) and any(end.startswith("visual.") for end in ends):
         candidates.append(f"model.{name.removeprefix(LANGUAGE_MODEL)}")

@@ -1,4 +1,4 @@
-"""The little of ASGI that both the gateway and the local engine need."""
+"""ASGI helpers shared by the gateway and the local engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ClientGone(Exception):
 
 
 async def respond(send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
-    """Send a whole response. headers: beside the length; JSON where they name no type."""
+    """Send a complete response. headers: in addition to the content length; the content type is JSON if they name none."""
     all_headers = list(headers)
     if not any(name == b"content-type" for name, _ in all_headers):
         all_headers.append(JSON)
@@ -41,7 +41,7 @@ def event(value: Any) -> bytes:
     return b"data: " + dumps(value) + b"\n\n"
 
 
-async def gone(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Wait until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -49,14 +49,14 @@ async def gone(receive: Receive) -> None:
 
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancel what stands in the block when the client goes. Raises ClientGone then."""
+    """Cancel the block if the client disconnects. Raises ClientGone then."""
     working = asyncio.current_task()
     assert working is not None
     has_left = False
 
     async def watch() -> None:
         nonlocal has_left
-        await gone(receive)
+        await wait_for_disconnect(receive)
         has_left = True
         working.cancel()
 
@@ -64,7 +64,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     try:
         yield
     except BaseException as error:
-        # Whatever came of being cancelled; a second request to cancel the task stands.
+        # The cancellation may surface as any exception. If the task was cancelled a second time, that cancellation stands.
         if has_left and working.uncancel() == 0:
             raise ClientGone from error
         raise
@@ -73,8 +73,8 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
 
 
 async def read_body(receive: Receive, limit: int, hold: Callable[[int], None] = lambda size: None) -> bytes:
-    """Read the whole body. hold: told of the size of each part. Raises ClientGone, what `hold` raises, and ValueError where the
-    body has more than `limit` bytes."""
+    """Read the complete body. hold: called with the size of each part. Raises ClientGone, ValueError if the body exceeds `limit`
+    bytes, and what `hold` raises."""
     parts, size = [], 0
     while True:
         message = await receive()

@@ -1,5 +1,5 @@
-"""The reference of a language model as it is: `python -m dstune.serve.base_reference MODEL FILE`, a process of its own, since it
-needs torch and the gateway not."""
+"""Writes the reference of an untuned language model: `python -m dstune.serve.base_reference MODEL FILE`. It is a separate process
+because it needs torch, which the gateway does not import."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError, to_js
 
 
 def main(model: dict[str, Any], file: Path) -> int:
-    """Write the reference of a base model. model: path and whether its code is trusted. Prints the error where there can be no
-    reference."""
+    """Write the reference of a base model. model: its path and whether its code is trusted. Prints the error if no reference can be
+    made."""
     from dstune.config.schema import ModelConfig
     from dstune.inference.reference import NoReference, base_reference
 

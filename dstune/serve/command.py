@@ -20,7 +20,7 @@ from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError
 from dstune.protocols import EngineKind, Routes
 from dstune.serve import extra, options
 from dstune.serve.options import without_models
-from dstune.serve.state import opened_database, state_folder
+from dstune.serve.state import open_database, state_folder
 
 if TYPE_CHECKING:
     from dstune.serve.engines.base import Engine
@@ -35,11 +35,11 @@ log = logging.getLogger("dstune.serve")
 
 
 class ServeFailed(DstuneError):
-    """The server could not start, for a reason that is not the user's mistake."""
+    """The server could not start, for a reason that is not a user's mistake."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `dstune serve MODEL [NAME=MODEL ...]`. Raises UserError, Refused; returns the exit code."""
+    """Run `dstune serve MODEL [NAME=MODEL ...]` and return the exit code. Raises UserError, Refused."""
     arguments = options.parsed(argv)
     options.check(arguments)
     extra.require()
@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
 
 
 def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
-    """Return the models by name; runs without an export of their newest checkpoint, or without a reference, get one."""
+    """Return the models to serve. A run whose newest checkpoint has no export, or no reference, gets one first."""
     from dstune.serve import source
     from dstune.serve.prepare import prepare, prove_base
 
     sources = []
-    for name, path in source.of_words(arguments.models):
+    for name, path in source.parse_models(arguments.models):
         folder = prepare(Path(path), state) if source.needs_preparation(path) else None
         made = source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code)
         sources.append(prove_base(made, state) if arguments.prove else made)
@@ -105,7 +105,7 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
     assert starting is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, starting.cancel)
-    opened = None if arguments.check else _Opened.of(arguments, state)
+    opened = None if arguments.check else _Opened.open(arguments, state)
     services = [service for service in options.served(arguments) if opened is not None or service.checks_itself]
     try:
         for service in services:  # first, since they may refuse
@@ -131,20 +131,20 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
 
 @dataclass
 class _Opened:
-    """What may be refused, opened before models are loaded, which takes minutes."""
+    """Resources that may be refused; they are opened before models are loaded, which takes minutes."""
 
     database: Database
     recorder: Recorder
     listening: socket.socket
-    """Bound; nobody can connect yet."""
+    """Bound, but not listening yet."""
 
     @staticmethod
-    def of(arguments: argparse.Namespace, state: Path) -> _Opened:
-        """Raises UserError."""
+    def open(arguments: argparse.Namespace, state: Path) -> _Opened:
+        """Open the database, the request log and the socket. Raises UserError."""
         from dstune.serve.gateway.recording import Recorder
 
-        listening = _bound(arguments.host, arguments.port)
-        database = opened_database(state, arguments.store, create=True)
+        listening = _bind(arguments.host, arguments.port)
+        database = open_database(state, arguments.store, create=True)
         return _Opened(database, Recorder(database, _request_log(arguments, state)), listening)
 
 
@@ -156,10 +156,10 @@ async def _serve(
     services: list[Routes],
     opened: _Opened,
 ) -> None:
-    """Open the gateway, then load and prove the models, which takes minutes. Raises what keeps one from being served."""
+    """Open the gateway, then load and prove the models, which takes minutes. Raises the first error that prevents serving."""
     from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.routes import COMMON, ROUTES
-    from dstune.serve.server import Server, configured, drained
+    from dstune.serve.server import Server, make_config, serve_until_signalled
 
     database, recorder, listening = opened.database, opened.recorder, opened.listening
     closed = {path: option for service in arguments.services for path, option in service.closed.items()}
@@ -174,10 +174,10 @@ async def _serve(
     port = listening.getsockname()[1]
     try:
         listening.listen(2048)
-    except OSError as error:  # another one has been faster
+    except OSError as error:  # another process took the address first
         raise _cannot_listen(error, arguments.host, port) from None
     first_keys(gateway.keys, state)
-    config = configured(gateway, timeout_keep_alive=75, timeout_graceful_shutdown=arguments.drain_seconds)
+    config = make_config(gateway, timeout_keep_alive=75, timeout_graceful_shutdown=arguments.drain_seconds)
     recorder.start()
     for service in services:
         service.on_listening()
@@ -195,7 +195,7 @@ async def _serve(
         log.info("%s answers; its models are loaded and proven now", address)
     starting.add_done_callback(end_or_announce)
     try:
-        await drained(server, gateway, arguments.drain_delay, [listening])
+        await serve_until_signalled(server, gateway, arguments.drain_delay, [listening])
     finally:
         failure = starting.exception() if starting.done() and not starting.cancelled() else None
         starting.cancel()
@@ -209,7 +209,7 @@ async def _serve(
 
 
 def _announce(arguments: argparse.Namespace, state: Path, address: str, fleet: Fleet, services: list[Routes]) -> None:
-    """Print what is served, for people and for programs that wait for the line."""
+    """Print the served models and the address, for people and for programs that wait for this line."""
     names = [*fleet.models, *(service.title for service in services if service.title)]
     place = next((service.prefix for service in services if service.replaces_models(arguments)), "v1")
     print(f"{address}/{place}  serves {', '.join(names)}", flush=True)
@@ -237,7 +237,7 @@ def _request_log(arguments: argparse.Namespace, state: Path) -> Any:
     from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
     from dstune.serve.gateway.request_log import RequestLog
 
-    check_personal_data()  # the extra `clean` is there
+    check_personal_data()  # raises if the extra `clean` is missing
 
     def redact(text: str) -> str:
         masked = mask(text, find_secrets(text))
@@ -247,8 +247,8 @@ def _request_log(arguments: argparse.Namespace, state: Path) -> Any:
 
 
 def first_keys(keys: Keys, state: Path) -> None:
-    """Make a key of a client and an admin's where there are none, kept in files of this user alone and printed to a terminal
-    once."""
+    """Create one client key and one admin key if the database has none. They are written to files that only this user can read, and
+    printed once to a terminal."""
     names = {row.name for row in keys.all()}
     for name, file, admin in (("default", "key", False), ("admin", "admin-key", True)):
         if name in names or (admin and any(row.admin for row in keys.all())) or (not admin and names):
@@ -259,12 +259,12 @@ def first_keys(keys: Keys, state: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(f"{key}\n")
-        if sys.stdout.isatty():  # elsewhere it would stay in somebody's log
+        if sys.stdout.isatty():  # elsewhere it would end up in somebody's log
             print(f"{'admin key' if admin else 'key'}: {key}", flush=True)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to the address. Raises UserError where the address is taken."""
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address. Raises UserError if the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The engines of `dstune serve`. What one needs is imported when it is chosen."""
+"""The engines of `dstune serve`. Each engine's modules are imported only when it is chosen."""
 
 from __future__ import annotations
 

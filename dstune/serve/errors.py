@@ -18,7 +18,7 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """What a client is told: a status, a message, and the field or code that it is about."""
+    """An error sent to a client: a status, a message, and the field or code that it is about."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Whether `dstune[serve]` and the extras of what stands on it are installed."""
+"""Checks that `dstune[serve]` and the extras that build on it are installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = (
 
 
 def require() -> None:
-    """Raises UserError that names what is missing."""
+    """Raises UserError that names the missing modules."""
     require_modules("serve", MODULES)
 
 
@@ -31,7 +31,7 @@ def _absent(modules: tuple[str, ...]) -> list[str]:
 
 
 def require_modules(extra: str, modules: tuple[str, ...]) -> None:
-    """Raises UserError that names what of an extra is missing."""
+    """Raises UserError that names the missing modules of an extra."""
     if absent := _absent(modules):
         reason = f"needs the extra `{extra}`; {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
         raise UserError(Problem("dstune serve", reason, f"pip install '.[{extra}]' in a clone of dstune"))

@@ -1,8 +1,6 @@
-"""The bodies of requests that engines answer: what each field may hold, and which of them a route knows.
-
-A request may hold nothing else. What an engine would ignore is refused by name, unless the value asks for nothing
-(`n=1`, `response_format={"type": "text"}`).
-"""
+"""The bodies of requests that engines answer: what each field may hold, and which fields a route accepts; any other field is
+refused. A field that the engine would ignore is refused by name, unless its value has no effect (`n=1`, `response_format={"type":
+"text"}`)."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ MOST_INPUTS = 2048
 MOST_PROMPTS = 262_144
 MOST_STOPS = 4
 TEMPLATE_NAMES = NO_ARGUMENTS | {"documents"}
-"""What a client may not give to the template."""
+"""Template arguments that a client must not set."""
 
 Label = Annotated[str, Text(256)]
 Tokens = Annotated[int, Whole(1, 10_000_000)]
@@ -140,7 +138,7 @@ class Schema(NullsAreAbsent):
 
 
 class SchemaFormat(NullsAreAbsent):
-    """What stands elsewhere is a schema for one engine and nothing for another."""
+    """Schemas for structured output. A schema anywhere else would work on one engine and be ignored by another."""
 
     type: Literal["json_schema"]
     json_schema: Schema
@@ -172,10 +170,10 @@ TemplateArguments = Annotated[
 
 
 class Request(Body):
-    """The body of a route. A field that was left out, or is null, is None."""
+    """The body of a request. A field that is absent or null is None."""
 
     conversation: ClassVar[str] = ""
-    """The field that holds messages."""
+    """The name of the field that holds messages."""
     required: ClassVar[tuple[str, ...]] = ()
     model: Label | None = None
 
@@ -241,7 +239,7 @@ class Completion(Sampling):
 
 
 class Response(EncoderRequest):
-    """Without what refers to answers that a server keeps: none is kept."""
+    """The fields of `/v1/responses`, except those that refer to stored answers: none are stored."""
 
     conversation = "input"
     required = ("input",)
@@ -344,14 +342,12 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "return_text": lambda value: value is False,
     "raw_scores": lambda value: value is False,
 }
-"""Values at which a field asks for nothing, so that any engine may leave it out."""
+"""Values at which a field has no effect, so that any engine may ignore it."""
 
 
 def checked(body: Mapping[str, Any], route: type[Request], acts: Collection[str]) -> dict[str, Any]:
-    """Return `body` without fields that ask for nothing, its messages as in training. acts: the fields that the engine acts on.
-
-    Raises ApiError for a field that is unknown or wrong, or that the engine would ignore.
-    """
+    """Return `body` without fields that have no effect, and with its messages in the form of training. acts: the fields that the
+    engine supports. Raises ApiError for a field that is unknown or invalid, or that the engine would ignore."""
     model_fields = route.model_fields
     for name in body:
         if name not in model_fields:

@@ -1,4 +1,4 @@
-"""All engines and the models that they serve: started, proven, watched, restarted."""
+"""Starts, proves, watches and restarts all engines and the models that they serve."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from dstune.serve.source import NAME, Source, base_source
 log = logging.getLogger("dstune.serve")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds between two starts of an engine that does not stay up."""
+"""Seconds between two starts of an engine that keeps failing."""
 
 EngineOf = Callable[[Source, str], Engine]
-"""The engine of a base model that is served under a name."""
+"""Creates the engine of a base model that is served under a name."""
 
 
 @dataclass
 class Model:
-    """A model by its public name."""
+    """A served model."""
 
     source: Source
     engine: Engine
     proof: Proof
     parent: str | None = None
-    """Of an adapter, the name of its base."""
+    """The name of an adapter's base."""
     ready: bool = True
-    """False while its engine is started again, until it is proven again."""
+    """False while its engine restarts, until the model is proven again."""
     failed: str = ""
-    """Why an adapter is not served since its engine was started again; the other models of the engine are."""
+    """Why an adapter is no longer served since its engine was restarted; the engine's other models still are."""
     version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -48,18 +48,18 @@ class Model:
 
 @dataclass
 class _Group:
-    """The models of one engine."""
+    """An engine and its models."""
 
     engine: Engine
     base: str
-    named: bool
-    """Whether the base is served for its own sake."""
+    serves_base: bool
+    """Whether the base is served as a model itself, not only beneath its adapters."""
     adapters: dict[str, Source] = field(default_factory=dict)
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Fleet:
-    """Engines by the models that they serve."""
+    """All engines, and the served models by name."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class Fleet:
         base_name: str = "",
         may_be_empty: bool = False,
     ):
-        """one_template: engines ask all adapters through one chat template. require_proof: refuse a model without a
-        reference, or on an engine that cannot be compared. base_name: of the base of adapters.
-        may_be_empty: whether it is ready without a model."""
+        """one_template: engines use one chat template for all adapters. require_proof: refuse a model without a reference, or on an
+        engine that cannot be compared. base_name: the name of the adapters' base. may_be_empty: whether it is ready without any
+        model."""
         self._may_be_empty = may_be_empty
         self._engine_of, self._require_proof, self._drain = engine_of, require_proof, drain_seconds
         self._one_template, self._named_base = one_template, base_name
@@ -83,20 +83,20 @@ class Fleet:
         self._stopping = False
         self._adding: set[str] = set()
         self._replacing: dict[str, asyncio.Event] = {}
-        """Names that are given to other adapters; set when that is over."""
+        """Events by the names of adapters that are being replaced; each is set when its replacement ends."""
         self.started = asyncio.Event()
         """Set when every engine has been started and its models are proven."""
         if may_be_empty:
             self.started.set()
         self.awaited: frozenset[str] = frozenset()
-        """Names of the models that will be there when the start is over."""
+        """Names of the models that will be served after the start."""
 
     # -- start and end
 
     async def start(self, sources: Sequence[Source]) -> None:
-        """Raises UserError, Refused and EngineDown; what was started is stopped then."""
+        """Start and prove all models. Raises UserError, Refused and EngineDown; whatever was started is stopped then."""
         try:
-            groups = self._grouped(sources)
+            groups = self._group_by_base(sources)
             self.awaited = frozenset(name for group in groups for name in (group.base, *group.adapters))
             for group in groups:
                 log.info("starting the engine %s for %s", group.engine.name, group.base)
@@ -111,9 +111,9 @@ class Fleet:
         self.awaited = frozenset()
         self.started.set()
 
-    def _grouped(self, sources: Sequence[Source]) -> list[_Group]:
-        """Group adapters by their base, which share an engine. Raises UserError for two models of one name, and adapters that do
-        not fit."""
+    def _group_by_base(self, sources: Sequence[Source]) -> list[_Group]:
+        """Group the adapters by base; the adapters of a base share an engine. Raises UserError for duplicate names and for adapters
+        that do not fit."""
         names = [source.name for source in sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(
@@ -124,7 +124,7 @@ class Fleet:
             raise UserError(Problem("--base-name", reason, "NAME=PATH names a model", self._named_base))
         groups: list[_Group] = []
         by_base: dict[tuple[str, ...], _Group] = {}
-        for source in sorted(sources, key=lambda entry: entry.adapter):  # whole models first: one may be a base
+        for source in sorted(sources, key=lambda entry: entry.adapter):  # full models first: one may be a base
             shared = source.adapter and source.generates
             template = (source.template or "") if self._one_template else ""
             place = source.base if shared else str(source.folder or source.path)
@@ -133,12 +133,12 @@ class Fleet:
             if group is None:
                 base = source
                 if shared:
-                    taken = [*names, *(entry.base for entry in groups)]
-                    if self._named_base in taken:
+                    taken_names = [*names, *(entry.base for entry in groups)]
+                    if self._named_base in taken_names:
                         raise UserError(Problem("--base-name", "the name is taken", value=self._named_base))
-                    name = self._named_base or self._base_name(source.base, taken)
+                    name = self._named_base or self._base_name(source.base, taken_names)
                     base = base_source(source, name, one_template=self._one_template)
-                group = _Group(self._engine_of(base, base.name), base.name, named=not shared)
+                group = _Group(self._engine_of(base, base.name), base.name, serves_base=not shared)
                 groups.append(group)
                 by_base.setdefault(key, group)
             if shared:
@@ -148,10 +148,10 @@ class Fleet:
         return groups
 
     @staticmethod
-    def _base_name(path: str, taken: Sequence[str]) -> str:
+    def _base_name(path: str, taken_names: Sequence[str]) -> str:
         name = Path(path).name if Path(path).is_dir() else path.removeprefix("sample://")
         name = re.sub(r"[^A-Za-z0-9._:/@-]", "-", name).lstrip("._:/@-")[:100] or "base"
-        while name in taken:
+        while name in taken_names:
             name = f"{name}-base"
         return name
 
@@ -165,22 +165,22 @@ class Fleet:
 
     # -- models
 
-    async def _publish(self, group: _Group, *, again: bool = False) -> None:
-        """List the models of an engine that has just started. Raises Refused, UserError, EngineDown. again: an adapter that was
-        served before and is refused now stays out alone."""
+    async def _publish(self, group: _Group, *, after_restart: bool = False) -> None:
+        """List the models of an engine that has just started. after_restart: skip an adapter that was served before and is refused
+        now. Raises Refused, UserError, EngineDown."""
         engine, source = group.engine, group.engine.source
         proof = Proof("base", dtype=engine.dtype)
-        if group.named:
+        if group.serves_base:
             proof = self._accepted(group.base, await prove(engine, group.base, source))
-        self._list(Model(source, engine, proof))
+        self._add_to_models(Model(source, engine, proof))
         for name, adapter in group.adapters.items():
             try:
                 await self._load(group, name, adapter)
             except (DstuneError, EngineDown, Unprovable, OSError) as error:
-                # A server elsewhere that does not answer now has refused nothing: it is asked again.
-                away = isinstance(error, EngineDown) and not isinstance(error, EngineFault)
-                passing = away and not engine.starts_process
-                if passing or not (again and engine.alive()):
+                # An unreachable external server has refused nothing: the next turn tries again.
+                is_down = isinstance(error, EngineDown) and not isinstance(error, EngineFault)
+                is_temporary = is_down and not engine.starts_process
+                if is_temporary or not (after_restart and engine.alive()):
                     raise
                 log.error("%s is not served until it is added again: %s", name, error)
                 self.models[name] = replace(self.models[name], ready=False, failed=str(error))
@@ -194,7 +194,7 @@ class Fleet:
             with contextlib.suppress(DstuneError, EngineDown, Unprovable):
                 await group.engine.unload_adapter(name)
             raise
-        self._list(Model(source, group.engine, proof, parent=group.base))
+        self._add_to_models(Model(source, group.engine, proof, parent=group.base))
 
     def _accepted(self, name: str, proof: Proof) -> Proof:
         if proof.status == "unproven":
@@ -205,7 +205,7 @@ class Fleet:
             log.info("%s is %s", name, proof)
         return proof
 
-    def _list(self, model: Model) -> None:
+    def _add_to_models(self, model: Model) -> None:
         listed_before = self.models.get(model.source.name)
         if listed_before is not None:
             model.created = listed_before.created
@@ -216,7 +216,7 @@ class Fleet:
             raise EngineDown("the engines are being started")
 
     async def add(self, source: Source) -> Model:
-        """Serve one more adapter while requests run. Raises UserError, Refused, EngineDown."""
+        """Serve another adapter while requests run. Raises UserError, Refused, EngineDown."""
         if not NAME.fullmatch(source.name):
             raise UserError(Problem("name", "is no name for a model", value=source.name))
         self._check_started()
@@ -240,8 +240,10 @@ class Fleet:
                 continue
             async with group.busy:
                 listed_model = self.models.get(source.name)
-                again = listed_model is not None and listed_model.failed and source.name in group.adapters
-                if not again and (listed_model or any(source.name in other.adapters for other in self._groups)):
+                is_readded = listed_model is not None and listed_model.failed and source.name in group.adapters
+                if not is_readded and (
+                    listed_model or any(source.name in group_entry.adapters for group_entry in self._groups)
+                ):
                     fix = '"replace": true gives its name to another adapter'
                     raise UserError(Problem("name", "a model has this name already", fix, source.name))
                 await self._load(group, source.name, source)
@@ -250,31 +252,31 @@ class Fleet:
         raise UserError(problems or [Problem("path", "no engine serves its base", value=source.base)])
 
     async def replace(self, source: Source) -> Model:
-        """Give the name of an adapter to another one when that is proven: until then the one before answers, and requests that
-        come during the change wait for it. Raises UserError, Refused, EngineDown; the one before stays then."""
+        """Replace the adapter served under a name, once the new one is proven. Until then the previous one answers; requests that
+        arrive during the switch wait for it. Raises UserError, Refused, EngineDown; the previous adapter stays then."""
         self._check_started()
         group = next((group for group in self._groups if source.name in group.adapters), None)
         if group is None or not (source.adapter and source.generates):
             raise UserError(Problem("name", "is no adapter that is served", value=source.name))
         adapters.check(source, group.engine.source, one_template=self._one_template)
         async with group.busy:
-            earlier = group.adapters.get(source.name)
+            previous = group.adapters.get(source.name)
             listed = self.models.get(source.name)
-            if earlier is None or listed is None or not listed.ready:
+            if previous is None or listed is None or not listed.ready:
                 raise UserError(Problem("name", "is not served now, so it can be removed and added", value=source.name))
-            proof = await self._try(group, source)
-            settled = self._replacing[source.name] = asyncio.Event()
+            proof = await self._prove_on_trial(group, source)
+            replaced = self._replacing[source.name] = asyncio.Event()
             try:
-                await self._change(group, earlier, source)
+                await self._switch_adapter(group, previous, source)
                 group.adapters[source.name] = source
-                self._list(Model(source, group.engine, proof, parent=group.base))
+                self._add_to_models(Model(source, group.engine, proof, parent=group.base))
             finally:
                 del self._replacing[source.name]
-                settled.set()
+                replaced.set()
         return self.models[source.name]
 
-    async def _try(self, group: _Group, source: Source) -> Proof:
-        """Prove an adapter under a name that nobody can ask for."""
+    async def _prove_on_trial(self, group: _Group, source: Source) -> Proof:
+        """Prove an adapter under a name that no client can request."""
         trial = f"{source.name}@trial"
         assert source.folder is not None
         await group.engine.load_adapter(trial, source.folder)
@@ -285,27 +287,27 @@ class Fleet:
                 await group.engine.unload_adapter(trial)
 
     @staticmethod
-    async def _change(group: _Group, earlier: Source, source: Source) -> None:
-        assert source.folder is not None and earlier.folder is not None
+    async def _switch_adapter(group: _Group, previous: Source, source: Source) -> None:
+        assert source.folder is not None and previous.folder is not None
         try:
             await group.engine.replace_adapter(source.name, source.folder)
         except BaseException:
             with contextlib.suppress(DstuneError, EngineDown, Unprovable):
-                await group.engine.load_adapter(earlier.name, earlier.folder)
+                await group.engine.load_adapter(previous.name, previous.folder)
             raise
 
-    async def settled(self, name: str) -> None:
-        """Wait until no model is being replaced under this name."""
+    async def wait_until_replaced(self, name: str) -> None:
+        """Wait until the model of this name is not being replaced."""
         while (event := self._replacing.get(name)) is not None:
             await event.wait()
 
     async def remove(self, name: str) -> None:
-        """Raises UserError where it is no adapter, EngineDown while the engines are being started."""
+        """Stop serving an adapter. Raises UserError if `name` is not an adapter, EngineDown while the engines are starting."""
         self._check_started()
         for group in self._groups:
             if name in group.adapters:
                 async with group.busy:
-                    if group.adapters.pop(name, None) is None:  # somebody else was faster
+                    if group.adapters.pop(name, None) is None:  # another request was faster
                         break
                     model = self.models.pop(name, None)
                     if model is None or not model.failed:
@@ -323,15 +325,15 @@ class Fleet:
         return bool(usable or self._may_be_empty) and not self._stopping and all(model.ready for model in usable)
 
     async def _watch(self, group: _Group) -> None:
-        """Start an engine again when it ends, and list its models when they are proven again."""
+        """Restart an engine whenever it ends, and list its models once they are proven again."""
         pause, engine = FIRST_PAUSE, group.engine
         while True:
             began = time.monotonic()
             try:
                 await engine.ended()
-            except Exception:  # what it answers to a look at its health
+            except Exception:  # whatever its health check raises
                 log.exception("the engine %s of %s cannot be watched", engine.name, group.base)
-            self._unready(engine)
+            self._mark_unready(engine)
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE
             symptom = (
@@ -346,8 +348,8 @@ class Fleet:
                 pause = min(pause * 2, LONGEST_PAUSE)
                 async with group.busy:
                     await engine.start()
-                    await self._publish(group, again=True)
-            except Exception as error:  # its models stay unlisted; the next turn tries again
+                    await self._publish(group, after_restart=True)
+            except Exception as error:  # its models stay unlisted; the next iteration tries again
                 if isinstance(error, DstuneError | EngineDown):
                     log.error("%s", error)
                 else:
@@ -356,7 +358,7 @@ class Fleet:
                 continue
             log.info("the engine %s of %s is back", engine.name, group.base)
 
-    def _unready(self, engine: Engine) -> None:
+    def _mark_unready(self, engine: Engine) -> None:
         for name, model in self.models.items():
             if model.engine is engine:
                 self.models[name] = replace(model, ready=False, failed="")

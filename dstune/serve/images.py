@@ -1,4 +1,4 @@
-"""Images in the messages of requests: as data URLs alone, and in the log of requests by their digest."""
+"""Images in requests: accepted as data URLs only, and logged by their digest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,64};base64,[A-Za-z0-9+/]{4,}={0,2}")
 LOGGED = re.compile(r"sha256:[0-9a-f]{64}")
-"""What stands in the place of an image's address in the log."""
+"""What replaces an image's address in the log."""
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]{0,16}://", re.I)
 
 
 def problem_of_address(url: str) -> str:
-    """Return what is wrong with the address of an image, after its name; empty where it is a data URL of one."""
+    """Return what is wrong with an image's address, to follow its name; empty if it is an image's data URL."""
     if DATA_URL.fullmatch(url):
         return ""
     if _ADDRESS.match(url):
@@ -24,13 +24,13 @@ def problem_of_address(url: str) -> str:
 
 
 def asks_about_images(body: Mapping[str, Any]) -> bool:
-    """Return whether a message of a request, to chat completions or to `/v1/responses`, has an image."""
+    """Return whether a request to chat completions or `/v1/responses` contains an image."""
     conversations = (body.get("messages"), body.get("input"))
     return any(any(map(shows_image, messages)) for messages in conversations if isinstance(messages, list))
 
 
 def shows_image(message: Any) -> bool:
-    """Return whether the content of a message has a part that is an image."""
+    """Return whether a part of a message's content is an image."""
     content = message.get("content") if isinstance(message, Mapping) else None
     return isinstance(content, list) and any(map(is_image, content))
 
@@ -44,23 +44,23 @@ def is_chat_image(part: Any) -> bool:
 
 
 def is_input_image(part: Any) -> bool:
-    """Return whether a part is an image as `/v1/responses` has it, whose `image_url` is a text."""
+    """Return whether a part is an image in the form of `/v1/responses`, whose `image_url` is a string."""
     return isinstance(part, Mapping) and part.get("type") == "input_image"
 
 
 def without_images(value: Any) -> Any:
-    """Return a request for the log: of each image the SHA-256 of its file and how many bytes that has."""
+    """Return a request for the log, with each image replaced by the SHA-256 and the size of its file."""
     if isinstance(value, Mapping):
-        return _described(value) if is_image(value) else {key: without_images(item) for key, item in value.items()}
+        return _image_digest(value) if is_image(value) else {key: without_images(item) for key, item in value.items()}
     return [without_images(item) for item in value] if isinstance(value, list) else value
 
 
-def _described(part: Mapping[str, Any]) -> dict[str, Any]:
+def _image_digest(part: Mapping[str, Any]) -> dict[str, Any]:
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, Mapping) else image
     try:
         content = base64.b64decode(str(url).partition(",")[2])
-    except ValueError:  # of a wrong length: the engine refuses it
+    except ValueError:  # wrong base64 length: the engine refuses it
         content = str(url).encode("utf-8", "replace")
     digest, size = f"sha256:{hashlib.sha256(content).hexdigest()}", len(content)
     if is_input_image(part):

@@ -1,4 +1,4 @@
-"""The verb `dstune serve-keys`: keys of clients, made, listed and revoked while the server runs or not."""
+"""The verb `dstune serve-keys` creates, lists and revokes clients' keys, whether or not the server runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.serve import extra
-from dstune.serve.state import STATE, opened_database
+from dstune.serve.state import STATE, open_database
 
 
 def main(argv: list[str]) -> int:
-    """Raises UserError; returns the exit code."""
+    """Run `dstune serve-keys` and return the exit code. Raises UserError."""
     arguments = _parser().parse_args(argv)
     extra.require()
     from dstune.serve.store.keys import Keys, Limit
 
     if arguments.action != "list" and not arguments.name:
         raise UserError(Problem("NAME", "this is missing", f"dstune serve-keys {arguments.action} NAME"))
-    database = opened_database(arguments.state, arguments.store, create=arguments.action == "add")
+    database = open_database(arguments.state, arguments.store, create=arguments.action == "add")
     keys = Keys(database)
     if arguments.action == "add":
         limit = Limit(arguments.requests_per_minute, arguments.tokens_per_day, arguments.concurrent)
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _list(rows: list, organizations: Mapping[str, str], *, as_json: bool) -> None:
-    """Print keys. organizations: their ids by those of projects."""
+    """Print keys. organizations: organization ids by project id."""
     for row in rows:
         values = {
             "name": row.name,
@@ -94,7 +94,7 @@ def _parser() -> VerbParser:
 
 
 def _names(text: str) -> list[str]:
-    """Return the names of models in a list with commas. Raises UserError where there is none: such a key could use nothing."""
+    """Return the model names of a comma-separated list. Raises UserError if it is empty: such a key could use nothing."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UserError(Problem("--models", "names no model", "--models NAME[,NAME...]", text))

@@ -1,4 +1,4 @@
-"""Messages as the routes of language models take them, and as training has them."""
+"""Messages in the form of the API's routes, and their conversion to the form of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Name = Annotated[str, Text(1_000_000)]
 
 
 class Opened(Body):
-    """An object whose other fields nobody looks at."""
+    """An object whose unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -81,7 +81,7 @@ SeenContent = Annotated[
     | Annotated[list[SeenPart], Field(max_length=MOST_MESSAGES), FailsFast, Tag("#parts")],
     Discriminator(_kind_of_content),
 ]
-"""Of a message that may show images: models see images and write none."""
+"""The content of a message that may contain images: models read images but write none."""
 
 
 def _check_arguments(value: str) -> str:
@@ -143,7 +143,7 @@ class AssistantMessage(NullsAreAbsent):
 
 
 def _bound_arguments(value: Any) -> Any:
-    """Bound arguments before they are parsed, which makes an object of each bracket."""
+    """Bound arguments before they are parsed, since a parser creates an object for each bracket."""
     members = 0
     for message in value if isinstance(value, list) else ():
         members += sum(map(members_in, _arguments_of(message)))
@@ -153,7 +153,7 @@ def _bound_arguments(value: Any) -> Any:
 
 
 def _arguments_of(message: Any) -> Iterator[bytes]:
-    """Yield the JSON texts in a message that may be anything."""
+    """Yield the JSON texts of a message's tool calls; the message is not validated yet."""
     calls = message.get("tool_calls") if isinstance(message, dict) else None
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
@@ -212,7 +212,7 @@ InputPart = Annotated[
 
 
 class InputMessage(NullsAreAbsent):
-    """Of `/v1/responses`, or what that has answered before."""
+    """A message of `/v1/responses`, or an earlier output item."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -238,12 +238,12 @@ ResponseInput = Annotated[
 ]
 
 
-# -- as training has them
+# -- in the form of training
 
 
 def as_trained(value: Any) -> Any:
-    """Return messages as rows of training hold them: a content of one part is a text, several stay parts, which templates print
-    in their own way; a refusal is what was said, since engines know of none."""
+    """Return messages in the form of training rows. A content of one part becomes a text; several parts stay parts, since templates
+    print them in their own way. A refusal becomes the content, since engines do not know refusals."""
     if not isinstance(value, list):
         return value
     return [as_trained(item) if isinstance(item, list) else _message_as_trained(item) for item in value]
@@ -270,10 +270,10 @@ def _part_as_trained(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a call with arguments: clients that gather a stream send "" for a call without."""
+    """Return a call that has arguments: clients that assemble a stream send "" for a call without any."""
     function = call["function"]
     return call if function["arguments"] else call | {"function": function | {"arguments": "{}"}}
 
 
 _PART_TYPES = {name: name for name in ("input_text", "output_text")}
-"""Types of parts in `/v1/responses`; all others are `text`."""
+"""Part types of `/v1/responses`; all others become `text`."""

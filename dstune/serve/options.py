@@ -1,4 +1,4 @@
-"""The words of `dstune serve`: its options, what they ask for, and what is wrong with them together."""
+"""The command line of `dstune serve`: its options, what they require, and the check of their combinations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dstune.serve.state import STATE
 
 PREFIX = "serve."
 MOST_BODY_BYTES = 48 << 20
-"""Engines read 64 MiB, and a key may have as many in memory at once."""
+"""Engines read 64 MiB, and a key may hold as much in memory at once."""
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    """Return the options, with the words behind `--` as `engine_arguments`, and what they choose from as `engine_kind` and
-    `services` (all routes beside those of the models). `check` says what is wrong with them together."""
+    """Parse the command line. Returns the options, with the words after `--` as `engine_arguments`, the chosen engine as
+    `engine_kind` and all registered routes as `services`. `check` validates their combination."""
     words, engine_arguments = _split(argv)
     services = [service() for service in ROUTES.classes().values()]
     arguments = _parser(services).parse_args(words)
@@ -31,13 +31,13 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def served(arguments: argparse.Namespace) -> list[Routes]:
-    """Return the routes beside those of the models that this server has."""
+    """Return the additional routes that this server opens."""
     return [service for service in arguments.services if service.is_served(arguments)]
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return the verb's own words, and those behind `--`, which are the engine's. `serve.engine.python=X` is `--engine-python
-    X`."""
+    """Split the command line into the verb's own words and the engine's words after `--`. `serve.engine.python=X` is
+    `--engine-python X`."""
     at = argv.index("--") if "--" in argv else len(argv)
     words: list[str] = []
     for word in argv[:at]:
@@ -59,14 +59,14 @@ def _parser(services: list[Routes]) -> VerbParser:
     for service in services:
         try:
             service.add_options(parser)
-        except argparse.ArgumentError as error:  # of two plugins, or of one and dstune
+        except argparse.ArgumentError as error:  # between two plugins, or a plugin and dstune
             reason = f"an option of the routes {service.name!r} is there already"
             raise UserError(Problem(type(service).__module__, reason, "rename it", str(error.argument_name))) from None
     return parser
 
 
 def _add_models(parser: VerbParser) -> None:
-    """Add the options of what is served."""
+    """Add the options for the models to serve."""
     parser.add_argument(
         "models",
         nargs="*",
@@ -76,7 +76,7 @@ def _add_models(parser: VerbParser) -> None:
 
 
 def _add_address(parser: VerbParser) -> None:
-    """Add the options of where it listens."""
+    """Add the options for the address to listen on."""
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="to listen on (default 8000; 0 takes a free one)"
@@ -84,7 +84,7 @@ def _add_address(parser: VerbParser) -> None:
 
 
 def _add_engine(parser: VerbParser) -> None:
-    """Add the options of what computes."""
+    """Add the options for the engine."""
     parser.add_argument("--engine", choices=list(ENGINES), default="local", help="what computes (default local)")
     parser.add_argument("--engine-python", metavar="FILE", help="the Python that has vLLM, or the program llama-server")
     parser.add_argument("--engine-url", metavar="URL", help="of a server that runs already (engines vllm and remote)")
@@ -117,7 +117,7 @@ def _add_engine(parser: VerbParser) -> None:
 
 
 def _add_store(parser: VerbParser) -> None:
-    """Add the options of what is kept, and who may reach the server or be reached by it."""
+    """Add the options for stored state, and for network access to and from the server."""
     parser.add_argument("--state", type=Path, metavar="DIR", help=f"keys, logs (default {STATE})")
     parser.add_argument("--store", metavar="URL", help="database, such as postgresql://USER@HOST/NAME (default SQLite)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="host name to answer under")
@@ -130,13 +130,13 @@ def _add_store(parser: VerbParser) -> None:
 
 
 def _add_log(parser: VerbParser) -> None:
-    """Add the options of what is written down of requests."""
+    """Add the options for logging requests."""
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
     parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
 
 
 def _add_limits(parser: VerbParser) -> None:
-    """Add the options of how much at once, and for how long."""
+    """Add the options for concurrency limits and timeouts."""
     parser.add_argument("--max-concurrent", type=int, default=64, metavar="N", help="requests at once (default 64)")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that wait (default 256)")
     parser.add_argument("--max-sequences", type=int, default=16, metavar="N", help="answers at once, engine local (16)")
@@ -171,7 +171,7 @@ def without_models(arguments: argparse.Namespace) -> bool:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises UserError with all that is wrong."""
+    """Raises UserError with every problem of the options."""
     problems = []
     least = {
         "max_concurrent": 1,
@@ -182,21 +182,21 @@ def check(arguments: argparse.Namespace) -> None:
         "threads": 0,
     }
     for name, bound in (*least.items(), ("port", 0), ("drain_delay", 0), ("drain_seconds", 0), ("log_days", 0)):
-        if not getattr(arguments, name) >= bound:  # NaN is not
+        if not getattr(arguments, name) >= bound:  # false for NaN too
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
     for name, most in (("port", 65535), ("max_body_bytes", MOST_BODY_BYTES)):
         if (value := getattr(arguments, name)) > most:
             problems.append(Problem(f"--{name.replace('_', '-')}", f"must be at most {most}", value=str(value)))
-    alone = [flag for service in arguments.services for flag in service.flags_without_models]
+    flags_without_models = [flag for service in arguments.services for flag in service.flags_without_models]
     if without_models(arguments):
         if arguments.models:
-            reason = f"no model is served with {' or '.join(alone)}"
+            reason = f"no model is served with {' or '.join(flags_without_models)}"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
         if arguments.check and not any(service.checks_itself for service in served(arguments)):
             problems.append(Problem("--check", "there is no model to hold against its training", "leave it out"))
     elif not arguments.models:
-        problems.append(Problem("MODEL", "this is missing", " or ".join(["dstune serve RUN", *alone])))
+        problems.append(Problem("MODEL", "this is missing", " or ".join(["dstune serve RUN", *flags_without_models])))
     for service in arguments.services:
         problems += service.check(arguments)
     problems += arguments.engine_kind.check(arguments)
@@ -213,7 +213,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def _of_engine(arguments: argparse.Namespace) -> Iterator[tuple[str, str | list[str], bool, str]]:
-    """Yield options that one engine or another would pass over: the flag, its value, whether it acts, and why it would not."""
+    """Yield the options that some engines would ignore: the flag, its value, whether the chosen engine uses it, and why not."""
     kind: EngineKind = arguments.engine_kind
     address, key = arguments.engine_url or "", arguments.engine_key_env or ""
     started = "--engine-python" in kind.options and not address

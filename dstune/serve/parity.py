@@ -1,9 +1,6 @@
-"""Whether an engine answers as the model that was trained.
-
-An export holds a reference (`dstune.inference.reference`): held-out rows with the tokens that training saw, the
-log-probabilities of their targets, and digests of the files that decide answers to everything else. The files are compared
-first, then the engine renders the same rows and scores the same tokens.
-"""
+"""Proves that an engine answers as the trained model does. An export holds a reference (`dstune.inference.reference`): held-out
+rows with the tokens of training, the log-probabilities of their targets, and digests of the files that decide all other answers.
+The files are compared first; then the engine renders the same rows and scores the same tokens."""
 
 from __future__ import annotations
 
@@ -27,18 +24,20 @@ from dstune.serve.source import Source
 MOST_BYTES = 64 << 20
 
 BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
-"""How far log-probabilities may be from the reference, which is in fp32: of fp32 the largest difference of a token, of the
-others the mean over a row's targets (single tokens of a bf16 model differed by 0.5, their mean by 0.03)."""
+"""Allowed differences of log-probabilities from the reference, which is in fp32. For fp32: the largest difference of a token; for
+the others: the mean over a row's targets (single tokens of a bf16 model differed by 0.5, their mean by 0.03)."""
 
 EFFECT = 10
-"""By so many times the bound an adapter has to change one row at least, where its reference does not tell what the base says."""
+"""If its reference does not hold the base's log-probabilities, an adapter must change at least one row by this many times the
+bound."""
 
 SHARE = 0.5
-"""Of the change that training saw, what the engine has to show at least; one that loads nothing shows none of it."""
+"""The least share of the change measured in training that the engine must show; an engine that does not load the adapter shows none
+of it."""
 LEAST_COMPARED = 0.5
-"""Share of the rows that an engine has to report log-probabilities of."""
+"""The least share of the rows for which an engine must report log-probabilities."""
 ROWS_OF_EFFECT = 8
-"""The rows that training changed most are asked of the base too."""
+"""How many of the rows that training changed most are also scored by the base."""
 
 
 RENEW = "`dstune export RUN --reference`"
@@ -48,26 +47,26 @@ PARTS = {
     "training": "on training rows, since none were held out",
     "base": "as transformers answers with these files, which no training of ours has made",
 }
-"""What a proof says of references that are of no held-out rows."""
+"""What a proof calls references without held-out rows."""
 
 
 class Refused(DstuneError):
-    """The engine does not answer as the model that was trained."""
+    """The engine does not answer as the trained model does."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What is known of a served model."""
+    """The result of comparing a served model with its reference."""
 
     status: str
-    """`proven`, `unproven`, or `base`: the untuned model beneath an adapter, of which there is nothing to prove."""
+    """`proven`, `unproven`, or `base`: the untuned model beneath an adapter, which needs no proof."""
     detail: str = ""
     rows: int = 0
     difference: float | None = None
-    """The largest found, as `BOUNDS` measures it."""
+    """The largest difference measured, as `BOUNDS` defines it."""
     bound: float | None = None
     effect: float | None = None
-    """Of an adapter, the largest difference from its base."""
+    """For an adapter, the largest difference from its base."""
     dtype: str = ""
 
     def __str__(self) -> str:
@@ -79,7 +78,7 @@ class Proof:
 
 
 def read_reference(folder: Path | None) -> dict[str, Any] | None:
-    """Read the reference; None where there is none. Raises Refused where the file is none."""
+    """Read the reference; None if there is none. Raises Refused if the file is not a reference."""
     path = None if folder is None else folder / REFERENCE_FILE
     if path is None or not path.is_file():
         return None
@@ -96,11 +95,8 @@ def read_reference(folder: Path | None) -> dict[str, Any] | None:
 
 
 async def prove(engine: Engine, name: str, source: Source, base: str | None = None) -> Proof:
-    """Hold what the engine says as the model `name` against the reference of `source`. base: of an adapter, the name under
-    which its base answers.
-
-    Raises Refused where it answers as another model, EngineDown.
-    """
+    """Compare the answers of the model served as `name` with the reference of `source`. base: for an adapter, the name under which
+    its base is served. Raises Refused if it answers as another model, EngineDown."""
     reference = read_reference(source.reference or source.folder)
     if reference is None:
         detail = "the model has no reference: `dstune export` stores one, `--prove` makes one of a model as it is"
@@ -114,7 +110,7 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = f"what it answers cannot be compared with its {REFERENCE_FILE} ({type(error).__name__}: {error})"
         raise Refused(f"{name}: {reason}; `dstune export` writes a new one") from error
-    if lacking := await asyncio.to_thread(_lacking, source):
+    if lacking := await asyncio.to_thread(_missing_files, source):
         return replace(proof, status="unproven", detail=f"{lacking}: `dstune export` writes a whole model")
     if "files" not in reference:
         detail = f"its reference is of an earlier version, without digests of files: {RENEW} renews it"
@@ -126,7 +122,7 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
 
 
 def _refuse_other_files(name: str, source: Source, reference: Mapping[str, Any]) -> None:
-    """Raises Refused where files that decide answers are not those of the reference."""
+    """Raises Refused if files that decide answers differ from those of the reference."""
     if "files" not in reference or source.folder is None:
         return
     base = base_folder(source.base, source.base_revision) if source.adapter else None
@@ -140,13 +136,13 @@ def _refuse_other_files(name: str, source: Source, reference: Mapping[str, Any])
         )
 
 
-def _lacking(source: Source) -> str:
-    """Return what the folder of a whole model lacks of what was exported, or of its base; empty where it lacks nothing."""
+def _missing_files(source: Source) -> str:
+    """Return which exported files, or which base, the folder of a full model is missing; empty if nothing."""
     if source.folder is None or source.adapter:
         return ""
     record = read_record(source.folder)
     base, revision = record.get("base_model"), record.get("revision")
-    is_hub_id = isinstance(base, str) and "/" in base  # of a local folder the record has the last part of its path
+    is_hub_id = isinstance(base, str) and "/" in base  # for a local folder, the record holds the last part of its path
     folder = base_folder(str(base), revision if isinstance(revision, str) else None) if is_hub_id else None
     return missing_contents(source.folder, record, folder)
 
@@ -157,10 +153,14 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
         rows = [row for row in rows if not shows_images(row)]
         if not rows:
             raise Unprovable(f"the engine {engine.name} reads no images, and all rows of the reference show some")
-    for number, row in enumerate(rows, 1):  # tokens first: some engines tell nothing else
+    for number, row in enumerate(rows, 1):  # tokens first: some engines report nothing else
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
-    bound, compared, proven_with_images = _bound(engine), 0, 0  # rows of which it reports a target at least
+    bound, compared, proven_with_images = (
+        _allowed_difference(engine),
+        0,
+        0,
+    )  # rows for which it reports at least one target
     largest, scored = 0.0, []
     for number, row in enumerate(rows, 1):
         logprobs = await _logprobs(engine, name, row)
@@ -194,7 +194,7 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
 
 
 def shows_images(row: Mapping[str, Any]) -> bool:
-    """Return whether the messages of a row of a reference show images."""
+    """Return whether the messages of a reference's row contain images."""
     return any(map(shows_image, row.get("messages", ())))
 
 
@@ -205,7 +205,7 @@ async def _logprobs(engine: Engine, name: str, row: Mapping[str, Any]) -> list[f
 
 
 def _of_images(rows: int, proven: int, engine: Engine) -> str:
-    """Return what a proof says of the rows of its reference that show images; empty where none does."""
+    """Return what a proof says of the reference's rows with images; empty if there are none."""
     if not rows:
         return ""
     if not engine.reads_images:
@@ -214,46 +214,45 @@ def _of_images(rows: int, proven: int, engine: Engine) -> str:
 
 
 class Effect:
-    """What an adapter changes of its base's log-probabilities, held against what it changed in training.
-
-    A small change is found among the noise of a number format, since the noise does not point its way: the engine's change
-    of each target is projected on the one of the training.
-    """
+    """Compares an adapter's effect on its base's log-probabilities with the effect in training. Numerical noise does not point in
+    the direction of the change, so projecting the engine's change of each target onto that of training finds even a small
+    effect."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], dtype: str):
-        """rows: those of a reference of which the engine reports log-probabilities."""
+        """rows: the reference's rows for which the engine reports log-probabilities."""
         self._dtype, self.largest = dtype, 0.0
         self._expected = all("base_logprobs" in row for row in rows)
         self._along = self._length = 0.0
         self._probed = rows
         if self._expected:
-            self._probed = sorted(rows, key=_changed, reverse=True)[:ROWS_OF_EFFECT]
+            self._probed = sorted(rows, key=_largest_change, reverse=True)[:ROWS_OF_EFFECT]
 
     def needs(self, row: Mapping[str, Any]) -> bool:
-        """Return whether the base has to score this row too."""
+        """Return whether the base must score this row too."""
         if not self._expected:
             return self.largest < EFFECT * BOUNDS[self._dtype]
         return any(row is probed_row for probed_row in self._probed)
 
-    def take(self, row: Mapping[str, Any], logprobs: Sequence[float], plain: Sequence[float]) -> None:
-        self.largest = max(self.largest, _difference(logprobs, plain, self._dtype))
+    def take(self, row: Mapping[str, Any], logprobs: Sequence[float], base_logprobs: Sequence[float]) -> None:
+        self.largest = max(self.largest, _difference(logprobs, base_logprobs, self._dtype))
         if self._expected:
-            count = len(logprobs)  # an engine may tell of the first targets alone
+            count = len(logprobs)  # an engine may report only the first targets
             changes = zip(row["logprobs"][:count], row["base_logprobs"][:count], strict=True)
-            expected = [adapted - base for adapted, base in changes]
-            self._length += sum(value * value for value in expected)
+            trained_change = [adapted - base for adapted, base in changes]
+            self._length += sum(value * value for value in trained_change)
             self._along += sum(
-                value * (adapted - base) for value, adapted, base in zip(expected, logprobs, plain, strict=True)
+                value * (adapted - base)
+                for value, adapted, base in zip(trained_change, logprobs, base_logprobs, strict=True)
             )
 
     def problem(self) -> str:
-        """Return why the effect is not the one that it had in training; empty where it is."""
+        """Return why the effect differs from that of training; empty if it does not."""
         if self._expected:
             share = self._along / self._length if self._length else 0.0
             if share >= SHARE:
                 return ""
-            seen = f"at most {self.largest:.3g} from its base"
-            return f"it shows {share:.0%} of what it changed in training, {seen}; {SHARE:.0%} is the least"
+            shown_share = f"at most {self.largest:.3g} from its base"
+            return f"it shows {share:.0%} of what it changed in training, {shown_share}; {SHARE:.0%} is the least"
         if self.largest >= EFFECT * BOUNDS[self._dtype]:
             return ""
         return (
@@ -262,12 +261,12 @@ class Effect:
         )
 
 
-def _changed(row: Mapping[str, Any]) -> float:
+def _largest_change(row: Mapping[str, Any]) -> float:
     return sum((adapted - base) ** 2 for adapted, base in zip(row["logprobs"], row["base_logprobs"], strict=True))
 
 
 async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]) -> Proof:
-    bound = _bound(engine)
+    bound = _allowed_difference(engine)
     engine_answer = await engine.answers([row["row"] for row in rows])
     largest = 0.0
     for number, (row, ids, answer) in enumerate(
@@ -287,14 +286,14 @@ async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]])
     return Proof("proven", "", len(rows), largest, bound, None, engine.dtype)
 
 
-def _bound(engine: Engine) -> float:
+def _allowed_difference(engine: Engine) -> float:
     if engine.dtype not in BOUNDS:
         raise Unprovable(f"no bound is known for weights in {engine.dtype or 'an unknown number format'}")
     return BOUNDS[engine.dtype]
 
 
 def _numbers(answer: Mapping[str, Any]) -> list[float]:
-    """Return all that an answer measures."""
+    """Return all numbers in an answer."""
     if "vector" in answer:
         return list(answer["vector"])
     if "probabilities" in answer:
@@ -304,15 +303,15 @@ def _numbers(answer: Mapping[str, Any]) -> list[float]:
 
 
 def _words(answer: Mapping[str, Any], dtype: str) -> Any:
-    """Return tags and spans. Beside how sure a reader is that there is no answer, a span is compared in fp32 alone: others
-    decide near ties in their own way."""
+    """Return tags and spans. A span is compared in fp32 only, since other formats decide near ties differently; how sure a reader
+    is that there is no answer is compared as a number."""
     if "no_answer" in answer:
         return answer.get("predicted") if dtype == "float32" else None
     return None if _numbers(answer) else answer.get("predicted")
 
 
 def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str) -> float:
-    """Return the largest difference; NaN where any number is none."""
+    """Return the largest difference; NaN if any value is not a number."""
     differences = [abs(first - second) for first, second in zip(logprobs, expected, strict=True)]
     if any(math.isnan(value) for value in differences):
         return math.nan
@@ -322,7 +321,7 @@ def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str
 
 
 def _distance(vector: Sequence[float], expected: Sequence[float]) -> float:
-    """Return the distance of two vectors, as a share of the expected one's length: single numbers of long vectors are small in
+    """Return the distance of two vectors as a share of the expected vector's length: single components of long vectors are small in
     any model."""
     return math.dist(vector, expected) / (math.hypot(*expected) or 1.0)
 

@@ -1,4 +1,4 @@
-"""The export of a run's newest checkpoint with its reference, made in a process of its own: it needs torch, the gateway not."""
+"""Exports a run's newest checkpoint with its reference, in a separate process, which needs torch; the gateway does not."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dstune.serve.source import Source
 
 
 def prepare(run: Path, state: Path) -> Path:
-    """Export the run in a process of its own and return the folder. Raises UserError if it has nothing to export."""
+    """Export the run in a separate process and return the folder. Raises UserError if it has nothing to export."""
     print(f"dstune: exporting {run} with a reference to hold the engine against", file=sys.stderr, flush=True)
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)
     command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch), *flags_for(run)]
-    code, outcome = _run_apart(command)
+    code, outcome = _run_process(command)
     if outcome is None:
         raise DstuneError(f"{run} could not be exported: the process that does it ended with {code}")
     if "error" in outcome:
@@ -32,8 +32,8 @@ def prepare(run: Path, state: Path) -> Path:
 
 
 def prove_base(source: Source, state: Path) -> Source:
-    """Return the source with a reference, made by transformers in a process of its own, if it is a language model without one.
-    Raises UserError where transformers cannot load it."""
+    """Return the source with a reference if it is a language model without one; transformers computes it in a separate process.
+    Raises UserError if transformers cannot load the model."""
     has_one = source.folder is not None and (source.folder / REFERENCE_FILE).is_file()
     if has_one or source.adapter or not source.generates:
         return source
@@ -42,7 +42,7 @@ def prove_base(source: Source, state: Path) -> Source:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     model = {"path": source.load_from, "trust_remote_code": source.trust_remote_code}
     command = [sys.executable, "-m", "dstune.serve.base_reference", json.dumps(model), str(folder / REFERENCE_FILE)]
-    code, error = _run_apart(command)
+    code, error = _run_process(command)
     if code == EXIT_DONE:
         return replace(source, reference=folder)
     if error is None:
@@ -50,11 +50,11 @@ def prove_base(source: Source, state: Path) -> Source:
     raise from_json(error)
 
 
-def _run_apart(command: list[str]) -> tuple[int, Any]:
-    """Return the exit code of a process, and the JSON of the last line that it printed; None where it printed nothing."""
-    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    return done.returncode, json.loads(lines[-1]) if lines else None
+def _run_process(command: list[str]) -> tuple[int, Any]:
+    """Run a process. Returns its exit code and the JSON of the last line that it printed; None if it printed nothing."""
+    process = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
+    lines = process.stdout.strip().splitlines()
+    return process.returncode, json.loads(lines[-1]) if lines else None
 
 
 def main(run: Path, scratch: Path) -> int:
@@ -71,9 +71,9 @@ def main(run: Path, scratch: Path) -> int:
             checkpoint = find_checkpoint(run, "last")
             refuse_damaged(run, checkpoint)
             folder = scratch / f"{run.resolve().parent.name}-{run.resolve().name}-{checkpoint.name}"
-            made, saved = folder / RECORD, checkpoint / store.COMMITTED
-            # The same step may have been saved again since, by a run that went on from an earlier one.
-            if not made.is_file() or made.stat().st_mtime_ns < saved.stat().st_mtime_ns:
+            export_folder, saved = folder / RECORD, checkpoint / store.COMMITTED
+            # A run that continued from an earlier step may have saved this step again since.
+            if not export_folder.is_file() or export_folder.stat().st_mtime_ns < saved.stat().st_mtime_ns:
                 export_checkpoint(run, checkpoint, folder, force=True)
         is_prepared = (folder / REFERENCE_FILE).is_file()
         note = add_reference(folder, run)

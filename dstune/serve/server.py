@@ -1,7 +1,6 @@
-"""uvicorn without its own idea of signals (it would close the socket at once and end with 143), on uvloop and httptools.
-
-Both cost less than asyncio's own loop and h11 (benchmarks/serving.py), and uvloop sends the head and the body of an answer at once.
-"""
+"""Runs uvicorn on uvloop and httptools, with dstune's own signal handling (uvicorn's would close the socket at once and exit with
+143). Both use less CPU than asyncio's loop and h11 (benchmarks/serving.py), and uvloop sends the head and the body of an answer at
+once."""
 
 from __future__ import annotations
 
@@ -23,11 +22,11 @@ log = logging.getLogger("dstune.serve")
 
 MOST_HEAD_BYTES = 65536
 HEAD_SECONDS = 30.0
-"""From the connection, or the first byte of a request, to the end of its head."""
+"""Time limit for a request's head, from the connection or from its first byte."""
 BODY_REST_SECONDS = 5.0
-"""For the rest of a body whose request was answered."""
+"""Time limit for the rest of a body whose request has been answered."""
 MOST_AHEAD = 64
-"""Requests of a connection that wait for the answer to an earlier one."""
+"""Pipelined requests that may wait for the answer to an earlier one."""
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def allow_open_files() -> None:
-    """Raise the limit of open files as far as the system lets this process: each connection is one."""
+    """Raise the soft limit of open files to the hard limit: each connection needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -51,10 +50,10 @@ def most_connections() -> int:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Bounds what httptools takes without end: heads, framing of chunks, trailers, and requests that are sent ahead."""
+    """Limits what httptools accepts without limit: heads, chunk framing, trailers and pipelined requests."""
 
     _framing_bytes = 0
-    """Since the last byte of a body, or the end of a head."""
+    """Framing bytes since the last byte of a body, or the end of a head."""
     _in_head = False
     _in_body = False
     _late: asyncio.TimerHandle | None = None
@@ -68,7 +67,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def _idle(self) -> dict[BoundedHttp, None]:
-        """Connections of this server without a request, or whose head has not come; that which waits longest is the first."""
+        """Connections of this server without a request, or with an incomplete head; the one that has waited longest comes first."""
         idle: dict[BoundedHttp, None] = self.server_state.__dict__.setdefault("idle", {})
         return idle
 
@@ -119,7 +118,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._close_after(BODY_REST_SECONDS)
 
     def send_400_response(self, message: str) -> None:
-        """Close alone where a response has begun: nothing may stand within it."""
+        """Close the connection without a response if one has begun: nothing may be sent within it."""
         if self.cycle is None or not (self.cycle.response_started or self.pipeline):
             super().send_400_response(message)
         else:
@@ -134,7 +133,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._late = None
 
 
-def configured(app: Any, **options: Any) -> uvicorn.Config:
+def make_config(app: Any, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=BoundedHttp,
@@ -158,10 +157,10 @@ class Server(uvicorn.Server):
         yield
 
 
-async def drained(server: Server, app: Drains, delay: float, sockets: list[socket.socket]) -> None:
-    """Serve until SIGTERM or SIGINT. Then readiness says 503 for `delay` seconds, so that balancers send nothing more; then no
-    connection is taken any more, and running requests have uvicorn's `timeout_graceful_shutdown`. A second signal ends
-    at once."""
+async def serve_until_signalled(server: Server, app: Drains, delay: float, sockets: list[socket.socket]) -> None:
+    """Serve until SIGTERM or SIGINT. Then readiness answers 503 for `delay` seconds, so that load balancers stop sending requests;
+    after that no connection is accepted, and running requests have uvicorn's `timeout_graceful_shutdown`. A second signal ends the
+    server at once."""
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
 
@@ -180,7 +179,7 @@ async def drained(server: Server, app: Drains, delay: float, sockets: list[socke
         await asyncio.sleep(delay)
         server.should_exit = True
 
-    gc.freeze()  # what the start has made stays: looking through it would hold up the loop while a large body is parsed
+    gc.freeze()  # objects created at the start are permanent: scanning them would block the loop while a large body is parsed
     leaving = asyncio.create_task(leave())
     try:
         await server.serve(sockets)

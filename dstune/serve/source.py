@@ -1,4 +1,5 @@
-"""What the command line names, and what of it an engine loads. Read from files alone: nothing here imports torch."""
+"""Resolves the models that the command line names into the files that an engine loads. It only reads files: nothing here imports
+torch."""
 
 from __future__ import annotations
 
@@ -28,39 +29,39 @@ from dstune.protocols import TASKS
 from dstune.protocols.task_options import ExportsFiles
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
-"""Of a model. Names are never part of a path."""
+"""Pattern of a model's name. Names are never used as part of a path."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be served: an export, a folder or a hub id."""
+    """A model to serve: an export, a folder or a hub id."""
 
     name: str
     folder: Path | None
-    """Of the export; None where it is a model of the hub."""
+    """The export's folder; None for a model of the hub."""
     path: str
-    """As the user named it."""
+    """The path or hub id as the user wrote it."""
     task: str
     generates: bool
     serves: tuple[str, ...]
     adapter: bool
     base: str
-    """Of an adapter the model that it stands on; else `path`."""
+    """For an adapter, its base model; otherwise `path`."""
     base_revision: str | None = None
     trust_remote_code: bool = False
     template_date: str | None = None
     prompted_as: Path | None = None
-    """Of a base, the folder of the adapter whose tokenizer and template it is asked with, by engines that have one only."""
+    """For a base: the folder of the adapter whose tokenizer and template are used, on engines that support only one."""
     plugins: tuple[str, ...] = ()
-    """Of its run, as the key `plugins` takes them: a task may be one's."""
+    """Plugins of its run, as in the key `plugins`: its task may come from one."""
     reference: Path | None = None
-    """The folder with a reference that was made for this server; None for that in `folder`."""
+    """The folder of a reference that was made for this server; None if the reference is in `folder`."""
     neutral_labels: tuple[str, ...] = ()
-    """Of a classifier, those that `/v1/moderations` does not flag, as the user declared them."""
+    """For a classifier, the labels that `/v1/moderations` does not flag, as the user declared them."""
 
     @property
     def load_from(self) -> str:
-        """What the engine loads first: of an adapter its base."""
+        """What the engine loads first: an adapter's base, otherwise the model."""
         if self.adapter and self.generates:
             return self.base
         return str(self.folder or self.path)
@@ -71,7 +72,7 @@ class Source:
 
     @property
     def version(self) -> str:
-        """Changes with the weights."""
+        """A version that changes with the weights."""
         if self.folder is None:
             return f"{self.path}@{self.base_revision or 'main'}"
         parts = [
@@ -82,7 +83,7 @@ class Source:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def digest(self, file: str) -> str:
-        """Return the digest of a file beside the tokenizer; empty where there is none."""
+        """Return the digest of a file next to the tokenizer; empty if there is no such file."""
         folder = self.prompted_as or self.folder
         if folder is None or not (folder / file).is_file():
             return ""
@@ -90,14 +91,15 @@ class Source:
 
     @property
     def template(self) -> str | None:
-        """The chat template's text, of several ones what chooses among them; None where there is none."""
+        """The text of the chat template, which selects among several if there are several; None if there is none."""
         folder = self.prompted_as or self.folder
         templates = {} if folder is None else chat_templates(folder)
         return joined(templates) if templates else None
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """Return templates by name, as transformers writes them: files, or in older folders an entry of `tokenizer_config.json`."""
+    """Return templates by name, in either form that transformers has written: files, or an entry of `tokenizer_config.json` in
+    older folders."""
     files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (template_file := folder / "chat_template.jinja").is_file():
         files[DEFAULT] = template_file
@@ -110,8 +112,8 @@ def chat_templates(folder: Path) -> dict[str, str]:
     return {str(entry.get("name")): str(entry.get("template")) for entry in templates}
 
 
-def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Return name and path of each `PATH` or `NAME=PATH`. Raises UserError with all that is wrong."""
+def parse_models(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the name and path of each `PATH` or `NAME=PATH`. Raises UserError with every problem."""
     problems, pairs = [], []
     for word in words:
         name, equals, path = word.partition("=")
@@ -128,7 +130,7 @@ def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def with_neutral_labels(sources: Sequence[Source], words: Sequence[str]) -> list[Source]:
-    """Return `sources` with what `--neutral-label NAME=LABEL` declares of them. Raises UserError."""
+    """Return `sources` with the labels that `--neutral-label NAME=LABEL` declares. Raises UserError."""
     labels: dict[str, list[str]] = {source.name: [] for source in sources if "classify" in source.serves}
     problems = []
     for word in words:
@@ -148,7 +150,7 @@ def is_run(path: str) -> bool:
 
 
 def needs_preparation(path: str) -> bool:
-    """Return whether a run has no export of its newest checkpoint, or none with a reference."""
+    """Return whether a run lacks an export of its newest checkpoint, or its export lacks a reference."""
     if not is_run(path):
         return False
     export = current_export(Path(path))
@@ -156,8 +158,8 @@ def needs_preparation(path: str) -> bool:
 
 
 def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_code: bool = False) -> Source:
-    """Resolve a model to serve. folder: the export of a run, where it is not the run's own. Raises UserError where the model
-    cannot be served."""
+    """Resolve a model to serve. folder: the export of a run, if it is not in the run's folder. Raises UserError if the model cannot
+    be served."""
     record: dict[str, Any] = {}
     plugins: tuple[str, ...] = ()
     if registry_of(path) is not None:
@@ -201,18 +203,18 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
         raise UserError(Problem("MODEL", reason, "dstune predict answers files of rows", path))
     adapter = (folder / "adapter_config.json").is_file()
     date = (record.get("task") or {}).get("template_date")
-    made = Source(
+    exported = Source(
         name, folder.resolve(), path, task, kind.generates, kind.serves, adapter, base=str(folder.resolve()),
         trust_remote_code=trust_remote_code, template_date=date, plugins=plugins,
     )  # fmt: skip
     if adapter:
         base = base_of(folder, ModelConfig())
-        made = replace(made, base=local_path(base.path, "MODEL"), base_revision=base.revision)
-    return made
+        exported = replace(exported, base=local_path(base.path, "MODEL"), base_revision=base.revision)
+    return exported
 
 
 def base_source(source: Source, name: str, *, one_template: bool) -> Source:
-    """Return the base of an adapter as a model of its own. one_template: asked as the adapter is."""
+    """Return the base of an adapter as a separate model. one_template: use the adapter's tokenizer and template."""
     folder = Path(source.base)
     return replace(
         source,
@@ -226,6 +228,6 @@ def base_source(source: Source, name: str, *, one_template: bool) -> Source:
 
 
 def _embeds(folder: Path) -> str:
-    """Return the task of a folder without a record that has sentence-transformers files."""
+    """Return the task of a folder that has no record but has files of sentence-transformers."""
     kinds = ((name, kind) for name, kind in TASKS.classes().items() if issubclass(kind, ExportsFiles))
     return next((name for name, kind in kinds if kind.overrides_from(folder)), "")

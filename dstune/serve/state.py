@@ -1,4 +1,4 @@
-"""The folder in which a server keeps its database, keys and logs: of this user alone."""
+"""The folder in which a server keeps its database, keys and logs, accessible to this user only."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ if TYPE_CHECKING:
     from dstune.serve.store.database import Database
 
 STATE = "serving"
-"""The folder, in the working directory, of a command without `--state`."""
+"""The folder, in the working directory, that is used without `--state`."""
 MARK = "made-by.json"
-"""Signed by the user who started the first server here."""
+"""Signature of the user who started the first server here."""
 
 
 def state_folder(requested: Path | None, *, create: bool) -> Path:
-    """Return the folder that `--state` names, else `STATE`.
-
-    A folder that the command does not name has to be one that this user's server made: a stranger's folder may bring a database
-    whose keys the stranger knows. Naming it once is enough.
-
-    Raises UserError where it is a link, another user may read it, or it came from somebody else.
-    """
+    """Return the folder that `--state` names, by default `STATE`. The default folder must have been created by this user's server:
+    a folder from somebody else may contain a database with keys that they know. Naming it once with `--state` accepts it. Raises
+    UserError if it is a link, another user can read it, or it came from somebody else."""
     path = requested or Path(STATE)
     if create:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,15 +57,15 @@ def _is_signed(path: Path) -> bool:
 
 
 def _sign(path: Path) -> None:
-    """Mark the folder as this user's, unless there is no key to sign with: then each command has to name it."""
+    """Sign the folder as this user's; without a signing key, each command has to name it."""
     state = secrets.token_hex(16)
     signature = signing.sign({"state": state})
     if signature is not None:
         files.write(path / MARK, json.dumps({"state": state, "signature": signature}), mode=0o600)
 
 
-def opened_database(state: Path | None, url: str | None, *, create: bool) -> Database:
-    """Return the database at `url`, or the one in the server's folder. Raises UserError."""
+def open_database(state: Path | None, url: str | None, *, create: bool) -> Database:
+    """Return the database at `url`, or by default the one in the server's folder. Raises UserError."""
     from dstune.serve.store.database import DATABASE, Database
 
     if url:
@@ -77,4 +73,4 @@ def opened_database(state: Path | None, url: str | None, *, create: bool) -> Dat
     folder = state_folder(state, create=create)
     if not create and not (folder / DATABASE).is_file():
         raise UserError(Problem("--state", "no server has run here yet", "dstune serve-keys add NAME", str(folder)))
-    return Database.of_folder(folder)
+    return Database.open_folder(folder)

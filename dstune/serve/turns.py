@@ -1,4 +1,4 @@
-"""Work of several clients on few threads, each client in turn: whoever brings much waits for its own work alone."""
+"""Schedules work of several clients on few threads, with the clients in turn: a client with much work delays only itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
-"""Whose request this task answers."""
+"""The client whose request the current task answers."""
 
 T = TypeVar("T")
 
 
 class Turns(Generic[T]):
-    """A queue for threads. What a client has put comes in its order; of several clients one comes after the other."""
+    """A queue that is fair between clients. A client's own items keep their order; the clients take turns."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}
@@ -34,7 +34,7 @@ class Turns(Generic[T]):
             self._changed.notify()
 
     def remove(self, client: str, item: T) -> None:
-        """Take out what nobody waits for any more; nothing where its turn has come."""
+        """Remove an item that nobody waits for any more; no effect if its turn has come."""
         with self._changed:
             items = self._waiting.get(client, deque())
             if item in items:
@@ -44,7 +44,7 @@ class Turns(Generic[T]):
                     del self._waiting[client]
 
     def get(self) -> T:
-        """Wait for an item."""
+        """Wait for the next item and return it."""
         with self._changed:
             while not self._size:
                 self._changed.wait()
@@ -52,13 +52,13 @@ class Turns(Generic[T]):
             client = next(iter(self._waiting))
             items = self._waiting.pop(client)
             item = items.popleft()
-            if items:  # behind all others
+            if items:  # to the end of the queue
                 self._waiting[client] = items
             return item
 
 
 class TurnThreads:
-    """Threads that call what was put into turns."""
+    """Threads that run work in the order of `Turns`."""
 
     def __init__(self, name: str, threads: int = 1):
         self._turns: Turns[tuple[Future[Any], Callable[[], Any]]] = Turns()
@@ -66,7 +66,7 @@ class TurnThreads:
             threading.Thread(target=self._run, name=name, daemon=True).start()
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
-        """Return what `work` returns or raises. Where nobody waits for it any more before its turn comes, it is not called."""
+        """Return the result of `work`, or raise its error. It is not called if its caller gives up before its turn."""
         future: Future[T] = Future()
         item = (future, work)
         self._turns.put(client, item)
@@ -84,4 +84,4 @@ class TurnThreads:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
-            del future, work  # an idle thread keeps no body
+            del future, work  # an idle thread must not hold a request's body

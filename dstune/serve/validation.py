@@ -1,4 +1,4 @@
-"""Values of clients held against pydantic's models, and the first mistake in the API's words: the one place that does it."""
+"""Validates clients' values with pydantic models, and reports the first mistake in the API's words."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from dstune.serve.errors import ApiError
 
 Loc = tuple[int | str, ...]
 INVALID = "invalid_value"
-"""The type of pydantic's errors whose text is meant for clients."""
+"""The type of pydantic errors whose text is shown to clients."""
 
 
 CLOSED = ConfigDict(extra="forbid", hide_input_in_errors=True, protected_namespaces=())
-"""There are no other fields."""
+"""Unknown fields are refused."""
 
 
 class Body(BaseModel):
-    """An object that a client sends: nothing in it is converted."""
+    """An object from a client. Its values are not converted."""
 
     model_config = ConfigDict(**CLOSED, strict=True)
 
 
 class NullsAreAbsent(Body):
-    """One in which null stands for a field that was left out, whether it is known or not: clients send back what they got."""
+    """An object in which null means an absent field, known or not: clients send back what they received."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,7 +47,7 @@ class NullsAreAbsent(Body):
 
 
 class Expected:
-    """What a value must be, in words that stand in the place of all that pydantic says of it."""
+    """The requirement on a value, in words that replace pydantic's own messages."""
 
     def __init__(self, words: str):
         self.words = words
@@ -59,7 +59,7 @@ class Expected:
 
 
 class _Bounded(Expected):
-    """pydantic's bounds of a value, and what it must be in words."""
+    """pydantic's bounds of a value, with the requirement in words."""
 
     def __init__(self, words: str, **bounds: Any):
         super().__init__(words)
@@ -87,17 +87,17 @@ Flag = Annotated[bool, Expected("must be true or false")]
 
 
 class _FailFast(FailFast):
-    """pydantic's, which members of a union can have: those are hashed."""
+    """pydantic's FailFast made hashable, which members of a union need."""
 
     __hash__ = object.__hash__
 
 
 FailsFast = _FailFast()
-"""A list of a million wrong values is one mistake."""
+"""Stops at the first mistake of a list: a million wrong values count as one."""
 
 
 def tagged_by(name: str) -> Discriminator:
-    """Return what an object is, by one of its fields: members of the union have the tags `#VALUE`."""
+    """Return a discriminator that reads one field of an object: members of the union have the tags `#VALUE`."""
 
     def tag_of(value: Any) -> str:
         return f"#{value.get(name) if isinstance(value, dict) else None}"
@@ -106,7 +106,7 @@ def tagged_by(name: str) -> Discriminator:
 
 
 def wrong(words: str) -> PydanticCustomError:
-    """Return an error that a validator raises. words: what is wrong, after the name of the value."""
+    """Return the error for a validator to raise. words: what is wrong, to follow the value's name."""
     return PydanticCustomError(INVALID, "{words}", {"words": words})
 
 
@@ -116,7 +116,8 @@ Refusal = Callable[[Mapping[str, Any]], ApiError]
 
 
 def read(model: type[ModelT], value: Any, refusal: Refusal) -> ModelT:
-    """Return what `value` says. refusal: of a mistake as pydantic describes it. Raises ApiError for the first mistake."""
+    """Validate `value` as `model` and return it. refusal: makes the error from a mistake that pydantic describes. Raises ApiError
+    for the first mistake."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -131,8 +132,8 @@ def first_error(error: ValidationError) -> Mapping[str, Any]:
 
 
 def read_tree(cls: type[T], value: Any, where: str, keys: Collection[str] = ()) -> tuple[T | None, list[Problem]]:
-    """Return what a file of an operator says, as a (pydantic) class; or None, and all that is wrong. where: before the names of
-    keys. keys: among which a misspelled one is looked for."""
+    """Validate an operator's file as a pydantic class. Returns the object, or None and all problems. where: prefix of the names of
+    keys. keys: candidates for correcting misspelled keys."""
     try:
         return TypeAdapter(cls).validate_python(value), []
     except ValidationError as error:
@@ -175,11 +176,11 @@ WORDS: Mapping[str, str] = {
     "string_too_short": "must not be empty",
     "too_long": "must have at most {max_length} members",
 }
-"""What is wrong, by pydantic's types of mistakes."""
+"""What is wrong, by pydantic's types of errors."""
 
 
 def words_of(mistake: Mapping[str, Any]) -> str:
-    """Return what is wrong with a value, after its name."""
+    """Return what is wrong with a value, to follow its name."""
     kind, context = mistake["type"], mistake.get("ctx", {})
     if kind == "union_tag_invalid":
         return f"has the unknown type or role {context['tag'][1:41]!r}; there are {context['expected_tags'].replace('#', '')}"
@@ -187,6 +188,6 @@ def words_of(mistake: Mapping[str, Any]) -> str:
 
 
 def place_of(loc: Loc) -> str:
-    """Return a place as clients know it: `messages[3].content`."""
-    visible = (part for part in loc if not str(part).startswith("#"))
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in visible).lstrip(".")
+    """Return a location as clients write it: `messages[3].content`."""
+    shown = (part for part in loc if not str(part).startswith("#"))
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown).lstrip(".")

@@ -1,4 +1,4 @@
-"""`dstune serve` and `dstune serve-keys`."""
+"""The verbs `dstune serve` and `dstune serve-keys`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Serve(Verb):
         from dstune.config.plugins import activate_requested
         from dstune.config.project import optional_plugins
 
-        # They may add engines and routes, and with them options.
+        # Plugins may add engines and routes, and with them options.
         with optional_plugins() if {"--help", "-h"} & {*arguments} else nullcontext():
             activate_requested([])
         return super().run(arguments)

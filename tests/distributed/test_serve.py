@@ -229,7 +229,7 @@ def killed(kills: int, shelf: Shelf, folder: Path):
 @asynccontextmanager
 async def open_gateway(fleet: Fleet, folder: Path, shelf: Shelf):
     """The official client, and one with an admin's key."""
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     recorder = Recorder(database)
     gateway = Gateway(fleet, database, Settings(adapter_roots=(str(shelf.folder),)), recorder, ROUTES)
     key, admin = gateway.keys.add("one"), gateway.keys.add("root", admin=True)

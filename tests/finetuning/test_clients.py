@@ -38,7 +38,7 @@ def test_a_published_recipe_runs_with_two_changed_lines(tmp_path, version, drops
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
     assert proxy.dropped >= 5 * drops  # two files, two jobs and what is asked of them
-    database = Database.of_folder(tmp_path)
+    database = Database.open_folder(tmp_path)
     with database.session() as session:
         assert (session.query(Job).count(), session.query(File).filter(File.purpose == "fine-tune").count()) == (2, 2)
     database.close()

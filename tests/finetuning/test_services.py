@@ -195,7 +195,7 @@ def test_keys_of_projects_and_roles(tmp_path, capsys):
 
     def added(*more: str):
         assert keys_command.main(["add", *more, *words]) == 0
-        return Keys(Database.of_folder(state)).find(json.loads(capsys.readouterr().out)["key"])
+        return Keys(Database.open_folder(state)).find(json.loads(capsys.readouterr().out)["key"])
 
     one = added("one", "--project", "a", "--role", "read-only")
     two, three = added("two", "--project", "a", "--role", "owner"), added("three", "--project", "b")

@@ -388,7 +388,7 @@ def test_tables_and_migrations_agree(tmp_path):
     from dstune.serve.store.tables import Table
 
     tmp_path.chmod(0o700)
-    database = Database.of_folder(tmp_path)
+    database = Database.open_folder(tmp_path)
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []

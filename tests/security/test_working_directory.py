@@ -95,7 +95,7 @@ def test_pip(marker: Path) -> None:
 
 def test_a_tokenizer_in_a_process_of_its_own(marker: Path, tmp_path: Path) -> None:
     save_decoder(tmp_path / "model")
-    SpecialTexts.of(resolve("", str(tmp_path / "model")))
+    SpecialTexts.from_source(resolve("", str(tmp_path / "model")))
     assert not marker.exists()
 
 

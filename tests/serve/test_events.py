@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dstune.serve.events import EventReader, data_in
+from dstune.serve.events import EventReader, stream_data
 
 CASES = {
     "line feeds": (b"data: a\n\ndata: b\n\n", [b"a", b"b"]),
@@ -31,4 +31,4 @@ def test_events_are_read_as_the_specification_says(case, size):
     reader = EventReader()
     pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
     found = [data for piece in pieces for data in reader.feed(piece)]
-    assert [*found, *reader.end()] == expected == list(data_in(stream))
+    assert [*found, *reader.end()] == expected == list(stream_data(stream))

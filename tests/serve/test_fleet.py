@@ -266,7 +266,7 @@ def test_a_name_is_given_to_another_adapter_when_that_is_proven(tmp_path):
         model = await fleet.replace(adapter("new"))
         assert fleet.models["mine"] is model and model.source.folder.name == "new" and model.created == created
         assert told[-1] == ("mine", "new", "old"), "the one before is listed until then"
-        await asyncio.wait_for(fleet.settled("mine"), 1)
+        await asyncio.wait_for(fleet.wait_until_replaced("mine"), 1)
         await fleet.stop()
 
     asyncio.run(test())
@@ -285,7 +285,7 @@ def test_the_gateway_answers_while_its_models_are_loaded(tmp_path):
                     await super().start()
 
             fleet = Fleet(lambda source, base: Slow(source, base, tmp_path, tmp_path, Limits(), url=engine_url))
-            database = Database.of_folder(tmp_path)
+            database = Database.open_folder(tmp_path)
             gateway = Gateway(fleet, database, Settings(), Recorder(database), ROUTES)
             key, other = gateway.keys.add("one"), gateway.keys.add("two", models=["second"])
             starting = asyncio.create_task(fleet.start([stub_source("first")]))

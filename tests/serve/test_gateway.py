@@ -115,7 +115,7 @@ def test_hosts_origins_and_types(tmp_path):
 
 
 def test_a_key_is_found_by_its_hash_and_stops_when_it_is_revoked(tmp_path, monkeypatch):
-    monkeypatch.setattr("dstune.serve.store.keys.REMEMBERED_SECONDS", 0.0)
+    monkeypatch.setattr("dstune.serve.store.keys.KEY_CACHE_SECONDS", 0.0)
 
     async def test(found):
         assert found.key not in (tmp_path / "store.sqlite").read_bytes().decode("latin-1")
@@ -392,7 +392,7 @@ def test_a_client_that_goes_leaves_the_queue(tmp_path):
         assert (await client.post("/v1/chat/completions", json=chat("b"))).status_code == 200
         assert (await running).status_code == 200
         assert [body["messages"][0]["content"][0] for _, body in found.app.seen] == ["a", "b"]
-        assert (admission.active, admission._free, dict(admission._of_key)) == (0, 1, {})
+        assert (admission.active, admission._free_places, dict(admission._of_key)) == (0, 1, {})
 
     run(test, tmp_path, seconds=0.05, concurrent=1, queue=2)
 
@@ -426,7 +426,7 @@ def test_a_model_is_looked_up_again_after_the_guard(tmp_path):
     class Slow:
         async def request(self, request, path, body):
             found = self.found
-            found.fleet._unready(found.fleet.models["first"].engine)
+            found.fleet._mark_unready(found.fleet.models["first"].engine)
 
     async def test(found):
         guard = found.gateway.inference.guard = Slow()
@@ -460,7 +460,7 @@ def test_an_engine_that_is_gone_is_a_503_and_its_models_are_not_ready(tmp_path):
         engine.client = None
         answer = await client.post("/v1/chat/completions", json=chat())
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-        found.fleet._unready(engine)
+        found.fleet._mark_unready(engine)
         assert (await client.get("/readyz")).status_code == 503
         answer = await client.post("/v1/chat/completions", json=chat())
         assert answer.status_code == 503

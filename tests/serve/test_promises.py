@@ -26,7 +26,7 @@ from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway import admission, recording, request_log
-from dstune.serve.gateway.inference import WithoutUsage
+from dstune.serve.gateway.inference import UsageRemover
 from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.serve.gateway.routes import ROUTES
@@ -230,7 +230,7 @@ def test_large_requests_do_not_pile_up_in_memory(tmp_path, monkeypatch, caplog):
 
 
 def recorder_of(folder: Path) -> tuple[Recorder, str]:
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     keys = Keys(database)
     return Recorder(database), keys.find(keys.add("one")).id
 
@@ -287,12 +287,12 @@ def test_a_stream_is_shown_as_it_comes_without_the_usage_nobody_asked_for():
     usage = b'data: {"choices": [ ],"usage":{"total_tokens":3}}\n\n'
     text = b"".join([*events, usage, b"data: [DONE]\n\n"])
     for cut in range(len(text)):
-        filtered = WithoutUsage()
-        shown = filtered.take(text[:cut]) + filtered.take(text[cut:]) + filtered.rest
+        filtered = UsageRemover()
+        shown = filtered.take(text[:cut]) + filtered.take(text[cut:]) + filtered.unfinished_event
         assert shown == text.replace(usage, b"")
-    filtered = WithoutUsage()
+    filtered = UsageRemover()
     assert filtered.take(events[0]) == events[0]
-    assert filtered.take(b"data: {") + filtered.rest == b"data: {"  # a stream that was cut
+    assert filtered.take(b"data: {") + filtered.unfinished_event == b"data: {"  # a stream that was cut
 
 
 def test_a_stream_is_charged_as_its_engine_counts(tmp_path):
@@ -337,7 +337,7 @@ def test_the_tokens_of_a_day_survive_a_restart(tmp_path, monkeypatch):
             monkeypatch.setattr(admission.time, "time", lambda: (time.time_ns() / 1e9) + admission.DAY)
             await other.check_rate(caller)  # tomorrow
             other.charge(caller, 4)  # the guard's windows, which are no answers
-            monkeypatch.setattr(admission, "KNOWN_SECONDS", -1.0)
+            monkeypatch.setattr(admission, "USAGE_CACHE_SECONDS", -1.0)
             with pytest.raises(ApiError):
                 await other.check_rate(caller)
 

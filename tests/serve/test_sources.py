@@ -14,7 +14,7 @@ from dstune.serve import command, fields, options, source
 from dstune.serve.engines.remote import check_address
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.routes import INFERENCE
-from dstune.serve.source import of_words, resolve
+from dstune.serve.source import parse_models, resolve
 
 
 def refusal(*words: str) -> str:
@@ -24,9 +24,9 @@ def refusal(*words: str) -> str:
 
 
 def test_names_and_paths():
-    assert of_words(["runs/a", "x=runs/b", "./lr=1/run"]) == [("", "runs/a"), ("x", "runs/b"), ("", "./lr=1/run")]
+    assert parse_models(["runs/a", "x=runs/b", "./lr=1/run"]) == [("", "runs/a"), ("x", "runs/b"), ("", "./lr=1/run")]
     with pytest.raises(UserError) as caught:
-        of_words(["a b=c", "d="])
+        parse_models(["a b=c", "d="])
     assert len(caught.value.problems) == 2
 
 

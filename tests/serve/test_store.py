@@ -41,7 +41,7 @@ def test_keys_are_added_listed_and_revoked(tmp_path, capsys):
     state = tmp_path / "serving"
     keys("add", "mobile", "--models", "a, b,", "--requests-per-minute", 5, "--state", state, "--json")
     key = json.loads(capsys.readouterr().out)["key"]
-    caller = Keys(Database.of_folder(state)).find(key)
+    caller = Keys(Database.open_folder(state)).find(key)
     assert (caller.name, caller.admin, caller.models, caller.limit.requests_per_minute) == (
         "mobile",
         False,
@@ -56,7 +56,7 @@ def test_keys_are_added_listed_and_revoked(tmp_path, capsys):
     assert (row["name"], row["revoked"]) == ("mobile", False)
     assert key not in json.dumps(row)
     keys("revoke", "mobile", "--state", state)
-    assert Keys(Database.of_folder(state)).find(key) is None
+    assert Keys(Database.open_folder(state)).find(key) is None
     assert "there is no such key" in refusal("revoke", "mobile", "--state", state)
     keys("add", "mobile", "--state", state)  # the name is free again
     assert "must be a whole number" in refusal("add", "x", "--concurrent", 0, "--state", state)
@@ -106,12 +106,12 @@ def test_the_migrations_make_the_tables(tmp_path):
     if not OF_FINETUNING:
         pytest.skip("the migrations make tables of a wing that is not here")
     importlib.import_module(OF_FINETUNING)
-    assert differences(Database.of_folder(tmp_path)) == []
-    assert differences(Database.of_folder(tmp_path)) == []  # opened again
+    assert differences(Database.open_folder(tmp_path)) == []
+    assert differences(Database.open_folder(tmp_path)) == []  # opened again
 
 
 def test_a_transaction_is_one(tmp_path):
-    database = Database.of_folder(tmp_path)
+    database = Database.open_folder(tmp_path)
 
     def fail() -> None:
         with database.writing.begin() as session:
@@ -127,7 +127,7 @@ def test_a_transaction_is_one(tmp_path):
 
 def test_a_key_is_revoked_while_another_process_writes(tmp_path):
     """The other one commits between what `revoke` reads and what it writes, or waits until it is done."""
-    keys, other = Keys(Database.of_folder(tmp_path)), sqlite3.connect(tmp_path / DATABASE, timeout=0)
+    keys, other = Keys(Database.open_folder(tmp_path)), sqlite3.connect(tmp_path / DATABASE, timeout=0)
     key = keys.add("one")
     tried = []
 
@@ -294,15 +294,15 @@ def test_a_server_that_is_told_to_end_says_so_first_and_finishes(tmp_path):
 
     import httpx2
 
-    from dstune.serve.server import Server, configured, drained
+    from dstune.serve.server import Server, make_config, serve_until_signalled
 
     async def test():
         async with served(tmp_path, seconds=0.05) as found:
             listening = socket.socket()
             listening.bind(("127.0.0.1", 0))
             listening.listen()
-            config = configured(found.gateway, timeout_graceful_shutdown=10)
-            task = asyncio.create_task(drained(Server(config), found.gateway, 0.3, [listening]))
+            config = make_config(found.gateway, timeout_graceful_shutdown=10)
+            task = asyncio.create_task(serve_until_signalled(Server(config), found.gateway, 0.3, [listening]))
             headers = {"authorization": f"Bearer {found.key}"}
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=20) as client:
@@ -323,7 +323,7 @@ def test_a_server_that_is_told_to_end_says_so_first_and_finishes(tmp_path):
 
 def test_what_clients_write_is_in_no_error_of_the_database(tmp_path):
     """They are logged: the answer of a user whose correction could not be stored would stand there for ever."""
-    with Database.of_folder(tmp_path).session() as session:
+    with Database.open_folder(tmp_path).session() as session:
         session.add(Feedback(id="x", correction="my diagnosis"))
         with pytest.raises(IntegrityError) as caught:
             session.flush()

@@ -68,7 +68,7 @@ async def cloud(
 ) -> AsyncIterator[Cloud]:
     """Yield a cloud. api: changes of its settings; models: names that a stub answers to."""
     folder.chmod(0o700)
-    database = database or Database.of_folder(folder)
+    database = database or Database.open_folder(folder)
     service = FineTuning(database, folder, ApiSettings(**(api or {})), parts)
     stub = StubApp()
     async with AsyncExitStack() as stack:

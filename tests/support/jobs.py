@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, folder: Path, *, devices: int = 2, limits: Limits | None = None, url: str = ""):
         folder.chmod(0o700)
-        self.database = Database(url) if url else Database.of_folder(folder)
+        self.database = Database(url) if url else Database.open_folder(folder)
         self.folder = folder / "jobs"
         self.folder.mkdir(exist_ok=True)
         self.presets = Presets({"tiny": Preset("tiny", "base")}, QueueSettings(organization=limits or Limits()))

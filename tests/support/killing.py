@@ -56,7 +56,7 @@ def serve(folder: Path, port: int) -> None:
 async def _serve(folder: Path, port: int) -> None:
     import uvicorn
 
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     launcher = ProcessLauncher(program=[sys.executable, "-S", "-E", str(STUB)])
     parts = Parts(folder / "models.yaml", launcher=launcher, planner=StubPlans(), machine=Machine(4))
     api = FineTuning(database, folder, parts=parts)
@@ -75,7 +75,7 @@ async def _serve(folder: Path, port: int) -> None:
 def stub_server(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the address and an owner's key of a server whose jobs are stubs."""
     (folder / "models.yaml").write_text("models: {tiny: {path: base}}\n")
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     key = Keys(database).add("owner", role="owner")
     database.close()
     port = free_port()
@@ -119,7 +119,7 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     """Kill the server again and again. folder: empty, of this user alone."""
     draw = random.Random(seed)
     (folder / "models.yaml").write_text("models: {tiny: {path: base}}\n")
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     key = Keys(database).add("load")
     database.close()
     port = free_port()
@@ -146,7 +146,7 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     over.set()
     for thread in threads:
         thread.join()
-    database = Database.of_folder(folder)
+    database = Database.open_folder(folder)
     deadline = time.monotonic() + rest_seconds
     while time.monotonic() < deadline and not _rests(database):
         time.sleep(0.2)

@@ -32,7 +32,7 @@ from dstune.serve.gateway.recording import Recorder
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.serve.gateway.routes import ROUTES
 from dstune.serve.gateway.settings import Settings
-from dstune.serve.server import Server, configured
+from dstune.serve.server import Server, make_config
 from dstune.serve.source import Source
 from dstune.serve.store.database import Database
 
@@ -130,7 +130,7 @@ async def listening(app: Any, uds: Path | None = None) -> AsyncIterator[str]:
     bound = socket.socket(socket.AF_UNIX if uds else socket.AF_INET, socket.SOCK_STREAM)
     bound.bind(str(uds) if uds else ("127.0.0.1", 0))
     bound.listen(2048)
-    config = configured(app, timeout_graceful_shutdown=5)
+    config = make_config(app, timeout_graceful_shutdown=5)
     server = Server(config)
     task = asyncio.create_task(server.serve([bound]))
     while not server.started:
@@ -241,7 +241,7 @@ async def served(
     **settings: Any,
 ) -> AsyncIterator[Served]:
     os.chmod(folder, 0o700)
-    app, database = StubApp(seconds), Database.of_folder(folder)
+    app, database = StubApp(seconds), Database.open_folder(folder)
     async with listening(app) as engine_url:
         short = Path(tempfile.mkdtemp(prefix="dstune-test-"))
 

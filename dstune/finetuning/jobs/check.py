@@ -18,7 +18,7 @@ from dstune.finetuning.jobs.folder import JOB_ID, JobFolder
 from dstune.finetuning.jobs.states import TERMINAL, State
 from dstune.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent, TunedModel
 from dstune.finetuning.tables import Blob, Creation, File
-from dstune.serve.state import opened_database
+from dstune.serve.state import open_database
 
 HAS_PROCESS = (State.RUNNING, State.PAUSING)
 
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--files", metavar="URL", help="of the store of files, where it is not the folder")
     parser.add_argument("--at-rest", action="store_true", help="every job should have ended or paused")
     arguments = parser.parse_args(argv)
-    database = opened_database(arguments.state, arguments.store, create=False)
+    database = open_database(arguments.state, arguments.store, create=False)
     folder = arguments.state / "finetuning"
     blobs = RemoteBlobs(folder, arguments.files) if arguments.files else None
     with database.session() as session:

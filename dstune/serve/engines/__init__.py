@@ -1,1 +1,1 @@
-"""What answers requests: processes behind one small interface (`base.py`)."""
+"""Engines: processes that answer requests, behind one small interface (`base.py`)."""

@@ -1,4 +1,4 @@
-"""What the gateway asks of an engine."""
+"""The interface between the gateway and an engine."""
 
 from __future__ import annotations
 
@@ -27,37 +27,38 @@ GUARD = Path(__file__).with_name("guard.py")
 
 HEALTH_SECONDS = 10.0
 ASK_SECONDS = 600.0
-"""For what the gateway itself asks an engine."""
+"""Limit of requests that the gateway itself sends to an engine."""
 
 
 class EngineDown(Exception):
-    """The engine does not run, or does not answer."""
+    """The engine does not run or does not answer."""
 
 
 class EngineFault(EngineDown):
-    """The engine answers that it has failed at what it was asked."""
+    """The engine answered that it failed to handle the request."""
 
 
 class Unprovable(Exception):
-    """The engine has no route for what parity needs; the text says which."""
+    """The engine lacks a route that the parity check needs; the text names it."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """How an engine's process is started."""
+    """How to start an engine's process."""
 
     argv: list[str]
     env: Mapping[str, str]
     url: str
-    """Of its HTTP side."""
+    """The address of its HTTP server."""
     socket: str | None = None
     stdin: bytes = b""
-    """For a program of ours, which ends when its standard input closes; one that reads none runs under `guard.py`."""
+    """Settings for a dstune program, which ends when its standard input closes; a program that does not read standard input runs
+    under `guard.py`."""
 
 
 @dataclass
 class Limits:
-    """Of an engine; those that its kind knows nothing of are its own business."""
+    """Limits of an engine. A kind of engine ignores those it does not support."""
 
     max_sequences: int = 16
     max_waiting: int = 64
@@ -69,23 +70,23 @@ class Limits:
 
 @dataclass
 class Engine:
-    """One base model (or one model) with its adapters. Subclasses say how its process starts and what its routes take."""
+    """One base model (or one full model) with its adapters. Subclasses define how the process starts and what its routes accept."""
 
     name: ClassVar[str]
     starts_process: ClassVar[bool] = True
     reads_images: ClassVar[bool] = False
-    """Whether messages may show images, to a model that sees."""
+    """Whether messages may contain images, if the model accepts them."""
     knows_clients: ClassVar[bool] = False
-    """Whether requests say whose they are (`client`), so that each client has its turn."""
+    """Whether requests name their client (`client`), so that the engine can schedule clients in turn."""
 
     source: Source
-    """What it serves: the base, or a model that is its own base."""
+    """The model that it serves: the base, or a full model."""
     base: str
-    """Name under which the base is served."""
+    """The name under which the base is served."""
     state_dir: Path
-    """Where logs go: a folder of this user alone."""
+    """Where logs are written: a folder that only this user can read."""
     runtime_dir: Path
-    """Where sockets are, mode 0700: their paths have to be short."""
+    """Where sockets are created (mode 0700): socket paths must be short."""
     limits: Limits
     client: Upstream | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -98,28 +99,28 @@ class Engine:
 
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
-        """Paths that it serves, with the fields that it acts on."""
+        """Paths that it serves, each with the request fields that it acts on."""
         raise NotImplementedError
 
     @property
     def unseen_settings(self) -> str:
-        """What decides answers beside the files of the export, and is not compared with them; empty if nothing does."""
+        """Settings outside the exported files that affect answers and are not compared with them; empty if there are none."""
         return ""
 
     def command(self, folder: Path) -> Command:
-        """Return the command that starts the engine. folder: an empty one of this start."""
+        """Return the command that starts the engine. folder: an empty folder for this start."""
         raise NotImplementedError
 
     def expect(self, adapter: Source) -> None:
-        """Announce an adapter that will be loaded; called before the start."""
+        """Announce an adapter that will be loaded. Called before the start."""
 
     def learn(self) -> None:
-        """Learn what has to be known of the model before a request is sent; called in a thread when the engine is healthy.
-        Raises UserError where it cannot be found."""
+        """Read the properties of the model that requests depend on. Called in a thread once the engine is healthy. Raises UserError
+        if they cannot be determined."""
 
     health: ClassVar[str] = "/health"
     health_seconds: ClassVar[float] = 2.0
-    """How often a server that this one has not started is asked whether it still answers."""
+    """Interval of health checks for a server that dstune did not start."""
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         """Return the tokens of the prompt that `row` holds as `messages` (with `tools`, `arguments`) or `text`.
@@ -139,33 +140,33 @@ class Engine:
         return ids
 
     async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of the targets after the prompt, or of as many of the first ones as the engine reports.
-        Raises Unprovable, EngineDown."""
+        """Return the log-probabilities of `targets` after `prompt`: all of them, or as many of the first ones as the engine
+        reports. Raises Unprovable, EngineDown."""
         ids = [*prompt, *targets]
         body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answer = await self.ask("POST", "/v1/completions", body)
         return prompt_logprobs(answer["choices"][0].get("prompt_logprobs"), ids)[-len(targets) :]
 
     async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
-        """Return the log-probabilities of the `target_ids` of a reference's row after its `prompt_ids`, which show the images in
-        its `messages`; or of as many of the first ones as the engine reports. Only engines that read images are asked. Raises
-        Unprovable, EngineDown."""
+        """Return the log-probabilities of a reference row's `target_ids` after its `prompt_ids`, with the images of its `messages`:
+        all of them, or as many of the first ones as the engine reports. Called only on engines that read images. Raises Unprovable,
+        EngineDown."""
         raise NotImplementedError
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return tokens and answers of an encoder's rows. Raises Unprovable."""
+        """Return the tokens of an encoder's rows and the answers to them. Raises Unprovable."""
         raise Unprovable(f"{self.name} does not show the tokens of an encoder")
 
     def fits_without_max_tokens(self, answers: int, most: int) -> bool:
-        """Return whether so many answers to a request without `max_tokens` write at most `most` tokens together."""
+        """Return whether `answers` answers to a request without `max_tokens` cannot exceed `most` tokens together."""
         return 0 < answers * self.context <= most
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return a request that was checked, as the engine is sent it. Raises ApiError where it must not see it."""
+        """Return a checked request in the form that the engine expects. Raises ApiError if the engine must not see it."""
         return body
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Raises UserError where it refuses, or was started without that."""
+        """Load an adapter under `name`. Raises UserError if the engine refuses it, or was started without adapters."""
         try:
             await self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except Unprovable as error:
@@ -177,15 +178,16 @@ class Engine:
         await self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     async def replace_adapter(self, name: str, folder: Path) -> None:
-        """Give the name of an adapter to another one; requests that run are answered by the one before. The gateway sends no
-        others meanwhile. Raises what `load_adapter` raises."""
+        """Replace the adapter served as `name`. Running requests finish with the previous one; the gateway sends no new ones
+        meanwhile. Raises what `load_adapter` raises."""
         await self.unload_adapter(name)
         await self.load_adapter(name, folder)
 
     # -- the process
 
     async def start(self) -> None:
-        """Raises EngineDown where it does not become healthy, UserError where it says what is wrong."""
+        """Start the process and wait until it is healthy. Raises EngineDown if it does not become healthy, UserError if it reports
+        a user's mistake."""
         self._folder = self.runtime_dir / secrets.token_hex(6)
         self._folder.mkdir(mode=0o700)
         command = self.command(self._folder)
@@ -219,7 +221,7 @@ class Engine:
 
     @property
     def start_error_file(self) -> Path:
-        """Where its process writes why it could not start."""
+        """Where its process writes the reason why it could not start."""
         assert self._folder is not None
         return self._folder / "error.json"
 
@@ -227,13 +229,13 @@ class Engine:
         self.log.parent.mkdir(mode=0o700, exist_ok=True)
         argv = command.argv if command.stdin else [sys.executable, "-I", str(GUARD), *command.argv]
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as out:
+        with os.fdopen(descriptor, "wb") as stream:
             self.process = subprocess.Popen(
                 argv,
                 env={**command.env, **SAFE_PATH},
                 stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=out,
+                stdout=stream,
+                stderr=stream,
                 start_new_session=True,
             )
         assert self.process.stdin is not None
@@ -252,7 +254,8 @@ class Engine:
         return True
 
     def context_in(self, health: Mapping[str, Any]) -> int:
-        """Return tokens of a prompt and its answer together, as the engine tells them; 0 where it does not."""
+        """Return the context length (prompt and answer, in tokens) that a health response states; the known one if it states
+        none."""
         return int(health.get("context", self.context))
 
     def _failure(self) -> DstuneError | EngineDown:
@@ -269,8 +272,8 @@ class Engine:
         return not self.starts_process or (self.process is not None and self.process.poll() is None)
 
     async def ended(self) -> None:
-        """Wait until the process has ended, or a server that this one has not started is silent twice in a row: it may come back
-        with another model, and without the adapters that were loaded."""
+        """Wait until the process has ended. For a server that dstune did not start, wait until two health checks in a row fail: it
+        may come back with another model, and without the loaded adapters."""
         silent = 0
         while self.alive() and silent < 2:
             await asyncio.sleep(0.1 if self.starts_process else self.health_seconds)
@@ -278,14 +281,14 @@ class Engine:
                 silent = 0 if await self._still_answers() else silent + 1
 
     async def _still_answers(self) -> bool:
-        """Return whether a server that this one has not started still answers as the one that was asked at the start."""
+        """Return whether an external server still answers as it did at the start."""
         try:
             return await self._healthy()
-        except UserError:  # it answers, if only to refuse
+        except UserError:  # it answers, even if with a refusal
             return True
 
     async def stop(self, patience: float) -> None:
-        """Stop the process: SIGTERM, then SIGKILL for the whole session after `patience` seconds."""
+        """Stop the process: SIGTERM, then SIGKILL to its whole session after `patience` seconds."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             deadline = time.monotonic() + patience
@@ -308,8 +311,8 @@ class Engine:
     # -- HTTP
 
     async def ask(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        """Return the JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400, and for a 404
-        that says what it does not find: a model, or an adapter's folder."""
+        """Return the JSON answer. Raises EngineDown; Unprovable if there is no such route; UserError for a 400, and for a 404 that
+        names a missing model or adapter folder."""
         if self.client is None:
             raise EngineDown(f"{self.name} is not running")
         try:
@@ -324,7 +327,7 @@ class Engine:
         if 400 <= status < 500:
             raise UserError(Problem(self.name, f"refuses {path}: {_message(content)}"))
         if status != 200:
-            passing = status in (502, 503, 504)  # of what stands in front of it
+            passing = status in (502, 503, 504)  # from a proxy in front of it
             raise (EngineDown if passing else EngineFault)(f"{self.name} answers {path} with {status}")
         value = _value(content)
         return value if isinstance(value, dict) else {}
@@ -339,13 +342,13 @@ def prompt_logprobs(entries: Any, ids: Sequence[int]) -> list[float]:
 
 
 def overriding_arguments(words: Sequence[str], flags: Collection[str]) -> str:
-    """Return which of `flags` stand among the user's words for an engine; empty if none does."""
+    """Return which of `flags` the user passed to the engine, as text; empty if none."""
     used = [flag for word in words if (flag := word.partition("=")[0]) in flags]
     return f"in place of the export's files: {', '.join(used)}" if used else ""
 
 
 def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:
-    """Return the longest context of these models in an answer of `/v1/models`, where the server tells it (vLLM does); else 0."""
+    """Return the longest context of the models `names` in a `/v1/models` response, if the server states it (vLLM does); else 0."""
     listed = models.get("data")
     lengths = [
         model["max_model_len"]
@@ -356,7 +359,7 @@ def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:
 
 
 def _value(content: bytes) -> Any:
-    """Parse JSON; None where it is none."""
+    """Parse JSON; None if `content` is not JSON."""
     try:
         return json.loads(content)
     except ValueError:
@@ -364,7 +367,7 @@ def _value(content: bytes) -> Any:
 
 
 def _explains(content: bytes) -> bool:
-    """Return whether a 404 is about more than the route, of which servers say "Not Found" alone."""
+    """Return whether a 404 is about more than the route, for which servers answer "Not Found" alone."""
     value = _value(content)
     error = value.get("error", value) if isinstance(value, dict) else None
     message = error.get("message") if isinstance(error, dict) else None

@@ -1,7 +1,5 @@
-"""The control tokens of a tokenizer as a pattern, found by the rule of the training (`data/control.py`).
-
-A process of its own, with the folder on standard input: it needs transformers, the gateway does not.
-"""
+"""Builds the pattern of a tokenizer's control tokens by the rule used in training (`data/control.py`). It is a separate process,
+which reads the folder from standard input, because it needs transformers, which the gateway does not import."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from dstune.core.errors import first_line
 
 
 def pattern_of(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the pattern of the control tokens of the tokenizer in a folder. Raises OSError, ValueError where the folder holds no
+    """Return the pattern of the control tokens of the tokenizer in `folder`. Raises OSError, ValueError if the folder holds no
     tokenizer."""
     from dstune.core.tokenizers import open_tokenizer
     from dstune.data.control import ControlTokens
@@ -29,7 +27,7 @@ def main() -> int:
     request = json.loads(sys.stdin.readline())
     try:
         answer = pattern_of(Path(request["folder"]), trust_remote_code=request["trust_remote_code"])
-    except Exception as error:  # whatever a tokenizer's own files or code raise
+    except Exception as error:  # files or code of a tokenizer may raise anything
         answer = {"error": first_line(error)}
     print(json.dumps(answer))
     return 0

@@ -17,7 +17,7 @@ GRACE_SECONDS = 10.0
 
 
 def main(argv: list[str]) -> int:
-    """Run the program; return its exit status; 128 + N where signal N ended it."""
+    """Run the program and return its exit status; 128 + N if signal N ended it."""
     if os.getpgrp() != os.getpid():
         os.setpgrp()  # what is killed at the end is this group: never that of whoever started it
     try:

@@ -1,7 +1,5 @@
-"""The way to an engine: HTTP/1.1 over connections that are kept open, answers as raw bytes.
-
-aiohttp costs a quarter of httpx's CPU time per request here (benchmarks/serving.py), which is most of what the gateway added.
-"""
+"""The HTTP/1.1 client for engines: connections stay open, and answers are passed on as raw bytes. aiohttp needs a quarter of
+httpx's CPU time per request here (benchmarks/serving.py), which was most of the gateway's overhead."""
 
 from __future__ import annotations
 
@@ -17,25 +15,25 @@ from yarl import URL
 
 from dstune.core.parsing import parse_json
 
-KEPT_SECONDS = 3.0
-"""How long an idle connection may be used again. Engines close theirs after 5 s; a request that meets that would fail."""
+KEEPALIVE_SECONDS = 3.0
+"""How long an idle connection may be reused. Engines close theirs after 5 s, and a request sent at that moment would fail."""
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
-"""Between two chunks there is none: a first token may take minutes, and a client that goes ends the request."""
+"""No limit between two chunks: a first token may take minutes, and a client that disconnects cancels the request."""
 
 FAILURES = (aiohttp.ClientError, OSError)
-"""What is raised where an engine cannot be reached, or ends within an answer."""
+"""Raised when an engine cannot be reached, or stops in the middle of an answer."""
 MOST_EVENT_BYTES = 16 << 20
 MOST_READ_BYTES = 256 << 20
-"""Of an answer that is read as a whole: log-probabilities of a long prompt have some MB."""
+"""Limit of an answer that is read into memory: log-probabilities of a long prompt take a few MB."""
 
 
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""Of a character: alone it can be passed on to nobody."""
+"""Half of a surrogate pair: alone it is not a character and cannot be passed on."""
 
 
 def object_of(content: bytes) -> dict[str, Any]:
-    """Return the JSON object that an engine has sent. Raises one of FAILURES where it is none."""
+    """Parse the JSON object that an engine has sent. Raises one of FAILURES if it is not one."""
     try:
         value = parse_json(content)
     except ValueError as error:
@@ -50,7 +48,7 @@ def object_of(content: bytes) -> dict[str, Any]:
 
 @contextmanager
 def of_its_shape() -> Iterator[None]:
-    """Raises one of FAILURES where what an engine has sent is not shaped as its API says."""
+    """Convert errors about the shape of an engine's response into one of FAILURES."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -58,22 +56,22 @@ def of_its_shape() -> Iterator[None]:
 
 
 def within_event(buffer: bytes) -> bytes:
-    """Return the beginning of an event of a stream. Raises one of FAILURES where it has no end."""
+    """Return `buffer`, the start of a stream's event. Raises one of FAILURES if the event grows without an end."""
     if len(buffer) > MOST_EVENT_BYTES:
         raise aiohttp.ClientPayloadError(f"an event of the engine has more than {MOST_EVENT_BYTES:,} bytes")
     return buffer
 
 
 class Upstream:
-    """The server of one engine. To be made within an event loop."""
+    """A client of one engine's server. Create it within an event loop."""
 
     def __init__(self, url: str, socket: str | None = None, headers: Mapping[str, str] | None = None):
-        """url: without a path's last `/`. socket: a Unix socket that it listens on."""
-        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
+        """url: without a trailing `/`. socket: the Unix socket that the server listens on."""
+        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEEPALIVE_SECONDS}
         if socket is None and url.startswith("https:"):
             options["ssl"] = ssl.create_default_context()  # aiohttp's own reads SSL_CERT_FILE once, when it is imported
         connector = aiohttp.UnixConnector(socket, **options) if socket else aiohttp.TCPConnector(**options)
-        # Bytes are passed on as they come, so none may be compressed.
+        # Bytes are passed on as they arrive, so they must not be compressed.
         session_headers = {"accept-encoding": "identity", **(headers or {})}
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -91,8 +89,9 @@ class Upstream:
         return self._session.closed
 
     async def send(self, method: str, path: str, body: bytes | None = None) -> aiohttp.ClientResponse:
-        """Return the answer as soon as its head is there; to be closed. Redirects are answers. Raises one of FAILURES."""
-        if self.closed:  # a request that met an engine being replaced; aiohttp raises a RuntimeError
+        """Send a request and return the response as soon as its head has arrived; the caller closes it. Redirects are not
+        followed. Raises one of FAILURES."""
+        if self.closed:  # the request met an engine that is being replaced; aiohttp would raise a RuntimeError
             raise ConnectionError("the way to the engine is closed")
         if path not in self._urls:
             self._urls[path] = URL(self._url + path, encoded=True)
@@ -100,7 +99,7 @@ class Upstream:
         return await self._session.request(method, self._urls[path], data=body, headers=headers, allow_redirects=False)
 
     async def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Ask for the status and the content. Raises one of FAILURES."""
+        """Send a request and return the status and the content. Raises one of FAILURES."""
         answer = await self.send(method, path, body)
         async with answer:
             content = await answer.content.read(MOST_READ_BYTES + 1)

@@ -1,4 +1,4 @@
-"""llama.cpp for GGUF files: its program `llama-server`, started by its command line."""
+"""The engine for GGUF files: llama.cpp's `llama-server`, started by its command line."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ TOOLS = frozenset({"tools", "tool_choice"})
 COMPLETION = _SAMPLING | {"model", "prompt"}
 
 EXACT = frozenset({"F32", "F16", "BF16"})
-"""Formats of matrices for which a bound is known. All are computed with a cache of keys and values in fp16."""
+"""Weight formats with a known error bound. All are computed with a key-value cache in fp16."""
 
 OVERRIDES = frozenset(
     {"--chat-template", "--chat-template-file", "--chat-template-kwargs", "--override-kv", "--no-jinja"}
     | {"--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--samplers"}
 )
-"""Arguments that put settings in the place of the export's."""
+"""Arguments that replace settings of the export."""
 
 MOST_SCORED = 16
-"""Targets of a row that are compared: each is a step of the model."""
+"""How many targets of a row are compared; each takes one forward pass."""
 FORCED = 1e6
-"""Added to the logit of a token that is to be taken, whatever the model prefers."""
+"""Added to the logit of the token to be forced, whatever the model prefers."""
 
 
 @dataclass
@@ -75,9 +75,9 @@ class LlamaCppEngine(Engine):
         if program is None or not Path(program).is_file():
             reason = "there is no program `llama-server`"
             raise UserError(Problem("--engine-python", reason, "--engine-python /path/to/llama-server", program or ""))
-        place = folder / "http.sock"  # it knows a socket by this end of its name
+        place = folder / "http.sock"  # the program recognizes a socket by this suffix
         options = ["--model", str(self.file), "--alias", self.base, "--host", str(place), "--jinja", "--no-webui"]
-        # Its own defaults cut the distribution, also where a request asks for temperature 1 and top_p 1.
+        # Its defaults truncate the distribution even if a request sets temperature 1 and top_p 1.
         options += ["--temp", "1", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
         if self.source.template is not None:
             template = folder / "chat_template.jinja"
@@ -86,7 +86,7 @@ class LlamaCppEngine(Engine):
         return Command([program, *options, *self.arguments], os.environ, "http://engine", str(place))
 
     def learn(self) -> None:
-        self._special = self._special or SpecialTexts.of(self.source)
+        self._special = self._special or SpecialTexts.from_source(self.source)
         self.dtype = number_format(self.file)
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class LlamaCppEngine(Engine):
             raise _unsupported("messages", "this engine reads no images; --engine local and --engine vllm do")
         if "messages" in request:
             request["messages"] = self._in_one_text(request["messages"])
-        # Older versions do not know this name, and would generate without a limit.
+        # Older versions do not know this name and would generate without a limit.
         most = request.pop("max_completion_tokens", None)
         if most is not None:
             request["max_tokens"] = most
@@ -117,8 +117,8 @@ class LlamaCppEngine(Engine):
         return request
 
     def _in_one_text(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages without contents in parts. Raises ApiError where the template would print parts in its own way:
-        llama.cpp has another rule for what a template reads."""
+        """Return messages whose contents are single texts. Raises ApiError if the template would render parts differently:
+        llama.cpp has its own rule for them."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if reads_parts(self.source.template or ""):
@@ -144,20 +144,20 @@ class LlamaCppEngine(Engine):
         return ids
 
     async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """Force each target in turn: the engine tells no log-probabilities of a prompt, but that of a token that it writes,
-        before anything is added to it. A part of a character has none."""
+        """Return the log-probabilities of `targets` by forcing them one after the other: the engine reports no log-probabilities of
+        a prompt, only those of tokens that it generates, before `logit_bias`. A token that is part of a character has none."""
         values: list[float] = []
         for number, target in enumerate(targets[:MOST_SCORED]):
             body = {"prompt": [*prompt, *targets[:number]], "n_predict": 1, "n_probs": 1, "temperature": 0}
             body |= {"logit_bias": [[target, FORCED]], "cache_prompt": True}
-            written = (await self.ask("POST", "/completion", body)).get("completion_probabilities")
-            if not written:
+            completion_probabilities = (await self.ask("POST", "/completion", body)).get("completion_probabilities")
+            if not completion_probabilities:
                 break
-            if written[0].get("id") != target or "logprob" not in written[0]:
+            if completion_probabilities[0].get("id") != target or "logprob" not in completion_probabilities[0]:
                 raise Unprovable(
                     "its tokens are those of the training; this version tells no log-probability of a token"
                 )
-            values.append(float(written[0]["logprob"]))
+            values.append(float(completion_probabilities[0]["logprob"]))
         return values
 
 
@@ -166,8 +166,8 @@ def _unsupported(field: str, reason: str) -> ApiError:
 
 
 def number_format(file: Path) -> str:
-    """Return the number format whose bound a GGUF file is compared by; where it has formats without a bound, their names. Raises
-    UserError where it is no such file."""
+    """Return the number format whose bound applies to a GGUF file; if it has formats without a bound, their names. Raises UserError
+    if it is not a GGUF file."""
     from gguf import GGMLQuantizationType
 
     try:

@@ -1,4 +1,4 @@
-"""A server elsewhere that speaks OpenAI's API, by an address that the operator allows."""
+"""An external server with OpenAI's API, at an address that the operator allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dstune.serve.engines.base import Command, Engine, Unprovable, context_of
 
 @dataclass
 class RemoteEngine(Engine):
-    """The model's path is its name there."""
+    """An external server. The model's path is its name there."""
 
     name: ClassVar[str] = "remote"
     starts_process: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class RemoteEngine(Engine):
         return Command([], {}, self.address.rstrip("/").removesuffix("/v1"))
 
     def fits_without_max_tokens(self, answers: int, most: int) -> bool:
-        """Leave one answer of an unknown length to the bound of the server, which may refuse a longer one."""
+        """Return whether there is one answer: its length is left to the server's own limit, which may refuse a longer one."""
         return answers == 1 if not self.context else super().fits_without_max_tokens(answers, most)
 
     def context_in(self, health: Mapping[str, Any]) -> int:
@@ -59,7 +59,7 @@ class RemoteEngine(Engine):
 
 
 def check_address(address: str, allowed: Collection[str]) -> None:
-    """Raises UserError where the address is not one of those that the operator allows, or goes in the clear."""
+    """Raises UserError if the address is not one that the operator allows, or would send data unencrypted."""
     parts = urlsplit(address)
     host = (parts.hostname or "").lower()
     try:

@@ -1,8 +1,6 @@
-"""Texts that an engine's tokenizer would turn into control tokens.
-
-dstune trains what somebody wrote as text, even if it reads like the end of a turn (`data/control.py`), and the local engine
-renders it so. Other engines parse it: a user's message could close its turn and speak as the system. Such a request is refused.
-"""
+"""Texts that an engine's tokenizer would turn into control tokens. dstune trains such a text as plain text, even if it reads like
+the end of a turn (`data/control.py`), and the local engine renders it so. Other engines parse it: a user's message could close its
+turn and speak as the system. Such requests are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from dstune.serve.errors import ApiError
 from dstune.serve.images import is_image
 from dstune.serve.source import Source
 
-WRITTEN = (
+TEXT_FIELDS = (
     *("messages", "tools", "prompt", "suffix", "input", "instructions", "chat_template_kwargs"),
     *("query", "documents", "texts", "text_1", "text_2", "question", "context"),
 )
@@ -34,21 +32,21 @@ class SpecialTexts:
         self._pattern = pattern
 
     @classmethod
-    def of(cls, source: Source) -> SpecialTexts:
-        """Return those of the tokenizer that the model is asked with. Raises UserError where it cannot be read."""
+    def from_source(cls, source: Source) -> SpecialTexts:
+        """Return the special texts of the tokenizer that the engine uses for the model. Raises UserError if it cannot be read."""
         folder = tokenizer_folder(source)
         if folder is None:
             reason = f"the tokenizer of {source.load_from} is not on this machine, so control tokens in requests are not known"
             raise UserError(Problem("MODEL", reason, f"hf download {source.load_from}", source.path))
         request = {"folder": str(folder), "trust_remote_code": source.trust_remote_code}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "dstune.serve.engines.control_strings"],
             input=json.dumps(request) + "\n", stdout=subprocess.PIPE, text=True, check=False,
             env=child_environment() | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
-        lines = done.stdout.strip().splitlines()
+        lines = process.stdout.strip().splitlines()
         answer = (
-            json.loads(lines[-1]) if lines else {"error": f"the process that reads it ended with {done.returncode}"}
+            json.loads(lines[-1]) if lines else {"error": f"the process that reads it ended with {process.returncode}"}
         )
         if "error" in answer:
             reason = f"its tokenizer cannot be read: {answer['error']}"
@@ -56,8 +54,8 @@ class SpecialTexts:
         return cls(re.compile(answer["pattern"], re.IGNORECASE if answer["ignore_case"] else 0))
 
     def refuse(self, body: Mapping[str, Any]) -> None:
-        """Raises ApiError for the first field that holds such a text."""
-        for name in WRITTEN:
+        """Raises ApiError for the first field that contains such a text."""
+        for name in TEXT_FIELDS:
             for text in _texts(body.get(name)):
                 if match := self._pattern.search(text):
                     reason = (
@@ -67,7 +65,7 @@ class SpecialTexts:
 
 
 def tokenizer_folder(source: Source) -> Path | None:
-    """Return where the tokenizer is that the engine asks the model with; None where it is not on this machine."""
+    """Return the folder of the tokenizer that the engine uses for the model; None if it is not on this machine."""
     folder = source.prompted_as or source.folder
     if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return folder
@@ -75,7 +73,7 @@ def tokenizer_folder(source: Source) -> Path | None:
 
 
 def hub_folder(source: Source) -> Path | None:
-    """Return the files of the model that the engine loads: its folder, or what the hub's cache holds of it."""
+    """Return the folder of the model that the engine loads: its own, or its snapshot in the hub's cache."""
     return base_folder(source.load_from, source.load_revision)
 
 
@@ -84,17 +82,17 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key == "image_url" and is_image(value):  # of base64, which no template prints
+            if key == "image_url" and is_image(value):  # base64 data, which no template prints
                 continue
             yield key
             yield from _texts(item)
-            if key == "arguments" and isinstance(item, str):  # of a call: templates get the object
+            if key == "arguments" and isinstance(item, str):  # of a call: templates get the parsed object
                 with contextlib.suppress(ValueError):
                     yield from _texts(parse_json(item))
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
         parts = [item["text"] for item in value if isinstance(item, dict) and isinstance(item.get("text"), str)]
-        if len(parts) > 1:  # templates print parts one behind the other, so several may write a token that none holds
+        if len(parts) > 1:  # templates concatenate parts, so several may form a token that none contains
             yield "".join(parts)
             yield "".join(part.strip() for part in parts)

@@ -60,22 +60,22 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
     "reward": {},
 }
 PARSERS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json"))
-"""What a template prints in front of a call, and vLLM's name of what reads it."""
+"""How templates mark a tool call, and vLLM's name of the parser for it."""
 
 DTYPES = {"auto": "", "half": "float16", "float": "float32"}
-"""vLLM's other names of number formats; `auto` is the stored one."""
+"""vLLM's aliases of number formats; `auto` is the stored one."""
 
 OVERRIDES = frozenset(
     {"--chat-template", "--default-chat-template-kwargs", "--tokenizer", "--tokenizer-mode", "--tokenizer-revision"}
     | {"--generation-config", "--override-generation-config", "--hf-overrides", "--hf-config-path"}
 )
-"""Arguments that put settings in the place of the export's."""
+"""Arguments that replace settings of the export."""
 
 CONTENT_FORMAT = "--chat-template-content-format"
 
 LEAST_RANK = 16
 _PYTHON_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Variables of the Python that runs dstune, which vLLM's process does not get."""
+"""Variables of dstune's own Python, which vLLM's process does not inherit."""
 
 
 @dataclass
@@ -83,11 +83,11 @@ class VllmEngine(Engine):
     name: ClassVar[str] = "vllm"
     reads_images: ClassVar[bool] = True
     python: str | None = None
-    """Of vLLM's environment; None where it runs at `address`."""
+    """Of vLLM's environment; None for a server that already runs at `address`."""
     address: str | None = None
     key: str = ""
     arguments: list[str] = field(default_factory=list)
-    """Of the user, behind all others."""
+    """The user's arguments, which come last."""
     number_format: str = ""
     max_rank: int = 0
 
@@ -103,9 +103,9 @@ class VllmEngine(Engine):
 
     @cached_property
     def parser(self) -> str:
-        """The name of what reads tool calls; empty where the template shows none."""
-        if chosen := self._user_argument("--tool-call-parser"):
-            return chosen
+        """The name of vLLM's tool call parser; empty if the template shows none."""
+        if parser := self._user_argument("--tool-call-parser"):
+            return parser
         template = self.source.template or ""
         return next((name for mark, name in PARSERS if mark in template and "tools" in template), "")
 
@@ -161,7 +161,8 @@ class VllmEngine(Engine):
         return Command(argv, environment, "http://engine", str(folder / "http"))
 
     def learn(self) -> None:
-        """Learn the number format and the control tokens, which vLLM does not tell. Its model is in the hub's cache by now."""
+        """Determine the number format and the control tokens, which vLLM does not report. The model is in the hub's cache by
+        now."""
         dtype_name = self._user_argument("--dtype") or self.number_format
         self.dtype = DTYPES.get(dtype_name, dtype_name) or self._stored_dtype()
         if not self.dtype:
@@ -169,7 +170,7 @@ class VllmEngine(Engine):
                 f"the configuration of {self.source.load_from} is not on this machine, so its number format is unknown"
             )
             raise UserError(Problem("--dtype", reason, "--dtype bfloat16, if vLLM computes in it", self.source.path))
-        self._special = self._special or SpecialTexts.of(self.source)
+        self._special = self._special or SpecialTexts.from_source(self.source)
 
     async def _healthy(self) -> bool:
         healthy = await super()._healthy()
@@ -183,8 +184,8 @@ class VllmEngine(Engine):
         await super().start()
 
     async def _still_answers(self) -> bool:
-        """Return whether the engine is still the server that was proven: one that replaced it at its address is healthy as well,
-        and lacks the adapters, or has others by their names."""
+        """Return whether the engine is still the server that was proven: a replacement at its address is healthy as well, but lacks
+        the adapters or has others under their names."""
         if not await super()._still_answers():
             return False
         try:
@@ -192,7 +193,7 @@ class VllmEngine(Engine):
                 listed = (await self.ask("GET", "/v1/models", None))["data"]
             places = {model["id"]: model.get("root") for model in listed if model["id"] in self._loaded}
         except (EngineDown, Unprovable, UserError, TimeoutError, LookupError, TypeError, AttributeError):
-            return True  # it does not say
+            return True  # it does not state them
         place_by_name = {name: place for name, place in self._places.items() if name in self._loaded}
         self._places = places | place_by_name
         return all(name in places and places[name] == place for name, place in place_by_name.items())
@@ -204,14 +205,14 @@ class VllmEngine(Engine):
         request |= {"messages": _with_reasoning(body["messages"])} if isinstance(body.get("messages"), list) else {}
         if path != "/v1/responses":
             return request
-        # vLLM would keep an answer under an id that any client may ask for.
+        # vLLM would store an answer under an id that any client may request.
         return request | {"input": _with_details(request["input"]), "store": False}
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         request = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
         if not any(map(shows_image, request.get("messages", ()))):
             return await super().prompt_ids(model, request)
-        # `/tokenize` may tell a prompt without what stands for its images in the model.
+        # `/tokenize` may omit the tokens that stand for images in the model.
         ids: list[int] | None = (await self._rendered(model, request, add_generation_prompt=True)).get(
             "prompt_token_ids"
         )
@@ -220,23 +221,23 @@ class VllmEngine(Engine):
         return ids
 
     async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
-        """As `Engine` has it. vLLM scores a conversation with images only as messages: with the trained answer as the beginning
-        of one that goes on. Where its template makes other tokens of it than training, such as the end of the turn, nothing is
-        compared."""
+        """Return log-probabilities as `Engine` defines them. vLLM scores a conversation with images only as messages, with the
+        trained answer as the start of a turn to be continued. If its template renders other tokens than training did, such as an
+        end of turn, it returns none."""
         if "answer" not in row:
             return []
         answered = [*_with_reasoning(row["messages"]), {"role": "assistant", "content": row["answer"]}]
         fields = {"add_generation_prompt": False, "continue_final_message": True, "prompt_logprobs": 0}
         rendered = await self._rendered(model, {**row, "messages": answered}, **fields)
         ids: list[int] = rendered.get("prompt_token_ids") or []
-        expected = [*row["prompt_ids"], *row["target_ids"]]
-        equal = sum(itertools.takewhile(bool, map(int.__eq__, ids, expected)))
+        row_ids = [*row["prompt_ids"], *row["target_ids"]]
+        equal = sum(itertools.takewhile(bool, map(int.__eq__, ids, row_ids)))
         if equal <= len(row["prompt_ids"]):
             return []
         return prompt_logprobs(rendered.get("prompt_logprobs"), ids)[len(row["prompt_ids"]) - 1 : equal - 1]
 
     async def _rendered(self, model: str, row: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-        """Return what vLLM tells of the prompt that it makes of the messages of a row."""
+        """Return vLLM's response about the prompt that it renders from a row's messages."""
         body = {
             "model": model,
             "messages": row["messages"],
@@ -244,8 +245,8 @@ class VllmEngine(Engine):
             "temperature": 0,
             "return_token_ids": True,
         }
-        beside = {"tools": row.get("tools"), "chat_template_kwargs": row.get("arguments")}
-        body |= {name: value for name, value in beside.items() if value} | fields
+        extra_fields = {"tools": row.get("tools"), "chat_template_kwargs": row.get("arguments")}
+        body |= {name: value for name, value in extra_fields.items() if value} | fields
         return await self.ask("POST", "/v1/chat/completions", body)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
@@ -253,7 +254,9 @@ class VllmEngine(Engine):
         if self.address is None and (rank := _rank(folder)) > most:
             reason = f"its rank is {rank}, the engine was started for at most {most}"
             raise UserError(Problem(name, reason, f"start it with `-- --enable-lora --max-lora-rank {rank}`"))
-        if self.address is not None:  # what an earlier gateway loaded is still there, and may be of another version
+        if (
+            self.address is not None
+        ):  # an adapter that an earlier gateway loaded is still there, and may be another version
             with contextlib.suppress(UserError, Unprovable):
                 await self.unload_adapter(name)
         await super().load_adapter(name, folder)
@@ -265,7 +268,7 @@ class VllmEngine(Engine):
         await super().unload_adapter(name)
 
     def _user_argument(self, flag: str) -> str:
-        """Return the value that the user's arguments have for `flag`; empty where it is not among them."""
+        """Return the value of `flag` in the user's arguments; empty if it is not among them."""
         for number, word in enumerate(self.arguments):
             if word == flag and number + 1 < len(self.arguments):
                 return self.arguments[number + 1]
@@ -274,7 +277,7 @@ class VllmEngine(Engine):
         return ""
 
     def _stored_dtype(self) -> str:
-        """Return the number format in which vLLM computes: the stored one, and bf16 where that is fp32."""
+        """Return the number format in which vLLM computes: the stored one, or bf16 if that is fp32."""
         folder = hub_folder(self.source)
         config = None if folder is None else read_object(folder / "config.json")
         if config is None:
@@ -284,8 +287,8 @@ class VllmEngine(Engine):
 
 
 def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `messages` with the reasoning of earlier answers under the name that vLLM reads. It ignores `reasoning_content`
-    without a word, and gives its template both."""
+    """Return `messages` with the reasoning of earlier answers under the name that vLLM reads: it silently ignores
+    `reasoning_content`."""
     return [
         {**message, "reasoning": message["reasoning_content"]}
         if isinstance(message, dict) and message.get("reasoning_content") and "reasoning" not in message
@@ -295,7 +298,7 @@ def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_details(request_input: Any) -> Any:
-    """Return the input of `/v1/responses` with a `detail` of each image, without which vLLM takes none."""
+    """Return the input of `/v1/responses` with a `detail` for each image, without which vLLM refuses it."""
     if not isinstance(request_input, list):
         return request_input
     return [

@@ -1,1 +1,1 @@
-"""What clients reach: an ASGI application that lets through a list of routes and fields, and nothing else."""
+"""The ASGI application that clients reach. It accepts a fixed list of routes and fields, and nothing else."""

@@ -1,4 +1,4 @@
-"""How many requests engines get at once: some run, some wait, the others are refused. And what a key may ask."""
+"""Admission control: how many requests run on the engines at once, how many wait, and the limits of a key."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from dstune.serve.store.keys import Caller
 log = logging.getLogger("dstune.serve")
 
 DAY = 86400
-KNOWN_SECONDS = 10.0
-"""How long the tokens of a day that the database tells are taken for those of all gateways."""
+USAGE_CACHE_SECONDS = 10.0
+"""How long a daily token count from the database, which covers all gateways, is used before it is read again."""
 
 
 @dataclass
 class _Day:
-    """What a key has used today (UTC)."""
+    """A key's token usage today (UTC)."""
 
     number: int
     recorded: int
-    """By all gateways, as the database told."""
-    read: float
+    """Recorded by all gateways, when the database was last read."""
+    read_at: float
     since: int = 0
-    """By this gateway since then."""
+    """Used through this gateway since then."""
     unrecorded: int = 0
-    """By this gateway, of which the database knows nothing (the guard's windows)."""
+    """Used through this gateway without a row in the database (the guard's windows)."""
 
 
 class Admission:
-    """Places for requests. Everything happens in one event loop."""
+    """Allocates places to requests. Everything happens in one event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics, used: Callable[[str, int], Awaitable[int]]):
-        """used: the tokens that are recorded of a key since a time (seconds of the epoch)."""
+        """used: returns the tokens recorded for a key since a time (seconds since the epoch)."""
         self._settings, self._metrics, self._used = settings, metrics, used
         self._days: dict[str, _Day] = {}
         self._reading = asyncio.Lock()
-        self._free = settings.concurrent
+        self._free_places = settings.concurrent
         self._line: dict[str, deque[asyncio.Future[None]]] = {}
-        """Requests that wait for a place, by key; the key whose turn it is stands first."""
+        """Waiting requests by key; the key whose turn it is comes first."""
         self._waiting = 0
         self.active = 0
         self._of_key: Counter[str] = Counter()
@@ -59,7 +59,7 @@ class Admission:
         self._per_minute = MovingWindowRateLimiter(MemoryStorage())
 
     async def check_rate(self, caller: Caller) -> None:
-        """Count a request. Raises ApiError where it is one too many."""
+        """Count a request. Raises ApiError if it exceeds the key's rate limit."""
         most = caller.limit.requests_per_minute
         if most is not None and not self._per_minute.hit(item := RateLimitItemPerMinute(most), caller.id):
             reset = self._per_minute.get_window_stats(item, caller.id).reset_time
@@ -72,34 +72,34 @@ class Admission:
             self._refuse(f"This key may use {tokens} tokens a day.", (day.number + 1) * DAY - time.time())
 
     async def _day(self, key: str) -> _Day:
-        """Return what the key has used today: by the database, so that a restart and other gateways change nothing."""
+        """Return the key's usage today. It comes from the database, so that restarts and other gateways are included."""
         async with self._reading:
             number, day = int(time.time() // DAY), self._days.get(key)
-            if day is not None and day.number == number and time.monotonic() - day.read <= KNOWN_SECONDS:
+            if day is not None and day.number == number and time.monotonic() - day.read_at <= USAGE_CACHE_SECONDS:
                 return day
             if day is None or day.number != number:
                 day = self._days[key] = _Day(number, 0, 0.0)
-            day.recorded, day.since, day.read = day.recorded + day.since, 0, time.monotonic()
+            day.recorded, day.since, day.read_at = day.recorded + day.since, 0, time.monotonic()
             try:
                 day.recorded = await self._used(key, number * DAY)
-            except Exception:  # what this gateway has counted is used until then
+            except Exception:  # until then, this gateway's own count is used
                 log.exception("the tokens of a key could not be counted")
             return day
 
     def charge(self, caller: Caller, tokens: int, *, recorded: bool = False) -> None:
-        """Count what a request has used. recorded: it will be in the database."""
+        """Count the tokens that a request used. recorded: whether they will also be in the database."""
         if caller.limit.tokens_per_day is None:
             return
         number, day = int(time.time() // DAY), self._days.get(caller.id)
         if day is None or day.number != number:
-            day = self._days[caller.id] = _Day(number, 0, -KNOWN_SECONDS - 1)
+            day = self._days[caller.id] = _Day(number, 0, -USAGE_CACHE_SECONDS - 1)
         if recorded:
             day.since += tokens
         else:
             day.unrecorded += tokens
 
     def hold(self, caller: Caller, size: int) -> None:
-        """Count bytes of a body that is read into memory. Raises ApiError where the key, or all together, have too many."""
+        """Count bytes of a body that is read into memory. Raises ApiError if the key, or all keys together, exceed their limit."""
         if self._body_bytes[caller.id] + size > self._settings.key_body_bytes:
             most = self._settings.key_body_bytes
             self._refuse(f"The bodies of this key's requests may have {most} bytes together at once.", 1)
@@ -108,7 +108,7 @@ class Admission:
         self._body_bytes[caller.id] += size
 
     def release(self, caller: Caller, size: int) -> None:
-        """Give back the bytes that `hold` has counted of a request that was answered."""
+        """Give back the bytes that `hold` counted for an answered request."""
         self._body_bytes[caller.id] -= size
         if not self._body_bytes[caller.id]:
             del self._body_bytes[caller.id]
@@ -120,14 +120,14 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, caller: Caller, receive: Receive) -> AsyncIterator[None]:
-        """Wait for a place. receive: of the request, whose body was read. Raises ApiError where too many wait, or this one
-        waited for too long, ClientGone."""
+        """Wait for a place, and hold it within the block. receive: of the request, whose body has been read. Raises ApiError if too
+        many requests wait, or this one waited too long; ClientGone."""
         most = caller.limit.concurrent
         if most is not None and self._of_key[caller.id] >= most:
             self._refuse(f"This key may have {most} requests at once.", 1)
         self._of_key[caller.id] += 1
         try:
-            await self._enter(caller.id, receive)
+            await self._take_place(caller.id, receive)
             self.active += 1
             self._metrics.active.set(self.active)
             try:
@@ -135,16 +135,16 @@ class Admission:
             finally:
                 self.active -= 1
                 self._metrics.active.set(self.active)
-                self._leave()
+                self._free_place()
         finally:
             self._of_key[caller.id] -= 1
             if not self._of_key[caller.id]:
                 del self._of_key[caller.id]
 
-    async def _enter(self, key: str, receive: Receive) -> None:
-        """Take a place: at once, or in turn with the other keys that wait for one."""
-        if self._free:
-            self._free -= 1
+    async def _take_place(self, key: str, receive: Receive) -> None:
+        """Take a place: at once if one is free, otherwise in turn with the other waiting keys."""
+        if self._free_places:
+            self._free_places -= 1
             return
         if self._waiting >= self._settings.queue:
             self._make_room(key)
@@ -156,39 +156,40 @@ class Admission:
                 await place
         except BaseException as error:
             if place.done() and not place.cancelled() and place.exception() is None:
-                self._leave()  # it was given one while it was going
+                self._free_place()  # it was given a place while its client left
             elif place in self._line.get(key, ()):
-                self._forget(key, place)
+                self._drop_waiting(key, place)
             if isinstance(error, TimeoutError):
                 later = {"retry-after": "5"}
                 raise ApiError(503, "The server is busy.", code="overloaded", headers=later) from None
             raise
 
-    def _leave(self) -> None:
-        """Give a place on: to the oldest request of the key whose turn it is."""
+    def _free_place(self) -> None:
+        """Free a place, and pass it to the oldest request of the key whose turn it is."""
         while self._line:
             key = next(iter(self._line))
             place = self._line[key][0]
-            self._forget(key, place)
+            self._drop_waiting(key, place)
             if waiting := self._line.pop(key, None):
-                self._line[key] = waiting  # behind all others
+                self._line[key] = waiting  # to the end of the line
             if not place.done():
                 place.set_result(None)
                 return
-        self._free += 1
+        self._free_places += 1
 
     def _make_room(self, key: str) -> None:
-        """Make room in a full queue: the key that has most in it loses the newest. Raises ApiError where that is this one."""
+        """Make room in a full queue by dropping the newest request of the key with the most. Raises ApiError if that is this
+        request."""
         busy = "The server is busy: too many requests wait."
         most = max(self._line, key=lambda waiting_key: len(self._line[waiting_key]), default=key)
         if len(self._line.get(most, ())) <= len(self._line.get(key, ())) + 1:
             self._refuse(busy, 1)
         place = self._line[most][-1]
-        self._forget(most, place)
+        self._drop_waiting(most, place)
         if not place.done():
             place.set_exception(ApiError(429, busy, code="rate_limit_exceeded", headers={"retry-after": "1"}))
 
-    def _forget(self, key: str, place: asyncio.Future[None]) -> None:
+    def _drop_waiting(self, key: str, place: asyncio.Future[None]) -> None:
         self._line[key].remove(place)
         if not self._line[key]:
             del self._line[key]

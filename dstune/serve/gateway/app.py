@@ -1,4 +1,4 @@
-"""The gateway: one table of routes, and the layers that every request passes."""
+"""The gateway's ASGI application: a table of routes, and the middleware of every request."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from dstune.serve.store.keys import Keys
 from dstune.serve.turns import TurnThreads
 
 LAYERS = (Middleware(Accounting), Middleware(Errors), Middleware(CrossOrigin))
-"""Of every request, the outermost first; `Route` has those of single routes."""
+"""Middleware of every request, outermost first; `Route` has that of single routes."""
 
 
 class Gateway:
-    """ASGI application."""
+    """The gateway's ASGI application."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class Gateway:
         *,
         closed: Mapping[str, str] | None = None,
     ):
-        """closed: beginnings of paths that a server may have, and the option of `dstune serve` that opens them."""
+        """closed: path prefixes of routes that this server has not opened, each with the option of `dstune serve` that opens it."""
         self.fleet, self.database, self.settings, self.recorder = fleet, database, settings, recorder
         self.keys = Keys(database)
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics, recorder.used)
         self.inference = Inference(fleet, self.admission, self.metrics, recorder)
         self.guard: Guard | None = None
-        recorder.written = self._written
+        recorder.on_recorded = self._count_tokens
         self.routes: list[Route] = []
         self._router = Router(redirect_slashes=False, default=refuse_unknown_path)
         self._app: App = self._router
@@ -60,7 +60,7 @@ class Gateway:
         self.threads = TurnThreads("bodies")
         self.draining = False
         self.open = 0
-        """Requests that are not answered yet."""
+        """Requests that are still being answered."""
 
     @property
     def ready(self) -> bool:
@@ -68,12 +68,12 @@ class Gateway:
         return self.fleet.ready and guarded and not self.draining
 
     def add_routes(self, routes: Iterable[Route]) -> None:
-        """Add routes. Of two routes of one method and path the first answers."""
+        """Add routes. If two have the same method and path, the first one answers."""
         self.routes += routes
         self._router.routes[:] = self.routes
 
     def guard_with(self, guard: Guard) -> None:
-        """Let nothing pass that its policies stop."""
+        """Check requests and answers with the policies of `guard`."""
         self.guard = self.inference.guard = guard
         guard.counted = lambda what, decision: self.metrics.guarded.labels(what, decision).inc()
 
@@ -86,7 +86,7 @@ class Gateway:
         else:
             await self._router(scope, receive, send)
 
-    def _written(self, request: Request, tokens: int) -> None:
+    def _count_tokens(self, request: Request, tokens: int) -> None:
         self.metrics.tokens.labels(request.model).inc(tokens)
         if request.caller is not None:
             self.admission.charge(request.caller, tokens, recorded=True)

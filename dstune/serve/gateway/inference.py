@@ -1,4 +1,4 @@
-"""Requests that an engine answers: checked, admitted, passed on, cancelled when the client goes."""
+"""Requests that an engine answers: checks, admits and forwards them, and cancels them when the client disconnects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dstune.serve.asgi import ClientGone, dumps, while_connected
 from dstune.serve.engines.base import Engine
 from dstune.serve.engines.http import FAILURES, MOST_READ_BYTES, Upstream, object_of, within_event
 from dstune.serve.errors import ApiError
-from dstune.serve.events import EVENT_END, MOST_END_BYTES, data_of
+from dstune.serve.events import EVENT_END, MOST_END_BYTES, event_data
 from dstune.serve.fleet import Fleet, Model
 from dstune.serve.gateway.admission import Admission
 from dstune.serve.gateway.guarding import Guard, Guarded
@@ -32,21 +32,22 @@ log = logging.getLogger("dstune.serve")
 
 @dataclass
 class Inference:
-    """What requests to engines need."""
+    """The handler of requests to engines."""
 
     fleet: Fleet
     admission: Admission
     metrics: Metrics
     recorder: Recorder
     admits: Callable[[Caller, str], Awaitable[None]] | None = None
-    """Looks at a request's model first: loads one that is not on its engine yet, and refuses those of other tenants."""
+    """Called first with the caller and the model's name: loads a model that is not on its engine yet, and refuses other tenants'
+    models."""
     guard: Guard | None = None
     resolve_alias: Callable[[str, Mapping[str, Any], Mapping[str, Model]], str | None] | None = None
-    """The name of the model that answers a request (its body) to a name that stands for several of those that are served; None
+    """Returns the name of the model that answers a request (its body) if the requested name stands for several served models; None
     for any other name."""
 
     async def __call__(self, request: Request, path: str, route: type[fields.Request]) -> None:
-        """Raises ApiError, ClientGone, SlowReader."""
+        """Answer a request. Raises ApiError, ClientGone, SlowReader."""
         body = await request.json()
         name = body.get("model")
         if self.resolve_alias is not None and isinstance(name, str):
@@ -54,7 +55,7 @@ class Inference:
             version = self.resolve_alias(name, body, ready)
             if version is not None:
                 request.alias, name = name, version
-                body = body | {"model": version}  # adapters of one engine are told apart by it
+                body = body | {"model": version}  # adapters on one engine are distinguished by this name
         if self.admits is not None and isinstance(name, str) and request.caller is not None:
             await self.admits(request.caller, name)
         model = self.model_of(request, name)
@@ -74,10 +75,10 @@ class Inference:
             return bounded(path, accepted, engine, max_tokens)
 
         with self._charge_unread_prompt(request.key, engine):
-            await self._answer(request, path, await request.apart(prepared))
+            await self._answer(request, path, await request.run_in_thread(prepared))
 
     async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
-        """Answer a request. body: that was checked."""
+        """Answer a request, whose body has been checked."""
         user = body.get("user") or body.get("safety_identifier")
         request.end_user = user if isinstance(user, str) else None
         async with self.admission.place(request.key, request.receive):
@@ -86,8 +87,8 @@ class Inference:
                 async with while_connected(request.receive):
                     guarded = await self.guard.request(request, path, body)
                 body = guarded.body if guarded is not None else body
-            await self.fleet.settled(request.model)
-            # Its engine may have been started again while the request waited, and its name given to another adapter.
+            await self.fleet.wait_until_replaced(request.model)
+            # While the request waited, its engine may have been restarted, or its model's name given to another adapter.
             model = self.model_of(request, request.model)
             request.version = model.version
             with self.recorder.answer(request, body) as record:
@@ -95,7 +96,7 @@ class Inference:
 
     @contextmanager
     def _charge_unread_prompt(self, caller: Caller, engine: Engine) -> Iterator[None]:
-        """Charge the caller for a full context where the prompt is refused as too long: the engine has read that much of it."""
+        """Charge the caller for a full context if the prompt is refused as too long: the engine has read that much of it."""
         try:
             yield
         except ApiError as error:
@@ -104,7 +105,7 @@ class Inference:
             raise
 
     def model_of(self, request: Request, name: Any) -> Model:
-        """Return the model that a request names. Raises ApiError for a name that is none, or none for this caller."""
+        """Return the model that a request names. Raises ApiError if it does not exist, or this caller may not use it."""
         if not isinstance(name, str) or not name:
             raise ApiError(400, "Missing required field: 'model'.", param="model", code="missing_required_parameter")
         model = self.fleet.models.get(name)
@@ -126,18 +127,18 @@ class Inference:
         client = model.engine.client
         if client is None:
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
-        sent, usage = body, None
+        request_body, usage = body, None
         options = body.get("stream_options") or {}
-        # Tokens are counted as the engine tells them, whether the client wants to know or not.
+        # The gateway counts tokens as the engine reports them, whether or not the client asked for the usage.
         if body.get("stream") and "stream_options" in model.engine.routes[path] and not options.get("include_usage"):
-            sent, usage = body | {"stream_options": {**options, "include_usage": True}}, WithoutUsage()
+            request_body, usage = body | {"stream_options": {**options, "include_usage": True}}, UsageRemover()
         engine = model.engine
 
         def outgoing() -> bytes:
             client_fields = {"client": request.key.id} if engine.knows_clients else {}
-            return dumps(engine.outgoing(path, sent) | client_fields)
+            return dumps(engine.outgoing(path, request_body) | client_fields)
 
-        content = await request.apart(outgoing)
+        content = await request.run_in_thread(outgoing)
         try:
             async with while_connected(request.receive):
                 answers = guarded if guarded is not None and guarded.looks_at_answers else None
@@ -145,10 +146,10 @@ class Inference:
         except (ApiError, ClientGone, SlowReader):
             raise
         except Exception as error:
-            # The engine's connections may be closed at any moment, since it is being stopped.
+            # The engine may be stopping, and its connections may close at any moment.
             if not (isinstance(error, FAILURES) or client.closed):
                 raise
-            if request.status:  # the answer has begun: it is cut, so that nobody takes it for complete
+            if request.status:  # the answer has begun: cut it off, so that nobody takes it for complete
                 raise SlowReader from error
             raise ApiError(503, "The engine has ended.", code="engine_down", headers={"retry-after": "5"}) from None
 
@@ -160,20 +161,20 @@ class Inference:
         content: bytes,
         record: Record,
         guarded: Guarded | None,
-        usage: WithoutUsage | None,
+        usage: UsageRemover | None,
     ) -> None:
-        """Pass the engine's answer on as it comes: raw bytes, as fast as the client takes them. A guarded one when it was
-        checked. usage: takes that event out."""
+        """Forward the engine's answer as it arrives: raw bytes, as fast as the client reads them; a guarded answer once it has been
+        checked. usage: removes the usage event."""
         answer = await client.send("POST", path, content)
         try:
             if answer.headers.get("content-encoding", "identity") != "identity":
                 raise ApiError(502, "The engine compresses its answers.", code="engine_error")
             if answer.status != 200:
-                raise await _refusal(answer)
+                raise await _error_from_engine(answer)
             kind = answer.headers.get("content-type", "application/json")
             headers = [(b"content-type", kind.encode("latin-1"))]
             if not kind.startswith("text/event-stream"):
-                content = await _bounded(answer)
+                content = await _read_bounded(answer)
                 if guarded is not None:
                     content = await guarded.answer(content)
                 record.take(content)
@@ -188,7 +189,7 @@ class Inference:
                 visible = chunk if usage is None else usage.take(chunk)
                 if visible:
                     await request.send({"type": "http.response.body", "body": visible, "more_body": True})
-            await request.send({"type": "http.response.body", "body": b"" if usage is None else usage.rest})
+            await request.send({"type": "http.response.body", "body": b"" if usage is None else usage.unfinished_event})
         finally:
             answer.close()
 
@@ -196,37 +197,37 @@ class Inference:
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
-class WithoutUsage:
-    """Takes the event with the usage out of a stream whose client did not ask for it."""
+class UsageRemover:
+    """Removes the usage event from a stream whose client did not ask for it."""
 
     def __init__(self) -> None:
-        self.rest = b""
-        """The beginning of an event, which is not visible yet."""
+        self.unfinished_event = b""
+        """The beginning of an incomplete event."""
 
     def take(self, chunk: bytes) -> bytes:
-        """Return what of the stream may be shown now: events that are whole."""
-        if not self.rest and chunk.endswith(b"\n\n") and not _NO_CHOICES.search(chunk):
+        """Return the complete events of the stream so far that have not been returned yet."""
+        if not self.unfinished_event and chunk.endswith(b"\n\n") and not _NO_CHOICES.search(chunk):
             return chunk
-        seen, start, visible = self.rest + chunk, 0, []
-        for end in EVENT_END.finditer(seen, max(len(self.rest) - MOST_END_BYTES, 0)):
-            if not _tells_usage(event := seen[start : end.end()]):
+        buffered, start, visible = self.unfinished_event + chunk, 0, []
+        for end in EVENT_END.finditer(buffered, max(len(self.unfinished_event) - MOST_END_BYTES, 0)):
+            if not _is_usage_event(event := buffered[start : end.end()]):
                 visible.append(event)
             start = end.end()
-        self.rest = within_event(seen[start:])
+        self.unfinished_event = within_event(buffered[start:])
         return b"".join(visible)
 
 
-def _tells_usage(event: bytes) -> bool:
+def _is_usage_event(event: bytes) -> bool:
     if not _NO_CHOICES.search(event):
         return False
     try:
-        value = object_of(data_of(event))
+        value = object_of(event_data(event))
     except FAILURES:
         return False
     return value.get("choices") == [] and bool(value.get("usage"))
 
 
-async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
+async def _read_bounded(answer: aiohttp.ClientResponse) -> bytes:
     parts, size = [], 0
     async for chunk in answer.content.iter_any():
         size += len(chunk)
@@ -236,9 +237,9 @@ async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
-    """Return what an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
-    content = await _bounded(answer)
+async def _error_from_engine(answer: aiohttp.ClientResponse) -> ApiError:
+    """Return the engine's refusal in the API's shape; details of internal errors are not passed on."""
+    content = await _read_bounded(answer)
     try:
         error = json.loads(content).get("error", {})
     except (ValueError, AttributeError):
@@ -259,4 +260,4 @@ async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
 
 
 _TOO_LONG = re.compile(r"maximum (?:context|model) length|available context size")
-"""In the words of vLLM and llama.cpp."""
+"""In the messages of vLLM and llama.cpp."""

@@ -1,4 +1,4 @@
-"""What `/metrics` shows. Labels are names that the server knows, never what a client wrote."""
+"""The metrics at `/metrics`. Labels are names that the server knows, never text from clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Metrics:
         self._restarts = Gauge("dstune_engine_restarts", "Since the start", ["model"], **options)
 
     def add_collector(self, collector: Any) -> None:
-        """Show what a collector of `prometheus_client` yields, too."""
+        """Also export the metrics of a `prometheus_client` collector."""
         self._registry.register(collector)
 
     def text(self, fleet: Fleet) -> bytes:

@@ -1,8 +1,5 @@
-"""What a request passes before its handler sees it, and what its answer passes: layers of plain ASGI.
-
-Starlette's own layers for hosts, origins and errors answer in another shape, with other status codes; and its base class for
-layers turns a client that leaves into an error.
-"""
+"""Middleware of requests and answers, in plain ASGI. Starlette's own middleware for hosts, origins and errors answers in another
+shape and with other status codes; its base class turns a client's disconnect into an error."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ log = logging.getLogger("dstune.serve")
 
 
 class Accounting:
-    """Makes the request, counts it, and gives back what it held. The outermost layer."""
+    """Creates the request object, counts the request, and releases its memory. The outermost middleware."""
 
     def __init__(self, app: App):
         self.app = app
@@ -58,18 +55,18 @@ class Accounting:
         caller = request.caller.name if request.caller is not None else "-"
         log.info(
             "%s %s %s %s key=%s model=%s %.3f s %d bytes",
-            request.id, request.method, request.label, request.status, caller, request.model or "-", seconds, request.sent,
+            request.id, request.method, request.label, request.status, caller, request.model or "-", seconds, request.bytes_sent,
         )  # fmt: skip
 
 
 class Errors:
-    """Every error in the API's shape, once."""
+    """Sends every error in the API's shape, once."""
 
     def __init__(self, app: App):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request.of(scope)
+        request = Request.from_scope(scope)
         try:
             await self.app(scope, receive, send)
         except ApiError as error:
@@ -100,13 +97,13 @@ class Errors:
 
 
 class CrossOrigin:
-    """Lets pages of the sites that `--allow-origin` names ask, and answers what their browsers ask before."""
+    """Lets pages of the sites in `--allow-origin` call the API, and answers the preflight requests of their browsers."""
 
     def __init__(self, app: App):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request.of(scope)
+        request = Request.from_scope(scope)
         is_allowed = request.header("origin").lower() in request.settings.origins
         if is_allowed:
             request.allowed_origin = request.header("origin")
@@ -118,7 +115,7 @@ class CrossOrigin:
 
     @staticmethod
     async def _answer_preflight(scope: Scope, request: Request, *, is_allowed: bool) -> None:
-        """Raises ApiError."""
+        """Answer a preflight request. Raises ApiError."""
         check_host(request, read_host(request))
         if not is_allowed:
             raise ApiError(403, "Pages of this origin may not call the server.", code="origin_not_allowed")
@@ -139,22 +136,23 @@ class CrossOrigin:
 
 
 def allowed_methods(scope: Scope) -> set[str]:
-    """Return the methods that the path of a request has."""
+    """Return the methods that the request's path accepts."""
     routes = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
     return {route.method for route in routes}
 
 
-# -- of single routes
+# -- for single routes
 
 
 class HostCheck:
-    """Refuses a host name under which the server does not answer: a page could reach it under a name of its own."""
+    """Refuses a host name under which the server does not answer: with DNS rebinding, a page could reach the server under a name of
+    its own."""
 
     def __init__(self, app: App, *, any_host: bool = False):
         self.app, self._any_host = app, any_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request.of(scope)
+        request = Request.from_scope(scope)
         name = read_host(request)
         if not self._any_host:
             check_host(request, name)
@@ -162,13 +160,13 @@ class HostCheck:
 
 
 class OriginCheck:
-    """Refuses a page of another site, whatever key it has."""
+    """Refuses requests from pages of other sites, whatever key they carry."""
 
     def __init__(self, app: App):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request.of(scope)
+        request = Request.from_scope(scope)
         origin = request.header("origin").lower()
         if origin or request.header("sec-fetch-site") not in ("", "same-origin", "none"):
             host = request.header("host").lower()
@@ -185,7 +183,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway: Gateway = scope["app"]
-        request = Request.of(scope)
+        request = Request.from_scope(scope)
         caller = request.caller = await self._authenticate(gateway, request)
         if self._role == "admin" and not caller.admin:
             raise ApiError(403, "This route needs an admin's key.", code="admin_only")
@@ -217,8 +215,8 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 def read_host(request: Request) -> str:
-    """Return the host that was asked for, without its port. Raises ApiError where the header is not `NAME` or `NAME:PORT`:
-    proxies and browsers would read another host in it."""
+    """Return the requested host, without its port. Raises ApiError if the header is not `NAME` or `NAME:PORT`: proxies and browsers
+    would read another host in it."""
     match = _HOST.fullmatch(request.header("host").lower())
     if match is None:
         raise ApiError(400, "The header host is not a name, or a name and a port.", code="invalid_host")
@@ -226,14 +224,14 @@ def read_host(request: Request) -> str:
 
 
 def check_host(request: Request, name: str) -> None:
-    """Raises ApiError."""
+    """Raises ApiError if `name` is not a host under which the server answers."""
     if "*" not in request.settings.hosts and name not in request.settings.hosts:
         message = "The server does not answer under this host name: `dstune serve --allow-host NAME`."
         raise ApiError(421, message, code="unknown_host")
 
 
 def _check_tenant(request: Request, caller: Caller) -> None:
-    """Check the tenant: a client may say whom it asks for; a key is of one project, so that it can only agree."""
+    """Check that the tenant which a request names is the one of its key: a key belongs to one project."""
     for header, caller_value, word in (
         ("openai-organization", caller.organization, "organization"),
         ("openai-project", caller.project, "project"),

@@ -1,4 +1,4 @@
-"""How much one request may ask of an engine: what it reads, and what it writes."""
+"""Limits how much an engine may read and write for one request."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "/v1/completions": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
 }
-"""Of routes that write text: the names of an answer's longest length. The first is filled in."""
+"""For routes that generate text: the fields that limit an answer's length. The first one is filled in."""
 COMPLETION_TOKENS = 16
-"""Of OpenAI's API, where a request to `/v1/completions` does not say; llama.cpp would never stop."""
+"""OpenAI's default for `/v1/completions`; llama.cpp would never stop."""
 
 
 CHARACTERS_OF_TOKEN = 128
-"""The longest tokens of large vocabularies are runs of so many spaces: a longer text has more tokens than the context, which
-nobody has to count."""
+"""The longest tokens of large vocabularies are runs of this many spaces. A text with more characters than that per token of context
+cannot fit, and need not be tokenized."""
 TOO_LONG = "context_length_exceeded"
 _READ = ("messages", "prompt", "input", "query", "documents", "texts", "text_1", "text_2", "question", "context")
 
 
 def check_context(path: str, body: Mapping[str, Any], engine: Engine) -> None:
-    """Raises ApiError where a prompt cannot fit into the engine's context, however it is cut into tokens."""
+    """Raises ApiError if a prompt cannot fit into the engine's context, however it is tokenized."""
     most = engine.context * CHARACTERS_OF_TOKEN
     for name in _READ if most else ():
         for prompt in _prompts(path, name, body.get(name)):
@@ -48,8 +48,8 @@ def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
 
 
 def _characters(value: Any) -> int:
-    """Count the characters of all texts but images, which have as many tokens as their sizes tell; a token id stands for the
-    longest one."""
+    """Count the characters of all texts. A token id counts as the longest token; images count as none, since their tokens depend on
+    their sizes."""
     if isinstance(value, str):
         return len(value)
     if is_image(value):
@@ -60,7 +60,7 @@ def _characters(value: Any) -> int:
 
 
 def bounded(path: str, body: dict[str, Any], engine: Engine, most: int) -> dict[str, Any]:
-    """Return `body`, in which its answers write at most `most` tokens together. Raises ApiError for one that asks for more."""
+    """Return `body` with a limit that lets its answers have at most `most` tokens together. Raises ApiError if it asks for more."""
     names = NAMES.get(path)
     if names is None:
         return body

@@ -1,4 +1,4 @@
-"""The chat page: one file without anything from elsewhere. The key stays in the page's memory."""
+"""The chat page: one file that loads nothing from elsewhere. The key stays in the page's memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _digest(tag: str) -> str:
 
 
 def _policy() -> str:
-    """Return the policy: only the page's own script and style run, and it talks to its own server alone."""
+    """Return the content security policy: only the page's own script and style run, and it connects to its own server only."""
     return (
         f"default-src 'none'; script-src 'sha256-{_digest('script')}'; style-src 'sha256-{_digest('style')}'; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -1,4 +1,4 @@
-"""What is remembered of answers: who asked which model when, and how many tokens; with `--log-requests` their text too."""
+"""Records answers: which key used which model when, and how many tokens; with `--log-requests` also the text."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from dstune.serve.store.tables import AnswerRow, Feedback
 log = logging.getLogger("dstune.serve")
 
 FLUSH_SECONDS = 0.5
-MOST_KEPT = 1 << 20
-"""Bytes of an answer that are kept for the log."""
+MOST_LOGGED_BYTES = 1 << 20
+"""Bytes of an answer that go into the log."""
 MOST_ROWS = 100_000
-"""That wait for a database that cannot be written; older ones are lost then."""
+"""Rows that wait for a database that cannot be written; older ones are lost then."""
 CARRIED_BYTES = 64
-"""Of a chunk that are looked at again with the next one: a key and its number may be cut anywhere."""
+"""The end of a chunk that is searched again with the next one: a key and its number may be split anywhere."""
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,128})"')
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})')
 _TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 
 
 class Record:
-    """Of one answer, while it is passed on."""
+    """The record of one answer while it is forwarded."""
 
     def __init__(self, *, keeps_text: bool):
         self.response: str | None = None
@@ -54,32 +54,32 @@ class Record:
             self._first = False
             match = _ID.search(chunk[:1024])
             self.response = match[1].decode("utf-8", "replace") if match else None
-        seen = self._carried + chunk
-        self.events += seen.count(b"data:") - self._carried.count(b"data:")
-        if b'_tokens"' in seen:
-            if totals := _TOTAL.findall(seen):
+        searched = self._carried + chunk
+        self.events += searched.count(b"data:") - self._carried.count(b"data:")
+        if b'_tokens"' in searched:
+            if totals := _TOTAL.findall(searched):
                 self.tokens = int(totals[-1])
-            if prompts := _PROMPT.findall(seen):
+            if prompts := _PROMPT.findall(searched):
                 self.input_tokens = int(prompts[-1])
-        self._carried = seen[-CARRIED_BYTES:]
-        if self._keeps_text and len(self.text) < MOST_KEPT:
-            self.text += chunk[: MOST_KEPT - len(self.text)]
+        self._carried = searched[-CARRIED_BYTES:]
+        if self._keeps_text and len(self.text) < MOST_LOGGED_BYTES:
+            self.text += chunk[: MOST_LOGGED_BYTES - len(self.text)]
 
     @property
     def used(self) -> int:
-        """Tokens that the engine tells; of a stream that was cut before it did, its events."""
+        """Tokens that the engine reports; for a stream that was cut off before, its number of events."""
         return self.tokens or self.events
 
 
 class Recorder:
-    """Writes answers to the database, many at a time, beside the requests."""
+    """Writes answers to the database in batches, in the background."""
 
     def __init__(self, database: Database, request_log: RequestLog | None = None):
         self._database, self._log = database, request_log
         self._rows: list[dict[str, Any]] = []
         self._task: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
-        self.written: Any = lambda request, tokens: None
+        self.on_recorded: Any = lambda request, tokens: None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -108,7 +108,7 @@ class Recorder:
             self._finish(request, body, record, request.status or status)
 
     def _finish(self, request: Request, body: Mapping[str, Any], record: Record, status: int) -> None:
-        self.written(request, record.used)
+        self.on_recorded(request, record.used)
         row = {
             "id": request.id,
             "response": record.response,
@@ -127,7 +127,7 @@ class Recorder:
             self._log.add(row, request.path, body, bytes(record.text), request.body_bytes)
 
     async def forget(self, user: str) -> int:
-        """Remove what is kept of a user: answers, what was said of them, and their text. Returns how many there were."""
+        """Delete a user's answers, the feedback on them, and their logged text. Returns the number of answers."""
         await self.flush()
         removed = await asyncio.to_thread(self._remove, user)
         if self._log is not None:
@@ -138,11 +138,11 @@ class Recorder:
         of_user = AnswerRow.user == user
         with self._database.writing.begin() as session:
             session.execute(delete(Feedback).where(Feedback.answer.in_(select(AnswerRow.id).where(of_user))))
-            # Whoever asked most has more rows than a statement may name.
+            # A heavy user has more rows than a statement can list.
             return session.connection().execute(delete(AnswerRow).where(of_user)).rowcount
 
     async def used(self, key: str, since: int) -> int:
-        """Return tokens of the answers of a key since then, in seconds of the epoch: those of all gateways of the database."""
+        """Return the tokens of a key's answers since a time, in seconds since the epoch, over all gateways of the database."""
         await self.flush()
         return await asyncio.to_thread(self._sum, key, since)
 
@@ -153,7 +153,7 @@ class Recorder:
             return int(session.scalar(query) or 0)
 
     async def flush(self) -> None:
-        """Write what was answered until now into the database."""
+        """Write the answers recorded so far to the database."""
         async with self._writing:
             rows, self._rows = self._rows, []
             if not rows:
@@ -168,11 +168,11 @@ class Recorder:
                 raise
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        """Write by one statement: an object a row would take the interpreter from the requests for ten times as long."""
+        """Insert with one statement: one object per row would take the interpreter from the requests for ten times as long."""
         try:
             with self._database.writing.begin() as session:
                 session.connection().execute(insert(AnswerRow), rows)
-        except (IntegrityError, DataError):  # one that the tables refuse must not hold up the others for ever
+        except (IntegrityError, DataError):  # a row that the tables refuse must not block the others for ever
             if len(rows) == 1:
                 log.exception("the record of the answer %s is lost", rows[0]["id"])
                 return

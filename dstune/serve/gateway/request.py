@@ -1,4 +1,4 @@
-"""One request: who it is from, its body, and what was told of it."""
+"""A request: its caller, its body, and its response."""
 
 from __future__ import annotations
 
@@ -42,48 +42,48 @@ SECURITY = (
 
 
 EXPOSED = b"x-request-id, retry-after, openai-organization, openai-processing-ms, openai-version"
-"""Headers that pages of other sites may read."""
+"""Response headers that pages of other sites may read."""
 
 UNREAD_BYTES = 786_432
-"""Of a body that is refused: no more of it is read."""
+"""How much is still read of a body that is refused."""
 
 
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-"""JSON may write characters in two halves, and so a half alone, which is no text and cannot be passed on."""
+"""JSON may escape a character as a surrogate pair. Half of one alone is not text and cannot be passed on."""
 
 LARGE_BYTES = 262_144
-"""Larger bodies are parsed and checked beside the event loop."""
+"""Larger bodies are parsed and checked in a thread."""
 
 LINGER_SECONDS = 0.5
 DISCARD_SECONDS = 5.0
 LEAST_BYTES_A_SECOND = 1024
-"""Of a body that comes in pieces, after its first `body_seconds`."""
+"""Minimum rate of a body that arrives in pieces, after its first `body_seconds`."""
 
 
 _NO_HEADER = re.compile(r"[^ -~]")
-"""A line's end in what a client named would begin a header of the client's own."""
+"""A line break in a client's value would begin a header of the client's own."""
 
 
 T = TypeVar("T")
 
 
 class SlowReader(Exception):
-    """The client takes no more bytes."""
+    """The client has stopped reading the response."""
 
 
 class Request(requests.Request):
-    """Starlette's, with the bounds of what is read of it, and a response that can be begun once."""
+    """Starlette's request with limits on what is read, and a response that can be started once."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, settings: Settings, threads: TurnThreads | None = None
     ):
-        """threads: for what takes long of a large body."""
+        """threads: run the slow work on large bodies."""
         super().__init__(scope, self._note_end, self._send_noted)
         self.path: str = scope["path"]
         self.settings = settings
         self._receive_message, self._send_message, self._threads = receive, send, threads
         self.memory: Callable[[int], None] = lambda size: None
-        """Told how many bytes of a body come into memory. Raises ApiError where they are too many."""
+        """Called with the size of each part of a body that is read into memory. Raises ApiError if the limit is exceeded."""
         self.held_bytes = 0
         self._body_ended = False
         self._unread = UNREAD_BYTES
@@ -92,50 +92,50 @@ class Request(requests.Request):
         self.began = time.monotonic()
         self.first_byte: float | None = None
         self.status = 0
-        self.sent = 0
+        self.bytes_sent = 0
         self.caller: Caller | None = None
         self.model = ""
         self.alias = ""
-        """The name that the client asked for, where it stands for several models."""
+        """The name that the client requested, if it stands for several models."""
         self.version = ""
         self.end_user: str | None = None
-        """Whom the client asks for, in its own words."""
+        """The end user that the client names."""
         self.label = "none"
-        """Of metrics and the log: its route's path."""
+        """Its route's path, for metrics and the log."""
         self.plain_errors = False
-        """Whether this client reads the message beside the error, not within it."""
+        """Whether this client reads the error's message at the top level, not inside `error`."""
         self._notes: dict[bytes, list[str]] = {}
-        """Headers of the response beside those of its kind."""
+        """Extra response headers."""
         self.allowed_origin = ""
-        """Of a page of another site that may read the answer."""
+        """The site of a page that may read the answer."""
         self.digest = ""
-        """SHA-256 of a JSON body that was read."""
+        """SHA-256 of the JSON body."""
         self.body_bytes = 0
-        """Of a JSON body that was read."""
+        """Size of the JSON body."""
         self.repeatable = True
-        """Whether the client may send it again by itself after a failure of the server."""
+        """Whether the client may retry automatically after a server error."""
         self._values: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             self._values.setdefault(name.lower(), []).append(value)
 
     @staticmethod
-    def of(scope: Scope) -> Request:
-        """Return the one that the gateway has made for this scope."""
+    def from_scope(scope: Scope) -> Request:
+        """Return the request that the gateway created for this scope."""
         return cast(Request, scope["dstune.request"])
 
     @property
     def parameters(self) -> dict[str, str]:
-        """What stands in the place of `{name}` in the route's path."""
+        """The values of `{name}` in the route's path."""
         return self.path_params
 
     @property
     def key(self) -> Caller:
-        """Whose key it has, on a route that is reached with one only."""
+        """The caller whose key the request has, on a route that requires a key."""
         assert self.caller is not None
         return self.caller
 
     def header(self, name: str) -> str:
-        """Return the value; empty where there is none. Raises ApiError where there are several."""
+        """Return the value of a header; empty if it is absent. Raises ApiError if it occurs several times."""
         values = self._values.get(name.encode(), [])
         if len(values) > 1:
             raise ApiError(400, f"The header {name} is there more than once.")
@@ -144,8 +144,8 @@ class Request(requests.Request):
     def query(
         self, names: Collection[str], *, families: Collection[str] = (), lists: Collection[str] = ()
     ) -> dict[str, str]:
-        """Return the parameters behind `?`, of the names in `names` and, for families, of the form `NAME[KEY]`; those of the
-        form `NAME[]`, of lists, are for `query_values`. Raises ApiError for others, and for one that comes twice."""
+        """Return the query parameters. names: plain names. families: names of the form `NAME[KEY]`. lists: names of the form
+        `NAME[]`, whose values `query_values` returns. Raises ApiError for any other parameter, and for one that occurs twice."""
         value_by_name: dict[str, str] = {}
         for name, value in self._parameters():
             family = name.partition("[")[0] if name.endswith("]") else None
@@ -159,7 +159,7 @@ class Request(requests.Request):
         return value_by_name
 
     def query_values(self, name: str) -> list[str]:
-        """Return the values of a parameter that may come several times."""
+        """Return the values of a parameter that may occur several times."""
         return [value for parameter, value in self._parameters() if parameter == name]
 
     def _parameters(self) -> list[tuple[str, str]]:
@@ -185,8 +185,8 @@ class Request(requests.Request):
         return message
 
     async def _leave_body(self) -> bool:
-        """Return whether the client still sends what nobody reads: the connection is closed then. A small body is read, so that
-        the client sees the answer and keeps the connection."""
+        """Return whether the client still sends an unread body; the connection is closed then. A small body is read to its end, so
+        that the client sees the answer and keeps the connection."""
         lengths = self._values.get(b"content-length", [b""])
         if b"expect" in self._values or any(
             len(length) > 12 or (length.isdigit() and int(length) > UNREAD_BYTES) for length in lengths
@@ -196,7 +196,7 @@ class Request(requests.Request):
         return not self._body_ended
 
     async def _discard(self, seconds: float) -> None:
-        """Read on for so long, while little enough comes."""
+        """Read and discard for at most `seconds`, while the client sends little enough."""
         try:
             async with asyncio.timeout(seconds):
                 while not self._body_ended and self._unread > 0:
@@ -205,7 +205,7 @@ class Request(requests.Request):
             pass
 
     async def chunks(self, limit: int) -> AsyncIterator[bytes]:
-        """Yield the body as it comes. Raises ApiError for one that has more than `limit` bytes or stops coming, ClientGone."""
+        """Yield the body as it arrives. Raises ApiError if it exceeds `limit` bytes or stalls; ClientGone."""
         too_large = ApiError(413, f"The body has more than {limit} bytes.", code="request_too_large")
         length = self.header("content-length")
         if length and (not length.isdigit() or len(length) > 18 or int(length) > limit):
@@ -232,7 +232,7 @@ class Request(requests.Request):
                 return
 
     async def json(self) -> dict[str, Any]:
-        """Return the body. Raises ApiError for one that is too large, too slow, too deep, or no JSON object; ClientGone."""
+        """Return the body. Raises ApiError if it is too large, too slow, too deep, or not a JSON object; ClientGone."""
         kind = self.header("content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "The body must be JSON: content-type application/json.")
@@ -251,15 +251,15 @@ class Request(requests.Request):
         except TimeoutError:
             raise ApiError(408, f"The body was not there after {self.settings.body_seconds:g} s.") from None
         self.body_bytes = len(body)
-        return await self.apart(lambda: self._parsed(body))
+        return await self.run_in_thread(lambda: self._parsed(body))
 
     def _hold(self, size: int) -> None:
         self.memory(size)
         self.held_bytes += size
 
-    async def apart(self, work: Callable[[], T]) -> T:
-        """Return what `work` makes of the body: of a large one by a thread, where the work of each key has its turn. Raises what
-        it raises, ClientGone."""
+    async def run_in_thread(self, work: Callable[[], T]) -> T:
+        """Return the result of `work` on the body. For a large body it runs in a thread, where the keys take turns. Raises what
+        `work` raises, ClientGone."""
         if self.body_bytes <= LARGE_BYTES or self._threads is None:
             return work()
         async with while_connected(self.receive):
@@ -279,7 +279,7 @@ class Request(requests.Request):
         return value
 
     def refuse_halves(self, body: dict[str, Any]) -> None:
-        """Raises ApiError for a body that cannot be passed on, since a text in it holds half of a character."""
+        """Raises ApiError if a text in the body contains half of a surrogate pair, which cannot be passed on."""
         if self._may_hold_halves:
             try:
                 dumps(body)
@@ -289,7 +289,7 @@ class Request(requests.Request):
     # -- response
 
     def note(self, header: bytes, values: Iterable[str]) -> None:
-        """Tell the client something in a header, each value once; without effect once the answer has begun."""
+        """Add a response header, with each value once. No effect once the response has begun."""
         header_values = self._notes.setdefault(header, [])
         header_values += [value for value in dict.fromkeys(values) if value not in header_values]
 
@@ -316,7 +316,7 @@ class Request(requests.Request):
                 await self._send_message(message)
         except TimeoutError:
             raise SlowReader from None
-        self.sent += len(message.get("body", b""))
+        self.bytes_sent += len(message.get("body", b""))
 
     def _service(self) -> Headers:
         milliseconds = round(1000 * (time.monotonic() - self.began))
@@ -336,8 +336,8 @@ class Request(requests.Request):
         await self.respond(200, dumps(value))
 
     async def _answer_and_close(self, error: ApiError, headers: list[tuple[bytes, bytes]]) -> None:
-        """Answer and close. The connection stays open longer than the answer takes, for a small body until it has come: one that
-        is closed while its client writes may lose the client what was answered."""
+        """Answer and close. The connection stays open until a small body has arrived: if it were closed while its client writes,
+        the client might lose the answer."""
         body = self._error_body(error)
         fixed = [JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": error.status, "headers": [*headers, *fixed]})
@@ -348,10 +348,10 @@ class Request(requests.Request):
         await self.send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
-        """Answer with the error; do nothing where the response has begun."""
+        """Answer with the error; do nothing if the response has begun."""
         if not self.status:
             headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-            # Clients send 408, 409 and 5xx again unless they are told not to.
+            # Clients retry 408, 409 and 5xx unless told not to.
             if error.status == 409 or (not self.repeatable and (error.status >= 500 or error.status == 408)):
                 headers.append((b"x-should-retry", b"false"))
             if await self._leave_body():

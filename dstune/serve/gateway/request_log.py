@@ -1,9 +1,7 @@
-"""Requests and answers in Parquet files, for monitoring and training again: only where it was asked for (`--log-requests`).
-
-Personal data is masked before anything is written (`data.clean`'s rules); of an image there is the digest and the size. Files are
-of this user alone, closed every ROWS rows, BYTES bytes or SECONDS seconds, and removed after their retention. A user is kept as a
-hash by a key of this folder, by which all that is kept of one is found again, though the name itself may be masked.
-"""
+"""Logs requests and answers to Parquet files, for monitoring and further training, if `--log-requests` is given. Personal data is
+masked before anything is written (`data.clean`'s rules); an image is replaced by its digest and size. Files can be read by this
+user only; they are closed after ROWS rows, BYTES bytes or SECONDS seconds, and deleted after their retention. A user's name may be
+masked, so rows also hold its hash, keyed by a secret of this folder: by that hash a user's rows are found and deleted."""
 
 from __future__ import annotations
 
@@ -23,17 +21,17 @@ from typing import Any
 
 from dstune.core.parsing import parse_json
 from dstune.core.secrets import texts_mapped
-from dstune.serve.events import data_in
+from dstune.serve.events import stream_data
 from dstune.serve.images import LOGGED, without_images
 
 ROWS = 2000
 SECONDS = 300.0
 AGAIN_SECONDS = 30.0
-"""From a write that failed to the next one."""
+"""Pause after a failed write."""
 BYTES = 64 << 20
-"""Of requests and answers, at which a file is written before it has its rows."""
+"""Bytes of requests and answers after which a file is written before it has ROWS rows."""
 MOST_ROWS, MOST_BYTES = 3 * ROWS, 256 << 20
-"""That wait for a disk that cannot be written; older ones are lost then."""
+"""Limits of what waits for a disk that cannot be written; older rows are lost then."""
 COLUMNS = (
     *("id", "response", "created", "key", "user", "user_hash", "model", "version", "route", "status"),
     *("request", "answer"),
@@ -43,7 +41,7 @@ log = logging.getLogger("dstune.serve")
 
 
 class RequestLog:
-    """A folder of Parquet files. Rows may be added by one thread, and flushed by another."""
+    """A folder of Parquet files. One thread may add rows while another one flushes."""
 
     def __init__(self, folder: Path, redact: Callable[[str], str], retention_days: float = 30.0):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,10 +52,10 @@ class RequestLog:
         self._not_before = 0.0
         self._lock = threading.Lock()
         self._files = threading.Lock()
-        """Held while files are written or removed, so that what is being written is not missed by `forget`."""
+        """Held while files are written or removed, so that `forget` does not miss a file that is being written."""
 
     def add(self, row: Mapping[str, Any], route: str, body: Mapping[str, Any], answer: bytes, size: int = 0) -> None:
-        """Write a request into the log. row: of the table of answers. size: bytes of the body."""
+        """Add a request to the log. row: its row in the table of answers. size: bytes of the body."""
         record = {**row, "route": route, "request": body, "answer": answer, "bytes": size + len(answer)}
         with self._lock:
             self._rows.append(record)
@@ -66,7 +64,7 @@ class RequestLog:
                 self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        """Drop the oldest of what waits, where that is too much."""
+        """Drop the oldest rows if too much waits to be written."""
         lost = 0
         while len(self._rows) > MOST_ROWS or self._bytes > MOST_BYTES:
             self._bytes -= self._rows.popleft()["bytes"]
@@ -75,7 +73,7 @@ class RequestLog:
             log.error("%d requests are not logged: %s cannot be written", lost, self.folder)
 
     def flush(self, *, now: bool = False) -> None:
-        """Write a file if there are rows enough, or they are old; remove files that are too old."""
+        """Write a file if there are enough rows or they are old; remove files past their retention."""
         with self._files:
             self._flush(now=now)
 
@@ -91,7 +89,7 @@ class RequestLog:
             self._due = clock + SECONDS
         try:
             if rows:
-                self._write([made for row in rows if (made := self._redacted(row))])
+                self._write([redacted_row for row in rows if (redacted_row := self._redacted(row))])
         except BaseException:
             with self._lock:
                 self._rows.extendleft(reversed(rows))
@@ -109,10 +107,10 @@ class RequestLog:
         self.flush(now=True)
 
     def forget(self, user: str) -> int:
-        """Remove all rows of a user. Returns how many there were."""
+        """Remove all rows of a user and return their number."""
         with self._files:
             self._flush(now=True)
-            for file in self.folder.glob(".*.incomplete"):  # of a server that was killed while it wrote
+            for file in self.folder.glob(".*.incomplete"):  # left by a server that was killed while writing
                 file.unlink()
             return sum(self._forget(file, user) for file in sorted(self.folder.glob("*.parquet")))
 
@@ -122,20 +120,22 @@ class RequestLog:
 
         table = pq.read_table(file)
         if "user_hash" in table.column_names:
-            others = pc.not_equal(table["user_hash"], self._hash(user))
-        else:  # written before there was one: all whose name was masked in the same way
-            others = pc.not_equal(table["user"], self._redact(user))
-        remaining = table.filter(pc.fill_null(others, True))
+            is_other_user = pc.not_equal(table["user_hash"], self._hash(user))
+        else:  # a file without hashes: remove all rows whose masked name is the same
+            is_other_user = pc.not_equal(table["user"], self._redact(user))
+        remaining = table.filter(pc.fill_null(is_other_user, True))
         if len(remaining) == len(table):
             return 0
         if len(remaining):
-            self._write_table(remaining, modified=file.stat().st_mtime_ns)  # its retention goes on
+            self._write_table(
+                remaining, modified=file.stat().st_mtime_ns
+            )  # keep the time from which its retention counts
         file.unlink()
         return len(table) - len(remaining)
 
     @cached_property
     def _key(self) -> bytes:
-        return _own_key(self.folder / "user-key")
+        return _create_or_read_key(self.folder / "user-key")
 
     def _hash(self, user: str) -> str:
         return hmac.digest(self._key, user.encode("utf-8", "surrogatepass"), "sha256").hex()
@@ -143,7 +143,7 @@ class RequestLog:
     def _redacted(self, row: dict[str, Any]) -> dict[str, Any] | None:
         try:
             return self._masked(row)
-        except Exception:  # one that cannot be masked must not hold up the others for ever
+        except Exception:  # a row that cannot be masked must not block the others for ever
             log.exception("the request %s is not logged", row["id"])
             return None
 
@@ -151,10 +151,10 @@ class RequestLog:
         answer = texts_mapped(answer_value(row["answer"]), self._redact)
         request = texts_mapped(without_images(row["request"]), self._redact_but_digests)
         user = row["user"] and self._redact(row["user"])
-        written = {
+        columns = {
             name: json.dumps(value, ensure_ascii=False) for name, value in (("request", request), ("answer", answer))
         }
-        return row | {"user": user, "user_hash": row["user"] and self._hash(row["user"])} | written
+        return row | {"user": user, "user_hash": row["user"] and self._hash(row["user"])} | columns
 
     def _redact_but_digests(self, text: str) -> str:
         return text if LOGGED.fullmatch(text) else self._redact(text)
@@ -178,37 +178,37 @@ class RequestLog:
         unfinished.rename(self.folder / f"{name}.parquet")
 
 
-def _own_key(path: Path) -> bytes:
-    """Return the key of this folder, made where there is none."""
+def _create_or_read_key(path: Path) -> bytes:
+    """Return the secret key of this folder, creating it if it is missing."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
         return path.read_bytes()
     with os.fdopen(descriptor, "wb") as stream:
-        stream.write(made := secrets.token_bytes(32))
-    return made
+        stream.write(key := secrets.token_bytes(32))
+    return key
 
 
 _STREAM = re.compile(r"\ufeff?(?:data|event|id|retry)?:")
 
 
 def answer_value(raw: bytes) -> Any:
-    """Return what an answer says: its JSON, or the text of each choice of a stream."""
+    """Return the content of an answer: its JSON, or the text of each choice of a stream."""
     text = raw.decode("utf-8", "replace")
     if not _STREAM.match(text):
         try:
             return parse_json(text)
-        except ValueError:  # an answer that was cut
+        except ValueError:  # the answer was cut off
             return text
     choices: dict[int, str] = {}
-    for data in data_in(raw):
+    for data in stream_data(raw):
         try:
             for choice in json.loads(data).get("choices", []):
                 delta = choice.get("delta", {})
-                written = str(choice.get("text") or delta.get("content") or "")
+                new_text = str(choice.get("text") or delta.get("content") or "")
                 if delta.get("tool_calls"):
-                    written += json.dumps(delta["tool_calls"], ensure_ascii=False)
-                choices[int(choice["index"])] = choices.get(int(choice["index"]), "") + written
+                    new_text += json.dumps(delta["tool_calls"], ensure_ascii=False)
+                choices[int(choice["index"])] = choices.get(int(choice["index"]), "") + new_text
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             continue
     return [choices[index] for index in sorted(choices)]

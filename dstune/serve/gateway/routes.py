@@ -1,4 +1,4 @@
-"""The routes. What is not here is not reachable, whatever an engine has."""
+"""The table of routes. A route of an engine that is not listed here cannot be reached."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INFERENCE: Mapping[str, type[fields.Request]] = {
     "/answers": fields.Answer,
     "/rewards": fields.Reward,
 }
-"""Routes that engines answer, with all fields that any of them may act on."""
+"""Routes that engines answer, each with all fields that any engine supports."""
 
 
 def _inference(path: str, body: type[fields.Request]) -> Handler:
@@ -65,7 +65,7 @@ async def models(gateway: Gateway, request: Request) -> None:
     await request.answer({"object": "list", "data": visible})
 
 
-async def one_model(gateway: Gateway, request: Request) -> None:
+async def retrieve_model(gateway: Gateway, request: Request) -> None:
     name = request.parameters["model"]
     model = gateway.fleet.models.get(name)
     if model is None or not request.key.may_use(name):
@@ -74,7 +74,7 @@ async def one_model(gateway: Gateway, request: Request) -> None:
 
 
 def describe(model: Model, key: Caller) -> dict[str, Any]:
-    """Describe a model as its owner's key may see it: the base is named to those who may use it."""
+    """Describe a model as the owner of `key` may see it: the base is named only to those who may use it."""
     proof = model.proof
     parity: dict[str, Any] = {"status": proof.status}
     if proof.detail:
@@ -108,9 +108,9 @@ MOST_LABEL, MOST_CORRECTION = 256, 100_000
 
 
 async def feedback(gateway: Gateway, request: Request) -> None:
-    """Store what a client says of an answer that its own key was given."""
+    """Store a client's feedback on an answer that its own key received."""
     body = await request.json()
-    request.refuse_halves(body)  # no database keeps them, and PostgreSQL no NUL
+    request.refuse_halves(body)  # databases cannot store them, nor PostgreSQL a NUL
     if unknown := sorted(set(body) - set(FEEDBACK)):
         raise ApiError(400, f"Unknown field: {unknown[0][:80]!r}.", param=unknown[0][:80], code="unknown_parameter")
     answer_id, rating = body.get("id"), body.get("rating")
@@ -139,8 +139,8 @@ async def feedback(gateway: Gateway, request: Request) -> None:
 
 
 def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback | None:
-    """Note the fields that are given, in the place of those that were said of this answer before; None where the caller was given
-    no such answer. Raises ApiError where the project has said too much."""
+    """Store the feedback, replacing earlier values of the same fields; return None if the caller received no such answer. Raises
+    ApiError if the project has stored too much feedback."""
     with gateway.database.writing.begin() as session:
         of_caller = AnswerRow.key == request.key.id
         has_this_id = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
@@ -168,22 +168,22 @@ def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any])
 
 
 async def add_model(gateway: Gateway, request: Request) -> None:
-    """Serve one more adapter, a run or an export below the folders that the operator allows; with `replace` under the name of
-    one that is served."""
+    """Serve another adapter: a run or an export below the folders that the operator allows. `replace` replaces the one served under
+    that name."""
     body = await request.json()
     name, path, replaces = body.get("name"), body.get("path"), body.get("replace", False)
     if not {"name", "path"} <= set(body) <= {"name", "path", "replace"} or not isinstance(replaces, bool):
         raise ApiError(400, "Give name and path, and replace (true or false) if you like.", param="name")
     if not isinstance(name, str) or not isinstance(path, str):
         raise ApiError(400, "Give name and path.", param="name")
-    folder = await asyncio.to_thread(_allowed, path, gateway.settings.adapter_roots)
+    folder = await asyncio.to_thread(_resolve_below, path, gateway.settings.adapter_roots)
     adapter = await asyncio.to_thread(source.resolve, name, str(folder))
     model = await (gateway.fleet.replace(adapter) if replaces else gateway.fleet.add(adapter))
     await request.answer(describe(model, request.key))
 
 
-def _allowed(path: str, roots: tuple[str, ...]) -> Path:
-    """Return the folder with its links resolved. Raises UserError where it is not below one of `roots`."""
+def _resolve_below(path: str, roots: tuple[str, ...]) -> Path:
+    """Return the folder with its links resolved. Raises UserError if it is not below one of `roots`."""
     try:
         folder = Path(path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):
@@ -204,7 +204,7 @@ async def remove_model(gateway: Gateway, request: Request) -> None:
 
 
 async def forget_user(gateway: Gateway, request: Request) -> None:
-    """Remove what is kept of the requests that named this `user`."""
+    """Delete what is stored of the requests that named this `user`."""
     removed = await gateway.recorder.forget(request.parameters["user"])
     await request.answer({"object": "user", "deleted": True, "answers": removed})
 
@@ -217,10 +217,10 @@ COMMON = [
     Route("GET", "/healthz", health, scope="public", any_host=True),
     Route("GET", "/readyz", readiness, scope="public", any_host=True),
     Route("GET", "/v1/models", models),
-    Route("GET", "/v1/models/{model+}", one_model),
+    Route("GET", "/v1/models/{model+}", retrieve_model),
     Route("GET", "/metrics", metrics, scope="admin"),
 ]
-"""What there is without a model too."""
+"""Routes that exist even without a model."""
 
 ROUTES = [
     *COMMON,

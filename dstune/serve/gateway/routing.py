@@ -1,4 +1,4 @@
-"""Routes of the gateway: Starlette's, behind the checks that every request passes before its handler."""
+"""Routes of the gateway: Starlette's routes with the checks that every request passes before its handler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Handler = Callable[["Gateway", Request], Awaitable[None]]
 
 
 class _Part(Convertor[str]):
-    """One part of a path. No id has a NUL, and PostgreSQL takes none."""
+    """One segment of a path. A NUL is refused: no id has one, and PostgreSQL accepts none."""
 
     regex = r"[^/\0]+"
 
@@ -34,7 +34,7 @@ class _Part(Convertor[str]):
 
 
 class _Remainder(_Part):
-    """The remainder of a path: names of models have slashes."""
+    """The remainder of a path: model names may contain slashes."""
 
     regex = r"[^\n\0]+"
 
@@ -44,7 +44,7 @@ register_url_convertor("remainder", _Remainder())
 
 
 class Route(routing.Route):
-    """A path that is let through."""
+    """A route and its checks."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class Route(routing.Route):
         any_host: bool = False,
         plain_errors: bool = False,
     ):
-        """path: `{name}` stands for one part of it, `{name+}` for its remainder. scope: who may call it: `public`, any `key`, one
-        that is at least `member` or `owner` of its project, or an `admin`'s. any_host: whether it is called by addresses too
-        (probes of Kubernetes). plain_errors: whether clients read the message beside the error, not within it."""
+        """path: `{name}` stands for one segment, `{name+}` for the remainder. scope: who may call it: `public`, any `key`, a key
+        with at least the role `member` or `owner` in its project, or an `admin`'s key. any_host: whether it may be called by IP
+        address (Kubernetes probes). plain_errors: whether clients read the error's message at the top level, not inside `error`."""
         checks = [Middleware(HostCheck, any_host=any_host), Middleware(OriginCheck)]
         if scope != "public":
             checks.append(Middleware(Authentication, role=scope))
@@ -67,32 +67,33 @@ class Route(routing.Route):
         super().__init__(starlette_path, _Endpoint(handler), methods=[method], middleware=checks)
         self.path, self.method, self.handler = path, method, handler
         self.scope, self.plain_errors = scope, plain_errors
-        self.methods = {method}  # without HEAD
-        # `$` would match before a final newline too.
+        self.methods = {method}  # without HEAD, which Starlette would add
+        # `$` would also match before a final newline.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises ApiError for another method, and what the handler raises."""
+        """Check the request and call its handler. Raises ApiError for another method, and what the handler raises."""
         if scope["method"] != self.method:
             allowed = ", ".join(sorted(allowed_methods(scope)))
             raise ApiError(405, "This route has another method.", headers={"allow": allowed})
-        request = Request.of(scope)
+        request = Request.from_scope(scope)
         request.label, request.plain_errors = self.path, self.plain_errors
         await self.app(scope, receive, send)
 
 
 class _Endpoint:
-    """The handler of a route as an ASGI application: it sends its answer itself, since streams pass as they come."""
+    """A route's handler as an ASGI application; the handler sends its answer itself, so that streams pass through."""
 
     def __init__(self, handler: Handler):
         self.handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.handler(scope["app"], Request.of(scope))
+        await self.handler(scope["app"], Request.from_scope(scope))
 
 
 async def refuse_unknown_path(scope: Scope, receive: Receive, send: Send) -> None:
-    """Raises ApiError, which names the option of `dstune serve` that opens the routes of this beginning where none is open."""
+    """Raises ApiError for an unknown path; if routes with this prefix are closed, it names the option of `dstune serve` that opens
+    them."""
     path = scope["path"]
     hint = ""
     for start, option in scope["app"].closed_paths.items():

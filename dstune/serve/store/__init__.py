@@ -1,1 +1,1 @@
-"""What a server remembers: keys, answers and what was said of them. SQLite by default, PostgreSQL by its URL."""
+"""The server's database: keys, answers and feedback. SQLite by default, PostgreSQL by its URL."""

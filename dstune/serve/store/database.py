@@ -1,4 +1,4 @@
-"""The database, brought to the newest migration when it is opened."""
+"""The database, which is migrated to the newest version when it is opened."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstune.core.errors import Problem, UserError, first_line
 
 DATABASE = "store.sqlite"
 LOCK = 0x6473_7475
-"""Of PostgreSQL's advisory lock around a migration."""
+"""Number of PostgreSQL's advisory lock that is held during a migration."""
 
 
 def now() -> datetime.datetime:
@@ -26,22 +26,22 @@ def now() -> datetime.datetime:
 
 
 class Database:
-    """Sessions of one database. Raises UserError where it cannot be opened."""
+    """Opens a database and creates its sessions. Raises UserError if it cannot be opened."""
 
     def __init__(self, url: str):
-        """url: of SQLAlchemy, `sqlite:///FILE` or `postgresql://...`."""
+        """url: in SQLAlchemy's form, `sqlite:///FILE` or `postgresql://...`."""
         if url.startswith("postgresql://"):
             url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         try:
             self.engine: Engine = create_engine(
                 url,
                 pool_pre_ping=not url.startswith("sqlite"),
-                hide_parameters=True,  # texts of clients, in errors that are logged
+                hide_parameters=True,  # errors are logged, and could contain clients' texts
             )
             if self.engine.dialect.name == "sqlite":
                 event.listen(self.engine, "connect", _tune)
                 event.listen(self.engine, "begin", _begin)
-            with self._alone():
+            with self._file_lock():
                 self._migrate()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             fix = "sqlite:///FILE, or postgresql://USER@HOST/NAME with `pip install 'psycopg[binary]'`"
@@ -51,20 +51,20 @@ class Database:
             raise UserError(Problem("--store", f"cannot be opened: {reason}")) from error
         self.session = sessionmaker(self.engine, expire_on_commit=False)
         self.writing = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
-        """For every transaction that writes. SQLite lets one of them in at a time, from its start: one that began by reading
-        could not write any more after another one's commit, and would fail at once instead of waiting."""
+        """Creates sessions for writing transactions. SQLite admits one at a time, from its start: a transaction that began by
+        reading could not write after another one's commit, and would fail at once instead of waiting."""
 
     @staticmethod
-    def of_folder(folder: Path) -> Database:
-        """Return the SQLite file of a server's folder, which only this user may read."""
+    def open_folder(folder: Path) -> Database:
+        """Open the SQLite file of a server's folder, which only this user can read."""
         file = folder / DATABASE
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.fchmod(descriptor, 0o600)
         os.close(descriptor)
         return Database(f"sqlite:///{file}")
 
-    def _alone(self) -> AbstractContextManager[Any]:
-        """Let one process open the file at a time: SQLite would not wait to make a new file's log, but fail at once."""
+    def _file_lock(self) -> AbstractContextManager[Any]:
+        """Let one process at a time open the file: SQLite would not wait to create a new file's log, but fail at once."""
         file = self.engine.url.database
         if self.engine.dialect.name != "sqlite" or file in (None, "", ":memory:") or not Path(file).parent.is_dir():
             return nullcontext()
@@ -84,7 +84,7 @@ class Database:
             command.upgrade(config, "head")
 
     def exclusive(self, session: Session, name: str) -> None:
-        """Wait until nobody else is behind this call with that name until the transaction ends. SQLite has one writer anyway."""
+        """Hold an exclusive lock with this name until the transaction ends. SQLite has only one writer anyway."""
         if self.engine.dialect.name == "postgresql":
             session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
 
@@ -98,8 +98,8 @@ def _begin(connection: Any) -> None:
 
 
 def _tune(connection: Any, record: Any) -> None:
-    """Let there be readers and one writer at a time; what is committed survives a crash of the process."""
-    connection.isolation_level = None  # transactions are begun by SQLAlchemy's event, not by the driver's guess
+    """Allow readers beside one writer; committed data survives a crash of the process."""
+    connection.isolation_level = None  # SQLAlchemy's event begins transactions, instead of the driver
     for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 

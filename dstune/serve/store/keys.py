@@ -1,4 +1,4 @@
-"""Keys of clients: made, found, revoked."""
+"""Creates, looks up and revokes clients' keys."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dstune.serve.store.tables import DEFAULT_PROJECT, Key, Organization, Projec
 
 PREFIX = "sk-dstune"
 ROLES = ("read_only", "member", "owner")
-"""What a key may do in its project, each more than the one before: read; create and run; also delete models, share them, and
-see the usage and the log of the organization."""
-REMEMBERED_SECONDS = 2.0
-"""How long a key that was found is not looked up again; a revoked one works no longer than that."""
+"""Roles of a key in its project, each with more rights than the one before: read; create and run; also delete and share models, and
+see the organization's usage and audit log."""
+KEY_CACHE_SECONDS = 2.0
+"""How long a looked-up key is cached; a revoked key works no longer than that."""
 _FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})")
 _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Of a key; None for none."""
+    """Limits of a key; None means unlimited."""
 
     requests_per_minute: int | None = None
     tokens_per_day: int | None = None
@@ -38,7 +38,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who a request is from."""
+    """The authenticated caller of a request."""
 
     id: str
     name: str
@@ -50,7 +50,7 @@ class Caller:
     role: str = "member"
 
     def has_role(self, role: str) -> bool:
-        """Return whether it may do what `role` may."""
+        """Return whether the caller has at least the rights of `role`."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
     def may_use(self, model: str) -> bool:
@@ -74,7 +74,7 @@ class Keys:
         project: str = DEFAULT_PROJECT,
         role: str = "member",
     ) -> str:
-        """Return a new key, which is told here only. project: its id. Raises UserError where the name is taken."""
+        """Create a key and return it; it cannot be read again later. project: its id. Raises UserError if the name is taken."""
         assert role in ROLES
         if not re.fullmatch(r"[\w.@ -]{1,128}", name):
             raise UserError(Problem("NAME", "must be 1 to 128 letters, digits, spaces and . _ @ -", value=name))
@@ -101,7 +101,7 @@ class Keys:
         return key
 
     def find(self, key: str) -> Caller | None:
-        """Return the caller of a key; None where there is no such key, or it is revoked."""
+        """Return the caller of a key; None if the key does not exist or is revoked."""
         if (remembered := self.remembered(key)) is not None:
             return remembered
         caller = self._look_up(key, digest := _hash(key))
@@ -112,9 +112,9 @@ class Keys:
         return caller
 
     def remembered(self, key: str) -> Caller | None:
-        """Return the caller of a key that was found a moment ago, without asking the database."""
+        """Return the caller of a recently used key from the cache, without querying the database."""
         entry = self._remembered.get(_hash(key))
-        return entry[1] if entry is not None and time.monotonic() - entry[0] < REMEMBERED_SECONDS else None
+        return entry[1] if entry is not None and time.monotonic() - entry[0] < KEY_CACHE_SECONDS else None
 
     def _look_up(self, key: str, digest: str) -> Caller | None:
         form = _FORM.fullmatch(key)
@@ -123,21 +123,21 @@ class Keys:
             with self._database.session() as session:
                 row = session.get(Key, form[1])
                 project = None if row is None else session.get(Project, row.project)
-        # Compared in constant time, with a hash that nothing has where there is no such key.
+        # Compared in constant time, also for a key that does not exist, against a hash that matches nothing.
         is_same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
         if row is None or not is_same or row.revoked is not None or project is None:
             return None
         return _caller(row, project)
 
     def by_id(self, key_id: str) -> Caller | None:
-        """Return the caller whose key has this id; None where it was revoked."""
+        """Return the caller whose key has this id; None if it was revoked."""
         with self._database.session() as session:
             row = session.get(Key, key_id)
             project = None if row is None else session.get(Project, row.project)
         return None if row is None or project is None or row.revoked is not None else _caller(row, project)
 
     def project(self, organization: str, name: str) -> str:
-        """Return the id of a project by its names; it and its organization are made where they are not there."""
+        """Return the id of a project by its names, creating the project and its organization if they do not exist."""
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "projects")
             owner = session.scalar(select(Organization).where(Organization.name == organization))
@@ -148,13 +148,13 @@ class Keys:
             of_this_name = (Project.organization == owner.id, Project.name == name)
             row = session.scalar(select(Project).where(*of_this_name))
             if row is None:
-                made = f"proj_{secrets.token_hex(12)}"
-                row = Project(id=made, organization=owner.id, name=name, created_at=int(time.time()))
+                new_project = f"proj_{secrets.token_hex(12)}"
+                row = Project(id=new_project, organization=owner.id, name=name, created_at=int(time.time()))
                 session.add(row)
             return row.id
 
     def organizations(self) -> dict[str, str]:
-        """Return the ids of organizations by those of their projects."""
+        """Return organization ids by project id."""
         with self._database.session() as session:
             return {row.id: row.organization for row in session.scalars(select(Project))}
 
@@ -163,7 +163,7 @@ class Keys:
             return list(session.scalars(select(Key).order_by(Key.created)))
 
     def revoke(self, name: str) -> None:
-        """Raises UserError where there is no such key."""
+        """Revoke a key. Raises UserError if there is no such key."""
         with self._database.writing.begin() as session:
             row = session.scalar(select(Key).where(Key.name == name, Key.revoked.is_(None)))
             if row is None:

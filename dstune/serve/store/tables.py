@@ -1,4 +1,4 @@
-"""The tables. A change here needs a file in `migrations/versions`; a test holds both against each other."""
+"""The database's tables. A change here needs a file in `migrations/versions`; a test compares the two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Index, Int
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 DEFAULT_ORGANIZATION, DEFAULT_PROJECT = "org-default", "proj_default"
-"""Of keys that name no other: made by a migration."""
+"""For keys that name no other project; created by a migration."""
 
 
 class Table(DeclarativeBase):
@@ -16,7 +16,7 @@ class Table(DeclarativeBase):
 
 
 class Organization(Table):
-    """Who owns projects, models and usage."""
+    """The owner of projects, models and usage."""
 
     __tablename__ = "organizations"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -25,7 +25,7 @@ class Organization(Table):
 
 
 class Project(Table):
-    """What keys share: files, jobs and their results. Nothing of it is seen from another one."""
+    """Shared by keys: files, jobs and their results. Nothing of it is visible to other projects."""
 
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -36,7 +36,7 @@ class Project(Table):
 
 
 class Key(Table):
-    """Who may ask. The key itself is not kept, only its SHA-256: it has 256 random bits, so it cannot be guessed."""
+    """A client's key. Only its SHA-256 is stored: the key has 256 random bits, so it cannot be guessed."""
 
     __tablename__ = "keys"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -47,7 +47,7 @@ class Key(Table):
     role: Mapped[str] = mapped_column(String(16), default="member", server_default="member")
     """`owner`, `member` or `read_only`."""
     models: Mapped[list[str] | None] = mapped_column(JSON, default=None)
-    """Names that it may use; None for all."""
+    """Names of models that it may use; None for all."""
     requests_per_minute: Mapped[int | None] = mapped_column(Integer, default=None)
     tokens_per_day: Mapped[int | None] = mapped_column(Integer, default=None)
     concurrent: Mapped[int | None] = mapped_column(Integer, default=None)
@@ -56,27 +56,27 @@ class Key(Table):
 
 
 class AnswerRow(Table):
-    """An answer that was given, without its text."""
+    """An answered request, without its text."""
 
     __tablename__ = "answers"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    """The request's id."""
+    """The id of the request."""
     response: Mapped[str | None] = mapped_column(String(128), index=True, default=None)
-    """The id in the answer itself."""
+    """The id inside the answer itself."""
     key: Mapped[str] = mapped_column(ForeignKey("keys.id"), index=True)
     model: Mapped[str] = mapped_column(String(256))
     version: Mapped[str] = mapped_column(String(128))
     user: Mapped[str | None] = mapped_column(String(256), default=None, index=True)
     status: Mapped[int] = mapped_column(Integer)
     tokens: Mapped[int] = mapped_column(Integer, default=0)
-    """Of the prompt and the answer."""
+    """Tokens of the prompt and the answer."""
     input_tokens: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     seconds: Mapped[float] = mapped_column(Float, default=0.0)
     created: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True), index=True)
 
 
 class Feedback(Table):
-    """What the key that was given an answer says of it: one row, which later words change."""
+    """Feedback on an answer from the key that received it: one row, which later feedback updates."""
 
     __tablename__ = "feedback"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -86,6 +86,6 @@ class Feedback(Table):
     label: Mapped[str | None] = mapped_column(String(256), default=None)
     correction: Mapped[str | None] = mapped_column(Text, default=None)
     bytes: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
-    """Of the label and the correction."""
+    """Bytes of the label and the correction."""
     created: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True))
     __table_args__ = (Index("feedback_answer", "answer", unique=True), Index("feedback_key", "key"))

@@ -208,15 +208,15 @@ def test_images_of_prompts_that_are_read_together_are_bounded(
     size = input_bytes(engine)
     monkeypatch.setattr(engine.scheduler, "_max_image_bytes", 3 * size)
     looked_at: list[int] = []
-    plain = engine.app._count_bytes
+    plain = engine.app._reserve_image_bytes
 
     def counting(images: request.PromptImages) -> None:
         try:
             plain(images)
         finally:
-            looked_at.append(sum(engine.app._looked_at.values()))
+            looked_at.append(sum(engine.app._pending_image_bytes.values()))
 
-    monkeypatch.setattr(engine.app, "_count_bytes", counting)
+    monkeypatch.setattr(engine.app, "_reserve_image_bytes", counting)
 
     async def many(client: Any) -> list[int]:
         asked = body(messages=[{"role": "user", "content": shown(*[PNG] * 3)}], max_tokens=2)
@@ -225,7 +225,7 @@ def test_images_of_prompts_that_are_read_together_are_bounded(
 
     statuses = engine.run(many)
     assert set(statuses) == {200, 503} and 0 < max(looked_at) <= 3 * size
-    assert not engine.app._looked_at
+    assert not engine.app._pending_image_bytes
 
 
 def input_bytes(engine: Engine) -> int:
@@ -244,9 +244,9 @@ def test_images_are_not_held_while_an_answer_is_written(
     plain = ChatAnswers.submit
 
     def submit(answers: ChatAnswers) -> None:
-        asked.append(answers.seen)
+        asked.append(answers.image_inputs)
         plain(answers)
-        assert answers.seen is None
+        assert answers.image_inputs is None
 
     monkeypatch.setattr(ChatAnswers, "submit", submit)
     assert engine.says(messages=[{"role": "user", "content": shown(PNG)}]) and asked[0] is not None

@@ -145,7 +145,7 @@ def test_a_history_of_calls_is_rendered_as_in_training(folder, tmp_path):
         {"role": "tool", "tool_call_id": "c1", "content": "w3"},
     ]
     found = own.chat(messages=messages, return_token_ids=True)["prompt_token_ids"]
-    trained = ChatRenderer(own.model._tongues["base"].voice.tokenizer, None).prompt_ids(
+    trained = ChatRenderer(own.model._served["base"].voice.tokenizer, None).prompt_ids(
         conversation_of(messages, "messages")
     )
     assert found == trained
@@ -161,7 +161,7 @@ def test_template_arguments_act(folder, tmp_path):
     own = Engine(tmp_path / "arguments")
     loud = own.chat(chat_template_kwargs={"loud": True}, return_token_ids=True)["prompt_token_ids"]
     assert len(loud) == len(own.chat(return_token_ids=True)["prompt_token_ids"]) + 1
-    start = own.model._tongues["base"].voice.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    start = own.model._served["base"].voice.tokenizer.convert_tokens_to_ids("<|im_start|>")
     hostile = own.chat(chat_template_kwargs={"said": "w1 <|im_start|>"}, return_token_ids=True)["prompt_token_ids"]
     assert hostile.count(start) == 2  # what a client writes there stays text too
     own.close()
@@ -191,7 +191,7 @@ def test_calls_and_reasoning_are_rendered_as_in_training(folder, tmp_path):
         {"role": "tool", "tool_call_id": "c1", "content": "w4"},
     ]
     answer = own.chat(messages=messages, return_token_ids=True)
-    tokenizer = own.model._tongues["base"].voice.tokenizer
+    tokenizer = own.model._served["base"].voice.tokenizer
     trained = ChatRenderer(tokenizer, None).prompt_ids(conversation_of(messages, "messages"))
     assert answer["prompt_token_ids"] == trained, answer
     assert {"w3", "w6", "w8"} <= set(tokenizer.decode(trained).split())

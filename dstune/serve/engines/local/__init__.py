@@ -1,5 +1,3 @@
-"""The engine of dstune itself, for CPUs, small GPUs and tests: transformers in a process, requests batched token by token.
-
-Not built on the continuous batching of transformers 5.24: it has no seed, no adapter and no penalties of a single request,
-and a request longer than its cache ends the worker for all.
-"""
+"""dstune's own engine for CPUs, small GPUs and tests: transformers in one process, with requests batched token by token. It is not
+built on the continuous batching of transformers 5.24, which has no per-request seed, adapter or penalties, and whose worker ends
+for all requests if one exceeds the cache."""

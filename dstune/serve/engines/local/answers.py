@@ -1,4 +1,5 @@
-"""`/v1/chat/completions` and `/v1/completions` of the local engine: a request to sequences, their pieces to answers."""
+"""`/v1/chat/completions` and `/v1/completions` of the local engine: turns a request into sequences and their pieces into
+answers."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from dstune.data.chat.tool_calls import Call, ToolForm, ToolText, form_of
 from dstune.serve.asgi import event
 from dstune.serve.engines.local.batch import QueueFull, Scheduler, Sequence
 from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
-from dstune.serve.engines.local.model import LocalModel, SeenImages
-from dstune.serve.engines.local.prompts import Asked, busy, chat_prompt, prompts_of, text_ids, too_long
+from dstune.serve.engines.local.model import ImageInputs, LocalModel
+from dstune.serve.engines.local.prompts import Conversation, busy, chat_prompt, split_prompts, text_ids, too_long
 from dstune.serve.engines.local.sampling import Chosen, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 from dstune.serve.errors import ApiError, error_body
@@ -24,7 +25,7 @@ from dstune.serve.turns import CLIENT
 
 @dataclass
 class Choice:
-    """One answer while it is written."""
+    """One answer while it is generated."""
 
     index: int
     prompt: list[int]
@@ -38,7 +39,7 @@ class Choice:
     count: int = 0
 
     def take(self, piece: Piece) -> Piece:
-        """Return `piece` with what can be shown of its text."""
+        """Return `piece` with the part of its text that can be sent now."""
         if self.tools is not None:
             piece.text = self.tools.push(piece.text)
             if piece.finish:
@@ -55,12 +56,12 @@ class Choice:
 
 
 Requested = tuple[list[int], list[Sampling], list[Choice]]
-"""A prompt with the samplings and choices of its answers."""
+"""A prompt with the sampling settings and choices of its answers."""
 
 
 class Answers:
-    """What both routes share: sequences of all prompts and choices of a request, and what they emit. Made by the thread that
-    renders; the rest is the event loop's."""
+    """Shared by both routes: the sequences of a request's prompts and choices, and the output that they emit. Created in the
+    rendering thread; everything else runs in the event loop."""
 
     def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
         self.model, self.scheduler, self.body = model, scheduler, body
@@ -75,12 +76,12 @@ class Answers:
         self._sequences: list[Sequence] = []
         self.choices: list[Choice] = []
         self.requested: list[Requested] = []
-        self.seen: SeenImages | None = None
-        """What the model gets of images in the prompt; set before `submit`."""
+        self.image_inputs: ImageInputs | None = None
+        """The model's image inputs for the prompt; set before `submit`."""
 
     def sampling(self, length: int, index: int, most: int | None) -> Sampling:
-        """Return the sampling of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no
-        room."""
+        """Return the sampling settings of answer `index` to a prompt of `length` tokens. Raises ApiError if the context has no room
+        for it."""
         body, limit = self.body, self.model.limit
         if length + (most or 1) > limit:
             raise too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
@@ -107,7 +108,7 @@ class Answers:
         return bias
 
     def refuse_large(self) -> None:
-        """Raise ApiError where the engine can never hold what is asked for."""
+        """Raise ApiError if the request can never fit into the engine's cache."""
         for prompt, samplings, _ in self.requested:
             tokens = sum(len(prompt) + sampling.max_tokens for sampling in samplings)
             try:
@@ -116,8 +117,8 @@ class Answers:
                 raise ApiError(400, f"The request is too large: {error}.", code="context_length_exceeded") from None
 
     def submit(self) -> None:
-        """Submit all answers of the request. Raises ApiError where the queue is full, or the engine can never hold them; nothing
-        of the request is computed then."""
+        """Submit all answers of the request to the scheduler. Raises ApiError if the queue is full or the request can never fit;
+        nothing of it is computed then."""
         self.refuse_large()
         try:
             for prompt, samplings, choices in self.requested:
@@ -126,7 +127,7 @@ class Answers:
             self.cancel()
             raise
         finally:
-            self.seen = None  # the prompt that waits has it, and it may be a gigabyte
+            self.image_inputs = None  # the queued prompt holds it now, and it may be a gigabyte
 
     def _submit(self, prompt: list[int], samplings: list[Sampling], choices: list[Choice]) -> None:
         loop = asyncio.get_running_loop()
@@ -147,7 +148,7 @@ class Answers:
 
             sequences.append(Sequence(prompt, sampling, stream, emit, self._adapter))
         try:
-            self.scheduler.submit(sequences, CLIENT.get(), self.seen)
+            self.scheduler.submit(sequences, CLIENT.get(), self.image_inputs)
         except QueueFull:
             raise busy() from None
         self._sequences += sequences
@@ -158,12 +159,12 @@ class Answers:
             sequence.cancelled = True
 
     async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
-        """Raises ApiError where the engine fails."""
+        """Yield each choice with its next piece. Raises ApiError if the engine fails."""
         open_choices = len(self.choices)
         while open_choices:
             choice, piece = await self._queue.get()
             if piece.finish == "error":
-                status = 500 if self.scheduler.alive else 503  # it is started again, and may be asked then
+                status = 500 if self.scheduler.alive else 503  # the engine is restarted, so the client may retry
                 raise ApiError(status, f"The engine failed: {piece.error}.", code="engine_error")
             piece = choice.take(piece)
             open_choices -= piece.finish is not None
@@ -172,8 +173,12 @@ class Answers:
 
     def usage(self) -> dict[str, int]:
         prompts = {id(choice.prompt): len(choice.prompt) for choice in self.choices}
-        read, written = sum(prompts.values()), sum(choice.count for choice in self.choices)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        prompt_tokens, completion_tokens = sum(prompts.values()), sum(choice.count for choice in self.choices)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the lines of a stream."""
@@ -223,10 +228,10 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequ
 
 
 class ChatAnswers(Answers):
-    """An answer to a conversation."""
+    """The answers to a conversation."""
 
-    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any], asked: Asked):
-        """asked: the messages of the body, with images that were measured. Raises ApiError."""
+    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any], conversation: Conversation):
+        """conversation: the request's messages, whose images have been measured. Raises ApiError."""
         super().__init__(model, scheduler, body)
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         if not model.chats(self.name):
@@ -238,7 +243,7 @@ class ChatAnswers(Answers):
             raise ApiError(400, reason, param="tool_choice", code="unsupported_parameter")
         if body.get("tool_choice") == "none":
             tools = form = None
-        self.prompt = chat_prompt(model, self.name, asked, tools, body.get("chat_template_kwargs"))
+        self.prompt = chat_prompt(model, self.name, conversation, tools, body.get("chat_template_kwargs"))
         names = frozenset(tool["function"]["name"] for tool in tools or ())
         most = body.get("max_completion_tokens") or body.get("max_tokens")
         if (body.get("max_tokens") or most) != most:
@@ -307,8 +312,9 @@ class ChatAnswers(Answers):
 
     def _content(self, tokens: list[Chosen]) -> list[dict[str, Any]]:
         return [
-            self._token(drawn.token, drawn.logprob) | {"top_logprobs": [self._token(*other) for other in drawn.top]}
-            for drawn in tokens
+            self._token(chosen.token, chosen.logprob)
+            | {"top_logprobs": [self._token(*alternative) for alternative in chosen.top]}
+            for chosen in tokens
         ]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
@@ -317,13 +323,13 @@ class ChatAnswers(Answers):
 
 
 class TextAnswers(Answers):
-    """What follows texts, or token ids."""
+    """Continuations of texts or token ids."""
 
     def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
         """Raises ApiError."""
         super().__init__(model, scheduler, body)
         self.id = f"cmpl-{secrets.token_hex(12)}"
-        prompts = [self._ids(text) for text in prompts_of(body["prompt"])]
+        prompts = [self._ids(text) for text in split_prompts(body["prompt"])]
         max_tokens = body.get("max_tokens", 16)
         for number, prompt in enumerate(prompts):
             samplings = [self.sampling(len(prompt), index, max_tokens) for index in range(self.n)]
@@ -361,12 +367,12 @@ class TextAnswers(Answers):
     ) -> dict[str, Any]:
         logprobs: dict[str, Any] | None = None
         if self.logprobs() is not None:
-            texts = [self.token_text(drawn.token) for drawn in tokens]
+            texts = [self.token_text(chosen.token) for chosen in tokens]
             offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=start))[: len(texts)]
             logprobs = {
                 "tokens": texts,
-                "token_logprobs": [max(drawn.logprob, -9999.0) for drawn in tokens],
-                "top_logprobs": [{self.token_text(t): max(v, -9999.0) for t, v in drawn.top} for drawn in tokens],
+                "token_logprobs": [max(chosen.logprob, -9999.0) for chosen in tokens],
+                "top_logprobs": [{self.token_text(t): max(v, -9999.0) for t, v in chosen.top} for chosen in tokens],
                 "text_offset": offsets,
             }
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish}

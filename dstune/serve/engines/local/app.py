@@ -1,4 +1,4 @@
-"""The local engine's HTTP side: routes as vLLM has them, so that the gateway speaks to both alike."""
+"""The local engine's HTTP server. Its routes match vLLM's, so that the gateway talks to both in the same way."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dstune.data.images.request import PromptImages
 from dstune.serve.asgi import EVENTS, ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
 from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers
 from dstune.serve.engines.local.batch import Scheduler
-from dstune.serve.engines.local.model import LocalModel, SeenImages
+from dstune.serve.engines.local.model import ImageInputs, LocalModel
 from dstune.serve.engines.local.prompts import (
-    Asked,
+    Conversation,
+    api_errors_for_messages,
     busy,
     chat_prompt,
-    prompts_of,
     read_messages,
-    refusing_messages,
+    split_prompts,
     text_ids,
 )
 from dstune.serve.engines.local.responses import ResponseAnswers, as_chat, naming_input
@@ -72,10 +72,10 @@ class LanguageApp(EngineApp):
     def __init__(self, model: LocalModel, scheduler: Scheduler):
         super().__init__()
         self.model, self.scheduler = model, scheduler
-        self._render = TurnThreads("render")  # one: a tokenizer keeps how it cuts
-        self._images = TurnThreads("images")  # one: it has one decoded image in memory at a time
-        self._looked_at: dict[PromptImages, int] = {}
-        """Bytes of a model's inputs of images whose prompts are not submitted yet."""
+        self._render = TurnThreads("render")  # one thread: a tokenizer's truncation settings are shared state
+        self._images = TurnThreads("images")  # one thread: only one decoded image is in memory at a time
+        self._pending_image_bytes: dict[PromptImages, int] = {}
+        """Bytes of image inputs whose prompts are not submitted yet."""
         self.routes |= {
             ("GET", "/health"): self.health,
             ("GET", "/v1/models"): self.models,
@@ -103,86 +103,87 @@ class LanguageApp(EngineApp):
             answers.cancel()
 
     async def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
-        """Read a request and hand it to the scheduler, which computes it from now on; returns its answers. Raises ApiError."""
+        """Read a request, submit it to the scheduler and return its answers. Raises ApiError."""
         self._check_model(body)
         answers: Answers
         if handler == self.chat:
-            answers = await self._turn(body)
+            answers = await self._prepare_chat(body)
         elif handler == self.respond:
             with naming_input():
-                answers = await self._turn(as_chat(body), partial(ResponseAnswers, request=body))
+                answers = await self._prepare_chat(as_chat(body), partial(ResponseAnswers, request=body))
         else:
-            prompts = [await self._ids(body, prompt) for prompt in prompts_of(body["prompt"])]
+            prompts = [await self._ids(body, prompt) for prompt in split_prompts(body["prompt"])]
             tokenized = body | {"prompt": prompts}
             answers = await self._rendered(lambda: TextAnswers(self.model, self.scheduler, tokenized))
         answers.submit()
         return answers
 
-    async def _turn(self, body: dict[str, Any], make: Callable[..., ChatAnswers] = ChatAnswers) -> ChatAnswers:
-        """Read a conversation that is to be continued. Raises ApiError."""
-        asked = await self._asked(body)
-        chat = await self._rendered(lambda: make(self.model, self.scheduler, body, asked))
+    async def _prepare_chat(self, body: dict[str, Any], make: Callable[..., ChatAnswers] = ChatAnswers) -> ChatAnswers:
+        """Prepare the answers to a conversation. Raises ApiError."""
+        conversation = await self._read_conversation(body)
+        chat = await self._rendered(lambda: make(self.model, self.scheduler, body, conversation))
         chat.refuse_large()
-        chat.seen = await self._seen(asked, chat.prompt)
+        chat.image_inputs = await self._image_inputs(conversation, chat.prompt)
         return chat
 
-    async def _asked(self, body: dict[str, Any]) -> Asked:
-        """Read the messages of a request, and the sizes of their images. Raises ApiError."""
-        asked = await self._rendered(lambda: read_messages(self.model, str(body["model"]), body["messages"]))
-        if asked.images is not None:
-            await self._each_image(asked.images, asked.images.measure)
-        return asked
+    async def _read_conversation(self, body: dict[str, Any]) -> Conversation:
+        """Read a request's messages and the sizes of their images. Raises ApiError."""
+        conversation = await self._rendered(lambda: read_messages(self.model, str(body["model"]), body["messages"]))
+        if conversation.images is not None:
+            await self._each_image(conversation.images, conversation.images.measure)
+        return conversation
 
-    async def _seen(self, asked: Asked, ids: list[int]) -> SeenImages | None:
-        """Return what the model gets of the images of a prompt, which are decoded only now, when it is known to fit. Raises
+    async def _image_inputs(self, conversation: Conversation, ids: list[int]) -> ImageInputs | None:
+        """Return the model's image inputs for a prompt. Images are decoded only now that the prompt is known to fit. Raises
         ApiError."""
-        images = asked.images
+        images = conversation.images
         if images is None:
             return None
 
-        def joined() -> SeenImages:
-            with refusing_messages():
-                return self.model.seen(ids, images.inputs(ids), images.processor)
+        def build() -> ImageInputs:
+            with api_errors_for_messages():
+                return self.model.image_inputs(ids, images.inputs(ids), images.processor)
 
         try:
-            await self._each_image(images, images.look, lambda: self._count_bytes(images))
-            return await self._images.run(CLIENT.get(), joined)
+            await self._each_image(images, images.look, lambda: self._reserve_image_bytes(images))
+            return await self._images.run(CLIENT.get(), build)
         finally:
-            self._looked_at.pop(images, None)
+            self._pending_image_bytes.pop(images, None)
 
-    def _count_bytes(self, images: PromptImages) -> None:
-        """Raise ApiError where what was made of these images has no room beside that of others."""
-        self._looked_at.pop(images, None)
-        if not self.scheduler.has_room_for_images(images.bytes, sum(self._looked_at.values())):
+    def _reserve_image_bytes(self, images: PromptImages) -> None:
+        """Raise ApiError if these image inputs do not fit into memory together with those of other requests."""
+        self._pending_image_bytes.pop(images, None)
+        if not self.scheduler.has_room_for_images(images.bytes, sum(self._pending_image_bytes.values())):
             raise busy()
-        self._looked_at[images] = images.bytes
+        self._pending_image_bytes[images] = images.bytes
 
     async def _each_image(
-        self, images: PromptImages, work: Callable[[int], None], then: Callable[[], None] = lambda: None
+        self, images: PromptImages, work: Callable[[int], None], after_each: Callable[[], None] = lambda: None
     ) -> None:
-        """Run `work` on the number of each image, in a thread; other requests get their turn in between. then: called after
+        """Call `work` for each image in a thread; other requests get their turn between two images. after_each: called after
         each."""
 
         def refusing(number: int) -> None:
-            with refusing_messages():
+            with api_errors_for_messages():
                 work(number)
 
         for number in range(len(images)):
             await self._images.run(CLIENT.get(), partial(refusing, number))
-            then()
+            after_each()
 
     async def _rendered(self, render: Callable[[], T]) -> T:
-        """Return what `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""
+        """Return the result of `render`, which uses the tokenizer. It runs in a thread, since megabytes of text take seconds and
+        would stop all streams."""
         return await self._render.run(CLIENT.get(), render)
 
     async def _ids(self, body: dict[str, Any], prompt: str | list[int]) -> list[int]:
-        """Tokenize each prompt by itself: between two of them others have their turn. Raises ApiError."""
+        """Tokenize each prompt separately, so that other requests get their turn in between. Raises ApiError."""
         if not isinstance(prompt, str):
             return prompt
         return await self._rendered(lambda: text_ids(self.model, str(body["model"]), prompt))
 
     def _check_model(self, body: dict[str, Any]) -> str:
-        """Return the name of the model that a request asks. Raises ApiError where there is none of that name."""
+        """Return the name of the requested model. Raises ApiError if there is no such model."""
         name = body.get("model")
         if name not in self.model.names:
             raise ApiError(404, f"There is no model {str(name)[:80]!r}.", param="model", code="model_not_found")
@@ -208,22 +209,27 @@ class LanguageApp(EngineApp):
         return await (await self._answers(self.complete, body)).answer()
 
     async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the log-probability of each token of a prompt, as vLLM tells them. Images in it are those of `messages`."""
+        """Return the log-probability of each token of a prompt, in vLLM's form. Images in it are those of `messages`."""
         name = self._check_model(body)
-        (ids,) = prompts_of(body["prompt"])
+        (ids,) = split_prompts(body["prompt"])
         if isinstance(ids, str):
             text = ids
             ids = await self._rendered(lambda: self.model.text_ids(name, text))
-        seen = await self._seen(await self._asked(body), ids) if "messages" in body else None
-        logprobs = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids, seen)))
+        image_inputs = (
+            await self._image_inputs(await self._read_conversation(body), ids) if "messages" in body else None
+        )
+        logprobs = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids, image_inputs)))
         entries = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], logprobs, strict=True))]
         return {"choices": [{"index": 0, "text": "", "prompt_logprobs": entries, "prompt_token_ids": ids}]}
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._check_model(body)
         if "messages" in body:
-            asked, parts = await self._asked(body), (body.get("tools"), body.get("chat_template_kwargs"))
-            ids = await self._rendered(lambda: chat_prompt(self.model, name, asked, *parts))
+            conversation, parts = (
+                await self._read_conversation(body),
+                (body.get("tools"), body.get("chat_template_kwargs")),
+            )
+            ids = await self._rendered(lambda: chat_prompt(self.model, name, conversation, *parts))
         else:
             ids = await self._rendered(lambda: self.model.text_ids(name, body["prompt"]))
         return {"tokens": ids, "count": len(ids), "max_model_len": self.model.limit}
@@ -239,12 +245,12 @@ class LanguageApp(EngineApp):
         return {}
 
     def _load(self, name: str, folder: Path) -> None:
-        """Load an adapter, in the computing thread."""
+        """Load an adapter in the computing thread."""
         self.model.forget_retired(self.scheduler.adapters())
         try:
             self.model.load(name, folder)
         finally:
-            if self.model.damaged:  # nothing may be answered by it; the gateway starts the engine again
+            if self.model.damaged:  # the model must not answer anything now; the gateway restarts the engine
                 self.scheduler.give_up()
 
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""One thread that computes: sequences join and leave a batch between two tokens.
-
-A forward pass has one adapter, so every adapter has a batch of its own, and the thread takes a step of each in turn. New
-prompts are read in chunks between the steps, so that a long one does not stop the others.
-"""
+"""The computing thread: sequences join and leave a batch between two tokens. A forward pass uses one adapter, so each adapter has
+its own batch, and the thread runs one step of each batch in turn. New prompts are prefilled in chunks between the steps, so that a
+long one does not stop the others."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from torch import Tensor
 from dstune.core.errors import first_line
 from dstune.models.generation import placed_images
 from dstune.serve.engines.local.caches import is_joinable, joined, map_cache, new_cache, widened
-from dstune.serve.engines.local.model import SeenImages
+from dstune.serve.engines.local.model import ImageInputs
 from dstune.serve.engines.local.sampling import Sampler, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 
@@ -31,11 +29,11 @@ log = logging.getLogger("dstune.serve")
 
 
 class QueueFull(Exception):
-    """As many prompts wait as may."""
+    """The queue of prompts is full."""
 
 
 class Sequence:
-    """One answer in the making."""
+    """One answer that is being generated."""
 
     def __init__(
         self, prompt: list[int], sampling: Sampling, stream: TextStream, emit: Callable[[Piece], None], adapter: str
@@ -45,8 +43,7 @@ class Sequence:
         self.sampler = Sampler(sampling, prompt)
         self.last = prompt[-1]
         self.shift = 0
-        """By how much its next position is ahead of the number of its tokens, since an image has fewer positions than tokens, or
-        more."""
+        """Offset of its next position from its token count: an image has more or fewer positions than tokens."""
         self.cancelled = False
 
     @property
@@ -54,8 +51,8 @@ class Sequence:
         return self.cancelled or self.stream.finished
 
     def take(self, logits: Tensor) -> bool:
-        """Choose a token by `logits`, float [vocabulary], and hand out what it completes. Returns whether the answer goes on.
-        What goes wrong with it ends this answer alone."""
+        """Choose a token from `logits`, float [vocabulary], and emit the text that it completes. Returns whether the answer
+        continues. An error ends this answer alone."""
         try:
             chosen = self.sampler.choose(logits)
             piece = self.stream.push(chosen)
@@ -76,13 +73,13 @@ class Sequence:
 
 @dataclass
 class _Prompt:
-    """A prompt that is being read, for one or more answers."""
+    """A prompt that is being prefilled, for one or more answers."""
 
     sequences: list[Sequence]
     client: str = ""
     turn: int = 0
-    """Of those that wait: how many of its client's come before it."""
-    images: SeenImages | None = None
+    """How many waiting prompts of the same client come before it."""
+    images: ImageInputs | None = None
     cache: Any = None
     read: int = 0
 
@@ -96,12 +93,12 @@ class _Prompt:
 
     @property
     def tokens(self) -> int:
-        """Most that these answers will take in the cache."""
+        """The most cache positions that these answers can take together."""
         return sum(len(self.ids) + sequence.sampler.sampling.max_tokens for sequence in self.sequences)
 
 
 class _Batch:
-    """Sequences of one adapter that are written together, padded on the left."""
+    """Sequences of one adapter that are generated together, padded on the left."""
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
@@ -121,7 +118,7 @@ class _Batch:
         self.sequences.append(sequence)
 
     def leave(self) -> None:
-        """Drop the sequences that are done."""
+        """Remove the finished sequences."""
         remaining = [number for number, sequence in enumerate(self.sequences) if not sequence.done]
         if len(remaining) == len(self.sequences):
             return
@@ -137,7 +134,7 @@ class _Batch:
 
 
 class Scheduler:
-    """The computing thread. Every method may be called by any thread."""
+    """The computing thread. Its methods may be called from any thread."""
 
     def __init__(
         self,
@@ -151,16 +148,16 @@ class Scheduler:
         max_image_bytes: int = 2**30,
         failed: Callable[[], None] = lambda: None,
     ):
-        """speaking: context in which the model is that adapter. max_cached_tokens: of all sequences together, the length
-        that they may reach included. max_image_bytes: of what the model gets of the images of all prompts that wait. failed:
-        called by the thread when it ends by a fault."""
+        """speaking: context manager that activates an adapter on the model. max_cached_tokens: of all sequences together, counted
+        at their maximum length. max_image_bytes: of the image inputs of all waiting prompts. failed: called by the thread if it
+        ends with a fault."""
         self._model, self._speaking = model, speaking
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._max_cached_tokens, self._chunk, self._max_image_bytes = max_cached_tokens, chunk, max_image_bytes
         self._joinable = is_joinable(model)
-        # transformers 5.24 names it anew; both are taken until 5.40.
+        # transformers 5.24 renamed this argument; both names are accepted until 5.40.
         self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        # Models with positions of images remember those of the prompt before, where they are not told them.
+        # Models with image positions reuse those of the previous prompt unless positions are passed.
         self._remembers_positions = any(hasattr(module, "rope_deltas") for module in model.modules())
         self._waiting: deque[_Prompt] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -173,15 +170,15 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: list[Sequence], client: str = "", images: SeenImages | None = None) -> None:
-        """Queue the answers to one prompt, which may show images. Prompts of several clients are read in turn, and one client may
-        have three quarters of those that wait. Raises QueueFull, ValueError where they can never be held."""
+    def submit(self, sequences: list[Sequence], client: str = "", images: ImageInputs | None = None) -> None:
+        """Queue the answers to one prompt, which may contain images. Prompts of several clients are prefilled in turn, and one
+        client may take three quarters of the queue. Raises QueueFull; ValueError if the answers can never fit."""
         prompt = _Prompt(sequences, client, images=images)
         self.refuse_large(prompt.tokens, len(sequences))
         with self._changed:
-            if len(self._waiting) >= self._max_waiting:  # those whose clients have left take no place
+            if len(self._waiting) >= self._max_waiting:  # prompts whose clients have disconnected do not count
                 self._waiting = deque(
-                    waiting for waiting in self._waiting if not all(each.done for each in waiting.sequences)
+                    waiting for waiting in self._waiting if not all(sequence.done for sequence in waiting.sequences)
                 )
             client_turns = [waiting.turn for waiting in self._waiting if waiting.client == client]
             if (
@@ -198,22 +195,22 @@ class Scheduler:
             self._changed.notify()
 
     def refuse_large(self, tokens: int, answers: int) -> None:
-        """Raise ValueError where so many answers can never be held. tokens: of all of them, each with its prompt."""
+        """Raise ValueError if `answers` answers can never fit. tokens: of all of them, each with its prompt."""
         if tokens > self._max_cached_tokens or answers > self._max_sequences:
             raise ValueError(
                 f"prompt and answers may take {tokens} tokens together; this engine holds {self._max_cached_tokens} in "
                 f"{self._max_sequences} answers"
             )
 
-    def has_room_for_images(self, size: int, beside: int = 0) -> bool:
-        """Return whether images of `size` bytes may be in memory beside those of the prompts that wait, and `beside` bytes of those
-        that are not submitted yet: always where there are no others."""
+    def has_room_for_images(self, size: int, unsubmitted: int = 0) -> bool:
+        """Return whether image inputs of `size` bytes fit into memory beside those of the waiting prompts and `unsubmitted` bytes
+        of prompts that are not submitted yet. Always true if there are no others."""
         with self._changed:
-            others = beside + sum(waiting.image_bytes for waiting in self._waiting)
-        return not others or others + size <= self._max_image_bytes
+            other_bytes = unsubmitted + sum(waiting.image_bytes for waiting in self._waiting)
+        return not other_bytes or other_bytes + size <= self._max_image_bytes
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Return the result of `function`, which the computing thread runs between two steps."""
+        """Return a future for the result of `function`, which the computing thread runs between two steps."""
         future: Future[Any] = Future()
         with self._changed:
             if self._stopped:
@@ -234,21 +231,21 @@ class Scheduler:
             return {"waiting": len(self._waiting), "running": running, "tokens": self.tokens}
 
     def adapters(self) -> set[str]:
-        """Return the adapters that answers are written by, or will be."""
+        """Return the adapters of running and waiting answers."""
         with self._changed:
             prompts = [*self._waiting, *([self._reading] if self._reading else [])]
             waiting = {sequence.adapter for prompt in prompts for sequence in prompt.sequences}
             return waiting | {adapter for adapter, _ in self._batches}
 
     def stop(self) -> None:
-        """Stop the thread after the current step. Sequences that are not done fail."""
+        """Stop the thread after the current step. Unfinished sequences fail."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
         self._thread.join()
 
     def give_up(self) -> None:
-        """Give up from the computing thread: it ends by a fault once the present call has returned."""
+        """Give up, from within the computing thread: it ends with a fault after the current call."""
         self._broken = True
 
     # -- the thread
@@ -269,13 +266,13 @@ class Scheduler:
             self._failed()
         with self._changed:
             self._stopped = True
-        for sequence in self._all():
+        for sequence in self._all_sequences():
             sequence.fail("the engine is stopping")
         for _, future in self._calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(RuntimeError("the engine is stopping"))
 
-    def _all(self) -> list[Sequence]:
+    def _all_sequences(self) -> list[Sequence]:
         prompts = [*self._waiting, *([self._reading] if self._reading else [])]
         of_batches = [sequence for batch in self._batches.values() for sequence in batch.sequences]
         return [sequence for prompt in prompts for sequence in prompt.sequences] + of_batches
@@ -296,22 +293,22 @@ class Scheduler:
             except BaseException as error:
                 future.set_exception(error)
 
-    def _held(self) -> tuple[int, int]:
-        """Return how many sequences and tokens are, or may come to be, in the caches."""
+    def _reserved(self) -> tuple[int, int]:
+        """Return how many sequences and tokens are in the caches, counting each sequence at its maximum length."""
         running = [sequence for batch in self._batches.values() for sequence in batch.sequences]
         return len(running), sum(
             len(running_sequence.prompt) + running_sequence.sampler.sampling.max_tokens for running_sequence in running
         )
 
     def _read_prompt(self) -> None:
-        """Read one chunk of the prompt that is being read, or the first of the next one that there is room for."""
+        """Prefill one chunk of the current prompt, or of the next one that fits."""
         if self._reading is None:
             with self._changed:
                 while self._waiting and all(waiting_sequence.done for waiting_sequence in self._waiting[0].sequences):
                     self._waiting.popleft()
                 if not self._waiting:
                     return
-                count, tokens = self._held()
+                count, tokens = self._reserved()
                 first = self._waiting[0]
                 if count and (
                     count + len(first.sequences) > self._max_sequences
@@ -330,7 +327,7 @@ class Scheduler:
             if prompt.read < len(prompt.ids):
                 return
             self._reading = None
-            self._begin(prompt, logits)
+            self._start_generation(prompt, logits)
         except Exception as error:
             log.exception("a prompt could not be read")
             self._reading = None
@@ -338,22 +335,22 @@ class Scheduler:
                 sequence.fail(first_line(error))
 
     def _read_chunk(self, prompt: _Prompt) -> Tensor:
-        """Return the logits behind the next chunk of a prompt. The first one goes up to the end of the last image: a model
-        takes the images of a prompt at once, and lets the tokens of some see each other."""
+        """Return the logits after the next chunk of a prompt. The first chunk extends to the end of the last image: a model takes
+        all images of a prompt at once, and lets the tokens of some attend to each other."""
         start, end = prompt.read, min(prompt.read + self._chunk, len(prompt.ids))
-        beside: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if prompt.images is not None:
             end = max(end, prompt.images.last)
-            beside = placed_images(prompt.images.beside(start, end), self._model) | {"logits_to_keep": 1}
-        if self._remembers_positions and "position_ids" not in beside:
-            beside["position_ids"] = torch.arange(start, end, device=next(self._model.parameters()).device)[None]
+            inputs = placed_images(prompt.images.inputs_for(start, end), self._model) | {"logits_to_keep": 1}
+        if self._remembers_positions and "position_ids" not in inputs:
+            inputs["position_ids"] = torch.arange(start, end, device=next(self._model.parameters()).device)[None]
         ids = torch.tensor([prompt.ids[start:end]])
-        logits = self._forward(prompt.sequences[0].adapter, ids, prompt.cache, beside)[0]
+        logits = self._forward(prompt.sequences[0].adapter, ids, prompt.cache, inputs)[0]
         prompt.read = end
         return logits
 
-    def _begin(self, prompt: _Prompt, logits: Tensor) -> None:
-        """Begin with the first token of each answer, which then joins its batch."""
+    def _start_generation(self, prompt: _Prompt, logits: Tensor) -> None:
+        """Choose the first token of each answer, which then joins its batch."""
         for number, sequence in enumerate(prompt.sequences):
             if sequence.done:
                 continue
@@ -363,12 +360,12 @@ class Scheduler:
                 continue
             last = number == len(prompt.sequences) - 1
             cache = prompt.cache if last else deepcopy(prompt.cache)
-            # A cache that cannot be joined (sliding windows, recurrent states) is written alone.
+            # A cache that cannot be joined (sliding windows, recurrent states) gets a batch of its own.
             key = (sequence.adapter, 0 if self._joinable else id(sequence))
             self._batches.setdefault(key, _Batch()).join(sequence, cache, len(prompt.ids))
 
     def _step(self, key: tuple[str, int]) -> None:
-        """Draw one token of each sequence of a batch."""
+        """Generate one token for each sequence of a batch."""
         batch = self._batches[key]
         batch.leave()
         if not batch.sequences:
@@ -380,8 +377,8 @@ class Scheduler:
             shifts = torch.tensor([[sequence.shift] for sequence in batch.sequences])
             device = next(self._model.parameters()).device
             positions = (batch.mask.sum(-1, keepdim=True) - 1 + shifts).to(device)
-            beside = {"attention_mask": batch.mask.to(device), "position_ids": positions}
-            logits = self._forward(key[0], ids, batch.cache, beside)
+            inputs = {"attention_mask": batch.mask.to(device), "position_ids": positions}
+            logits = self._forward(key[0], ids, batch.cache, inputs)
             for sequence, row in zip(batch.sequences, logits, strict=True):
                 if not sequence.done:
                     sequence.take(row)
@@ -394,10 +391,10 @@ class Scheduler:
         if not batch.sequences:
             del self._batches[key]
 
-    def _forward(self, adapter: str, ids: Tensor, cache: Any, beside: Mapping[str, Any]) -> Tensor:
-        """Return logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new].
-        beside: what the model gets beside the tokens, where it computes."""
+    def _forward(self, adapter: str, ids: Tensor, cache: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the logits of the last position, float [batch, vocabulary], on the CPU; the cache grows by `ids`, [batch, new].
+        inputs: the model's other inputs, on its device."""
         device = next(self._model.parameters()).device
         with self._speaking(adapter):
-            output = self._model(input_ids=ids.to(device), use_cache=True, **{self._cache: cache}, **beside)
+            output = self._model(input_ids=ids.to(device), use_cache=True, **{self._cache: cache}, **inputs)
         return output.logits[:, -1].float().cpu()

@@ -1,4 +1,4 @@
-"""Caches of keys and values: those of several sequences become one, padded on the left, and one is taken apart again."""
+"""Key-value caches: joins those of several sequences into one, padded on the left, and splits one again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_joinable(model: Any) -> bool:
-    """Return whether the keys and values of a sequence are all that the model remembers."""
+    """Return whether keys and values are the model's only state of a sequence."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     layers = DynamicCache(config=model.config).layers
@@ -18,14 +18,14 @@ def is_joinable(model: Any) -> bool:
 
 
 def new_cache(model: Any, *, plain: bool) -> Any:
-    """Return an empty cache; `plain` keeps every position, also where a layer looks at the last ones only."""
+    """Return an empty cache. plain: keep every position, even where a layer attends only to the last ones."""
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache() if plain else DynamicCache(config=model.config)
 
 
 def map_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the keys and values of each layer, [batch, heads, positions, width], in place."""
+    """Replace the keys and values of each layer, [batch, heads, positions, width], in place."""
     for layer in cache.layers:
         if layer.is_initialized and layer.keys is not None:
             layer.keys, layer.values = change(layer.keys), change(layer.values)
@@ -33,15 +33,15 @@ def map_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def widened(cache: Any, width: int) -> Any:
-    """Return the cache with so many positions, padded on the left."""
+    """Return the cache padded on the left to `width` positions."""
     pad = torch.nn.functional.pad
     return map_cache(cache, lambda tensor: pad(tensor, (0, 0, width - tensor.shape[2], 0)))
 
 
 def joined(first: Any, second: Any) -> Any:
-    """Return one cache of the sequences of both."""
-    for layer, other in zip(first.layers, second.layers, strict=True):
-        if layer.is_initialized and layer.keys is not None:
-            layer.keys = torch.cat([layer.keys, other.keys])
-            layer.values = torch.cat([layer.values, other.values])
+    """Return one cache with the sequences of both."""
+    for first_layer, second_layer in zip(first.layers, second.layers, strict=True):
+        if first_layer.is_initialized and first_layer.keys is not None:
+            first_layer.keys = torch.cat([first_layer.keys, second_layer.keys])
+            first_layer.values = torch.cat([first_layer.values, second_layer.values])
     return first

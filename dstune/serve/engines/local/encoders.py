@@ -1,4 +1,4 @@
-"""Classifiers, taggers, rerankers, embedders, readers of texts and reward models: dstune's own predictor behind HTTP."""
+"""HTTP server of dstune's own predictor: classifiers, taggers, rerankers, embedders, extractive readers and reward models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from dstune.serve.errors import ApiError
 from dstune.serve.turns import CLIENT, Turns
 
 MOST_ROWS = 512
-"""Rows of several requests that are computed together."""
+"""The most rows, from several requests, that are computed together."""
 MOST_CHARACTERS = 65_536
-"""Of these rows, where they are more than one. A request of more is computed in parts: between them others have their turn."""
+"""The most characters of these rows together, unless a single row has more. Larger requests are computed in parts, so that others
+get their turn in between."""
 MAX_WAITING = 256
-"""Requests."""
+"""Requests in the queue."""
 BATCH_SIZE = 32
 
 log = logging.getLogger("dstune.serve")
@@ -38,13 +39,13 @@ log = logging.getLogger("dstune.serve")
 class Answered(NamedTuple):
     answer: Answer
     ids: list[int]
-    """The tokens of its row that the model read."""
+    """The tokens of the row that the model read."""
     length: int
-    """Tokens of its row, those that were cut off included."""
+    """Tokens of the row, including truncated ones."""
 
     @property
-    def cut(self) -> dict[str, Any]:
-        """What an answer says of a row that was cut; empty if the model read all of it."""
+    def truncation(self) -> dict[str, Any]:
+        """The fields that report truncation in an answer; empty if the model read the full row."""
         if "truncated" not in self.answer:
             return {}
         return {"truncated": True, "tokens": self.length, "tokens_read": len(self.ids)}
@@ -58,8 +59,8 @@ class _Job:
 
 
 class Batcher:
-    """One thread that answers the rows of all requests that wait, together. It alone uses the tokenizer, which keeps how it
-    cuts: two threads cannot use it at once."""
+    """The thread that answers the rows of all waiting requests in batches. Only this thread uses the tokenizer, whose truncation
+    settings are shared state."""
 
     def __init__(self, predictor: Predictor):
         self._predictor = predictor
@@ -68,7 +69,7 @@ class Batcher:
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     async def answers(self, rows: list[Query]) -> list[Answered]:
-        """Return the answers to a request. Raises ApiError where as many requests wait as may."""
+        """Return the answers to a request's rows. Raises ApiError if the queue is full."""
         if self._requests >= MAX_WAITING:
             raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"})
         jobs = list(_jobs_of(rows))
@@ -91,11 +92,11 @@ class Batcher:
                 jobs.append(self._jobs.get())
             jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             if not self._answer(jobs):
-                for job in jobs:  # what goes wrong with one ends it alone
+                for job in jobs:  # an error in one of them ends that one alone
                     self._answer([job], alone=True)
 
     def _answer(self, jobs: Sequence[_Job], *, alone: bool = False) -> bool:
-        """Return whether these are done with. alone: an error is the answer."""
+        """Compute these jobs and return whether they are finished. alone: report an error as the result."""
         rows = [row for job in jobs for row in job.rows]
         try:
             answered = iter(self._answered(rows) if rows else [])
@@ -121,7 +122,7 @@ class Batcher:
 
 
 def _fits(jobs: Sequence[_Job]) -> bool:
-    """Return whether another one may be computed with these."""
+    """Return whether these jobs fit into one batch."""
     return sum(len(job.rows) for job in jobs) < MOST_ROWS and sum(job.characters for job in jobs) < MOST_CHARACTERS
 
 
@@ -148,13 +149,11 @@ def _characters(value: Any) -> int:
 
 
 class EncoderApp(EngineApp):
-    """Routes that the model's task has an answer for (`Task.serves`)."""
+    """Serves the routes that the model's task supports (`Task.serves`)."""
 
     def __init__(self, name: str, predictor: Predictor, neutral_labels: Sequence[str] = ()):
-        """neutral_labels: those that `/v1/moderations` does not flag; well-known ones if there are none.
-
-        Raises UserError for a label that the model does not have.
-        """
+        """neutral_labels: labels that `/v1/moderations` does not flag; by default, well-known names. Raises UserError for a label
+        that the model does not have."""
         super().__init__()
         self.name, self.predictor = name, predictor
         self._neutral = neutral_of(name, predictor.labels, neutral_labels)
@@ -185,12 +184,10 @@ class EncoderApp(EngineApp):
         return {"object": "list", "data": [{"id": self.name, "object": "model"}]}
 
     async def _answers(
-        self, rows: Sequence[Mapping[str, Any]], param: str, *, whole: bool = False
+        self, rows: Sequence[Mapping[str, Any]], param: str, *, refuse_truncation: bool = False
     ) -> tuple[list[Answered], dict[str, int]]:
-        """Return the answers, and the tokens that they took. whole: refuse rows that are longer than the model reads.
-
-        Raises ApiError for the first row without an answer.
-        """
+        """Return the answers and the token usage. refuse_truncation: refuse rows longer than the model's limit. Raises ApiError for
+        the first row without an answer."""
         queries = []
         for number, row in enumerate(rows):
             try:
@@ -201,7 +198,7 @@ class EncoderApp(EngineApp):
         for number, answer in enumerate(answered):
             if "problem" in answer.answer:
                 raise ApiError(400, f"Invalid {param}[{number}]: {answer.answer['problem']}.", param=param)
-            if whole and answer.cut:
+            if refuse_truncation and answer.truncation:
                 reason = (
                     f"it has {answer.length} tokens, this model reads at most {self.predictor.longest}, as in training"
                 )
@@ -216,14 +213,14 @@ class EncoderApp(EngineApp):
         return [{column: text} for text in ([value] if isinstance(value, str) else value)]
 
     async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return tokens and answers of rows as in training."""
+        """Return the tokens of rows and the answers to them, computed as in training."""
         queries = [self._row_reader.query(row, str(number)) for number, row in enumerate(body["rows"])]
         answered = await self._batcher.answers(queries)
         return {"ids": [answer.ids for answer in answered], "answers": [answer.answer for answer in answered]}
 
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return a vector for each complete text: one that is too long is refused, as OpenAI does."""
-        answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
+        """Return one vector per text. A text that is too long is refused, as in OpenAI's API."""
+        answered, usage = await self._answers(self._texts(body["input"]), "input", refuse_truncation=True)
         vectors = [item.answer["vector"] for item in answered]
         if body.get("encoding_format") == "base64":
             data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
@@ -233,12 +230,12 @@ class EncoderApp(EngineApp):
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Classify texts. Of a text that is too long the model reads the beginning, as in training, and the answer says so."""
+        """Classify texts. Of a text that is too long the model reads the beginning, as in training, and the answer reports it."""
         answered, usage = await self._answers(self._texts(body["input"]), "input")
         items = []
         for number, row_answer in enumerate(answered):
             answer = row_answer.answer
-            item = {"index": number, "label": answer["predicted"], **row_answer.cut}
+            item = {"index": number, "label": answer["predicted"], **row_answer.truncation}
             if "probabilities" in answer:
                 item |= {"probs": list(answer["probabilities"].values()), "num_classes": len(self.predictor.labels)}
                 item["labels"] = list(answer["probabilities"])
@@ -253,15 +250,15 @@ class EncoderApp(EngineApp):
         }
 
     async def moderate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the labels of a classifier as categories. Those that are predicted are flagged, except neutral ones."""
+        """Return a classifier's labels as categories. Predicted labels are flagged, except neutral ones."""
         is_multi_label = bool(getattr(self.predictor.config.task, "multi_label", False))
-        if not self._neutral and not is_multi_label and self.predictor.labels:  # one of its labels is always predicted
+        if not self._neutral and not is_multi_label and self.predictor.labels:  # one label is always predicted
             listed = ", ".join(self.predictor.labels[:10])
             reason = (
                 f"which of its labels is not to be flagged ({listed}) has to be said: --neutral-label {self.name}=LABEL"
             )
             raise ApiError(400, f"This model does not moderate: {reason}.", param="model", code="neutral_label_unknown")
-        answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
+        answered, usage = await self._answers(self._texts(body["input"]), "input", refuse_truncation=True)
         results = []
         for answer in (row_answer.answer for row_answer in answered):
             if "probabilities" not in answer:
@@ -290,7 +287,7 @@ class EncoderApp(EngineApp):
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return each answer as a part of its context; empty where a model that knows of questions without one finds none."""
+        """Return each answer as a span of its context; empty if a model trained on unanswerable questions finds none."""
         columns = [self._row_reader.mapping.get(role, role) for role in ("question", "context")]
         pairs = zip(*_paired(body, "question", "context"), strict=True)
         answered, usage = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
@@ -302,7 +299,7 @@ class EncoderApp(EngineApp):
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def reward(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return how good the last turn of each conversation is."""
+        """Return a score for the last turn of each conversation."""
         conversations = body["messages"] if isinstance(body["messages"][0], list) else [body["messages"]]
         for number, messages in enumerate(conversations):
             if messages[-1]["role"] != "assistant":
@@ -313,7 +310,7 @@ class EncoderApp(EngineApp):
         column = self._row_reader.mapping.get("messages", "messages")
         answered, usage = await self._answers([{column: messages} for messages in conversations], "messages")
         items = [
-            {"index": number, "score": row_answer.answer["score"], **row_answer.cut}
+            {"index": number, "score": row_answer.answer["score"], **row_answer.truncation}
             for number, row_answer in enumerate(answered)
         ]
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
@@ -321,7 +318,7 @@ class EncoderApp(EngineApp):
     async def score(self, body: dict[str, Any]) -> dict[str, Any]:
         scores, usage = await self._scores(*_paired(body, "text_1", "text_2"))
         items = [
-            {"index": number, "object": "score", "score": score.value, **score.cut}
+            {"index": number, "object": "score", "score": score.value, **score.truncation}
             for number, score in enumerate(scores)
         ]
         return {
@@ -334,7 +331,7 @@ class EncoderApp(EngineApp):
         }
 
     async def rerank(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Rank documents in the shape of vLLM (`documents`), or of text-embeddings-inference (`texts`)."""
+        """Rank documents, in vLLM's request shape (`documents`) or that of text-embeddings-inference (`texts`)."""
         if ("documents" in body) == ("texts" in body):
             raise ApiError(400, "Give documents, or texts.", param="documents")
         texts = body["documents"] if "documents" in body else body["texts"]
@@ -343,14 +340,14 @@ class EncoderApp(EngineApp):
         order = sorted(range(len(texts)), key=lambda number: -scores[number].value)
         if "texts" in body:
             visible = [
-                {"index": n, "score": scores[n].value, **scores[n].cut}
+                {"index": n, "score": scores[n].value, **scores[n].truncation}
                 | ({"text": texts[n]} if body.get("return_text") else {})
                 for n in order
             ]
             return {"items": visible[: body.get("top_n")], "usage": usage}
         ranked = [
             {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number].value}
-            | scores[number].cut
+            | scores[number].truncation
             for number in order
         ]
         return {
@@ -361,43 +358,46 @@ class EncoderApp(EngineApp):
         }
 
     async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[Score], dict[str, int]]:
-        """Return how well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last
-        of two labels. And the tokens that it took."""
+        """Return a score for each pair (the cosine of the vectors, a regression's value, or the probability of the last of two
+        labels) and the token usage."""
         if self._embeds:
             texts = list(dict.fromkeys([*first, *second]))  # a query is computed once
-            answered, usage = await self._answers(self._texts(texts), "text_1", whole=True)
-            vectors = {text: one.answer["vector"] for text, one in zip(texts, answered, strict=True)}
+            answered, usage = await self._answers(self._texts(texts), "text_1", refuse_truncation=True)
+            vectors = {text: row.answer["vector"] for text, row in zip(texts, answered, strict=True)}
             return [
-                Score(_cosine(vectors[one], vectors[other]), {}) for one, other in zip(first, second, strict=True)
+                Score(_cosine(vectors[text_1], vectors[text_2]), {})
+                for text_1, text_2 in zip(first, second, strict=True)
             ], usage
         column = self._row_reader.mapping.get("text_pair", "text_pair")
         text = self._row_reader.text_column or "text"
-        rows = [{text: one, column: other} for one, other in zip(first, second, strict=True)]
+        rows = [{text: text_1, column: text_2} for text_1, text_2 in zip(first, second, strict=True)]
         answered, usage = await self._answers(rows, "text_1")
         if answered and "probabilities" in answered[0].answer:
             if len(self.predictor.labels) != 2 or isinstance(answered[0].answer["predicted"], list):
                 raise ApiError(400, "This classifier has no score: it has more than two labels.", param="model")
-            return [Score(list(one.answer["probabilities"].values())[-1], one.cut) for one in answered], usage
-        return [Score(one.answer["predicted"], one.cut) for one in answered], usage
+            return [
+                Score(list(text_1.answer["probabilities"].values())[-1], text_1.truncation) for text_1 in answered
+            ], usage
+        return [Score(row.answer["predicted"], row.truncation) for row in answered], usage
 
 
 class Score(NamedTuple):
-    """Of a pair of texts."""
+    """The score of a pair of texts."""
 
     value: float
-    cut: dict[str, Any]
-    """As `Answered.cut`."""
+    truncation: dict[str, Any]
+    """As `Answered.truncation`."""
 
 
 NEUTRAL_LABELS = frozenset(
     {"ok", "neutral", "none", "safe", "benign", "normal", "clean", "harmless", "ham", "not flagged", "unflagged"}
     | {"not toxic", "non toxic", "not spam", "not hate", "non hate", "no hate", "not offensive", "non offensive"}
 )
-"""Well-known names of the label of texts that are not to be flagged, in lower case, with a space for `_` and `-`."""
+"""Well-known names of labels that must not be flagged, in lower case, with a space for `_` and `-`."""
 
 
 def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> frozenset[str]:
-    """Return the labels of the model `name` that moderations do not flag. Raises UserError for a declared one that it lacks."""
+    """Return the labels of the model `name` that moderations do not flag. Raises UserError for a declared label that it lacks."""
     if absent := [label for label in declared if label not in labels]:
         reason = "the model has no such label" if labels else "the model has no labels"
         fix = f"one of {', '.join(labels)}" if labels else "leave it out"
@@ -408,7 +408,7 @@ def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> fro
 
 
 def _paired(body: Mapping[str, Any], first_key: str, second_key: str) -> tuple[list[str], list[str]]:
-    """Return two lists of texts of one length; a single text goes with all of the other list."""
+    """Return two lists of texts of equal length; a single text is paired with every text of the other list."""
     first, second = ([value] if isinstance(value, str) else value for value in (body[first_key], body[second_key]))
     if len(first) != len(second) and 1 not in (len(first), len(second)):
         raise ApiError(400, f"{first_key} must be one text, or as many as {second_key}.", param=first_key)
@@ -417,7 +417,7 @@ def _paired(body: Mapping[str, Any], first_key: str, second_key: str) -> tuple[l
 
 
 def _words(text: str) -> list[tuple[str, int | None, int | None]]:
-    """Return the words of a text with their first character and the one behind them."""
+    """Return the words of a text, each with the offsets of its first character and of the character after its last."""
     return [(match.group(), match.start(), match.end()) for match in re.finditer(r"\S+", text)]
 
 

@@ -1,4 +1,4 @@
-"""The local engine, seen from the gateway."""
+"""The gateway's side of the local engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
 }
 
 DEFAULT_MAX_TOKENS = 1024
-"""Longest answer to a conversation that does not say, where the context has room for it."""
+"""Default limit of an answer to a conversation, if the context has room for it."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class LocalEngine(Engine):
     reads_images: ClassVar[bool] = True
     knows_clients: ClassVar[bool] = True
     number_format: str = ""
-    """`float32` or `bfloat16`; empty for what the machine computes fast."""
+    """`float32` or `bfloat16`; empty selects the format that the machine computes fastest."""
 
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
@@ -92,8 +92,8 @@ class LocalEngine(Engine):
     async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
         ids = [*row["prompt_ids"], *row["target_ids"]]
         body = {"model": model, "prompt": ids, "messages": row["messages"], "prompt_logprobs": 0}
-        answer = await self.ask("POST", "/v1/completions", body)
-        return prompt_logprobs(answer["choices"][0].get("prompt_logprobs"), ids)[-len(row["target_ids"]) :]
+        response = await self.ask("POST", "/v1/completions", body)
+        return prompt_logprobs(response["choices"][0].get("prompt_logprobs"), ids)[-len(row["target_ids"]) :]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return await self.ask("POST", "/parity", {"rows": list(rows)})

@@ -1,4 +1,4 @@
-"""The language model of the local engine, with its adapters by name."""
+"""The language model of the local engine and its named adapters."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from dstune.models.generation import end_tokens, placed_images
 
 
 @dataclass(frozen=True)
-class _Tongue:
-    """A voice with what renders and reads for it."""
+class _ServedName:
+    """A served name: its voice, and what renders and tokenizes its prompts."""
 
     voice: Voice
     control: ControlTokens
     prompts: ChatPrompts | None
     ends: frozenset[int]
     adapter: str
-    """Peft's name of it, which no other one ever has; empty for the model without any."""
+    """peft's name of the adapter, which is never reused; empty for the model without an adapter."""
 
 
 @dataclass(frozen=True)
-class SeenImages:
-    """What a model gets of the images of one prompt."""
+class ImageInputs:
+    """A model's inputs for the images of one prompt."""
 
     inputs: Inputs
     last: int
-    """Tokens up to the last one of an image: they are read in one go."""
+    """Tokens up to the end of the last image, which are prefilled in one chunk."""
     positions: torch.Tensor | None = None
-    """Of models that count time, height and width apart, int64 [3, tokens]."""
+    """For models with separate positions of time, height and width: int64 [3, tokens]."""
 
     @property
     def bytes(self) -> int:
@@ -55,20 +55,20 @@ class SeenImages:
 
     @property
     def shift(self) -> int:
-        """Return by how much the positions behind the prompt are ahead of the number of tokens."""
+        """Return the offset of the positions after the prompt from its token count."""
         return 0 if self.positions is None else int(self.positions.max()) + 1 - self.positions.shape[1]
 
-    def beside(self, start: int, end: int) -> Inputs:
-        """Return the inputs beside the tokens from `start` to `end`, of which all images are in the first part."""
+    def inputs_for(self, start: int, end: int) -> Inputs:
+        """Return the inputs, other than token ids, for the tokens from `start` to `end`. All images are in the first chunk."""
         inputs = {name: value if name in INPUTS else value[:, :end] for name, value in self.inputs.items() if not start}
         return inputs if self.positions is None else inputs | {"position_ids": self.positions[:, None, start:end]}
 
 
 class LocalModel:
-    """A decoder of transformers. Only the computing thread may call what changes adapters."""
+    """A decoder of transformers. Only the computing thread may call methods that change adapters."""
 
     def __init__(self, speaker: Speaker, served_name: str, trained: str | None):
-        """served_name: name under which the model is served. trained: name of the adapter that its own folder is, if it is one."""
+        """served_name: the name under which the model is served. trained: name of the adapter that its folder is, if it is one."""
         from dstune.models.peft_import import peft
 
         model = speaker.model
@@ -77,25 +77,25 @@ class LocalModel:
         if self.model.config.is_encoder_decoder:
             reason = "is an encoder-decoder, which the local engine does not serve"
             raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts", served_name))
-        self._tongues: dict[str, _Tongue] = {}
+        self._served: dict[str, _ServedName] = {}
         self._base = speaker.voices[BASE].tokenizer
         self._processor: ImageProcessor | None = None
         for name, voice in speaker.voices.items():
             if name == OWN and trained is not None:
-                self._know(trained, voice, OWN)
+                self._register(trained, voice, OWN)
             elif name == BASE:
-                self._know(served_name, voice, "")
+                self._register(served_name, voice, "")
         self._refuse_prompts()
         self._numbers = itertools.count()
         self._retired: set[str] = set()
-        """Adapters whose names were given to others while answers may still be written by them."""
+        """Adapters whose names have been reassigned while answers may still use them."""
         self._active: str | None = None  # unknown
         self.damaged = False
-        """Whether an adapter that did not fit has left the model another one than it was."""
+        """Whether a failed adapter has left the model modified."""
 
     @property
     def names(self) -> list[str]:
-        return list(self._tongues)
+        return list(self._served)
 
     @property
     def dtype(self) -> str:
@@ -103,7 +103,7 @@ class LocalModel:
 
     @property
     def limit(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """The context length: tokens of a prompt and its answer together."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
     @property
@@ -111,7 +111,7 @@ class LocalModel:
         return int(self.model.get_input_embeddings().num_embeddings)
 
     def defaults(self) -> Mapping[str, Any]:
-        """Return what the model's own generation settings say about sampling."""
+        """Return the sampling defaults of the model's generation settings."""
         generation = self.model.generation_config
         if not generation.do_sample:
             return {}
@@ -121,7 +121,7 @@ class LocalModel:
     # -- adapters
 
     def load(self, name: str, folder: Path) -> None:
-        """Raises UserError where the adapter does not fit."""
+        """Load the adapter in `folder` under `name`. Raises UserError if it does not fit the model."""
         from dstune.models.peft_import import peft
 
         voice = voice_of(folder, self._base)
@@ -135,7 +135,7 @@ class LocalModel:
         self._active = None
         try:
             if self._peft is None:
-                self.damaged = True  # peft puts its layers in before it reads the weights
+                self.damaged = True  # peft inserts its layers before it reads the weights
                 self._peft = peft.PeftModel.from_pretrained(self.model, folder, adapter_name=adapter)
                 self.damaged = False
             else:
@@ -147,12 +147,12 @@ class LocalModel:
             reason = f"does not fit the model: {first_line(error)}"
             raise UserError(Problem(name, reason, value=str(folder))) from error
         self.model.eval()
-        if (earlier := self._tongues.get(name)) is not None:
+        if (earlier := self._served.get(name)) is not None:
             self._retired.add(earlier.adapter)
-        self._know(name, voice, adapter)
+        self._register(name, voice, adapter)
 
     def forget_retired(self, used: Collection[str]) -> None:
-        """Remove adapters whose names were given to others. used: those that sequences are still written by."""
+        """Delete adapters whose names have been reassigned. used: those that sequences still use."""
         for adapter in self._retired - set(used):
             self._retired.discard(adapter)
             self._active = None
@@ -160,20 +160,23 @@ class LocalModel:
                 self._peft.delete_adapter(adapter)
 
     def unload(self, name: str) -> None:
-        tongue = self._tongues.pop(name, None)
+        served = self._served.pop(name, None)
         self._active = None
-        if tongue is not None and tongue.adapter and self._peft is not None:
-            self._peft.delete_adapter(tongue.adapter)
+        if served is not None and served.adapter and self._peft is not None:
+            self._peft.delete_adapter(served.adapter)
 
     def adapter(self, name: str) -> str:
-        """Return what `speaking` makes of the model for requests to `name`: another one once the name was given to another
-        adapter."""
-        return self._tongues[name].adapter
+        """Return peft's name of the adapter that serves `name`; it changes when the name is reassigned."""
+        return self._served[name].adapter
 
     @contextmanager
     def speaking(self, adapter: str) -> Iterator[None]:
-        """Let the model be that adapter, or none, within the block."""
-        if adapter and adapter not in self._retired and all(one.adapter != adapter for one in self._tongues.values()):
+        """Activate the adapter, or the model without one, within the block."""
+        if (
+            adapter
+            and adapter not in self._retired
+            and all(served.adapter != adapter for served in self._served.values())
+        ):
             raise ValueError("the model was removed")
         if self._peft is not None and self._active != adapter:
             if adapter:
@@ -184,11 +187,11 @@ class LocalModel:
             self._active = adapter
         yield
 
-    def _know(self, name: str, voice: Voice, adapter: str) -> None:
+    def _register(self, name: str, voice: Voice, adapter: str) -> None:
         tokenizer = voice.tokenizer
         prompts = ChatPrompts(tokenizer, voice.date) if voice.chat else None
         ends = frozenset(end_tokens(self.model, stop_token_ids(tokenizer)))
-        self._tongues[name] = _Tongue(voice, ControlTokens(tokenizer), prompts, ends, adapter)
+        self._served[name] = _ServedName(voice, ControlTokens(tokenizer), prompts, ends, adapter)
 
     def _refuse_prompts(self) -> None:
         if self._peft is not None and getattr(self._peft.active_peft_config, "num_virtual_tokens", None):
@@ -198,14 +201,14 @@ class LocalModel:
     # -- text and tokens
 
     def chats(self, name: str) -> bool:
-        return self._tongues[name].prompts is not None
+        return self._served[name].prompts is not None
 
     def template(self, name: str) -> ChatTemplate | None:
-        prompts = self._tongues[name].prompts
+        prompts = self._served[name].prompts
         return None if prompts is None else prompts.template
 
     def ends(self, name: str) -> frozenset[int]:
-        return self._tongues[name].ends
+        return self._served[name].ends
 
     def conversation_ids(
         self,
@@ -215,32 +218,32 @@ class LocalModel:
         arguments: Mapping[str, Any],
         place_images: Callable[[str], str] | None = None,
     ) -> list[int]:
-        """Return the prompt's tokens, as in training. place_images: puts what stands for images into the rendered text. Raises
+        """Return the prompt's tokens, as in training. place_images: inserts the image placeholders into the rendered text. Raises
         RenderError, RowError, TooManyTokens."""
-        prompts = self._tongues[name].prompts
+        prompts = self._served[name].prompts
         assert prompts is not None, "only a model with a template is asked with messages"
         return prompts.ids(messages, tools=tools, arguments=arguments, most=self.limit, place_images=place_images)
 
     def text_ids(self, name: str, text: str) -> list[int]:
-        """Return tokens of a text that the model is to continue. Raises TooManyTokens."""
+        """Return the tokens of a text to be continued. Raises TooManyTokens."""
         from dstune.data.special_tokens import first_special_tokens
 
-        tongue = self._tongues[name]
-        tongue.control.check_length(text, self.limit)
-        ids = tongue.control.ids(text)
-        prefix = first_special_tokens(tongue.voice.tokenizer)
+        served = self._served[name]
+        served.control.check_length(text, self.limit)
+        ids = served.control.ids(text)
+        prefix = first_special_tokens(served.voice.tokenizer)
         return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def decode(self, name: str, ids: Sequence[int], *, special: bool = False) -> str:
-        tokenizer = self._tongues[name].voice.tokenizer
+        tokenizer = self._served[name].voice.tokenizer
         text: str = tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
     # -- images
 
     def image_processor(self, name: str) -> ImageProcessor:
-        """Return what makes inputs of images: the same for all adapters. Raises RowError where the model sees none, UserError where
-        something is missing that it needs."""
+        """Return the processor that turns images into inputs; all adapters share it. Raises RowError if the model accepts no
+        images, UserError if a dependency or file is missing."""
         vision = vision_of(self._base)
         if refused := refusal(vision, f"the model {name}"):
             raise RowError(f"they show an image; {refused}")
@@ -253,22 +256,22 @@ class LocalModel:
             self._processor = processor_of(vision)
         return self._processor
 
-    def seen(self, ids: Sequence[int], inputs: Inputs, processor: ImageProcessor) -> SeenImages:
-        """Return the images of a prompt of these tokens. inputs: what `PromptImages` makes of them."""
+    def image_inputs(self, ids: Sequence[int], inputs: Inputs, processor: ImageProcessor) -> ImageInputs:
+        """Return the image inputs of a prompt with these tokens. inputs: from `PromptImages`."""
         is_image = np.isin(np.asarray(ids, dtype=np.int64), processor.image_tokens)
         positions = None
         if processor.family.three_positions:
             grids = inputs["image_grid_thw"].numpy()
             positions = torch.from_numpy(three_positions(is_image, grids, processor.merge))
-        return SeenImages(inputs, int(np.flatnonzero(is_image)[-1]) + 1, positions)
+        return ImageInputs(inputs, int(np.flatnonzero(is_image)[-1]) + 1, positions)
 
-    def logprobs(self, name: str, ids: Sequence[int], seen: SeenImages | None = None) -> list[float]:
-        """Return the log-probability of each token but the first, given those before it. For the computing thread."""
+    def logprobs(self, name: str, ids: Sequence[int], image_inputs: ImageInputs | None = None) -> list[float]:
+        """Return the log-probability of each token but the first, given the tokens before it. Call it from the computing thread."""
         device = next(self.model.parameters()).device
-        beside = {} if seen is None else placed_images(seen.beside(0, len(ids)), self.model)
+        inputs = {} if image_inputs is None else placed_images(image_inputs.inputs_for(0, len(ids)), self.model)
         with torch.inference_mode(), self.speaking(self.adapter(name)):
             tokens = torch.tensor([list(ids)], device=device)
-            logits = self.model(input_ids=tokens, use_cache=False, **beside).logits[0]
+            logits = self.model(input_ids=tokens, use_cache=False, **inputs).logits[0]
         logprobs = logits[:-1].float().log_softmax(-1)
         targets = torch.tensor(list(ids[1:]), device=logprobs.device)
         values: list[float] = logprobs.gather(1, targets[:, None])[:, 0].tolist()

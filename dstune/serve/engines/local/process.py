@@ -1,7 +1,5 @@
-"""The process of the local engine: `python -m dstune.serve.engines.local.process`, with its settings on standard input.
-
-It ends when standard input does, so that it never outlives the gateway.
-"""
+"""The process of the local engine: `python -m dstune.serve.engines.local.process`, which reads its settings from standard input. It
+ends when standard input closes, so that it never outlives the gateway."""
 
 from __future__ import annotations
 
@@ -18,15 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dstune.core.errors import DstuneError, to_json
-from dstune.serve.server import Server, configured, run
+from dstune.serve.server import Server, make_config, run
 
 
 def run_process(app_of: Callable[[ExitStack, dict[str, Any]], Any]) -> NoReturn:
-    """Serve an application until the parent goes; what it is made of comes as a line on standard input."""
+    """Serve an application until the parent process ends. Its settings come as one line on standard input."""
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    # A failed load must not look like a crash: the gateway reads why from the status file.
+    # A failed load must not look like a crash: the gateway reads the reason from the status file.
     try:
         with ExitStack() as stack:
             code = run(serve_socket(app_of(stack, settings), settings))
@@ -39,7 +37,7 @@ def run_process(app_of: Callable[[ExitStack, dict[str, Any]], Any]) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """Wait for the end of standard input, and end the process."""
+    """Wait for the end of standard input, then end the process."""
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(10)
@@ -66,7 +64,7 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
         max_sequences=settings["max_sequences"],
         max_waiting=settings["max_waiting"],
         max_cached_tokens=settings["max_cached_tokens"],
-        failed=lambda: os.kill(os.getpid(), signal.SIGTERM),  # the gateway starts it again
+        failed=lambda: os.kill(os.getpid(), signal.SIGTERM),  # the gateway restarts it
     )
     stack.callback(scheduler.stop)
     return LanguageApp(model, scheduler)
@@ -90,7 +88,7 @@ def _encoder(settings: dict[str, Any]) -> Any:
 
 
 def compute_in(dtype: str, model: Any) -> None:
-    """Set the type of the parameters alone: the frequencies of rotary positions, which are none, stay in fp32 as everywhere
+    """Convert the parameters to `dtype`, but not the buffers: the frequencies of rotary embeddings stay in fp32 as everywhere
     else."""
     import torch
 
@@ -100,7 +98,7 @@ def compute_in(dtype: str, model: Any) -> None:
 
 
 def set_threads(settings: dict[str, Any]) -> None:
-    """Set the number of threads: those that spin starve each other, so that beside the gateway one fewer than cores computes."""
+    """Set the number of threads to one less than the number of cores: spinning threads would starve the gateway."""
     import torch
 
     cores = len(os.sched_getaffinity(0))
@@ -108,8 +106,8 @@ def set_threads(settings: dict[str, Any]) -> None:
 
 
 async def serve_socket(app: Any, settings: dict[str, Any]) -> int:
-    """Serve on a Unix socket of this user alone until SIGTERM."""
-    config = configured(
+    """Serve on a Unix socket, accessible to this user only, until SIGTERM."""
+    config = make_config(
         app, uds=settings["socket"], timeout_graceful_shutdown=settings["drain_seconds"], timeout_keep_alive=3600
     )
     os.umask(0o077)

@@ -1,8 +1,6 @@
-"""`/v1/responses` of the local engine: read as a conversation, answered in the shape of OpenAI's Responses API.
-
-Nothing is kept, so no request can refer to an earlier answer.
-https://platform.openai.com/docs/api-reference/responses-streaming has the order of a stream's events.
-"""
+"""`/v1/responses` of the local engine: read as a conversation, answered in the shape of OpenAI's Responses API. Nothing is stored,
+so no request can refer to an earlier answer. The order of a stream's events follows
+https://platform.openai.com/docs/api-reference/responses-streaming."""
 
 from __future__ import annotations
 
@@ -15,23 +13,23 @@ from dstune.serve.asgi import event
 from dstune.serve.engines.local.answers import ChatAnswers
 from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel
-from dstune.serve.engines.local.prompts import Asked
+from dstune.serve.engines.local.prompts import Conversation
 from dstune.serve.errors import ApiError
 from dstune.serve.images import is_input_image
 
 _SAME = ("model", "stream", "temperature", "top_p")
-"""Fields that a chat completion has by the same name."""
+"""Fields that have the same name in a chat completion."""
 
 
 def as_chat(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the body of a chat completion that asks the same."""
-    asked, messages = request["input"], []
+    """Return the equivalent body of a chat completion request."""
+    request_input, messages = request["input"], []
     if request.get("instructions"):
         messages.append({"role": "system", "content": request["instructions"]})
-    if isinstance(asked, str):
-        messages.append({"role": "user", "content": asked})
+    if isinstance(request_input, str):
+        messages.append({"role": "user", "content": request_input})
     else:
-        messages += map(_chat_message, asked)
+        messages += map(_chat_message, request_input)
     body = {name: request[name] for name in _SAME if name in request} | {"messages": messages}
     return body | ({"max_tokens": request["max_output_tokens"]} if "max_output_tokens" in request else {})
 
@@ -49,7 +47,7 @@ def _chat_part(part: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def naming_input() -> Iterator[None]:
-    """Name the field `input` in an ApiError about the messages, as which it was read."""
+    """Rewrite an ApiError about `messages` so that it names the field `input`, from which they were read."""
     try:
         yield
     except ApiError as error:
@@ -67,11 +65,11 @@ class ResponseAnswers(ChatAnswers):
         model: LocalModel,
         scheduler: Scheduler,
         body: Mapping[str, Any],
-        asked: Asked,
+        conversation: Conversation,
         request: Mapping[str, Any],
     ):
         """body: the request as a chat completion (`as_chat`). Raises ApiError."""
-        super().__init__(model, scheduler, body, asked)
+        super().__init__(model, scheduler, body, conversation)
         self.id, self._item = f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
         self._request = request
         self._events = 0

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Chooses the next token."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 COLDEST = 1e-4
-"""Below this temperature the most probable token is taken: divided by less, logits leave the range of fp32."""
+"""Below this temperature the most probable token is chosen: divided by less, logits would overflow fp32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request may say about its tokens."""
+    """The sampling settings of a request."""
 
     max_tokens: int
     temperature: float = 1.0
-    """0 takes the most probable token."""
+    """0 selects the most probable token."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
@@ -29,19 +29,19 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    """How many alternatives are reported beside each token; None for no log-probabilities."""
+    """How many alternatives are reported for each token; None for no log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Chosen:
     token: int
     logprob: float = 0.0
-    """Of the model itself: before temperature, penalties and bias."""
+    """The model's own: before temperature, penalties and bias."""
     top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Equal seeds choose equal tokens, whatever is computed beside them."""
+    """Chooses the tokens of one answer. Equal seeds choose equal tokens, whatever else is in the batch."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]):
         self.sampling = sampling
@@ -52,11 +52,11 @@ class Sampler:
     def choose(self, logits: Tensor) -> Chosen:
         """Choose a token. logits: float [vocabulary] of the next token, on the CPU."""
         sampling = self.sampling
-        changed = self._changed(logits)
+        changed = self._with_penalties(logits)
         if sampling.temperature < COLDEST:
             token = int(changed.argmax())
         else:
-            probabilities = _filtered(changed / sampling.temperature, sampling).softmax(-1)
+            probabilities = _with_top_k_top_p(changed / sampling.temperature, sampling).softmax(-1)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self._counts[token] = self._counts.get(token, 0) + 1
         if sampling.logprobs is None:
@@ -68,20 +68,20 @@ class Sampler:
             top = tuple(zip(indices.tolist(), values.tolist(), strict=True))
         return Chosen(token, float(logprobs[token]), top)
 
-    def _changed(self, logits: Tensor) -> Tensor:
-        """Return `logits` with penalties and bias."""
+    def _with_penalties(self, logits: Tensor) -> Tensor:
+        """Return `logits` with penalties and bias applied."""
         sampling = self.sampling
-        written = torch.tensor(list(self._counts), dtype=torch.long)
+        generated = torch.tensor(list(self._counts), dtype=torch.long)
         if sampling.repetition_penalty != 1.0:  # Keskar et al. 2019
-            seen = torch.cat([self._prompt, written]).unique()
+            context = torch.cat([self._prompt, generated]).unique()
             logits = logits.clone()
-            values = logits[seen]
+            values = logits[context]
             penalty = sampling.repetition_penalty
-            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if (sampling.presence_penalty or sampling.frequency_penalty) and len(written):
+            logits[context] = torch.where(values > 0, values / penalty, values * penalty)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and len(generated):
             counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
             logits = logits.clone()
-            logits[written] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+            logits[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if sampling.logit_bias:
             logits = logits.clone()
             tokens = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
@@ -89,8 +89,9 @@ class Sampler:
         return logits
 
 
-def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return `logits` with minus infinity where top-k, top-p and min-p leave nothing; the most probable token always stays."""
+def _with_top_k_top_p(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return `logits` with minus infinity for the tokens that top-k, top-p and min-p exclude; the most probable token always
+    stays."""
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     if sampling.min_p > 0:

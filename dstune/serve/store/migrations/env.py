@@ -1,4 +1,4 @@
-"""Run by alembic on the connection that `Database` gives it."""
+"""Run by alembic on the connection that `Database` passes."""
 
 from alembic import context
 
