@@ -189,5 +189,5 @@ def words_of(mistake: Mapping[str, Any]) -> str:
 
 def place_of(loc: Loc) -> str:
     """Return a location as clients write it: `messages[3].content`."""
-    shown = (part for part in loc if not str(part).startswith("#"))
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown).lstrip(".")
+    visible = (part for part in loc if not str(part).startswith("#"))
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in visible).lstrip(".")
