@@ -26,8 +26,11 @@ from dstune.config.data_schema import DataConfig, Padding
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
 from dstune.data.sampler import evaluation_batches, padded_batches
+from dstune.inference.rows import Query
 from dstune.models.padding import CONTENT_TOLERANCE, LENGTHS, TOLERANCE, measure_padding, rows_of_proof
 from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.classification.head import classification_head
+from dstune.tasks.classification.predict import ClassificationPredictor
 from dstune.trainer.data_loader import order_of
 from dstune.trainer.sanity_checks import check_padding
 
@@ -130,6 +133,30 @@ def test_micro_batches_without_padding_have_one_length_and_the_steps_their_rows(
     assert all(len({lengths[sample] for sample in micro_batch.samples}) == 1 for micro_batch in batches)
     packed = evaluation_batches(lengths, micro_batch_size=4, max_length=16, packing=True, padded=False)
     assert all(micro_batch.padded for micro_batch in packed)
+
+
+def test_answers_do_not_depend_on_the_rows_beside_them(folder: Path) -> None:
+    """Of a model that reads padding; with `tolerated` they do, as in training."""
+    queries = [
+        Query("", {}, {"text": " ".join(f"w{number + word}" for word in range(length)), "label": "left"})
+        for number, length in enumerate((3, 9, 3, 5, 14, 9))
+    ]
+    probabilities = {}
+    for padding in (Padding.checked, Padding.tolerated):
+        data = DataConfig(train="rows.jsonl", packing=False, padding=padding, max_length=32)
+        task = ClassificationConfig()
+        predictor = ClassificationPredictor(
+            run_config(task=task, data=data),
+            reader_of_padding(),
+            classification_head(task),
+            AutoTokenizer.from_pretrained(folder),
+            ("left", "right"),
+        )
+        for size in (1, 6):
+            answers = predictor.answers(queries, size, all_labels=True)
+            probabilities[padding, size] = [answer["probabilities"]["left"] for answer in answers]
+    assert probabilities[Padding.checked, 6] == pytest.approx(probabilities[Padding.checked, 1], rel=1e-5)
+    assert probabilities[Padding.tolerated, 6] != pytest.approx(probabilities[Padding.tolerated, 1], rel=1e-3)
 
 
 def test_batches_of_several_texts_a_row_cannot_be_without_padding() -> None:
