@@ -44,7 +44,7 @@ from dstune.trainer import baseline
 from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.measure import Evaluation, count_rows
 from dstune.trainer.safety import measure_safety
-from dstune.trainer.sanity_checks import check_padding, examine, verify_rows
+from dstune.trainer.sanity_checks import check_padding, examine, refuse_uneven_gathers, verify_rows
 from dstune.trainer.sight import prove_images
 from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
@@ -166,6 +166,7 @@ def _build(
     use_joint_sums(module)
     head = (task if loaded is config else task_of(loaded.task)).head(model, attention)
     engine = Engine(module, None, settings, world)
+    refuse_uneven_gathers(config, model, world)
     examine(head, engine, model, config.model.path)
     verify_rows(config, engine, head, attention, model.config.get_text_config(), world, message, has_images=has_images)
     if getattr(head, "rows", None) is None:
