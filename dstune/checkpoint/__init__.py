@@ -1,1 +1,1 @@
-"""Checkpoints of a run: written whole or not at all, kept by rule, read back, exported."""
+"""Checkpoints of a run: writes them atomically, prunes, reads and exports them."""

@@ -1,4 +1,4 @@
-"""The tensors of adapters in a checkpoint: which module they belong to, and what a weight is with its adapter in it."""
+"""The tensors of adapters in a checkpoint: finds their modules, and merges them into weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dstune.checkpoint.shards import Weights
 from dstune.zero.parts import gathered
 
 ADAPTED = "base_model.model."
-"""What peft puts in front of the names of the model that it wraps."""
+"""Prefix that peft adds to the names of the model that it wraps."""
 
 
 def adapters_by_module(names: Iterable[str], marks: Sequence[str]) -> dict[str, list[str]]:
-    """Return names of the tensors of each adapter, by the module that it is on. marks: `tensor_marks` of the method."""
+    """Return the names of each adapter's tensors, by the module that it adapts. marks: `tensor_marks` of the method."""
     names_by_module: dict[str, list[str]] = {}
     for name in names:
         for mark in marks:
@@ -38,7 +38,7 @@ def fill(module: nn.Module, prefix: str, names: Iterable[str], trained: Mapping[
 
 
 def merged(layer: Any, weight: Tensor) -> Tensor:
-    """Return the weight of an adapted module with its adapter in it: computed in fp32, to be rounded once."""
+    """Return the weight of an adapted module with its adapter merged, in fp32, so that it is rounded only once."""
     base = layer.get_base_layer()
     bias, base.bias = getattr(base, "bias", None), None
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -50,7 +50,7 @@ def merged(layer: Any, weight: Tensor) -> Tensor:
 
 
 def merged_parameter(layer: Any, weight: Tensor) -> Tensor:
-    """Return `weight` of a module that is no linear layer (stacked experts, their router) with the adapter `layer` in it, in
+    """Return `weight` of a module that is no linear layer (stacked experts, their router) with its adapter `layer` merged, in
     fp32."""
     base, name = layer.get_base_layer(), layer.parameter_name
     on_meta = base._parameters[name]
@@ -61,7 +61,7 @@ def merged_parameter(layer: Any, weight: Tensor) -> Tensor:
 
 
 def load_trained(module: nn.Module, checkpoint: Path) -> None:
-    """Put the trained parameters and the buffers of `checkpoint` into `module`, built as in training. Every rank must
+    """Load the trained parameters and the buffers of `checkpoint` into `module`, which is built as in training. Every rank must
     call it."""
     trained = Weights(checkpoint)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def load_trained(module: nn.Module, checkpoint: Path) -> None:
 
 
 def replace_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` into a safetensors file, beside what else is in it."""
+    """Add `tensors` to a safetensors file; those with the same names are replaced."""
     from safetensors.torch import load_file, save_file
 
     save_file(load_file(file) | {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})

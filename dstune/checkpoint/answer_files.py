@@ -1,7 +1,7 @@
 """The files of an export that decide what a server answers, and whether somebody has edited them.
 
-Held-out rows show a changed template or vocabulary only if a row uses what was changed: a default system prompt, a token, a
-temperature may occur in none of them. So a reference also holds digests of these files.
+Held-out rows reveal a changed template or vocabulary only if one of them uses what was changed; a default system prompt, a token
+or a temperature may occur in none. So a reference also has digests of these files.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ FILES = (
 FOLDERS = re.compile(r"additional_chat_templates|\d{1,3}_\w{1,60}")
 """Folders beside the weights that hold such files too: templates by name, and modules of sentence-transformers."""
 BASE_FILES = ("config.json", "generation_config.json", "*.py")
-"""Files of an adapter's base that decide; tokenizer and template are the adapter's own."""
+"""Files of an adapter's base model that decide answers; the adapter has its own tokenizer and template."""
 BASE = "base/"
-"""Prefix of their names."""
+"""Prefix of the names of `BASE_FILES`."""
 RECORDED = "files"
 """Key of `dstune.json` with the digests of the export as it was written."""
 
@@ -47,21 +47,21 @@ WITHOUT_EFFECT = frozenset(
     {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "torch_dtype", "dtype"}
     | {"base_model_name_or_path", "base_model_class", "parent_library"}
 )
-"""Keys of configurations that change no answer. The number format is compared by the engine's own, and whether another base is
-loaded by the log-probabilities."""
+"""Keys of configurations that change no answer. The engine compares the number format, and log-probabilities reveal another
+base model."""
 PROVENANCE = frozenset({"dstune", "checkpoint", "step", "base_model", RECORDED})
 """Keys of `dstune.json` that say where the export comes from."""
 LONGEST_VALUE = 60
-"""Characters of a value that is kept as it is; a longer one is kept as a digest."""
+"""Characters up to which a value is stored as it is; a longer one is stored as a digest."""
 MOST_NAMED = 3
-"""Keys of a file that a message names."""
+"""Changed keys of a file that a message lists."""
 
 Digest = dict[str, Any]
 """`sha256` of a file, and `values`: by key, the JSON text of short values and the digest of long ones."""
 
 
 def base_folder(path: str, revision: str | None) -> Path | None:
-    """Return the folder of a base model: a local one, or what the hub's cache holds of it; None if it is not on this machine."""
+    """Return the folder of a base model: a local one, or the one in the hub's cache; None if it is not on this machine."""
     path = fetched_path(path)
     if Path(path).is_dir():
         return Path(path)
@@ -76,7 +76,7 @@ def base_folder(path: str, revision: str | None) -> Path | None:
 
 
 def digest_files(folder: Path, base: Path | None = None) -> dict[str, Digest]:
-    """Return by name the digest of every file in `folder` that decides answers. base: of an adapter, the folder of its base."""
+    """Return the digests, by name, of the files in `folder` that decide answers. base: for an adapter, its base model's folder."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*")) if _is_decisive(path, FILES)]
     for inner in sorted(folder.glob("*/")):
         if FOLDERS.fullmatch(inner.name):
@@ -89,7 +89,7 @@ def digest_files(folder: Path, base: Path | None = None) -> dict[str, Digest]:
 
 
 def changed_files(before: Mapping[str, Digest], after: Mapping[str, Digest]) -> list[str]:
-    """Return what differs, a text for each file. Files of a base that only one of both has seen are not compared."""
+    """Return a text for each file that differs. Files of a base model are compared only if both sides have some."""
     both_have_base = all(any(name.startswith(BASE) for name in digests) for digests in (before, after))
     changes = []
     for name in sorted({*before, *after}):
@@ -103,7 +103,7 @@ def changed_files(before: Mapping[str, Digest], after: Mapping[str, Digest]) -> 
 
 
 def record_files(folder: Path) -> None:
-    """Write the digests of an export into its `dstune.json`, so that a reference that is made later can tell edits."""
+    """Write the digests of an export into its `dstune.json`, so that a later reference can detect edits."""
     record = read_object(folder / RECORD)
     if record is not None:
         record[RECORDED] = digest_files(folder)

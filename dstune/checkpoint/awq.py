@@ -1,4 +1,4 @@
-"""A whole model in 4 bits by AWQ (Lin et al. 2023, arXiv:2306.00978), as compressed-tensors packs it and vLLM reads it.
+"""Writes a complete model in 4 bits by AWQ (Lin et al. 2023, arXiv:2306.00978), as compressed-tensors packs it and vLLM reads it.
 
 auto-round searches the scales with which channels that carry large activations are rounded less, on rows of the training.
 """
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 128
-"""Weights of a row with one scale; the largest divisor of all rows below it where a model's rows are no multiple."""
+"""Weights of a row that share a scale. If it does not divide all rows of a model, the largest smaller number that does."""
 BLOCKS, TOKENS = 128, 512
-"""Pieces of text that scales are searched on, and their length, as in the paper's own code."""
+"""Pieces of text for the search of scales, and their length in tokens, as in the code of the paper."""
 ALONE = RankEnv(0, 1, 0, 1, "alone")
 
 

@@ -1,6 +1,6 @@
-"""The model card of an export: `README.md` with the front matter that the hub reads, and what a reader wants to know.
+"""Writes the model card of an export: `README.md` with the front matter that the hub reads, and sections for people.
 
-Facts come from the run's own files. Nothing of `tracking` or `launch` is in it, and of local paths the last part only.
+All facts come from the run's files. The card has nothing of `tracking` and `launch`, and only the last part of local paths.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
 
 @dataclass(frozen=True)
 class Export:
-    """What the example of a card loads."""
+    """An export as its model card describes and loads it."""
 
     folder: Path
     config: RunConfig
     state: Mapping[str, Any]
     adapter: bool
-    """Of peft, not a whole model."""
+    """Whether it is an adapter of peft, not a complete model."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -244,7 +244,7 @@ def _hub_name(path: str) -> str | None:
 
 
 def _licence(path: str) -> str | None:
-    """Return the licence of the base model, by its card or by the catalogue of samples, where either is on this machine."""
+    """Return the licence of the base model from its card or the catalogue of samples; None if neither is on this machine."""
     from huggingface_hub import ModelCard
 
     if samples.is_sample(path):
@@ -267,7 +267,7 @@ def _sources(config: RunConfig) -> list[str]:
 
 
 def _datasets(config: RunConfig) -> list[str]:
-    """Return ids of the data sets that come from the hub."""
+    """Return the ids of the run's data sets on the hub."""
     names = [path.partition(":")[0] for path in _sources(config) if not samples.is_sample(path)]
     return [
         name
@@ -277,7 +277,7 @@ def _datasets(config: RunConfig) -> list[str]:
 
 
 def _data_name(config: RunConfig) -> str:
-    """Return what the rows are called in public: samples and hub ids whole, of files and addresses the last part."""
+    """Return public names of the rows: complete names of samples and hub ids, the last part of files and addresses."""
     hub = _datasets(config)
     names = []
     for path in _sources(config):

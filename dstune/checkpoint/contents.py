@@ -1,7 +1,7 @@
-"""What the folder of a model has to hold beside what answers: every tensor of its base, and the files of its processor.
+"""Checks that the folder of a model is complete: it needs every tensor of its base model, and the files of its processor.
 
-A server that has the language model alone answers rows of text like the model that was trained, and yet does not start elsewhere
-(vLLM asks for a processor), or sees nothing. Files alone tell: nothing here imports torch.
+A folder with the language model alone answers text like the trained model, but vLLM does not start on it (it needs a
+processor), or the model sees no images. Checking needs only the files: this module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )
-"""What `AutoProcessor` reads beside the tokenizer: how images and sound become inputs of the model. Servers ask for them even for
-rows of text."""
+"""Files that `AutoProcessor` reads beside the tokenizer, which say how images and sound become inputs of the model. Servers need
+them even for text."""
 MOST_HEADER_BYTES = 100 << 20
 KEY = "contents"
-"""In `dstune.json`."""
+"""Key in `dstune.json`."""
 
 
 def describe_contents(folder: Path) -> dict[str, Any]:
-    """Return what an export that has just been written holds, for `missing_contents`."""
+    """Describe the contents of a freshly written export, for `missing_contents`."""
     names = _tensor_names(folder)
     return {"tensors": len(names), "names": _digest(names), "processor": _processor_files(folder)}
 
 
 def missing_contents(folder: Path, record: Mapping[str, Any], base: Path | None) -> str:
-    """Return what the folder of a whole model lacks; empty where it is known to lack nothing.
+    """Return what the folder of a complete model lacks; empty if nothing is known to be missing.
 
-    record: its `dstune.json`. base: folder of the model that it was trained from, where that is on this machine.
+    record: its `dstune.json`. base: folder of the model that it was trained from, if that is on this machine.
     """
-    if not (folder / "config.json").is_file():  # GGUF, which has a form of its own
+    if not (folder / "config.json").is_file():  # GGUF, which has another layout
         return ""
     names = _tensor_names(folder)
     recorded = record.get(KEY)
@@ -72,15 +72,15 @@ def _missing_of_base(config: Mapping[str, Any], names: set[str], base: Path) -> 
 
 
 def _is_among(name: str, names: set[str]) -> bool:
-    """Return whether a tensor is there, under a name with or without the outermost module's."""
+    """Return whether `names` has the tensor `name`, with or without the name of the outermost module."""
     starts = {name_in_file.partition(".")[0] for name_in_file in names}
     other = {*layouts_of(name), name.partition(".")[2], *(f"{start}.{name}" for start in starts)}
     return bool(other & names)
 
 
 def layouts_of(name: str) -> tuple[str, ...]:
-    """Return the names that a tensor or module of a language model inside a larger model has in published files: with `model`
-    outside of `language_model`, as modules of transformers are called, or inside."""
+    """Return the names in published files of a tensor or module of a language model that is part of a larger model: `model` may be
+    outside of `language_model`, as in transformers, or inside."""
     for first, second in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
         for prefix, other_prefix in ((first, second), (second, first)):
             if name.startswith(prefix):
@@ -89,7 +89,7 @@ def layouts_of(name: str) -> tuple[str, ...]:
 
 
 def is_composite(config: Mapping[str, Any]) -> bool:
-    """Return whether a `config.json` is of a model with a language model and other parts."""
+    """Return whether a `config.json` describes a language model with further parts, such as a vision tower."""
     parts = {name for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
     return "text_config" in parts and bool(parts & {"vision_config", "audio_config", "image_config", "speech_config"})
 
@@ -107,7 +107,7 @@ def _digest(names: Iterable[str]) -> str:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shapes by the header of a safetensors file. Raises UserError where it is none."""
+    """Read the tensors' shapes from the header of a safetensors file. Raises UserError if it is no such file."""
     try:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))

@@ -1,8 +1,8 @@
-"""Copies of a run's files that appear whole, with nothing but creating, writing and removing files: for places that cannot
-append, lock, rename or change modes (`dstune.launch.mirror`).
+"""Copies a run's files atomically by only creating, writing and removing files, for file systems that cannot append, lock, rename
+or change modes (`dstune.launch.mirror`).
 
-What must not be lost when a copy is cut short (`run.yaml`, `metrics.jsonl`) is written twice: first beside itself, with a
-digest at its end, then in its place. Of a checkpoint `COMMITTED` comes last. Of an export its description comes last.
+Files that must survive an interrupted copy (`run.yaml`, `metrics.jsonl`) are written twice: first to a spare file with a digest
+at its end, then to their own path. `COMMITTED` is the last file of a checkpoint; the description is the last one of an export.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SPARE = ".spare"
 DIGEST_BYTES = 16
 CHECKPOINTS = "checkpoints"
 DESCRIPTIONS = ("config.json", "adapter_config.json")
-"""Of an export: what makes a folder one."""
+"""Files whose presence makes a folder an export."""
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 NOT_COPIED = (".lock", "lease.json", paths.STOP_FILE, paths.SAVE_FILE, paths.PRUNE_FILE, paths.SIGNAL_FILE)
 TEMPORARY = (INCOMPLETE, store.REPLACED, store.DAMAGED, SPARE)
 
 
 def names_in(run: Path) -> Iterator[str]:
-    """Yield files below `run` that are copied, relative to it: neither links, nor what is being written, nor checkpoints."""
+    """Yield the files below `run` that are copied, relative to it: no links, temporary files or checkpoints."""
     for folder, folders, files in os.walk(run):
         folders[:] = [name for name in folders if name != CHECKPOINTS and not name.endswith(TEMPORARY)]
         for name in files:
@@ -68,30 +68,33 @@ def copy(source: Path, target: Path, *, end: bytes = b"", digest: xxhash.xxh3_64
                 raise
 
 
-def emptied(target: Path) -> BinaryIO:
-    """Return `target` open for writing, without what it held; a link in its place goes, what it led to stays."""
+def open_truncated(target: Path) -> BinaryIO:
+    """Open `target` for writing, truncated. A link is replaced; the file that it leads to stays."""
     if target.is_symlink():
         target.unlink()
     return target.open("wb")
 
 
 def spare_of(target: Path) -> Path:
-    """Return where `copy_twice` writes first. It is left behind only where the copy was cut short."""
+    """Return the path that `copy_twice` writes first, which remains only if the copy was interrupted."""
     return target.with_name(f".{target.name}{SPARE}")
 
 
 def remove(target: Path) -> None:
-    """Remove what `copy_twice` wrote, with what is left of a copy that was cut short."""
+    """Remove a file that `copy_twice` wrote, and its spare file."""
     spare_of(target).unlink(missing_ok=True)
     target.unlink(missing_ok=True)
 
 
 def copy_twice(source: Path, target: Path) -> None:
-    """Replace `target` by the content of `source`; cut short at any point, `read_back` gives the old or the new."""
+    """Replace `target` by the content of `source`. If this is interrupted, `read_back` returns the old or the new content."""
     spare = spare_of(target)
     copy(source, spare, digest=xxhash.xxh3_64())
     size = spare.stat().st_size - DIGEST_BYTES
-    with spare.open("rb") as read, emptied(target) as write:  # of the spare: the source may have grown since
+    with (
+        spare.open("rb") as read,
+        open_truncated(target) as write,
+    ):  # from the spare file: the source may have grown since
         while size and (block := read.read(min(BLOCK, size))):
             write.write(block)
             size -= len(block)
@@ -99,7 +102,7 @@ def copy_twice(source: Path, target: Path) -> None:
 
 
 def read_back(source: Path, target: Path) -> None:
-    """Copy `source`, which `copy_twice` wrote, or its spare where that is whole: then `source` may be cut short."""
+    """Copy `source`, which `copy_twice` wrote; or its spare file if that is complete, since `source` may then be incomplete."""
     spare = spare_of(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not is_whole(spare):
@@ -110,7 +113,7 @@ def read_back(source: Path, target: Path) -> None:
 
 
 def is_whole(spare: Path) -> bool:
-    """Return whether the digest at the end of `spare` is that of its content."""
+    """Return whether the spare file ends with the digest of its content."""
     try:
         bytes_left = spare.stat().st_size - DIGEST_BYTES
         if bytes_left < 0:
@@ -126,15 +129,15 @@ def is_whole(spare: Path) -> bool:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Make `target` a copy of the checkpoint `source`, unless it is one. Cut short at any point, `target` or
-    `target.incomplete` is what was there before, or the new one, whole. Raises OSError."""
+    """Make `target` a copy of the checkpoint `source`, unless it is one already. If this is interrupted, `target` or
+    `target.incomplete` is still a complete checkpoint, the old or the new one. Raises OSError."""
     marker = (source / store.COMMITTED).read_bytes()
     again = target.with_name(target.name + INCOMPLETE)
     if store.is_committed(target):
         if (target / store.COMMITTED).read_bytes() == marker:
             _remove(again)
             return
-        _copy_whole(source, again)  # the same step saved once more: what is there goes when this is whole
+        _copy_whole(source, again)  # the same step was saved again: keep the old copy until this one is complete
     _copy_whole(source, target)
     _remove(again)
 
@@ -160,7 +163,7 @@ def _remove(folder: Path) -> None:
 
 
 def fetch(place: Path, work: Path) -> None:
-    """Bring the run at `place` to `work`, an empty folder: its files, and the checkpoints that it can go on from."""
+    """Copy the run at `place` into the empty folder `work`: its files, and the checkpoints that it can continue from."""
     spares = {path.relative_to(place) for path in place.rglob(f".*{SPARE}")}
     names = {*names_in(place), *(str(spare.with_name(spare.name[1 : -len(SPARE)])) for spare in spares)}
     for name in sorted(names):
@@ -183,15 +186,15 @@ def fetch(place: Path, work: Path) -> None:
 
 @contextmanager
 def folder_for(out: Path) -> Iterator[Path]:
-    """Yield the folder that an export to `out` is made in: `out` itself, or where that place cannot rename or change modes, one
-    on this machine's disk that is copied when the block ends."""
+    """Yield the folder to write an export into: `out`, or, if its file system cannot rename or change modes, a local folder that is
+    copied to `out` when the block ends."""
     if not refused_operations(out):
         yield out
         return
     with tempfile.TemporaryDirectory(prefix="dstune-export-", ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / out.name
         yield made
-        for description in DESCRIPTIONS:  # without it, what is left of a former export is none
+        for description in DESCRIPTIONS:  # removed first, so that a half-removed former export is no export
             (out / description).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(out)

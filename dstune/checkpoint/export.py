@@ -1,7 +1,7 @@
-"""A checkpoint of a run as a plain Hugging Face folder (`dstune.inference.export_command` is the verb).
+"""Exports a checkpoint of a run as a plain Hugging Face folder (`dstune.inference.export_command` is the verb).
 
-The folder is made aside and renamed when it is whole. What is in it: weights, configuration and tokenizer
-(`model_folder.py`), a model card (`card.py`), and what `dstune evaluate` needs to know of the run (`record.py`).
+The folder is written under another name and renamed when it is complete. It has weights, configuration and tokenizer
+(`model_folder.py`), a model card (`card.py`), and a record of the run for `dstune evaluate` (`record.py`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
 
 
 def check_gguf(config: RunConfig, architecture: Any) -> None:
-    """Raises UserError where the run's model or its tokenizer has no GGUF form."""
+    """Raise UserError if the run's model or its tokenizer cannot be written as GGUF."""
     from dstune.checkpoint.gguf_file import check_architecture
     from dstune.checkpoint.gguf_vocabulary import read_vocabulary
     from dstune.models.load import load_tokenizer
@@ -120,7 +120,7 @@ def check_gguf(config: RunConfig, architecture: Any) -> None:
 
 
 def write_gguf_export(config: RunConfig, whole: Path, folder: Path, kind: str) -> Path:
-    """Write the whole model in `whole` to `folder`, with what a server needs beside the file. Returns the file."""
+    """Write the complete model in `whole` to `folder` as GGUF, with the files that a server needs beside it. Returns the file."""
     from dstune.checkpoint.gguf_file import write_gguf
     from dstune.checkpoint.ollama import modelfile
     from dstune.data.stopping import stop_token_ids
@@ -148,10 +148,10 @@ def write_gguf_export(config: RunConfig, whole: Path, folder: Path, kind: str) -
 
 
 def existing_or_new_export(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
-    """Return the folder with what a run has learnt up to a checkpoint, `which`: a step, `best` or `last`. It is the run's `export/`
-    if that can be used (`current_export`), else an export of it into `scratch`. With `merge` it is a whole model, never an adapter.
+    """Return the folder of an export of the checkpoint `which`: a step, `best` or `last`. It is the run's `export/` if that is of
+    this checkpoint (`current_export`), else a new export in `scratch`. With `merge` it is a complete model, never an adapter.
 
-    Raises UserError where the run has saved no such checkpoint, or its files are damaged.
+    Raises UserError if the run has saved no such checkpoint, or its files are damaged.
     """
     export = current_export(run_dir, which=which, merge=merge)
     if export is not None:
@@ -176,8 +176,8 @@ def model_of_export(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -> Path | None:
-    """Return the run's `export/`, if it was made of that very checkpoint, or is all that was kept, and carries no code but that
-    of the base model. Raises UserError as `existing_or_new_export`."""
+    """Return the run's `export/` if it was made from this checkpoint, or no checkpoint is left, and it has no code other than the
+    base model's; else None. Raises UserError as `existing_or_new_export` does."""
     folder = run_dir / "export"
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     foreign = config.model.trust_remote_code and not is_of_base(folder, config.model)
@@ -185,14 +185,14 @@ def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -
     if not description.is_file() and not merge:
         description = folder / "adapter_config.json"
     exists = description.is_file()
-    if exists and which == "last" and store.newest(run_dir) is None:  # the export is all that was kept
+    if exists and which == "last" and store.newest(run_dir) is None:  # all checkpoints were removed
         if foreign:
             reason = "it carries code that is not known to be that of its base model, which alone the run trusts"
             raise UserError(Problem(str(folder), reason, f"read it; then give {folder} with --trust-remote-code"))
         return folder
     checkpoint = find_checkpoint(run_dir, which)
     if exists and not foreign and read_record(folder).get("checkpoint") == checkpoint.name:
-        # The same step may have been saved again since, by a run that went on from an earlier one.
+        # A run that continued from an earlier checkpoint may have saved the same step again since.
         saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
         if description.stat().st_mtime_ns >= saved:
             return folder
@@ -216,8 +216,7 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence what DeepSpeed, bitsandbytes and torch say of themselves while peft imports them: nothing of it is about the
-    export."""
+    """Silence the messages of DeepSpeed, bitsandbytes and torch when peft imports them: none of them concerns the export."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if importlib.util.find_spec("deepspeed") is not None:
         from dstune.zero import accelerator
@@ -231,6 +230,7 @@ def quietly() -> Iterator[None]:
 
 
 def check_free(out: Path, force: bool) -> None:
+    """Raise UserError if `out` exists, unless it is a former export and `force` allows replacing it."""
     if not out.exists():
         return
     if not force:
@@ -244,11 +244,11 @@ def check_free(out: Path, force: bool) -> None:
         raise UserError(Problem("--out", "is no former export, so it is not replaced", "give another folder", str(out)))
 
 
-# -- what is asked for ----------------------------------------------------------------------------------------------
+# -- checks of the request -------------------------------------------------------------------------------------------
 
 
 def refuse_unmergeable(flag: str, config: MethodConfig) -> None:
-    """Raises UserError where `flag` (`--merge`, `--gguf`, `--quantize`) asks for a whole model that there is none of."""
+    """Raise UserError if `flag` (`--merge`, `--gguf`, `--quantize`) needs a merged model and the method has nothing to merge."""
     method = method_of(config)
     if method.merges or (flag in ("--gguf", "--quantize") and not method.adapter):
         return
@@ -285,7 +285,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
 
 
 def refuse_damaged(run_dir: Path, checkpoint: Path) -> None:
-    """Raises UserError where files of `checkpoint` are not what was saved; it names the newest other one that is whole."""
+    """Raise UserError if files of `checkpoint` have changed since the save; it names the newest other checkpoint that is intact."""
     try:
         damaged = store.damaged_files(checkpoint)
     except FileNotFoundError:

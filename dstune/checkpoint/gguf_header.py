@@ -1,6 +1,6 @@
-"""What a GGUF file says of its tensors, read as a stranger's: nothing is believed that the file is too short for.
+"""Reads the header of an untrusted GGUF file: counts and lengths that exceed the file's size are refused.
 
-The `gguf` package's own reader takes a count of 2^40 values at its word and does not come back.
+The reader of the `gguf` package believes a count of 2^40 values and never returns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes by the number of a type, as in llama.cpp's specification of the format."""
 _TEXT, _LIST = 8, 9
 _LEAST_OF_A_TENSOR = 24
-"""Bytes of its entry: lengths of name and shape, type and place."""
+"""Least bytes of a tensor's entry: lengths of name and shape, type and offset."""
 
 
 def matrix_types(file: Path) -> set[int]:
@@ -111,8 +111,8 @@ class _Header:
         self._stream.seek(size, 1)
 
     def _count(self, size: int) -> None:
-        """Check that as many entries can follow: each step takes bytes off, so that no count in the file is worked through
-        longer than the file is."""
+        """Take `size` bytes off the rest of the file. Raises ValueError if it is shorter: so no count in the file can make the
+        reader do more steps than the file has bytes."""
         if size > self._bytes_left:
             raise ValueError("it is shorter than it says")
         self._bytes_left -= size

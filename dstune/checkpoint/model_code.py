@@ -1,4 +1,4 @@
-"""Python code that an export carries: that of its base model, or dstune's own head; anything else somebody has put there."""
+"""Checks the Python code in an export: only that of its base model and dstune's own head is trusted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dstune.core.parsing import object_in
 
 
 def is_of_base(folder: Path, base: ModelConfig) -> bool:
-    """Return whether the model in `folder` would run no other code than its base, which must be on this machine, and dstune's own.
+    """Return whether the model in `folder` runs only dstune's code and that of its base model, which must be on this machine.
 
-    `model.trust_remote_code` of a run consents to the code of its base model alone. An adapter names its base itself.
+    `model.trust_remote_code` of a run only allows the code of its base model. An adapter names its base itself.
     """
     from dstune.checkpoint.model_folder import base_name
     from dstune.models import pooled

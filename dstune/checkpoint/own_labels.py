@@ -1,4 +1,4 @@
-"""The labels of a model that is trained already, which are its own whatever rows it meets."""
+"""Takes the labels from a model that has a trained head, regardless of the rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dstune.protocols.task_options import ReadsArchitecture
 
 
 def with_labels(config: RunConfig) -> RunConfig:
-    """Return `config` with what the model itself says of its task: its labels in their order, whether a row may have several.
+    """Return `config` with the task's settings from the model: its labels in order, and whether a row may have several.
 
-    Raises UserError where the model has no trained head for the task.
+    Raises UserError if the model has no trained head for the task.
     """
     task = task_of(config.task)
     if not task.head_classes:
@@ -31,9 +31,9 @@ def with_labels(config: RunConfig) -> RunConfig:
 
 
 def name_labels(run: RunConfig, architecture: PretrainedConfig, **values: Any) -> RunConfig:
-    """Return `run` with the labels of the model, where they have names, and with these `values` of its task.
+    """Return `run` with the model's labels, if they have names, and with `values` set in its task.
 
-    Raises UserError where `task.labels` are not as many.
+    Raises UserError if `task.labels` has another number of labels.
     """
     labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
     own_names = any(label != f"LABEL_{index}" for index, label in enumerate(labels))

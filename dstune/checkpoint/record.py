@@ -1,4 +1,4 @@
-"""What an export records of its run beside the model (`dstune.json`), so that it can be evaluated as it was trained."""
+"""Writes and reads the record of a run in its export (`dstune.json`), by which the model is evaluated as it was trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "dstune.json"
 RECORDED = ("format", "max_length", "packing")
-"""Keys of `data` in it."""
+"""Keys of `data` that are recorded."""
 
 
 def write_record(
@@ -71,12 +71,12 @@ def write_record(
 
 
 def _head(architecture: PretrainedConfig) -> dict[str, Any]:
-    """Return what builds the head of an adapter's base again without the code of the task (`lakehouse.registered_model`)."""
+    """Return the values that rebuild the head of an adapter's base model without the task's code (`lakehouse.registered_model`)."""
     return {"outputs": architecture.num_labels, "problem_type": architecture.problem_type}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record in `folder`, as far as it is of the kind that is written; empty where there is none that can be read."""
+    """Return the record in `folder`, without malformed `task` or `data`; empty if there is no readable record."""
     record = object_in(folder / NAME)
     task, data = record.get("task"), record.get("data")
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
@@ -87,8 +87,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_task(folder: Path, kind: type[Task]) -> TaskConfig:
-    """Return the configuration of the task `kind` that the record in `folder` holds. Raises UserError where a key or value is
-    none of that task's, or refers to the environment of this machine."""
+    """Return the configuration of the task `kind` in the record in `folder`. Raises UserError if a key or value is invalid for that
+    task, or refers to the environment of this machine."""
     task = read_record(folder)["task"]
     _refuse_references(folder, {f"task.{key}": value for key, value in task.items()}, [])
     config: TaskConfig = build(kind.Config, task, f"{folder / NAME}: task")
@@ -96,10 +96,10 @@ def recorded_task(folder: Path, kind: type[Task]) -> TaskConfig:
 
 
 def recorded_overrides(folder: Path, command_overrides: list[str]) -> list[str]:
-    """Return the export's task and data settings as overrides; without the task's where `command_overrides` chooses another.
+    """Return the export's task and data settings as overrides; without the task's if `command_overrides` chooses another task.
 
-    A folder without a record gives the task that the head in its config.json is for, or its sentence-transformers files.
-    The plugins of the project and of `command_overrides` are active afterwards, since a task may be one's.
+    Without a record, the task follows from the head in `config.json`, or from sentence-transformers files.
+    Activates the plugins of the project and of `command_overrides`, since the task may come from one of them.
     """
     activate_requested(command_overrides)
     chosen = next((text.partition("=")[2] for text in command_overrides if text.startswith("task=")), None)
@@ -134,7 +134,7 @@ def recorded_overrides(folder: Path, command_overrides: list[str]) -> list[str]:
 
 
 def _refuse_references(folder: Path, recorded: dict[str, Any], overrides: list[str]) -> None:
-    """Raises UserError where composing the overrides would resolve what somebody has written into the record."""
+    """Raise UserError if composing the overrides would resolve a reference in the record, which anybody may have written."""
     words = {key_of(text) for text in overrides}
     for key, value in recorded.items():
         if "$" in key or (may_refer(json.dumps(value)) and key not in words):
@@ -143,7 +143,7 @@ def _refuse_references(folder: Path, recorded: dict[str, Any], overrides: list[s
 
 
 def public_name(path: str) -> str:
-    """Return a hub id or sample as it is, and of a local folder the name only: its path is nobody else's business."""
+    """Return a hub id or sample unchanged, and only the name of a local folder: its path is private."""
     if isinstance(path, EnvironmentText):
         return path.reference
     if path.startswith("sample://"):

@@ -1,4 +1,5 @@
-"""Saves of all ranks together: written aside, synced, read back, and committed last; at once or in the background."""
+"""Saves checkpoints of all ranks: files are written into a temporary folder, synced, read back and committed; at once or in the
+background."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
 
 POLL_SECONDS = 0.05
-"""How often rank 0 looks for what the other ranks say of their part of a save in the background."""
+"""How often rank 0 looks for the other ranks' reports of a save in the background."""
 
 
 @dataclass
@@ -33,17 +34,17 @@ class PendingSave:
 
     thread: threading.Thread
     reported: threading.Event = field(default_factory=threading.Event)
-    """This rank's files are written, and rank 0 can read so, or `unreported` is set."""
+    """Set when this rank has written its report, or `unreported`."""
     unreported: str = ""
-    """What this rank could not even write into its report."""
+    """Why this rank could not write its report; empty if it could."""
     parts: list[str] | None = None
-    """Rank 0: what the ranks could not report, once they have been asked."""
+    """Rank 0: `unreported` of all ranks, once gathered."""
     refusal: str = ""
-    """Rank 0: why there is no checkpoint of it."""
+    """Rank 0: why the save gave no checkpoint."""
 
 
 class CheckpointAccess:
-    """What both reading and writing the checkpoints of one run need; every rank has one."""
+    """The state that reading and writing the checkpoints of a run share; every rank has one."""
 
     def __init__(
         self,
@@ -61,23 +62,23 @@ class CheckpointAccess:
 class Saves(CheckpointAccess):
     """Writes the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
-    In the background (`checkpoint.mode=async`) each rank copies its shards to host memory and goes on; a thread writes
-    them, then says so in a file of its own. The thread of rank 0 waits for these files and commits. There is no collective
-    in it, so it may run beside any of the loop's. A rank that dies leaves the folder without a marker: no checkpoint.
+    In the background (`checkpoint.mode=async`) each rank copies its shards to host memory and continues; a thread writes them,
+    then a report file. The thread of rank 0 waits for all reports and commits. The threads use no collectives, which could mix
+    with those of the loop. If a rank dies, the folder gets no marker and is no checkpoint.
 
-    facts: what is written into each checkpoint. message: shows a line to the user.
+    facts: written into each checkpoint. message: shows a line to the user.
     """
 
     _pending: PendingSave | None = None
     refusal = ""
-    """Why the last save came to nothing, on every rank; empty when it was written."""
+    """Why the last save failed, on every rank; empty if it was written."""
 
     def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool:
-        """Save all ranks. now: on the disk when this returns, whatever `checkpoint.mode` says. whole: so that the run can
-        be continued, whatever `checkpoint.weights_only` says.
+        """Save all ranks, after the previous save has finished. now: write it before this returns, regardless of `checkpoint.mode`.
+        whole: save everything needed to continue, regardless of `checkpoint.weights_only`.
 
-        Returns whether it was (or, in the background, is being) written. Where the disk does not take it, the earlier
-        checkpoints are untouched, the reason is told and is in `refusal`. A save waits for the one before.
+        Returns whether it was written, or is being written in the background. If the disk refuses, earlier checkpoints stay, the
+        reason is shown to the user and is in `refusal`.
         """
         began = time.monotonic()
         self.wait_for_pending_save()
@@ -99,12 +100,12 @@ class Saves(CheckpointAccess):
         refusal = _refusals([error for _, error in parts])
         if self._world.is_main and not refusal:
             refusal = self._commit(folder, described, _joined([entries for entries, _ in parts]))
-        self._conclude(state.step, folder, self._world.broadcast(refusal))
+        self._record_outcome(state.step, folder, self._world.broadcast(refusal))
         state.save_seconds = time.monotonic() - began
         return not self.refusal
 
     def wait_for_pending_save(self) -> bool:
-        """Wait for the save in the background. Returns False where it came to nothing."""
+        """Wait for the save in the background. Returns False if it failed."""
         if self._pending is None:
             return True
         self._pending.reported.wait()
@@ -115,13 +116,13 @@ class Saves(CheckpointAccess):
         return not self.refusal
 
     def _prepare(self, step: int, weights_only: bool) -> Path | None:
-        """Return the empty folder that a checkpoint is written into; None where there is no room for it."""
+        """Create the empty folder for a checkpoint and return it; None if the disk has no room for the checkpoint."""
         folder = store.folder(self._run_dir) / (store.tag(step) + INCOMPLETE)
         refusal = ""
         if self._world.is_main:
             refuse_if_superseded()
             try:
-                # What a torn save of other ranks or another stage left would be taken for a part of this one.
+                # Files left by an interrupted save of another layout would be taken for a part of this one.
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 size, free = self._engine.checkpoint_bytes(weights_only=weights_only), shutil.disk_usage(folder).free
@@ -129,17 +130,17 @@ class Saves(CheckpointAccess):
                     refusal = f"it takes about {megabytes(size)}, and {megabytes(free)} are free"
             except OSError as error:
                 refusal = str(error)
-        self._conclude(step, folder, self._world.broadcast(refusal))
+        self._record_outcome(step, folder, self._world.broadcast(refusal))
         return None if self.refusal else folder
 
-    def _conclude(self, step: int, folder: Path, refusal: str) -> None:
-        """Remember and tell on every rank how a save went."""
+    def _record_outcome(self, step: int, folder: Path, refusal: str) -> None:
+        """Set `refusal` on every rank, and report a failed save on rank 0."""
         self.refusal = refusal
         if refusal and self._world.is_main:
             self._report_unsaved(step, folder)
 
     def _report_unsaved(self, step: int, folder: Path) -> None:
-        if not is_superseded():  # else the other group may be writing a folder of this name now
+        if not is_superseded():  # otherwise another group of ranks may be writing a folder of this name
             shutil.rmtree(folder, ignore_errors=True)
         whole = store.newest(self._run_dir)
         remainder = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
@@ -157,7 +158,7 @@ class Saves(CheckpointAccess):
         }
 
     def _commit(self, folder: Path, described: dict[str, Any], entries: dict[str, Any]) -> str:
-        """Commit a save, on rank 0. Returns why it could not be done."""
+        """Commit a save, on rank 0. Returns why it could not be committed; empty if it was."""
         try:
             refuse_if_superseded()
             store.commit(folder, described, entries)
@@ -181,13 +182,13 @@ class Saves(CheckpointAccess):
         try:
             temporary.write_text(json.dumps({"entries": save.entries, "error": save.error}))
             temporary.rename(report)
-        except OSError as error:  # told when all ranks meet again
+        except OSError as error:  # gathered in `wait_for_pending_save`
             self._pending.unreported = save.error or str(error)
         self._pending.reported.set()
         if not self._world.is_main:
             return
         try:
-            parts = [self._part_of(folder, rank) for rank in range(self._world.size)]
+            parts = [self._wait_for_report(folder, rank) for rank in range(self._world.size)]
             refusal = _refusals([part["error"] for part in parts])
             if not refusal:
                 for rank in range(self._world.size):
@@ -201,8 +202,8 @@ class Saves(CheckpointAccess):
         self._pending.refusal = refusal
         state.save_seconds = time.monotonic() - began
 
-    def _part_of(self, folder: Path, rank: int) -> dict[str, Any]:
-        """Return what `rank` says of its part of a save. A rank that died says nothing: then this process is ended soon."""
+    def _wait_for_report(self, folder: Path, rank: int) -> dict[str, Any]:
+        """Wait for the report of `rank` and return it. A dead rank never reports, but then the launcher ends this process too."""
         report = _report_file(folder, rank)
         while True:
             if report.exists():

@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from."""
+"""Loads the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ UNCHANGED = {
     "samples": ("data.train", OTHER_ROWS),
     "content": ("data.train", OTHER_ROWS),
 }
-"""What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
+"""Facts that must be equal in a checkpoint and the run that continues it: the key to change if they differ, and the fix."""
 
 LAYOUT = ("world_size", "zero_stage", "weight_parts", "shard_settings")
-"""What DeepSpeed's own shards depend on."""
+"""Facts that DeepSpeed's shards depend on."""
 OF_EARLIER_VERSIONS: dict[str, Any] = {"weight_parts": 1, "shard_settings": {}}
-"""Of a checkpoint of an earlier version."""
+"""Facts that checkpoints of earlier versions do not state."""
 
 SAVES_OF_FREE_SPACE = 2
 """A save is written beside the checkpoint that it will replace."""
@@ -43,16 +43,16 @@ SAVES_OF_FREE_SPACE = 2
 class Checkpoints(CheckpointAccess):
     """Reads the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
-    facts: what stands in each checkpoint and, where UNCHANGED has it, must be equal in what is continued.
+    facts: written into each checkpoint; those in `UNCHANGED` must be equal in the checkpoint that is continued.
     message: shows a line to the user.
     """
 
     def resume(self) -> TrainState:
-        """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0.
+        """Load the newest complete checkpoint of the run, or of the run that `run.resume` names; without one, start at step 0.
 
-        A checkpoint with a file that differs from its checksum is named and passed over.
+        A checkpoint with a file that differs from its checksum is reported and skipped.
 
-        Raises UserError where what must not change between launches has changed, or no checkpoint is undamaged.
+        Raises UserError if a fact of `UNCHANGED` has changed, or all checkpoints are damaged.
         """
         source = self._source()
         checkpoint = self._newest_undamaged(source)
@@ -62,7 +62,7 @@ class Checkpoints(CheckpointAccess):
             return TrainState()
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
-        with store.hold(checkpoint):  # of another run too, which may be going on and prune
+        with store.hold(checkpoint):  # it may belong to another run that is still running and pruning
             if self._has_same_shards(checkpoint, saved):
                 self._engine.load(checkpoint.parent, checkpoint.name)
             else:
@@ -76,15 +76,15 @@ class Checkpoints(CheckpointAccess):
         return TrainState.from_dict(saved["train"])
 
     def remembered(self, name: str) -> Any:
-        """Return what the run that will be continued has in `TrainState.results` since its start; None where it has not, or
-        where there is none."""
+        """Return the entry `name` of `TrainState.results` in the checkpoint that will be continued; None without entry or
+        checkpoint."""
         source = self._source()
         checkpoint = store.resumable(source) if self._world.is_main else None
         result = store.read_state(checkpoint)["train"]["results"].get(name) if checkpoint is not None else None
         return self._world.broadcast(result)
 
     def _source(self) -> Path:
-        """Return the run whose newest checkpoint is continued. Every rank must call it."""
+        """Return the directory of the run whose newest checkpoint is continued. Every rank must call it."""
         if self._world.is_main:
             store.repair(self._run_dir)
         if self._world.broadcast(store.resumable(self._run_dir)) is None and self._config.run.resume not in (
@@ -109,25 +109,25 @@ class Checkpoints(CheckpointAccess):
                 )
 
     def rewind(self) -> TrainState | None:
-        """Load the newest whole checkpoint that this run itself has; None, and nothing is changed, where it has none."""
+        """Load the newest complete checkpoint that this run has written. Without one, return None and change nothing."""
         if self._world.broadcast(store.resumable(self._run_dir)) is None:
             return None
         return self.resume()
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint of this very run, to measure them: the run does not train on from them."""
+        """Load the weights of one of this run's checkpoints to measure them. The run must not train on afterwards."""
         with store.hold(checkpoint):
             self._engine.restore(Shards(checkpoint))
 
     def _has_same_shards(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
-        """Return whether each rank loads the shards that a rank in its place saved."""
-        now, saved_facts = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
-        is_same_layout = all(saved_facts.get(fact) == now.get(fact) for fact in LAYOUT)
+        """Return whether each rank can load the shards that the same rank number saved."""
+        facts, saved_facts = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
+        is_same_layout = all(saved_facts.get(fact) == facts.get(fact) for fact in LAYOUT)
         return is_same_layout and not self._engine.swaps and not in_pieces(checkpoint)
 
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
-        """Find the newest undamaged checkpoint. Each rank hashes its share of the files; all come to the same answer. What it
-        loads as it is, it has read then."""
+        """Return the newest undamaged checkpoint, the same on all ranks. Each rank hashes a share of the files. Shards that it will
+        load are read ahead in the same pass."""
         damage_by_name: dict[str, str] = {}
         absent: set[Path] = set()
         while (checkpoint := self._newest_but(run_dir, damage_by_name)) is not None:
@@ -159,18 +159,17 @@ class Checkpoints(CheckpointAccess):
         return self._world.broadcast(newest)
 
     def _damaged_files(self, checkpoint: Path) -> list[str] | None:
-        """Return the damaged files; None where the run that the checkpoint belongs to goes on and has removed it: there is a
-        newer one."""
+        """Return the damaged files; None if the run that the checkpoint belongs to is running and has pruned it for a newer one."""
         hashes: dict[str, str] | None = None
         with suppress(FileNotFoundError), store.hold(checkpoint):
             is_same = self._has_same_shards(checkpoint, store.read_state(checkpoint))
             hashes = self._engine.read_ahead(checkpoint.parent, checkpoint.name) if is_same else {}
-        read = self._world.gather(None if hashes is None else list(hashes))
+        names_read = self._world.gather(None if hashes is None else list(hashes))
         local_damage: list[str] | None = None
-        if hashes is not None and None not in read:
+        if hashes is not None and None not in names_read:
             with suppress(FileNotFoundError):
-                others = {*store.committed_files(checkpoint)} - {name for names in read for name in names or ()}
-                share = store.share_of_files(others, self._world.rank, self._world.size)
+                unread = {*store.committed_files(checkpoint)} - {name for names in names_read for name in names or ()}
+                share = store.share_of_files(unread, self._world.rank, self._world.size)
                 local_damage = store.damaged_files(checkpoint, {*hashes, *share}, hashes)
         parts = self._world.gather(local_damage)
         return None if None in parts else sorted({name for part in parts for name in part or ()})
@@ -190,8 +189,8 @@ class Checkpoints(CheckpointAccess):
             raise UserError(problems)
 
     def check_space(self) -> None:
-        """Say how much the checkpoints will take. Raises UserError where there is no room for two of them, unless
-        `run.force` says to start all the same."""
+        """Report how much disk space the checkpoints will take. Raises UserError if two of them do not fit, unless `run.force` is
+        set."""
         size = self._engine.checkpoint_bytes()
         free = self._world.broadcast(shutil.disk_usage(self._run_dir).free)
         keep, kept_bytes = self._config.checkpoint.keep, size
@@ -214,7 +213,7 @@ class Checkpoints(CheckpointAccess):
 
 
 def _other_layout(checkpoint: str, why: str, before: dict[str, Any], now: dict[str, Any]) -> Problem:
-    """Return what is wrong with continuing a checkpoint whose states depend on how the weights were partitioned."""
+    """Return the problem with continuing a checkpoint whose states depend on how the weights were partitioned."""
 
     def layout(facts: dict[str, Any]) -> str:
         parts = facts["weight_parts"]

@@ -1,4 +1,4 @@
-"""Whole parameters, and what the optimizer keeps of them, out of DeepSpeed's shards: on a CPU, one at a time.
+"""Reads complete parameters and their optimizer states from DeepSpeed's shards, on a CPU, one at a time.
 
 What the shards hold, as of DeepSpeed 0.19 (its own `zero_to_fp32` joins all of them in memory first):
 
@@ -99,12 +99,12 @@ class Shards:
 
 
 def in_pieces(checkpoint: Path) -> bool:
-    """Return whether DeepSpeed cannot read the checkpoint by itself."""
+    """Return whether the checkpoint is in dstune's safetensors files, which DeepSpeed cannot read."""
     return any(checkpoint.glob(weights_file("*")))
 
 
 class Weights(Mapping[str, Tensor]):
-    """The trained parameters and the buffers of a checkpoint, each read when asked for."""
+    """The trained parameters and the buffers of a checkpoint; each is read on access."""
 
     def __init__(self, checkpoint: Path):
         self._shards = Shards(checkpoint)
@@ -126,7 +126,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 class _Layout(ABC):
-    """Where the elements of a parameter are."""
+    """Maps the elements of a parameter to the files."""
 
     shapes: dict[str, torch.Size]
 
@@ -135,7 +135,7 @@ class _Layout(ABC):
 
     @abstractmethod
     def state(self, name: str) -> dict[str, Any]:
-        """Return what the first rank's optimizer keeps for the part of the weights with this parameter."""
+        """Return the first rank's optimizer state of the partition with this parameter."""
 
 
 class _Whole(_Layout):
@@ -268,7 +268,7 @@ class _Pieces(_Layout):
 
 
 class _Slices(_Layout):
-    """Whole parameters out of slices, which have shapes alike. A read puts a parameter together as a whole."""
+    """Joins complete parameters from slices of equal shape. Each read assembles the complete parameter."""
 
     def __init__(self, slices: Sequence[_Layout], cuts: Mapping[str, int]):
         self._slices, self._cuts = slices, cuts
@@ -315,7 +315,7 @@ def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
 
 
 def _by_rank(checkpoint: Path, pattern: str) -> list[list[Path]]:
-    """Return the files of each slice, in the order of the rank in their name: rank 10 comes after rank 9."""
+    """Return the files of each slice in numerical order of their ranks: rank 10 comes after rank 9."""
 
     def numbers(path: Path) -> tuple[int, int]:
         matches = (re.search(form, path.name) for form in (r"mp_rank_(\d+)_", r"zero_pp_rank_(\d+)_"))

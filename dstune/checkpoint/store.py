@@ -109,7 +109,7 @@ def upgrade(checkpoint: Path) -> int | None:
 
 
 def repair(run_dir: Path) -> None:
-    """Give whole checkpoints their name back that a crash between the two renames of `commit` left without one."""
+    """Rename complete checkpoints that a crash between the two renames of `commit` left under a temporary name."""
     for ending in (INCOMPLETE, REPLACED):
         for path in folder(run_dir).glob(f"step-*{ending}"):
             final = path.with_name(path.name.removesuffix(ending))
@@ -120,8 +120,8 @@ def repair(run_dir: Path) -> None:
 
 
 def quarantine(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint, so that it neither counts as the newest nor takes the place of a good one among those that
-    pruning keeps. It is pruned with the others."""
+    """Rename a damaged checkpoint, so that it is neither the newest one nor counted among those that pruning keeps. The next
+    pruning removes it."""
     quarantined = checkpoint.with_name(checkpoint.name + DAMAGED)
     if quarantined.exists():
         shutil.rmtree(quarantined)
@@ -139,7 +139,7 @@ def _is_inside(name: str) -> bool:
 
 
 def incomplete_reasons(checkpoint: Path) -> list[str]:
-    """Return what makes a folder no checkpoint, in words: its marker or files that are not there, or not with their size."""
+    """Return why a folder is no complete checkpoint, as texts: the marker or files are missing or have another size."""
     try:
         files = parse_json(read_file(checkpoint / COMMITTED))["files"]
         sizes = {name: entry["bytes"] for name, entry in files.items()}
@@ -189,10 +189,10 @@ def committed_files(checkpoint: Path) -> list[str]:
 
 
 def share_of_files(names: Iterable[str], rank: int, ranks: int) -> set[str]:
-    """Return the files that one of several ranks looks at.
+    """Return the files that `rank` of `ranks` verifies.
 
-    Files that differ in numbers alone are dealt out in their order, in stretches of neighbours: in these is most of what the
-    rank needs of a checkpoint of another number of ranks (`dstune.zero.restore`).
+    Files whose names differ only in numbers are assigned in contiguous runs: a rank's run has most of what it needs from a
+    checkpoint of another number of ranks (`dstune.zero.restore`).
     """
     alike: dict[str, list[str]] = {}
     for name in names:
@@ -260,7 +260,7 @@ def _state_object(checkpoint: Path) -> dict[str, Any]:
 
 
 def listing(run_dir: Path) -> list[CheckpointInfo]:
-    """Return all checkpoint folders of a run, oldest first, torn ones included."""
+    """Return all checkpoint folders of a run, oldest first, including incomplete ones."""
     infos = []
     for path in sorted(folder(run_dir).glob("step-*")):
         number = path.name.removeprefix("step-")
@@ -300,10 +300,10 @@ def best(run_dir: Path) -> Path | None:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` whole checkpoints, the best one and the newest one to continue from, and what torn
-    saves left. Returns the removed.
+    """Remove all checkpoints except the newest `keep`, the best one and the newest one to continue from, and remove the remains of
+    interrupted saves. Returns the removed folders.
 
-    One that another process reads (`hold`) stays until the next time.
+    A checkpoint that another process reads (`hold`) stays until the next time.
     """
     infos = listing(run_dir)
     whole = [info.path for info in infos if info.committed]

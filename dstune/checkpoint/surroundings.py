@@ -1,7 +1,7 @@
-"""Exports of runs that trained a language model out of a larger model, by the class of the language model alone.
+"""Exports runs that trained only the language model of a larger model, with the class of the language model alone.
 
-Runs of earlier versions did so on Qwen 3.5. Servers load the class that the base's files are of, and ignore tensors under other
-names; so such an export has the names, the configuration and all other tensors of that class.
+Runs of earlier versions did so on Qwen 3.5. Servers load the class of the base model's files and ignore tensors with other
+names, so such an export has the names, the configuration and all other tensors of that class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Surroundings:
     """The model that a trained language model is a part of."""
 
     model: Any
-    """Of the class of the base's files, on the meta device."""
+    """The larger model, of the class of the base model's files, on the meta device."""
     body: str
     """Name of the body in the class that was trained."""
     place: str
@@ -35,7 +35,7 @@ class Surroundings:
 
     @classmethod
     def of(cls, config: ModelConfig, trained: Any) -> Surroundings | None:
-        """Build the surroundings; None where `trained` is of the class of the base's files, or of one with another head."""
+        """Build the larger model; None if `trained` has the class of the base model's files, or a class with another head."""
         from transformers import AutoModelForCausalLM
 
         architecture = load_config(config)
@@ -68,7 +68,7 @@ class Surroundings:
         return source_by_name
 
     def rename_settings(self, settings: Any, adapted: Any) -> None:
-        """Let the settings of an adapter name its modules as they are in `model`. adapted: the PeftModel."""
+        """Rename the modules in an adapter's settings to their names in `model`. adapted: the PeftModel."""
         if names := getattr(adapted, "targeted_module_names", None):
             settings.target_modules = sorted(map(self.name, names))
         for key in ("rank_pattern", "alpha_pattern"):
@@ -76,7 +76,7 @@ class Surroundings:
                 setattr(settings, key, {self.name(name): value for name, value in patterns.items()})
 
     def rename_adapter(self, file: Path) -> None:
-        """Let the tensors of an adapter's file be called as they are in `model`."""
+        """Rename the tensors in an adapter's file to their names in `model`."""
         from safetensors.torch import load_file, save_file
 
         tensors = {

@@ -1,4 +1,4 @@
-"""Where each tensor of an exported model comes from, and safetensors files that are written one shard at a time.
+"""Lazy tensors of an exported model, and safetensors files that are written from them one shard at a time.
 
 A tensor is read when its shard is written, so one shard of weights is in memory (older safetensors copies it once more).
 """
@@ -22,7 +22,7 @@ class Source:
 
     shape: torch.Size
     dtype: torch.dtype
-    """As it is stored; what `read` gives is converted."""
+    """The stored type, to which the result of `read` is converted."""
     read: Callable[[], Tensor]
 
 

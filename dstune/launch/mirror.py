@@ -244,7 +244,7 @@ class Mirror:
         lease["beat"] = self._beat
         try:
             self.place.mkdir(parents=True, exist_ok=True)
-            with copied.emptied(self.place / records.LEASE) as stream:
+            with copied.open_truncated(self.place / records.LEASE) as stream:
                 stream.write(json.dumps(lease).encode())
         except OSError as error:
             if self._beat > 1:
