@@ -1,4 +1,4 @@
-"""Where a run is: everything that a checkpoint has to remember beside weights and optimizer states.
+"""The progress of a run: everything that a checkpoint stores beside weights and optimizer states.
 
 Generators are not here: every micro-batch seeds them from (seed, step, index), so there is nothing to remember. Where the
 data is follows from the number of optimizer steps, except in a stream.
@@ -47,7 +47,7 @@ class TrainState:
     eval_last: dict[str, float] | None = None
     eval_last_step: int = -1
     cursor: dict[str, Any] | None = None
-    """Where the next step begins in a stream (`StreamLoader`); None for data that is there as a whole."""
+    """Where the next step begins in a stream (`StreamingLoader`); None for other data."""
     results: dict[str, Any] = field(default_factory=dict)
     """What `result.json` reports beside the metrics, by its name there."""
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)

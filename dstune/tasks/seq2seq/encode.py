@@ -23,12 +23,13 @@ _TEXT_COLUMNS = {name: datasets.Value("string") for name in TEXTS}
 
 
 class TranslationEncoder(Encoder):
-    sources: Sources
+    """Encodes a source for the encoder (`input_ids`) and a target for the decoder (`target_ids`), each truncated separately.
 
-    """A source for the encoder (`input_ids`) and a target for the decoder (`target_ids`), each cut by itself.
+    Raises UserError (on creation) if the tokenizer has no token to end a target.
 
-    Raises UserError (at creation) where the tokenizer has nothing to end a target with.
     """
+
+    sources: Sources
 
     def __init__(self, tokenizer: Any, task: Seq2SeqConfig, max_length: int):
         if end_of_target(tokenizer) is None:
@@ -55,10 +56,11 @@ class TranslationEncoder(Encoder):
 
 
 class ReplyEncoder(ChatEncoder):
-    sources: Sources
+    """Encodes a source as a prompt and its target as a decoder's answer. If both are too long together, the end of the source is
 
-    """A decoder's answer to each source. Where both are too long the source is shortened, at its end: a row without its
-    target would teach nothing."""
+    cut off: a row without its target would teach nothing."""
+
+    sources: Sources
 
     def __init__(self, tokenizer: Any, task: Seq2SeqConfig, max_length: int):
         require_offsets(tokenizer)
