@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,41 @@ def write_digits(folder: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    folder.mkdir(parents=True, exist_ok=True)
     scans, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(scans))
+    pixels = ((scans[number].reshape(8, 8) * 255 / 16).astype("uint8") for number in order)
+    images = (Image.fromarray(scan).resize((32, 32), Image.Resampling.NEAREST) for scan in pixels)
+    write_questions(folder, zip(images, (NAMES[labels[number]] for number in order), strict=True), HELD_OUT)
+
+
+def write_questions(folder: Path, pictures: Iterable[tuple[Any, str]], held_out: int) -> None:
+    """Write images as rows that ask what they show: the first `held_out` into `asked.jsonl`, the others into `train.jsonl`.
+
+    pictures: each image and what it shows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[dict[str, Any]]] = {"asked": [], "train": []}
-    for place, number in enumerate(order):
-        pixels = (scans[number].reshape(8, 8) * 255 / 16).astype("uint8")
-        Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{number}.png")
-        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which"}]}
-        answer = {"role": "assistant", "content": NAMES[labels[number]]}
-        part = "asked" if place < HELD_OUT else "train"
-        messages = [asked, answer] if part == "train" else [asked]
-        parts[part].append({"messages": messages, "images": [f"{number}.png"], "digit": NAMES[labels[number]]})
+    for number, (image, shown) in enumerate(pictures):
+        image.save(folder / f"{number}.png")
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which"}]}
+        part = "asked" if number < held_out else "train"
+        messages = [question, {"role": "assistant", "content": shown}] if part == "train" else [question]
+        parts[part].append({"messages": messages, "images": [f"{number}.png"], "shown": shown})
     for name, rows in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def save_model(folder: Path) -> None:
-    """Save a LLaVA of random weights that sees 32 x 32 pixels in patches of 8."""
+def save_model(
+    folder: Path,
+    *,
+    size: int = 32,
+    patch: int = 8,
+    width: int = 32,
+    heads: int = 2,
+    processing: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a LLaVA of random weights that sees `size` x `size` pixels in patches; its tower and its language model have `width`
+    hidden units. processing: other settings of the image processor."""
     import torch
     from transformers import (
         CLIPImageProcessor,
@@ -63,50 +81,54 @@ def save_model(folder: Path) -> None:
     from tests.support.sight import language, tokenizer_with
 
     tokenizer = tokenizer_with({"image_token": "<image>"}, "<image>", ["which", *NAMES])
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    sizes = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    square = {"height": size, "width": size}
+    images = CLIPImageProcessor(**{"size": {"shortest_edge": size}, "crop_size": square, **(processing or {})})
+    patches = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    widths = {"hidden_size": width, "intermediate_size": 2 * width}
+    tower = {**widths, "num_hidden_layers": 2, "num_attention_heads": heads, "image_size": size, "patch_size": patch}
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            text_config=LlamaConfig(**language(tokenizer, initializer_range=0.05)),
-            vision_config=CLIPVisionConfig(**tower, image_size=32, patch_size=8),
+            text_config=LlamaConfig(**language(tokenizer, initializer_range=0.05, **widths, head_dim=width // 4)),
+            vision_config=CLIPVisionConfig(**tower),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             vision_feature_layer=-1,
             tie_word_embeddings=True,
         )
     )
     model.save_pretrained(folder)
-    LlavaProcessor(images, tokenizer, image_token="<image>", **sizes).save_pretrained(folder)
+    LlavaProcessor(images, tokenizer, image_token="<image>", **patches).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def share_named(model: Path, folder: Path) -> float:
-    """Return the share of the held-out digits that `dstune generate` names."""
+def answers_of(model: Path, rows: Path, *, tokens: int) -> list[tuple[str, str]]:
+    """Return of each held-out image what it shows, and what `dstune generate` answers."""
     from dstune.cli import main
 
-    output = folder / f"answers-{time.time_ns()}.jsonl"
-    options = ["--input", str(folder / "digits" / "asked.jsonl"), "--max-new-tokens", "2", "--output", str(output)]
+    output = rows / f"answers-{time.time_ns()}.jsonl"
+    options = ["--input", str(rows / "asked.jsonl"), "--max-new-tokens", str(tokens), "--output", str(output)]
     assert main(["generate", str(model), *options]) == 0
-    digits = [json.loads(line)["digit"] for line in (folder / "digits" / "asked.jsonl").read_text().splitlines()]
+    shown = [json.loads(line)["shown"] for line in (rows / "asked.jsonl").read_text().splitlines()]
     answers = [json.loads(line)["answer"].strip() for line in output.read_text().splitlines()]
-    return sum(answer == digit for answer, digit in zip(answers, digits, strict=True)) / len(digits)
+    return list(zip(shown, answers, strict=True))
 
 
-def measure(folder: Path, steps: int = STEPS) -> tuple[float, float, float]:
-    """Return share of held-out digits named before and after training, and its seconds."""
+def share_named(model: Path, rows: Path) -> float:
+    """Return the share of the held-out digits that the model names."""
+    answers = answers_of(model, rows, tokens=2)
+    return sum(shown == answer for shown, answer in answers) / len(answers)
+
+
+def train(folder: Path, rows: Path, *changes: str) -> float:
+    """Train the model of `folder`, tower included, on `train.jsonl` of `rows`; return the seconds."""
     from dstune.cli import main
 
-    os.environ.setdefault("DSTUNE_CACHE", str(folder / "cache"))
-    write_digits(folder / "digits")
-    save_model(folder / "model")
-    share_before = share_named(folder / "model", folder)
     words = [
         "task=chat",
         "method=full",
         f"model.path={folder / 'model'}",
         "model.train_vision=true",
-        f"data.train={folder / 'digits' / 'train.jsonl'}",
+        f"data.train={rows / 'train.jsonl'}",
         "data.split.validation=0",
         "data.max_length=128",
         "optimizer.lr=3e-3",
@@ -114,16 +136,26 @@ def measure(folder: Path, steps: int = STEPS) -> tuple[float, float, float]:
         "trainer.precision=fp32",
         "trainer.micro_batch_size=4",
         "trainer.global_batch_size=8",
-        f"trainer.max_steps={steps}",
         "evaluate.samples=0",
         "launch.processes=1",
         "tracking.wandb.mode=disabled",
         f"run.dir={folder / 'run'}",
+        *changes,
     ]
     began = time.monotonic()
     assert main(["train", *words]) == 0
-    seconds = time.monotonic() - began
-    return share_before, share_named(folder / "run" / "export", folder), seconds
+    return time.monotonic() - began
+
+
+def measure(folder: Path, steps: int = STEPS) -> tuple[float, float, float]:
+    """Return share of held-out digits named before and after training, and its seconds."""
+    os.environ.setdefault("DSTUNE_CACHE", str(folder / "cache"))
+    rows = folder / "digits"
+    write_digits(rows)
+    save_model(folder / "model")
+    share_before = share_named(folder / "model", rows)
+    seconds = train(folder, rows, f"trainer.max_steps={steps}")
+    return share_before, share_named(folder / "run" / "export", rows), seconds
 
 
 def _main() -> None:
