@@ -29,8 +29,7 @@ def with_replay(config: RunConfig) -> RunConfig:
 
 
 def measured_alone(config: RunConfig) -> RunConfig:
-    """Return `config` for a model that is measured, not trained: the rows that it was not to forget are not asked for, and those
-    that it was trained on are not copied."""
+    """Return `config` for a model that is measured, not trained: without the replayed general rows and without augmentation."""
     data = config.data
     if mixes_in(config):
         task = data.mixture[TASK]

@@ -68,7 +68,7 @@ def file_of(config: str, hydra: Hydra) -> str:
 
 
 def _key_problem(where: str, key: str, lines: list[str]) -> Problem:
-    """Return a key in a file that does not exist, or whose value has the wrong type."""
+    """Return the problem of a key in a file: it does not exist, or its value has the wrong type."""
     text = " ".join(lines)
     if key in all_keys() and (value := re.search(r"Value '(.*?)' of type|Invalid value '(.*?)'", text)):
         rejected_value = value[1] or value[2] or ""

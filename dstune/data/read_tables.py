@@ -280,4 +280,4 @@ def _with_names(value: Any, names: list[str]) -> Any:
         return [_with_names(item, names) for item in value]
     if not isinstance(value, int):
         return value
-    return names[value] if 0 <= value < len(names) else None  # -1 is how such a column says that nothing is known
+    return names[value] if 0 <= value < len(names) else None  # -1 stands for an unknown class

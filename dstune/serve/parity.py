@@ -183,7 +183,7 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
         effect = Effect([row for row, _ in scored], engine.dtype)
         for row, logprobs in scored:
             if effect.needs(row):
-                effect.take(row, logprobs, await _logprobs(engine, base, row))
+                effect.add_row(row, logprobs, await _logprobs(engine, base, row))
     if effect is not None and (reason := effect.problem()):
         raise Refused(
             f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
@@ -233,7 +233,8 @@ class Effect:
             return self.largest < EFFECT * BOUNDS[self._dtype]
         return any(row is probed_row for probed_row in self._probed)
 
-    def take(self, row: Mapping[str, Any], logprobs: Sequence[float], base_logprobs: Sequence[float]) -> None:
+    def add_row(self, row: Mapping[str, Any], logprobs: Sequence[float], base_logprobs: Sequence[float]) -> None:
+        """Add a row of the reference, with the engine's log-probabilities of its targets with the adapter and without."""
         self.largest = max(self.largest, _difference(logprobs, base_logprobs, self._dtype))
         if self._expected:
             count = len(logprobs)  # an engine may report only the first targets

@@ -175,7 +175,7 @@ class Training:
         code = process.returncode
         if code == EXIT_DONE and self._in_queue():  # it was submitted, which takes no process here
             code = self._wait_in_queue()
-        return code, self._report()
+        return code, self._last_object()
 
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
         """Pass on the wish to stop, as signals of the launching process: one lets it save, a second one does not."""
@@ -186,7 +186,7 @@ class Training:
                 process.send_signal((signal.SIGTERM, signal.SIGINT)[self._signals])
             self._signals, self._signalled_at = self._signals + 1, time.monotonic()
 
-    def _report(self) -> dict[str, Any]:
+    def _last_object(self) -> dict[str, Any]:
         """Return the last object that was printed; {} where there is none."""
         for line in reversed(self._folder.report.read_bytes().splitlines()):
             with contextlib.suppress(ValueError):

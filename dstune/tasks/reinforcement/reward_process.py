@@ -188,7 +188,7 @@ class RewardProcess:
             }
         except (OSError, EOFError, ValueError):
             with suppress(subprocess.TimeoutExpired):
-                child.wait(END_SECONDS)  # its last words
+                child.wait(END_SECONDS)  # it may still print why
             printed = self._last_line()
             self.close()
             return {"error": f"its process ended: {printed}" if printed else "its process ended"}

@@ -32,10 +32,10 @@ class Spikes(Callback):
         self._settings = config.trainer.spike
         self._action = self._settings.action
         self._losses: list[float] = []
-        """Of the last steps."""
+        """Losses of the last steps."""
         self.events: list[dict[str, Any]] = []
         """What was done about spikes."""
-        self._now: dict[str, Any] | None = None
+        self._event: dict[str, Any] | None = None
         """The event of the present step."""
 
     @classmethod
@@ -50,7 +50,7 @@ class Spikes(Callback):
         return self.is_spike(loss)
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
-        self._now = event = self.note(step.number, step.loss)
+        self._event = event = self.note(step.number, step.loss)
         if event is None:
             return CONTINUE
         action = Action.REWIND if self._action is SpikeAction.rollback else Action.CONTINUE
@@ -62,7 +62,7 @@ class Spikes(Callback):
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
         """Keep what was counted: a run that is killed meanwhile comes to the same spike again and does the same."""
-        event = self._now
+        event = self._event
         if saved is not None:
             self._losses = list(saved["losses"])  # the events are still what happened
         if event is None:  # another callback has asked for it
@@ -77,7 +77,7 @@ class Spikes(Callback):
             run.log.message(f"warning: {_described(event)}; {done}")
 
     def metrics(self, run: Run, step: Step) -> Mapping[str, float]:
-        return {} if self._now is None else {"spike_z_score": self._now["z_score"]}
+        return {} if self._event is None else {"spike_z_score": self._event["z_score"]}
 
     def results(self) -> Mapping[str, Any]:
         """Return how many spikes there were by what was done about them, and each of them."""
