@@ -87,7 +87,8 @@ def _beside(module: nn.Module, name: str, language: list[str], head: nn.Module |
 
 
 def freeze_unreached(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Freeze what no row of text reaches, and remember it for `unreached_parts`; with `model.train_vision` but for what sees."""
+    """Freeze the parts that no row of text reaches, and remember them for `unreached_parts`; with `model.train_vision` all but the
+    vision tower."""
     if config.unreached_parts is not UnreachedParts.frozen:
         return
     parts = find_unreached(model)

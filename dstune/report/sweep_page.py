@@ -258,15 +258,17 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
 
 
 def _work(trials: Sequence[Trial]) -> tuple[int, int]:
-    """Return steps that finished trials made, and those that they would have made without pruning."""
+    """Return the steps of finished trials, and how many they would have been without pruning."""
     done = planned = 0
     for trial in trials:
         steps = _steps(trial)
         if trial.record.status not in FINISHED or steps is None or trial.run is None:
             continue
-        whole = section(trial.run.config, "trainer").get("max_steps")
+        planned_steps = section(trial.run.config, "trainer").get("max_steps")
         done += int(steps)
-        planned += max(int(steps), whole if trial.record.status == "pruned" and isinstance(whole, int) else 0)
+        planned += max(
+            int(steps), planned_steps if trial.record.status == "pruned" and isinstance(planned_steps, int) else 0
+        )
     return done, planned
 
 
