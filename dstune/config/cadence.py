@@ -88,7 +88,7 @@ def cadence(every: int | str) -> Cadence:
 
 
 def first_evaluation(config: RunConfig) -> int | None:
-    """Return the optimizer step after which a run evaluates first, where its configuration says so."""
+    """Return the optimizer step after which a run evaluates first; None if its configuration does not tell."""
     with suppress(ValueError):
         return cadence(config.evaluate.every).first_step(config.trainer.max_steps)
     return None

@@ -72,11 +72,11 @@ class CausalAttention(torch.autograd.Function):
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, output, sums = context.saved_tensors
         (gradient,) = gradients
-        of_query = torch.zeros_like(query)
+        grad_query = torch.zeros_like(query)
         # In full: a key is read by several blocks of queries.
-        of_key, of_value = (torch.zeros_like(part, dtype=sums.dtype) for part in (key, value))
+        grad_key, grad_value = (torch.zeros_like(part, dtype=sums.dtype) for part in (key, value))
         products = (gradient.to(sums.dtype) * output).sum(dim=-1)
-        heads, of_keys = query.shape[1], key.shape[1]
+        heads, key_heads = query.shape[1], key.shape[1]
         for row, first, end, start, behind in _pieces(context.spans, context.window):
             step = max(16, min(QUERIES, SCORES // (heads * (end - start))))
             for low in range(first, end, step):
@@ -84,22 +84,24 @@ class CausalAttention(torch.autograd.Function):
                 # What this block sees, and how many of its own positions are seen by its first one.
                 first_key = start if behind is None else max(start, low - behind + 1)
                 query_span, key_span = (row, slice(None), slice(low, high)), (row, slice(None), slice(first_key, high))
-                block = (heads // of_keys, high - low)
-                queries, outward = (
-                    part[query_span].unflatten(0, (of_keys, -1)).reshape(of_keys, -1, part.shape[-1])
+                block = (heads // key_heads, high - low)
+                queries, grad_outputs = (
+                    part[query_span].unflatten(0, (key_heads, -1)).reshape(key_heads, -1, part.shape[-1])
                     for part in (query, gradient)
                 )
                 keys, values = key[key_span], value[key_span]
-                minus_sum, minus_product = (part[query_span].reshape(of_keys, -1, 1).neg() for part in (sums, products))
+                minus_sum, minus_product = (
+                    part[query_span].reshape(key_heads, -1, 1).neg() for part in (sums, products)
+                )
                 exact = sums.dtype
                 shares = torch.baddbmm(minus_sum, queries.to(exact), keys.to(exact).mT, alpha=context.scale).exp_()
                 _visible(shares.unflatten(1, block), low - first_key, behind)
-                scores = torch.baddbmm(minus_product, outward.to(exact), values.to(exact).mT).mul_(shares)
+                scores = torch.baddbmm(minus_product, grad_outputs.to(exact), values.to(exact).mT).mul_(shares)
                 shares, scores = shares.to(query.dtype), scores.to(query.dtype)
-                of_query[query_span] = torch.bmm(scores, keys).mul_(context.scale).view(heads, high - low, -1)
-                of_key[key_span] += torch.bmm(scores.mT, queries).mul_(context.scale)
-                of_value[key_span] += torch.bmm(shares.mT, outward)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
+                grad_query[query_span] = torch.bmm(scores, keys).mul_(context.scale).view(heads, high - low, -1)
+                grad_key[key_span] += torch.bmm(scores.mT, queries).mul_(context.scale)
+                grad_value[key_span] += torch.bmm(shares.mT, grad_outputs)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def _pieces(spans: Spans, window: int | None) -> Iterator[tuple[int, int, int, int, int | None]]:

@@ -60,8 +60,7 @@ def call(config: RunConfig, directory: Path, command: Sequence[str], console: Co
 
 @contextmanager
 def _as_rank(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """Give the rank the environment that a process of its own would have, within the block; afterwards this process has its own
-    again."""
+    """Set the environment that the rank would have as a process of its own, within the block; restore this process's after it."""
     (variables,) = local_plan(config, run_dir).env
     environment_before = dict(os.environ)
     records.begin(run_dir, uuid.uuid4().hex, 1)
