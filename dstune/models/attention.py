@@ -45,13 +45,13 @@ class SpanAttention:
         """Let `model` attend so."""
         AttentionInterface.register(self.NAME, self._attention)
         AttentionMaskInterface.register(self.NAME, sdpa_mask)  # where no spans are told: samples that are generated
-        self._model, self._before = model, model.config._attn_implementation
+        self._model, self._original = model, model.config._attn_implementation
         model.set_attn_implementation(self.NAME)
 
     @contextmanager
     def original_attention(self) -> Iterator[None]:
         """Give the model back the attention that it was loaded with, within the block."""
-        self._model.set_attn_implementation(self._before)
+        self._model.set_attn_implementation(self._original)
         yield
         self._model.set_attn_implementation(self.NAME)
 
@@ -137,10 +137,10 @@ class SamplesApart(SpanAttention):
         return with_spans(inputs, labels, spans_of(inputs)), labels
 
     def refuse(self, reason: str) -> str:
-        """Let the model attend as it was loaded from now on; what to tell of it."""
-        self._model.set_attn_implementation(self._before)
+        """Give the model back the attention that it was loaded with; return the message about it."""
+        self._model.set_attn_implementation(self._original)
         return (
-            f"model.attention=auto: {self._before}, since samples that attend one by one have other logits ({reason})"
+            f"model.attention=auto: {self._original}, since samples that attend one by one have other logits ({reason})"
         )
 
 

@@ -179,9 +179,9 @@ class PackedAttention(SpanAttention):
 
     def refuse(self, reason: str) -> str:
         """Let the model attend as it was loaded from now on; what to tell of it."""
-        self._model.set_attn_implementation(self._before)
+        self._model.set_attn_implementation(self._original)
         return (
-            f"model.attention={self._requested}: {self._before}, since rows have other logits than their samples alone by"
+            f"model.attention={self._requested}: {self._original}, since rows have other logits than their samples alone by"
             f" {self.kernel.name} ({reason})"
         )
 
