@@ -1,4 +1,4 @@
-"""A folder a task; each registers itself. What belongs to a task stands in its folder and nowhere else."""
+"""One folder for each task, which registers itself and has everything that belongs to the task."""
 
 ORDER = (
     "chat",
@@ -13,4 +13,4 @@ ORDER = (
     "question_answering",
     "seq2seq",
 )
-"""In tables and messages these come first, in this order; the first one is the default."""
+"""Tasks that come first in tables and messages, in this order; the first one is the default."""

@@ -1,4 +1,4 @@
-"""What the tasks of language models have in common."""
+"""Base classes of the tasks of language models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class WritingTask(Task):
-    """The model writes text."""
+    """A task whose model generates text."""
 
     generates: ClassVar[bool] = True
 
@@ -28,11 +28,11 @@ class WritingTask(Task):
         return AutoModelForCausalLM
 
     def example_prompt(self, export: Export) -> str:
-        """Return what the example of a model card asks."""
+        """Return the prompt in the example of a model card."""
         return "Hello" if self.conversational else "Once"
 
     def asks_by_chat(self, export: Export) -> bool:
-        """Return whether the example goes through the chat template."""
+        """Return whether the example uses the chat template."""
         return self.conversational
 
     def usage(self, export: Export) -> list[str]:
@@ -56,7 +56,7 @@ class WritingTask(Task):
 
 
 class LanguageTask(WritingTask):
-    """Next-token loss."""
+    """A task with a next-token loss."""
 
     language: ClassVar[bool] = True
     unpackable: ClassVar[str] = ""

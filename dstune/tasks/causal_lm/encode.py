@@ -1,4 +1,4 @@
-"""Samples of documents: every token is a target."""
+"""Encodes documents; every token is a target."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dstune.data.tokenize.sample import Rows, Sample
 class DocumentEncoder(Language):
     """Documents, cut into pieces of `max_length` tokens that overlap by one token.
 
-    The first token of a piece is no target, so it is the last one of the piece before: no target is lost and
-    none counts twice. Example, max_length 4: tokens a b c d e f </s> give [a b c d] and [d e f </s>].
+    The first token of a piece is no target. It repeats the last token of the previous piece, so each token is a target exactly
+    once. Example, max_length 4: tokens a b c d e f </s> give [a b c d] and [d e f </s>].
     """
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
@@ -61,8 +61,8 @@ class TokensEncoder(DocumentEncoder):
             outside = ids[(ids < 0) | (ids >= vocabulary)]
             if len(outside):
                 problem = f"token id {outside[0]} is not one of the {vocabulary:,} of the model's tokenizer"
-                nothing = np.empty(0, dtype=np.int32)
-                samples.append(self._sample(number, nothing, nothing > 0, nothing, problem))
+                no_ids = np.empty(0, dtype=np.int32)
+                samples.append(self._sample(number, no_ids, no_ids > 0, no_ids, problem))
                 continue
             targets = np.array(row.get("labels", row["input_ids"])) == ids
             pieces = self._pieces(number, ids.astype(np.int32), targets, np.zeros(len(ids), dtype=np.int64))

@@ -1,4 +1,4 @@
-"""task=distillation: the model learns what a teacher expects next, at every token that counts."""
+"""task=distillation: the model learns the next-token distributions of a teacher at every target."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, BuildsBatches, Trai
     def __init__(self, config: Any):
         super().__init__(config)
         self._teacher: Teacher | None = None
-        # Without a teacher of its own the model goes through each micro-batch twice.
+        # Without a separate teacher, the model itself computes each micro-batch twice.
         self.one_pass = config.teacher is not None
 
     @property
@@ -67,7 +67,7 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, BuildsBatches, Trai
         return rules.check(run, self.config)
 
     def resolve(self, today: str) -> TaskConfig:
-        """Return the configuration with the export of the run whose directory the teacher is."""
+        """Return the configuration; a teacher that is a run directory is replaced by the run's export."""
         config = super().resolve(today)
         assert isinstance(config, DistillationConfig)
         folder = Path(config.teacher or "")
@@ -76,7 +76,7 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, BuildsBatches, Trai
         return config
 
     def row_key(self) -> dict[str, Any]:
-        """Return the settings as `task=chat`: what the loss makes of samples does not change them."""
+        """Return the settings of `task=chat` that decide the samples; the settings of the loss do not change them."""
         names = ("train_on_prompt", "turns", "reasoning", "reasoning_marks", "chat_template_kwargs")
         return {"name": self.name, **{name: value for name, value in super().row_key().items() if name in names}}
 

@@ -1,4 +1,4 @@
-"""The teacher's hidden states of all targets, computed once before the model is loaded and kept in the cache."""
+"""Computes the teacher's hidden states of all targets once, before the model is loaded, and caches them on disk."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from dstune.tasks.preference.reference import identity_at_start
 activity = logging.getLogger(__name__)
 
 STATES = "teacher_states"
-"""Of a batch: the teacher's last hidden states, [targets, hidden size], float32, or the bits of bfloat16 or float16 as int16."""
+"""Key of a batch: the teacher's last hidden states, [targets, hidden size], as float32, or bits of bfloat16 or float16 as int16."""
 PROJECTION, DESCRIPTION = "projection.safetensors", "description.json"
 
 
 class CachedTeacher:
-    """A teacher of which only the projection is in memory; its hidden states come with each batch."""
+    """A teacher with only its projection in memory; each batch brings the hidden states."""
 
     def __init__(self, folder: Path):
         """folder: an entry of the cache."""
@@ -86,11 +86,11 @@ def batch_with_states(
 def with_cached_teacher(
     config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
 ) -> tuple[PreparedData, CachedTeacher]:
-    """Return `data` with the teacher's hidden states of every sample. Where any node lacks them, all ranks load the teacher,
-    compute the states and close the teacher again.
+    """Return `data` with the teacher's hidden states of every sample. If any node lacks them in its cache, all ranks load the
+    teacher, compute the states and close the teacher again.
 
     Raises:
-        UserError: what `load_teacher` raises, or the states have no room on the disk of the cache.
+        UserError: from `load_teacher`, or because the disk of the cache has no room for the states.
     """
     root = cache_root() / "teachers"
     parts = [data.fingerprint, identity_at_start(run_of_teacher(config), world), precision.name]
@@ -124,7 +124,7 @@ def _splits_by_name(data: PreparedData) -> dict[str, Split]:
 
 
 def _starts(split: Split) -> np.ndarray:
-    """Return where the targets of each row of the split's table begin among all, int64 [rows + 1]."""
+    """Return the offset of each table row's targets among all targets of the split, int64 [rows + 1]."""
     counts = np.zeros(len(split.table), dtype=np.int64)
     counts[slice(None) if split.rows is None else split.rows] = split.weights
     return np.concatenate([[0], np.cumsum(counts)])
@@ -139,7 +139,7 @@ def _compute(
     root: Path,
     key: str,
 ) -> None:
-    """Write the entry `key` on every node: each rank computes its share, and the first one of a node writes what all have."""
+    """Write the entry `key` on every node: each rank computes a share of the states, and the first rank of a node writes all."""
     with _unfinished_entry(root, key) if world.local_rank == 0 else nullcontext() as folder:
         targets = sum(int(_starts(split)[-1]) for split in splits.values())
         done, size = 0, None
@@ -181,8 +181,8 @@ def _compute(
 
 @contextmanager
 def _unfinished_entry(root: Path, key: str) -> Iterator[Path]:
-    """Yield a folder of this process alone, since several runs may compute the entry `key` at once; it is gone behind the block.
-    Those that killed processes left are removed: nobody holds their locks any more."""
+    """Yield a temporary folder for this process, since several runs may compute the entry `key` at once; it is removed after the
+    block. Folders of killed processes, whose locks nobody holds, are removed first."""
     root.mkdir(parents=True, exist_ok=True)
     for path in root.glob(f"{key}.*.unfinished.lock"):
         with suppress(Timeout), FileLock(path, timeout=0):
@@ -208,7 +208,7 @@ def _moved_from(folder: Path) -> Callable[[Path], None]:
 
 
 def _as_array(states: Tensor) -> np.ndarray:
-    """Return states [targets, hidden size] on the host; numpy has no bfloat16, so of two bytes a number the bits."""
+    """Copy states [targets, hidden size] to the host. numpy has no bfloat16, so numbers of two bytes become the bits, as int16."""
     states = states.detach().cpu().contiguous()
     return (states if states.dtype is torch.float32 else states.view(torch.int16)).numpy()
 

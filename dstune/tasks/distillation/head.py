@@ -27,7 +27,8 @@ from dstune.tasks.distillation.teacher import ChunkedLogits, ProbedHead, Teacher
 
 
 class DistillationHead(ProbedHead):
-    """The loss of each target, from the hidden states of model and teacher; logits of a chunk of targets exist at a time."""
+    """Computes the loss of each target from the hidden states of model and teacher, with the logits of one chunk of targets at a
+    time."""
 
     def __init__(
         self, task: DistillationConfig, model: PreTrainedModel, teacher: Teacher | None, rows: Rows | None = None
@@ -43,10 +44,10 @@ class DistillationHead(ProbedHead):
         width = labels.shape[1]
         positions = batch[KEPT] if KEPT in batch else positions_with_target(labels)
         targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, positions)
-        with torch.no_grad():  # first, so that no activations of the other pass are in memory meanwhile
-            taught = self._taught(forward, inputs, batch, positions, width)
+        with torch.no_grad():  # before the model's pass, so that its activations are not in memory yet
+            teacher_logits = self._teacher_logits(forward, inputs, batch, positions, width)
         transform = self.transform if self._examined else LogitTransform()
-        block_loss = self._block_loss = BlockDivergence(self._objective, transform, taught, targets)
+        block_loss = self._block_loss = BlockDivergence(self._objective, transform, teacher_logits, targets)
         self._projected_positions, self._targets = (positions, width), targets if self._examined else None
         try:
             with transform.switched_off():
@@ -66,7 +67,7 @@ class DistillationHead(ProbedHead):
             sums = {"text_loss": measured.text_loss, "teacher_text_loss": measured.teacher_text_loss}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, sums=sums)
 
-    def _taught(
+    def _teacher_logits(
         self, forward: Forward, inputs: Mapping[str, Any], batch: Batch, positions: Tensor, width: int
     ) -> TeacherLogits:
         if self._teacher is None:
@@ -76,7 +77,7 @@ class DistillationHead(ProbedHead):
     def _without_adapter(
         self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, width: int
     ) -> ChunkedLogits:
-        """Return what the model expects with its adapter switched off."""
+        """Return the logits of the model with its adapter switched off."""
         with without_adapters(self._model):
             if not self._examined:
                 self._projected_positions = positions, width

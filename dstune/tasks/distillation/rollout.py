@@ -1,4 +1,4 @@
-"""Steps on the student's own answers: sampled by the weights that train, then compared with the teacher token by token."""
+"""Training steps on the student's answers: sampled with the current weights, then compared with the teacher token by token."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from dstune.trainer.rollouts import RolloutRun, RolloutStep
 from dstune.zero.engine import Engine
 
 FOLDER = "rollouts"
-"""Of a run directory: `step-000001.jsonl`, ..., an answer a line, of the steps on own answers."""
+"""Folder of a run directory with the sampled answers of such steps: `step-000001.jsonl`, ..., one answer a line."""
 
 
 class OwnAnswers:
-    """With probability `task.on_policy` a step trains on what the model itself answers to the prompts of its rows (GKD). See
+    """With probability `task.on_policy`, lets a step train on the model's answers to the prompts of its rows (GKD). See
     `trainer.rollouts.Rollouts`.
 
-    Which steps these are, and the noise of sampling, follow from the run's seed and the step alone: nothing has to be saved.
+    The choice of steps and the noise of sampling depend only on the run's seed and the step: nothing has to be saved.
     """
 
     updates = 1
@@ -62,7 +62,7 @@ class OwnAnswers:
         self._sums: dict[str, float] = {}
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """Return the rows of the step, or their prompts with the model's own answers."""
+        """Return the rows of the step, or their prompts with the model's answers."""
         self._sums = {"own_answers": 0.0, "own_tokens": 0.0}
         if not self._is_own(step.number):
             return step.batch
@@ -81,11 +81,11 @@ class OwnAnswers:
         pass
 
     def _is_own(self, step: int) -> bool:
-        """Return whether a step trains on own answers: the same on every rank and after a resume."""
+        """Return whether a step trains on the model's answers: the same on every rank and after a resume."""
         return random.Random(f"{self._config.trainer.seed}/{step}").random() < self._task.on_policy
 
     def _answer(self, parts: Sequence[MicroBatch], step: int) -> list[tuple[MicroBatch, list[Completion]]]:
-        """Return the answers to the prompts of each micro-batch; of fillers as well, since ranks may have to sample in step."""
+        """Sample answers to the prompts of each micro-batch, including fillers, since ranks may have to sample in step."""
         answered = []
         with speaking(self._engine, self._world) as (module, in_step):
             for part in parts:
@@ -108,11 +108,11 @@ class OwnAnswers:
         return answered
 
     def _prompt(self, index: int) -> np.ndarray:
-        """Return everything in front of the last answer of a sample. Raises UserError where there is nothing."""
+        """Return the tokens in front of a sample's last answer. Raises UserError if there are none."""
         sample = self._split.sample(index)
-        others = np.flatnonzero(sample["labels"] == NO_TARGET)
+        non_targets = np.flatnonzero(sample["labels"] == NO_TARGET)
         end = int(np.flatnonzero(sample["labels"] != NO_TARGET)[-1])
-        start = int(others[others < end][-1]) + 1
+        start = int(non_targets[non_targets < end][-1]) + 1
         if start < 2:
             reason = "a row is a plain text, which asks nothing that the model could answer"
             raise UserError(Problem("task.on_policy", reason, "task.on_policy=0, or rows with prompts and answers"))
@@ -122,7 +122,7 @@ class OwnAnswers:
     def _training_batch(
         self, answered: Sequence[tuple[MicroBatch, list[Completion]]], batch: RankBatch, step: int
     ) -> RankBatch:
-        """Return micro-batches of `trainer.micro_batch_size` answers; equally many on every rank."""
+        """Return micro-batches of `trainer.micro_batch_size` answers; every rank has the same number of them."""
         world, size = self._world, self._config.trainer.rows
         rows = [(completion, not part.filler) for part, completions in answered for completion in completions]
         rows.sort(key=lambda row: not row[1])  # fillers last; stable
@@ -143,7 +143,7 @@ class OwnAnswers:
         return RankBatch(totals[0] or 1.0, int(totals[1]), batch.epoch, tuple(batches))
 
     def _write(self, step: int, completions: Sequence[Completion]) -> None:
-        """Write the answers of all ranks, a line each, for whoever wants to read them."""
+        """Write the answers of all ranks to a file, one a line."""
         rows = [
             {
                 "prompt": completion.prompt,
@@ -153,11 +153,11 @@ class OwnAnswers:
             }
             for completion in completions
         ]
-        everyone = [row for rank in self._world.gather(rows) for row in rank]
+        all_rows = [row for rank in self._world.gather(rows) for row in rank]
         if self._world.is_main:
             folder = self._run_dir / FOLDER
             folder.mkdir(exist_ok=True)
-            lines = [json.dumps(row, ensure_ascii=False) for row in sorted(everyone, key=itemgetter("prompt"))]
+            lines = [json.dumps(row, ensure_ascii=False) for row in sorted(all_rows, key=itemgetter("prompt"))]
             files.write(folder / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")
 
     def _tensors(self, chunk: Sequence[tuple[Completion, bool]]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The model that is learned from: loaded beside the one that trains, it only answers."""
+"""The teacher of a distillation: a second model that is loaded beside the one that trains, and only computes logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ activity = logging.getLogger(__name__)
 
 
 class TeacherLogits(Protocol):
-    """The teacher's logits of a batch's targets, as they are asked for."""
+    """The teacher's logits of a batch's targets, computed chunk by chunk on request."""
 
     def __call__(self, rows: slice) -> Tensor:
         """Return the logits, fp32 [targets of `rows`, vocabulary]."""
@@ -49,7 +49,7 @@ class Teacher(Protocol):
 
 
 class ProbedHead(CausalLmHead):
-    """A head that knows what the model does with its logits, and can take the hidden states in front of its projection."""
+    """A head that detects how the model transforms its logits, and can return the hidden states in front of the projection."""
 
     def __init__(self, model: Any, rows: Any = None):
         super().__init__(model, rows)
@@ -57,7 +57,7 @@ class ProbedHead(CausalLmHead):
         self.transform = LogitTransform()
 
     def examine(self, forward: Any, device: torch.device) -> bool:
-        """Return whether the logits are those of the projection, apart from `transform`, which is found here."""
+        """Return whether the logits are the projection's output, except for a known transform, which becomes `transform`."""
         for transform in possible_transforms(self._described):
             with transform.switched_off():
                 is_plain = super().examine(forward, device)
@@ -79,7 +79,7 @@ class ProbedHead(CausalLmHead):
 
     def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
         self._hidden = hidden
-        return hidden[:, :1]  # whatever the model does with it, nobody reads it
+        return hidden[:, :1]  # nothing reads the model's output in this pass
 
     def _agrees(self, forward: Any, device: torch.device, transform: LogitTransform) -> bool:
         logits, probe = self._probed(forward, device)
@@ -90,13 +90,13 @@ class ProbedHead(CausalLmHead):
 
 @dataclass
 class ChunkedLogits:
-    """Logits of a chunk of hidden states at a time; the last chunk is kept, since a loss reads it block by block."""
+    """Computes the logits of one chunk of hidden states at a time. The last chunk is cached, since a loss reads it in blocks."""
 
     hidden: Tensor
     project: Any
     transform: LogitTransform
     rows: int
-    """Of a chunk."""
+    """Hidden states in a chunk."""
     _first: int = 0
     _logits: Tensor | None = None
 
@@ -110,12 +110,12 @@ class ChunkedLogits:
 
 
 class LoadedTeacher:
-    """A model of its own, at stage 3 partitioned apart from its projection, else whole on every rank."""
+    """A separate teacher model: at stage 3 partitioned except for its projection, else complete on every rank."""
 
     def __init__(self, engine: Engine, head: ProbedHead, projection: nn.Linear):
         self._engine, self._head = engine, head
         weights = [weight for weight in projection.parameters() if weight is not None]
-        with gathered(weights):  # a chunk of the loss needs them while no rank waits for it
+        with gathered(weights):  # copied, since a chunk of the loss needs them at a time without collectives
             copies = [weight.detach().clone() if engine.stage == 3 else weight.detach() for weight in weights]
         self._weight, self._bias = copies[0], copies[1] if len(copies) > 1 else None
 
@@ -125,7 +125,7 @@ class LoadedTeacher:
 
     @property
     def dtype(self) -> str:
-        """That of its weights and hidden states, such as `bfloat16`."""
+        """Name of the dtype of its weights and hidden states, such as `bfloat16`."""
         return str(self._weight.dtype).removeprefix("torch.")
 
     @property
@@ -139,8 +139,8 @@ class LoadedTeacher:
 
     @torch.no_grad()
     def states_of(self, batch: Batch) -> Tensor:
-        """Compute the teacher's last hidden states in front of each target of a batch, row by row: [targets, hidden size]. At stage
-        3 every rank calls this."""
+        """Compute the teacher's last hidden states that predict the targets of a batch, row by row: [targets, hidden size]. At
+        stage 3 every rank calls this."""
         labels = self._head.labels_of(batch)
         return self._head.hidden_states(
             self._engine.forward, inputs_of(batch), positions_with_target(labels), labels.shape[1]
@@ -162,7 +162,8 @@ def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Pre
     """Load `task.teacher`, on this rank together with the others.
 
     Raises:
-        UserError: it has other tokens than the model, no plain projection, or lets packed samples see each other.
+        UserError: its vocabulary differs from the model's, its projection is not a linear layer with known outputs, or packed
+            samples see each other.
     """
     teacher_config = run_of_teacher(config)
     path = teacher_config.model.path
@@ -201,7 +202,7 @@ def run_of_teacher(config: RunConfig) -> RunConfig:
 
 
 def _check_tokens(model_ids: Mapping[str, int], teacher_ids: Mapping[str, int], path: str) -> None:
-    """Raises UserError where the teacher does not have the tokens of the model under the same numbers."""
+    """Raise UserError unless the teacher has the model's tokens with the same ids."""
     if differing := [
         token for token in model_ids.keys() | teacher_ids.keys() if model_ids.get(token) != teacher_ids.get(token)
     ]:

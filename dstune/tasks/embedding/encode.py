@@ -1,4 +1,4 @@
-"""Samples of contrastive pairs: a text, one that belongs to it, and any number of texts that do not."""
+"""Encodes contrastive pairs: a text, one that belongs to it, and any number of texts that do not."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dstune.tasks.embedding.rows import texts_of
 
 TOKENS = datasets.List(datasets.Value("int32"))
 COLUMNS = {"anchor": "input_ids", "positive": "positive_input_ids", "negative": "negative_input_ids"}
-"""Where the tokens of each text go; those of all negatives of a pair are one list."""
+"""Column of each kind of text; the tokens of all negatives of a pair are one list."""
 LENGTHS = "negative_lengths"
-"""Column with the number of tokens of each negative; empty where there is one at most."""
+"""Column with the number of tokens of each negative; empty if there is at most one."""
 
 
 class ContrastiveEncoder(Encoder):
-    """Texts with the special tokens that the tokenizer puts around them, each cut to `max_length` tokens.
+    """Encodes texts with their special tokens, each cut to `max_length` tokens.
 
-    A row with several positives is a sample for each, among which its negatives are dealt in turn.
+    A row with several positives becomes a sample for each; the negatives are distributed among them in turn.
     """
 
     def __init__(self, tokenizer: Any, max_length: int):
@@ -54,19 +54,21 @@ class ContrastiveEncoder(Encoder):
         for turn, positive in enumerate(positives):
             encoded = [self._tokens(text) for text in (positive, *negatives[turn :: len(positives)])]
             longest = max(length, *(token_count for _, token_count in encoded))
-            (tokens, _), *others = encoded
-            lengths = [len(ids) for ids, _ in others]
+            (tokens, _), *encoded_negatives = encoded
+            lengths = [len(ids) for ids, _ in encoded_negatives]
             columns = {
                 "positive_input_ids": tokens,
-                "negative_input_ids": np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in others)]),
+                "negative_input_ids": np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in encoded_negatives)]),
                 LENGTHS: np.array(lengths if len(lengths) > 1 else [], dtype=np.int32),
             }
-            problem = "" if all(map(len, (anchor, tokens, *(ids for ids, _ in others)))) else "a text has no token"
+            problem = (
+                "" if all(map(len, (anchor, tokens, *(ids for ids, _ in encoded_negatives)))) else "a text has no token"
+            )
             samples.append(Sample(number, anchor, columns, 1, longest > self._max_length, problem, longest))
         return samples
 
     def _tokens(self, text: str) -> tuple[np.ndarray, int]:
-        """Return tokens of `text`, and how many there were before it was cut."""
+        """Return the tokens of `text`, and their number before the cut."""
         if self._control.first(text):
             ids, _, length = self._control.sequence([text], self._max_length)
             return np.array(ids, dtype=np.int32), length

@@ -54,8 +54,8 @@ class EmbeddingHead:
         return {"vectors": self._vectors(forward, batch), **keys}
 
     def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Return what the second pass needs of each micro-batch of the step: the gradient of the step's loss with respect to its
-        vectors [texts, hidden], and the sum of its pairs' losses. parts: of `first_pass`, the fillers last."""
+        """Return, for each micro-batch, the inputs of its second pass: the gradient of the step's loss with respect to its vectors
+        [texts, hidden], and the sum of its pairs' losses. parts: from `first_pass`, the fillers last."""
         real_parts = [part for part in parts if bool(part["counted"].any())]
         vectors_by_kind = [_by_kind(part["vectors"], part) for part in real_parts]
         with torch.enable_grad():
@@ -81,8 +81,8 @@ class EmbeddingHead:
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """Compute vectors and loss. batch: input_ids, attention_mask [texts, sequence] in the order of KINDS; a key of each
-        text, equal for equal texts; counted [pairs], 0 in a filler; and what `join` adds. Without that the vectors are all it
-        gives."""
+        text, equal for equal texts; counted [pairs], 0 in a filler; and the tensors from `join`, without which it returns only
+        the vectors."""
         vectors = self._vectors(forward, batch)
         counted = batch["counted"]
         nothing = torch.zeros_like(counted.sum())
@@ -97,7 +97,7 @@ def _by_kind(vectors: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 
 
 def _rows(vectors: Tensor, batch: Batch) -> dict[str, list[Tensor]]:
-    """Return by pair the vectors of its texts and their keys, of any number of negatives. They come in the order of the pairs."""
+    """Return the vectors and keys of each pair's texts, with any number of negatives, in the order of the pairs."""
     anchors, positives, negatives = _by_kind(vectors, batch)
     owners = batch["negative_owner"].tolist()
     sizes = [owners.count(pair) for pair in range(len(anchors))]
@@ -117,8 +117,8 @@ def contrastive_losses(
     """Return the loss of each pair [pairs]. vectors: anchors, positives [pairs, hidden] and negatives [any number, hidden], of
     length 1; keys: of their texts, [pairs], [pairs], [any number].
 
-    A candidate that is the same text as the pair's own positive, or that belongs to the same anchor, is none (keys are equal
-    for equal texts). symmetric: the mean of this and of finding the anchor of each positive among all anchors.
+    Texts equal to the pair's positive, or that belong to the same anchor, are excluded from its candidates (equal texts have equal
+    keys). symmetric: average with the loss of finding each positive's anchor among all anchors.
     """
     (anchors, positives, negatives), (anchor_keys, positive_keys, negative_keys) = vectors, keys
     candidates, candidate_keys = torch.cat([positives, negatives]), torch.cat([positive_keys, negative_keys])
@@ -137,8 +137,8 @@ def contrastive_losses(
 
 
 def without_pooler(model: PreTrainedModel, new: list[str]) -> list[str]:
-    """Take off the layer that some encoders put behind the first token: a text's vector does not come from it, and weights
-    without a gradient would decay at some ZeRO stages and not at others. Returns the names among `new` that are left."""
+    """Remove the pooler, a layer that some encoders apply to the first token: embeddings do not use it, and weights without a
+    gradient would decay at some ZeRO stages only. Returns the names in `new` that remain."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     remaining = {name for name, _ in model.named_parameters()}

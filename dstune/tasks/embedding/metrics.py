@@ -9,15 +9,14 @@ import numpy as np
 
 DEPTHS = (1, 5, 10)
 ANCHORS_AT_ONCE = 1024
-"""Their similarities to 100,000 candidates take 400 MB."""
+"""Anchors that are compared at a time: their similarities to 100,000 candidates take 400 MB."""
 
 
 def embedding_metrics(rows: Sequence[dict[str, Any]], temperature: float) -> dict[str, float]:
     """Return mean InfoNCE loss, recall at 1, 5 and 10, and the mean reciprocal rank (MRR).
 
-    Candidates of an anchor are the positives and negatives of all rows, each text once. Of several positives of one anchor
-    the others are no candidates. A candidate that is as near as the positive counts as nearer, so that vectors that are
-    all alike find nothing.
+    Candidates of an anchor are the positives and negatives of all rows, each text once, without the anchor's other positives. A
+    candidate that is as similar as the positive counts as more similar, so that identical vectors score nothing.
     """
     anchors = np.stack([row["anchor"] for row in rows]).astype(np.float64)
     positives = np.stack([row["positive"] for row in rows]).astype(np.float64)
@@ -27,18 +26,20 @@ def embedding_metrics(rows: Sequence[dict[str, Any]], temperature: float) -> dic
     keys, first = np.unique(np.concatenate([positive_keys, negative_keys]), return_index=True)
     candidates = np.concatenate([positives, negatives.reshape(-1, positives.shape[1])])[first]
     positive_places = np.searchsorted(keys, positive_keys)
-    of_anchor: dict[int, set[int]] = {}
+    positives_of_anchor: dict[int, set[int]] = {}
     for key, position in zip(anchor_keys.tolist(), positive_places.tolist(), strict=True):
-        of_anchor.setdefault(key, set()).add(position)
+        positives_of_anchor.setdefault(key, set()).add(position)
     ranks, losses = [], []
     for start in range(0, len(rows), ANCHORS_AT_ONCE):
         chosen = np.arange(start, min(start + ANCHORS_AT_ONCE, len(rows)))
-        near = anchors[chosen] @ candidates.T
-        positive_scores = near[np.arange(len(chosen)), positive_places[chosen]].copy()
+        similarities = anchors[chosen] @ candidates.T
+        positive_scores = similarities[np.arange(len(chosen)), positive_places[chosen]].copy()
         for number, row in enumerate(chosen):
-            near[number, list(of_anchor[int(anchor_keys[row])] - {int(positive_places[row])})] = -np.inf
-        ranks.append((near >= positive_scores[:, None]).sum(axis=1))  # the positive itself is one of them
-        scores = near / temperature
+            similarities[
+                number, list(positives_of_anchor[int(anchor_keys[row])] - {int(positive_places[row])})
+            ] = -np.inf
+        ranks.append((similarities >= positive_scores[:, None]).sum(axis=1))  # the positive itself is one of them
+        scores = similarities / temperature
         highest = scores.max(axis=1)
         losses.append(highest + np.log(np.exp(scores - highest[:, None]).sum(axis=1)) - positive_scores / temperature)
     rank = np.concatenate(ranks)

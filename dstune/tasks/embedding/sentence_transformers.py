@@ -1,4 +1,4 @@
-"""Files by which sentence-transformers loads an embedding model with its pooling, written and read."""
+"""Writes and reads the files by which sentence-transformers loads an embedding model with its pooling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "l
 
 
 def write_modules(folder: Path, task: EmbeddingConfig, hidden_size: int, max_length: int) -> None:
-    """Write `modules.json` and what it names: the model in `folder`, pooling, and vectors of length 1."""
+    """Write `modules.json` and the files that it names: the model in `folder`, pooling, and normalization to length 1."""
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -30,15 +30,15 @@ def write_modules(folder: Path, task: EmbeddingConfig, hidden_size: int, max_len
 
 
 def embedding_overrides(folder: Path) -> list[str]:
-    """Return what the files of an embedding model say of its task and lengths, as overrides; empty where they are of none.
+    """Return the task, pooling and length that the files of an embedding model state, as overrides; empty without such files.
 
-    Raises UserError for a pooling, or a layer behind it, that dstune does not have.
+    Raises UserError for a pooling, or a further layer, that dstune does not have.
     """
     modules = _read(folder / "modules.json")
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         return []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    further = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    unsupported_kinds = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     pooling = next(
         (folder / str(module.get("path")) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"),
         None,
@@ -52,10 +52,10 @@ def embedding_overrides(folder: Path) -> list[str]:
     chosen = [name.removeprefix("pooling_mode_") for name, on in settings.items() if on is True and "_mode_" in name]
     by_name = {name: mode for mode, name in MODES.items()} | {mode.value: mode for mode in MODES}
     modes = [by_name.get(name) for name in pooling_names or chosen]
-    if further or len(modes) != 1 or modes[0] is None:
+    if unsupported_kinds or len(modes) != 1 or modes[0] is None:
         unsupported = (
-            f"a layer of the kind {further[0]}"
-            if further
+            f"a layer of the kind {unsupported_kinds[0]}"
+            if unsupported_kinds
             else f"the pooling {', '.join(pooling_names or chosen) or 'unknown'}"
         )
         reason = f"its modules.json names {unsupported}, which dstune does not have"

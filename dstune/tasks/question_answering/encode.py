@@ -1,4 +1,4 @@
-"""Samples of question answering: a question beside a chunk of its text, and where in it the answer begins and ends."""
+"""Encodes a question with a chunk of its text, and where in the chunk the answer begins and ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_IN_CONTEXT = -1
 
 
 class AnswerEncoder(Encoder):
-    """A text that does not fit beside its question becomes several chunks that overlap by `task.stride` tokens.
+    """Encodes questions. A text that does not fit beside its question becomes several chunks that overlap by `task.stride` tokens.
 
     `start` and `end` are the first and last token of the first answer; in a chunk that does not hold all of it, and for a
     question without an answer, both are `null`, the classification token (or the first one, where a tokenizer has none).
@@ -83,7 +83,7 @@ class AnswerEncoder(Encoder):
 
 
 def _tokens_of(answer: Answer, offsets: np.ndarray) -> tuple[int, int] | None:
-    """Return first and last token that hold a character of the answer."""
+    """Return the first and last token with a character of the answer; None if no token has one."""
     start, end = answer["start"], answer["start"] + len(answer["text"])
     held = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0]))
     return (int(held[0]), int(held[-1])) if len(held) else None

@@ -54,18 +54,18 @@ class AnswerHead:
 def best_span(
     starts: torch.Tensor, ends: torch.Tensor, inside: torch.Tensor, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score, first and last token, each [batch], of the span of at most `longest` tokens with the highest sum of logits.
+    """Return score, first and last token, each [batch], of the span of at most `longest` tokens with the highest sum of logits.
 
     starts, ends: logits [batch, sequence]. inside: tokens that a span may begin and end with, bool [batch, sequence].
-    Where there is none the score is -inf.
+    The score is -inf if there is no such span.
     """
     width = starts.shape[1]
     starts, ends = (logits.masked_fill(~inside, -torch.inf) for logits in (starts, ends))
     best = torch.full_like(starts, -torch.inf)
     length = torch.zeros_like(starts, dtype=torch.long)
-    for further in range(min(longest, width)):
-        scores = functional.pad(starts[:, : width - further] + ends[:, further:], (0, further), value=-torch.inf)
-        length = torch.where(scores > best, further, length)
+    for offset in range(min(longest, width)):
+        scores = functional.pad(starts[:, : width - offset] + ends[:, offset:], (0, offset), value=-torch.inf)
+        length = torch.where(scores > best, offset, length)
         best = torch.maximum(best, scores)
     score, first = best.max(dim=1)
     return score, first, first + length.gather(1, first[:, None])[:, 0]

@@ -24,8 +24,8 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 
 def normalized(text: str) -> str:
-    without = "".join(character for character in text.lower() if character not in _PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", without).split())
+    words = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", words).split())
 
 
 def exact_match(predicted: str, right: str) -> float:
@@ -33,8 +33,8 @@ def exact_match(predicted: str, right: str) -> float:
 
 
 def word_f1(predicted: str, right: str, *, no_answer: bool) -> float:
-    """Compute the F1 of the words of two answers. no_answer: as the script of SQuAD 2 has it, two answers without a word are
-    equal; that of SQuAD 1.1 says 0."""
+    """Compute the F1 of the words of two answers. no_answer: two answers without words are equal, as in the script of SQuAD 2;
+    in that of SQuAD 1.1 their F1 is 0."""
     predicted_words, right_words = normalized(predicted).split(), normalized(right).split()
     if no_answer and not (predicted_words and right_words):
         return float(predicted_words == right_words)
@@ -63,9 +63,9 @@ def answer_metrics(
 ) -> dict[str, float]:
     """Compute exact match and F1 over all questions.
 
-    margins: for questions that may have no answer (SQuAD 2), how much better than the best span having none scores; above
-    `threshold` none is predicted. Then `predicted` are the best spans, and the metrics say besides how the questions with and
-    without an answer fare, and which threshold would give the highest F1 on these rows (`best_threshold`, `best_f1`).
+    margins: for questions that may have no answer (SQuAD 2), by how much the score of no answer exceeds that of the best span;
+    above `threshold`, no answer is predicted. `predicted` are then the best spans, and there are also metrics of the questions with
+    and without an answer, and the threshold with the highest F1 on these rows (`best_threshold`, `best_f1`).
     """
     if margins is None:
         row_scores = [scores(text, answers, no_answer=False) for text, answers in zip(predicted, right, strict=True)]
@@ -80,7 +80,7 @@ def answer_metrics(
         if part:
             metrics[f"exact_match_{name}"] = _mean([exact for exact, _ in part])
             metrics[f"f1_{name}"] = _mean([f1 for _, f1 in part])
-    # From no answer for any question on, one question after the other gets its span, the surest first.
+    # Start with no answer to any question, then answer one question after the other with its span, the surest first.
     best = total = sum(f1 for _, f1 in none)
     best_threshold = min(margins) - 1.0
     order = sorted(range(len(margins)), key=margins.__getitem__)
@@ -109,7 +109,7 @@ def measure(task: QuestionAnsweringConfig, split: Split, totals: Totals, outputs
 
 
 def best_spans(split: Split, outputs: Sequence[Row]) -> tuple[list[str], list[float]]:
-    """Return for each question the text of the best span of all chunks, and how much better having no answer scores."""
+    """Return each question's best span in all chunks, as text, and by how much the score of no answer exceeds its score."""
     spans, margins = [], []
     for chunks, row in zip(rows_of(split, outputs), texts_of(split), strict=True):
         best = max(chunks, key=lambda chunk: float(chunk["score"]))
@@ -123,7 +123,7 @@ def best_spans(split: Split, outputs: Sequence[Row]) -> tuple[list[str], list[fl
 def swapped_answers(
     task: QuestionAnsweringConfig, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows
 ) -> tuple[list[str], list[str]]:
-    """Return the answers before the swap of terms, with the terms of the answers swapped too, and those after it."""
+    """Return the answers before the swap of terms, with the terms in them swapped too, and the answers after it."""
     assert run.evaluate.counterfactual is not None
     swaps = Swaps.read(run.evaluate.counterfactual)
     earlier, later = _answers_of(task, *before), _answers_of(task, *after)

@@ -1,4 +1,4 @@
-"""Scored completions, and the files of a run that hold them."""
+"""Scored completions, and the files of a run that record them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from dstune.core import files
 from dstune.tasks.reinforcement.sampling import Completion
 
 FOLDER = "rollouts"
-"""Of a run directory: `step-000001.jsonl`, ..., a completion a line."""
+"""Folder of a run directory: `step-000001.jsonl`, ..., one completion a line."""
 OPTIONAL = ("prompt_ids", "read", "version")
-"""Fields of a completion that most are without."""
+"""Fields that most completions do not have."""
 
 
 @dataclass
 class Scored:
-    """A completion with what its rewards say."""
+    """A completion with its scores."""
 
     completion: Completion
     text: str
     scores: list[float | None] = field(default_factory=list)
-    """Of each of `task.reward_names`."""
+    """The score of each of `task.reward_names`; None for a failed one."""
     reward: float | None = None
-    """The scores added up with their weights; None where there is none."""
+    """The weighted sum of the scores; None if there is none."""
     advantage: float = 0.0
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """Of a completion in an environment, its turns and what the tools said."""
+    """In an environment: the turns of the completion, and the results of its tools."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What rewards logged about it."""
+    """Values that rewards logged for the completion, by column."""
     calls: int = 0
-    """Of tools."""
+    """Number of tool calls."""
     failed_calls: int = 0
 
     @property
     def answer(self) -> Any:
-        """What rewards get."""
+        """The answer that rewards score: the messages, or the text."""
         return self.messages or self.text
 
 
@@ -49,7 +49,7 @@ def record_path(folder: Path, step: int) -> Path:
 def write_records(
     folder: Path, step: int, completions: Iterable[Scored], rewards: Sequence[str], questions: Mapping[int, str]
 ) -> None:
-    """Write the completions of a step, whole or not at all. questions: texts of prompts, beside the first completion of each."""
+    """Write the completions of a step, atomically. questions: texts of prompts, written with the first completion of each."""
     folder.mkdir(exist_ok=True)
     lines = []
     for scored in completions:
@@ -64,8 +64,7 @@ def write_records(
 
 
 def read_records(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines that were written of a step; none where there is no file. Raises OSError, and ValueError for a line that
-    is no object of JSON."""
+    """Return the records of a step; empty if there is no file. Raises OSError, and ValueError for a line that is no JSON object."""
     try:
         # Of bytes: a text would also be parted at U+2028, which a completion may hold.
         lines = record_path(folder, step).read_bytes().splitlines()
@@ -78,7 +77,7 @@ def read_records(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None:
-    """Return a line of such a file, or None where it is of other rewards."""
+    """Return the completion in a record, or None if it was scored by other rewards."""
     try:
         return unpack_scored({**row, "scores": [row["rewards"][name] for name in rewards]})
     except (KeyError, TypeError):
@@ -86,7 +85,7 @@ def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None
 
 
 def pack_scored(scored: Scored) -> dict[str, Any]:
-    """Return all but the advantage, as JSON; what is empty in most completions is left out where it is."""
+    """Return the completion as JSON, without its advantage and without empty optional fields."""
     # Not `asdict`, which copies every token: a fifth of a small step.
     completion = {name: value for name, value in vars(scored.completion).items() if value or name not in OPTIONAL}
     row: dict[str, Any] = {**completion, "text": scored.text, "scores": list(scored.scores)}
@@ -96,7 +95,7 @@ def pack_scored(scored: Scored) -> dict[str, Any]:
 
 
 def unpack_scored(row: Mapping[str, Any]) -> Scored:
-    """Return the inverse of `pack_scored`."""
+    """Build the completion that `pack_scored` packed."""
     needed = {name: row[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
     optional = {name: row[name] for name in OPTIONAL if name in row}
     further = {name: row[name] for name in ("messages", "extra", "calls", "failed_calls") if name in row}
@@ -108,5 +107,5 @@ def place_of(completion: Completion) -> str:
 
 
 def identity_of(completion: Completion) -> str:
-    """Return a text of prompt, sample and tokens of a completion."""
+    """Return a text that identifies a completion by prompt, sample and tokens."""
     return f"{place_of(completion)}/{','.join(map(str, completion.ids))}"

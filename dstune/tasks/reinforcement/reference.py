@@ -1,4 +1,4 @@
-"""The model that training starts from, kept beside the one that trains where no adapter can be switched off."""
+"""A copy of the start model as the reference, for methods without an adapter that could be switched off."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ activity = logging.getLogger(__name__)
 
 
 class StartModel:
-    """At stage 3 partitioned, else whole on every rank."""
+    """The reference model: partitioned at stage 3, else complete on every rank."""
 
     def __init__(self, engine: Engine, head: PolicyHead):
         self._engine, self._head = engine, head

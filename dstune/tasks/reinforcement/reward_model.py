@@ -35,7 +35,7 @@ class RewardModel(ABC):
 
     @abstractmethod
     def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
-        """Return a score for each; None for one that cannot be scored, with `last_error` saying why."""
+        """Return a score for each conversation; None for one that cannot be scored, with `last_error` saying why."""
 
 
 def load_reward_model(path: str, model: ModelConfig, seconds: float) -> RewardModel:
@@ -50,7 +50,7 @@ def load_reward_model(path: str, model: ModelConfig, seconds: float) -> RewardMo
 
 
 class RemoteRewardModel(RewardModel):
-    """Asks a server such as `dstune serve`."""
+    """A reward model on a server such as `dstune serve`."""
 
     def __init__(self, path: str, seconds: float):
         """path: `ADDRESS#NAME`."""
@@ -90,7 +90,7 @@ def _message_of(error: urllib.error.HTTPError) -> str:
 
 
 class LocalRewardModel(RewardModel):
-    """A model of `task=reward` in this rank."""
+    """A model of `task=reward` in this rank's memory."""
 
     def __init__(self, predictor: Any):
         self._predictor = predictor
@@ -113,7 +113,7 @@ class LocalRewardModel(RewardModel):
 
 
 _loaded: WeakValueDictionary[tuple[str, bool], LocalRewardModel] = WeakValueDictionary()
-"""What is in memory, by path and trust: training and its evaluations score with the same model."""
+"""Loaded models, by path and trust of remote code, which training and its evaluations share."""
 
 
 def _load_local(path: str, trust_remote_code: bool) -> RewardModel:
@@ -136,7 +136,7 @@ def _load_local(path: str, trust_remote_code: bool) -> RewardModel:
 
 
 def conversation_of(prompt: Any, completion: str, columns: Mapping[str, Any]) -> Conversation:
-    """Return what a reward model reads: the prompt's messages and the answer."""
+    """Return the conversation that a reward model scores: the prompt's messages and the answer."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system := columns.get("system"):
         messages = [{"role": "system", "content": system}, *messages]

@@ -1,4 +1,4 @@
-"""Completions sampled by the model that trains: the same bits for the same weights, prompts and seed.
+"""Samples completions from the model that trains: bit-equal for the same weights, prompts and seed.
 
 A token is the one with the largest p / e, where e is exponential noise (the race that samples from p exactly). The noise is a pure
 function of (seed, step, prompt, sample, position, token): there is no state of a generator to save, and no two completions
@@ -21,34 +21,34 @@ from dstune.models.shared_prompts import NAME as SHARED_PROMPTS
 from dstune.models.spans import attention_problem
 
 _ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-"""Of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+"""Constants of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
 BLOCK_ELEMENTS = 2**16
-"""Logits that a CPU draws from at a time: what is made of them then stays in its cache. Noise of 8 rows of 49,152 tokens took
+"""Logits that a CPU samples from at a time, so that intermediate values stay in its cache: noise for 8 rows of 49,152 tokens took
 5.1 ms at once and 2.2 ms row by row."""
 
 
 @dataclass
 class Completion:
-    """What the model wrote to a prompt."""
+    """A completion of a prompt."""
 
     prompt: int
     """Number of the prompt in its split."""
     sample: int
     """Which of the prompt's completions, from 0."""
     ids: list[int] = field(default_factory=list)
-    """Tokens, the one that ended it included."""
+    """Its tokens, including the end token."""
     logps: list[float] = field(default_factory=list)
     """Log-probability of each token at the temperature of sampling, as the sampler computed it."""
     entropy: float = 0.0
     """Sum over the tokens, in nats; of a server's completion the estimate -sum(logps)."""
     ended: bool = False
-    """Whether it ended by itself, within the tokens that it may have."""
+    """Whether it has an end token, and was not cut at the limit."""
     prompt_ids: list[int] | None = None
-    """The tokens that it answers, where they are not those of its row: an environment added to them."""
+    """The prompt's tokens if they differ from the row's, because an environment added to them."""
     read: list[int] = field(default_factory=list)
-    """Places in `ids` of tokens that the model has not written but read: results of tools. Their `logps` are 0."""
+    """Indices in `ids` of tokens that the model did not generate but read: results of tools. Their `logps` are 0."""
     version: str = ""
-    """Of the weights that wrote all of its tokens, where a server did."""
+    """Version of the weights that generated all its tokens, if a server did."""
 
 
 def sample_completions(
@@ -68,9 +68,9 @@ def sample_completions(
     """Return `samples` completions of each prompt, those of one prompt one after the other.
 
     input_ids, attention_mask: [prompts, sequence], padded on the left; prompts: their numbers. ends: tokens after which a
-    completion is over. keys: of the noise, beside prompt, sample and position (the run's seed, and the step). goes_on: given
-    whether any completion here is unfinished, says whether another token is computed: where ranks compute in step, as long as
-    any of them needs one.
+    completion ends. keys: of the noise, beside prompt, sample and position (the run's seed, and the step). goes_on: called with
+    whether this rank has an unfinished completion; returns whether another token is computed: if ranks compute in step, as long
+    as any of them needs one.
     """
     rows = len(prompts) * samples
     numbers = torch.tensor(prompts, device=input_ids.device).repeat_interleave(samples)
@@ -96,12 +96,12 @@ def sample_completions(
 
 @dataclass(frozen=True)
 class Turn:
-    """What a completion goes on from: all its tokens so far, behind those of its prompt."""
+    """A completion to continue, with the tokens of its prompt and of the completion so far."""
 
     completion: Completion
     tokens: list[int]
     room: int
-    """Tokens that it may still have."""
+    """How many more tokens it may get."""
 
 
 def continue_completions(
@@ -115,10 +115,10 @@ def continue_completions(
     goes_on: Callable[[bool], bool],
     device: torch.device,
 ) -> list[bool]:
-    """Let each completion go on to its end or to the end of its turn; whether each wrote an end token.
+    """Continue each completion to the end of its turn or to its limit; return whether each got an end token.
 
-    The noise of a token is that of its position in the completion, as in `sample_completions`, whose arguments these are. Without
-    any turn, this rank computes along with the others.
+    The noise of a token depends on its position in the completion. Arguments as in `sample_completions`. Without any turn, this
+    rank computes along with the others.
     """
     rows = [turn.tokens for turn in turns] or [[padding]]
     width = max(map(len, rows))
@@ -269,24 +269,24 @@ def configuration_of(model: Any) -> Any:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Return the position of each token in its row, which padding does not count in, [rows, sequence]."""
+    """Return the position of each token in its row, not counting padding, [rows, sequence]."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _takes_ready_masks(model: Any, cache: Any) -> bool:
-    """Return whether the mask of one token for all layers, [rows, 1, 1, tokens], or none, can stand in place of the one that the
-    model would make of [rows, tokens] at every token."""
+    """Return whether the model accepts a mask of one token for all layers, [rows, 1, 1, tokens] or None. Otherwise it builds one
+    from [rows, tokens] for every token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     by_sdpa = base.config._attn_implementation in ("sdpa", SHARED_PROMPTS) and attention_problem(base) is None
     return by_sdpa and all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
 
 
 def last_logits(model: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
-    """Return logits behind the last token of each row, [rows, vocabulary]."""
+    """Return the logits of the token after the last one of each row, [rows, vocabulary]."""
     parameters = _parameters(model)
     keys_and_values = "cache" if "cache" in parameters else "past_key_values"  # of transformers before 5.24
-    further = {keys_and_values: cache} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **further)
+    options = {keys_and_values: cache} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **options)
     logits: Tensor = output.logits[:, -1]
     return logits
 

@@ -1,5 +1,5 @@
-"""A client of a vLLM server that samples: tokens in, tokens and their log-probabilities out; adapters by name, whole weights from a
-folder.
+"""A client for sampling from a vLLM server: it sends tokens and gets tokens with log-probabilities; the server loads adapters by
+name, and complete weights from a folder.
 
 Routes and fields are those of vLLM 0.32 (`vllm/entrypoints/openai`, `serve/lora`, `serve/dev`); nothing of vLLM is imported.
 """
@@ -21,19 +21,19 @@ from typing import Any
 MOST_ANSWERED = 2**28
 """Bytes of one answer."""
 LONGEST_REASON = 300
-"""Characters of what a server says."""
+"""Characters of a server's error that are shown."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
-"""Seconds before a failed request is sent again; each pause is twice the one before."""
+"""Seconds before a failed request is repeated; each pause is twice the previous one."""
 BUSY = (408, 425, 429)
-"""Answers after which the same request may succeed; so may it after those of 500 and more."""
+"""Status codes after which the same request may succeed later, as after 500 and above."""
 
 
 class ServerDown(Exception):
-    """The server did not answer in time, whatever was tried."""
+    """The server did not answer in time, with all retries."""
 
 
 class ServerRefused(Exception):
-    """The server answered that it does not do this."""
+    """The server refused the request, or its answer is unusable."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(f"the server answered {code}: {reason}" if code else reason)
@@ -41,7 +41,7 @@ class ServerRefused(Exception):
 
 
 class _Failed(Exception):
-    """The server failed, and may not when it is asked again."""
+    """A failure of the server after which the request is repeated."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A completion that the server wrote."""
+    """A completion from the server."""
 
     ids: list[int]
     """The end token included."""
@@ -73,17 +73,17 @@ class Sampling:
 
 class VllmServer:
     def __init__(self, address: str, key: str, seconds: float):
-        """seconds: for an answer, with everything that is tried until there is one."""
+        """seconds: for an answer, including all retries."""
         self._address, self._key, self._seconds = address.rstrip("/"), key, seconds
         self.recover: Callable[[], None] = lambda: None
-        """Gives the server its weights again: a server that failed may have been started anew."""
+        """Loads the weights into the server again: a server that failed may have been restarted."""
         self.failures = 0
-        """How often it failed so far, whether or not another attempt succeeded."""
+        """Number of failures so far, also of requests that succeeded after a retry."""
         self._lock = threading.Lock()
         self._recovered_at = -math.inf
 
     def base_model(self) -> ServedModel:
-        """Return the model that it was started with. Raises ServerDown or ServerRefused."""
+        """Return the model that the server was started with. Raises ServerDown or ServerRefused."""
         answer = self._ask("GET", "/v1/models")
         try:
             base = next(model for model in answer["data"] if not model.get("parent"))
@@ -105,7 +105,7 @@ class VllmServer:
             self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def load_weights(self, folder: str) -> None:
-        """Read all weights from `folder` in place of those that it has, and forget what it computed with them."""
+        """Let the server load all weights from `folder`, and clear its cache of prefixes."""
         self._ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         self._ask("POST", "/reset_prefix_cache", {})
 
@@ -214,11 +214,11 @@ def _reason_in(error: urllib.error.HTTPError) -> str:
 
 
 def _read_choices(answer: Any, prompt: list[int], samples: int, sampling: Sampling, model: str) -> list[Sampled]:
-    """Read the completions in an answer to `/v1/completions`, which is checked in whole.
+    """Read and check the completions in an answer to `/v1/completions`.
 
     Raises:
-        _Failed: the server gave up on it.
-        ServerRefused: it is no answer to what was asked.
+        _Failed: the server aborted a completion.
+        ServerRefused: the answer does not fit the request.
     """
     try:
         if answer.get("model", model) != model:

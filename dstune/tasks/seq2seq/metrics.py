@@ -1,4 +1,4 @@
-"""Targets that the model writes by itself for held-out sources, on all ranks, and their metrics."""
+"""Generates targets for held-out sources on all ranks, and computes their metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dstune.zero.engine import Engine
 log = logging.getLogger(__name__)
 
 LONGER = 1.25
-"""A generated target may be so much longer than the longest one of the rows."""
+"""Limit of a generated target's length, as a multiple of the longest target of the rows."""
 
 
 def generate_and_measure(
@@ -38,7 +38,7 @@ def generate_and_measure(
     one_line: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Evaluation:
-    """Return `measured` with what the model generates for `evaluate.generate_rows` rows. See `Task.extra_evaluation`."""
+    """Return `measured` with targets that the model generates for `evaluate.generate_rows` rows. See `Task.extra_evaluation`."""
     config, world = evaluator.config, evaluator.world
     rows = limited(split, config.evaluate.generate_rows, config.task)
     generated = generate_targets(
@@ -59,11 +59,11 @@ def generate_targets(
     one_line: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
-    """Return the model's greedy target for every row of `split`, in the order of the rows, on all ranks.
+    """Generate a target greedily for every row of `split`; all ranks get all of them, in the order of the rows.
 
-    context: tokens in front of every prompt (worked examples). one_line: end an answer with its first line, unless a target
-    has more of them. progress: told how many of this rank's batches are done. Rows are dealt out in batches of similar
-    length, and ranks may get unequally many.
+    context: tokens in front of every prompt (worked examples). one_line: end an answer after its first line, unless a target
+    has several lines. progress: called with the numbers of this rank's finished and total batches. Batches have
+    rows of similar length, and ranks may get different numbers of rows.
     """
     assert isinstance(config.task, Seq2SeqConfig)
     batches = padded_batches(split.lengths, config)
@@ -72,7 +72,7 @@ def generate_targets(
         "\n" in split.source_and_target(index)["target"].strip() for index in range(len(split.lengths))
     )
     longest = math.ceil(LONGER * int(split.weights.max()))
-    written: list[tuple[int, str]] = []
+    local_answers: list[tuple[int, str]] = []
     with speaking(engine, world) as (module, in_step):
         local_batches = share(batches, world.rank, world.size)
         for number, batch in enumerate(local_batches):
@@ -93,9 +93,9 @@ def generate_targets(
                 one_line=one_line,
             )
             if not batch.filler:
-                written += zip(batch.samples, answers, strict=True)
-    everyone = sorted(row for part in world.gather(written) for row in part)
-    return [Generated(**split.source_and_target(index), answer=answer) for index, answer in everyone]
+                local_answers += zip(batch.samples, answers, strict=True)
+    all_answers = sorted(row for part in world.gather(local_answers) for row in part)
+    return [Generated(**split.source_and_target(index), answer=answer) for index, answer in all_answers]
 
 
 def generation_metrics(rows: Sequence[Generated]) -> dict[str, float]:

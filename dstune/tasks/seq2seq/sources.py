@@ -1,4 +1,4 @@
-"""What a model reads for a source, and what it has to write: the same in training, evaluation and `dstune generate`."""
+"""Turns sources and targets into tokens, in the same way for training, evaluation and `dstune generate`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dstune.data.special_tokens import end_of_target, first_special_tokens
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 
 PLACE = "{source}"
-"""Where the source stands in `task.prompt`."""
+"""Placeholder of the source in `task.prompt`."""
 
 
 def prompt_of(task: Seq2SeqConfig, source: str) -> str:
-    """Return `task.prompt` with the source in it."""
+    """Return `task.prompt` with `source` filled in."""
     return task.prompt.replace(PLACE, source)
 
 
@@ -48,14 +48,14 @@ class Sources:
         return {"messages": messages, **({"chat_template_kwargs": arguments} if arguments else {})}
 
     def prompt_text(self, source: str) -> str:
-        """Return the prompt of the task with the source in it."""
+        """Return the prompt of the task with `source` filled in."""
         return prompt_of(self._task, source)
 
     def prompt_ids(
         self, source: str, arguments: Mapping[str, Any] | None = None, target: str | None = None
     ) -> list[int]:
-        """Return what the model reads before it writes the target, as far as that is known. Raises RenderError where the chat
-        template refuses it."""
+        """Return the tokens that the model reads before it generates the target. Raises RenderError if the chat template refuses
+        them."""
         prompt = self.prompt_text(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
@@ -68,8 +68,7 @@ class Sources:
         return ids if ids[: len(first)] == first else [*first, *ids]
 
     def encoder_ids(self, text: str, max_length: int) -> tuple[list[int], int]:
-        """Return tokens of a text with the special tokens that the tokenizer puts around it, cut to `max_length`; how many there
-        were before."""
+        """Return the tokens of a text with its special tokens, cut to `max_length`, and their number before the cut."""
         if self._control.first(text):
             ids, _, length = self._control.sequence([text], max_length)
             return ids, length
@@ -79,8 +78,8 @@ class Sources:
         return ids, len(ids)
 
     def target_ids(self, text: str, max_length: int) -> tuple[list[int], int]:
-        """Return tokens that the decoder writes for a target, its end included, cut to `max_length`; how many there were before.
-        A cut target has no end, which would teach the model to stop there."""
+        """Return a target's tokens with its end token, cut to `max_length`, and their number before the cut. A cut target has no
+        end token, which would teach the model to stop there."""
         if self._control.first(text):
             ids, _, _ = self._control.sequence([text], sys.maxsize)
         else:
@@ -90,7 +89,7 @@ class Sources:
         return ids[:max_length], len(ids)
 
     def shortened(self, source: str, tokens: int) -> str:
-        """Return `source` without its last `tokens` tokens; empty where it has no more than these."""
+        """Return `source` without its last `tokens` tokens; empty if it has no more than that."""
         ids_and_places = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = ids_and_places["offset_mapping"][: max(0, len(ids_and_places["input_ids"]) - tokens)]
         return source[: spans[-1][1]].rstrip() if spans else ""

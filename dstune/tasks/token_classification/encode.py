@@ -1,4 +1,4 @@
-"""Samples of token classification: sub-words whose first of a word has the word's tag."""
+"""Encodes words with tags: the first sub-word of a word has the word's tag."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TokenEncoder(Encoder):
     """Sentences as chunks of sub-words; the label of a word's first sub-word is its tag's index.
 
     The words are joined by spaces and tokenized as one text, as the pipeline of transformers does with a text. A sentence
-    longer than `max_length` becomes several chunks that overlap by `task.stride` sub-words. Each sub-word counts in one
-    of them: the first half of what two have in common in the former, the rest in the latter.
+    longer than `max_length` becomes several chunks that overlap by `task.stride` sub-words. Each sub-word counts in one of them:
+    the first half of an overlap in the earlier chunk, the second half in the later one.
     """
 
     def __init__(self, tokenizer: Any, task: TokenClassificationConfig, max_length: int, labels: tuple[str, ...]):
@@ -53,7 +53,7 @@ class TokenEncoder(Encoder):
         return samples
 
     def _words(self, words: list[str], ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return sub-words of a sentence and the number of the word of each; -1 for a token of the space between words."""
+        """Return the sub-words of a sentence, and the number of each one's word; -1 for a token of a space between words."""
         ends = np.cumsum([len(word) + 1 for word in words])  # the space behind included
         if len(ids):
             # By the last character, since a token may bring the space in front of its word.
@@ -83,7 +83,7 @@ class TokenEncoder(Encoder):
             labels[owner >= 0] = inside[owner[owner >= 0]]
         labels[first] = tags[owner[first]]
         spans = chunks(len(ids), self._size, self._stride, np.flatnonzero(first).tolist())
-        # In the middle of what two chunks have in common, the latter takes over.
+        # The later chunk takes over in the middle of an overlap.
         edges = [0, *((begin + end) // 2 for (_, end), (begin, _) in pairwise(spans)), len(ids)]
         samples = []
         for chunk, (start, end) in enumerate(spans):

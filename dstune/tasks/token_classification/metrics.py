@@ -19,11 +19,11 @@ def token_metrics(
     labels: Sequence[str],
     scheme: TagScheme = TagScheme.auto,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return share of words with the right tag and, over whole entities (equal in type, first and last word), precision, recall and
-    F1; for tags that are no marks of entities, or with `scheme=plain`, macro F1 instead. With them the same of each type.
+    """Compute the share of words with the right tag and the precision, recall and F1 of entities (equal in type, first and last
+    word); for tags that do not mark entities, or with `scheme=plain`, macro F1 instead. Returns these and the metrics by type.
 
-    predicted, true: tags of each word, [sentences][words]. A predicted I- tag without a beginning begins an entity, as
-    in the script of CoNLL 2000.
+    predicted, true: tags of each word, [sentences][words]. A predicted I- tag that continues no entity begins one, as in the script
+    of CoNLL 2000.
     """
     from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
@@ -52,7 +52,7 @@ def token_metrics(
 
 
 def entity_report(true: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """Return seqeval's report; empty where nothing is or should be an entity, for which it raises."""
+    """Return seqeval's report; empty if there is no true or predicted entity, for which seqeval raises."""
     from seqeval.metrics import classification_report
 
     if all(tag == OUTSIDE for tags in (*true, *predicted) for tag in tags):
