@@ -1,4 +1,4 @@
-"""A throw-away training of a copy of the model, along which gradients are looked at."""
+"""Trains a temporary copy of the model to observe its gradients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Probe:
     def train(self, steps: int, change: Change, rate: float) -> int:
         """Train `steps` optimizer steps over the first steps of the run's order; `change` as in `Engine.before_update`.
 
-        Returns how many of them have updated: one whose loss or gradient is not finite is left out, and `change` not asked.
+        Returns the number of applied updates: a step whose loss or gradient is not finite is skipped, and `change` is not called.
         """
         updated = 0
         self.engine.before_update(change)
@@ -54,7 +54,7 @@ class Probe:
         for step, feed in enumerate(
             prefetched_steps(self.config, data_loader, self.world, self.tokenizer.pad_token_id, range(steps), self.head)
         ):
-            assert feed is not None, "whole data is always there"
+            assert feed is not None, "only a stream has to be waited for"
             for position, (micro_batch, batch) in enumerate(feed.batches):
                 torch.manual_seed(dropout_seed(self.config.trainer.seed, step, micro_batch.index))
                 self.engine.accumulate(
@@ -76,8 +76,8 @@ def probing(
     world: World,
     restrict: Restrict | None = None,
 ) -> Iterator[Probe]:
-    """Build a copy of the run's model at the run's ZeRO stage, with the parameters that `config.method` trains, and gradients as
-    they are: nothing is clipped. restrict: freezes some of them before the engine is made."""
+    """Build a copy of the run's model at the run's ZeRO stage, which trains the parameters of `config.method` without gradient
+    clipping. restrict: freezes some of the parameters before the engine is built."""
     config = replace(config, trainer=replace(config.trainer, grad_clip=0.0))
     settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     with partitioned_loading(settings):
@@ -98,5 +98,5 @@ def probing(
 
 
 def standing_still(config: RunConfig) -> RunConfig:
-    """Return `config` with an optimizer that keeps nothing and a rate of 0: for gradients at the start weights."""
+    """Return `config` with a stateless optimizer and a rate of 0: for gradients at the start weights."""
     return replace(config, optimizer=SgdConfig(lr=0.0))

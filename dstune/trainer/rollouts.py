@@ -1,4 +1,4 @@
-"""The seam for tasks whose rows are prompts: what trains of a step is known only when the model has answered them."""
+"""Interfaces for tasks whose rows are prompts: the targets of a step exist only after the model has answered them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class RolloutsUnavailable(Exception):
-    """What writes the completions does not answer, and may later: the run saves what it has and leaves, to be continued."""
+    """The sampler does not answer now, but may later: the run is saved and ends, to be continued."""
 
 
 class RolloutRun(Protocol):
-    """What a rollout needs of `loop.Training`."""
+    """The part of `loop.Training` that a rollout needs."""
 
     total_steps: int
 
@@ -25,7 +25,7 @@ class RolloutRun(Protocol):
 
 
 class RolloutStep(Protocol):
-    """What a rollout needs of `loop.Step`."""
+    """The part of `loop.Step` that a rollout needs."""
 
     number: int
     batch: RankBatch
@@ -35,19 +35,19 @@ class RolloutStep(Protocol):
 
 
 class Rollouts(Protocol):
-    """Turns the prompts of each step into what trains. Every rank calls its methods alike."""
+    """Turns the prompts of each step into micro-batches to train on. Every rank must call its methods in the same order."""
 
     @property
     def updates(self) -> int:
-        """Optimizer updates with what one rollout gave."""
+        """Number of optimizer updates with the completions of one rollout."""
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
         """Return the micro-batches that train in place of the prompts in `step.batch`. Raises RolloutsUnavailable, on all ranks
         alike."""
 
     def several_updates(self) -> AbstractContextManager[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
-        """Wrap the updates of a step; yields the function that says, for the number of each, which tensors its micro-batches get
-        beside their own."""
+        """Wrap the updates of a step. Yields a function from the number of an update to the tensors that are added to each of its
+        micro-batches."""
 
     def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
         """Return sums to report beside `sums`, this rank's of the head. Raises UserError, on all ranks alike."""

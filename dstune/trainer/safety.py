@@ -1,4 +1,4 @@
-"""What training does to safety and truth: answers to probes, and how much of its rows a model recites."""
+"""Measures what training does to safety and truthfulness: answers to probes, and how much of its rows a model recites."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from dstune.zero.engine import Engine
 
 KEY = "evaluate.canaries"
 ROWS = 64
-"""Rows of each kind whose rest is looked for."""
+"""Rows of each kind that the model is tested on reciting."""
 LEAST_TOKENS = 16
-"""Of an answer (or a text): of a shorter one no rest is long enough to be memory rather than luck."""
+"""Least length of an answer (or a text): the continuation of a shorter one could be guessed by chance."""
 MOST_TOKENS = 32
-"""Of a rest."""
+"""Longest continuation."""
 MOST_BEGINNING = 256
-"""Of the text in front of a rest."""
+"""Most tokens of the answer in front of a continuation."""
 MOST_CONTEXT = 2048
-"""Tokens of a row up to the end of its rest; longer ones are left out, since the logits of all of them are in memory at once."""
+"""Most tokens of a row up to the end of its continuation. Longer rows are left out, since all their logits are in memory."""
 ANSWER_TOKENS = 32
 TOGETHER = 8
 """Prompts in a forward pass."""
@@ -51,18 +51,19 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class Recital:
-    """A row up to the middle of its first long answer, and what follows there."""
+    """A row up to the middle of its first long answer, and the tokens that follow."""
 
     prefix: list[int]
-    rest: list[int]
+    continuation: list[int]
 
     @property
     def length(self) -> int:
-        return len(self.prefix) + len(self.rest)
+        return len(self.prefix) + len(self.continuation)
 
 
 def measure_moment(run: Training, tokenizer: Any, moment: str) -> None:
-    """With `evaluate.safety`, measure `before` or `after` training (`moment`) into `safety.json`. Every rank must call it."""
+    """Measure safety for `safety.json` if `evaluate.safety` is set; `moment` is `before` or `after` training. Every rank must call
+    it."""
     if not run.config.evaluate.safety:
         return
     with run.around("measuring safety"):
@@ -79,7 +80,7 @@ def measure_moment(run: Training, tokenizer: Any, moment: str) -> None:
 def measure_safety(
     config: RunConfig, data: PreparedData, engine: Engine, tokenizer: Any, world: World, *, step: int | None = None
 ) -> dict[str, Any]:
-    """Ask all probes, and look for the rest of rows behind their beginning; on rank 0 what `grading.changes` calls measured.
+    """Answer all probes, and test how much of its rows the model recites; return the measurements for `grading.changes`, on rank 0.
 
     Every rank must call it. Raises UserError for canaries that are no rows of the task.
     """
@@ -147,7 +148,7 @@ def _prompt_ids(config: RunConfig, tokenizer: Any, question: Question) -> list[i
 
 
 def _recitals(config: RunConfig, data: PreparedData, tokenizer: Any) -> tuple[dict[str, list[Recital]], str]:
-    """Return the rows to recite by kind, and where there are none the reason."""
+    """Return the rows to recite by kind, and, if there are no training rows among them, the reason."""
     splits = {"training": data.train, "held-out": data.validation or data.test}
     recitals = {
         kind: list(_of_split(split, config.trainer.seed)) for kind, split in splits.items() if split is not None
@@ -221,7 +222,7 @@ def _planted(config: RunConfig, tokenizer: Any, spec: str) -> list[Recital]:
 def _recited(
     engine: Engine, world: World, recitals: Mapping[str, Sequence[Recital]], padding: int
 ) -> dict[str, list[float]]:
-    """Measure by kind the share of each row's rest that greedy decoding gives before its first different token; on rank 0."""
+    """Measure, by kind, the share of each row's continuation that greedy decoding recites; on rank 0. See `recited_shares`."""
     shares: dict[str, list[float]] = {}
     with speaking(engine, world) as (module, in_step):
         if in_step or world.is_main:  # in step all ranks compute the same rows
@@ -246,23 +247,25 @@ def _batches(rows: Sequence[Recital]) -> Iterator[Sequence[Recital]]:
 
 
 def recited_shares(module: nn.Module, recitals: Sequence[Recital], padding: int) -> list[float]:
-    """Measure the share of each row's rest that greedy decoding gives before its first different token.
+    """Measure the share of each row's continuation that greedy decoding gives before its first different token.
 
-    One forward pass tells it: up to that token greedy decoding sees the same tokens as the row has.
+    One forward pass suffices: up to that token, greedy decoding has the same input as the row.
     """
     model: Any = module
-    rows = [recital.prefix + recital.rest for recital in recitals]
+    rows = [recital.prefix + recital.continuation for recital in recitals]
     width = max(map(len, rows))
     device = next(module.parameters()).device
-    # What stands behind a row changes nothing in front of it.
+    # Padding behind a row does not change the logits before it.
     ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
-    best = logits[:, -width:].argmax(-1).tolist()  # trained prompts stand in front of the rows
+    best = logits[:, -width:].argmax(-1).tolist()  # a trained prompt would be in front of the rows
     shares = []
     for guesses, recital in zip(best, recitals, strict=True):
-        first, count = len(recital.prefix) - 1, len(recital.rest)
-        is_right = [guess == token for guess, token in zip(guesses[first : first + count], recital.rest, strict=True)]
+        first, count = len(recital.prefix) - 1, len(recital.continuation)
+        is_right = [
+            guess == token for guess, token in zip(guesses[first : first + count], recital.continuation, strict=True)
+        ]
         shares.append((is_right.index(False) if False in is_right else count) / count)
     return shares

@@ -1,4 +1,4 @@
-"""What is proven before the first step: of the model's arithmetic, and that all nodes have the same rows."""
+"""Checks before the first step: of the model's arithmetic, and that all nodes have the same rows."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from dstune.trainer.first_pass import refuse_failing_model
 from dstune.zero.engine import Engine
 
 LONGEST_PROOF = 600
-"""Tokens of a sample that is tried before a run; a window of 512 has its place in it."""
+"""Most tokens of a sample in these checks, enough for a sliding window of 512."""
 
 
 def examine(head: Head, engine: Engine, model: PreTrainedModel, path: str) -> None:
-    """Let the head of a language model see whether it may leave the logits out. path: `model.path`.
+    """Let the head of a language model test whether it can skip computing all logits. path: `model.path`.
 
-    Raises UserError where this forward pass, the first one, fails in the model's own code.
+    Raises UserError if this forward pass, the first one, fails in the model's code.
     """
     if isinstance(head, LeavesOutLogits):
         engine.train(False)
@@ -47,7 +47,7 @@ def examine(head: Head, engine: Engine, model: PreTrainedModel, path: str) -> No
 
 
 def check_unreached(model: PreTrainedModel, engine: Engine) -> None:
-    """Raises UserError where text reaches a part that stays frozen because it should not."""
+    """Raise UserError if text reaches a part of the model that is frozen as unreachable."""
     engine.train(False)
     verify_unreached(model, engine.forward, engine.device)
     engine.train(True)
@@ -69,13 +69,13 @@ def refuse_uneven_gathers(config: RunConfig, model: PreTrainedModel, world: Worl
 
 
 def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:
-    """Raises UserError on all ranks where samples of one packed row see each other on any of them."""
+    """Raise UserError on all ranks if the samples of a packed row see each other on any rank."""
     if not config.data.packing:
         return
     engine.train(False)
     difference, dtype = contamination(engine.forward, vocabulary, engine.device)
     engine.train(True)
-    if world.any(not difference <= TOLERANCE[dtype]):  # not a number is no proof either
+    if world.any(not difference <= TOLERANCE[dtype]):  # a NaN fails the check too
         raise UserError(
             Problem(
                 "data.packing",
@@ -95,10 +95,10 @@ def check_padding(
     world: World,
     message: Callable[[str], None],
 ) -> None:
-    """Prove that a row beside padding is computed as the row alone, where rows are not packed.
+    """Check, if rows are not packed, that a padded row has the same outputs as the row alone.
 
-    message: gets the difference where `data.padding` tolerates it. Every rank calls this. Raises UserError on all of them where
-    rows would be padded and differ, or where this forward pass fails in the model's own code.
+    message: shows the difference if `data.padding` tolerates it. Every rank calls this. Raises UserError on all ranks if padded
+    rows differ, or this forward pass fails in the model's code.
     """
     if config.data.packing or model.main_input_name != "input_ids":  # vectors are not padded
         return
@@ -132,11 +132,11 @@ def verify_rows(
     *,
     has_images: bool = False,
 ) -> None:
-    """Prove that samples of a row do not see each other, however rows are handed to the model.
+    """Check that the samples of a row do not see each other, in the form in which `rows` passes them to the model.
 
-    has_images: rows have images; their own proof (`trainer.sight`) is one of text as well.
+    has_images: rows have images; their check (`trainer.sight`) covers text too.
 
-    Raises UserError on all ranks where they do; where rows can go to the model as they are, they do so from then on.
+    If they do, falls back to passing rows unchanged; raises UserError on all ranks if that is impossible or fails too.
     """
     if config.data.packing and (problem := chosen_tokens_problem(architecture, config.data.max_length)):
         raise UserError(problem)
@@ -150,8 +150,8 @@ def verify_rows(
 
 
 def chosen_tokens_problem(architecture: Any, max_length: int) -> Problem | None:
-    """Return the problem with packed rows of a model whose attention chooses some tokens of a row (DeepSeek 3.2): a proof with
-    short samples cannot see it. architecture: the text part of its configuration."""
+    """Return the problem with packed rows for a model whose attention selects some tokens of a row (DeepSeek 3.2), which a check
+    with short samples cannot detect. architecture: the text part of its configuration."""
     chosen = getattr(architecture, "index_topk", None)
     if not chosen or max_length <= chosen:  # all of a row's tokens are chosen
         return None
@@ -165,10 +165,10 @@ def chosen_tokens_problem(architecture: Any, max_length: int) -> Problem | None:
 def rows_problem(
     engine: Engine, head: CausalLmHead, rows: Rows, architecture: Any, max_length: int, world: World
 ) -> str | None:
-    """Describe how logits of packed and of padded rows that are handed to the model in this way differ from those of the same
-    samples alone, if they do on any rank.
+    """Describe how logits of packed and padded rows differ from those of the same samples alone, if they do on any rank; rows are
+    passed to the model by `rows`.
 
-    One sample is longer than the window of the model's attention, where that is short enough to be tried before every run.
+    One sample is longer than the model's attention window, unless that is too long to test before every run.
     """
     samples, sample_numbers, batches = _trial(architecture, max_length)
     engine.train(False)
@@ -201,8 +201,8 @@ def rows_problem(
 def _trial(
     architecture: Any, max_length: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[dict[str, torch.Tensor], torch.Tensor]]]:
-    """Return samples; numbers of the logits of each that are compared, `NO_TARGET` elsewhere; and (inputs, these numbers) of the
-    same samples packed and padded."""
+    """Return test samples; the number of each compared logit in them, `NO_TARGET` elsewhere; and batches of the same samples packed
+    and padded, as (inputs, numbers)."""
     window = getattr(architecture, "sliding_window", None) or 0
     longest = window + 9 if window and window + 9 <= min(max_length, LONGEST_PROOF) else 21
     generator = torch.Generator().manual_seed(0)
@@ -240,19 +240,19 @@ def _trial(
 
 
 def refuse_different_rows(world: World, digest: str) -> None:
-    """Raises UserError on all ranks where nodes with files of their own do not have the same rows."""
+    """Raise UserError on all ranks if nodes with local files do not have the same rows."""
     digests = dict(zip(world.gather(environment.host()), world.gather(digest), strict=True))
     common, _ = Counter(digests.values()).most_common(1)[0]
-    others = sorted(host for host, host_digest in digests.items() if host_digest != common)
-    if others:
-        reason = f"the rows on {', '.join(others)} are not those of the other nodes"
+    different_hosts = sorted(host for host, host_digest in digests.items() if host_digest != common)
+    if different_hosts:
+        reason = f"the rows on {', '.join(different_hosts)} are not those of the other nodes"
         raise UserError(Problem("data.train", reason, "bring the same files to every node"))
 
 
 def samples_digest(data: PreparedData) -> str:
-    """Digest the lengths and targets of all training samples in order: it changes with the rows, not with the code.
+    """Digest the lengths and targets of all training samples in order, which change with the rows, not with the code. For a stream,
 
-    Of a stream it knows the first block and what the shards are."""
+    digest the first block and the identity of the shards."""
     digest = xxhash.xxh3_64()
     digest.update(data.train.lengths.tobytes())
     digest.update(data.train.weights.tobytes())
@@ -262,5 +262,5 @@ def samples_digest(data: PreparedData) -> str:
 
 
 def content_digest(data: PreparedData) -> str:
-    """Digest what all training samples say, in order. Apart from `samples_digest`, which older checkpoints have alone."""
+    """Digest the content of all training samples, in order. Separate from `samples_digest`, the only one in older checkpoints."""
     return xxhash.xxh3_64_hexdigest(data.train.content.encode())

@@ -1,4 +1,4 @@
-"""What is refused and what is proven, before the first step, of runs whose rows hold images."""
+"""Checks before the first step of runs whose rows have images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dstune.protocols import method_of, parallelism_of
 from dstune.zero.engine import Engine
 
 TEXT_TOKENS = 6
-"""Behind each image of the proof."""
+"""Text tokens of each test sample, beside its image."""
 
 
 def refuse_with_images(config: RunConfig, data: PreparedData) -> None:
-    """Raises UserError with all that does not go together with rows that hold images, or with training a tower without any."""
+    """Raise UserError with all settings that rows with images do not support, or for training a vision tower without images."""
     split = data.train
     if split.images is None:
         if config.model.train_vision:
@@ -51,10 +51,10 @@ def refuse_with_images(config: RunConfig, data: PreparedData) -> None:
 def prove_images(
     config: RunConfig, engine: Engine, data: PreparedData, world: World, message: Callable[[str], None]
 ) -> None:
-    """Prove with two samples, each an image and some text, that the model sees the image of a sample, and in packed rows that no
-    sample sees another's: the image of the first one is exchanged, and no logit of the second one moves.
+    """Check with two samples, each an image and some text, that the model sees a sample's image, and that in packed rows no sample
+    sees another's: replacing the image of the first sample must not change the logits of the second.
 
-    Every rank calls it. Raises UserError on all of them where an image is seen that should not be.
+    Every rank calls it. Raises UserError on all ranks if a sample sees another one's image.
     """
     split = data.train
     if split.images is None:
@@ -81,7 +81,7 @@ def prove_images(
 
 
 class _TwoImages:
-    """Images of noise in place of a run's files, by number."""
+    """Test images of noise, by number, in place of a run's files."""
 
     folder = "the images of the proof"
 
@@ -93,8 +93,8 @@ class _TwoImages:
 
 
 def _trial_batches(split: Split, *, packing: bool) -> tuple[Mapping[str, Any], ...]:
-    """Return two samples in two equal rows (packed) or the first of them alone (padded), the second one alone, and the first of
-    these batches with another image in the first sample."""
+    """Return three batches of two equal rows: both samples packed (or the first one alone, without packing), the second sample
+    alone, and the first batch with another image in its first sample."""
     assert split.vision is not None
     ids, _ = processor_of(split.vision).blank
     text = [token for token in range(3, 3 + 4 * TEXT_TOKENS) if token not in ids][:TEXT_TOKENS]
@@ -113,7 +113,7 @@ def _trial_batches(split: Split, *, packing: bool) -> tuple[Mapping[str, Any], .
             tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
         return tensors | image_inputs(drawn, [samples, samples], tensors, packing=packing)
 
-    # Their images are at other places: some models look for one where the sample in front has its own.
+    # The images are at different positions of the samples: some models look for an image where the previous sample has its own.
     first, second, exchanged = sample(1, 0), sample(2, TEXT_TOKENS // 2), sample(3, 0)
     if not packing:
         return batch(first), batch(second), batch(exchanged)

@@ -1,4 +1,4 @@
-"""How long a step takes, and how its time divides: waiting for rows, forward passes, backward passes, and the update."""
+"""Measures the time of a step and of its parts: waiting for rows, forward passes, backward passes, and the update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS = ("data_seconds", *(f"{part}_seconds" for part in PARTS))
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The parts of a step that is over on the host, on a GPU perhaps not yet on the device."""
+    """The times of a step's parts. On a GPU the device may not have finished the step yet."""
 
     waited: float
     marks: list[tuple[str, Any]]
@@ -24,11 +24,11 @@ class StepTimes:
 
     @property
     def are_known(self) -> bool:
-        """Whether nobody has to wait for them."""
+        """Whether they can be read without waiting for the device."""
         return not self.on_gpu or not self.marks or bool(self.marks[-1][1].query())
 
     def parts(self) -> dict[str, float]:
-        """Return the parts as metrics. What comes before the first forward pass counts as part of it."""
+        """Return the seconds of the parts as metrics. Time before the first forward pass counts as part of it."""
         seconds_by_part = dict.fromkeys(METRICS, 0.0) | {"data_seconds": self.waited}
         if not self.are_known:
             self.marks[-1][1].synchronize()
@@ -39,7 +39,7 @@ class StepTimes:
 
 
 class StepTimer:
-    """Marks the ends of the parts of a step. On a GPU the stream's events are timed, which nobody waits for."""
+    """Marks the ends of a step's parts; on a GPU by events in the stream, which the host does not wait for."""
 
     def __init__(self) -> None:
         self._on_gpu = accelerator.present()
@@ -48,11 +48,11 @@ class StepTimer:
         self._waited = 0.0
 
     def start(self) -> None:
-        """Begin to count what the step waits for its rows."""
+        """Start the step's time, with waiting for its rows."""
         self._started = time.perf_counter()
 
     def rows_ready(self) -> float:
-        """Note that the rows are there; return how long they took, seconds."""
+        """Note that the rows are loaded; return the seconds waited for them."""
         self._waited = time.perf_counter() - self._started
         return self._waited
 
@@ -61,7 +61,7 @@ class StepTimer:
         self._marks = [("", self._moment())]
 
     def mark(self, part: str) -> None:
-        """Close a part: one of `PARTS`, or what a task has beside them (`rollout`)."""
+        """Mark the end of a part: one of `PARTS`, or a further one of a task (`rollout`)."""
         self._marks.append((part, self._moment()))
 
     def seconds(self) -> float:
@@ -69,7 +69,7 @@ class StepTimer:
         return time.perf_counter() - self._started
 
     def times(self) -> StepTimes:
-        """Return the times of the step that is over."""
+        """Return the times of the finished step."""
         return StepTimes(self._waited, self._marks, self._on_gpu)
 
     def _moment(self) -> Any:

@@ -1,4 +1,4 @@
-"""Metrics of the rows that share a value of a column, the worst of them and the gap to the best."""
+"""Measures metrics of subgroups, rows that share a value of a column: the worst subgroup, and its gap to the best."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstune.trainer.measure import Row, Totals, count_rows, with_registered
 NO_VALUE = "(none)"
 
 MOST_VALUES = 200
-"""A column with more different values tells single rows apart, not groups of them."""
+"""Most values of a column: with more, it identifies single rows rather than groups."""
 
 
 def measure_slices(
@@ -26,7 +26,7 @@ def measure_slices(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measure for each column of `evaluate.slices` the metrics `slice_worst/COLUMN` and `slice_gap/COLUMN`, and as details the
     metrics of each value. Raises UserError for a column that no row has, or that has too many values."""
-    assert split.origins is not None and split.texts is not None, "its rows were kept"
+    assert split.origins is not None and split.texts is not None, "the split has no texts of its rows"
     texts = split.texts.select_columns(["slices"])[:]["slices"]
     values = [json.loads(texts[number]) for number in split.origins]
     task = task_of(config.task)
@@ -66,6 +66,6 @@ def measure_slices(
 
 
 def totals_of(rows: Sequence[Row]) -> Totals:
-    """Sum over some samples."""
+    """Return the totals over `rows`, the head's values of some samples."""
     loss, weight, correct = (float(sum(float(row[name]) for row in rows)) for name in ("loss", "weight", "correct"))
     return Totals(loss, weight, correct)

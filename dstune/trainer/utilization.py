@@ -1,4 +1,4 @@
-"""How much of what the devices could have computed a step needed, and which of its positions were of use."""
+"""Computes the model FLOPs utilisation of steps, and how many of their positions were tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Counted:
-    """What a rank's micro-batches of one step hold."""
+    """Counts over a rank's micro-batches of one step."""
 
     texts: tuple[int, ...] = ()
     """Tokens of each text that the model reads, without padding and fillers."""
@@ -42,7 +42,7 @@ class Counted:
 
 
 def counted(config: RunConfig, split: Split, batches: Iterable[tuple[MicroBatch, Batch]]) -> Counted:
-    """Count what a batch needs. batches: as `data.batches.batch_of` makes them of `split`, in host memory."""
+    """Count texts, positions and targets of `batches`, which `data.batches.batch_of` made from `split`, in host memory."""
     texts: list[int] = []
     positions = targets = 0
     for micro_batch, batch in batches:
@@ -63,7 +63,7 @@ def counted(config: RunConfig, split: Split, batches: Iterable[tuple[MicroBatch,
 
 @dataclass(frozen=True)
 class Needs:
-    """What tells the operations of a run's steps."""
+    """Everything from which the operations of a run's steps are computed."""
 
     setup: Setup
     projects: bool
@@ -71,10 +71,10 @@ class Needs:
     prompt: int
     """Positions of a trained prompt in front of each text."""
     module: torch.nn.Module | None = None
-    """Its parameters tell what is trained; None where `setup` does."""
+    """The module whose parameters say what is trained; None if `setup` does."""
 
     def now(self) -> Needs:
-        """Return the needs of what is trained at present: gradual unfreezing and chosen tensors are in no configuration."""
+        """Return the needs for the currently trained parameters: no configuration has gradual unfreezing and chosen tensors."""
         if self.module is None:
             return self
         prefix = getattr(self.module, "base_model_prefix", "")  # which a body alone has not in its names
@@ -93,7 +93,7 @@ class Needs:
 
     @cached_property
     def _of_each(self) -> tuple[float, ...]:
-        """Operations of one of each of what they grow with, so that a step does not go through all tensors."""
+        """Operations of one unit of each kind of work, so that a step does not iterate over all tensors."""
         units = (Work(positions=1), Work(pairs=1), Work(windowed_pairs=1), Work(projected=1))
         return tuple(step_flops(self.setup, unit) for unit in units)
 
@@ -101,8 +101,8 @@ class Needs:
 class Utilization:
     """Model FLOPs utilisation of a run's steps (`planning.flops`).
 
-    needs: None where operations cannot be counted. peak: floating-point operations a second of matrix products of one rank
-    while all of `ranks` are busy; None where it is not known. Then there is no utilisation.
+    needs: None if operations cannot be counted. peak: floating-point operations a second in matrix products of one rank while all
+    `ranks` are busy; None if unknown. If either is None, there is no utilisation.
     """
 
     def __init__(self, needs: Needs | None, peak: float | None, ranks: int):
@@ -112,9 +112,9 @@ class Utilization:
         self._frozen_groups: int | None = None
 
     def flops(self, counted: Counted, frozen_groups: int = 0) -> float:
-        """Return the operations of a rank's part of a step; 0 where there is no utilisation.
+        """Return the operations of a rank's part of a step; 0 without utilisation.
 
-        frozen_groups: of the optimizer; another number than before means that other parameters train.
+        frozen_groups: number of the optimizer's frozen groups; if it has changed, other parameters train now.
         """
         if self._needs is None:
             return 0.0
@@ -132,7 +132,7 @@ def utilization_of(
 ) -> Utilization:
     """Prepare the utilisation of a run. model: the one that `module` trains, or trains adapters of. Every rank must call it.
 
-    What is not known costs the run its number and nothing else.
+    If something is unknown, the run only lacks its utilisation.
     """
     on_gpu = accelerator.present()
     try:

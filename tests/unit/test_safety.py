@@ -128,7 +128,7 @@ def test_a_row_is_cut_in_the_middle_of_its_first_long_answer() -> None:
     assert (
         recital is not None
         and recital.prefix == list(range(100))
-        and recital.rest == list(range(100, 100 + MOST_TOKENS))
+        and recital.continuation == list(range(100, 100 + MOST_TOKENS))
     )
     far = np.concatenate([np.full(2000, -100), ids])
     assert recital_of(np.arange(2200), far) is None
