@@ -218,7 +218,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "guard/front.py",
         "not is_name(place[-1], text):",
         "False:",
-        ("guard/streams.py", "await self._check_but(choices, value)", "pass"),
+        ("guard/streams.py", "await self._check_outside_choices(choices, value)", "pass"),
     ),
     "guard.test_what_cannot_be_read_does_not_pass_the_guard": undo(
         "guard/front.py",

@@ -1,1 +1,1 @@
-"""What stands in front of models: text is normalised, decoded, searched and scored before it goes in or out."""
+"""The guard of models: it normalises, decodes, searches and scores texts before they reach a model or leave it."""

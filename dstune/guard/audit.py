@@ -1,7 +1,5 @@
-"""What the guard decided, a line each: who asked, what was found, what followed. Never what was written.
-
-A file a day in `STATE/guard`, mode 0600, removed after its retention.
-"""
+"""The guard's decision log, one line per decision: the caller, the detections and the action, but never any text. One file per day
+in `STATE/guard`, mode 0600, removed after its retention."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ class Audit:
         self._file: tuple[str, int] | None = None
 
     def add(self, decision: str, verdict: Verdict | None, **facts: Any) -> None:
-        """Write a decision into the log. decision: `passed`, `flagged`, `masked`, `blocked`, `unchecked` or `refused`. facts:
-        ids and names, no text of a client."""
+        """Log a decision. decision: `passed`, `flagged`, `masked`, `blocked`, `unchecked` or `refused`. facts: ids and names, no
+        text of a client."""
         moment = datetime.datetime.now(datetime.UTC)
         line: dict[str, Any] = {"time": moment.isoformat(timespec="milliseconds"), "decision": decision, **facts}
         if verdict is not None:

@@ -1,4 +1,4 @@
-"""The texts in requests and answers, and the same with other texts in their place."""
+"""Extracts the texts of requests and answers, and replaces them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Placed:
-    """A text and where it stands in a body."""
+    """A text and its place in a body."""
 
     place: Place
     text: Text
 
 
 def of_request(route: str, body: Mapping[str, Any]) -> list[Placed]:
-    """Return the texts of a request, at most one more than are checked. Raises ApiError where a request holds what cannot be read
-    here."""
+    """Return the texts of a request; if there are too many, one more than may be checked. Raises ApiError if the request contains
+    something that cannot be read."""
     return list(islice(_OF_ROUTE[route](body), MOST_TEXTS + 1))
 
 
@@ -44,62 +44,60 @@ def put(body: Any, changes: Mapping[Place, str]) -> Any:
 
 
 KINDS = frozenset({"role", "type", "status", "object", "finish_reason", "native_finish_reason"})
-"""Keys whose text says what something is, as long as it is one word."""
+"""Keys whose text is only a type or status, provided it is one word."""
 IDS = frozenset({"id", "tool_call_id", "call_id"})
 MEDIA = frozenset(
     {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}
 )
-"""Types of parts of a content that hold something other than text."""
+"""Types of content parts that hold something other than text."""
 DATA = MEDIA | {"audio_url", "file_data", "file_url", "file_id", "source", "url", "data", "base64", "path"}
-"""Where such a part holds it, alone or one within the other."""
+"""Keys under which such a part holds its data, possibly nested."""
 _DESCRIBES = frozenset({"detail", "format", "media_type", "mime_type"})
-"""What a part tells of its picture or sound, in a word."""
+"""Keys that describe a part's image or sound in a word."""
 _WITHIN = frozenset({"message", "delta", "content", "output"})
-"""The way to the parts of a content, or of what a function has answered."""
+"""Keys on the path to the parts of a content, or of a function's output."""
 _KIND = re.compile(r"[\w.-]{0,32}")
 _DESCRIPTION = re.compile(r"[\w./+-]{0,32}")
 _ID = re.compile(r"[\w.:-]{0,64}")
 
 
 def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> Iterator[Placed]:
-    """Yield all texts of a message, wherever they stand in it: a template or a model elsewhere may print any of them."""
+    """Yield all texts of a message, wherever they are: a template or a remote model may print any of them."""
     role = str(message.get("role", "user"))
     for where, text in texts_in(message):
         yield Placed((*place, *where), Text(text, role, number))
 
 
-def texts_in(value: Any, but: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
-    """Yield each text of a JSON value and where it stands. but: keys that are left out."""
-    return ((where, text) for where, text, media in _texts_in(value, but=but) if not media)
+def texts_in(value: Any, skipped_keys: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
+    """Yield each text of a JSON value with its place. but: keys to skip."""
+    return ((where, text) for where, text, media in _texts_in(value, skipped_keys=skipped_keys) if not media)
 
 
 def media_in(value: Any) -> set[str]:
-    """Return types of the parts of a message of which something is left out."""
+    """Return the types of a message's parts of which some data is skipped."""
     return {media for _, _, media in _texts_in(value) if media}
 
 
 def _texts_in(
-    value: Any, place: Place = (), but: Collection[str] = (), part: str = "", data: bool = True
+    value: Any, place: Place = (), skipped_keys: Collection[str] = (), part: str = "", data: bool = True
 ) -> Iterator[tuple[Place, str, str]]:
-    """Yield texts as `texts_in`, with the type of the part whose data a text is; empty where it is to be read.
-
-    part: the type of the media that this is within. data: whether all keys on the way from there are of its data.
-    """
+    """Yield texts like `texts_in`, each with the type of the part whose data it is; empty for a text to check. part: the type of
+    the enclosing media part. data: whether all keys from there on belong to its data."""
     if isinstance(value, str):
         key = place[-1] if place else ""
-        if part and data and not _has_space(value):  # prose is none
+        if part and data and not _has_space(value):  # data contains no spaces, unlike prose
             yield place, value, part
-        elif not _names(key, value, part):
+        elif not _is_identifier(key, value, part):
             yield place, value, ""
     elif isinstance(value, dict):
         if media := _media(value, place):
             part, data = media, True
         for key, item in value.items():
-            if key not in but:
-                yield from _texts_in(item, (*place, key), but, part, data and key in DATA)
+            if key not in skipped_keys:
+                yield from _texts_in(item, (*place, key), skipped_keys, part, data and key in DATA)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _texts_in(item, (*place, index), but, part, data)
+            yield from _texts_in(item, (*place, index), skipped_keys, part, data)
 
 
 def _has_space(text: str) -> bool:
@@ -107,8 +105,8 @@ def _has_space(text: str) -> bool:
     return text != "" and text.split(None, 1) != [text]
 
 
-def _names(key: str | int, text: str, part: str) -> bool:
-    """Return whether a text only says what something is, or which one."""
+def _is_identifier(key: str | int, text: str, part: str) -> bool:
+    """Return whether a text is only a type, an id or a description."""
     return (
         (key in KINDS and _KIND.fullmatch(text) is not None)
         or (key in IDS and _ID.fullmatch(text) is not None)
@@ -117,8 +115,8 @@ def _names(key: str | int, text: str, part: str) -> bool:
 
 
 def _media(value: Mapping[str, Any], place: Place) -> str:
-    """Return the type of a part of a content that holds no text; empty for all else, whatever it says that it is: a template
-    prints the arguments of a call, and a model reads them."""
+    """Return the type of a content part without text. Empty for everything else, whatever type it claims: templates print the
+    arguments of a call, and models read them."""
     kind = value.get("type")
     within = place != () and isinstance(place[-1], int) and all(isinstance(key, int) or key in _WITHIN for key in place)
     return kind if within and isinstance(kind, str) and kind in MEDIA else ""
@@ -150,7 +148,7 @@ def _responses(body: Mapping[str, Any]) -> Iterator[Placed]:
 
 
 def _role_of(item: Mapping[str, Any]) -> str:
-    """Return who wrote an item that names no role: a tool its output, the model its calls and what it thought."""
+    """Return the author of an item without a role: the tool for an output, the model for calls and reasoning."""
     kind = str(item.get("type", ""))
     if kind.endswith("_output"):
         return "tool"
@@ -175,7 +173,7 @@ def _inputs(body: Mapping[str, Any]) -> Iterator[Placed]:
 
 
 def _tagged_texts(body: Mapping[str, Any]) -> Iterator[Placed]:
-    """Yield the texts that `/tags` is asked about; a list of words is one text, joined."""
+    """Yield the texts of a request to `/tags`; a list of words is joined into one text."""
     rows = body["input"]
     if isinstance(rows, list):
         rows = [row if isinstance(row, str) else " ".join(row) for row in rows]
@@ -213,12 +211,12 @@ ANSWERED_IN_TEXT = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def of_answer(answer: Mapping[str, Any]) -> dict[int, list[Placed]]:
-    """Return the texts of each choice (of `/v1/responses`: of each item of the output)."""
+    """Return the texts of each choice (for `/v1/responses`: of each output item)."""
     texts_by_choice: dict[int, list[Placed]] = {}
     for number, choice in enumerate(answer.get("choices") or []):
         texts_by_choice[number] = [
             Placed(("choices", number, *where), Text(text, "assistant", number))
-            for where, text in texts_in(dict(choice), but=TELLING)
+            for where, text in texts_in(dict(choice), skipped_keys=REVEALING_FIELDS)
         ]
     for number, item in enumerate(answer.get("output") or []):
         texts_by_choice[number] = [
@@ -240,12 +238,12 @@ def is_name(key: str | int, text: str) -> bool:
     return key in _ENVELOPE and _NAME.fullmatch(text) is not None
 
 
-TELLING = ("logprobs", "token_ids", "prompt_token_ids", "prompt_logprobs", "stop_reason")
-"""What tells the text beside the text."""
+REVEALING_FIELDS = ("logprobs", "token_ids", "prompt_token_ids", "prompt_logprobs", "stop_reason")
+"""Fields that reveal an answer's text in another form."""
 
 
 def withheld(answer: dict[str, Any], number: int) -> dict[str, Any]:
-    """Return an answer without one of its choices' text."""
+    """Return an answer with the text of one choice removed."""
     changed = copy.deepcopy(answer)
     if changed.get("choices"):
         choice = changed["choices"][number]
@@ -258,11 +256,11 @@ def withheld(answer: dict[str, Any], number: int) -> dict[str, Any]:
     return changed
 
 
-def without_telling(answer: dict[str, Any], number: int) -> dict[str, Any]:
-    """Return an answer of which a choice was masked: what tells its text otherwise is gone."""
+def without_revealing_fields(answer: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return an answer without the fields that would reveal the text of a masked choice."""
     changed = copy.deepcopy(answer)
     if changed.get("choices"):
-        for name in TELLING:
+        for name in REVEALING_FIELDS:
             changed["choices"][number].pop(name, None)
     changed.pop("prompt_logprobs", None)
     changed.pop("output_text", None)

@@ -1,8 +1,6 @@
-"""Which score means which rate of false alarms: `guard.json` beside an export.
-
-A level is a rate of false alarms on held-out benign texts, not a probability. It depends on where a text comes from and on
-how many windows were scored: the highest of thirty scores is higher than one.
-"""
+"""Thresholds by rate of false alarms: `guard.json` in an export. A level is a rate of false alarms on held-out benign texts, not a
+probability. Thresholds depend on the origin of a text and on its number of windows: the maximum of thirty scores is higher than a
+single score."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from dstune.core.parsing import read_object
 
 NAME = "guard.json"
 FORMAT = 2
-"""1 knew no parts."""
+"""Version 1 had no parts."""
 DIRECTIONS = ("input", "output", "tool_result")
 LEVELS: Mapping[str, float] = {
     "l1_confident": 0.001,
@@ -29,42 +27,42 @@ LEVELS: Mapping[str, float] = {
     "l3_likely": 0.01,
     "l4_less_likely": 0.05,
 }
-"""The rate of false alarms that each level stands for, most certain first."""
+"""The rate of false alarms of each level, most certain first."""
 UNLIKELY = "l5_unlikely"
 ATTACK = "attack"
 """The label of attacks in rows, and in models that dstune trains."""
 SMALLEST_PART = 8
-"""Tokens. Of shorter ones there would be hundreds in a window, and none says anything."""
-CALIBRATES = "dstune guard calibrate"
-TRAINS = "dstune train experiment=guard"
-"""What makes a model, which CALIBRATES then gives its thresholds."""
+"""In tokens. Shorter parts would be hundreds per window, and too short to mean anything."""
+CALIBRATE_COMMAND = "dstune guard calibrate"
+TRAIN_COMMAND = "dstune train experiment=guard"
+"""The command that trains a model, whose thresholds CALIBRATE_COMMAND then sets."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Thresholds of texts of about one length."""
+    """Thresholds for texts of about one length."""
 
     up_to: int | None
-    """Windows of the text and all its variants together; None in the last bucket for any number."""
+    """The most windows of the text and all its variants together; None in the last bucket, for any number."""
     thresholds: Mapping[float, float]
-    """By rate of false alarms. A score that is at least as high is an alarm."""
+    """By rate of false alarms. A score of at least the threshold is an alarm."""
 
 
 @dataclass(frozen=True)
 class Calibration:
     model_digest: str
-    """Of the export that was calibrated (`digest_of`)."""
+    """Digest of the calibrated export (`digest_of`)."""
     directions: Mapping[str, tuple[Bucket, ...]]
     calibrated_on: Mapping[str, Any]
-    """By direction the number of benign rows and their digest."""
+    """The number of benign rows and their digest, by direction."""
     window_tokens: int = 128
-    """Of a window, with its special tokens."""
+    """Length of a window, including special tokens."""
     stride: int = 96
     """Tokens from the start of a window to the start of the next."""
     label: str = ATTACK
-    """The model's label that windows are scored by."""
+    """The model's label whose probability is the score of a window."""
     part_tokens: int = 0
-    """Of the parts in which a suspicious window was read again; 0 where it was not."""
+    """Length of the parts in which a suspicious window is scored again; 0 for none."""
 
     def threshold(self, direction: str, windows: int, level: str) -> float:
         """Return the lowest score that has this level or a more certain one."""
@@ -79,7 +77,7 @@ class Calibration:
         return next((name for name in LEVELS if score >= self.threshold(direction, windows, name)), UNLIKELY)
 
     def save(self, folder: Path) -> Path:
-        """Write `guard.json`. Raises UserError where the values make no calibration."""
+        """Write `guard.json`. Raises UserError if the values do not form a calibration."""
         value = {
             "format": FORMAT,
             "model_digest": self.model_digest,
@@ -101,18 +99,17 @@ class Calibration:
 
     @staticmethod
     def load(folder: Path) -> Calibration | None:
-        """Load the calibration; None where the export was not calibrated. Raises UserError for a file that is damaged, or of
-        other weights."""
+        """Load the calibration; None if the export has none. Raises UserError for a damaged file, or one for other weights."""
         file = folder / NAME
         if not file.is_file():
             return None
         value = read_object(file)
         if value is None:
-            raise UserError(Problem(str(file), "is no JSON object", f"{CALIBRATES} EXPORT"))
+            raise UserError(Problem(str(file), "is no JSON object", f"{CALIBRATE_COMMAND} EXPORT"))
         calibration = _read(value, str(file))
         if calibration.model_digest != digest_of(folder):
             reason = "was made for other weights or another tokenizer than those beside it"
-            raise UserError(Problem(str(file), reason, f"{CALIBRATES} EXPORT"))
+            raise UserError(Problem(str(file), reason, f"{CALIBRATE_COMMAND} EXPORT"))
         return calibration
 
 
@@ -121,7 +118,7 @@ def _written(bucket: Bucket) -> dict[str, Any]:
 
 
 def digest_of(folder: Path) -> str:
-    """Return the SHA-256 of what decides the scores of an export: weights, configuration, tokenizer."""
+    """Return the SHA-256 of the files that determine an export's scores: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
     names = ("*.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "spm.model")
     for file in sorted({file for pattern in names for file in folder.glob(pattern) if file.is_file()}):
@@ -133,7 +130,7 @@ def digest_of(folder: Path) -> str:
 
 
 class _Wrong(Exception):
-    """Key, and what is wrong with its value."""
+    """A key, and what is wrong with its value."""
 
 
 def _read(value: Mapping[str, Any], where: str) -> Calibration:
@@ -141,11 +138,11 @@ def _read(value: Mapping[str, Any], where: str) -> Calibration:
         return _calibration(value)
     except _Wrong as error:
         key, reason = error.args
-        raise UserError(Problem(f"{where}: {key}", reason, f"{CALIBRATES} EXPORT")) from None
+        raise UserError(Problem(f"{where}: {key}", reason, f"{CALIBRATE_COMMAND} EXPORT")) from None
 
 
-def wrong_windows(window: Any, stride: Any, part: Any) -> tuple[str, str] | None:
-    """Return the first of the three lengths that cannot be, by its key, and why."""
+def invalid_window_length(window: Any, stride: Any, part: Any) -> tuple[str, str] | None:
+    """Return the key of the first invalid length of the three, with the reason; None if all are valid."""
     if type(window) is not int or not 16 <= window <= 8192:
         return "window_tokens", f"must be a whole number from 16 to 8192, is {window!r}"
     if type(stride) is not int or not 1 <= stride <= window - 2:
@@ -163,7 +160,7 @@ def _calibration(value: Mapping[str, Any]) -> Calibration:
             raise _Wrong(key, "must be a text")
     part = 0 if value["format"] == 1 else value.get("part_tokens")
     lengths: tuple[Any, Any, Any] = (value.get("window_tokens"), value.get("stride"), part)
-    if wrong := wrong_windows(*lengths):
+    if wrong := invalid_window_length(*lengths):
         raise _Wrong(*wrong)
     if not isinstance(value.get("calibrated_on"), dict) or not value["calibrated_on"]:
         raise _Wrong("calibrated_on", "must say which rows the thresholds come from")

@@ -1,4 +1,4 @@
-"""A conversation under a policy: which of its texts are looked at as what, and what follows from what was found."""
+"""Checks a conversation by a policy: which detectors look at which texts, and what follows from their findings."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from dstune.guard.scanner import Item, Result
 CONFIDENT = next(iter(LEVELS))
 NOT_RUN = "not_run"
 MOST_TEXTS = 8192
-"""Of one request: each costs the gateway and the guard some work, however short it is."""
+"""Per request: each text costs the gateway and the guard some work, however short it is."""
 Scan = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
-"""Looks at texts; raises GuardDown where nothing can."""
+"""Scans texts; raises GuardDown if the guard cannot."""
 
 
 class GuardDown(Exception):
-    """Nothing looked at the texts."""
+    """The texts could not be scanned."""
 
 
-class Late(GuardDown):
-    """Nothing has looked at the texts by the time that the policy allows; it may still be at it."""
+class GuardTimeout(GuardDown):
+    """The scan did not finish within the policy's time limit; it may still be running."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A part of a conversation."""
+    """A text of a conversation."""
 
     text: str
     role: str
     message: int = 0
-    """Its number in the conversation."""
+    """Index of its message in the conversation."""
 
     @property
     def direction(self) -> str:
-        """Empty for the system's own words, which are trusted."""
+        """Empty for system messages, which are trusted."""
         return DIRECTION_OF.get(self.role, "input")
 
 
@@ -57,28 +57,28 @@ DIRECTION_OF = {
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a text that is named or masked."""
+    """A part of a text that is reported or masked."""
 
     text: int
-    """Number of the text among those that were checked."""
+    """Index of the text among the checked texts."""
     start: int
     end: int
     detector: str
     masked: bool = False
-    """Whether the policy masks it where it stands: a detector may have another action in another direction."""
+    """Whether the policy masks it here: a detector may have another action in another direction."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One detector of the policy on one message."""
+    """The result of one detector on one message."""
 
     detector: str
     message: int
     action: str
     detected: bool | None
-    """None where it did not run."""
+    """None if it did not run."""
     level: str
-    """Of the find, `l5_unlikely` where there is none, `not_run`, or `uncalibrated`."""
+    """The level of the finding, `l5_unlikely` if there is none, `not_run`, or `uncalibrated`."""
     label: str = ""
 
 
@@ -87,12 +87,12 @@ class Verdict:
     policy: Policy
     entries: list[Entry] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    """All that has a place, whatever its action."""
+    """Every detection with a place, whatever its action."""
     not_run: dict[str, str] = field(default_factory=dict)
-    """By detector, why it did not run somewhere."""
+    """Why a detector did not run somewhere, by detector."""
     windows: int = 0
     tokens: int = 0
-    """What is charged for windows and their parts."""
+    """Tokens to charge, for windows and their parts."""
     variants: int = 0
 
     @property
@@ -101,23 +101,23 @@ class Verdict:
 
     @property
     def blocked(self) -> list[str]:
-        """Detectors that stop the request, once each."""
+        """Detectors that block the request, without repetitions."""
         return sorted({entry.detector for entry in self.detected if entry.action == BLOCK})
 
     @property
     def flagged(self) -> bool:
-        """Whether anything was found that is not merely reported."""
+        """Whether any finding has an action beyond reporting."""
         return any(entry.action != FLAG for entry in self.detected)
 
     @property
     def unchecked(self) -> list[str]:
-        """Detectors that should have stopped something and did not run."""
+        """Detectors that should have acted and did not run."""
         acting = {entry.detector for entry in self.entries if entry.detected is None and entry.action != FLAG}
         return sorted(acting)
 
     @property
     def refused(self) -> bool:
-        """Whether nobody may take this for checked."""
+        """Whether the conversation must not be treated as checked."""
         return bool(self.unchecked) and self.policy.on_failure == CLOSED
 
     def masks(self) -> dict[int, list[Span]]:
@@ -136,7 +136,7 @@ class Verdict:
 
 
 def masked(text: str, masks: Sequence[Span]) -> str:
-    """Return `text` with tags in the place of its masks, which are in order and disjoint."""
+    """Return `text` with its masks replaced by tags; they are in order and disjoint."""
     parts, end = [], 0
     for span, replacement in zip(masks, tags(text, masks), strict=True):
         parts += [text[end : max(span.start, 0)], replacement]
@@ -145,11 +145,11 @@ def masked(text: str, masks: Sequence[Span]) -> str:
 
 
 CHARACTERS = 384
-"""From the start of a window to that of the next: 96 tokens of four."""
+"""Characters from the start of a window to that of the next: 96 tokens of four."""
 
 
 def estimated_windows(policy: Policy, texts: Iterable[Text]) -> int:
-    """Return about how many windows of the texts models were to score: what is known of the work where no answer tells it."""
+    """Estimate how many windows of the texts models had to score, for when no answer states it."""
     read = {
         direction
         for direction, watches in policy.directions.items()
@@ -163,8 +163,8 @@ _QUOTE = re.compile(r'\\.|"', re.S)
 
 
 def tags(text: str, masks: Sequence[Span]) -> list[str]:
-    """Return what stands in the place of what was masked: `<EMAIL>`. Where `text` is JSON, what was no part of a string, such as
-    a number, becomes a string."""
+    """Return the replacement of each masked span, such as `<EMAIL>`. In JSON, a value that is not in a string, such as a number,
+    becomes a string."""
     tags_of_masks = [f"<{mask.detector.rpartition('/')[2].upper()}>" for mask in masks]
     if not masks or not _JSON.match(text):
         return tags_of_masks
@@ -180,10 +180,8 @@ class Checker:
     scan: Scan
 
     async def __call__(self, policy: Policy, texts: Sequence[Text], *, everything: bool = False) -> Verdict:
-        """Check the texts of a request. everything: ask all detectors, also after one has found enough to block.
-
-        Raises GuardDown, Late.
-        """
+        """Check the texts of a request. everything: run all detectors, even after one has found enough to block. Raises GuardDown,
+        GuardTimeout."""
         verdict = Verdict(policy)
         if len(texts) > MOST_TEXTS:
             for direction, watches in policy.directions.items():
@@ -191,31 +189,31 @@ class Checker:
                 self._unchecked(verdict, piece, f"more than {MOST_TEXTS} texts")
             return verdict
         pieces = list(_pieces(policy, texts))
-        if reason := _beyond(policy, [piece for piece in pieces if piece.number is not None]):
+        if reason := _excess(policy, [piece for piece in pieces if piece.number is not None]):
             for piece in pieces:
                 self._unchecked(verdict, piece, reason)
             return verdict
         items = [replace(piece.item, decisive=frozenset()) if everything else piece.item for piece in pieces]
-        for piece, result in zip(pieces, await self.scanned(policy, items), strict=True):
+        for piece, result in zip(pieces, await self.scan_in_time(policy, items), strict=True):
             self._add(verdict, piece, result)
         return verdict
 
     async def piece(self, policy: Policy, item: Item) -> Verdict:
-        """Check one piece of an answer."""
+        """Check one piece of a streamed answer."""
         verdict = Verdict(policy)
         if item.detectors:
-            (result,) = await self.scanned(policy, [item])
+            (result,) = await self.scan_in_time(policy, [item])
             self._add(verdict, _Piece(item, policy.watches(item.direction), 0, 0), result)
         return verdict
 
-    async def scanned(self, policy: Policy, items: Sequence[Item]) -> Sequence[Result]:
+    async def scan_in_time(self, policy: Policy, items: Sequence[Item]) -> Sequence[Result]:
         if not items:
             return []
         try:
             async with asyncio.timeout(policy.limits.seconds):
                 return await self.scan(items)
         except TimeoutError:
-            raise Late(f"took more than {policy.limits.seconds:g} s") from None
+            raise GuardTimeout(f"took more than {policy.limits.seconds:g} s") from None
 
     @staticmethod
     def _unchecked(verdict: Verdict, piece: _Piece, reason: str) -> None:
@@ -248,7 +246,7 @@ class Checker:
 
 
 def entry_of(watch: Watch, result: Result, message: int = 0) -> Entry:
-    """Return what a detector says of a text."""
+    """Return a detector's result on a text."""
     if not needs_model(watch.detector):
         finding = next((candidate for candidate in result.found if candidate.detector == watch.detector), None)
         level = CONFIDENT if finding else UNLIKELY
@@ -258,7 +256,7 @@ def entry_of(watch: Watch, result: Result, message: int = 0) -> Entry:
     scored = result.scores.get(watch.detector)
     if scored is None:
         return Entry(watch.detector, message, watch.action, None, NOT_RUN)
-    if scored.level is None:  # without calibration a score means nothing; half is where its training put the border
+    if scored.level is None:  # without calibration a score has no level; 0.5 is the boundary of its training
         return Entry(watch.detector, message, watch.action, scored.score >= 0.5, "uncalibrated", scored.variant)
     order = [*LEVELS, UNLIKELY]
     detected = order.index(scored.level) <= order.index(watch.level)
@@ -274,9 +272,9 @@ class _Piece:
     watches: tuple[Watch, ...]
     message: int
     number: int | None
-    """Of the text that it is of; None for several together, whose places are no places."""
+    """Index of its text; None for several texts joined, in which places have no meaning."""
     start: int = 0
-    """Where it begins there."""
+    """Its offset in the text."""
 
 
 def item_of(policy: Policy, text: str, direction: str, prompts: Iterable[str] = (), public: Iterable[str] = ()) -> Item:
@@ -304,7 +302,7 @@ def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
                 yield _Piece(
                     item_of(policy, text, direction, prompts, public), watches, placed_text.message, number, start
                 )
-    # What was cut into several messages, or by documents, is read in one.
+    # Neighbouring texts are also checked as one, since an attack may be split into several messages, or by documents.
     for direction, group in itertools.groupby(texts, lambda placed_text: placed_text.direction):
         run = [placed_text for placed_text in group if placed_text.text.strip()]
         watches = tuple(watch for watch in policy.watches(direction) if watch.detector not in SPANS)
@@ -314,9 +312,9 @@ def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
                 yield _Piece(item, watches_of_text, run[-1].message, None)
 
 
-def _beyond(policy: Policy, pieces: Sequence[_Piece]) -> str:
-    """Return why there is too much to look at; empty where there is not. pieces: of single texts."""
-    if len(pieces) > MOST_TEXTS:  # of few texts, which markers cut into many
+def _excess(policy: Policy, pieces: Sequence[_Piece]) -> str:
+    """Return why there is too much to check; empty if there is not. pieces: of single texts."""
+    if len(pieces) > MOST_TEXTS:  # even few texts may be split into many by markers
         return f"more than {MOST_TEXTS} texts"
     if sum(len(piece.item.text) for piece in pieces) > policy.limits.characters:
         return f"more than {policy.limits.characters} characters"
@@ -324,14 +322,14 @@ def _beyond(policy: Policy, pieces: Sequence[_Piece]) -> str:
 
 
 def _only(item: Item, watches: Iterable[Watch]) -> Item:
-    """Return the item with what these look for alone."""
+    """Return the item with the detectors of `watches` only."""
     detectors = frozenset(watch.detector for watch in watches)
     return replace(item, detectors=detectors, decisive=item.decisive & detectors)
 
 
 def _parts(policy: Policy, text: Text) -> Iterable[tuple[int, str, str]]:
-    """Yield where each part of a text begins, the part, and its direction: documents between markers are tools' results where
-    the policy looks at those. Else they are as the rest of the text, or nothing would look at what is typed behind a marker."""
+    """Yield the offset of each part of a text, the part, and its direction. Documents between markers count as tool results if the
+    policy checks those; otherwise they count like the rest of the text, or a typed marker would evade the check."""
     if not text.direction:
         return
     place = 0
@@ -343,8 +341,8 @@ def _parts(policy: Policy, text: Text) -> Iterable[tuple[int, str, str]]:
 
 
 def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> Iterable[tuple[str, tuple[Watch, ...]]]:
-    """Yield neighbouring texts of one direction in one, and what looks at them: their authors' own words, and these with the
-    documents among them."""
+    """Yield neighbouring texts of one direction joined, with the detectors for them: the authors' own words, and those with the
+    documents between them."""
     documents = [list(_documents(policy, placed_text)) for placed_text in run]
     own_words = [
         _without(placed_text.text, [(each.opens, each.closes) for each in documents_of_text])
@@ -353,8 +351,8 @@ def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> 
     if sum(bool(part.strip()) for parts in own_words for part in parts) > 1:
         for text in _readings(own_words):
             yield text, watches
-    # Half of an attack may stand in a document. A model would take all documents for the user's words, and what does not look
-    # at documents otherwise does not here.
+    # Half of an attack may be in a document. A model would take all documents for the user's words, and a detector that
+    # does not check documents otherwise must not do so here.
     among = {watch.detector for watch in policy.watches("tool_result") or watches}
     exact = tuple(watch for watch in watches if watch.detector in EXACT and watch.detector in among)
     if exact and any(documents):
@@ -367,7 +365,7 @@ def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> 
 
 
 def _without(text: str, places: Iterable[tuple[int, int]]) -> list[str]:
-    """Return what is left of a text beside these places, which are in order and disjoint."""
+    """Return the parts of a text between these places, which are in order and disjoint."""
     parts, place = [], 0
     for start, end in places:
         parts.append(text[place:start])
@@ -376,7 +374,7 @@ def _without(text: str, places: Iterable[tuple[int, int]]) -> list[str]:
 
 
 def _readings(texts: Sequence[Sequence[str]]) -> list[str]:
-    """Return the parts of several texts in one: end to end, and where that makes one word of two, with a space between them too."""
+    """Return the parts of several texts joined: end to end, and also with a space in between if that would join two words."""
     readings = [" ".join("".join(parts) for parts in texts)]
     if any(not (first[-1].isspace() or second[0].isspace()) for parts in texts for first, second in pairwise(parts)):
         readings.append(" ".join(" ".join(parts) for parts in texts))
@@ -388,11 +386,11 @@ class _Document:
     """A part of a text between markers."""
 
     opens: int
-    """Where its first marker begins."""
+    """Start of its first marker."""
     start: int
     end: int
     closes: int
-    """Where its second marker ends."""
+    """End of its second marker."""
 
     @property
     def markers(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -400,7 +398,7 @@ class _Document:
 
 
 def _documents(policy: Policy, text: Text) -> Iterable[_Document]:
-    """Yield the documents in what a user wrote. One without its end marker goes to the end of the text."""
+    """Yield the documents in a user's text. Without an end marker a document extends to the end of the text."""
     if text.direction != "input" or not policy.document_markers:
         return
     ends = dict(reversed(policy.document_markers))

@@ -1,4 +1,4 @@
-"""The guard's process, seen from the gateway: started, watched, started again."""
+"""The guard's process: started, watched and restarted by the gateway."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = logging.getLogger("dstune.serve")
 
 LONGEST_PAUSE = 30.0
 PROBE_SECONDS = 5.0
-"""Between two questions to the process how long its present step has taken."""
+"""Interval of asking the process how long its current step has taken."""
 SILENT_SECONDS = 120.0
-"""A process whose step (the search of one text, or the scores of sixteen windows) takes longer is taken for stuck. On a slow core
+"""A process whose step (the search of one text, or the scores of sixteen windows) takes longer counts as stuck. On a slow core,
 sixteen windows and their parts take three seconds, and a search of 200,000 characters a few; four searches share a core, of which
-other work may leave a tenth."""
+other processes may leave a tenth."""
 SILENT_CHECKS = 4
-"""The process has at least this many times a policy's `limits.seconds`, the time that a whole request may take."""
+"""The process has at least this many times a policy's `limits.seconds`, the time limit of a request."""
 
 
 def _source() -> Source:
@@ -41,7 +41,7 @@ def _source() -> Source:
 
 @dataclass
 class GuardEngine(Engine):
-    """Answers `scan`, and no request of a client."""
+    """The engine of the guard. It answers `scan`, but no client requests."""
 
     name: ClassVar[str] = "guard"
     models: Mapping[str, Path] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class GuardEngine(Engine):
 
 
 class Guarding:
-    """Keeps the process running. While it does not, every scan raises GuardDown."""
+    """Keeps the guard's process running. While it is down, every scan raises GuardDown."""
 
     def __init__(self, policies: Policies, state: Path, runtime: Path, limits: Limits | None = None):
         self.policies = policies
@@ -85,14 +85,13 @@ class Guarding:
         )
         longest = max(policy.limits.seconds for policy in policies.policies.values())
         self.patience = max(SILENT_SECONDS, SILENT_CHECKS * longest)
-        """Seconds without a step that ended, after which the process is taken for stuck."""
+        """Seconds without a completed step after which the process counts as stuck."""
         self._watcher: asyncio.Task[None] | None = None
         self.up = False
 
     async def start(self) -> None:
-        """Start the process and its watcher. Raises EngineDown, and UserError where a policy blocks by a model without
-        calibration."""
-        await self._begin()
+        """Start the process and its watcher. Raises EngineDown; UserError if a policy blocks by a model without calibration."""
+        await self._start_process()
         self._watcher = asyncio.create_task(self._watch())
 
     def lines(self) -> Iterator[str]:
@@ -107,7 +106,7 @@ class Guarding:
         for detector, label in self.engine.labels.items():
             yield f"{detector} is the label {label} of {self.engine.models[detector]}"
 
-    async def _begin(self) -> None:
+    async def _start_process(self) -> None:
         await self.engine.start()
         health = await self.engine.ask("GET", "/health", None)
         try:
@@ -129,15 +128,15 @@ class Guarding:
     async def _watch(self) -> None:
         pause = 1.0
         while True:
-            why = await self._gone()
+            why = await self._wait_until_down()
             self.up = False
             log.error("the guard %s; it is started again in %g s", why, pause)
             await self.engine.stop(0)
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
             try:
-                await self._begin()
-            except Exception as error:  # the next turn tries again
+                await self._start_process()
+            except Exception as error:  # the next iteration tries again
                 if isinstance(error, DstuneError | EngineDown):
                     log.error("%s", error)
                 else:
@@ -147,8 +146,8 @@ class Guarding:
             pause = 1.0
             log.info("the guard is back")
 
-    async def _gone(self) -> str:
-        """Wait until the process has ended, or is stuck; return which of the two."""
+    async def _wait_until_down(self) -> str:
+        """Wait until the process has ended or is stuck, and return which."""
         waits = {
             asyncio.create_task(self.engine.ended()): "has ended",
             asyncio.create_task(self._stuck()): f"has done nothing for {self.patience:g} s",
@@ -163,12 +162,12 @@ class Guarding:
         return waits[done.pop()]
 
     async def _stuck(self) -> None:
-        """Wait until the process does not answer, or ends no step of its work, for `patience` seconds. It is asked beside the
-        requests: these may all take too long where there are many, and a guard that works through them is not stuck."""
+        """Wait until the process does not answer, or completes no step of its work, for `patience` seconds. Timeouts of requests
+        are no sign: with many requests all may be late, although the guard works through them."""
         heard = time.monotonic()
         while (seconds_left := heard + self.patience - time.monotonic()) > 0:
             await asyncio.sleep(min(PROBE_SECONDS, seconds_left))
-            with contextlib.suppress(Exception):  # whatever comes in its place, it is no answer
+            with contextlib.suppress(Exception):  # whatever the error, there was no answer
                 async with asyncio.timeout(max(seconds_left, PROBE_SECONDS)):
                     health = await self.engine.ask("GET", "/health", None)
                 heard = time.monotonic() - health["silent"]

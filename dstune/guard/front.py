@@ -1,4 +1,4 @@
-"""The guard in front of engines: requests before an engine sees them, answers before a client does."""
+"""The guard in front of engines: checks requests before an engine sees them, and answers before the client does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiohttp import ClientPayloadError
 from dstune.guard.audit import Audit
 from dstune.guard.bodies import (
     ANSWERED_IN_TEXT,
-    TELLING,
+    REVEALING_FIELDS,
     Placed,
     is_name,
     of_answer,
@@ -22,9 +22,9 @@ from dstune.guard.bodies import (
     put,
     texts_in,
     withheld,
-    without_telling,
+    without_revealing_fields,
 )
-from dstune.guard.check import Checker, GuardDown, Late, Text, Verdict, estimated_windows, item_of, masked
+from dstune.guard.check import Checker, GuardDown, GuardTimeout, Text, Verdict, estimated_windows, item_of, masked
 from dstune.guard.engine import Guarding
 from dstune.guard.policy import CLOSED, Policy
 from dstune.guard.streams import HeldBack, Stopped
@@ -50,7 +50,7 @@ def unavailable() -> ApiError:
 
 
 class Guard:
-    """Policies, the process that looks, and what is written down."""
+    """The policies, the guard's process and its audit log."""
 
     def __init__(self, guarding: Guarding, audit: Audit, admission: Admission):
         self.guarding, self.policies, self.audit = guarding, guarding.policies, audit
@@ -67,11 +67,11 @@ class Guard:
             self._admission.charge(request.caller, tokens)
 
     async def charged(self, request: Request, windows: int, verdict: Awaitable[Verdict]) -> Verdict:
-        """Return the verdict, and charge its tokens to the key. Where the verdict comes too late, or the client has left, `windows`
-        of the largest size are charged: a client that gives up early pays for the check too. Raises GuardDown."""
+        """Return the verdict and charge its tokens to the key. If the verdict comes too late, or the client disconnects, charge
+        `windows` windows of the largest size: a client that gives up early pays for the check too. Raises GuardDown."""
         try:
             result = await verdict
-        except (Late, asyncio.CancelledError):
+        except (GuardTimeout, asyncio.CancelledError):
             self.charge(request, windows * max(self.guarding.engine.window_tokens.values(), default=0))
             raise
         self.charge(request, result.tokens)
@@ -80,7 +80,7 @@ class Guard:
     def record(
         self, request: Request, policy: Policy, direction: str, verdict: Verdict | None, reason: str = ""
     ) -> str:
-        """Write a decision down, and return it."""
+        """Log a decision and return it."""
         decision = _decision(policy, verdict)
         caller = request.caller.id if request.caller is not None else None
         facts = {"request": request.id, "key": caller, "route": request.path, "model": request.model, "what": direction}
@@ -91,7 +91,7 @@ class Guard:
         return decision
 
     async def request(self, request: Request, route: str, body: dict[str, Any]) -> Guarded | None:
-        """Return the request as an engine may see it; None where no policy is for this route. Raises ApiError."""
+        """Return the request as the engine may see it; None if the route has no policy. Raises ApiError."""
         policy = self.policies.of_route(route)
         if policy is None:
             return None
@@ -107,7 +107,7 @@ class Guard:
     async def _inspected(
         self, request: Request, policy: Policy, placed: Sequence[Placed], body: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return `body` with its masks. Raises ApiError where it is stopped."""
+        """Return `body` with its masks applied. Raises ApiError if it is blocked."""
         try:
             texts = [entry.text for entry in placed]
             verdict = await self.charged(request, estimated_windows(policy, texts), self.check(policy, texts))
@@ -156,14 +156,14 @@ def note_unchecked(request: Request) -> None:
 
 
 def note(request: Request, verdict: Verdict) -> None:
-    """Tell the client in headers what was found or not looked for, as long as there can be headers."""
+    """Report findings, and detectors that did not run, in response headers, unless the headers have been sent."""
     request.note(FLAGGED, sorted({entry.detector for entry in verdict.detected}))
     request.note(UNCHECKED, sorted(verdict.not_run))
 
 
 @dataclass
 class Guarded:
-    """A request that may go on, and its answer."""
+    """A request that was let through, and its answer."""
 
     guard: Guard
     policy: Policy
@@ -173,14 +173,14 @@ class Guarded:
     prompts: tuple[str, ...]
     """Texts of the system, which an answer must not repeat."""
     public: tuple[str, ...]
-    """Texts of users and tools: what stands in them may be repeated."""
+    """Texts of users and tools, whose content may be repeated."""
 
     @property
     def looks_at_answers(self) -> bool:
         return bool(self.policy.watches("output")) and self.route in ANSWERED_IN_TEXT
 
     async def answer(self, content: bytes) -> bytes:
-        """Return an answer that is not a stream. Raises ApiError where it could not be checked."""
+        """Check an answer that is not streamed. Raises ApiError if it could not be checked."""
         changed = answer = object_of(content)
         with of_its_shape():
             choices = sorted(of_answer(answer).items())
@@ -199,7 +199,7 @@ class Guarded:
             elif verdict.refused:
                 raise unavailable()
             elif masks := _masked(placed, verdict):
-                changed = put(without_telling(changed, number), masks)
+                changed = put(without_revealing_fields(changed, number), masks)
         return content if changed is answer else dumps(changed)
 
     async def _verdict(self, placed: Sequence[Placed]) -> Verdict:
@@ -210,7 +210,7 @@ class Guarded:
         return await self.guard.charged(self.request, estimated_windows(policy, texts), self.guard.check(policy, texts))
 
     def _note_failure(self, error: GuardDown) -> None:
-        """Record that an answer could not be checked. Raises ApiError where the policy lets nothing pass unchecked."""
+        """Record that an answer could not be checked. Raises ApiError if the policy lets nothing pass unchecked."""
         log.error("%s: the guard could not check an answer: %s", self.request.id, error)
         self.guard.record(self.request, self.policy, "answer", None, str(error))
         if self.policy.on_failure == CLOSED:
@@ -218,8 +218,8 @@ class Guarded:
         note_unchecked(self.request)
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the events of an answer, each when it was checked. It ends with `content_filter` where it is stopped, with an
-        error where it could not be checked."""
+        """Yield the events of an answer once each is checked. The stream ends with `content_filter` if it is blocked, or with an
+        error if it could not be checked."""
         total, decided, reason = Verdict(self.policy), True, ""
         try:
             events = self._buffered(chunks, total) if self.route == "/v1/responses" else self._piecewise(chunks, total)
@@ -231,11 +231,11 @@ class Guarded:
             log.error("%s: the guard could not check an answer: %s", self.request.id, error)
             decided, reason = False, str(error)
             yield b"data: " + error_body(503, str(unavailable()), code="guard_unavailable") + b"\n\n"
-        finally:  # also where the client left, or the engine ended
+        finally:  # also if the client disconnects or the engine ends
             self.guard.record(self.request, self.policy, "answer", total if decided else None, reason)
 
     def _piecewise(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
-        """Yield a stream, each piece of text as soon as it was checked."""
+        """Yield a stream, each piece of text as soon as it is checked."""
 
         async def check(context: str, text: str, windows: int) -> Verdict:
             return await self._piece(context, text, windows, total)
@@ -247,7 +247,7 @@ class Guarded:
         return HeldBack(check, prompt_count * (self.body.get("n") or 1)).stream(chunks)
 
     async def _piece(self, context: str, text: str, windows_before: int, total: Verdict) -> Verdict:
-        """Return the verdict on a piece of a stream. Raises GuardDown where nothing may pass unchecked."""
+        """Return the verdict on a piece of a stream. Raises GuardDown if nothing may pass unchecked."""
         item = item_of(self.policy, text, "output", self.prompts, self.public)
         item = replace(item, context=context, windows_before=windows_before)
         windows = estimated_windows(self.policy, [Text(text, "assistant")])
@@ -255,7 +255,7 @@ class Guarded:
         return await self._added_to(checked, total)
 
     async def _added_to(self, checked: Awaitable[Verdict], total: Verdict) -> Verdict:
-        """Return the verdict, and add it to `total`. Raises GuardDown where nothing may pass unchecked."""
+        """Return the verdict after adding it to `total`. Raises GuardDown if nothing may pass unchecked."""
         try:
             verdict = await checked
         except GuardDown as error:
@@ -272,7 +272,7 @@ class Guarded:
         return verdict
 
     async def _buffered(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
-        """Yield a stream of `/v1/responses` after all of it was checked: its events repeat each other's text."""
+        """Yield a stream of `/v1/responses` after all of it is checked: its events repeat each other's text."""
         events = await _events(chunks)
         echoed = {text for _, text in texts_in(self.body)}
         texts = [text for text in dict.fromkeys(texts_of_events(events)) if text not in echoed]
@@ -292,7 +292,7 @@ _EVENT_NAME = re.compile(r"[a-z_.]{1,64}")
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
-    """Read the events of a whole stream. Raises one of FAILURES where something in it is no event that can be read."""
+    """Read the events of a complete stream. Raises one of FAILURES if one of them cannot be read."""
     reader, data_of_events, size = EventReader(), [], 0
     async for chunk in chunks:
         if (size := size + len(chunk)) > MOST_READ_BYTES:
@@ -303,13 +303,13 @@ async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
 
 
 def texts_of_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield every text of the events of `/v1/responses`. The pieces of a text that comes in several events are joined."""
+    """Yield every text in the events of `/v1/responses`. Pieces of a text that is spread over several events are joined."""
     written: dict[tuple[Any, ...], list[str]] = {}
     for value in events:
         if isinstance(value.get("delta"), str):
             name = tuple(str(value.get(key)) for key in ("type", "item_id", "output_index", "content_index"))
             written.setdefault(name, []).append(value["delta"])
-        for place, text in texts_in(value, but=TELLING):
+        for place, text in texts_in(value, skipped_keys=REVEALING_FIELDS):
             if text.strip() and place != ("delta",) and not is_name(place[-1], text):
                 yield text
     yield from map("".join, written.values())

@@ -1,4 +1,4 @@
-"""The guard of `dstune serve`: it checks what the engines are asked and answer, and has routes of its own."""
+"""The guard of `dstune serve`: it checks requests to and answers of the engines, and has its own routes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class GuardRoutes(Routes):
 
 
 def guard_routes(gateway: Gateway, guarding: Guarding, state: Path, log_days: float) -> tuple[list[Route], Audit]:
-    """Put the guard in front of a gateway's engines. Returns its own routes, and what it writes decisions to."""
+    """Put the guard in front of a gateway's engines. Returns its own routes and its audit log."""
     from dstune.guard import lakera
     from dstune.guard.audit import Audit
     from dstune.guard.front import Guard
@@ -103,7 +103,7 @@ def guard_routes(gateway: Gateway, guarding: Guarding, state: Path, log_days: fl
 
 
 async def warn_of_unguarded(gateway: Gateway, guarding: Guarding) -> None:
-    """Warn of routes without a policy; which routes the engines have is known when they run."""
+    """Warn of routes without a policy. It runs once the engines are up, since only then their routes are known."""
     await gateway.fleet.started.wait()
     served = {path for model in gateway.fleet.models.values() for path in model.engine.routes}
     if unguarded := sorted(path for path in served if guarding.policies.of_route(path) is None):

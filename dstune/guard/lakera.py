@@ -1,8 +1,5 @@
-"""`POST /v2/guard` and `/v2/guard/results`, as gateways ask Lakera's API.
-
-Places count characters (code points). Clients that count in UTF-16 units, as JavaScript does, ask under `/utf-16/v2/guard`
-and `/utf-16/v2/guard/results`, or with `x-offsets: utf-16`.
-"""
+"""`POST /v2/guard` and `/v2/guard/results`, compatible with Lakera's API. Offsets count characters (code points). Clients that
+count UTF-16 units, as JavaScript does, use `/utf-16/v2/guard` and `/utf-16/v2/guard/results`, or the header `x-offsets: utf-16`."""
 
 from __future__ import annotations
 
@@ -155,7 +152,7 @@ def _nothing_ran(policy: Policy, placed: Iterable[Placed], reason: str) -> Verdi
 
 
 def _reported(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
-    """Return for each detector the messages in which it found something, or one entry: its most certain one."""
+    """Return for each detector the messages with findings, or else one entry: its most certain one."""
     last = max((item.text.message for item in placed), default=0)
     order = [*LEVELS, "uncalibrated", UNLIKELY, NOT_RUN]
     by_detector: dict[str, dict[int, Entry]] = {}
@@ -171,7 +168,7 @@ def _reported(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
     for entry_by_message in by_detector.values():
         detected = [entry for entry in entry_by_message.values() if entry.detected]
         unknown = [entry for entry in entry_by_message.values() if entry.detected is None]
-        # That a detector did not run somewhere counts more than that it found nothing elsewhere.
+        # Not having run somewhere outweighs having found nothing elsewhere.
         reported += (
             detected
             or unknown[:1]
@@ -201,8 +198,8 @@ LABELS = {detector: kind for kind, detector in PII.items()} | {SECRETS: "SECRET"
 
 
 def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dict[str, Any]]:
-    """Yield spans in messages. A content that is a list of parts is counted as its texts one behind the other, what stands
-    elsewhere from its own beginning."""
+    """Yield spans with offsets in their messages. In a content of several parts, offsets count its texts concatenated; elsewhere
+    they start at the text."""
     length_by_message: dict[int, int] = {}
     starts, wide = [], []
     for placed_text in placed:
@@ -228,8 +225,7 @@ def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dic
 
 
 def _in_content(placed_text: Placed) -> bool:
-    """Return whether a client counts this text: a content, a part that is a text, or the text of a part; no other field of a
-    part."""
+    """Return whether a client counts this text: a content, a text part, or the text of a part, but no other field of a part."""
     match placed_text.place[2:]:
         case ("content",) | ("content", int()) | ("content", int(), "text"):
             return True

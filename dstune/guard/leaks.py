@@ -1,7 +1,5 @@
-"""Whether an answer gives away the system prompt: its wording, or a word that stands there alone.
-
-A paraphrase or a translation without such a word passes: that is not found here.
-"""
+"""Detects whether an answer reveals the system prompt: its wording, or a word that occurs only there. A paraphrase or translation
+without such a word is not detected."""
 
 from __future__ import annotations
 
@@ -12,9 +10,9 @@ from functools import lru_cache
 from dstune.guard.variants import Variant
 
 RUN = 5
-"""Words of a run."""
+"""Words per run."""
 LEAST_RUNS = 3
-"""Runs of the system prompt in an answer that make a leak: seven words in a row."""
+"""Runs of the system prompt in an answer that count as a leak: seven words in a row."""
 _WORD = re.compile(r"\w+")
 _CODE = re.compile(r"(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[\w-]{8,64}")
 
@@ -24,21 +22,21 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)}
 
 
-@lru_cache(8)  # of a conversation, for each of its answers and each piece of one that is being written
+@lru_cache(8)  # cached per conversation, for each of its answers and each piece of a stream
 def _secret_runs(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
-    """Return the runs of words that stand in the prompts and not in `public`."""
+    """Return the runs of words that occur in the prompts and not in `public`."""
     return frozenset().union(*map(_runs, prompts)) - frozenset().union(*map(_runs, public))
 
 
 def leaked_runs(readings: Sequence[Variant], prompts: Sequence[str], public: Sequence[str]) -> int:
-    """Count the runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public`
-    (what users wrote) do not count."""
+    """Count the runs of words that an answer shares with `prompts`: the most of any of its readings. Runs in `public` (texts of
+    users) do not count."""
     hidden = _secret_runs(tuple(prompts), tuple(public)) if prompts else ()
     return max((len(hidden & _runs(reading.text)) for reading in readings), default=0) if hidden else 0
 
 
 def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Sequence[str]) -> list[str]:
-    """Return the canaries that stand in any reading of an answer, also spelled out with separators, and not in `public`."""
+    """Return the canaries that occur in any reading of an answer, also spelled with separators, and not in `public`."""
     shared = "\n".join(public).lower() if canaries else ""
     leaked = []
     for canary in canaries:

@@ -1,4 +1,4 @@
-"""Links whose host a policy does not list."""
+"""Finds links whose host a policy does not allow."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from urllib.parse import unquote
 from dstune.core.errors import Problem, UserError
 
 LONGEST_NAME = 253
-"""Of a host, in the domain name system."""
+"""Longest host name in the domain name system."""
 _START = re.compile(
     r"(?<![A-Za-z0-9])(?P<scheme>https?\\?:[/\\]*|(?:s?ftp|wss?|file)\\?:[/\\]{2,})|(?<![\w:/\\])[/\\]{2,}|(?<![\w@./-])(?=www\.)",
     re.IGNORECASE,
 )
-r"""What stands before a host. Browsers take any number of slashes after `https:`, in both directions, and Markdown takes the
-backslash of `https\:` away."""
+r"""What precedes a host. Browsers accept any number of slashes after `https:`, in both directions, and Markdown removes the
+backslash of `https\:`."""
 _NAME = re.compile(
     r"(?:\*\.)?[^\s/?#\\:@!\"$&'()*+,;<=>\[\]^`{|}~\u00ab\u00bb\u2010-\u2027\u2030-\u205e\u3001\u3008-\u3011\u3014-\u301f]{0,800}"
 )
-"""Each sign of a name may be written in three."""
+"""Each character of a name may be percent-encoded as three."""
 _PORT = re.compile(r"(?::\d{0,5})?")
 _STOP = re.compile(r"[\s/?#]|\\(?![!-/:-@\[-`{-~])")
-r"""Where user and host end by the URL standard. Markdown reads `\@` as `@`: there the backslash is no slash."""
+r"""Where user and host end by the URL standard. Markdown reads `\@` as `@`: there the backslash is not a slash."""
 _DOT = re.compile(r"[.\u3002\uff0e\uff61%]\w")
-"""With what a host goes on, and so ends in another domain; a dot may be `%2e`."""
+"""Continuations that turn a host into another domain; a dot may be written as `%2e`."""
 _NO_HOST = re.compile(r"[<>\[\]^|]")
-"""Browsers load no URL that has one of these in its host."""
+"""Browsers load no URL with one of these in its host."""
 _PATH = re.compile(r"[^\s<>\"'`\])}|\\]{0,2048}")
 _NUMBER = re.compile(r"(?:.*\.)?(?:0x[0-9a-f]*|\d+)\.?|\[[0-9a-f:.]*\]", re.IGNORECASE)
 _PORT_ALONE = re.compile(r"\d{1,5}")
-"""`http:80` names a port; as an address it would be nobody's."""
+"""`http:80` names a port; as an address it would belong to nobody."""
 _CLOSING = {"(": ")", "<": ">", "[": "]", "{": "}", '"': '"', "'": "'", "`": "`"}
 _ACTIVE = re.compile(r"\b(?:javascript|vbscript):[^\s]{1,200}|\bdata:text/html[^\s]{1,200}", re.IGNORECASE)
 _BARE = re.compile(
@@ -43,7 +43,8 @@ _BARE = re.compile(
 
 @cache
 def _domain_extractor() -> Any:
-    """Return what splits a host into parts by the suffix list in the package tldextract; nothing is fetched. Raises UserError."""
+    """Return a function that splits a host by the suffix list in the package tldextract; nothing is downloaded. Raises
+    UserError."""
     try:
         import tldextract
     except ImportError:
@@ -53,16 +54,14 @@ def _domain_extractor() -> Any:
 
 
 def check_installed() -> None:
-    """Raises UserError where the suffix list is missing."""
+    """Raises UserError if the suffix list is missing."""
     _domain_extractor()
 
 
 def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, int]]:
-    """Yield where links stand whose host is none of `allowed` or below one.
-
-    Never known are addresses without a name (`http://0x7f.1/`), links that run code, and those with a user before the host
-    (`https://example.com@evil.com`) or with a sign after which it goes on (`https://example.com'.evil.com`).
-    """
+    """Yield the places of links whose host is neither in `allowed` nor below one. Always reported: numeric addresses
+    (`http://0x7f.1/`), links that run code, and links with a user before the host (`https://example.com@evil.com`) or with a
+    character after it that continues the host (`https://example.com'.evil.com`)."""
     seen: list[tuple[int, int]] = []
     for active in _ACTIVE.finditer(text):
         seen.append(active.span())
@@ -83,7 +82,7 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
             continue
         host = _host(re.split("[/:]", link.lstrip("/\\"), maxsplit=1)[0])
         if "/" not in link or not _has_domain(host):
-            continue  # `file.py` and `e.g` are no links, and neither is a name without a path: it is no click away
+            continue  # `file.py` and `e.g` are not links, nor is a name without a path, which clients do not make clickable
         if not _is_allowed(host, allowed):
             yield match.start(), match.start() + len(link)
 
@@ -95,17 +94,17 @@ class _Link:
     start: int
     end: int
     host: str
-    """Lower case, in ASCII; empty where it is not what the address begins with."""
+    """Lower case, in ASCII; empty if the address does not begin with its host."""
 
 
 class _Search:
-    """For the links of one text."""
+    """Searches one text for links."""
 
     def __init__(self, text: str):
         self._text = text
         self._stop, self._dot, self._no_host = (_Next(pattern, text) for pattern in (_STOP, _DOT, _NO_HOST))
         self._last_at = (-1, -1)
-        """Where a host ends, and the last @ before."""
+        """Where a host ends, and the last @ before it."""
 
     def links(self) -> Iterator[_Link]:
         place = 0
@@ -117,7 +116,7 @@ class _Search:
                 place = max(link.end, place)
 
     def _link(self, match: re.Match[str]) -> _Link | None:
-        """Read the link of a match; None where no host may be meant: `https://` alone, `http:80`, `// a comment`."""
+        """Return the link of a match; None if no host can be meant: `https://` alone, `http:80`, `// a comment`."""
         text, (start, begin) = self._text, match.span()
         name = _matched(_NAME, text, begin)
         name_end = begin + len(name)
@@ -135,8 +134,8 @@ class _Search:
         return _Link(start, end, "" if others else _host(name))
 
     def _other_names(self, begin: int, name_end: int, stop: int) -> list[str]:
-        """Return what a browser may take for the host, by what stands between the name, which ends at `name_end`, and the next
-        slash."""
+        """Return other names that a browser may take for the host, given the text between `name_end`, where the name ends, and the
+        next slash."""
         if self._at_before(stop, begin) >= name_end:
             return [_matched(_NAME, self._text, self._at_before(stop, begin) + 1) or "@"]
         in_brackets = self._text.startswith("[", begin)
@@ -146,16 +145,15 @@ class _Search:
         return []
 
     def _at_before(self, stop: int, begin: int) -> int:
-        """Return the last @ between the two places, or a place before."""
-        if self._last_at[0] != stop:  # several beginnings may have one end
+        """Return the last @ between `begin` and `stop`, or a place before `begin`."""
+        if self._last_at[0] != stop:  # several links may share an end
             self._last_at = stop, self._text.rfind("@", begin, stop)
         return self._last_at[1]
 
     def _closed(self, start: int, name_end: int) -> bool:
-        """Return whether what follows the name closes the bracket or quote that the link stands in, and the next is no part of
-        it."""
+        """Return whether the text after the name closes the bracket or quote around the link, and does not continue the name."""
         text = self._text
-        name_end += text.startswith("\\", name_end)  # of JSON within JSON
+        name_end += text.startswith("\\", name_end)  # JSON inside JSON
         closing = _CLOSING.get(text[max(start - 1, 0) : start])
         if closing is None or not text.startswith(closing, name_end):
             return False
@@ -164,13 +162,13 @@ class _Search:
 
 
 class _Next:
-    """Finds where a pattern matches next. Asked for places that only rise it reads the text once."""
+    """Finds the next match of a pattern. For increasing places it reads the text only once."""
 
     def __init__(self, pattern: re.Pattern[str], text: str):
         self._pattern, self._text, self._found = pattern, text, -1
 
     def __call__(self, place: int) -> int:
-        """Return where the first match at or behind `place` begins; the length of the text where there is none."""
+        """Return the start of the first match at or after `place`; the length of the text if there is none."""
         if self._found < place:
             match = self._pattern.search(self._text, place)
             self._found = match.start() if match else len(self._text)
@@ -184,7 +182,7 @@ def _matched(pattern: re.Pattern[str], text: str, place: int) -> str:
 
 
 def _is_address(name: str, after: str) -> bool:
-    """Return whether the text names a host of the internet; a number does only with a path after it, since it may be any."""
+    """Return whether the text names a public host. A number only does with a path after it, since it may be any number."""
     name = unquote(name)
     if after in ("/", "?", "#", "\\") and _NUMBER.fullmatch(name) and not _PORT_ALONE.fullmatch(name):
         return True
@@ -197,8 +195,8 @@ def _has_domain(host: str) -> bool:
 
 
 def _host(name: str) -> str:
-    """Lower case, in ASCII; empty where it cannot be one."""
-    name = name.rstrip("._\u3002").lower()  # `_` ends emphasis, and no domain
+    """Return the host in lower case and ASCII; empty if it cannot be a host."""
+    name = name.rstrip("._\u3002").lower()  # `_` ends emphasis in Markdown, and is not part of a domain
     if len(name) > LONGEST_NAME:
         return ""
     try:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError
-from dstune.guard.calibration import ATTACK, CALIBRATES, SMALLEST_PART, Calibration, digest_of, wrong_windows
+from dstune.guard.calibration import (
+    ATTACK,
+    CALIBRATE_COMMAND,
+    SMALLEST_PART,
+    Calibration,
+    digest_of,
+    invalid_window_length,
+)
 from dstune.guard.variants import Variant
 
 if TYPE_CHECKING:
@@ -22,62 +29,62 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
 
 WINDOW, STRIDE = 128, 96
-"""Of a model that is not calibrated."""
+"""For a model that is not calibrated."""
 BATCH = 16
-"""Rows that are computed together."""
+"""Rows per batch."""
 WINDOW_TO_PART = 4
-"""A part is a quarter of a window, where nobody says otherwise."""
+"""By default, a part is a quarter of a window."""
 
 LONG = 3
-"""From so many windows on, a text is a long one: most are documents, or have one within. Its suspicious windows are read again in
-parts, and it counts in the calibration of every direction."""
+"""A text with at least this many windows counts as long: most are documents, or contain one. Its suspicious windows are scored
+again in parts, and it counts in the calibration of every direction."""
 
 
 class Window(NamedTuple):
     ids: list[int]
-    """Of the tokens, special ones included."""
+    """Token ids, including special tokens."""
     of_long: bool = False
-    """Whether it is one of at least `LONG` of its reading, or of an answer that is checked piece by piece."""
+    """Whether its reading has at least `LONG` windows, or its answer is checked piece by piece."""
 
 
 class WindowScore(NamedTuple):
     value: float
-    """From 0 to 1."""
+    """Between 0 and 1."""
     alone: float
-    """The probability of the label in the window as a whole: `value`, unless the window was read again."""
+    """The label's probability for the complete window; equal to `value` unless the window was scored again in parts."""
     parts: float = 0.0
-    """Work for its parts, in windows of full length."""
+    """Cost of scoring its parts, in full windows."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of a text: the highest of its windows and those of its variants."""
+    """The score of a text: the highest of its windows and its variants' windows."""
 
     value: float
     windows: int
-    """All that were scored: what the thresholds depend on."""
+    """The number of scored windows, on which the thresholds depend."""
     variant: str = "plain"
-    """The reading with the highest window."""
+    """The reading that contains the highest window."""
 
 
 @dataclass
 class GuardModel:
-    """A classifier that scores windows by the probability of one label (`score_windows`)."""
+    """A classifier whose score is the probability of one label (`score_windows`)."""
 
     predictor: Predictor
     index: int
     label: str
     digest: str
     calibration: Calibration | None
-    """None where the folder has no `guard.json`: such a model may flag, never block."""
+    """None if the folder has no `guard.json`: such a model may flag, but never block."""
     window_tokens: int
     stride: int
     part_tokens: int = 0
-    """Of the parts in which a suspicious window is read again, without special tokens. 0: it is not."""
+    """Tokens, without special ones, of the parts in which a suspicious window is scored again; 0 for none."""
     several_labels: bool = False
     """Whether each label has a probability of its own."""
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """A tokenizer keeps how it cuts: two threads cannot use it at once."""
+    """Truncation settings are shared state of a tokenizer, so two threads cannot use it at once."""
 
     @staticmethod
     def load(
@@ -89,11 +96,9 @@ class GuardModel:
         part_tokens: int | None = None,
         calibrated: bool = True,
     ) -> GuardModel:
-        """Return the model in a folder, with what its `guard.json` says of label, windows and parts unless it is given here.
-
-        calibrated: whether to read `guard.json`; a model is loaded without it to be calibrated anew.
-        Raises UserError where there is no classifier, or its `guard.json` is damaged or of other weights.
-        """
+        """Load the model in a folder. Label, windows and parts come from its `guard.json` unless they are passed. calibrated:
+        whether to read `guard.json`; it is skipped to calibrate a model again. Raises UserError if there is no classifier, or if
+        `guard.json` is damaged or belongs to other weights."""
         import tempfile
 
         from dstune.config.schema import ModelConfig
@@ -108,9 +113,9 @@ class GuardModel:
             part = part_tokens
         elif calibration is not None:
             part = calibration.part_tokens
-        else:  # without thresholds a model is judged by its probability alone
+        else:  # without thresholds, the model is judged by its probability alone
             part = 0 if calibrated else max(window // WINDOW_TO_PART, SMALLEST_PART)
-        if wrong := wrong_windows(window, step, part):
+        if wrong := invalid_window_length(window, step, part):
             key, reason = wrong
             raise UserError(Problem(f"--{key.replace('_', '-')}", reason))
         request = find(ModelConfig(path=str(folder)), "last", [])
@@ -126,7 +131,7 @@ class GuardModel:
         if window > longest:
             reason = f"windows of {window} tokens are longer than the {longest} that the model takes"
             raise UserError(Problem(str(folder), reason, f"--window-tokens {longest} or fewer"))
-        # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
+        # Texts are cut into windows, so a tokenizer with more tokens than the model accepts needs no warning.
         predictor.tokenizer.model_max_length = int(1e9)
         several = model_config.problem_type == "multi_label_classification"
         index = predictor.labels.index(name)
@@ -134,16 +139,13 @@ class GuardModel:
         model = GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, part, several)
         if part and model._special_tokens is None:
             reason = "has a tokenizer that makes no token of a letter, so windows cannot be read in parts"
-            raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder} --part-tokens 0"))
+            raise UserError(Problem(str(folder), reason, f"{CALIBRATE_COMMAND} {folder} --part-tokens 0"))
         return model
 
     def windows(self, text: str, windows_before: int = 0) -> list[Window]:
-        """Cut pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
-
-        windows_before: windows of the same answer that were scored already.
-
-        A special token that somebody wrote is tokens of its characters, and symbols and very long words are set apart.
-        """
+        """Cut a text into windows of `window_tokens` tokens that start `stride` tokens apart; none if it has no tokens.
+        windows_before: windows of the same answer that were scored earlier. Special tokens in the text are tokenized as characters;
+        symbols and very long words are separated."""
         text = _readable_words(text)
         tokenizer: Any = self.predictor.tokenizer
         content = self.window_tokens - tokenizer.num_special_tokens_to_add(pair=False)
@@ -158,11 +160,11 @@ class GuardModel:
                 return_attention_mask=False,
                 return_token_type_ids=False,
             )["input_ids"]
-        special = self.window_tokens - content
-        return [Window(ids, windows_before + len(windows) >= LONG) for ids in windows if len(ids) > special]
+        special_tokens = self.window_tokens - content
+        return [Window(ids, windows_before + len(windows) >= LONG) for ids in windows if len(ids) > special_tokens]
 
     def tail(self, text: str, tokens: int) -> str:
-        """Return the end of `text` that is so many tokens."""
+        """Return the last `tokens` tokens of `text`."""
         text = text[-40 * tokens :]
         tokenizer = self.predictor.tokenizer
         with self._tokenizing:
@@ -170,19 +172,16 @@ class GuardModel:
         return text[places[-tokens][0] :] if len(places) > tokens else text
 
     def score_windows(self, windows: Sequence[Window]) -> list[WindowScore]:
-        """Return the score of each window: the probability of the label.
-
-        A window of a long text that has more than 0.5 is read again in parts that overlap by half. Its score is then the sigmoid
-        of the mean of two log-odds, of the whole and of the part that looks most like an attack, and at least 0.5, so that it
-        stays above windows that were not read again: a short attack stands out in its part, and what only makes an impression as
-        a whole does not.
-        """
+        """Return the score of each window: the probability of the label. A window of a long text with a probability above 0.5 is
+        scored again in parts that overlap by half. Its score is then the sigmoid of the mean of two log-odds, of the complete
+        window and of its most suspicious part, but at least 0.5, so that it ranks above windows that were not scored again. A short
+        attack stands out in its part; text that is suspicious only as a whole does not."""
         import torch
 
         alone = self._log_odds([window.ids for window in windows])
         odds, work = list(alone), [0.0] * len(windows)
-        again = [number for number, window in enumerate(windows) if window.of_long and alone[number] > 0]
-        parts = {number: window_parts for number in again if (window_parts := self._parts(windows[number].ids))}
+        suspicious = [number for number, window in enumerate(windows) if window.of_long and alone[number] > 0]
+        parts = {number: window_parts for number in suspicious if (window_parts := self._parts(windows[number].ids))}
         part_odds = iter(self._log_odds([part for window_parts in parts.values() for part in window_parts]))
         for number, window_parts in parts.items():
             odds[number] = max((alone[number] + max(next(part_odds) for _ in window_parts)) / 2, 0.0)
@@ -202,14 +201,14 @@ class GuardModel:
 
     @cached_property
     def _special_tokens(self) -> tuple[int, int] | None:
-        """How many stand before and after a text. None where a text of one letter has no token."""
+        """Count the special tokens before and after a text; None if a text of one letter has no token."""
         tokenizer: Any = self.predictor.tokenizer
         with self._tokenizing:
             mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         return (mask.index(0), mask[::-1].index(0)) if 0 in mask else None
 
     def _log_odds(self, rows: Sequence[list[int]]) -> list[float]:
-        """Return ln(p / (1 - p)) of the label in each row of token ids."""
+        """Return ln(p / (1 - p)) of the label for each row of token ids."""
         import torch
 
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
@@ -235,19 +234,16 @@ class GuardModel:
         return odds
 
     def scores(self, texts: Sequence[str]) -> list[list[WindowScore]]:
-        """Return the score of each window of each text, as the texts are: neither normalised nor decoded."""
+        """Return the score of each window of each text. The texts are neither normalised nor decoded."""
         windows = [self.windows(text) for text in texts]
         flat = iter(self.score_windows([window for of_text in windows for window in of_text]))
         return [[next(flat) for _ in of_text] for of_text in windows]
 
 
 def skip_unread_positions(model: Any) -> bool:
-    """Let the last layer of a BERT-like encoder go on with the first position alone where the head reads no other.
-
-    The output projection and the feed-forward part of that layer are 9/12 of it: an eighth of the time of six layers.
-    The logits of a sample must stay what they were; otherwise, and of any other architecture, the model stays as it is.
-    Returns whether it was changed.
-    """
+    """Make the last layer of a BERT-like encoder compute only the first position, if the head reads no other. The output projection
+    and feed-forward network are 9/12 of that layer: an eighth of the time of six layers. The model stays unchanged if its
+    architecture is unknown, or if the logits of a sample would differ. Returns whether it was changed."""
     import torch
 
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
@@ -257,7 +253,7 @@ def skip_unread_positions(model: Any) -> bool:
     with torch.inference_mode():
         try:
             logits_before = _samples_logits(model)
-        except Exception:  # of a model that takes other inputs
+        except Exception:  # a model with other inputs
             return False
         handle = output.register_forward_pre_hook(lambda _, states: tuple(state[:, :1] for state in states))
         try:
@@ -266,7 +262,7 @@ def skip_unread_positions(model: Any) -> bool:
                 first.ndim == 2 and torch.allclose(first, other, atol=1e-6)
                 for first, other in zip(logits_before, after, strict=True)
             )
-        except Exception:  # of a head that reads further positions, in words of its own
+        except Exception:  # a head that reads further positions may raise anything
             is_same = False
     if not is_same:
         handle.remove()
@@ -274,7 +270,7 @@ def skip_unread_positions(model: Any) -> bool:
 
 
 def _samples_logits(model: Any) -> list[torch.Tensor]:
-    """Return logits of rows of odd and even lengths, in fp32."""
+    """Return the logits of rows of odd and even lengths, in fp32."""
     import torch
 
     longest = min(16, getattr(model.config, "max_position_embeddings", None) or 16)
@@ -287,25 +283,25 @@ def _samples_logits(model: Any) -> list[torch.Tensor]:
 
 _NO_LETTER = re.compile(r"[^\w\s\x00-\x7f]")
 LONGEST_WORD = 90
-"""Of more than 100 characters a tokenizer of BERT's makes one unknown token, and of a word with a symbol that it does not know."""
+"""BERT's tokenizers turn a word of more than 100 characters, or with an unknown symbol, into one unknown token."""
 
 
 def _readable_words(text: str) -> str:
     if not text.isascii():
-        text = _NO_LETTER.sub(_apart, text)
+        text = _NO_LETTER.sub(_separated, text)
     return _LONG_WORD.sub(r"\g<0> ", text)
 
 
 _LONG_WORD = re.compile(rf"[^\s!-/:-@\[-`{{-~]{{{LONGEST_WORD}}}(?=\S)")
 
 
-def _apart(match: re.Match[str]) -> str:
+def _separated(match: re.Match[str]) -> str:
     sign = match.group()
     return f" {sign} " if unicodedata.category(sign)[0] == "S" else sign
 
 
 def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]) -> Score:
-    """Return the score of a text from those of the windows of its readings."""
+    """Return the score of a text from those of its readings' windows."""
     best = Score(0.0, sum(map(len, scores)))
     for reading, windows in zip(readings, scores, strict=True):
         value = max((window.value for window in windows), default=0.0)
@@ -315,10 +311,10 @@ def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]
 
 
 def _label_of(labels: Sequence[str], folder: Path) -> str:
-    """Choose the label of a model that is not calibrated: `attack`, or the second of two labels."""
+    """Return the label of a model without calibration: `attack`, or the second of two labels."""
     if ATTACK in labels:
         return ATTACK
     if len(labels) == 2:
         return labels[1]
     reason = f"which of its labels means an attack is not known: {', '.join(labels) or 'it has none'}"
-    raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder} --label LABEL"))
+    raise UserError(Problem(str(folder), reason, f"{CALIBRATE_COMMAND} {folder} --label LABEL"))

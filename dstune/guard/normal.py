@@ -1,4 +1,4 @@
-"""A text as a reader would see it: without what nobody sees, with the letters that others look like, escapes undone."""
+"""Normalises a text to what a reader sees: invisible characters removed, look-alike letters replaced, escapes decoded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MOST_MARKS = 30
-"""As in Unicode's stream-safe text format; no language comes near."""
+"""The limit of Unicode's stream-safe text format; no language comes near it."""
 
 DROPPED = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\U000e0000\U000e0001\U000e007f\U000e0100-\U000e01ef\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )
-"""Characters that nobody sees: zero width, direction, variation selectors, soft hyphens, fillers, controls."""
+"""Invisible characters: zero width, direction, variation selectors, soft hyphens, fillers, controls."""
 
 _SOURCES = (
     "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u04bb\u0501\u051b\u051d"  # Cyrillic
@@ -42,36 +42,36 @@ TO_LATIN = str.maketrans(LOOK_ALIKES)
 
 @dataclass(frozen=True)
 class Normal:
-    """A normalised text that knows where its characters come from."""
+    """A normalised text with the original places of its characters."""
 
     text: str
     _starts: Sequence[int] | None = None
-    """Of the pieces that were changed one by one: their first character in `text`; None where nothing moved."""
+    """Start in `text` of each changed piece; None if no characters moved."""
     _origins: Sequence[tuple[int, int]] = ()
-    """And their place in the original."""
+    """The place of each piece in the original."""
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Return the part of the original that became `text[start:end]`."""
+        """Return the span of the original that became `text[start:end]`."""
         if self._starts is None:
             return start, end
         return self._origin(start)[0], self._origin(max(end - 1, start))[1]
 
     def _origin(self, place: int) -> tuple[int, int]:
-        """Return the place of one character."""
+        """Return the original place of one character."""
         assert self._starts is not None
         number = bisect_right(self._starts, place) - 1
         first, last = self._origins[number]
         begin = self._starts[number]
         following = self._starts[number + 1] if number + 1 < len(self._starts) else len(self.text)
-        if last - first == following - begin:  # as it was
+        if last - first == following - begin:  # unchanged
             return first + place - begin, first + place - begin + 1
         return first, last
 
 
 def normalised(text: str) -> Normal:
-    """Return `text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC),
-    marks over Latin letters that make no other letter of them, and Latin letters in the place of look-alikes in words that have
-    no other letters. Strings in JSON are as they are read: `\\nIgnore` is no word."""
+    """Return `text` as a reader sees it: invisible characters removed, tag characters as the letters they represent, compatibility
+    forms resolved (NFKC), combining marks removed from Latin letters unless they form another letter, and look-alikes replaced by
+    Latin letters in words without other letters. JSON strings are unescaped: `\\nIgnore` is not one word."""
     escapes = "\\" in text and _JSON_STRING.search(text) is not None
     if not escapes and text.isascii() and not DROPPED.search(text):
         return Normal(text)
@@ -91,26 +91,26 @@ def normalised(text: str) -> Normal:
 
 
 _JSON_STRING = re.compile(r'"\s*[:,\]}]')
-"""The end of a text in JSON."""
+"""The end of a string in JSON."""
 _JSON_ESCAPE = re.compile(r"(?<!\\)(?:\\++u[dD][89abAB][0-9a-fA-F]{2})?\\++(?:u[0-9a-fA-F]{4}|[\"/bfnrt])")
-"""JSON within JSON has more backslashes. Only the first of a run begins one, and none is given back: 16,000 took 2 s."""
+"""Nested JSON has more backslashes. Only the first of a run starts a match, without backtracking: 16,000 of them took 2 s."""
 _BACKSLASHES = re.compile(r"\\+")
 
 
 def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
-    """Yield parts of the text, as they are read, with their place."""
+    """Yield the pieces of the text after unescaping, with their places."""
     place = 0
     for match in _JSON_ESCAPE.finditer(text) if escapes else ():
-        yield from _written(text, place, match.start())
+        yield from _normalised_pieces(text, place, match.start())
         read: str = json.loads('"' + _BACKSLASHES.sub(r"\\", match.group()) + '"')
         yield *match.span(), _composed(read.encode("utf-8", "replace").decode())
         place = match.end()
-    yield from _written(text, place, len(text))
+    yield from _normalised_pieces(text, place, len(text))
 
 
-def _written(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
+def _normalised_pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
     for line in _LINE.finditer(text, start, end):
-        if _as_it_is(line.group()):
+        if _is_unchanged(line.group()):
             yield *line.span(), line.group()
             continue
         for first, last in _clusters(line.group()):
@@ -121,8 +121,8 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _STANDING = re.compile("[\U000e0020-\U000e007e\U0001f150-\U0001f169\U0001f170-\U0001f189\U0001f1e6-\U0001f1ff]")
 
 
-def _as_it_is(line: str) -> bool:
-    """Return whether nothing in it is changed: character by character that takes twenty times as long to find."""
+def _is_unchanged(line: str) -> bool:
+    """Return whether normalisation leaves the line unchanged; checking this character by character takes twenty times as long."""
     if DROPPED.search(line):
         return False
     if line.isascii():
@@ -138,13 +138,14 @@ _STANDS_FOR |= {start + code: 65 + code for start in (0x1F150, 0x1F170, 0x1F1E6)
 
 def _composed(cluster: str) -> str:
     piece = unicodedata.normalize("NFKC", DROPPED.sub("", cluster).translate(_STANDS_FOR))
-    bare = piece[:1].isascii() or unicodedata.combining(piece[0])  # a mark alone is the rest of more than are read
+    bare = piece[:1].isascii() or unicodedata.combining(
+        piece[0]
+    )  # a lone mark is left over from a cluster with too many marks
     return "".join(character for character in piece if not unicodedata.combining(character)) if bare else piece
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Yield each character with the marks that combine with it, at most MOST_MARKS: putting many into order takes time by the
-    square of their number."""
+    """Yield each character with its combining marks, at most MOST_MARKS: sorting marks takes quadratic time."""
     start = 0
     for place in range(1, len(text) + 1):
         if place == len(text) or place - start > MOST_MARKS or not unicodedata.combining(text[place]):
@@ -153,10 +154,10 @@ def _clusters(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _latin(text: str) -> str:
-    """Put Latin letters in the place of look-alikes; the text stays as long."""
+    """Replace look-alikes by Latin letters; the length stays the same."""
     if not _FOREIGN.search(text):
         return text
-    # Where other letters of these scripts stand, a word of look-alikes alone is a word of the language.
+    # If the text has other letters of these scripts, a word made of look-alikes only is a word of that language.
     foreign = any(
         "\u0370" <= character <= "\u058f" and character not in LOOK_ALIKES
         for character in set(text)
@@ -166,7 +167,7 @@ def _latin(text: str) -> str:
     def change(match: re.Match[str]) -> str:
         word = match.group()
         latin = word.translate(TO_LATIN)
-        mixed = any(not "\u0370" <= character <= "\u058f" for character in word)  # of more than one script
+        mixed = any(not "\u0370" <= character <= "\u058f" for character in word)  # letters of more than one script
         return latin if latin.isascii() and (mixed or not foreign) else word
 
     return _WORD.sub(change, text)

@@ -1,4 +1,4 @@
-"""What is looked for on which route, and what follows: a YAML file."""
+"""Policies in a YAML file: which detectors run on which route, and with which action."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml, read_file
-from dstune.guard.calibration import CALIBRATES, DIRECTIONS, LEVELS, TRAINS
+from dstune.guard.calibration import CALIBRATE_COMMAND, DIRECTIONS, LEVELS, TRAIN_COMMAND
 from dstune.serve.validation import CLOSED as NO_OTHER_KEYS
 from dstune.serve.validation import Expected, read_tree, wrong
 
@@ -24,7 +24,7 @@ FORMAT = 1
 BLOCK, MASK, FLAG = "block", "mask", "flag"
 CLOSED, OPEN = "closed", "open"
 OFF = "off"
-"""In the place of a policy's name: the route is not guarded."""
+"""Replaces a policy's name for a route that is not guarded."""
 
 PROMPT_ATTACK, RULES, SECRETS = "prompt_attack", "prompt_attack/rules", "secrets"
 LINKS, LEAK = "unknown_links", "system_prompt_leak"
@@ -36,12 +36,12 @@ PII: Mapping[str, str] = {
     "IP_ADDRESS": "pii/ip_address",
     "SSN": "pii/us_social_security_number",
 }
-"""Detectors of personal data by the kinds of `data.clean`."""
+"""Detectors of personal data, by the kinds of `data.clean`."""
 MODERATED = "moderated_content/"
 SPANS = frozenset({*PII.values(), SECRETS, LINKS})
-"""Detectors that know where in a text something stands, so that it can be masked."""
+"""Detectors that report a place in the text, which can be masked."""
 EXACT = (*PII.values(), SECRETS, LINKS, LEAK, RULES)
-NOT_FOUND_HERE = ("pii/name", "pii/address")
+UNSUPPORTED_PII = ("pii/name", "pii/address")
 ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations"),
     *("/classify", "/rerank", "/score", "/tags", "/answers", "/rewards", "/v2/guard"),
@@ -49,7 +49,7 @@ ROUTES = (
 
 WITH_DOCUMENTS = ("/rerank", "/answers")
 WITHOUT_ANSWERS = (*WITH_DOCUMENTS, "/v1/embeddings", "/v1/moderations", "/classify", "/score", "/tags")
-"""Routes on which no assistant speaks; on the first ones documents are read as results of tools."""
+"""Routes without an assistant's answer; on the first ones, documents count as results of tools."""
 
 
 def needs_model(detector: str) -> bool:
@@ -58,17 +58,17 @@ def needs_model(detector: str) -> bool:
 
 @dataclass(frozen=True)
 class Watch:
-    """One detector in one direction."""
+    """A detector in one direction."""
 
     detector: str
     action: str
     level: str = ""
-    """Of a model's: the least certain one that counts."""
+    """For a model: the least certain level that counts."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request. What is beyond them was not checked, and `on_failure` says what follows."""
+    """Limits for one request. Text beyond them is not checked, and `on_failure` decides what follows."""
 
     characters: int = 200_000
     windows: int = 512
@@ -81,13 +81,13 @@ class Policy:
     on_failure: str = CLOSED
     directions: Mapping[str, tuple[Watch, ...]] = field(default_factory=dict)
     links: tuple[str, ...] = ()
-    """Hosts that `unknown_links` knows, with all below them."""
+    """Hosts that `unknown_links` allows, including their subdomains."""
     canaries: tuple[str, ...] = ()
-    """Words that no answer may hold."""
+    """Words that no answer may contain."""
     codes: bool = False
     """Whether words of letters and digits in the system prompt are canaries too."""
     document_markers: tuple[tuple[str, str], ...] = ()
-    """Texts around documents within messages: what stands between them is a tool's result."""
+    """Texts around documents in messages: what is between them counts as a tool's result."""
     limits: Limits = Limits()
 
     def watches(self, direction: str) -> tuple[Watch, ...]:
@@ -100,7 +100,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Policies:
-    """All that a file says."""
+    """The content of a policy file."""
 
     policies: Mapping[str, Policy]
     models: Mapping[str, Path] = field(default_factory=dict)
@@ -115,22 +115,22 @@ class Policies:
         return None if name == OFF else self.policies[name]
 
     def of_project(self, project: str | None) -> Policy | None:
-        """Return the policy of a project; None where there is no such project."""
+        """Return the policy of a project; None if there is no such project."""
         if project is None:
             return self.of_route("/v2/guard")
         name = self.projects.get(project)
         return None if name is None else self.policies[name]
 
     def check_answers(self) -> None:
-        """Raises UserError where `/v2/guard`, served alone, could answer nobody."""
+        """Raises UserError if `/v2/guard`, served alone, could not answer any request."""
         if self.of_route("/v2/guard") is None and not self.projects:
             reason = "--guard-only serves /v2/guard alone, and neither routes nor projects names a policy for it"
             fix = f"routes: {{/v2/guard: {next(iter(self.policies))}}}"
             raise UserError(Problem(f"{self.file}: routes", reason, fix))
 
     def check_models(self, calibrated: Iterable[str]) -> None:
-        """Check that every blocking model has thresholds. calibrated: detectors whose model has thresholds. Raises UserError
-        where a policy would block by any other."""
+        """Check that the model of every blocking detector has thresholds. calibrated: detectors whose model has thresholds. Raises
+        UserError if a policy would block by another."""
         calibrated_detectors, problems = set(calibrated), []
         for policy in self.policies.values():
             for direction, watches in policy.directions.items():
@@ -154,19 +154,19 @@ class Policies:
 
 
 def _model_of(detector: str) -> str:
-    """Return how a policy gets a model that may block."""
+    """Return instructions for getting a model that may block."""
     if detector != PROMPT_ATTACK:
-        return f"{CALIBRATES} FOLDER --label LABEL, then models.{detector}: FOLDER; or action: {FLAG}"
+        return f"{CALIBRATE_COMMAND} FOLDER --label LABEL, then models.{detector}: FOLDER; or action: {FLAG}"
     model = f"models.{detector}: RUN/export (or --guard-model)"
-    return f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or --guard rules, which needs none"
+    return f"{TRAIN_COMMAND}, {CALIBRATE_COMMAND} RUN/export, then {model}; or --guard rules, which needs none"
 
 
 def no_folder(key: str, folder: Path) -> list[Problem]:
-    """Return why there is no model of a guard."""
+    """Return the problem of a missing model folder."""
     if folder.is_dir():
         return []
     reason = "there is no such folder; a guard's model is an export or a folder of a classifier"
-    fix = f"{TRAINS} makes one; for one of the hub: hf download ID --local-dir FOLDER"
+    fix = f"{TRAIN_COMMAND} makes one; for one of the hub: hf download ID --local-dir FOLDER"
     return [Problem(key, reason, fix, str(folder))]
 
 
@@ -177,11 +177,9 @@ def read(
     key: str = "--guard",
     kinds: str = "a file of policies, rules or default",
 ) -> Policies:
-    """Return the policies in a file; `default` and `rules` name packaged ones. model: of `prompt_attack`, in the place of the
-    file's. key: what gave the path. kinds: what may be given there.
-
-    Raises UserError with all that is wrong.
-    """
+    """Read policies from a file; `default` and `rules` name packaged ones. model: replaces the file's model of `prompt_attack`.
+    key: the option that named the path, for messages. kinds: what may be given there, for messages. Raises UserError with every
+    problem."""
     file = PACKAGED.get(str(path)) or Path(path)
     try:
         value = parse_yaml(read_file(file).decode())
@@ -209,23 +207,23 @@ def read(
     return policies
 
 
-def _looks(policy: Policy, route: str) -> bool:
-    """Return whether the policy has detectors for what is looked at on this route."""
+def _has_detectors_for(policy: Policy, route: str) -> bool:
+    """Return whether the policy has detectors for the texts of this route."""
     results = bool(policy.document_markers) or route in WITH_DOCUMENTS
     passing = ("input", "tool_result") if results else ("input",)
     return route not in WITHOUT_ANSWERS or any(policy.watches(direction) for direction in passing)
 
 
-# -- what a file may say
+# -- schema of the file
 
 
-def _text(value: str) -> str:
+def _check_text(value: str) -> str:
     if not value.strip():
         raise wrong("must not be empty")
     return value
 
 
-Texts = Annotated[list[Annotated[str, AfterValidator(_text)]], Expected("must be a list of texts")]
+Texts = Annotated[list[Annotated[str, AfterValidator(_check_text)]], Expected("must be a list of texts")]
 Hosts = Annotated[
     list[Annotated[str, Field(pattern=r"^(?:[a-z0-9-]+\.)+[a-z0-9-]+$")]],
     Expected("must be host names in lower case and ASCII, such as [example.com]"),
@@ -270,7 +268,7 @@ class PolicyEntry(_Entry):
 
 
 class FileEntry(_Entry):
-    """Policies are read one by one, so that what is wrong with one hides nothing of the others."""
+    """The file. Policies are validated one by one, so that a problem in one does not hide those of others."""
 
     format: Annotated[Literal[1], Expected(f"must be {FORMAT}")]
     models: dict[str, Any] = Field(default_factory=dict)
@@ -283,7 +281,7 @@ KEYS = {name for entry in (FileEntry, PolicyEntry, LimitsEntry, WatchEntry) for 
 
 
 class _Reader:
-    """Reads a file to its end, and collects what is wrong."""
+    """Reads a file completely and collects its problems."""
 
     def __init__(self, file: str, folder: Path):
         self.problems: list[Problem] = []
@@ -298,7 +296,7 @@ class _Reader:
         return made
 
     def policies(self, value: Any) -> Policies:
-        """Return all that can be read; what cannot is among the problems."""
+        """Return everything that is valid; the rest becomes problems."""
         self._read(FileEntry, value, "")
         content = (
             {name: part for name, part in value.items() if isinstance(part, dict)} if isinstance(value, dict) else {}
@@ -309,23 +307,24 @@ class _Reader:
             for name, policy_value in content.get("policies", {}).items()
         }
         routes = {
-            place: self._named(f"routes.{place}", name, policies) for place, name in content.get("routes", {}).items()
+            place: self._policy_name(f"routes.{place}", name, policies)
+            for place, name in content.get("routes", {}).items()
         }
         for place, name in routes.items():
             if place not in ROUTES:
                 near = nearest(str(place), ROUTES)
                 self._wrong(f"routes.{place}", "there is no such key", (near and f"did you mean {near}?") or "")
-            elif (policy := policies.get(name)) is not None and not _looks(policy, place):
+            elif (policy := policies.get(name)) is not None and not _has_detectors_for(policy, place):
                 self._wrong(f"routes.{place}", "nothing that the policy looks for passes there", value=name)
         projects = {
-            place: self._named(f"projects.{place}", name, policies, may_be_off=False)
+            place: self._policy_name(f"projects.{place}", name, policies, may_be_off=False)
             for place, name in content.get("projects", {}).items()
         }
         return Policies(policies, models, routes, projects, self._file)
 
-    def _named(self, key: str, name: Any, policies: Mapping[str, Policy], *, may_be_off: bool = True) -> str:
-        """Return the policy of a route or project."""
-        name = OFF if name is False else name  # YAML reads a bare off so
+    def _policy_name(self, key: str, name: Any, policies: Mapping[str, Policy], *, may_be_off: bool = True) -> str:
+        """Return the name of the policy of a route or project."""
+        name = OFF if name is False else name  # YAML reads an unquoted off as False
         if not (isinstance(name, str) and name in policies) and not (may_be_off and name == OFF):
             fix = f"one of {', '.join(policies)}{' or off' if may_be_off else ''}"
             self._wrong(key, "names no policy of this file", fix, name)
@@ -376,7 +375,7 @@ class _Reader:
 
     def _watch(self, entry: WatchEntry, key: str, direction: str) -> Iterator[Watch]:
         detector, action, level = entry.detector, entry.action, entry.level
-        if detector in NOT_FOUND_HERE:
+        if detector in UNSUPPORTED_PII:
             self._wrong(f"{key}.detector", "names and addresses of people are not found here", value=detector)
             return
         all_pii = detector == "pii"

@@ -1,7 +1,5 @@
-"""The guard's process: `python -m dstune.guard.process`, with its settings on standard input.
-
-It is a process of its own so that a search through a long text holds up no other request, and so that the gateway outlives it.
-"""
+"""The guard's process: `python -m dstune.guard.process`, which reads its settings from standard input. It is separate so that
+searching a long text does not block other requests, and so that the gateway survives its crash."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ log = logging.getLogger("dstune.guard")
 
 MOST_BYTES = 64 << 20
 SEARCHES = 4
-"""Texts that are searched side by side: 200,000 characters of numbers take seconds, and others need not wait for them."""
-SEARCHES_OF_ONE = SEARCHES // 2
-"""Of one request: however many texts it has, another one's first text waits for none but those that are searched now."""
+"""Texts that are searched concurrently: 200,000 characters of numbers take seconds, during which others should not wait."""
+SEARCHES_PER_REQUEST = SEARCHES // 2
+"""The most concurrent searches of one request, so that the first text of another request only waits for running searches."""
 
 
 @dataclass
@@ -41,21 +39,21 @@ class _Job:
 
 
 class Compute:
-    """One thread that scores windows. Each turn takes as many of every request that waits, so that neither a long text nor
-    thousands of short ones delay another request's."""
+    """The thread that scores windows. Each turn takes equally many from every waiting request, so that neither a long text nor
+    thousands of short ones delay other requests."""
 
     def __init__(self, models: dict[str, GuardModel]):
         self._models = models
         self._lines: dict[tuple[str, object], deque[_Job]] = {}
-        """By detector and request, the one whose turn is next first."""
+        """Jobs by detector and request; the next request in turn comes first."""
         self._changed = threading.Condition()
         self._moved = 0.0
-        """When the last turn ended, or windows came while none waited."""
+        """When the last turn ended, or windows arrived while none were waiting."""
         if models:
             threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     async def scores(self, detector: str, windows: Sequence[Window], request: object) -> list[WindowScore]:
-        """Score windows in turn. request: what all texts share that take turns as one."""
+        """Score windows in turn. request: an object shared by all texts that take turns as one."""
         if not windows:
             return []
         job = _Job(windows, Future())
@@ -66,8 +64,8 @@ class Compute:
             self._changed.notify()
         return await asyncio.wrap_future(job.future)
 
-    def silent(self) -> float:
-        """Return seconds for which windows have waited without a turn that ended."""
+    def seconds_without_progress(self) -> float:
+        """Return for how many seconds windows have waited without a completed turn."""
         with self._changed:
             return time.monotonic() - self._moved if self._lines else 0.0
 
@@ -87,7 +85,7 @@ class Compute:
                     while jobs and jobs[0].future.done():
                         jobs.popleft()
                     if jobs:
-                        self._lines[line] = jobs  # behind all others
+                        self._lines[line] = jobs  # to the end of the line
                 self._moved = time.monotonic()
 
     @staticmethod
@@ -107,7 +105,7 @@ class Compute:
 
 
 def _next(jobs: Iterable[_Job], most: int) -> Iterator[tuple[_Job, Sequence[Window]]]:
-    """Yield the next windows of a request, and the texts that they are of."""
+    """Yield the next windows of a request, with their jobs."""
     for job in jobs:
         if most <= 0:
             return
@@ -118,8 +116,8 @@ def _next(jobs: Iterable[_Job], most: int) -> Iterator[tuple[_Job, Sequence[Wind
 
 
 def limit_windows(prepared: Sequence[Prepared]) -> None:
-    """Score nothing by a model that would have more windows of all texts of a request than the policy allows of one. What is
-    remembered costs nothing, and does not count."""
+    """Skip models that would have more windows, over all texts of a request, than the policy allows per request. Cached scores cost
+    nothing and do not count."""
     windows: Counter[str] = Counter()
     for text in prepared:
         windows.update({detector: sum(map(len, pieces)) for detector, pieces in text.windows.items()})
@@ -130,14 +128,14 @@ def limit_windows(prepared: Sequence[Prepared]) -> None:
 
 
 class GuardApp:
-    """ASGI application: `POST /scan` and `GET /health`."""
+    """The ASGI application of the guard: `POST /scan` and `GET /health`."""
 
     def __init__(self, scanner: Scanner):
         self.scanner = scanner
         self._compute = Compute(scanner.models)
         self._search = ThreadPoolExecutor(SEARCHES, "search")
         self._searching: dict[object, float] = {}
-        """Since when each text is searched."""
+        """When the search of each text began."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -149,7 +147,7 @@ class GuardApp:
                     "calibrated": self.scanner.calibrated,
                     "window_tokens": {name: model.window_tokens for name, model in models},
                     "labels": {name: model.label for name, model in models},
-                    "silent": self.silent(),
+                    "silent": self.seconds_without_progress(),
                 }
                 await respond(send, 200, dumps(health))
                 return
@@ -166,15 +164,17 @@ class GuardApp:
 
     async def scan(self, items: Sequence[Item]) -> list[Result]:
         """Scan the texts of one request."""
-        request, turns = object(), asyncio.Semaphore(SEARCHES_OF_ONE)
+        request, turns = object(), asyncio.Semaphore(SEARCHES_PER_REQUEST)
         prepared = await asyncio.gather(*(self._searched(item, turns) for item in items))
         limit_windows(prepared)
         return list(await asyncio.gather(*(self._scored(text, request) for text in prepared)))
 
-    def silent(self) -> float:
-        """Return the longest that a step of the work has taken by now: a search, or a turn of windows."""
+    def seconds_without_progress(self) -> float:
+        """Return how long the longest running step (a search, or a turn of windows) has taken so far."""
         now = time.monotonic()
-        return max([self._compute.silent(), *(now - since for since in list(self._searching.values()))])
+        return max(
+            [self._compute.seconds_without_progress(), *(now - since for since in list(self._searching.values()))]
+        )
 
     async def _searched(self, item: Item, turns: asyncio.Semaphore) -> Prepared:
         async with turns:
@@ -220,7 +220,7 @@ def _links() -> None:
 
 
 _CHECKS = {"sensitive": _sensitive, "links": _links}
-"""What must be installed for the detectors of the policies; known at the start, not with the first text."""
+"""Checks that the packages for the policies' detectors are installed, at the start rather than at the first text."""
 
 
 if __name__ == "__main__":

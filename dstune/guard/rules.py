@@ -1,7 +1,5 @@
-"""Thirty patterns of attacks that need no model. Each takes time linear in the text: gaps are bounded, nothing nests.
-
-They find the plain wordings and nothing else; what they cost in false alarms is measured (docs/guard.md).
-"""
+"""Thirty regular expressions of attacks, without a model. Each takes time linear in the text: gaps are bounded, and nothing is
+nested. They detect plain wordings only; docs/guard.md states their measured rate of false alarms."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ class Rule:
     name: str
     pattern: re.Pattern[str]
     tool_result_only: bool = False
-    """What a user may well ask for, and a document has no business to."""
+    """For instructions that are legitimate from a user, but not in a document."""
 
 
 def _rule(name: str, *parts: str, tool_result_only: bool = False) -> Rule:
@@ -74,7 +72,7 @@ RULES: tuple[Rule, ...] = (
         "obey",
         r"\byou (?:must|will|shall|have to) (?:now |only )?(?:obey|comply with|follow) (?:only )?(?:me|my (?:orders|commands))\b",
     ),
-    # what is hidden
+    # requests for hidden text
     _rule(
         "show_prompt",
         _SHOW,
@@ -154,7 +152,7 @@ RULES: tuple[Rule, ...] = (
         r"(?: any| all)? ?(?:\w+ )?",
         r"\b(?:restrictions?|limits|limitations|filters?|constraints|ethic\w*|moral\w*|censorship|boundaries)\b",
     ),
-    # within documents and results of tools
+    # in documents and results of tools
     _rule(
         "turn_marker",
         r"<\|(?:im_start|start_header_id|system|endoftext|im_end|eot_id)\|>|<<SYS>>|\[/?INST\]|<start_of_turn>",
@@ -197,7 +195,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def matching(text: str, *, tool_result: bool) -> Iterator[Rule]:
-    """Yield the rules that find something in `text`."""
+    """Yield the rules that match `text`."""
     for rule in RULES:
         if (tool_result or not rule.tool_result_only) and rule.pattern.search(text):
             yield rule

@@ -1,4 +1,4 @@
-"""All detectors over one text: exact ones first, then the models on the windows of its readings."""
+"""Runs all detectors on a text: exact ones first, then the models on the windows of its readings."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from dstune.guard.rules import matching
 from dstune.guard.variants import DECODED, Variant, variants_of
 
 CONTEXT_TOKENS = 128
-"""Before a piece of a stream, scored with it."""
-REMEMBERED = 8192
-"""Scores of texts that were seen a moment ago: a conversation comes back with each of its turns."""
+"""Tokens before a piece of a stream that are scored with it."""
+CACHED_SCORES = 8192
+"""Cached scores: a conversation is sent again with each of its turns."""
 
 
 Search = Callable[[str], Iterator[tuple[str, int, int]]]
-"""Detector and place of each find in a text."""
+"""Yields the detector and place of each finding in a text."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A text to be looked at."""
+    """A text to scan."""
 
     text: str
     direction: str
     detectors: frozenset[str]
     context: str = ""
-    """What stands before it, of a stream: searched and scored with it."""
+    """The text before it in a stream, which is searched and scored with it."""
     windows_before: int = 0
-    """Of the same answer: its thresholds are those of all of them together."""
+    """Earlier windows of the same answer: the thresholds are those for all of them together."""
     links: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
-    """Of the system, which the text must not give away."""
+    """System prompts, which the text must not reveal."""
     public: tuple[str, ...] = ()
-    """What the user wrote: no secret."""
+    """Texts of users, which are not secret."""
     canaries: tuple[str, ...] = ()
     codes: bool = False
     decisive: frozenset[str] = frozenset()
-    """Exact detectors after which no model is asked."""
+    """Exact detectors whose findings make the models unnecessary."""
     most_windows: int = 512
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an exact detector found."""
+class Finding:
+    """A finding of an exact detector."""
 
     detector: str
     start: int = 0
     end: int = 0
-    """In the item's text. A find that begins in the context begins before 0."""
+    """Places in the item's text. A finding that begins in the context has a negative start."""
     label: str = ""
-    """Which rule, or which reading it was found in; never what was found."""
+    """The rule, or the reading with the finding; never the text found."""
 
 
 @dataclass(frozen=True)
 class Scored:
     level: str | None
-    """None where the model has no calibration."""
+    """None if the model has no calibration."""
     score: float
     windows: int
     variant: str
@@ -74,25 +74,25 @@ class Scored:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one item."""
+    """The result of one item."""
 
-    found: tuple[Found, ...] = ()
+    found: tuple[Finding, ...] = ()
     scores: Mapping[str, Scored] = field(default_factory=dict)
     not_run: Mapping[str, str] = field(default_factory=dict)
-    """By detector, the reason."""
+    """Reasons by detector."""
     computed: int = 0
-    """Windows that were computed for it."""
+    """Windows computed for it."""
     tokens: int = 0
-    """What is charged: these windows at their model's full length, and their parts."""
+    """Tokens to charge: its windows at the model's full length, and their parts."""
     variants: int = 0
 
 
 @dataclass
 class Prepared:
-    """An item whose exact detectors have run, and what is left for the models."""
+    """An item after its exact detectors, with the remaining work of the models."""
 
     item: Item
-    found: tuple[Found, ...]
+    found: tuple[Finding, ...]
     not_run: dict[str, str]
     readings: list[Variant]
     windows: dict[str, list[list[Window]]]
@@ -102,7 +102,7 @@ class Prepared:
 
 
 class Scanner:
-    """Detectors and models of one process. `prepare` and `finish` may run in different threads, one at a time each."""
+    """Detectors and models of one process. `prepare` and `finish` may run in different threads, each in one at a time."""
 
     def __init__(self, models: Mapping[str, GuardModel]):
         """models: by detector (`prompt_attack`, `moderated_content/KIND`)."""
@@ -111,7 +111,7 @@ class Scanner:
 
     @staticmethod
     def load(models: Mapping[str, Path]) -> Scanner:
-        """Return the scanner of these policies, its models loaded. Raises UserError."""
+        """Load the models and return their scanner. Raises UserError."""
         return Scanner({detector: GuardModel.load(path) for detector, path in models.items()})
 
     @property
@@ -138,7 +138,7 @@ class Scanner:
         by_model = [entry for entry in item.detectors if needs_model(entry)]
         key = b""
         if by_model and not item.decisive.intersection(entry.detector for entry in findings):
-            # A piece of a stream is scored with the last words before it, not with all that is searched.
+            # A piece of a stream is scored with the last words before it only, not with the full search context.
             scored = readings
             if item.context:
                 tail = self._tail(item.context)
@@ -166,7 +166,7 @@ class Scanner:
         return context
 
     def finish(self, prepared: Prepared, scores: Mapping[str, Sequence[WindowScore]]) -> Result:
-        """Put a text's scores together. scores: by detector those of all windows, in the order of `prepared.windows`."""
+        """Combine a text's scores. scores: by detector, those of all windows in the order of `prepared.windows`."""
         item, computed, tokens = prepared.item, 0, 0.0
         scored: dict[str, Scored] = {}
         score_by_detector = dict(prepared.remembered)
@@ -190,17 +190,17 @@ class Scanner:
 
     def _remember(self, detector: str, key: bytes, score: Score) -> None:
         self._scores[detector, key] = score
-        while len(self._scores) > REMEMBERED:
+        while len(self._scores) > CACHED_SCORES:
             self._scores.popitem(last=False)
 
     # -- exact detectors
 
-    def _exact(self, item: Item, whole: str, normal: Normal, readings: Sequence[Variant]) -> Iterator[Found]:
+    def _exact(self, item: Item, whole: str, normal: Normal, readings: Sequence[Variant]) -> Iterator[Finding]:
         context_length = len(item.context)
 
-        def at(detector: str, start: int, end: int, label: str = "") -> Iterator[Found]:
-            if end > context_length:  # what ends in the context was found with it
-                yield Found(detector, start - context_length, end - context_length, label)
+        def at(detector: str, start: int, end: int, label: str = "") -> Iterator[Finding]:
+            if end > context_length:  # findings that end in the context were reported with it
+                yield Finding(detector, start - context_length, end - context_length, label)
 
         for detector, start, end, label in self._spans(item, normal, readings):
             yield from at(detector, start, end, label)
@@ -239,10 +239,8 @@ class Scanner:
 def _encoded(
     reading: Variant, search: Search, chosen: Collection[str], seen: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[str, int, int, str]]:
-    """Yield finds in what was decoded: the whole run goes in which one stands, or all runs where it was cut into several.
-
-    seen: finds that are plain, which need no second one in the same place.
-    """
+    """Yield findings in decoded text. A finding covers the complete encoded run, or all runs if it was split over several. seen:
+    findings in plain text, which need no second one at the same place."""
     detectors_found = set()
     for part in reading.parts or (reading,):
         for detector in {kind for kind, _, _ in search(part.text)}.intersection(chosen):

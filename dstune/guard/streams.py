@@ -1,8 +1,6 @@
-"""An answer that is being written: held back until it was checked, then passed on as the engine wrote it.
-
-Text waits for the end of a sentence or HELD characters (about 48 tokens), and its last KEPT characters wait for what follows,
-since a card number or a key may go on there. It is checked with what stands before it.
-"""
+"""Holds back a streamed answer until it is checked, then passes it on as the engine wrote it. Text waits for the end of a sentence
+or HELD characters (about 48 tokens), and its last KEPT characters wait for what follows, where a card number or a key may continue.
+It is checked together with the text before it."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from itertools import takewhile
 from operator import setitem
 from typing import Any
 
-from dstune.guard.bodies import TELLING, Place, is_name, texts_in
+from dstune.guard.bodies import REVEALING_FIELDS, Place, is_name, texts_in
 from dstune.guard.check import Span, Verdict, tags
 from dstune.serve.asgi import event
 from dstune.serve.engines.http import object_of, of_its_shape
@@ -24,25 +22,26 @@ from dstune.serve.events import DONE, EventReader
 
 HELD = 192
 KEPT = 64
-"""The longest card, IBAN or start of a key by which it is known."""
+"""The longest card number, IBAN or prefix by which a key is recognized."""
 LONGEST_WORD = 192
-"""An e-mail address is one word: it waits for its end, up to so many characters."""
-LONGEST_FIND = 8192
-"""What is found at the end of the text may go on; it waits no longer than this. Then it goes out as its mask, and so does what
-comes until it ends: a private key without an end would be searched from its beginning with each piece."""
+"""An e-mail address is one word: a word is held until its end, up to this many characters."""
+LONGEST_FINDING = 8192
+"""A finding at the end of the text may continue; it is held no longer than this. Then its mask is sent, and so is the mask of its
+continuation: a private key without an end would be searched from its beginning with each piece."""
 CONTEXT = 2000
 """Characters before a piece that are searched with it."""
 HEAD = 256
-"""Of a find that went out before its end: searched before the context, since by these characters it is known."""
+"""The first characters of a finding whose mask was sent before its end. They are searched before the context, since the finding is
+recognized by them."""
 _SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]\u201d\u2019]*\s+|\n\s*")
 _WORD = re.compile(r"\S*")
 
 Check = Callable[[str, str, int], Awaitable[Verdict]]
-"""Of context, text and the windows before: what is found. Raises GuardDown."""
+"""Checks a text, given its context and its number of earlier windows. Raises GuardDown."""
 
 
 class Stopped(Exception):
-    """The answer ends here: its detectors."""
+    """The answer ends here, because of these detectors."""
 
     def __init__(self, detectors: list[str]):
         super().__init__(", ".join(detectors))
@@ -51,25 +50,25 @@ class Stopped(Exception):
 
 @dataclass
 class Channel:
-    """One text that is being written: a choice's content, its reasoning, a tool call's arguments."""
+    """One text of an answer: a choice's content, its reasoning, a tool call's arguments."""
 
     text: str = ""
     released: int = 0
     checked: int = 0
     windows: int = 0
     elsewhere: int = 0
-    """Characters that other channels were written since it was."""
+    """Characters added to other channels since this one was last extended."""
     masks: list[Span] = field(default_factory=list)
     """In order and disjoint."""
     head: str = ""
-    """Of the find that has gone out up to here and may go on."""
+    """The beginning of the finding whose mask has been sent and which may continue."""
 
     def due(self) -> bool:
         waiting = self.text[self.checked :]
         return len(waiting) >= HELD or (len(waiting) >= 16 and _SENTENCE.search(waiting) is not None)
 
     async def advance(self, check: Check, *, final: bool) -> None:
-        """Check what was written, and release what may go. Raises Stopped, GuardDown."""
+        """Check the new text and release what may be sent. Raises Stopped, GuardDown."""
         if self.checked == len(self.text) and not (final and self.released < len(self.text)):
             return
         length = len(self.text)
@@ -87,14 +86,16 @@ class Channel:
         self._keep_head(released_before)
 
     def _mask(self, verdict: Verdict) -> None:
-        """Put what was found from `released` on in the place of what was found there before."""
+        """Replace the masks from `released` on by new findings."""
         start = self.released
         while self.masks and self.masks[-1].start >= start:
             self.masks.pop()
         if self.masks and self.masks[-1].end > start:
             self.masks[-1] = replace(self.masks[-1], end=start)
         word = _WORD.match(self.text, start) if self.head else None
-        if word is not None:  # without its middle a find may not be known again: what goes on as one word is of it
+        if (
+            word is not None
+        ):  # an unfinished finding may no longer be recognized, so its mask extends to the end of the word
             self.masks[-1] = replace(self.masks[-1], end=word.end())
         for span in verdict.masks().get(0, []):
             begin, end = start + max(span.start, 0), start + span.end
@@ -104,8 +105,8 @@ class Channel:
                 self.masks.append(replace(span, start=begin, end=end))
 
     def _keep_head(self, released_before: int) -> None:
-        """Keep the beginning of the find that `released` stands within. released_before: where that stood, from where on the
-        find was searched."""
+        """Keep the beginning of the finding that contains `released`. released_before: the previous value, from which the finding
+        was searched."""
         within = next((mask for mask in reversed(self.masks) if mask.start < self.released), None)
         if within is None or not (within.end > self.released or within.end == self.checked):
             self.head = ""
@@ -113,7 +114,7 @@ class Channel:
             self.head = self.text[within.start : within.start + HEAD]
 
     def _free(self, length: int) -> int:
-        """Return up to where nothing can change any more."""
+        """Return the end of the text that cannot change any more."""
         place = max(length - KEPT, 0)
         word = place
         while word > max(place - LONGEST_WORD, 0) and not self.text[word - 1].isspace():
@@ -126,12 +127,12 @@ class Channel:
             if mask.end <= self.released:
                 break
             unfinished = free < mask.end or mask.end == length
-            if mask.start < free and unfinished and length - mask.start < LONGEST_FIND:
+            if mask.start < free and unfinished and length - mask.start < LONGEST_FINDING:
                 free = mask.start
         return free
 
     def visible(self, start: int, end: int) -> str:
-        """Return what a reader gets of `text[start:end]`."""
+        """Return `text[start:end]` with masks applied."""
         parts, place = [], start
         first = bisect_right(self.masks, start, key=lambda mask: mask.end)
         masks = list(takewhile(lambda mask: mask.start < end, self.masks[first:]))
@@ -144,14 +145,14 @@ class Channel:
 
 
 Part = tuple[str, int, int]
-"""The name of a channel, and the characters of it."""
+"""The name of a channel, and a range of its characters."""
 
 
 @dataclass
 class _Event:
     value: dict[str, Any]
     parts: list[tuple[Callable[[str], None], Part]]
-    """How to put another text in its place."""
+    """Functions that replace the event's texts, each with its range."""
 
 
 @dataclass
@@ -160,15 +161,15 @@ class _Choice:
     events: deque[_Event] = field(default_factory=deque)
     masked: bool = False
     finished: bool = False
-    """Whether the engine has written its end; it may still wait."""
+    """Whether the engine has ended it; its end may still be held back."""
     ended: bool = False
-    """Whether its end has gone out."""
+    """Whether its end has been sent."""
     stopped: bool = False
-    """Whether that end is ours: nothing of it goes out any more."""
+    """Whether the guard ended it: nothing more of it is sent."""
 
 
 class HeldBack:
-    """The events of a chat or text completion of so many choices."""
+    """Holds back the events of a chat or text completion. choices: their number."""
 
     def __init__(self, check: Check, choices: int = 1):
         self._check = check
@@ -178,8 +179,8 @@ class HeldBack:
         self._closing: list[bytes] = []
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield events as they may go out. A stop is an event with `content_filter`, after which that choice says nothing; where
-        all have ended, the stream does. Raises Stopped then, and GuardDown."""
+        """Yield events once they may be sent. A blocked choice ends with an event with `content_filter`; when all choices have
+        ended, the stream ends. Raises Stopped then, and GuardDown."""
         reader = EventReader()
         try:
             async for chunk in chunks:
@@ -196,7 +197,7 @@ class HeldBack:
             raise
 
     async def _advance(self, number: int, choice: _Choice, final: Callable[[Channel], bool]) -> AsyncIterator[bytes]:
-        """Yield what may go out of a choice now. Raises Stopped where it was the last one."""
+        """Yield the events of a choice that may be sent now. Raises Stopped if it was the last one."""
         stopped = None
         try:
             for channel in choice.channels.values():
@@ -225,7 +226,7 @@ class HeldBack:
         choices = value.get("choices")
         if not isinstance(choices, list):
             choices = []
-        await self._check_but(choices, value)
+        await self._check_outside_choices(choices, value)
         if not choices:
             self._closing.append(event(value))  # usage, or an error
             return
@@ -234,8 +235,8 @@ class HeldBack:
             async for out in self._of_choice(value | {"choices": [choice]}, choice):
                 yield out
 
-    async def _check_but(self, choices: list[Any], value: dict[str, Any]) -> None:
-        """Mask what an event says outside of its choices, such as an error. Raises Stopped, GuardDown."""
+    async def _check_outside_choices(self, choices: list[Any], value: dict[str, Any]) -> None:
+        """Mask texts outside the choices of an event, such as an error. Raises Stopped, GuardDown."""
         for place, text in texts_in({name: item for name, item in value.items() if item is not choices}):
             if len(place) == 1 and is_name(place[0], text):
                 continue
@@ -251,8 +252,8 @@ class HeldBack:
         if state.stopped:
             return
         ends = choice.get("finish_reason") is not None
-        if not texts and not ends:  # what it tells is of text that the engine keeps back, which nobody has looked at
-            _without_telling(choice)
+        if not texts and not ends:  # it describes text that the engine holds back, and that has not been checked
+            _remove_revealing_fields(choice)
         parts = []
         for channel in state.channels.values():
             channel.elsewhere += sum(len(text) for _, text, _ in texts)
@@ -263,7 +264,7 @@ class HeldBack:
             channel.elsewhere = 0
         state.events.append(_Event(value, parts))
         state.finished = state.finished or ends
-        # Where another channel is written now, what waits in one may go, or all that follows would wait too.
+        # If another channel has text now, release the waiting one; otherwise everything after it would wait too.
         async for out in self._advance(number, state, lambda channel: state.finished or channel.elsewhere >= KEPT):
             yield out
 
@@ -282,10 +283,10 @@ class HeldBack:
             if visible != channel.text[start:end]:
                 state.masked = True
                 change(visible)
-                _without_telling(held_event.value["choices"][0])
+                _remove_revealing_fields(held_event.value["choices"][0])
         choice = held_event.value["choices"][0]
-        if state.masked and not held_event.parts:  # the tokens of the whole answer may come with its end
-            _without_telling(choice)
+        if state.masked and not held_event.parts:  # the last event may contain the tokens of the complete answer
+            _remove_revealing_fields(choice)
         state.ended = state.ended or choice.get("finish_reason") is not None
         return event(held_event.value)
 
@@ -304,22 +305,22 @@ def _holder(value: Any, place: Place) -> Any:
     return value
 
 
-def _without_telling(choice: dict[str, Any]) -> None:
-    for name in TELLING:
+def _remove_revealing_fields(choice: dict[str, Any]) -> None:
+    for name in REVEALING_FIELDS:
         choice.pop(name, None)
 
 
 def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]]]:
-    """Return the texts of a piece of a choice: the name of its channel, the text, and how to change it."""
+    """Return the texts of a choice's piece: the name of its channel, the text, and a function that replaces it."""
     texts: list[tuple[str, str, Callable[[str], None]]] = []
-    for place, text in texts_in(choice, but=TELLING):
+    for place, text in texts_in(choice, skipped_keys=REVEALING_FIELDS):
         if not text:
             continue
         holder: Any = choice
         name: list[str] = []
         for key in place[:-1]:
             holder = holder[key]
-            # Calls come in any order, each with its number.
+            # Calls may come in any order; each has an index.
             name.append(str(holder.get("index", key) if isinstance(holder, dict) and isinstance(key, int) else key))
         change = partial(setitem, holder, place[-1])
         texts.append((".".join([*name, str(place[-1])]), text, change))

@@ -1,8 +1,6 @@
-"""What the hidden parts of a text say once they are decoded.
-
-Attacks are written in base64, with look-alike letters or invisible characters so that a model reads them and a search does
-not. What is found here is scored beside the text. What was encoded twice is decoded twice, no deeper.
-"""
+"""Decodes hidden parts of a text. Attacks are written in base64, with look-alike letters or invisible characters, so that a model
+reads them and a search does not. Decoded texts are scored in addition to the text. Doubly encoded text is decoded twice, but not
+more deeply."""
 
 from __future__ import annotations
 
@@ -19,9 +17,9 @@ from urllib.parse import unquote
 from dstune.guard.normal import DROPPED, TO_LATIN, Normal, normalised
 
 MOST_VARIANTS = 6
-"""Of a text, itself included. What more there is stands together in the last one, so that decoys push nothing out."""
+"""Readings per text, including itself. Further ones are joined in the last one, so that decoys cannot displace any."""
 DEPTH = 2
-"""Base64 within base64 is decoded, no deeper."""
+"""Base64 inside base64 is decoded, but not more deeply."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,13 @@ class Variant:
     """A reading of a text."""
 
     name: str
-    """`plain` for the normalised text, else the encoding."""
+    """`plain` for the normalised text, otherwise the encoding."""
     text: str
     start: int = 0
     end: int = 0
     """The part of the original that it was decoded from."""
     parts: tuple[Variant, ...] = ()
-    """What it is joined of, where it is several parts of the original."""
+    """The parts it is joined from, if it covers several parts of the original."""
 
 
 _STOP_TEXT = """
@@ -50,12 +48,12 @@ _SEGMENT = re.compile(r"[^\n\r:;\"\u201c\u201d`|]+")
 
 
 def _common(text: str) -> int:
-    """Return how many words of `text` are common ones."""
+    """Count the common words in `text`."""
     return sum(word in _STOP_WORDS for word in _ANY_WORD.findall(text.lower()))
 
 
 def _readable(raw: bytes) -> str | None:
-    """Return the text in `raw`, in UTF-8 or, as PowerShell encodes it, in UTF-16; None where it is something else."""
+    """Decode `raw` as text in UTF-8 or, as PowerShell encodes it, UTF-16; None if it is not text."""
     encoding = "utf-8"
     if raw.count(0) >= 0.4 * len(raw):
         encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
@@ -71,9 +69,9 @@ def _readable(raw: bytes) -> str | None:
 
 
 _NUMBERS = re.compile(r"[\d .,:+()/-]{8,}")
-"""A card, an account, a telephone."""
+"""A card, account or telephone number."""
 LEAST_CERTAIN = 16
-"""Characters from which on a text may hold a sign that is none and still is no accident."""
+"""A decoded text of at least this many characters may contain a non-letter and still be no accident."""
 
 
 _BASE64 = re.compile(
@@ -84,7 +82,7 @@ _IN_NAMES = re.compile(r"[/_+-]|\n[ \t>]*")
 MOST_BREAKS = 8
 _REGION = re.compile(r"[A-Za-z0-9+/_-](?:[\s>]{0,3}[A-Za-z0-9+/_-]){23,}+={0,2}")
 _INSIDE = re.compile(r"[A-Z0-9+/]")
-"""Within a word, where a language has small letters."""
+"""An upper case letter, digit or sign inside a word, where a language has lower case letters."""
 _STRETCH = re.compile(rb"[\x20-\x7e\r\n\t]{16,}")
 
 
@@ -93,7 +91,7 @@ def _base64(text: str) -> Iterator[Variant]:
     for match in _BASE64.finditer(text):
         if len(match.group()) < 12:
             continue
-        # The end of a path or a name may stand before it, or a line that is none: `files/SWdub3Jl`.
+        # The end of a path or name, or an unrelated line, may precede it: `files/SWdub3Jl`.
         breaks = [variant.end() for variant in islice(_IN_NAMES.finditer(match.group()), MOST_BREAKS)]
         for start in (0, *breaks):
             if (decoded := _of_base64(match.group()[start:])) is not None:
@@ -102,12 +100,14 @@ def _base64(text: str) -> Iterator[Variant]:
                 break
     for variant in _within_base64(text):
         at = bisect_right(covered, (variant.start + 8, len(text))) - 1
-        if at < 0 or covered[at][1] < variant.end - 8:  # not the same once more, with a letter of what stands before it
+        if (
+            at < 0 or covered[at][1] < variant.end - 8
+        ):  # not a duplicate that starts with a letter of the preceding text
             yield variant
 
 
 def _within_base64(text: str) -> Iterator[Variant]:
-    """Yield text in one of the four alignments of Base64, where its beginning is not known, or spaces stand within."""
+    """Yield text in one of base64's four alignments, if its beginning is unknown or it contains spaces."""
     for region in _REGION.finditer(text):
         words = region.group().split()
         if sum(bool(_INSIDE.search(word, 1)) for word in words) < 0.3 * len(words):
@@ -142,7 +142,7 @@ _BASE32 = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z2-7]{16,}|[a-z2-7]{16,})(?![A-Za-z
 def _base32(text: str) -> Iterator[Variant]:
     for match in _BASE32.finditer(text):
         run = match.group().upper()
-        run = run[: len(run) - (len(run) % 8 in (1, 3, 6))]  # so many characters more are no whole byte
+        run = run[: len(run) - (len(run) % 8 in (1, 3, 6))]  # these remainders do not form a complete byte
         try:
             raw = base64.b32decode(run + "=" * (-len(run) % 8))
         except binascii.Error:
@@ -176,7 +176,7 @@ _UNICODE_ESCAPE = re.compile(r"\\u([0-9A-Fa-f]{4})")
 
 
 def _escaped(text: str) -> Iterator[Variant]:
-    """Yield percent, HTML and `\\u` escapes."""
+    """Yield percent, HTML and `\\u` escapes, decoded."""
     if not ("%" in text or "&#" in text or "\\u" in text):
         return
     for span in _words_matching(text, _ESCAPE):
@@ -195,7 +195,7 @@ _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|&#x?[0-9A-Fa-f]{1,6};|\\u[0-9A-Fa-f]{4}")
 
 
 def _words_matching(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Yield neighbouring words of which each holds `pattern`, as one part of the text, if it stands there three times."""
+    """Yield runs of neighbouring words that each match `pattern`, if it matches at least three times."""
     begin = end = count = 0
     for word in re.finditer(r"\S+", text):
         matches = len(pattern.findall(word.group()))
@@ -211,12 +211,12 @@ def _words_matching(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, 
 
 
 _SPACED = re.compile(r"(?<!\w)(?:[^\W_](?: {1,3}+|[.\-_*|,/]{1,2}+ ?+)){4,}+(?:[^\W_](?![^\W_]))?+")
-"""Nothing is given back: `a_ a_ a_ ...` of 12,000 characters took 2 s, and all other texts waited."""
+"""No backtracking: 12,000 characters of `a_ a_ a_ ...` took 2 s, during which all other texts waited."""
 _SEPARATORS = " .-_*|,/"
 
 
 def _spaced(text: str) -> Iterator[Variant]:
-    """Yield `i g n o r e t h i s`: more than one separator stands between words."""
+    """Yield spaced text such as `i g n o r e  t h i s`, whose words are separated by more than one separator."""
     for match in _SPACED.finditer(text):
         run = match.group().rstrip(_SEPARATORS)
         wide = re.split(r"\s{2,}|[/|] ?", run) if re.search(r"\s{2,}|[/|]", run) else [run]
@@ -232,14 +232,15 @@ LONGEST_WORD = 2000
 
 
 def _run_together(text: str) -> Iterator[Variant]:
-    """Yield `IgnoreAllPreviousInstructions`, `ignoreallpreviousinstructions`: of these a tokenizer makes unknown words."""
+    """Yield split text of `IgnoreAllPreviousInstructions` or `ignoreallpreviousinstructions`, which a tokenizer turns into unknown
+    words."""
     for match in _RUN_TOGETHER.finditer(text):
         word = match.group()[:LONGEST_WORD]
         split = _CAMEL.sub(" ", word)
         if " " not in split:
             split = _split_words(word)
         common = [part for part in split.lower().split() if len(part) > 3 and part in _VOCABULARY]
-        if len(common) >= 2 and sum(map(len, common)) >= 0.5 * len(word):  # "a", "it", "in" are in any long word
+        if len(common) >= 2 and sum(map(len, common)) >= 0.5 * len(word):  # "a", "it" and "in" occur in any long word
             yield Variant("joined", split, *match.span())
 
 
@@ -256,7 +257,7 @@ _LONGEST = max(map(len, _VOCABULARY))
 
 
 def _split_words(text: str) -> str:
-    """Return words that were run together, where common words fill the text; letters between them stay as they are."""
+    """Split words that were run together, if common words cover the text; letters between them stay as they are."""
     lower, count = text.lower(), len(text)
     cost = [0.0] * (count + 1)
     back = [0] * (count + 1)
@@ -289,7 +290,7 @@ _ROT13 = str.maketrans(_LETTERS + _LETTERS.upper(), _TURNED + _TURNED.upper())
 
 
 def _by_words(name: str, text: str, change: Callable[[str], str]) -> Iterator[Variant]:
-    """Yield neighbouring words that are common ones only once they are changed, also where plain words stand beside them."""
+    """Yield runs of neighbouring words that only become common words once they are changed, even among plain words."""
     for match in _SEGMENT.finditer(text):
         segment = match.group()
         if len(segment) < 8:
@@ -298,14 +299,14 @@ def _by_words(name: str, text: str, change: Callable[[str], str]) -> Iterator[Va
         changed = [change(word.group()).lower() in _VOCABULARY for word in words]
         plain = [word.group().lower() in _VOCABULARY for word in words]
         gains = [changed_count - plain_count for changed_count, plain_count in zip(changed, plain, strict=True)]
-        least = 1 if min(gains, default=0) == 0 else 2  # one word alone is no accident where nothing else can be read
+        least = 1 if min(gains, default=0) == 0 else 2  # a single word counts only if nothing else is readable
         for first, last in _gaining(gains, least):
             start, end = words[first].start(), words[last].end()
             yield Variant(name, change(segment[start:end]), match.start() + start, match.start() + end)
 
 
 def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
-    """Yield runs whose sum is at least `least`, with what changes nothing around them; first and last place."""
+    """Yield runs whose sum is at least `least`, including neighbours that change nothing, as first and last index."""
     first = total = highest = last = 0
     for place, gain in enumerate([*gains, -len(gains) - 1]):
         total += gain
@@ -318,7 +319,7 @@ def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
 
 
 def _by_segment(name: str, text: str, least: int, change: Callable[[str], str]) -> Iterator[Variant]:
-    """Yield parts of the text that hold so many more common words once they are changed."""
+    """Yield parts of the text that contain at least `least` more common words once they are changed."""
     for match in _SEGMENT.finditer(text):
         segment = match.group()
         if len(segment) < 8:
@@ -334,7 +335,7 @@ _LEET_SIGN = re.compile(r"[013457@$!|\u20ac](?=\w)|(?<=\w)[013457@$!|\u20ac]")
 
 
 def _unleet(text: str) -> str:
-    """Return words that are letters and signs, at least one of these within; numbers and plain words stay."""
+    """Return the text with leetspeak words (letters and signs, with a sign inside) decoded; numbers and plain words stay."""
 
     def change(match: re.Match[str]) -> str:
         word = match.group()
@@ -357,13 +358,13 @@ _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
     lambda text: _by_segment("look-alikes", text, 3, lambda part: part.translate(TO_LATIN)),
 )
 SEVERAL = "several"
-"""The name of readings that stand together."""
+"""The name of several readings joined."""
 DECODED = frozenset({"base64", "base32", "hex", "escaped", "binary", SEVERAL})
-"""Encodings of any text: what they hide is searched for personal data and secrets too."""
+"""Encodings of arbitrary text, which is also searched for personal data and secrets."""
 
 
 def variants(text: str) -> list[Variant]:
-    """Return the normalised text, then what its encoded parts say: at most MOST_VARIANTS."""
+    """Return the normalised text, then its decoded parts: at most MOST_VARIANTS in all."""
     return variants_of(text, normalised(text))
 
 
@@ -396,7 +397,7 @@ def _decoded(text: str, depth: int) -> Iterator[Variant]:
         ]
         if not parts:
             continue
-        # Parts in one encoding are one reading: an attack may be cut into several.
+        # Parts in one encoding form one reading: an attack may be split into several.
         joined = _joined(parts[0].name, parts)
         yield joined
         if depth > 1 and joined.name in DECODED:

@@ -16,7 +16,7 @@ import yaml
 from dstune import samples
 from dstune.core.errors import UserError
 from dstune.guard.attacks import SOURCES, own, packages
-from dstune.guard.attacks.texts import Odds, Text, encoded, language_of, place, runs
+from dstune.guard.attacks.texts import Odds, Text, has_encoded_run, hash_fraction, language_of, runs
 from dstune.guard.attacks.write import DOCUMENT_CHARACTERS, FIRST_CHAT, HIDDEN_CHARACTERS, write
 from dstune.samples import download
 from dstune.samples.npm import NpmArchive, NpmPackage
@@ -241,7 +241,7 @@ WORDS = ["oak", "river", "lamp", "stone", "cloud", "paper", "chair", "glass", "h
 
 
 def prose(name: str, count: int) -> str:
-    return " ".join(WORDS[int(place(f"{name}{number}") * len(WORDS))] + str(number) for number in range(count))
+    return " ".join(WORDS[int(hash_fraction(f"{name}{number}") * len(WORDS))] + str(number) for number in range(count))
 
 
 BASE64 = "MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEA1Ujob4LQpGgLm6ZFiwO2z7"
@@ -400,7 +400,7 @@ def test_the_same_packages_give_the_same_files(folder: Path, tmp_path: Path) -> 
     ],
 )
 def test_base64_is_neither_a_path_nor_words(text: str, expected: bool) -> None:
-    assert encoded(text) is expected
+    assert has_encoded_run(text) is expected
 
 
 def text_of(text: str) -> Text:

@@ -107,25 +107,25 @@ def test_silence_is_the_duration_of_a_step_and_a_queue_has_none():
 
     async def run():
         app = GuardApp(Slow({}))
-        assert app.silent() == 0
+        assert app.seconds_without_progress() == 0
         many = asyncio.create_task(app.scan([Item("x", "input", frozenset())] * 50))
         await asyncio.sleep(0.5)
-        assert app.silent() > 0.4
+        assert app.seconds_without_progress() > 0.4
         may.set()
         await many
-        assert app.silent() == 0
+        assert app.seconds_without_progress() == 0
         compute = Compute({"prompt_attack": model})
-        assert compute.silent() == 0
+        assert compute.seconds_without_progress() == 0
         waits = asyncio.create_task(compute.scores("prompt_attack", [[1]] * BATCH * 20, "one"))
         await asyncio.sleep(0.5)
-        assert compute.silent() > 0.4
+        assert compute.seconds_without_progress() > 0.4
         model.score_windows = lambda windows: time.sleep(0.1) or [0.0] * len(windows)
         model.may.set()
         silent = []
         while not waits.done():
             await asyncio.sleep(0.05)
-            silent.append(compute.silent())
-        assert sorted(silent)[len(silent) // 2] < 0.4 and compute.silent() == 0
+            silent.append(compute.seconds_without_progress())
+        assert sorted(silent)[len(silent) // 2] < 0.4 and compute.seconds_without_progress() == 0
 
     asyncio.run(run())
 

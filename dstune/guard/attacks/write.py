@@ -1,8 +1,6 @@
-"""The files of `sample://attacks`, split so that a guard model is measured on what it never saw.
-
-Whole packages are left for the test; of the benign texts, whole tasks, rules, conversations, threads and documents are. Rows
-of the test that are near copies of rows for training are dropped and counted.
-"""
+"""Writes the files of `sample://attacks`, split so that a guard model is measured on texts it never saw. Some packages are reserved
+for the test completely; of benign texts, complete tasks, rules, conversations, threads and documents are. Test rows that are near
+copies of training rows are dropped and counted."""
 
 from __future__ import annotations
 
@@ -19,41 +17,41 @@ from dstune.guard.attacks.texts import (
     BENIGN,
     Odds,
     Text,
-    chosen,
     distinct,
-    encoded,
-    place,
+    has_encoded_run,
+    hash_fraction,
+    pick,
     runs,
     shorten,
     spread,
 )
 
-COPIED = 0.3
-"""A row that has more of its runs of words than this in training rows is a near copy."""
+COPIED_SHARE = 0.3
+"""A row is a near copy if a greater share of its runs of words occurs in training rows."""
 FIRST_CHAT = 3018
-"""Conversations of the packaged dialogues before this one are neither trained on nor calibrated on."""
+"""Packaged dialogues before this number are neither trained nor calibrated on."""
 HIDDEN_CHARACTERS = 4000
 DOCUMENT_CHARACTERS = 1200
-"""Of a document of the calibration at least."""
+"""Minimum length of a calibration document."""
 DOCUMENTS_EACH = 150
-"""Documents of the calibration, of each package: 1% of what has few is one, and one odd text sets the threshold."""
+"""Calibration documents per package: with fewer, 1% is a single document, and one odd text would set the threshold."""
 PIECE = 320
-"""Characters of a part of a document for training: also in code they are within a window."""
+"""Characters of a piece of a document for training: code of this length also fits into a window."""
 
 AROUND = 450
-"""Characters of an attack with the text around it, for training: a window of a long document is as full."""
+"""Characters of an attack with its surrounding text, for training: as full as a window of a long document."""
 
 Archives = dict[str, Any]
 """Opened packages by name."""
 
 
 def convert(archive: Any, target: Path, *parts: Any) -> None:
-    """Write attacks and benign texts as `{"text", "label", "package", "family", ...}`, in four files."""
+    """Write attacks and benign texts as `{"text", "label", "package", "family", ...}` rows in four files."""
     write(target, {source.name: opened for source, opened in zip(SOURCES, (archive, *parts), strict=True)})
 
 
 def write(target: Path, archives: Archives) -> None:
-    """Write `data.jsonl` (training), `validation.jsonl`, `calibration.jsonl`, `test.jsonl` and `split.json` into `target`."""
+    """Write `data.jsonl` (training), `validation.jsonl`, `calibration.jsonl`, `test.jsonl` and `split.json` to `target`."""
     pool = _Pool(archives)
     training = pool.training()
     copies = _Copies(training)
@@ -73,19 +71,19 @@ def write(target: Path, archives: Archives) -> None:
 
 
 def _between(texts: Iterable[Text], low: float, high: float) -> Iterator[Text]:
-    """Yield those whose group falls between two shares of all groups."""
-    return (text for text in texts if low <= place(text.group) < high)
+    """Yield texts whose group's hash is between two shares."""
+    return (text for text in texts if low <= hash_fraction(text.group) < high)
 
 
 TRAIN, VALIDATION, CALIBRATION = (0.0, 0.55), (0.55, 0.6), (0.6, 0.8)
 TEST = (0.8, 1.0)
-"""Shares of the groups of benign texts."""
-KNOWN = (0.9, 1.0)
-"""Share of the groups of attacks in training packages that is held out."""
+"""Shares of the benign texts' groups."""
+HELD_OUT_ATTACKS = (0.9, 1.0)
+"""Share of the attacks' groups in training packages that is held out."""
 
 
 class _Pool:
-    """All texts, read once."""
+    """All texts, each read once."""
 
     def __init__(self, archives: Archives):
         self.archives = archives
@@ -106,23 +104,23 @@ class _Pool:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training(self) -> list[Text]:
-        attacks, harmless = self._attacks(0.0, KNOWN[0]), self._harmless(*TRAIN)
-        # The guard decodes before it scores, so encoded attacks teach only that certificates and keys are attacks.
-        attacks = [text for text in attacks if not encoded(text.text)]
+        attacks, harmless = self._attacks(0.0, HELD_OUT_ATTACKS[0]), self._harmless(*TRAIN)
+        # The guard decodes before it scores, so encoded attacks would only teach that certificates and keys are attacks.
+        attacks = [text for text in attacks if not has_encoded_run(text.text)]
         pieces = self._pieces(*TRAIN, 400)
         hard = self._hard_pieces(Odds(attacks, [*harmless, *pieces]))
-        # Hidden attacks alone would teach that a break in a document is an attack: benign texts are hidden as well.
+        # With attacks alone embedded, a break in a document would be learned as an attack; so benign texts are embedded as well.
         short = [text for text in attacks if len(text.text) <= 250 and text.package != "prompt-armor"]
         plain = [text for text in harmless if len(text.text) <= 250 and text.family == "hard"]
-        around = chosen([*pieces, *hard], len(pieces) + len(hard))
-        hidden = [*_hide(chosen(short, 1600), around, AROUND), *_hide(chosen(plain, 1000), around[::-1], AROUND)]
-        parts = [text.cut() for text in (*attacks, *harmless)]
+        around = pick([*pieces, *hard], len(pieces) + len(hard))
+        hidden = [*_hide(pick(short, 1600), around, AROUND), *_hide(pick(plain, 1000), around[::-1], AROUND)]
+        parts = [text.truncated() for text in (*attacks, *harmless)]
         return list(distinct([*parts, *hidden, *pieces, *hard]))
 
     def validation(self) -> list[Text]:
-        attacks = [text.cut() for text in chosen(self._attacks(*KNOWN), 250)]
+        attacks = [text.truncated() for text in pick(self._attacks(*HELD_OUT_ATTACKS), 250)]
         harmless = [*self._harmless(*VALIDATION), *self._pieces(*VALIDATION, 30)]
-        return list(distinct([*attacks, *(text.cut() for text in chosen(harmless, 350))]))
+        return list(distinct([*attacks, *(text.truncated() for text in pick(harmless, 350))]))
 
     def _attacks(self, low: float, high: float) -> list[Text]:
         armor = list(_between(self.armor, low, high))
@@ -132,7 +130,7 @@ class _Pool:
             *(
                 text
                 for family, count in amounts.items()
-                for text in chosen((x for x in armor if x.family == family), count)
+                for text in pick((x for x in armor if x.family == family), count)
             ),
             *_between(self.pyrit, low, high),
             *(own.attacks(8) if low == 0.0 else own.attacks(2, held_out=True)),
@@ -149,34 +147,34 @@ class _Pool:
         ]
 
     def _pieces(self, low: float, high: float, each: int) -> list[Text]:
-        """Return parts of documents: `each` of e-mails, examples of commands, prose."""
+        """Return parts of documents: `each` per e-mail, command example and prose text."""
         kinds = (self.emails, self.commands, self.prose)
-        parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 40), each) for kind in kinds]
-        return chosen((text for own_kind in parts for text in own_kind), 3 * each)
+        parts = [pick(benign.windows(_between(kind, low, high), 3, PIECE + 40), each) for kind in kinds]
+        return pick((text for own_kind in parts for text in own_kind), 3 * each)
 
     def _hard_pieces(self, odds: Odds) -> list[Text]:
-        """Choose of each kind of document the parts of training that look most like attacks, and some that are encoded. People
-        who write to each other tell each other what to do: of e-mails there are most."""
+        """Choose for each kind of document the training pieces that look most like attacks, and some encoded ones. E-mails get the
+        most: people who write to each other also give instructions."""
         pieces = []
         for kind, count in ((self.emails, 700), (self.commands, 400), (self.prose, 300)):
             pool = list(benign.windows(_between(kind, *TRAIN), 12, PIECE + 40))
-            pieces += sorted(chosen(pool, 10 * count), key=odds.highest, reverse=True)[:count]
-            pieces += chosen((text for text in pool if encoded(text.text)), 100)
+            pieces += sorted(pick(pool, 10 * count), key=odds.highest, reverse=True)[:count]
+            pieces += pick((text for text in pool if has_encoded_run(text.text)), 100)
         return pieces
 
-    # -- calibration: benign alone ------------------------------------------------------------------------------------
+    # -- calibration: benign texts only ------------------------------------------------------------------------------
 
     def calibration(self) -> list[Text]:
         low, high = CALIBRATION
         short = [
             *spread(_between(self.prompts, low, high), 5, 1000),
             *spread(_between(self.chats, low, high), 6, 1000),
-            *chosen(_between(self.twins, low, high), 400),
+            *pick(_between(self.twins, low, high), 400),
             *_between(self.sentences, low, high),
             *_between(self.notes, low, high),
         ]
         whole = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
-        taken = chosen(whole, 400)
+        taken = pick(whole, 400)
         remaining = set(whole).difference(taken)
         documents = _documents([*(text for text in whole if text in remaining), *_between(self.prose, low, high)])
         return [*short, *taken, *documents]
@@ -191,22 +189,21 @@ class _Pool:
         yield from (("known", text) for text in self._known_frames())
         yield from (("hard", text) for text in unseen if text.label == BENIGN and text.family == "hard")
         yield from (("hard", text) for text in packages.prompt_armor_benign(self.archives["prompt-armor"]))
-        yield from (("hard", text) for text in chosen(_between(self.twins, low, high), 400))
+        yield from (("hard", text) for text in pick(_between(self.twins, low, high), 400))
         yield from (("hard", text) for text in (*_between(self.sentences, low, high), *_between(self.notes, low, high)))
         yield from (("natural", text) for text in spread(_between(self.prompts, low, high), 8, 700))
         yield from (("natural", text) for text in spread(_between(self.chats, low, high), 4, 400))
         yield from (("tool", text) for text in unseen if text.family == "tool")
         yield from (
-            ("tool", text)
-            for text in chosen((x for x in _between(self.commands, low, high) if x.family == "tool"), 100)
+            ("tool", text) for text in pick((x for x in _between(self.commands, low, high) if x.family == "tool"), 100)
         )
         documents = [
             *self.guides,
-            *chosen(_between(self.prose, low, high), 40),
-            *chosen(_between(self.emails, low, high), 100),
+            *pick(_between(self.prose, low, high), 40),
+            *pick(_between(self.emails, low, high), 100),
         ]
         yield from (("document", text) for text in documents)
-        # Within a document a copy would no longer be one by its runs of words.
+        # Inside a document, a copy could no longer be recognized by its runs of words.
         fresh = [text for text in attacks if not copies.copied(text)]
         plain = [
             text for text in fresh if len(text.text) <= 400 and text.language == "en" and text.family != "obfuscated"
@@ -214,14 +211,14 @@ class _Pool:
         long = [text for text in documents if len(text.text) >= HIDDEN_CHARACTERS]
         few: list[Text] = []
         for name in dict.fromkeys(text.package for text in plain):
-            few += chosen((text for text in plain if text.package == name), 20)
+            few += pick((text for text in plain if text.package == name), 20)
         yield from (("hidden", text) for text in _hide(few, long, HIDDEN_CHARACTERS))
 
     def _known_frames(self) -> Iterator[Text]:
-        """Yield frames that training has, with goals that it does not have."""
+        """Yield frames that training contains, with goals that it does not contain."""
         yield from own.attacks(1, held_out=True)
         templates = packages.pyrit(self.archives["pyrit"], held_out=True)
-        yield from chosen((text for text in templates if place(text.group) < KNOWN[0]), 150)
+        yield from pick((text for text in templates if hash_fraction(text.group) < HELD_OUT_ATTACKS[0]), 150)
 
     def _unseen(self) -> Iterator[Text]:
         readers: dict[str, Callable[[Any], Iterator[Text]]] = {
@@ -235,11 +232,11 @@ class _Pool:
             yield from read(self.archives[name])
         patterns = list(packages.oubliette(self.archives["oubliette-shield"]))
         for label in (ATTACK, BENIGN):
-            yield from chosen((text for text in patterns if text.label == label), 200)
+            yield from pick((text for text in patterns if text.label == label), 200)
 
 
 def _documents(texts: Iterable[Text]) -> list[Text]:
-    """Return what the texts of a group say one after the other, in parts of HIDDEN_CHARACTERS."""
+    """Join the texts of each group and return them in parts of HIDDEN_CHARACTERS."""
     groups: dict[str, list[Text]] = {}
     for member in texts:
         groups.setdefault(member.group, []).append(member)
@@ -250,17 +247,17 @@ def _documents(texts: Iterable[Text]) -> list[Text]:
             text = whole[start : start + HIDDEN_CHARACTERS].strip()
             if len(text) >= DOCUMENT_CHARACTERS:
                 parts.setdefault(members[0].package, []).append(replace(members[0], text=text, family="document"))
-    return [member for of_package in parts.values() for member in chosen(distinct(of_package), DOCUMENTS_EACH)]
+    return [member for of_package in parts.values() for member in pick(distinct(of_package), DOCUMENTS_EACH)]
 
 
 def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[Text]:
-    """Return each attack inside a document, which is cut so that both together have `characters`."""
+    """Return each attack embedded in a document, truncated so that both together have `characters`."""
     hidden = []
     for number, attack in enumerate(attacks):
         around = documents[number % len(documents)]
         room = max(characters - len(attack.text) - 2, 80)
         body = shorten(around.text, room)
-        at = int(len(body) * place(f"at:{attack.text}"))
+        at = int(len(body) * hash_fraction(f"at:{attack.text}"))
         cut = body.rfind("\n", 0, at) + 1 or body.rfind(". ", 0, at) + 1 or body.rfind(" ", 0, at) + 1
         text = f"{body[:cut].rstrip()}\n{attack.text}\n{body[cut:].lstrip()}".strip()
         hidden.append(replace(attack, text=text, direction="tool_result"))
@@ -268,7 +265,7 @@ def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[T
 
 
 class _Copies:
-    """Which texts are near copies of training rows."""
+    """Finds near copies of training rows."""
 
     def __init__(self, training: list[Text]):
         self._runs: set[int] = set()
@@ -278,8 +275,8 @@ class _Copies:
         self._benign = {" ".join(text.text.lower().split()) for text in training if text.label == BENIGN}
 
     def without(self, rows: Iterable[tuple[str, Text]]) -> tuple[list[tuple[str, Text]], Counter[str]]:
-        """Return `rows` without near copies and repetitions, and how many of each package those are. Rows of known frames are
-        copies by intent."""
+        """Return `rows` without near copies and repetitions, and the number dropped per package. Rows of known frames are copies on
+        purpose."""
         remaining: list[tuple[str, Text]] = []
         dropped: Counter[str] = Counter()
         seen: set[tuple[str, str]] = set()
@@ -296,4 +293,4 @@ class _Copies:
 
     def copied(self, text: Text) -> bool:
         own_runs = runs(text.text)
-        return len(own_runs & self._runs) > COPIED * len(own_runs)
+        return len(own_runs & self._runs) > COPIED_SHARE * len(own_runs)

@@ -1,1 +1,1 @@
-"""What a guard's thresholds are set from, and what it catches and misses: `dstune guard calibrate` and `dstune guard test`."""
+"""Sets a guard's thresholds, and measures what it detects and misses: `dstune guard calibrate` and `dstune guard test`."""

@@ -1,8 +1,6 @@
-"""Thresholds from held-out benign texts, by direction and number of windows.
-
-The highest of thirty scores is higher than one, so each bucket of lengths has thresholds of its own: from texts of its length,
-and from runs of as many neighbouring windows within longer texts.
-"""
+"""Computes thresholds from held-out benign texts, by direction and number of windows. The maximum of thirty scores is higher than a
+single score, so each bucket of lengths has its own thresholds: from texts of that length, and from runs of as many neighbouring
+windows in longer texts."""
 
 from __future__ import annotations
 
@@ -20,23 +18,23 @@ from dstune.guard.model import LONG, GuardModel
 from dstune.guard.variants import variants
 
 BUCKETS = (1, 2, 4, 8, 16, 32, None)
-"""Most windows of each bucket."""
+"""The most windows of each bucket."""
 FEWEST = 20
-"""Texts that a direction needs at least."""
+"""The fewest texts of a direction."""
 CHUNK = 64
 MOST_WINDOWS = 512
-"""Of a text that is checked: what the last bucket is taken for where no example is as long."""
+"""Assumed windows of the longest text for the last bucket, if no example is as long."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a benign text: of its windows in order, then of those of its variants."""
+    """The scores of a benign text: of its windows in order, then of its variants' windows."""
 
     direction: str
     plain: tuple[float, ...]
     variants: tuple[float, ...]
     alone: tuple[float, ...]
-    """Of the plain windows as they would be in a text that is not long."""
+    """Scores of the plain windows as they would be in a short text."""
 
     @property
     def all(self) -> tuple[float, ...]:
@@ -44,11 +42,8 @@ class Scored:
 
 
 def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
-    """Calibrate the thresholds. rows: benign texts that the model was not trained on, with `text` and `direction`. source: what
-    they are called.
-
-    Raises UserError where a direction has too few with a token, or a row is an attack.
-    """
+    """Calibrate a model. rows: benign texts that it was not trained on, with `text` and `direction`. source: their name in
+    messages. Raises UserError if a direction has too few rows with tokens, or a row is an attack."""
     check(rows, model.label, source)
     scored = list(_scores(model, rows))
     for direction in DIRECTIONS:
@@ -76,13 +71,13 @@ def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[s
 
 
 def _counts(row: Scored, direction: str) -> bool:
-    """Return whether a row counts in a direction: a long answer or result does in every one. What users write counts in theirs
-    alone: long requests are full of orders, which documents are not."""
+    """Return whether a row counts in a direction. A long output or tool result counts in every direction. A user's text only counts
+    as input: long requests are full of instructions, unlike documents."""
     return row.direction == direction or (row.direction != "input" and len(row.plain) >= LONG)
 
 
 def check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
-    """Raises UserError where a direction has too few rows, or one is an attack. label: the model's name of attacks."""
+    """Raises UserError if a direction has too few rows, or a row is an attack. label: the model's label of attacks."""
     problems = []
     attacks = sum(row.get("label") in (ATTACK, label) for row in rows)
     if attacks:
@@ -117,18 +112,15 @@ def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Sc
 
 
 def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, int]]:
-    """Return the buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
-    where chance would have it otherwise.
-
-    Texts shorter than any example have the thresholds of the shortest, and longer ones those of the longest at a lower rate:
-    n times as many windows are n chances, were they independent.
-    """
+    """Return the buckets, and the number of maxima behind the thresholds of each. Thresholds are made to rise with the number of
+    windows. Texts shorter than any example get the shortest ones' thresholds; longer ones get the longest ones' at a lower rate: n
+    times as many windows are n chances, as if they were independent."""
     maxima = [sorted(_maxima(scored, above or 0, up_to)) for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False)]
-    filled = [number for number, highest in enumerate(maxima) if highest]
+    nonempty_buckets = [number for number, highest in enumerate(maxima) if highest]
     buckets: list[Bucket] = []
     floor = dict.fromkeys(LEVELS.values(), 0.0)
     for number, up_to in enumerate(BUCKETS):
-        measured = max((length for length in filled if length <= number), default=filled[0])
+        measured = max((length for length in nonempty_buckets if length <= number), default=nonempty_buckets[0])
         share = (BUCKETS[measured] or MOST_WINDOWS) / (up_to or MOST_WINDOWS)
         for rate in floor:
             bucket_rate = rate if number <= measured else 1 - (1 - rate) ** share
@@ -139,20 +131,20 @@ def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, in
 
 
 def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator[float]:
-    """Yield the highest scores of texts with more than `above` and at most `up_to` windows: of whole texts, and of runs of
-    windows within longer ones."""
+    """Yield the highest scores of texts with more than `above` and at most `up_to` windows: of complete texts, and of runs of
+    windows in longer ones."""
     length = up_to or 2 * above
     for row in scored:
         if above < len(row.all) <= (up_to or math.inf):
             yield max(row.all)
-        elif len(row.plain) > length and above:  # of short texts there are enough, and a cut text is none
+        elif len(row.plain) > length and above:  # short texts are numerous enough without truncated ones
             windows = row.plain if length >= LONG else row.alone
             for start in range(0, len(windows) - length + 1, length):
                 yield max(windows[start : start + length])
 
 
-def needed(rate: float) -> int:
-    """Return texts from which on `threshold_at` keeps a rate by more than the highest score of all."""
+def fewest_texts(rate: float) -> int:
+    """Return the number of texts from which `threshold_at` bounds a rate by more than the maximum score."""
     return math.ceil(1 / rate) - 1
 
 

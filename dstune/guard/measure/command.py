@@ -1,4 +1,4 @@
-"""The verb `dstune guard`: thresholds of a model, and what a guard catches and misses."""
+"""The verb `dstune guard`: calibrates a model, and measures what a guard detects and misses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CALIBRATION, TEST = "sample://attacks:calibration", "sample://attacks:test"
 
 
 def main(argv: list[str]) -> int:
-    """Run `dstune guard calibrate EXPORT` or `dstune guard test TARGET`. Raises UserError; returns the exit code."""
+    """Run `dstune guard calibrate EXPORT` or `dstune guard test TARGET` and return the exit code. Raises UserError."""
     if argv[:1] == ["calibrate"]:
         return _calibrate(argv[1:])
     if argv[:1] == ["test"]:
@@ -55,14 +55,14 @@ def _calibrate(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the calibration to stdout")
     arguments = parser.parse_args(argv)
-    from dstune.guard.measure.calibrate import calibrate, check, needed
+    from dstune.guard.measure.calibrate import calibrate, check, fewest_texts
     from dstune.guard.model import GuardModel
     from dstune.guard.policy import no_folder
 
     if missing := no_folder("EXPORT", Path(arguments.export)):
         raise UserError(missing)
     rows = None
-    if not samples.is_sample(arguments.data):  # these are fetched only for a model that can be calibrated
+    if not samples.is_sample(arguments.data):  # samples are only fetched for a model that can be calibrated
         rows = _rows(arguments.data)
         check(rows, arguments.label or ATTACK, arguments.data)
     model = GuardModel.load(
@@ -87,7 +87,7 @@ def _calibrate(argv: list[str]) -> int:
         print(f"{direction} ({counts['texts']} texts)")
         for bucket, examples in zip(buckets, counts["by_windows"].values(), strict=True):
             values = "  ".join(
-                f"{rate:.1%} {value:.4f}{'' if examples >= needed(rate) else '*'}"
+                f"{rate:.1%} {value:.4f}{'' if examples >= fewest_texts(rate) else '*'}"
                 for rate, value in bucket.thresholds.items()
             )
             print(f"  {f'up to {bucket.up_to}' if bucket.up_to else 'more':>9}  {values}  from {examples:,}")
@@ -98,7 +98,7 @@ def _calibrate(argv: list[str]) -> int:
 
 
 def _add_to_card(export: Path) -> None:
-    """Say once in the model card of dstune's own export how it is used as a guard."""
+    """Add a section on the use as a guard to the model card of a dstune export, once."""
     card, title = export / "README.md", "## As a guard"
     if not ((export / RECORD).is_file() and card.is_file()) or title in (text := card.read_text(encoding="utf-8")):
         return
@@ -155,7 +155,7 @@ def _test(argv: list[str]) -> int:
 
 
 def _rows(source: str, *, labelled: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of the files to measure with. Raises UserError with the first rows that are wrong."""
+    """Return the rows to measure with. Raises UserError with the first invalid rows."""
     file = samples.resolve(source) if samples.is_sample(source) else Path(source)
     if not file.is_file():
         raise UserError(Problem("--data", "there is no such file", "a .jsonl file, or sample://attacks:test", source))
@@ -180,7 +180,7 @@ def _rows(source: str, *, labelled: bool = False) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield line numbers and values; None for a line that is no JSON."""
+    """Yield line numbers and values; None for a line that is invalid JSON."""
     with open_file(file) as stream:
         for number, (line, _) in enumerate(lines_within(stream, LONGEST_ROW), 1):
             try:

@@ -1,4 +1,4 @@
-"""What decides over texts: an export at one level, a policy as a server applies it, or a server by its URL."""
+"""Judges of texts: an export at one level, a policy as a server applies it, or a server by its URL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import DstuneError, Problem, UserError
-from dstune.guard.calibration import CALIBRATES, DIRECTIONS, TRAINS
+from dstune.guard.calibration import CALIBRATE_COMMAND, DIRECTIONS, TRAIN_COMMAND
 from dstune.guard.check import entry_of, item_of
 from dstune.guard.measure.report import Judged
 from dstune.guard.model import WindowScore
@@ -24,15 +24,15 @@ from dstune.guard.scanner import Scanner
 CHUNK = 64
 ROLES = {"input": "user", "output": "assistant", "tool_result": "tool"}
 LEVEL = "l3_likely"
-"""Of an export, where none is named."""
+"""The default level for an export."""
 KEY = "DSTUNE_API_KEY"
-"""Environment variable with the key of a server."""
+"""The environment variable with the key of a server."""
 Judge = Callable[[Sequence[Mapping[str, Any]]], list[Judged]]
 
 
 @dataclass
 class LocalJudge:
-    """A policy in this process. A row is flagged where the policy would block it."""
+    """Applies a policy in this process. A row is flagged if the policy would block it."""
 
     policy: Policy
     scanner: Scanner
@@ -72,7 +72,7 @@ class LocalJudge:
 
 @dataclass
 class ServerJudge:
-    """`POST /v2/guard` of a server. A row is flagged where a detector that blocks has found something, as in `LocalJudge`."""
+    """Asks `POST /v2/guard` of a server. A row is flagged if a blocking detector has found something, as in `LocalJudge`."""
 
     url: str
     key: str | None = None
@@ -89,7 +89,7 @@ class ServerJudge:
         entries = [entry for entry in breakdown if isinstance(entry, dict)]
         levels = [entry.get("result") for entry in entries if entry.get("detector_type") == PROMPT_ATTACK]
         level = levels[0] if levels and isinstance(levels[0], str) else None
-        # Lakera's entries have no action: what it detects, it flags.
+        # Lakera's entries have no action: every detection is flagged.
         blocked = any(entry.get("detected") and entry.get("action", BLOCK) == BLOCK for entry in entries)
         return Judged(row, blocked, level)
 
@@ -126,15 +126,12 @@ def _progress(judged: Iterator[Judged], rows: int) -> Iterator[Judged]:
 class Target:
     judge: Judge
     threshold: Mapping[str, Any]
-    """What decides, in words and values: the same for every suite."""
+    """The decision rule, in words and values; the same for every suite."""
 
 
 def target_of(spec: str, *, level: str | None, model: str | None, policy: str | None, rules: bool) -> Target:
-    """Choose what is tested. spec: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: of an export.
-    model, policy: of a file.
-
-    Raises UserError.
-    """
+    """Return the target to test. spec: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: for an
+    export. model, policy: for a file. Raises UserError."""
     by_url, export = spec.startswith(("http://", "https://")), Path(spec).is_dir()
     of_export, of_file = {"--level": level, "--rules": rules}, {"--policy": policy, "--guard-model": model}
     passed_over = {**of_export, **of_file} if by_url else of_file if export else of_export
@@ -167,7 +164,9 @@ def _export(folder: Path, level: str, rules: bool) -> Target:
     calibration = scanner.models[PROMPT_ATTACK].calibration
     if calibration is None:
         reason = "this model has no guard.json, so a score of it has no meaning"
-        raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder}; {TRAINS} makes such a model"))
+        raise UserError(
+            Problem(str(folder), reason, f"{CALIBRATE_COMMAND} {folder}; {TRAIN_COMMAND} makes such a model")
+        )
     watches = (Watch(PROMPT_ATTACK, BLOCK, level), *((Watch(RULES, BLOCK),) if rules else ()))
     limits = Limits(characters=8_000_000, windows=100_000, seconds=600)
     policy = Policy("export", directions=dict.fromkeys(DIRECTIONS, watches), limits=limits)

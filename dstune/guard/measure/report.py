@@ -1,4 +1,4 @@
-"""Shares with intervals, by family, package, language and length."""
+"""Shares of flagged rows with intervals, by family, package, language and length."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ LENGTHS = (
     (6000, "1,601 to 6,000"),
     (math.inf, "above 6,000"),
 )
-"""Characters of a text."""
+"""Lengths in characters."""
 
 
 def wilson(flagged: int, rows: int) -> tuple[float, float]:
-    """Return the 95% interval of a share (Wilson 1927): within [0, 1] for any count, and not empty at 0 or at all of them."""
+    """Return the 95% interval of a share (Wilson 1927). It lies within [0, 1] for any count, and is not empty even at 0% or
+    100%."""
     if rows == 0:
         return 0.0, 1.0
     share, z = flagged / rows, 1.959964
@@ -31,12 +32,12 @@ def wilson(flagged: int, rows: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Judged:
-    """A row of a suite and whether it was flagged."""
+    """A row of a suite, and whether it was flagged."""
 
     row: Mapping[str, Any]
     flagged: bool
     level: str | None = None
-    """The most certain level that it reached; None where the target does not say."""
+    """The most certain level that it reached; None if the target states none."""
 
 
 def cell(judged: Iterable[Judged]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ KEYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def breakdown(judged: list[Judged]) -> dict[str, Any]:
-    """Return all rows together, then by each key."""
+    """Return the cell of all rows, then those by each key."""
     cells: dict[str, Any] = {"all": cell(judged)}
     for key, value_of in KEYS.items():
         groups: dict[str, list[Judged]] = {}
@@ -81,7 +82,7 @@ def percent(value: float | None) -> str:
 
 
 def line(name: str, cell: Mapping[str, Any]) -> str:
-    """Return a row of a table: name, share, interval, count."""
+    """Return a line of a table: name, share, interval, count."""
     return (
         f"  {name:<46} {percent(cell['rate']):>7}  {percent(cell['low']):>6} to {percent(cell['high']):>6}  "
         f"{cell['flagged']}/{cell['rows']}"

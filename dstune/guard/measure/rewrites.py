@@ -1,4 +1,4 @@
-"""Attacks written so that a guard reads something else: encodings that can be decoded, evasions with a name, random rewriting."""
+"""Rewrites attacks to evade a guard: reversible encodings, named evasions, random rewriting."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
     "leet": lambda text: text.translate(_LEET),
     "spaced_letters": _spaced,
 }
-"""Each can be undone by a program."""
+"""A program can undo each of these."""
 
 
 def _swap_inside(word: str) -> str:
@@ -140,7 +140,7 @@ EVASIONS: dict[str, Callable[[str], str]] = {
     "without vowels": lambda text: re.sub(r"(?<=\w)[aeiou](?=\w)", "", text),
     "first half as a quotation of somebody else": _half_quoted,
 }
-"""What people try; most of it no program undoes with certainty."""
+"""Rewritings that people try; most cannot be undone reliably by a program."""
 
 
 def _random_case(text: str, chance: random.Random) -> str:
@@ -191,8 +191,8 @@ _REWRITES = (_random_case, _random_swaps, _random_drops, _random_marks, _random_
 
 
 def rewrite(text: str, number: int) -> str:
-    """Return rewriting number `number` of `text`: two random changes, always the same for the same numbers (after best-of-N
-    jailbreaking, arXiv:2412.03556)."""
+    """Return rewriting `number` of `text`: two random changes that depend only on both (after best-of-N jailbreaking,
+    arXiv:2412.03556)."""
     chance = random.Random(f"0:{number}:{text}")
     for change in chance.sample(_REWRITES, 2):
         text = change(text, chance)
