@@ -1,7 +1,5 @@
-"""Where the server may connect to when a client names the address: https, and nothing of the network that it stands in.
-
-The name is checked when it is given, and what it stands for at every connection: a name may stand for another address by then.
-"""
+"""Checks addresses that clients give the server to connect to: https only, and nothing inside the server's own network. The name is
+checked when it is given, and its IP address at every connection, since a name may resolve differently by then."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ MOST_CHARACTERS = 2048
 
 
 class Refused(OSError):
-    """The server does not connect there."""
+    """The server refuses to connect to this address."""
 
 
 def checked_url(url: object, allowed: Collection[str]) -> str:
@@ -52,7 +50,7 @@ def checked_url(url: object, allowed: Collection[str]) -> str:
 
 
 def is_allowed(parts: SplitResult, allowed: Collection[str]) -> bool:
-    """Return whether the operator names the host of a URL."""
+    """Return whether the operator allows the host of a URL."""
     host, netloc = (parts.hostname or "").lower(), parts.netloc.lower()
     if parts.scheme == "https":
         return host in allowed or netloc in allowed
@@ -78,7 +76,7 @@ def is_public(address: str) -> bool:
 
 
 _NUMERIC = re.compile(r"(^|\.)(\d+|0x[0-9a-f]*)\.?$")
-"""The end of an IPv4 address as sockets read it too: `127.1`, `2130706433`, `0x7f.1`."""
+"""The end of an IPv4 address in the numeric forms that sockets also accept: `127.1`, `2130706433`, `0x7f.1`."""
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _SPECIAL = tuple(
@@ -92,8 +90,8 @@ _SPECIAL = tuple(
         "3fff::/20",  # documentation
     )
 )
-"""Beside what `ipaddress` calls global, of which versions of Python think differently. IANA's registries of special-purpose
-addresses, and addresses of clouds that are reachable from their machines alone."""
+"""Networks that some versions of Python's `ipaddress` call global: IANA's special-purpose addresses, and cloud addresses that only
+the cloud's own machines can reach."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -105,7 +103,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class PublicResolver(AbstractResolver):
-    """Addresses of host names, of the internet alone; one that is not refuses the name."""
+    """Resolves host names to public addresses; a name with any other address is refused."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -128,7 +126,7 @@ class PublicResolver(AbstractResolver):
 
 
 def outward_session(*, allowed: bool, seconds: float) -> aiohttp.ClientSession:
-    """Return a client for one address that `checked_url` has let through. allowed: whether the operator names its host."""
+    """Return a client for one address that passed `checked_url`. allowed: whether the operator allows its host."""
     connector = aiohttp.TCPConnector(
         resolver=None if allowed else PublicResolver(), use_dns_cache=False, force_close=True, limit=1
     )

@@ -1,4 +1,4 @@
-"""Who did what: a line in the same transaction as the deed."""
+"""The audit log: each entry is written in the same transaction as the action."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstune.serve.gateway.request import Request
 
 
 def note(session: Session, request: Request, action: str, subject: str, **detail: Any) -> None:
-    """Note an action in the audit log. action: `file.created`; subject: the id of what it was done to."""
+    """Add an entry to the audit log. action: such as `file.created`; subject: the id of the object."""
     caller = request.key
     session.add(
         AuditEntry(

@@ -1,7 +1,5 @@
-"""The bytes of files: written to the disk first, hashed on the way, and moved to their place when they are complete.
-
-Their place is a folder of the server, or a store that fsspec knows (`s3://BUCKET/FOLDER`).
-"""
+"""Stores the bytes of files: first written to disk and hashed, then moved to their place when complete. The place is a folder of
+the server, or a store that fsspec supports (`s3://BUCKET/FOLDER`)."""
 
 from __future__ import annotations
 
@@ -22,11 +20,11 @@ from dstune.serve.errors import ApiError
 
 CHUNK = 1 << 20
 STALE_SECONDS = 86_400
-"""After which what nobody finished is removed."""
+"""Age at which unfinished files are removed."""
 
 
 class Staged:
-    """Bytes that are being written, under the id that they will have. Raises ApiError where there is no space."""
+    """Bytes that are being written, under their future id. Raises ApiError if there is no space."""
 
     def __init__(self, path: Path, complete: Callable[[Staged], None], discarded: Callable[[Staged], None]):
         self.path, self.id = path, path.name
@@ -51,12 +49,12 @@ class Staged:
             view = view[self._file.write(view) :]
 
     def close(self) -> None:
-        """Close the file: all of it is on the disk, or in the store, after this."""
+        """Close the file; afterwards all of it is on disk, or in the store."""
         try:
             os.fsync(self._file.fileno())
             self._file.close()
             self._complete(self)
-        except Exception as error:  # a store has errors of its own
+        except Exception as error:  # stores raise exceptions of their own
             raise _not_stored() from error
         finally:
             self._file.close()
@@ -76,7 +74,7 @@ class Staged:
 
 
 class Blobs:
-    """Those in a folder. An id is in no path that a client could name."""
+    """Blobs in a folder. Clients never choose an id, so none is a path from a client."""
 
     def __init__(self, folder: Path):
         self.folder, self._scratch = folder / "blobs", folder / "tmp"
@@ -88,7 +86,7 @@ class Blobs:
         return Staged(self._scratch / new_id(prefix), self._complete, self._discarded)
 
     def keep(self, staged: Staged) -> None:
-        """Move what is complete to its place: quick, since a transaction waits for it."""
+        """Move a complete file to its place. This must be fast, since a transaction waits for it."""
         path = self._path(staged.id)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         os.rename(staged.path, path)
@@ -100,23 +98,23 @@ class Blobs:
         self._path(blob).unlink(missing_ok=True)
 
     def read(self, blob: str) -> Iterator[bytes]:
-        """Yield the content of a file piece by piece. Raises FileNotFoundError where it was removed a moment ago."""
+        """Yield the content of a file in chunks. Raises FileNotFoundError if it has just been removed."""
         with self._path(blob).open("rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk
 
     def size(self, blob: str) -> int | None:
-        """Return the size in bytes; None where the blob is not there."""
+        """Return the size in bytes; None if the blob does not exist."""
         path = self._path(blob)
         return path.stat().st_size if path.is_file() else None
 
     def snapshot(self, blob: str, target: Path) -> None:
-        """Put the bytes under another path, where they stay when the blob is removed: a link where the disk is the same."""
+        """Make `target` a copy of the blob that stays when the blob is removed; a hard link if it is on the same disk."""
         link(self._path(blob), target)
 
     def sweep(self, referenced: Iterable[str]) -> int:
-        """Remove what no row of the database names, as a crash leaves it, when it is old enough that nobody is about to name
-        it; the number of files."""
+        """Remove files that no database row references, left by a crash, if they are old enough that no transaction is about to
+        reference them. Returns their number."""
         removed = _remove_old(self._scratch.iterdir())
         named_blobs = set(referenced)
         return removed + _remove_old(path for path in self.folder.glob("*/*") if path.name not in named_blobs)
@@ -132,7 +130,7 @@ class Blobs:
 
 
 class RemoteBlobs(Blobs):
-    """Those in a store, by its URL; its credentials are the operator's, from the environment. Raises UserError."""
+    """Blobs in a store, by its URL; the operator's environment provides the credentials. Raises UserError."""
 
     def __init__(self, folder: Path, url: str):
         super().__init__(folder)
@@ -145,25 +143,25 @@ class RemoteBlobs(Blobs):
             raise UserError(Problem("--files", f"cannot be used: {error}", fix)) from error
 
     def keep(self, staged: Staged) -> None:
-        staged.kept = True  # it is there since it was complete
+        staged.kept = True  # it is already in its place once complete
 
     def remove(self, blob: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._store.rm_file(self._place(blob))
+            self._store.rm_file(self._store_path(blob))
 
     def read(self, blob: str) -> Iterator[bytes]:
-        with self._store.open(self._place(blob), "rb") as file:
+        with self._store.open(self._store_path(blob), "rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk
 
     def size(self, blob: str) -> int | None:
         try:
-            return int(self._store.size(self._place(blob)))
+            return int(self._store.size(self._store_path(blob)))
         except FileNotFoundError:
             return None
 
     def snapshot(self, blob: str, target: Path) -> None:
-        self._store.get_file(self._place(blob), str(target))
+        self._store.get_file(self._store_path(blob), str(target))
 
     def sweep(self, referenced: Iterable[str]) -> int:
         removed, named_blobs = _remove_old(self._scratch.iterdir()), set(referenced)
@@ -174,12 +172,12 @@ class RemoteBlobs(Blobs):
                 removed += 1
         return removed
 
-    def _place(self, blob: str) -> str:
+    def _store_path(self, blob: str) -> str:
         return f"{self._root}/{blob}"
 
     def _complete(self, staged: Staged) -> None:
         self._store.makedirs(self._root, exist_ok=True)
-        self._store.put_file(str(staged.path), self._place(staged.id))
+        self._store.put_file(str(staged.path), self._store_path(staged.id))
 
     def _discarded(self, staged: Staged) -> None:
         if not staged.kept:

@@ -1,8 +1,6 @@
-"""A request that the client repeats by itself makes one object, not two.
-
-The official client repeats a POST whose answer did not come, and names no key for it. So: the same `Idempotency-Key`; or the
-same key and content while `x-stainless-retry-count` says that it is a repetition, within three times the client's time-out.
-"""
+"""Makes retries of a creating request idempotent. The official client retries a POST without an answer, and sends no key for it.
+Two requests are the same if they have the same `Idempotency-Key`, or the same API key and content while `x-stainless-retry-count`
+marks a retry, within three times the client's timeout."""
 
 from __future__ import annotations
 
@@ -16,15 +14,15 @@ from dstune.finetuning.tables import Creation
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.request import Request
 
-KEPT_SECONDS = 86_400
-"""Creations are forgotten after it."""
+RETENTION_SECONDS = 86_400
+"""Creations are forgotten after this time."""
 READ_TIMEOUT = 600.0
-"""Seconds; the client's default, for clients that do not tell theirs."""
+"""The default timeout, in seconds, of clients that do not state theirs."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request that wants to make something."""
+    """One request that creates an object."""
 
     project: str
     key: str
@@ -33,12 +31,12 @@ class Attempt:
     idempotency_key: str | None
     repeated: bool
     window: float
-    """Seconds in which a first attempt is the same request."""
+    """Seconds within which a first attempt counts as the same request."""
     began: float
 
     @classmethod
     def of(cls, request: Request, route: str, digest: str) -> Attempt:
-        """Read the headers of an attempt. digest: SHA-256 of all that is asked. Raises ApiError for headers that are none."""
+        """Read the headers of an attempt. digest: SHA-256 of the request's content. Raises ApiError for invalid headers."""
         key = request.header("idempotency-key")
         if key and not (len(key) <= 255 and key.isprintable() and key.isascii()):
             raise ApiError(400, "Idempotency-Key must be 1 to 255 printable characters.", param="Idempotency-Key")
@@ -49,14 +47,14 @@ class Attempt:
             route,
             digest,
             key or None,
-            repeated=is_repetition(count),
+            repeated=is_retry(count),
             window=3 * _timeout(request.header("x-stainless-read-timeout")),
             began=time.time() - (time.monotonic() - request.began),
         )
 
     def earlier_object(self, session: Session) -> str | None:
-        """Return the id of what an earlier attempt has made; asked inside of the transaction that would make it. Raises ApiError
-        where the same Idempotency-Key stood before another content."""
+        """Return the id of the object that an earlier attempt created; call it inside the transaction that would create the object.
+        Raises ApiError if the same Idempotency-Key was used with different content."""
         if self.idempotency_key is not None:
             has_this_key = Creation.idempotency_key == self.idempotency_key
             row = session.scalar(
@@ -68,7 +66,7 @@ class Attempt:
                 message = "This Idempotency-Key was used for a request with another content."
                 raise ApiError(400, message, param="Idempotency-Key", code="idempotency_key_reused")
             return row.object
-        # A repetition finds the first attempt, and a first attempt that took longer finds its repetition.
+        # A retry finds the first attempt, and a slow first attempt finds its retry.
         late = Creation.retried.is_(True) & (Creation.created >= self.began)
         recent = Creation.created >= time.time() - self.window
         query = (
@@ -84,21 +82,21 @@ class Attempt:
         )
         return session.scalars(query).first()
 
-    def record(self, session: Session, made: str) -> None:
+    def record(self, session: Session, object_id: str) -> None:
         session.add(
             Creation(
                 project=self.project, key=self.key, route=self.route, idempotency_key=self.idempotency_key,
-                digest=self.digest, object=made, retried=self.repeated, created=time.time(),
+                digest=self.digest, object=object_id, retried=self.repeated, created=time.time(),
             )
         )  # fmt: skip
 
 
-def is_repetition(count: str) -> bool:
+def is_retry(count: str) -> bool:
     return count.isascii() and count.isdigit() and count.strip("0") != ""
 
 
 def forget(session: Session) -> None:
-    session.execute(delete(Creation).where(Creation.created < time.time() - KEPT_SECONDS))
+    session.execute(delete(Creation).where(Creation.created < time.time() - RETENTION_SECONDS))
 
 
 def _timeout(text: str) -> float:

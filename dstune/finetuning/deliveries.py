@@ -1,4 +1,4 @@
-"""Events on their way to webhooks: sent again until a receiver takes them, less and less often, for three days."""
+"""Delivers events to webhooks: retried with growing pauses for three days until the receiver accepts them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dstune.serve.store.database import Database
 log = logging.getLogger("dstune.serve")
 
 PAUSES = (5, 30, 120, 600, 1800, 3600)
-"""Seconds to the next attempt; the last one again and again."""
-GIVEN_UP_SECONDS = 3 * 86_400
+"""Seconds before each retry; the last one repeats."""
+GIVE_UP_SECONDS = 3 * 86_400
 AT_ONCE = 8
 LEASE_SECONDS = 60.0
-"""In which a delivery is not taken up by another server."""
-KEPT_SECONDS = 7 * 86_400
+"""For this long no other server claims the delivery."""
+RETENTION_SECONDS = 7 * 86_400
 
 
 class Deliveries:
     def __init__(self, database: Database, webhooks: Webhooks, seconds: float):
-        """seconds: between two looks for what is to be sent."""
+        """seconds: between two checks for due deliveries."""
         self._database, self._webhooks, self._seconds = database, webhooks, seconds
 
     async def run(self) -> None:
@@ -39,14 +39,14 @@ class Deliveries:
                 await asyncio.sleep(self._seconds)
 
     async def send_due(self) -> int:
-        """Send what is due; the number of attempts."""
+        """Send the due deliveries and return the number of attempts."""
         claimed = await asyncio.to_thread(self._claim)
         await asyncio.gather(*(self._send(delivery, endpoint) for delivery, endpoint in claimed))
         return len(claimed)
 
     def _claim(self) -> list[tuple[Delivery, WebhookEndpoint]]:
-        """Claim deliveries of as many endpoints as there are places, whichever: one that does not answer must not keep others
-        waiting."""
+        """Claim deliveries of as many endpoints as there are places, in random order, so that one that does not answer cannot delay
+        others."""
         now, claimed = time.time(), []
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "deliveries")
@@ -62,7 +62,9 @@ class Deliveries:
                         continue
                     delivery.next_at, delivery.attempts = now + LEASE_SECONDS, delivery.attempts + 1
                     claimed.append((delivery, endpoint))
-            session.execute(delete(Delivery).where(Delivery.state != "waiting", Delivery.next_at < now - KEPT_SECONDS))
+            session.execute(
+                delete(Delivery).where(Delivery.state != "waiting", Delivery.next_at < now - RETENTION_SECONDS)
+            )
         return claimed
 
     async def _send(self, delivery: Delivery, endpoint: WebhookEndpoint) -> None:
@@ -76,7 +78,7 @@ class Deliveries:
             row.status = status
             if status is not None and 200 <= status < 300:
                 row.state = "delivered"
-            elif now - row.created > GIVEN_UP_SECONDS:
+            elif now - row.created > GIVE_UP_SECONDS:
                 row.state = "failed"
             else:
                 row.next_at = now + PAUSES[min(row.attempts, len(PAUSES)) - 1]

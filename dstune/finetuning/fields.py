@@ -1,4 +1,4 @@
-"""Fields that several kinds of objects have."""
+"""Fields shared by several kinds of objects."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ UNKNOWN = "unknown_parameter"
 
 
 class Body(validation.Body):
-    """The JSON object of a request, or one within it. Null stands for a field that was left out."""
+    """The JSON object of a request, or one inside it. Null means an absent field."""
 
-    model_config = ConfigDict(extra="ignore")  # pydantic would name an unknown field, but no place that was meant
+    model_config = ConfigDict(extra="ignore")  # pydantic would name an unknown field, but not suggest the right place
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, value: Any) -> Any:
-        """Refuse what the contract does not know: nothing that a client sets is dropped without a word."""
+        """Refuse unknown fields, so that no setting of a client is ignored silently."""
         if isinstance(value, dict) and (unknown := set(map(str, value)) - cls.accepted(value)):
             accepted = sorted(cls.accepted(value))
             raise PydanticCustomError(UNKNOWN, "is unknown", {"name": min(unknown), "accepted": accepted})
@@ -34,12 +34,12 @@ class Body(validation.Body):
 
     @classmethod
     def accepted(cls, value: Mapping[str, Any]) -> set[str]:
-        """Return the names that fields of this object may have."""
+        """Return the field names that this object accepts."""
         return set(cls.model_fields)
 
 
 class IdText(Expected):
-    """A text of 1 to `most` characters that a database keeps."""
+    """A text of 1 to `most` characters that every supported database can store."""
 
     def __init__(self, most: int):
         super().__init__(f"must be a text of 1 to {most} characters")
@@ -58,8 +58,8 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 
 def read_body(model: type[BodyT], value: Mapping[str, Any], elsewhere: Mapping[str, str] | None = None) -> BodyT:
-    """Return the fields of a request, checked. elsewhere: by the name of a field that clients often send at the wrong level, the
-    place that it belongs to. Raises ApiError for the first mistake."""
+    """Validate a request's fields. elsewhere: the right place of fields that clients often send at the wrong level, by name. Raises
+    ApiError for the first mistake."""
     return validation.read(model, value, lambda mistake: _refusal(mistake, elsewhere or {}))
 
 
@@ -85,7 +85,8 @@ Metadata = Annotated[dict[str, str], Field(max_length=MOST_PAIRS), AfterValidato
 
 
 def is_text(value: object, most: int) -> TypeGuard[str]:
-    """Return whether `value` is a text of 1 to `most` characters: half of a surrogate pair is none, and PostgreSQL keeps no NUL."""
+    """Return whether `value` is a text of 1 to `most` characters that can be stored: half a surrogate pair cannot, nor a NUL in
+    PostgreSQL."""
     if not isinstance(value, str) or not 0 < len(value) <= most:
         return False
     try:
@@ -98,10 +99,9 @@ def is_text(value: object, most: int) -> TypeGuard[str]:
 def refuse_unknown(
     value: Mapping[str, Any], accepted: Collection[str], at: str = "", elsewhere: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse fields that nothing would act on, so that no setting of a client is dropped without a word.
-
-    at: where `value` stands in the request. elsewhere: by the name of a field that clients often put here by mistake, the
-    place that it belongs to. Raises ApiError that names the first unknown field and the place that was probably meant."""
+    """Refuse unknown fields, so that no setting of a client is ignored silently. at: the place of `value` in the request.
+    elsewhere: the right place of fields that clients often put here by mistake, by name. Raises ApiError that names the first
+    unknown field and the place that was probably meant."""
     unknown = sorted(set(map(str, value)) - set(accepted))
     if unknown:
         raise _unknown(unknown[0], accepted, at, elsewhere or {})
@@ -122,7 +122,7 @@ def _unknown(name: str, accepted: Collection[str], at: str, elsewhere: Mapping[s
 
 
 async def refuse_body(request: Request) -> None:
-    """Refuse fields in the body of a request that takes none; no body and an empty object are the same. Raises ApiError."""
+    """Refuse fields in the body of a request that takes none; an empty object is accepted. Raises ApiError."""
     if request.header("content-length") not in ("", "0") or request.header("transfer-encoding"):
         refuse_unknown(await request.json(), ())
 

@@ -1,4 +1,4 @@
-"""`/v1/files`: kept once for each content and project, ids of their own, gone when nobody names them any more."""
+"""`/v1/files`: equal contents of a project are stored once, under several file ids, and removed when no id references them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from dstune.finetuning import audit, pages
 from dstune.finetuning.blobs import Blobs, Staged
-from dstune.finetuning.creations import Attempt, is_repetition
+from dstune.finetuning.creations import Attempt, is_retry
 from dstune.finetuning.fields import refuse_unknown
 from dstune.finetuning.forms import read_form
 from dstune.finetuning.ids import new_id, unix_time
@@ -28,19 +28,19 @@ from dstune.serve.store.keys import Caller
 
 PURPOSES = ("fine-tune", "evals", "user_data", "batch")
 BATCH_SECONDS = 30 * 86_400
-"""After which a batch's input goes where its upload says nothing."""
+"""Default lifetime of a batch's input file."""
 
 
 class Files:
     def __init__(self, database: Database, blobs: Blobs, settings: ApiSettings):
         self._database, self._blobs, self._settings = database, blobs, settings
         self.counted: list[Callable[[Session, str], int]] = [self._bytes_of]
-        """What takes space of a project: each tells its bytes."""
+        """Return the bytes that a project uses; one function for each kind of storage."""
 
     # -- routes
 
     async def create(self, gateway: Gateway, request: Request) -> None:
-        request.repeatable = False  # an older client would send an empty file the second time
+        request.repeatable = False  # an older client would send an empty file on its retry
         request.query(())
         names = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
         form = await read_form(request, self._blobs, file="file", fields=names, most=self._settings.file_bytes)
@@ -52,7 +52,7 @@ class Files:
             made = await asyncio.to_thread(self._create, request, attempt, form.file, form.filename, purpose, seconds)
         finally:
             form.file.discard()
-        await request.answer(described_file(made))
+        await request.answer(describe_file(made))
 
     async def listed(self, gateway: Gateway, request: Request) -> None:
         query = request.query((*pages.PARAMETERS, "purpose"))
@@ -63,7 +63,7 @@ class Files:
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        await request.answer(described_file(await asyncio.to_thread(self._read, request)))
+        await request.answer(describe_file(await asyncio.to_thread(self._read, request)))
 
     async def content(self, gateway: Gateway, request: Request) -> None:
         request.query(())
@@ -73,7 +73,7 @@ class Files:
         try:
             piece = await asyncio.to_thread(next, pieces, b"")
         except FileNotFoundError:
-            raise missing(row.id) from None  # deleted a moment ago
+            raise missing(row.id) from None  # it has just been deleted
         headers = [
             (b"content-type", b"application/octet-stream"),
             (b"content-disposition", b"attachment"),
@@ -94,28 +94,27 @@ class Files:
     # -- for jobs and batches
 
     def of(self, session: Session, project: str, file: str, param: str = "id") -> File:
-        """Return a file of a project. Raises ApiError 404 where there is none, or it has expired."""
-        row = session.scalar(select(File).where(File.project == project, File.id == file, *_alive()))
+        """Return a file of a project. Raises ApiError 404 if it does not exist or has expired."""
+        row = session.scalar(select(File).where(File.project == project, File.id == file, *_is_alive_conditions()))
         if row is None:
             raise missing(file, param)
         return row
 
     def snapshot(self, row: File, target: Path) -> None:
-        """Put the bytes of a file under a path that stays when the file is deleted."""
+        """Copy the bytes of a file to a path that stays when the file is deleted."""
         assert row.blob is not None
         self._blobs.snapshot(row.blob, target)
 
     def stage(self) -> Staged:
-        """Return a file that the server itself writes; `close` it, then `add` it, then `discard` it."""
+        """Return a file for the server itself to write; `close` it, then `add` it, then `discard` it."""
         return self._blobs.stage()
 
     def add(
         self, session: Session, staged: Staged, *, project: str, key: str, filename: str, purpose: str,
         seconds: int | None = None, is_server_made: bool = False,
     ) -> File:  # fmt: skip
-        """Add a file of bytes that are staged and closed; inside a transaction that writes. is_server_made: added even
-        where the project has no space left, since its job or batch could not end. Raises ApiError where the project's space
-        does not suffice."""
+        """Add a file from staged and closed bytes, inside a writing transaction. is_server_made: add it even if the project has no
+        space left, since its job or batch could not end otherwise. Raises ApiError if the project has too little space."""
         self._database.exclusive(session, f"blobs {project}")
         blob = session.scalar(select(Blob).where(Blob.project == project, Blob.sha256 == staged.sha256))
         if blob is None:
@@ -138,7 +137,7 @@ class Files:
         return row
 
     def check_space(self, session: Session, project: str, size: int = 0) -> None:
-        """Refuse `size` more bytes of a project that has no space for them. Raises ApiError."""
+        """Raise ApiError if the project has no space for `size` more bytes."""
         self._database.exclusive(session, f"blobs {project}")
         if self._used(session, project) + size > self._settings.project_bytes:
             message = (
@@ -149,7 +148,7 @@ class Files:
             raise ApiError(429, message, code="insufficient_quota", headers=headers)
 
     def has_space(self, project: str) -> bool:
-        """Return whether a project may store more."""
+        """Return whether the project has space left."""
         with self._database.session() as session:
             return self._used(session, project) <= self._settings.project_bytes
 
@@ -161,7 +160,7 @@ class Files:
         return session.scalar(select(func.coalesce(func.sum(Blob.bytes), 0)).where(Blob.project == project)) or 0
 
     def sweep(self) -> None:
-        """Delete what has expired, and bytes that no row names."""
+        """Delete expired files, and bytes that no row references."""
         unused: list[str] = []
         with self._database.writing.begin() as session:
             query = select(File).where(File.deleted_at.is_(None), File.expires_at <= unix_time()).limit(1000)
@@ -193,10 +192,10 @@ class Files:
         return row
 
     def _list(self, caller: Caller, page: pages.Page, purpose: str | None) -> dict[str, Any]:
-        listed = _alive() if purpose is None else [*_alive(), File.purpose == purpose]
+        listed = _is_alive_conditions() if purpose is None else [*_is_alive_conditions(), File.purpose == purpose]
         with self._database.session() as session:
             rows, has_more = pages.rows_of(session, File, page, [File.project == caller.project], *listed)
-        return pages.listing([described_file(row) for row in rows], has_more, nobody="")
+        return pages.listing([describe_file(row) for row in rows], has_more, nobody="")
 
     def _read(self, request: Request) -> File:
         with self._database.session() as session:
@@ -206,14 +205,14 @@ class Files:
         project = request.key.project
         with self._database.writing.begin() as session:
             row = session.scalar(select(File).where(File.project == project, File.id == file).with_for_update())
-            if row is None or (row.deleted_at and not is_repetition(request.header("x-stainless-retry-count"))):
+            if row is None or (row.deleted_at and not is_retry(request.header("x-stainless-retry-count"))):
                 raise missing(file)
             unused = [] if row.deleted_at else self._drop(session, row)
             audit.note(session, request, "file.deleted", file)
         self._remove(unused)
 
     def _drop(self, session: Session, row: File) -> list[str]:
-        """Mark a file as deleted. Returns the blobs that nothing names any more."""
+        """Mark a file as deleted. Returns the blobs that no file references any more."""
         self._database.exclusive(session, f"blobs {row.project}")
         blob = session.get(Blob, row.blob) if row.blob is not None else None
         row.blob, row.filename, row.deleted_at = None, "", unix_time()
@@ -231,8 +230,8 @@ class Files:
             self._blobs.remove(blob)
 
 
-def described_file(row: File) -> dict[str, Any]:
-    """Describe a file without the fields that have no value: the public contract has none that are null."""
+def describe_file(row: File) -> dict[str, Any]:
+    """Describe a file, without fields that have no value: the API defines none that are null."""
     value = {
         "id": row.id,
         "object": "file",
@@ -251,7 +250,7 @@ def missing(file: str, param: str = "id") -> ApiError:
 
 
 def checked_purpose(purpose: object) -> str:
-    """Return the purpose of an upload if the server knows it. Raises ApiError."""
+    """Return the purpose of an upload if it is valid. Raises ApiError."""
     if purpose is None:
         raise ApiError(400, "Missing required field: 'purpose'.", param="purpose", code="missing_required_parameter")
     if purpose not in PURPOSES:
@@ -262,7 +261,8 @@ def checked_purpose(purpose: object) -> str:
 
 
 def lifetime(expiry: Mapping[str, Any] | None, purpose: str, param: str = "expires_after") -> int | None:
-    """Return seconds that a file lives; None for ever. expiry: of a request, in which it is called `param`. Raises ApiError."""
+    """Return a file's lifetime in seconds; None for ever. expiry: from a request, where the field is called `param`. Raises
+    ApiError."""
     if expiry is None:
         return BATCH_SECONDS if purpose == "batch" else None
     if not isinstance(expiry, Mapping) or expiry.get("anchor") != "created_at":
@@ -286,5 +286,5 @@ def _expiry(fields: Mapping[str, str]) -> dict[str, Any] | None:
     return expiry or None
 
 
-def _alive() -> list[Any]:
+def _is_alive_conditions() -> list[Any]:
     return [File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > unix_time())]

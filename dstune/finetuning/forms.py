@@ -1,4 +1,4 @@
-"""multipart/form-data, read as it comes: the one file straight to the disk, the fields around it bounded."""
+"""Parses multipart/form-data as it arrives: the file goes straight to disk, the other fields are limited in size."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FIELD_BYTES = 65_536
-"""Of all fields together."""
+"""Limit of all fields together."""
 LEAST_BYTES_A_SECOND = 16_384
 WINDOW_SECONDS = 30.0
-"""In each of which a body has to come at least that fast: one that does not keeps a place for days."""
+"""A body must arrive at the minimum rate in each window; otherwise a slow upload would keep its place for days."""
 AROUND_BYTES = 262_144
 """What a body may have beside the file: fields, headers and boundaries."""
 
@@ -34,14 +34,14 @@ class Form:
     fields: dict[str, str]
     filename: str
     file: Staged
-    """Complete and on the disk; whoever got it keeps or discards it."""
+    """Complete and on disk; the caller keeps or discards it."""
 
 
 async def read_form(
     request: Request, blobs: Blobs, *, file: str, fields: Collection[str], most: int, prefix: str = "blob-"
 ) -> Form:
-    """Return the body of a request. file: the name of the part that is one; most: its bytes; prefix: of the id under which they
-    are stored. Raises ApiError, ClientGone; the disk is as before then."""
+    """Parse the body of a request. file: the name of the file part; most: its size limit in bytes; prefix: of the id under which it
+    is stored. Raises ApiError, ClientGone; nothing is left on disk then."""
     kind, options = parse_options_header(request.header("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
@@ -75,7 +75,7 @@ async def _read(request: Request, reader: _Reader, boundary: bytes) -> None:
         if reader.waiting >= CHUNK:
             waited = time.monotonic()
             await asyncio.to_thread(reader.flush)
-            began += time.monotonic() - waited  # the disk is not the client's
+            began += time.monotonic() - waited  # time spent on the disk does not count against the client
     parser.finalize()
     if not reader.ended:
         raise ApiError(400, "The body ends in the middle.")
@@ -84,7 +84,7 @@ async def _read(request: Request, reader: _Reader, boundary: bytes) -> None:
 
 @dataclass
 class _Reader:
-    """What the parser calls."""
+    """Callbacks of the multipart parser."""
 
     blobs: Blobs
     file: str
@@ -96,7 +96,7 @@ class _Reader:
     staged: Staged | None = None
     ended: bool = False
     waiting: int = 0
-    """Bytes of the file that are not written yet."""
+    """Bytes of the file that have not been written yet."""
     _chunks: list[bytes] = field(default_factory=list)
     _size: int = 0
     _field_bytes: int = 0
@@ -108,17 +108,17 @@ class _Reader:
 
     def callbacks(self) -> MultipartCallbacks:
         return {
-            "on_part_begin": self._begin,
+            "on_part_begin": self._on_part_begin,
             "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
             "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
             "on_header_end": self._header_end,
             "on_headers_finished": self._headers_end,
-            "on_part_data": self._data,
-            "on_part_end": self._end,
-            "on_end": self._all,
+            "on_part_data": self._on_data,
+            "on_part_end": self._on_part_end,
+            "on_end": self._on_end,
         }
 
-    def _begin(self) -> None:
+    def _on_part_begin(self) -> None:
         self._disposition, self._text = "", bytearray()
 
     def _header_end(self) -> None:
@@ -149,7 +149,7 @@ class _Reader:
         if self._name in self.fields:
             raise ApiError(400, f"{excerpt!r} is there twice.", param=excerpt)
 
-    def _data(self, data: bytes, start: int, end: int) -> None:
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
         length = end - start
         if self._in_file:
             self._size += length
@@ -164,7 +164,7 @@ class _Reader:
             raise ApiError(413, f"The fields have more than {FIELD_BYTES} bytes.", code="request_too_large")
         self._text += data[start:end]
 
-    def _end(self) -> None:
+    def _on_part_end(self) -> None:
         if not self._in_file:
             try:
                 self.fields[self._name] = self._text.decode()
@@ -172,7 +172,7 @@ class _Reader:
                 raise ApiError(400, f"{self._name[:80]!r} is not UTF-8.", param=self._name[:80]) from None
         self._in_file = False
 
-    def _all(self) -> None:
+    def _on_end(self) -> None:
         self.ended = True
 
     def flush(self) -> None:
@@ -203,13 +203,14 @@ def _text(value: bytes) -> str:
 
 
 def _label(value: bytes) -> str:
-    """Return a file's name, as clients write quotes and line ends into it. It is shown, and never a path. Raises ApiError."""
+    """Return a file name, with quotes and line breaks unescaped as clients escape them. It is only displayed, never used as a path.
+    Raises ApiError."""
     name = _text(value).replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
     return checked_filename(name)
 
 
 def checked_filename(name: object) -> str:
-    """Return the name of an uploaded file if it is one. Raises ApiError for what is none."""
+    """Return the name of an uploaded file if it is valid. Raises ApiError."""
     if not is_text(name, 512):
         raise invalid("filename", "a text of 1 to 512 characters")
     return name

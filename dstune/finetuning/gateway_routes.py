@@ -1,4 +1,4 @@
-"""The fine-tuning API of `dstune serve`, with the jobs that it runs."""
+"""The fine-tuning API of `dstune serve`, and the jobs that it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dstune.serve.gateway.app import Gateway, Route
 
 MODULES = ("cryptography", "python_multipart", "rapidfuzz")
-"""Of the extra `api`."""
+"""Modules of the extra `api`."""
 BEGINNINGS = (
     *("files", "uploads", "fine_tuning", "batches"),
     *("webhook_endpoints", "webhook_event_types", "organization", "secrets"),
@@ -103,7 +103,7 @@ class FineTuningRoutes(Routes):
             yield Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs)
 
     def run_instead(self, arguments: argparse.Namespace, state: Path) -> int | None:
-        """Look after jobs until SIGTERM (`--jobs only`); they go on without this process."""
+        """Run jobs without a gateway until SIGTERM (`--jobs only`); the jobs continue without this process."""
         if arguments.jobs != "only":
             return None
         _require_extra()
@@ -144,7 +144,7 @@ class FineTuningRoutes(Routes):
 
 
 def parts(arguments: argparse.Namespace, state: Path) -> Parts:
-    """Return what jobs are made of. Raises UserError where `--presets` names no file."""
+    """Return the components of jobs. Raises UserError if `--presets` is not a file."""
     from dstune.finetuning.jobs.build import Parts
     from dstune.finetuning.jobs.presets import FILE
 

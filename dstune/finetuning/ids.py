@@ -1,4 +1,4 @@
-"""Ids of objects, and the time as the API tells it."""
+"""Ids of objects, and timestamps of the API."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LETTERS = string.ascii_letters + string.digits
 
 
 def new_id(prefix: str, length: int = 24) -> str:
-    """Return `file-` and the like with `length` random letters and digits."""
+    """Return an id: `prefix`, such as `file-`, and `length` random letters and digits."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
 
 
 def unix_time() -> int:
-    """Return the time in whole seconds, as `created_at`."""
+    """Return the Unix time in whole seconds."""
     return int(time.time())

@@ -1,4 +1,4 @@
-"""`/v1/organization/...`: usage, costs and the audit log of an organization, for its owners; and secrets of a project."""
+"""`/v1/organization/...`: usage, costs and the audit log of an organization, for its owners; and a project's secrets."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dstune.serve.store.tables import AnswerRow, Key, Project
 from dstune.serve.validation import Expected
 
 WIDTHS = {"1m": (60, 60, 1440), "1h": (3600, 24, 168), "1d": (86_400, 7, 31)}
-"""Seconds of a bucket, how many there are, and how many there may be."""
+"""Bucket widths: seconds of a bucket, the default number of buckets and the maximum."""
 SECRETS = ("wandb",)
 CURRENCY = "usd"
 
 
 @dataclass(frozen=True)
 class UsageEntry:
-    """What one answer or job has used."""
+    """The usage of one answer or job."""
 
     at: int
     """Unix seconds."""
@@ -68,19 +68,19 @@ class Total:
 
 @dataclass(frozen=True)
 class UsageQuery:
-    """What a request for usage asks: totals of `group_by` in buckets of time."""
+    """A request for usage: totals of `group_by` in time buckets."""
 
     organization: str
     start: int
-    """Unix seconds, as `end`, which is exclusive."""
+    """Unix seconds, like `end`, which is exclusive."""
     end: int
     width: int
-    """Seconds of a bucket."""
+    """Seconds per bucket."""
     count: int
-    """The most buckets of a page."""
+    """The most buckets on a page."""
     group_by: tuple[str, ...]
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """The values of `project`, `key` and `model` that count; absent for all."""
+    """Values of `project`, `key` and `model` to include; a missing field includes all."""
 
     def counts(self, entry: UsageEntry) -> bool:
         return all(getattr(entry, name) in values for name, values in self.only.items())
@@ -119,10 +119,10 @@ class Organizations:
         request.query(())
         await request.answer(await asyncio.to_thread(self._secrets, request.key.project))
 
-    async def keep_secret(self, gateway: Gateway, request: Request) -> None:
+    async def store_secret(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         secret = read_body(SecretRequest, await request.json())
-        await asyncio.to_thread(self._keep_secret, request, secret.name, secret.value)
+        await asyncio.to_thread(self._store_secret, request, secret.name, secret.value)
         await request.answer({"object": "project.secret", "name": secret.name})
 
     async def drop_secret(self, gateway: Gateway, request: Request) -> None:
@@ -220,7 +220,7 @@ class Organizations:
             of_organization = [AuditEntry.organization == organization]
             rows, has_more = pages.rows_of(session, AuditEntry, page, of_organization, *filters)
             names = {row.id: row.name for row in session.scalars(select(Project))}
-        return pages.listing([_described_entry(row, names) for row in rows], has_more)
+        return pages.listing([_describe_entry(row, names) for row in rows], has_more)
 
     def _secrets(self, project: str) -> dict[str, Any]:
         with self._database.session() as session:
@@ -228,7 +228,7 @@ class Organizations:
             data = [{"object": "project.secret", "name": row.name, "created_at": row.created_at} for row in rows]
         return {"object": "list", "data": data}
 
-    def _keep_secret(self, request: Request, name: str, value: str) -> None:
+    def _store_secret(self, request: Request, name: str, value: str) -> None:
         with self._database.writing.begin() as session:
             self._vault.keep(session, request.key.project, name, value)
             audit.note(session, request, "secret.created", name)
@@ -243,7 +243,7 @@ class Organizations:
 
 
 def _read_usage_query(request: Request, groups: Sequence[str], widths: Sequence[str] = tuple(WIDTHS)) -> UsageQuery:
-    """Read the parameters of a request for usage. groups: what it may group by. Raises ApiError."""
+    """Parse the parameters of a request for usage. groups: the fields it may group by. Raises ApiError."""
     lists = ("project_ids", "api_key_ids", "models", "group_by")
     query = request.query(("start_time", "end_time", "bucket_width", "limit", "page"), lists=lists)
     width_name = query.get("bucket_width", "1d")
@@ -315,7 +315,7 @@ def _cost_result(total: Total) -> dict[str, Any]:
     }
 
 
-def _described_entry(row: AuditEntry, names: Mapping[str, str]) -> dict[str, Any]:
+def _describe_entry(row: AuditEntry, names: Mapping[str, str]) -> dict[str, Any]:
     return {
         "id": row.id,
         "object": "organization.audit_log",

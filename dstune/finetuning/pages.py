@@ -1,4 +1,4 @@
-"""Lists in pages, as the official client walks them: `after` is the id of the last row of the page before."""
+"""Cursor pagination as in the official client: `after` is the id of the previous page's last row."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ def rows_of(
     *listed: ColumnElement[bool],
     options: Sequence[ExecutableOption] = (),
 ) -> tuple[list[Row], bool]:
-    """Return the rows of a page, and whether there are more. may_name: conditions of the rows that the caller may name at all;
-    listed: which of them are listed. A cursor may name a row that is not listed any more. Raises ApiError for one that names
-    nothing."""
+    """Return the rows of a page, and whether there are more. may_name: conditions on rows that the caller may use as a cursor;
+    listed: conditions on rows to list. A cursor may be a row that is no longer listed. Raises ApiError for an unknown cursor."""
     query = select(table).options(*options).where(*may_name, *listed)
     place = tuple_(table.created_at, table.number)
     if page.after is not None:
@@ -66,7 +65,7 @@ def rows_of(
 def listing(
     values: list[dict[str, Any]], has_more: bool, *, ids: bool = True, nobody: str | None = None
 ) -> dict[str, Any]:
-    """Return the body of a list. ids: whether it names the first and the last one; nobody: their id where the list is empty."""
+    """Return the body of a list. ids: whether it includes the first and the last id; nobody: their value for an empty list."""
     body: dict[str, Any] = {"object": "list", "data": values, "has_more": has_more}
     if ids:
         body |= {"first_id": values[0]["id"] if values else nobody, "last_id": values[-1]["id"] if values else nobody}

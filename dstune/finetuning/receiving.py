@@ -1,4 +1,4 @@
-"""Who may send a file now: places are shared among keys and projects, and a key without one always gets in."""
+"""Limits concurrent uploads: places are shared among keys and projects, and a key without an upload is always admitted."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dstune.serve.errors import ApiError
 from dstune.serve.store.keys import Caller
 
 MOST_AT_ONCE = 64
-"""Files that come in at a time: each has a few MB in memory."""
+"""Concurrent uploads: each takes a few MB of memory."""
 MOST_OF_PROJECT = 48
 MOST_OF_KEY = 32
 MOST_FIRST = 512
-"""Files in all, beyond which even the first one of a key has to wait."""
+"""Total number of uploads beyond which even a key's first one has to wait."""
 
 
 class Receiving:
-    """The files that come in. Everything happens in one event loop."""
+    """The running uploads. Everything happens in one event loop."""
 
     def __init__(self) -> None:
         self._keys: Counter[str] = Counter()
@@ -26,7 +26,7 @@ class Receiving:
 
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:
-        """Hold a place while a file is read. Raises ApiError 429 where the key, its project or the server has too many."""
+        """Hold a place during an upload. Raises ApiError 429 if the key, its project or the server has too many."""
         total, of_key, of_project = self._keys.total(), self._keys[caller.id], self._projects[caller.project]
         if of_key >= MOST_OF_KEY:
             raise _refused("This key sends too many files at once.")

@@ -1,4 +1,4 @@
-"""The routes of the fine-tuning API: the one place where they are registered."""
+"""The table of routes of the fine-tuning API."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def routes(api: FineTuning) -> list[Route]:
         Route("GET", "/v1/organization/usage/fine_tuning", api.organizations.training, scope="owner"),
         Route("GET", "/v1/organization/costs", api.organizations.costs, scope="owner"),
         Route("GET", "/v1/secrets", api.organizations.list_secrets, scope="owner"),
-        Route("POST", "/v1/secrets", api.organizations.keep_secret, scope="owner"),
+        Route("POST", "/v1/secrets", api.organizations.store_secret, scope="owner"),
         Route("DELETE", "/v1/secrets/{secret}", api.organizations.drop_secret, scope="owner"),
         Route("POST", "/v1/fine_tuning/alpha/graders/run", graders.run, scope="member"),
         Route("POST", "/v1/fine_tuning/alpha/graders/validate", graders.validate, scope="member"),

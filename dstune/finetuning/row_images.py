@@ -1,8 +1,5 @@
-"""Images in training files, by the limits of OpenAI's vision fine-tuning: JPEG, PNG and WEBP in messages of the user, at most ten
-of 10 MB in a row.
-
-Each one is decoded when its file is checked, so that no job ends at a damaged one.
-"""
+"""Validates images in training files by the limits of OpenAI's vision fine-tuning: JPEG, PNG and WEBP in user messages, at most ten
+images of 10 MB per row. Each is decoded when its file is validated, so that no job fails at a damaged one."""
 
 from __future__ import annotations
 
@@ -22,23 +19,23 @@ from dstune.finetuning.row_problems import FieldError
 from dstune.serve.images import is_chat_image, problem_of_address
 
 MOST_IMAGES = 10
-"""Of a row."""
+"""Per row."""
 MOST_BYTES = 10 << 20
-"""Of an image file."""
+"""Size of an image file."""
 MOST_ROWS = 50_000
-"""Rows with images of a file."""
+"""Rows with images per file."""
 _BEGINNINGS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF"}
 
 
 class ImageRows:
-    """Judges the images of a file's rows, one row after the other."""
+    """Validates the images of a file, row by row."""
 
     def __init__(self, blind: str = ""):
-        """blind: why the model sees none; empty where it does."""
+        """blind: why the model reads no images; empty if it does."""
         self._blind, self._rows = blind, 0
 
     def judge(self, row: Mapping[str, Any]) -> None:
-        """Raise FieldError for the first image that cannot be trained on. row: of any shape."""
+        """Check the images of a row, which may have any shape. Raises FieldError for the first image that cannot be used."""
         pixels = 0
         for number, (at, part, role) in enumerate(_images_of(row)):
             if self._blind:
@@ -68,7 +65,7 @@ def _images_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any],
 
 
 def _pixels(part: Mapping[str, Any], at: str) -> int:
-    """Count the pixels of an image. Raises FieldError where it cannot be trained on."""
+    """Count the pixels of an image. Raises FieldError if it cannot be used."""
     if unknown := [key for key in part if key not in ("type", "image_url")]:
         raise FieldError(f"{at}.{unknown[0][:60]}", "is no key of an image; known are type, image_url")
     image = part.get("image_url")
@@ -91,7 +88,7 @@ def _pixels(part: Mapping[str, Any], at: str) -> int:
             raise RowError(f"is none of {', '.join(_BEGINNINGS)}")
         require_pillow("images")
         decode(content)
-        width, height = size_of(content)  # refuses several frames, of which decoding sees the first
+        width, height = size_of(content)  # refuses files with several frames, since decoding reads only the first
     except RowError as error:
         raise FieldError(f"{at}.image_url.url", str(error)) from None
     except UserError as error:
@@ -100,8 +97,8 @@ def _pixels(part: Mapping[str, Any], at: str) -> int:
 
 
 def why_blind(path: str, revision: str | None, name: str) -> str:
-    """Return why jobs of a model train on no images; empty where they do, and where its files are not on this machine: then its
-    training tells. name: as clients know it."""
+    """Return why jobs of a model cannot train on images; empty if they can, or if its files are not on this machine, in which case
+    training finds out. name: the model's public name."""
     folder = base_folder(path, revision)
     config = object_in(Path(folder) / "config.json") if folder is not None else {}
     if folder is None or not config:

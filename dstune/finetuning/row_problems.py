@@ -1,4 +1,4 @@
-"""What is wrong with a row of a training file, and where."""
+"""A problem of a training file, and its place."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowProblem:
-    """One thing that is wrong with a file."""
+    """A problem of a training file."""
 
     line: int
-    """From 1; 0 for the file as a whole."""
+    """Starting at 1; 0 for the complete file."""
     field: str
-    """`messages[1].role`; empty for the row as a whole."""
+    """Such as `messages[1].role`; empty for the complete row."""
     reason: str
 
     def __str__(self) -> str:
@@ -21,7 +21,7 @@ class RowProblem:
 
 
 class FieldError(ValueError):
-    """A field of a row is not what it must be."""
+    """A field of a row is invalid."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(reason)

@@ -1,8 +1,5 @@
-"""Training files, judged row by row as the job will read them, and written down as dstune reads them.
-
-A row first has to have the shape that OpenAI's documents ask for, key by key; then dstune's own reader takes it. What either
-refuses is a problem with its line and field.
-"""
+"""Validates training files row by row, and converts them to dstune's form. A row must have the shape that OpenAI documents, key by
+key, and be accepted by dstune's reader. Every refusal is a problem with its line and field."""
 
 from __future__ import annotations
 
@@ -29,12 +26,12 @@ from dstune.serve.images import is_chat_image
 
 LEAST_ROWS = 10
 LINE_BYTES = 144 << 20
-"""Of ten images of 10 MB in base64, and text."""
-PLAIN_BYTES = 16 << 20
-"""Of a line whose objects and lists nobody counts before they are made."""
+"""Ten images of 10 MB in base64, and text."""
+UNCOUNTED_BYTES = 16 << 20
+"""Longer lines have their objects and lists counted before they are parsed."""
 MOST_DEEP = 64
 MOST_PROBLEMS = 20
-"""After which a file is not read on."""
+"""Reading stops after this many problems."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call", "refusal")
@@ -45,14 +42,14 @@ _NUMBER = re.compile(r"\bmessage (\d+)\b")
 
 @dataclass
 class Checked:
-    """What a file holds."""
+    """The result of validating a file."""
 
     rows: int = 0
     bytes: int = 0
     problems: list[RowProblem] = field(default_factory=list)
 
     def error(self, file: str, param: str) -> dict[str, Any] | None:
-        """Return the `error` of a job; None where the file is good. file: its id; param: `training_file` or `validation_file`."""
+        """Return the `error` of a job; None if the file is valid. file: its id; param: `training_file` or `validation_file`."""
         if not self.problems:
             return None
         first = self.problems[0]
@@ -67,8 +64,8 @@ class Checked:
 def check_file(
     path: Path, method: str, *, least: int = LEAST_ROWS, title: str = "Training", blind: str = ""
 ) -> Checked:
-    """Read all of a file. method: `supervised`, `dpo` or `reinforcement`; title: what the message about too few rows calls it.
-    blind: why the model sees no images; empty where it does."""
+    """Validate a file. method: `supervised`, `dpo` or `reinforcement`; title: the file's name in the message about too few rows.
+    blind: why the model reads no images; empty if it does."""
     checked = Checked()
     for _, problem in _read(path, method, checked, ImageRows(blind)):
         if problem is not None:
@@ -84,8 +81,8 @@ def check_file(
 
 
 def write_rows(path: Path, target: Path, method: str) -> int:
-    """Write the rows of a good file as dstune reads them, one a line, so that line numbers stay; their number. Raises
-    ValueError where the file is not good."""
+    """Write the rows of a valid file in dstune's form, one per line so that line numbers stay, and return their number. Raises
+    ValueError if the file is invalid."""
     count = 0
     with target.open("w", encoding="utf-8", newline="\n") as written:
         for row, problem in _read(path, method, Checked()):
@@ -99,7 +96,8 @@ def write_rows(path: Path, target: Path, method: str) -> int:
 def _read(
     path: Path, method: str, checked: Checked, images: ImageRows | None = None
 ) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
-    """Yield the rows of a file as dstune reads them. images: judges those of the rows; None where that was done before."""
+    """Yield the rows of a file in dstune's form, each with its problem, if any. images: validates the rows' images; None if that
+    has been done."""
     shape = _SHAPES[method]
     blank = 0
     for number, line in enumerate(_lines(path), start=1):
@@ -124,7 +122,7 @@ def _read(
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Yield lines, of which one that is too long comes cut and so is no JSON."""
+    """Yield lines. One that is too long is truncated, and so is invalid JSON."""
     with path.open("rb") as file:
         while line := file.readline(LINE_BYTES + 1):
             if len(line) > LINE_BYTES and not line.endswith(b"\n"):
@@ -138,8 +136,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _object(line: bytes) -> dict[str, Any]:
     if line == b"\0":
         raise FieldError("", f"the line has more than {LINE_BYTES} bytes")
-    if len(line) > PLAIN_BYTES and (excess := excess_of(line, MOST_DEEP)):
-        raise FieldError("", f"the line has more than {PLAIN_BYTES} bytes and {excess}")
+    if len(line) > UNCOUNTED_BYTES and (excess := excess_of(line, MOST_DEEP)):
+        raise FieldError("", f"the line has more than {UNCOUNTED_BYTES} bytes and {excess}")
     try:
         value = parse_json(line.decode())
     except UnicodeDecodeError as error:
@@ -158,7 +156,7 @@ def _object(line: bytes) -> dict[str, Any]:
     return value
 
 
-# -- the shapes of rows
+# -- shapes of rows
 
 
 def _supervised(row: dict[str, Any]) -> dict[str, Any]:
@@ -214,19 +212,19 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
         if input_value.get("parallel_tool_calls") is False and len(output[0].get("tool_calls") or ()) > 1:
             raise FieldError(f"{name}[0].tool_calls", "has several calls, and parallel_tool_calls is false")
         answers[name] = output
-    made: dict[str, Any] = {
+    preference_row: dict[str, Any] = {
         "prompt": messages,
         "chosen": answers["preferred_output"],
         "rejected": answers["non_preferred_output"],
     }
     if input_value.get("tools"):
-        made["tools"] = input_value["tools"]
-    media.refuse_markers(pair_row(made))
-    return made
+        preference_row["tools"] = input_value["tools"]
+    media.refuse_markers(pair_row(preference_row))
+    return preference_row
 
 
 def _reinforcement(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a conversation that a user's message ends, and whatever the grader reads as `item.KEY`."""
+    """Return a conversation that ends with a user message, and the columns that the grader reads as `item.KEY`."""
     messages = _messages(_required(row, "messages"), "messages")
     _check_calls(messages, _tools(row, ""), "messages")
     if messages[-1]["role"] != "user":
@@ -237,16 +235,16 @@ def _reinforcement(row: dict[str, Any]) -> dict[str, Any]:
     media.refuse_markers(
         conversation_row(conversation_of(messages, "messages"), {"tools": row.get("tools")}, needs_answer=False)
     )
-    others = {name: value for name, value in row.items() if name not in ("messages", *TOOL_KEYS)}
-    media.refuse_columns(others)
-    made: dict[str, Any] = {"prompt": messages, **others}
+    columns = {name: value for name, value in row.items() if name not in ("messages", *TOOL_KEYS)}
+    media.refuse_columns(columns)
+    prompt_row: dict[str, Any] = {"prompt": messages, **columns}
     if row.get("tools"):
-        made["tools"] = row["tools"]
-    return made
+        prompt_row["tools"] = row["tools"]
+    return prompt_row
 
 
 RESERVED = ("prompt", "system", "columns", "chat_template_kwargs")
-"""Columns that dstune would read in a row of prompts."""
+"""Columns that dstune would interpret in a row of prompts."""
 _SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "supervised": _supervised,
     "dpo": _dpo,
@@ -266,7 +264,7 @@ def _only(row: Mapping[str, Any], keys: Collection[str], prefix: str) -> None:
 
 
 def _messages(value: Any, name: str, *, sees: bool = False) -> list[dict[str, Any]]:
-    """sees: whether they may show images."""
+    """sees: whether the messages may contain images."""
     if not isinstance(value, list) or not value:
         raise FieldError(name, f"must be a list of messages that is not empty, it is {format_value(value)}")
     for number, message in enumerate(value):
@@ -291,7 +289,7 @@ def _message(message: Mapping[str, Any], at: str, *, sees: bool) -> None:
     for number, part in enumerate(content if isinstance(content := message.get("content"), list) else ()):
         of_media = media.PARTS.get(type_of_part(part))
         if of_media and not (sees and is_chat_image(part)):
-            raise FieldError(f"{at}.content[{number}]", f"holds {of_media}; {_SEEN if sees else _READ}")
+            raise FieldError(f"{at}.content[{number}]", f"holds {of_media}; {_TEXT_AND_IMAGES if sees else _TEXT_ONLY}")
     weight = message.get("weight")
     if weight is not None:
         if role != "assistant":
@@ -311,8 +309,8 @@ def _message(message: Mapping[str, Any], at: str, *, sees: bool) -> None:
         raise FieldError(f"{at}.tool_calls", f"must be a list, it is {format_value(message['tool_calls'])}")
 
 
-_SEEN = "jobs train on text and on images as parts of the type image_url"
-_READ = "jobs of this method train on text alone"
+_TEXT_AND_IMAGES = "jobs train on text and on images as parts of the type image_url"
+_TEXT_ONLY = "jobs of this method train on text alone"
 
 
 def _tools(row: Mapping[str, Any], prefix: str) -> frozenset[str]:
@@ -342,7 +340,7 @@ def _tools(row: Mapping[str, Any], prefix: str) -> frozenset[str]:
 
 
 def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: str) -> None:
-    """Check that calls name tools of the row, and answers name calls."""
+    """Check that calls name tools of the row, and that tool results name calls."""
     called: set[str] = set()
     for number, message in enumerate(messages):
         at = f"{name}[{number}]"
@@ -368,6 +366,6 @@ def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: s
 
 
 def _field_of(reason: str) -> str:
-    """Return the field that dstune's reader speaks of, which counts messages from 1."""
+    """Return the field in a message of dstune's reader, which counts messages from 1."""
     number = _NUMBER.search(reason)
     return f"messages[{int(number[1]) - 1}]" if number else ""

@@ -1,4 +1,4 @@
-"""What the routes of the fine-tuning API share, and what runs behind them."""
+"""The state that routes of the fine-tuning API share, and its background loops."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Loop = Callable[[], Coroutine[Any, Any, None]]
 
 
 class FineTuning:
-    """folder: of the server, in which it makes `finetuning`."""
+    """folder: the server's, in which it creates `finetuning`."""
 
     def __init__(
         self, database: Database, folder: Path, settings: ApiSettings | None = None, parts: Parts | None = None
@@ -64,11 +64,11 @@ class FineTuning:
             self.models.loop,
             *([self.jobs.loop] if job_parts.runs else []),
         ]
-        """What runs until the server ends."""
+        """Loops that run until the server ends."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def attach(self, gateway: Gateway) -> None:
-        """Let the gateway's engines serve what jobs make, and answer batches."""
+        """Let the gateway's engines serve the models of jobs, and answer batches."""
         self.models.serving = Serving(gateway.fleet, self.models.store)
         gateway.inference.admits = self.models.serving.ensure
         if any(route.path in INFERENCE for route in gateway.routes):
@@ -91,7 +91,7 @@ class FineTuning:
             return self.vault.read(session, project, "wandb") is not None
 
     def _accounts(self, job: Job) -> dict[str, str]:
-        """Return variables of the accounts that a job uses, for its processes alone."""
+        """Return the environment variables of the accounts that a job uses, for its processes only."""
         if not job.integrations:
             return {}
         with self.database.session() as session:

@@ -1,4 +1,4 @@
-"""Tables of the fine-tuning API beside those of `store/tables.py`. A change here needs a migration."""
+"""Tables of the fine-tuning API, in addition to those of `store/tables.py`. A change here needs a migration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sqlalchemy.orm import Mapped, mapped_column
 from dstune.serve.store.tables import Table
 
 BIG = BigInteger().with_variant(Integer, "sqlite")
-"""A number that counts up by itself needs SQLite's own kind of integer."""
+"""SQLite only auto-increments its own integer type."""
 
 
 class Numbered(Table):
-    """A row with a public id, in the order in which rows were made: `created_at` has whole seconds, so that several share
-    one. Pages sort by both."""
+    """A row with a public id and a sequence number. Several rows may share `created_at`, which is in whole seconds, so pages sort
+    by both."""
 
     __abstract__ = True
     number: Mapped[int] = mapped_column(BIG, primary_key=True, autoincrement=True)
@@ -25,7 +25,7 @@ class Numbered(Table):
 
 
 class Blob(Table):
-    """Bytes that lie in the store once, however many files of a project have them."""
+    """Bytes that are stored once, however many files of a project contain them."""
 
     __tablename__ = "blobs"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -38,7 +38,7 @@ class Blob(Table):
 
 
 class File(Numbered):
-    """A file as its project sees it. A deleted one keeps its place in pages and nothing else."""
+    """A file as its project sees it. A deleted one only keeps its place in pages."""
 
     __tablename__ = "files"
     project: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -53,7 +53,7 @@ class File(Numbered):
 
 
 class Upload(Table):
-    """A file that comes in parts."""
+    """A file that is uploaded in parts."""
 
     __tablename__ = "uploads"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -64,7 +64,7 @@ class Upload(Table):
     mime_type: Mapped[str] = mapped_column(String(256))
     bytes: Mapped[int] = mapped_column(BigInteger)
     file_seconds: Mapped[int | None] = mapped_column(BigInteger, default=None)
-    """How long its file lives."""
+    """Lifetime of the completed file."""
     status: Mapped[str] = mapped_column(String(16))
     file: Mapped[str | None] = mapped_column(String(64), default=None)
     created_at: Mapped[int] = mapped_column(BigInteger)
@@ -72,7 +72,7 @@ class Upload(Table):
 
 
 class Part(Table):
-    """A part of an upload; its bytes lie under its id."""
+    """A part of an upload; its bytes are stored under its id."""
 
     __tablename__ = "parts"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -82,7 +82,7 @@ class Part(Table):
 
 
 class Creation(Table):
-    """What a request has made, so that its repetition finds it."""
+    """The object that a request created, so that its retry finds it."""
 
     __tablename__ = "creations"
     number: Mapped[int] = mapped_column(BIG, primary_key=True, autoincrement=True)
@@ -91,7 +91,7 @@ class Creation(Table):
     route: Mapped[str] = mapped_column(String(64))
     idempotency_key: Mapped[str | None] = mapped_column(String(256), default=None)
     digest: Mapped[str] = mapped_column(String(64))
-    """SHA-256 of what was asked."""
+    """SHA-256 of the request's content."""
     object: Mapped[str] = mapped_column(String(64))
     retried: Mapped[bool] = mapped_column(default=False)
     created: Mapped[float] = mapped_column(Float)
@@ -103,7 +103,7 @@ class Creation(Table):
 
 
 class Usage(Table):
-    """What a key has used, beside the answers that `answers` counts."""
+    """A key's usage, in addition to the answers in `answers`."""
 
     __tablename__ = "usage"
     number: Mapped[int] = mapped_column(BIG, primary_key=True, autoincrement=True)
@@ -122,7 +122,7 @@ class Usage(Table):
 
 
 class AuditEntry(Numbered):
-    """Who did what."""
+    """An entry of the audit log."""
 
     __tablename__ = "audit"
     organization: Mapped[str] = mapped_column(String(64))
@@ -137,7 +137,7 @@ class AuditEntry(Numbered):
 
 
 class WebhookEndpoint(Numbered):
-    """Who is told of events."""
+    """A receiver of events."""
 
     __tablename__ = "webhook_endpoints"
     project: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
@@ -145,7 +145,7 @@ class WebhookEndpoint(Numbered):
     url: Mapped[str] = mapped_column(Text)
     event_types: Mapped[list[str]] = mapped_column(JSON)
     secret: Mapped[str] = mapped_column(Text)
-    """Encrypted, as the one before it."""
+    """Encrypted, as is the previous one."""
     old_secret: Mapped[str | None] = mapped_column(Text, default=None)
     old_until: Mapped[int | None] = mapped_column(BigInteger, default=None)
     hint: Mapped[str] = mapped_column(String(16))
@@ -154,12 +154,12 @@ class WebhookEndpoint(Numbered):
 
 
 class Delivery(Table):
-    """An event on its way to an endpoint."""
+    """An event to be delivered to an endpoint."""
 
     __tablename__ = "deliveries"
     number: Mapped[int] = mapped_column(BIG, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64))
-    """Of the event."""
+    """The id of the event."""
     endpoint: Mapped[str] = mapped_column(String(64))
     body: Mapped[str] = mapped_column(Text)
     state: Mapped[str] = mapped_column(String(16))
@@ -172,7 +172,7 @@ class Delivery(Table):
 
 
 class Batch(Numbered):
-    """Requests in a file, answered one after the other."""
+    """Requests in a file that are answered in the background."""
 
     __tablename__ = "batches"
     project: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -181,15 +181,15 @@ class Batch(Numbered):
     input_file: Mapped[str] = mapped_column(String(64))
     status: Mapped[str] = mapped_column(String(16), index=True)
     details: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
-    """Metadata, counts, times and files, as the API shows them."""
+    """Metadata, counts, times and files, in the form of the API."""
     output_seconds: Mapped[int | None] = mapped_column(BigInteger, default=None)
     lease_until: Mapped[float] = mapped_column(Float, default=0.0)
-    """Until when the server that works on it keeps it."""
+    """Until then the batch belongs to the server that processes it."""
     __table_args__ = (Index("batches_page", "project", "created_at", "number"),)
 
 
 class Secret(Table):
-    """A secret of a project, encrypted with the server's own key."""
+    """A project's secret, encrypted with the server's own key."""
 
     __tablename__ = "secrets"
     project: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)

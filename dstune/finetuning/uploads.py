@@ -1,4 +1,4 @@
-"""`/v1/uploads`: a file that comes in parts, in any order, of which the list at the end says which count."""
+"""`/v1/uploads`: a file that is uploaded in parts, in any order; the list at completion determines which parts count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.finetuning import audit
 from dstune.finetuning.blobs import Blobs, Staged
 from dstune.finetuning.creations import Attempt
 from dstune.finetuning.fields import Body, IdText, read_body, refuse_body
-from dstune.finetuning.files import Files, checked_purpose, described_file, lifetime
+from dstune.finetuning.files import Files, checked_purpose, describe_file, lifetime
 from dstune.finetuning.forms import read_form
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.settings import ApiSettings
@@ -26,10 +26,10 @@ from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
 from dstune.serve.validation import Expected, FailsFast, wrong
 
-LIVES_SECONDS = 3600
+LIFETIME_SECONDS = 3600
 MOST_PARTS = 10_000
 MOST_PENDING = 100
-"""Uploads of a project that are not completed."""
+"""Pending uploads of a project."""
 
 
 def _check_printable(value: str) -> str:
@@ -39,7 +39,7 @@ def _check_printable(value: str) -> str:
 
 
 class Creation(Body):
-    """The body of a request that begins an upload."""
+    """The body of a request that creates an upload."""
 
     filename: Annotated[str, IdText(512)]
     purpose: Any = None
@@ -57,7 +57,7 @@ class Uploads:
     def __init__(self, database: Database, blobs: Blobs, files: Files, settings: ApiSettings):
         self._database, self._blobs, self._files, self._settings = database, blobs, files, settings
         files.counted.append(self._bytes_of)
-        # Gigabytes take a while to be put together: that takes no thread from other requests.
+        # Assembling gigabytes takes a while, so it uses threads of its own.
         self._completing = Turns(4, "complete-upload")
 
     # -- routes
@@ -75,7 +75,7 @@ class Uploads:
         row = await asyncio.to_thread(
             self._create, request, attempt, body.filename, purpose, body.bytes, body.mime_type, seconds
         )
-        await request.answer(described_upload(row))
+        await request.answer(describe_upload(row))
 
     async def add_part(self, gateway: Gateway, request: Request) -> None:
         request.repeatable = False
@@ -99,12 +99,12 @@ class Uploads:
         if len(set(body.part_ids)) != len(body.part_ids):
             raise ApiError(400, "Invalid part_ids: a part is named twice.", param="part_ids")
         upload, file = await self._completing.run(request.key.project, self._complete, request, body.part_ids, body.md5)
-        await request.answer(described_upload(upload, file))
+        await request.answer(describe_upload(upload, file))
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         await refuse_body(request)
-        await request.answer(described_upload(await asyncio.to_thread(self._cancel, request)))
+        await request.answer(describe_upload(await asyncio.to_thread(self._cancel, request)))
 
     # -- inside
 
@@ -126,7 +126,7 @@ class Uploads:
             row = Upload(
                 id=new_id("upload_"), project=caller.project, key=caller.id, filename=filename, purpose=purpose,
                 mime_type=kind, bytes=size, file_seconds=seconds, status="pending", created_at=now,
-                expires_at=now + LIVES_SECONDS,
+                expires_at=now + LIFETIME_SECONDS,
             )  # fmt: skip
             session.add(row)
             attempt.record(session, row.id)
@@ -134,7 +134,7 @@ class Uploads:
         return row
 
     def _find_upload(self, session: Session, project: str, upload: str) -> Upload:
-        """Return the caller's upload with this id. Raises ApiError where there is none."""
+        """Return the project's upload with this id. Raises ApiError if there is none."""
         row = session.scalar(select(Upload).where(Upload.project == project, Upload.id == upload))
         if row is None:
             raise ApiError(404, f"No such Upload object: {upload[:128]}", param="upload_id", code="upload_not_found")
@@ -143,7 +143,7 @@ class Uploads:
         return row
 
     def _open(self, request: Request, session: Session | None = None) -> Upload:
-        """Return the upload of a request. Raises ApiError where it takes no more."""
+        """Return the upload of a request. Raises ApiError if it accepts no more parts."""
         if session is None:
             with self._database.session() as new_session:
                 return self._open(request, new_session)
@@ -158,7 +158,7 @@ class Uploads:
             upload = self._open(request, session)
             total = select(func.coalesce(func.sum(Part.bytes), 0), func.count()).where(Part.upload == upload.id)
             size, count = session.execute(total).one()
-            # Parts may be sent again, and then lie there twice until the list at the end names one.
+            # A part may be sent twice, and is then stored twice until the list at completion names one.
             if count >= MOST_PARTS or size + staged.size > 2 * upload.bytes + self._settings.part_bytes:
                 raise ApiError(400, "The parts have more bytes than the upload.", param="data", code="upload_too_large")
             self._files.check_space(session, upload.project, staged.size)
@@ -194,7 +194,7 @@ class Uploads:
             if md5 is not None and staged.md5 != md5.lower():
                 raise ApiError(400, "The parts together have another md5.", param="md5", code="checksum_mismatch")
             return self._finish(request, staged)
-        except FileNotFoundError:  # completed or cancelled meanwhile
+        except FileNotFoundError:  # completed or cancelled in the meantime
             with self._database.session() as session:
                 return self._completed(self._find_upload(session, project, name))
         finally:
@@ -213,7 +213,7 @@ class Uploads:
             if upload.status == "completed":
                 return self._completed(upload)
             upload = self._open(request, session)
-            unused = self._drop_parts(session, upload)  # first: their bytes count no more
+            unused = self._drop_parts(session, upload)  # first, so that their bytes do not count any more
             file = self._files.add(
                 session, staged, project=upload.project, key=upload.key, filename=upload.filename,
                 purpose=upload.purpose, seconds=upload.file_seconds,
@@ -237,23 +237,23 @@ class Uploads:
         return upload
 
     def sweep(self) -> None:
-        """Drop the parts of uploads that have expired."""
+        """Delete the parts of expired uploads."""
         with self._database.writing.begin() as session:
             query = select(Upload).where(Upload.status == "pending", Upload.expires_at <= unix_time()).limit(1000)
             unused = []
-            for upload in session.scalars(query.with_for_update()):  # one that is being completed is pending no more
+            for upload in session.scalars(query.with_for_update()):  # one that is being completed is no longer pending
                 upload.status = "expired"
                 unused += self._drop_parts(session, upload)
         self._remove(unused)
 
     def stored_parts(self) -> list[str]:
-        """Return the ids of all blobs that belong to unfinished uploads."""
+        """Return the ids of all blobs that belong to pending uploads."""
         with self._database.session() as session:
             return list(session.scalars(select(Part.id)))
 
     @staticmethod
     def _bytes_of(session: Session, project: str) -> int:
-        """Sum the bytes of the parts of a project's unfinished uploads."""
+        """Sum the bytes of the parts of a project's pending uploads."""
         parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload)
         return session.scalar(parts.where(Upload.project == project)) or 0
 
@@ -268,7 +268,7 @@ class Uploads:
             self._blobs.remove(part)
 
 
-def described_upload(row: Upload, file: File | None = None) -> dict[str, Any]:
+def describe_upload(row: Upload, file: File | None = None) -> dict[str, Any]:
     return {
         "id": row.id,
         "object": "upload",
@@ -278,5 +278,5 @@ def described_upload(row: Upload, file: File | None = None) -> dict[str, Any]:
         "purpose": row.purpose,
         "status": row.status,
         "expires_at": row.expires_at,
-        "file": None if file is None else described_file(file),
+        "file": None if file is None else describe_file(file),
     }

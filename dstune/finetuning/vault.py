@@ -1,4 +1,5 @@
-"""Secrets of projects, encrypted in the database with a key that lies beside it: a copy of the database alone tells none."""
+"""Secrets of projects, encrypted in the database with a key in a separate file, so that a copy of the database alone reveals
+none."""
 
 from __future__ import annotations
 
@@ -19,26 +20,26 @@ FILE = "vault-key"
 
 
 class Vault:
-    """folder: of the server, of this user alone."""
+    """Encrypts and stores secrets. folder: the server's, accessible to this user only."""
 
     def __init__(self, folder: Path):
         path = folder / FILE
         if not path.exists():
-            made = folder / f"{FILE}-{secrets.token_hex(8)}"
-            with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            new_key = folder / f"{FILE}-{secrets.token_hex(8)}"
+            with os.fdopen(os.open(new_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(Fernet.generate_key())
                 file.flush()
                 os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):  # of another process that started at the same moment
-                os.link(made, path)
-            made.unlink()
+            with contextlib.suppress(FileExistsError):  # another process created it at the same moment
+                os.link(new_key, path)
+            new_key.unlink()
         self._fernet = Fernet(path.read_bytes())
 
     def seal(self, text: str) -> str:
         return self._fernet.encrypt(text.encode()).decode()
 
     def open(self, sealed: str) -> str:
-        """Return the secret that was sealed. Raises DstuneError where it was sealed with another key."""
+        """Decrypt a secret. Raises DstuneError if it was encrypted with another key."""
         try:
             return self._fernet.decrypt(sealed.encode()).decode()
         except InvalidToken:
@@ -49,6 +50,6 @@ class Vault:
         session.add(Secret(project=project, name=name, value=self.seal(value), created_at=unix_time()))
 
     def read(self, session: Session, project: str, name: str) -> str | None:
-        """Return the secret of a project, such as its W&B key; None where there is none."""
+        """Return a project's secret, such as its W&B key; None if there is none."""
         row = session.scalar(select(Secret).where(Secret.project == project, Secret.name == name))
         return None if row is None else self.open(row.value)

@@ -1,4 +1,4 @@
-"""`/v1/webhook_endpoints`: who is told of the end of jobs and batches, signed as the official client verifies it."""
+"""`/v1/webhook_endpoints`: receivers of events about jobs and batches, signed in the form that the official client verifies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from dstune.core.errors import DstuneError
 from dstune.finetuning import audit, pages
 from dstune.finetuning.addresses import checked_url, is_allowed, outward_session
-from dstune.finetuning.creations import Attempt, is_repetition
+from dstune.finetuning.creations import Attempt, is_retry
 from dstune.finetuning.fields import Body, IdText, read_body
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.settings import ApiSettings
@@ -42,11 +42,11 @@ EVENT_TYPES = (
     "fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled",
 )  # fmt: skip
 MOST_ENDPOINTS = 20
-"""Of a project."""
+"""Per project."""
 MOST_TESTS = 4
-"""Of a project at a time."""
+"""Per project at a time."""
 SECONDS = 10.0
-"""That a receiver has to answer."""
+"""Time limit for a receiver's answer."""
 OLD_SECRET_SECONDS = 86_400
 
 
@@ -55,7 +55,7 @@ EventTypes = Annotated[list[EventType], Field(min_length=1), FailsFast]
 
 
 class Change(Body):
-    """Of an endpoint."""
+    """The body of a request that changes an endpoint."""
 
     name: Annotated[str, IdText(256)] | None = None
     url: str | None = None
@@ -81,7 +81,7 @@ class Webhooks:
         self._database, self._vault = database, vault
         self.allowed: Collection[str] = settings.webhook_hosts
         self._testing: Counter[str] = Counter()
-        """Events that projects have sent for a test, and that are not answered yet."""
+        """Test events per project that have not been answered yet."""
 
     # -- routes
 
@@ -90,7 +90,7 @@ class Webhooks:
         values = self._checked(await request.json(), Creation)
         attempt = Attempt.of(request, "webhook_endpoints", request.digest)
         row, secret = await asyncio.to_thread(self._create, request, attempt, values)
-        await request.answer(described_endpoint(row) | {"signing_secret": secret})
+        await request.answer(describe_endpoint(row) | {"signing_secret": secret})
 
     async def listed(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=20, most=100)
@@ -98,12 +98,12 @@ class Webhooks:
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        await request.answer(described_endpoint(await asyncio.to_thread(self._read, request)))
+        await request.answer(describe_endpoint(await asyncio.to_thread(self._read, request)))
 
     async def update(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         values = self._checked(await request.json(), Change)
-        await request.answer(described_endpoint(await asyncio.to_thread(self._update, request, values)))
+        await request.answer(describe_endpoint(await asyncio.to_thread(self._update, request, values)))
 
     async def delete(self, gateway: Gateway, request: Request) -> None:
         request.query(())
@@ -117,7 +117,7 @@ class Webhooks:
         keep = read_body(Rotation, await request.json() if has_body else {}).keep_old_secret_active_for_24_hours
         attempt = Attempt.of(request, "webhook_rotations", f"{request.parameters['endpoint']} {keep}")
         row, secret = await asyncio.to_thread(self._rotate, request, attempt, keep)
-        await request.answer(described_endpoint(row) | {"signing_secret": secret})
+        await request.answer(describe_endpoint(row) | {"signing_secret": secret})
 
     async def test(self, gateway: Gateway, request: Request) -> None:
         request.query(())
@@ -148,7 +148,7 @@ class Webhooks:
     # -- for jobs and batches
 
     def enqueue(self, session: Session, project: str, kind: str, subject: str) -> None:
-        """Tell of an event, from inside the transaction that makes it true. subject: the id of a job or batch."""
+        """Queue an event for delivery, inside the transaction that makes it true. subject: the id of a job or batch."""
         assert kind in EVENT_TYPES
         endpoints = select(WebhookEndpoint).where(
             WebhookEndpoint.project == project, WebhookEndpoint.deleted_at.is_(None)
@@ -161,7 +161,7 @@ class Webhooks:
                 )  # fmt: skip
 
     async def send(self, row: WebhookEndpoint, event: str, body: str) -> int | None:
-        """Return the status that a receiver answers with; None where it cannot be reached, or must not."""
+        """Send an event and return the receiver's status; None if it cannot be reached, or its address is not allowed."""
         timestamp = str(unix_time())
         sealed = [row.secret]
         if row.old_secret is not None and (row.old_until or 0) > unix_time():
@@ -204,7 +204,7 @@ class Webhooks:
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {request.key.project}")
             if earlier_id := attempt.earlier_object(session):
-                row = self._of(session, request.key.project, earlier_id)
+                row = self._find(session, request.key.project, earlier_id)
                 return row, self._vault.open(row.secret)
             of_project = (WebhookEndpoint.project == request.key.project, WebhookEndpoint.deleted_at.is_(None))
             if (
@@ -221,11 +221,11 @@ class Webhooks:
         return row, secret
 
     def _endpoint_of(self, session: Session, request: Request, *, deleted: bool = False) -> WebhookEndpoint:
-        return self._of(session, request.key.project, request.parameters["endpoint"], deleted=deleted)
+        return self._find(session, request.key.project, request.parameters["endpoint"], deleted=deleted)
 
     @staticmethod
-    def _of(session: Session, project: str, name: str, *, deleted: bool = False) -> WebhookEndpoint:
-        """Find an endpoint. deleted: whether it may be a deleted one. Raises ApiError where there is none."""
+    def _find(session: Session, project: str, name: str, *, deleted: bool = False) -> WebhookEndpoint:
+        """Return an endpoint of a project. deleted: whether it may be a deleted one. Raises ApiError if there is none."""
         query = select(WebhookEndpoint).where(WebhookEndpoint.project == project, WebhookEndpoint.id == name)
         row = session.scalar(query)
         if row is None or (row.deleted_at is not None and not deleted):
@@ -242,7 +242,7 @@ class Webhooks:
             rows, has_more = pages.rows_of(
                 session, WebhookEndpoint, page, of_project, WebhookEndpoint.deleted_at.is_(None)
             )
-        return pages.listing([described_endpoint(row) for row in rows], has_more)
+        return pages.listing([describe_endpoint(row) for row in rows], has_more)
 
     def _update(self, request: Request, values: dict[str, Any]) -> WebhookEndpoint:
         with self._database.writing.begin() as session:
@@ -269,7 +269,7 @@ class Webhooks:
 
     def _delete(self, request: Request) -> None:
         with self._database.writing.begin() as session:
-            row = self._endpoint_of(session, request, deleted=is_repetition(request.header("x-stainless-retry-count")))
+            row = self._endpoint_of(session, request, deleted=is_retry(request.header("x-stainless-retry-count")))
             if row.deleted_at is None:
                 row.deleted_at, row.url, row.old_secret = unix_time(), "", None
                 audit.note(session, request, "webhook.deleted", row.id)
@@ -290,7 +290,7 @@ def event_body(kind: str, subject: str) -> str:
     return json.dumps(event)
 
 
-def described_endpoint(row: WebhookEndpoint) -> dict[str, Any]:
+def describe_endpoint(row: WebhookEndpoint) -> dict[str, Any]:
     return {
         "id": row.id,
         "object": "webhook_endpoint",

@@ -20,7 +20,7 @@ from dstune.finetuning import gateway_routes, service
 from dstune.finetuning.blobs import RemoteBlobs
 from dstune.finetuning.jobs import build, check, configuration, hyperparameters, planner
 from dstune.finetuning.jobs.folder import NOW, SAVE, JobFolder
-from dstune.finetuning.jobs.launcher import ProcessLauncher, ask_orphan
+from dstune.finetuning.jobs.launcher import ProcessLauncher, stop_orphan
 from dstune.finetuning.jobs.planner import Estimate, Planner
 from dstune.finetuning.jobs.preset_file import PresetFile
 from dstune.finetuning.jobs.presets import Preset, Presets, QueueSettings, read
@@ -245,16 +245,16 @@ def test_a_training_that_saves_for_long_gets_no_second_signal(tmp_path):
         wait_until((folder.run / "launch.json").exists)
         child = json.loads((folder.run / "launch.json").read_text())["pid"]
         for how in (SAVE, SAVE, NOW):
-            ask_orphan(folder, how)
+            stop_orphan(folder, how)
         time.sleep(0.3)
         assert (signals.exists(), stop.exists()) == (False, False)
         parent.kill()
         parent.wait()
         for _ in range(2):
-            ask_orphan(folder, SAVE)
+            stop_orphan(folder, SAVE)
         time.sleep(0.3)
         assert (signals.exists(), stop.exists()) == (False, True)
-        ask_orphan(folder, NOW)
+        stop_orphan(folder, NOW)
         wait_until(signals.exists)
     finally:
         parent.kill()
@@ -376,7 +376,7 @@ def test_models_go_on_being_loaded_after_a_failure(tmp_path):
             while models.serving.loads < count:
                 assert not running.done()
                 await asyncio.sleep(0.01)
-            models.published()
+            models.notify_new_model()
         running.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 20))

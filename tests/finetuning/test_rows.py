@@ -186,7 +186,7 @@ def test_images_are_of_models_that_see_and_of_so_many_rows(tmp_path, monkeypatch
 
 
 def test_what_a_long_line_holds_is_counted_before_it_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("dstune.finetuning.rows.PLAIN_BYTES", 1000)
+    monkeypatch.setattr("dstune.finetuning.rows.UNCOUNTED_BYTES", 1000)
     nested = checked(tmp_path, '{"messages": [' + "[" * 100 + "0" * 2000 + "]" * 100 + "]}").problems[0].reason
     assert nested == "the line has more than 1000 bytes and is nested more than 64 deep"
 

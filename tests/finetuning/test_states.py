@@ -377,7 +377,7 @@ def test_metadata_filters_and_pages(bench):
     assert (len(rest), more) == (5, False)
     assert [row.id for row in (*rows, *rest)] == jobs[::-1]
     assert [row.id for row in bench.store.page(project, Page(20), {"a b": "ü&=", "n": "3"})[0]] == [jobs[3]]
-    assert [row.id for row in bench.store.page(project, Page(20), None, bare=True)[0]] == [bare]
+    assert [row.id for row in bench.store.page(project, Page(20), None, without_metadata=True)[0]] == [bare]
     assert bench.store.page("proj_other", Page(20), None)[0] == []
 
 

@@ -1,1 +1,1 @@
-"""`/v1/batches`: files of requests, answered by the models that are served, and found again after a restart."""
+"""`/v1/batches`: files of requests, answered by the served models; batches continue after a restart."""

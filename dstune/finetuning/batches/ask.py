@@ -1,4 +1,4 @@
-"""One request of a batch, put to the gateway's own inference without a connection."""
+"""Runs one request of a batch through the gateway's own inference, without a connection."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dstune.serve.store.keys import Caller
 log = logging.getLogger("dstune.serve")
 
 BUSY = (429, 503)
-"""Answers after which a request is put again."""
+"""Statuses after which a request is retried."""
 PAUSE_SECONDS = 1.0
 
 
 async def ask(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the `response` of a batch's line: status, request and body."""
+    """Return the `response` of a batch's output line: status, request id and body."""
     while True:
         request, answer = _request(gateway, caller, path, body)
         try:
@@ -35,7 +35,7 @@ async def ask(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any])
             if error.status not in BUSY:
                 return _failed(request, error)
         except EngineDown:
-            pass  # it is started again
+            pass  # the engine is being restarted
         except UserError as error:
             return _failed(request, ApiError(400, "; ".join(problem.reason for problem in error.problems)))
         except Exception:
@@ -56,7 +56,7 @@ def _request(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any]) 
     async def receive() -> Message:
         if parts:
             return parts.pop()
-        return await asyncio.get_running_loop().create_future()  # nobody hangs up
+        return await asyncio.get_running_loop().create_future()  # there is no client to disconnect
 
     async def send(message: Message) -> None:
         answer.extend(message.get("body", b""))

@@ -24,7 +24,7 @@ from dstune.serve.validation import Expected
 ENDPOINTS = tuple(path for path in INFERENCE if path.startswith("/v1/"))
 WINDOW_SECONDS = 86_400
 MOST_OPEN = 500
-"""Batches of a project that are not over."""
+"""Unfinished batches of a project."""
 ENDED = ("completed", "failed", "expired", "cancelled")
 TIMES = (
     "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at",
@@ -33,7 +33,7 @@ TIMES = (
 
 
 class Creation(Body):
-    """Of a batch."""
+    """The body of a request that creates a batch."""
 
     endpoint: Annotated[Literal[ENDPOINTS], Expected(f"must be one of {', '.join(ENDPOINTS)}")]  # type: ignore[valid-type]
     completion_window: Annotated[Literal["24h"], Expected("must be '24h'")]
@@ -56,7 +56,7 @@ class Batches:
         seconds = lifetime(creation.output_expires_after, "batch", "output_expires_after")
         attempt = Attempt.of(request, "batches", request.digest)
         row = await asyncio.to_thread(self._create, request, attempt, creation, seconds)
-        await request.answer(described_batch(row))
+        await request.answer(describe_batch(row))
 
     async def listed(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=20, most=100)
@@ -64,12 +64,12 @@ class Batches:
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        await request.answer(described_batch(await asyncio.to_thread(self._read, request)))
+        await request.answer(describe_batch(await asyncio.to_thread(self._read, request)))
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         await refuse_body(request)
-        await request.answer(described_batch(await asyncio.to_thread(self._cancel, request)))
+        await request.answer(describe_batch(await asyncio.to_thread(self._cancel, request)))
 
     def _create(self, request: Request, attempt: Attempt, creation: Creation, seconds: int | None) -> Batch:
         caller = request.key
@@ -113,7 +113,7 @@ class Batches:
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
         with self._database.session() as session:
             rows, has_more = pages.rows_of(session, Batch, page, [Batch.project == request.key.project])
-        return pages.listing([described_batch(row) for row in rows], has_more, nobody="")
+        return pages.listing([describe_batch(row) for row in rows], has_more, nobody="")
 
     def _cancel(self, request: Request) -> Batch:
         with self._database.writing.begin() as session:
@@ -127,7 +127,7 @@ class Batches:
         return row
 
 
-def described_batch(row: Batch) -> dict[str, Any]:
+def describe_batch(row: Batch) -> dict[str, Any]:
     details = row.details
     counts = {"total": 0, "completed": 0, "failed": 0} | details.get("request_counts", {})
     return {

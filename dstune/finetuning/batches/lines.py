@@ -1,4 +1,4 @@
-"""The lines of a batch's file."""
+"""Reads and validates the lines of a batch's input file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LineError:
 
 
 def check_lines(path: Path, endpoint: str) -> tuple[int, list[LineError]]:
-    """Return how many requests a file has, and what is wrong with it."""
+    """Return the number of requests in a file, and its errors."""
     count, errors, custom_ids = 0, [], set()
     for line in read_lines(path, endpoint):
         count += 1
@@ -93,14 +93,14 @@ def _faults(value: Mapping[str, Any], endpoint: str) -> Iterator[tuple[str, str]
 
 
 class Answers:
-    """The answers of a batch so far, in a file to which lines are added. A line that a crash has torn is cut off."""
+    """The answers of a batch so far, in a file that is appended to. A line that a crash left incomplete is removed."""
 
     def __init__(self, path: Path):
         self.path = path
         self.ids: set[str] = set()
         if not path.is_file():
             return
-        with path.open("r+b") as file:  # line by line: the answers so far may have gigabytes
+        with path.open("r+b") as file:  # line by line: the answers so far may take gigabytes
             end = 0
             while (line := file.readline()).endswith(b"\n"):
                 end += len(line)

@@ -1,4 +1,4 @@
-"""What works on batches: the same after a restart as before, since all that it knows is in the database and a folder."""
+"""Processes batches. A restart changes nothing: all state is in the database and a folder."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ log = logging.getLogger("dstune.serve")
 WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
 LEASE_SECONDS = 60.0
 AT_ONCE = 4
-"""Requests of a batch."""
+"""Concurrent requests of a batch."""
 BATCHES = 4
-"""That are worked on at a time."""
+"""Batches processed at the same time."""
 LOOK_SECONDS = 1.0
 FILE_BYTES = 200_000_000
 INPUT = "input.jsonl"
 
 
 class BatchWorker:
-    """folder: of all batches."""
+    """Processes batches. folder: the parent of the batches' folders."""
 
     def __init__(self, database: Database, folder: Path, files: Files, webhooks: Webhooks, gateway: Gateway):
         self._database, self._folder, self._files, self._webhooks = database, folder, files, webhooks
         self._gateway, self._keys = gateway, Keys(database)
         self._running: set[str] = set()
-        """Batches that are worked on here."""
+        """Batches that this server is processing."""
 
     async def run(self) -> None:
-        await asyncio.to_thread(self._tidy)
+        await asyncio.to_thread(self._remove_finished_folders)
         async with asyncio.TaskGroup() as group:
             while True:
                 row = None
@@ -60,10 +60,10 @@ class BatchWorker:
                     await asyncio.sleep(LOOK_SECONDS)
                 else:
                     self._running.add(row.id)
-                    group.create_task(self._take(row))
+                    group.create_task(self._process(row))
 
-    def _tidy(self) -> None:
-        """Remove what a server left that was killed when a batch had just ended."""
+    def _remove_finished_folders(self) -> None:
+        """Remove the folders of batches that ended just before their server was killed."""
         folders = list(self._folder.glob("batch_*"))
         with self._database.session() as session:
             open_ones = set(session.scalars(select(Batch.id).where(Batch.status.in_(WORKED_ON))))
@@ -71,7 +71,7 @@ class BatchWorker:
             if folder.name not in open_ones:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    async def _take(self, row: Batch) -> None:
+    async def _process(self, row: Batch) -> None:
         try:
             await self._work(row)
         except Exception:
@@ -80,13 +80,13 @@ class BatchWorker:
             self._running.discard(row.id)
 
     def _claim(self) -> Batch | None:
-        """Return the oldest batch that nobody works on, of a project with as few at work as any."""
+        """Return the oldest batch that no server is processing, from a project with the fewest batches in progress."""
         now = time.time()
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "batches")
             rows = list(session.scalars(select(Batch).where(Batch.status.in_(WORKED_ON)).order_by(Batch.number)))
             busy = Counter(row.project for row in rows if row.lease_until >= now)
-            has_space = functools.cache(self._files.has_space)  # what it answers is stored in any case
+            has_space = functools.cache(self._files.has_space)  # a batch's results are stored in any case
             free = [
                 row
                 for row in rows
@@ -100,7 +100,7 @@ class BatchWorker:
         return row
 
     def _change(self, row: Batch, status: str | None = None, event: str | None = None, **details: Any) -> Batch:
-        """Set in one transaction a new status, what is told of it, and the event. Nothing where another server has ended it."""
+        """Set a new status, its details and the event in one transaction. No effect if another server has ended the batch."""
         with self._database.writing.begin() as session:
             current = session.get_one(Batch, row.number, with_for_update=True)
             if current.status not in WORKED_ON:
@@ -118,7 +118,9 @@ class BatchWorker:
         await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
         if row.status == "validating":
             row = await asyncio.to_thread(self._validate, row, folder)
-        elif row.status in ("in_progress", "finalizing") and not (folder / INPUT).is_file():  # another machine had it
+        elif (
+            row.status in ("in_progress", "finalizing") and not (folder / INPUT).is_file()
+        ):  # another machine processed it before
             row = await asyncio.to_thread(self._begin_again, row, folder)
         if row.status == "in_progress":
             caller = await asyncio.to_thread(self._keys.by_id, row.key)
@@ -135,7 +137,7 @@ class BatchWorker:
         return self._snapshot(row, folder) or self._change(row, "in_progress")
 
     def _snapshot(self, row: Batch, folder: Path) -> Batch | None:
-        """Have its file in its folder; the batch where it has failed for want of it."""
+        """Copy the batch's file into its folder; return the failed batch if the file is missing."""
         path = folder / INPUT
         path.unlink(missing_ok=True)
         try:
@@ -163,7 +165,7 @@ class BatchWorker:
         return self._change(row, "failed", "failed", failed_at=unix_time(), errors=described)
 
     async def _answer(self, row: Batch, folder: Path, caller: Caller) -> Batch:
-        """Put what has no answer yet; the row as it is then."""
+        """Answer the remaining requests and return the updated row."""
         good = await asyncio.to_thread(Answers, folder / "output.jsonl")
         bad = await asyncio.to_thread(Answers, folder / "errors.jsonl")
         answered = good.ids | bad.ids
@@ -190,7 +192,7 @@ class BatchWorker:
                 await asyncio.sleep(LOOK_SECONDS)
                 await keep()
                 if await asyncio.to_thread(self._keys.by_id, row.key) is None:
-                    return  # it was revoked
+                    return  # its key was revoked
 
         async def keep() -> None:
             nonlocal row
@@ -206,7 +208,7 @@ class BatchWorker:
         return row
 
     def _finalize(self, row: Batch, folder: Path) -> None:
-        """End the batch as its row alone says: the server may have been killed since it was answered."""
+        """End the batch from its row alone: the server may have been restarted since it was answered."""
         counts = row.details.get("request_counts") or {"total": 0, "completed": 0, "failed": 0}
         whole = counts["completed"] + counts["failed"] >= counts["total"]
         ending = "cancelled" if row.status == "cancelling" else "completed" if whole else "expired"
@@ -247,7 +249,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 async def _until(watch: Work, workers: list[Work]) -> None:
-    """Run all workers until they are done, or until `watch` ends; what they are at is dropped then."""
+    """Run all workers until they are done, or until `watch` ends; unfinished work is cancelled then."""
 
     async def work() -> None:
         async with asyncio.TaskGroup() as group:

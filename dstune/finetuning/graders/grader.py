@@ -1,4 +1,4 @@
-"""Graders as requests write them, and what a request is answered about one."""
+"""Validates and runs graders of requests."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ ABSENT = {
     "score_model": "a model as judge is not there yet",
     "label_model": "a model as judge is not there yet",
 }
-"""Types that OpenAI has and `run` and `validate` refuse, with the reason."""
+"""OpenAI's grader types that `run` and `validate` do not support, with the reason."""
 
 
 IN_JOBS = {
     "score_model": "a model as judge is not there yet",
     "label_model": "a model as judge is not there yet",
 }
-"""Those that reinforcement jobs refuse. `python` is for the operator to allow (`python_graders` of a model)."""
+"""Grader types that reinforcement jobs do not support. The operator may allow `python` (`python_graders` of a model)."""
 
 
 MOST_BYTES = 256_000
-"""Of a job's grader as JSON: the database keeps it."""
+"""Size limit of a job's grader as JSON: it is stored in the database."""
 
 
 def check_grader_of_job(grader: Any, at: str, absent: Mapping[str, str]) -> None:
-    """Check a job's grader. absent: types that this job cannot have beside `IN_JOBS`, with the reason. Raises ApiError that
-    names the field."""
+    """Check a job's grader. absent: grader types that this job does not support in addition to `IN_JOBS`, with the reason. Raises
+    ApiError that names the field."""
     if len(json.dumps(grader).encode()) > MOST_BYTES:
         message = f"Invalid {at}: must be at most {MOST_BYTES // 1000} kB of JSON."
         raise ApiError(400, message, param=at, code="invalid_grader")
@@ -40,7 +40,7 @@ def check_grader_of_job(grader: Any, at: str, absent: Mapping[str, str]) -> None
 
 
 def check_grader(grader: Any, at: str = "grader", absent: Mapping[str, str] = ABSENT) -> None:
-    """Raises ApiError that names the field."""
+    """Check a grader. Raises ApiError that names the field."""
     try:
         graders.check_grader(grader, at, absent=absent)
     except GraderError as error:
@@ -48,7 +48,7 @@ def check_grader(grader: Any, at: str = "grader", absent: Mapping[str, str] = AB
 
 
 def run_grader(grader: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
-    """Return the body of an answer for a grader that `check_grader` has let through."""
+    """Run a grader that passed `check_grader`, and return the body of the answer."""
     began = time.perf_counter()
     graded = graders.grade(grader, sample, Services())
     errors: dict[str, Any] = {name: name in graded.errors for name in ERRORS}

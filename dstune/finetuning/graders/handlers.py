@@ -12,7 +12,7 @@ from dstune.serve.gateway.request import Request
 
 MOST_SAMPLE = 1_000_000
 _GRADING = Turns(1, "grader")
-"""One request at a time computes, so that others go on."""
+"""One request computes at a time, so that other work continues."""
 
 
 async def validate(gateway: Gateway, request: Request) -> None:

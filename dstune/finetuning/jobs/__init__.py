@@ -1,1 +1,1 @@
-"""Fine-tuning jobs: created, queued, run in processes of their own, reconciled."""
+"""Fine-tuning jobs: created, queued, run in separate processes, reconciled."""

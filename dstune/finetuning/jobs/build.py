@@ -1,4 +1,4 @@
-"""The parts of jobs and their models, put together for a server."""
+"""Assembles the components of jobs and models for a server."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from dstune.serve.store.database import Database
 
 @dataclass
 class Parts:
-    """What a test, or a server without jobs, puts in the place of the usual parts."""
+    """Components that tests, or a server without jobs, replace."""
 
     presets: Path | None = None
-    """`models.yaml`, which may come later."""
+    """`models.yaml`, which may be created later."""
     launcher: Launcher | None = None
     planner: Plans | None = None
     machine: Machine | None = None
     keys: Callable[[Job], Mapping[str, str]] | None = None
-    """The variables of a project's accounts (W&B)."""
+    """Returns the environment variables of a project's accounts (W&B)."""
     has_wandb: Callable[[str], bool] | None = None
     runs: bool = True
-    """Whether jobs are looked after here, and not by another process."""
+    """Whether this process runs jobs, not another one."""
 
 
 def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple[JobStore, Jobs, Models]:
-    """Build the stores and services of jobs. folder: of the fine-tuning API. Raises UserError for a `models.yaml` that is wrong."""
+    """Build the stores and services of jobs. folder: of the fine-tuning API. Raises UserError for an invalid `models.yaml`."""
     jobs, scratch = folder / "jobs", folder / "plans"
     for path in (jobs, scratch):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
     store, models = JobStore(database), ModelStore(database, jobs)
     served = Models(database, models, presets)
     results = Results(database, files, jobs, presets)
-    results.published = served.published
+    results.published = served.notify_new_model
     store.ended.append(lambda session, job: None if job.active else results.count(session, job))
     launcher = parts.launcher or ProcessLauncher(lambda: presets().prefix)
     machine = parts.machine or (this_machine(presets()) if parts.presets and parts.runs else Machine(0))
@@ -72,8 +72,8 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
 
 
 def this_machine(presets: Presets) -> Machine:
-    """Return the devices of this machine that jobs may use. Raises UserError where `queue.devices` asks for GPUs that are not
-    there."""
+    """Return the devices of this machine that jobs may use. Raises UserError if `queue.devices` asks for more GPUs than there
+    are."""
     from dstune.sweep.devices import here
 
     gpus, requested = here().gpus, presets.queue.devices

@@ -1,5 +1,5 @@
-"""Whether database and folders of jobs agree: `python -m dstune.finetuning.jobs.check STATE [--store URL] [--files URL]`
-prints what does not, and exits with 1 then. Asked while nothing runs, or of what has come to rest."""
+"""Checks that the database and the job folders agree: `python -m dstune.finetuning.jobs.check STATE [--store URL] [--files URL]`
+prints every inconsistency and exits with 1 if there are any. Run it while no job runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ HAS_PROCESS = (State.RUNNING, State.PAUSING)
 def inconsistencies(
     session: Session, folder: Path, *, at_rest: bool = False, blobs: Blobs | None = None
 ) -> Iterator[str]:
-    """Yield what does not agree. folder: of the fine-tuning API. at_rest: every job should have come to an end or a pause.
-    blobs: where the bytes of files lie, if not in the folder."""
+    """Yield every inconsistency. folder: of the fine-tuning API. at_rest: whether every job should have ended or paused. blobs:
+    where files are stored, if not in the folder."""
     jobs = list(session.scalars(select(Job)))
     yield from _rows(session, jobs, at_rest=at_rest)
     yield from _events(session, jobs)

@@ -1,7 +1,5 @@
-"""The configuration of a job's run, as data: a file that Hydra composes. Nothing of it goes through a command line.
-
-Values are numbers, ids that are made here, what the operator wrote into models.yaml, and texts that hold no reference.
-"""
+"""Writes the configuration of a job's run as a file that Hydra composes; none of it passes through a command line. Values are
+numbers, generated ids, the operator's settings from models.yaml, and texts without interpolations."""
 
 from __future__ import annotations
 
@@ -22,27 +20,27 @@ from dstune.protocols import LAUNCHERS
 EXPERIMENT = "job"
 HEAD = "# @package _global_\n"
 PLAIN = re.compile(r"[\w .:@/+=-]{1,128}")
-"""Text that may stand in a configuration: no reference begins in it."""
+"""Text that is safe in a configuration: it cannot contain an interpolation."""
 RESTARTS = 5
-"""Of local ranks that fail; the same failure at the same step twice ends the job sooner."""
+"""Restarts after a failed local rank; the same failure at the same step twice ends the job sooner."""
 ANY_GRADER = {"type": "string_check", "name": "any", "operation": "eq", "input": "a", "reference": "a"}
-"""In the place of a grader where there is no request yet: for a plan."""
-KEPT_EPOCHS = 3
-"""Checkpoints of epochs that a client sees."""
+"""A placeholder grader for plans, which are made before there is a request."""
+VISIBLE_EPOCHS = 3
+"""Checkpoints at epoch ends that a client can see."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a job its configuration depends on."""
+    """The properties of a job that determine its configuration."""
 
     job: str
     method: str
     hyperparameters: Mapping[str, Value]
-    """Numbers alone."""
+    """Numbers only."""
     seed: int
     validation: bool = False
     start: str | None = None
-    """Folder of the adapter, or model, that training goes on from."""
+    """Folder of the adapter or model that training starts from."""
     wandb: Mapping[str, Any] | None = None
     grader: Mapping[str, Any] | None = None
 
@@ -88,7 +86,7 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
             "seed": plan.seed,
         },
         "optimizer": {"lr": float(f"{rate:.12g}")},
-        "checkpoint": {"every": "1 epoch", "keep": KEPT_EPOCHS + 1},
+        "checkpoint": {"every": "1 epoch", "keep": VISIBLE_EPOCHS + 1},
         "evaluate": evaluated,
         "launch": _launch(preset),
         "tracking": _tracking(plan),
@@ -100,7 +98,7 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     merged = _merged(job_settings, preset.settings)
     trainer = merged["trainer"]
     rows = trainer.get("micro_batch_size", TrainerConfig().micro_batch_size)
-    if isinstance(rows, int):  # a micro-batch has no more rows than the batch that the client chose
+    if isinstance(rows, int):  # a micro-batch must not have more rows than the batch that the client chose
         trainer["micro_batch_size"] = min(rows, int(hyperparameters["batch_size"]))
     return {"defaults": defaults, **merged}
 
@@ -109,7 +107,7 @@ def _launch(preset: Preset) -> dict[str, Any]:
     settings = {key: value for key, value in preset.launch.items() if key != "name"}
     if preset.pool == LOCAL:
         return {"restarts": RESTARTS, **settings, "processes": preset.devices}
-    # A job of a queue needs no process here. A launcher without the key never waits.
+    # A job in a cluster's queue needs no process here. A launcher without this key never waits.
     launcher = LAUNCHERS[preset.pool]
     return settings | {"wait": False} if launcher.queue is not None and hasattr(launcher.Config, "wait") else settings
 
@@ -131,26 +129,26 @@ def _tracking(plan: Plan) -> dict[str, Any]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(below)
+    merged = dict(below)
     for key, value in above.items():
-        value_before = made.get(key)
-        made[key] = (
+        value_before = merged.get(key)
+        merged[key] = (
             _merged(value_before, value) if isinstance(value_before, Mapping) and isinstance(value, Mapping) else value
         )
-    return made
+    return merged
 
 
 def write(plan: Plan, preset: Preset, folder: JobFolder) -> None:
-    """Write the experiment into the job's folder, where `arguments` finds it."""
+    """Write the experiment to the job's folder, from which `arguments` reads it."""
     file = _file(folder)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if plan.method == "reinforcement":  # a file of its own: what a client wrote is no configuration
+    if plan.method == "reinforcement":  # a separate file: a client's text must not become configuration
         files.write(folder.grader, json.dumps(plan.grader or ANY_GRADER), mode=0o600, sync=True)
     _write(file, experiment(plan, preset, folder))
 
 
-def launch_anew(folder: JobFolder, preset: Preset) -> None:
-    """Have the next attempt of a job run where the preset says now; the rest stays as it was."""
+def update_launch(folder: JobFolder, preset: Preset) -> None:
+    """Update the launch settings of a job's next attempt from its preset; other settings stay."""
     file = _file(folder)
     content = json.loads(file.read_text().removeprefix(HEAD))
     _write(file, content | {"launch": _launch(preset)})
@@ -167,5 +165,5 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def arguments(folder: JobFolder) -> list[str]:
-    """Return what follows a verb of dstune to compose the job's configuration."""
+    """Return the command-line arguments that make dstune compose the job's configuration."""
     return ["--config-dir", str(folder.configuration), f"experiment={EXPERIMENT}"]

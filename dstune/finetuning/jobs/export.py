@@ -1,5 +1,5 @@
-"""The exports of a job's checkpoints: `python -m dstune.finetuning.jobs.export FOLDER`. Needs torch, so it has a process
-of its own."""
+"""Exports a job's checkpoints: `python -m dstune.finetuning.jobs.export FOLDER`. It is a separate process because it needs
+torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from dstune.checkpoint import store
 from dstune.core.errors import EXIT_DONE, DstuneError
-from dstune.finetuning.jobs.configuration import KEPT_EPOCHS
+from dstune.finetuning.jobs.configuration import VISIBLE_EPOCHS
 from dstune.finetuning.jobs.folder import JobFolder
 from dstune.finetuning.jobs.metrics import epoch_ends
 
 
 def visible_checkpoints(folder: JobFolder) -> list[Path]:
-    """Return checkpoints that clients see: those of the last epochs, and the newest one: the end, or where a pause began."""
+    """Return the checkpoints that clients see: those of the last epochs, and the newest one (the end, or the start of a pause)."""
     complete = {info.step: info.path for info in store.listing(folder.run) if info.committed}
     if not complete:
         return []
-    ends = [step for step in epoch_ends(folder.run) if step in complete][-KEPT_EPOCHS:]
+    ends = [step for step in epoch_ends(folder.run) if step in complete][-VISIBLE_EPOCHS:]
     return [complete[step] for step in sorted({*ends, max(complete)})]
 
 

@@ -54,21 +54,21 @@ class JobFolder:
         return self.path / "validation.jsonl"
 
     def snapshot(self, param: str) -> Path:
-        """Return the snapshot of a file. param: `training_file` or `validation_file`."""
+        """Return the snapshot of a client's file. param: `training_file` or `validation_file`."""
         return self.path / param
 
     def of_param(self, param: str) -> Path:
-        """Return what dstune reads in place of it."""
+        """Return the file in dstune's form that replaces the snapshot."""
         return self.train if param == "training_file" else self.validation
 
     @property
     def grader(self) -> Path:
-        """Of a reinforcement job."""
+        """The grader of a reinforcement job."""
         return self.path / "grader.json"
 
     @property
     def client_rows(self) -> tuple[Path, ...]:
-        """What holds rows of the client, answers to them, or its grader; the snapshots last."""
+        """Return the files that hold the client's rows, answers to them, or its grader; the snapshots come last."""
         answers = (self.run / "rollouts", self.run / "samples.jsonl", self.run / "report.html")
         snapshots = (self.snapshot("validation_file"), self.snapshot("training_file"))
         return (self.train, self.validation, self.grader, *answers, *snapshots)
@@ -78,7 +78,7 @@ class JobFolder:
         return self.path / "start"
 
     def keep_start(self, model: Path) -> None:
-        """Take over the files of a tuned model, which may be deleted afterwards."""
+        """Copy the files of a tuned model, which may be deleted afterwards."""
         if not self.start.is_dir():
             part = self.start.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
@@ -87,7 +87,7 @@ class JobFolder:
 
     @property
     def report(self) -> Path:
-        """What `dstune train --json` printed."""
+        """The output of `dstune train --json`."""
         return self.path / "report.json"
 
     @property
@@ -135,11 +135,12 @@ class JobFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def acquire(self) -> int | None:
-        """Return the descriptor of the lock; None while a process of the job lives. Whoever inherits it keeps the lock held."""
+        """Take the folder's lock and return its descriptor; None while a process of the job is alive. A process that inherits the
+        descriptor holds the lock."""
         return files.try_lock(files.open_plain(self.lock, os.O_RDWR | os.O_CREAT, 0o600))
 
     def is_alive(self) -> bool:
-        """Return whether a process of the job lives, one that was begun by an earlier server too."""
+        """Return whether a process of the job is alive, including one started by an earlier server."""
         if not self.path.is_dir():
             return False
         descriptor = self.acquire()
@@ -149,7 +150,7 @@ class JobFolder:
         return False
 
     def size(self) -> int:
-        """Return bytes of its files; one that has another name elsewhere counts like a copy."""
+        """Return the size of its files in bytes. A file with hard links elsewhere counts in full."""
         return sum(_size(Path(folder, name)) for folder, _, names in os.walk(self.path) for name in names)
 
     def exports(self) -> dict[int, Path]:
@@ -174,7 +175,7 @@ class JobFolder:
 def _size(path: Path) -> int:
     try:
         return path.lstat().st_size
-    except FileNotFoundError:  # removed a moment ago
+    except FileNotFoundError:  # it has just been removed
         return 0
 
 
@@ -187,7 +188,7 @@ def link(source: str | Path, target: str | Path) -> None:
 
 
 def write(path: Path, value: Any) -> None:
-    """Write the file complete or not at all, and there after a loss of power."""
+    """Write the file atomically and durably."""
     files.write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", mode=0o600, sync=True)
 
 

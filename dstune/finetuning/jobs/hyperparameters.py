@@ -1,4 +1,4 @@
-"""Hyperparameters as a client gives them, and what stands for "auto"."""
+"""Validates the hyperparameters of a request and resolves "auto"."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dstune.serve.validation import wrong
 AUTO = "auto"
 Value = int | float | str
 MOST_NUMBER = 1e9
-"""Beyond every range; a larger integer may have no float."""
+"""Beyond every range; larger integers may overflow a float."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """least, most: both included; above: excluded."""
+    """A range of numbers. least, most: inclusive bounds; above: exclusive bound."""
 
     whole: bool
     least: float | None = None
@@ -34,7 +34,7 @@ class Range:
         return f"'auto' or {kind} of {' and '.join(bounds)}" if bounds else f"'auto' or {kind}"
 
     def read(self, value: Any) -> Value | None:
-        """Return the value, whole floats as integers; None where it is outside."""
+        """Return the value, with whole floats as integers; None if it is outside the range."""
         if value == AUTO and isinstance(value, str):
             return AUTO
         if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST_NUMBER < value < MOST_NUMBER:
@@ -50,7 +50,7 @@ class Range:
 
 
 class Hyperparameter:
-    """What pydantic asks a range."""
+    """Validates a field with a range, as a pydantic annotation."""
 
     def __init__(self, bounds: Range):
         self._bounds = bounds
@@ -83,26 +83,24 @@ PLACES = {
     for kind in ("reinforcement", "dpo", "supervised")
     for name in METHODS[kind]
 }
-"""Where each hyperparameter stands in a request; the one that both methods have, with the default method."""
+"""Where each hyperparameter is in a request. For one that two methods have, its place in the default method."""
 
 DEFAULT_BETA = 0.1
 SAMPLES = 8
-"""Answers to a prompt at the compute multiplier 1."""
+"""Answers per prompt at the compute multiplier 1."""
 EVALUATED_ROWS = 200
-"""Validation rows of an evaluation of a reinforcement job, unless it says more or fewer."""
+"""Validation rows per evaluation of a reinforcement job, unless the job sets another number."""
 EPOCHS = 3
 FEWEST_ROWS, MOST_ROWS = 100, 25_000
-"""Rows times epochs are brought between the two."""
+"""Automatic epochs bring rows times epochs between these two."""
 MOST_AUTOMATIC_EPOCHS = 25
 BATCH_SHARE = 0.002
 MOST_BATCH = 256
 
 
 def resolve(requested: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, Value]:
-    """Return numbers in the place of "auto", for a training file of so many rows.
-
-    ranks: processes that share a batch, of which an automatic batch size is a multiple.
-    """
+    """Return numbers for every hyperparameter, with "auto" resolved for a training file of `rows` rows. ranks: processes that share
+    a batch; an automatic batch size is a multiple of it."""
     automatic: dict[str, Value] = {
         "n_epochs": epochs(rows),
         "batch_size": batch_size(rows, ranks),
@@ -117,8 +115,8 @@ def resolve(requested: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[s
 
 
 def epochs(rows: int) -> int:
-    """Return 3 epochs, more for fewer than 34 rows, fewer for more than 8,333: the rule of the vendor's public notebook on data
-    preparation."""
+    """Return the automatic number of epochs: 3, more for fewer than 34 rows, fewer for more than 8,333. This is the rule of the
+    vendor's public data preparation notebook."""
     if rows * EPOCHS < FEWEST_ROWS:
         return min(MOST_AUTOMATIC_EPOCHS, FEWEST_ROWS // max(1, rows))
     if rows * EPOCHS > MOST_ROWS:
@@ -127,7 +125,7 @@ def epochs(rows: int) -> int:
 
 
 def batch_size(rows: int, ranks: int = 1) -> int:
-    """Return 0.2% of the rows, from 1 to 256, as a multiple of the ranks where the rows allow it."""
+    """Return the automatic batch size: 0.2% of the rows, from 1 to 256, rounded to a multiple of the ranks if the rows allow it."""
     size = min(MOST_BATCH, max(1, round(rows * BATCH_SHARE)))
     if ranks > 1 and rows >= ranks:
         size = min(max(ranks, round(size / ranks) * ranks), MOST_BATCH // ranks * ranks or size)
@@ -135,6 +133,6 @@ def batch_size(rows: int, ranks: int = 1) -> int:
 
 
 def steps(rows: int, resolved: Mapping[str, Value]) -> tuple[int, int]:
-    """Return optimizer steps of an epoch and of the job: a step never spans epochs."""
+    """Return the optimizer steps of an epoch and of the job: a step never spans epochs."""
     per_epoch = math.ceil(rows / int(resolved["batch_size"]))
     return per_epoch, per_epoch * int(resolved["n_epochs"])

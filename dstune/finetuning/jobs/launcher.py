@@ -1,4 +1,5 @@
-"""Starts the processes of jobs: each in a session of its own, with a listed part of the environment, holding its folder's lock."""
+"""Starts the processes of jobs. Each has its own session, receives a listed part of the environment, and holds its folder's
+lock."""
 
 from __future__ import annotations
 
@@ -19,24 +20,24 @@ from dstune.protocols import LAUNCHERS
 
 PROGRAM = (sys.executable, "-m", "dstune.finetuning.jobs.process")
 NEVER_PREFIXES = ("WANDB_", "OPENAI_", "PG")
-"""Of the server's own accounts; a job gets the key of its project alone."""
+"""Variables of the server's own accounts; a job gets only its project's key."""
 
 
 class Launcher(Protocol):
     def start(self, folder: JobFolder, task: Mapping[str, Any], env: Mapping[str, str]) -> bool:
-        """Start the process of a job. env: beside what every job gets. False while another one of the job lives."""
+        """Start the process of a job. env: additional variables. Returns False while another process of the job is alive."""
         ...
 
     def is_alive(self, folder: JobFolder) -> bool: ...
 
     def reap(self) -> None:
-        """Take note of processes that have ended."""
+        """Reap processes that have ended."""
         ...
 
 
 class ProcessLauncher:
-    """prefix: what starts them in a control group of their own, asked at each start. program: what is started, before FOLDER
-    and LOCK."""
+    """Starts jobs as child processes. prefix: returns the command that puts a process into its own control group; called at each
+    start. program: the command before FOLDER and LOCK."""
 
     def __init__(self, prefix: Callable[[], Sequence[str]] = tuple, program: Sequence[str] = PROGRAM):
         self._prefix, self._program = prefix, program
@@ -64,7 +65,7 @@ class ProcessLauncher:
                     start_new_session=True,
                 )
         finally:
-            os.close(lock)  # the child holds it now
+            os.close(lock)  # the child holds the lock now
         self._children.append(child)
         return True
 
@@ -76,7 +77,7 @@ class ProcessLauncher:
 
 
 def environment(server_environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a job's process gets of the server's environment: no key, and no address with one in it."""
+    """Return the part of the server's environment that a job's process inherits: no keys, and no addresses that contain one."""
     queues = (room.queue for room in LAUNCHERS.classes().values() if room.queue is not None)
     inherited_names = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
     passed_on = {
@@ -90,14 +91,14 @@ def environment(server_environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str, str]:
-    """Return the variables that give a job its devices. names: of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them; none on
-    a machine without."""
+    """Return the variables that assign devices to a job. names: this machine's GPUs in the form of CUDA_VISIBLE_DEVICES; empty if
+    it has none."""
     if not names:
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices if device < len(names))}
 
 
-def ask_orphan(folder: JobFolder, how: str) -> None:
+def stop_orphan(folder: JobFolder, how: str) -> None:
     """Ask training that has outlived its job process to end. This is called repeatedly, so a training that is to save first gets
     no signal: a second one would end it without saving."""
     import signal
@@ -108,7 +109,7 @@ def ask_orphan(folder: JobFolder, how: str) -> None:
 
     launched = records.read_launch(folder.run)
     process = launched.process(folder.run) if launched is not None else None
-    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+    with contextlib.suppress(psutil.Error):  # it has ended in the meantime
         if process is None or str(folder.path) in (parent.cmdline() if (parent := process.parent()) else ()):
             return  # its job process is alive and passes the request on
         if how == NOW:

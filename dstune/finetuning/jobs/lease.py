@@ -1,4 +1,4 @@
-"""Which process looks after jobs: a row of the database with an end. It saves work; what the processes do is safe without it."""
+"""A lease in the database on running jobs: it prevents duplicate work, but correctness does not depend on it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dstune.serve.store.database import Database
 
 
 def owner() -> str:
-    """Return a name of this process, so that another one on this machine sees when it is gone."""
+    """Return a name of this process by which other processes on this machine can tell whether it still runs."""
     started = psutil.Process().create_time()
     return f"{socket.gethostname()[:24]}/{os.getpid()}/{started:.0f}/{secrets.token_hex(4)}"
 
 
 def take(database: Database, name: str, owner: str, seconds: float) -> bool:
-    """Return whether this process has the lease, for so many seconds from now."""
+    """Take or renew the lease for `seconds`. Returns whether this process holds it."""
     now = time.time()
     with database.writing.begin() as session:
         row = session.get(Lease, name, with_for_update=True)
@@ -41,7 +41,8 @@ def release(database: Database, name: str, owner: str) -> None:
 
 
 def _is_gone(other: str) -> bool:
-    """Return whether the owner was a process of this machine that has ended; of others nothing is known."""
+    """Return whether the owner was a process of this machine that has ended; False for other machines, whose processes cannot be
+    checked."""
     try:
         host, pid, started, _ = other.split("/")
         if host != socket.gethostname()[:24]:

@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` of a job's run says: its steps as events, checkpoints and the results file."""
+"""Reads `metrics.jsonl` of a job's run into events, checkpoints' metrics and the results file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ NAMES = {
     "eval/reward": "full_valid_mean_reward",
     "completions/mean_length": "completion_tokens_mean",
 }
-"""Of a row's values, the names that clients know."""
+"""The API's names of a row's values."""
 MOST_EVENTS = 5000
-"""Of a job's steps. Those of a longer one are thinned out; the results file has all."""
+"""Most step events of a job. A longer job's events are thinned out; its results file has all steps."""
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -39,7 +39,7 @@ class Step:
     number: int
     epoch: float = 0.0
     values: dict[str, float] = field(default_factory=dict)
-    """By the names of the API."""
+    """Values by the API's names."""
     tokens: int | None = None
     seconds: float | None = None
 
@@ -49,7 +49,7 @@ class Step:
 
 
 class Reader:
-    """Reads what was appended. A file that became shorter, since the run went on from a checkpoint, is read anew."""
+    """Reads new lines. A file that became shorter, because the run continued from a checkpoint, is read from its beginning."""
 
     def __init__(self, file: Path):
         self._file = file
@@ -57,7 +57,7 @@ class Reader:
         self.steps: dict[int, Step] = {}
 
     def read(self) -> list[Step]:
-        """Return all steps in their order. A line that is not complete yet is left for the next time."""
+        """Return all steps in order. An incomplete last line is left for the next call."""
         try:
             with self._file.open("rb") as stream:
                 status = os.fstat(stream.fileno())
@@ -84,7 +84,7 @@ class Reader:
         if not isinstance(number, int) or number < 1:
             return
         if "loss" in row and number <= self._newest:
-            # The run went on from a checkpoint before that: what an earlier attempt wrote behind it comes again.
+            # The run continued from an earlier checkpoint, so steps written after it by the previous attempt repeat.
             self.steps = {earlier: step for earlier, step in self.steps.items() if earlier < number}
         self._newest = max(number, self._newest) if "loss" not in row else number
         step = self.steps.setdefault(number, Step(number))
@@ -107,8 +107,8 @@ def epoch_ends(run: Path) -> list[int]:
 
 
 def steps_per_epoch(steps: Iterable[Step]) -> int | None:
-    """Return the steps of an epoch as the run itself tells them: conversations of some templates become several samples, so that
-    rows do not tell."""
+    """Return the steps per epoch as the run reports them. They do not follow from the rows: some templates turn a conversation into
+    several samples."""
     for step in steps:
         if step.epoch > 0:
             return max(1, round(step.number / step.epoch))
@@ -116,13 +116,13 @@ def steps_per_epoch(steps: Iterable[Step]) -> int | None:
 
 
 def becomes_event(step: int, total: int, *, ends_epoch: bool) -> bool:
-    """Return whether a step is told: every one, or of a long job every n-th and the ends of epochs."""
+    """Return whether a step becomes an event: every step, or for a long job every n-th and the ends of epochs."""
     every = -(-total // MOST_EVENTS)
     return every <= 1 or step % every == 0 or ends_epoch or step == total
 
 
 def message_of(step: Step, total: int) -> str:
-    """Write the message of a step as published logs have it."""
+    """Return the message of a step's event in the form of the hosted API."""
     if "train_mean_reward" in step.values:
         text = f"Step {step.number}/{total} , train mean reward={step.values['train_mean_reward']:.2f}"
         if "full_valid_mean_reward" in step.values:
@@ -139,7 +139,7 @@ def data_of(step: Step, total: int) -> dict[str, Any]:
 
 
 def results_csv(steps: Iterable[Step]) -> bytes:
-    """Write one row a step; cells are empty where nothing was measured."""
+    """Return the results file: one row per step; cells without a measurement are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

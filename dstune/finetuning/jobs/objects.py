@@ -1,4 +1,4 @@
-"""Jobs, events and checkpoints as the API tells them."""
+"""Jobs, events and checkpoints in the form of the API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether jobs of a preset fit their hardware, and how long a step takes: `dstune plan`, asked once for each."""
+"""Asks `dstune plan` once per preset whether its jobs fit the hardware, and how long a step takes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dstune.finetuning.jobs.presets import LOCAL, Preset
 
 SECONDS = 300
 AGAIN_SECONDS = 60.0
-"""After which a plan that could not be made is tried again."""
+"""After this time a failed planning is retried."""
 BATCH = 8
-"""Rows of the step that is planned; the time of others is taken to be proportional."""
+"""Rows of the planned step; the time of other batch sizes is assumed to be proportional."""
 ANY_JOB = "ftjob-" + "0" * 24
 
 
@@ -32,17 +32,17 @@ ANY_JOB = "ftjob-" + "0" * 24
 class Estimate:
     fits: bool
     reason: str = ""
-    """Why it does not fit, in words of the planner."""
+    """Why it does not fit, in the planner's words."""
     memory_gib: float | None = None
     row_seconds: float | None = None
-    """Time of a step by the rows in it."""
+    """Time of a step divided by its rows."""
     planned: bool = True
-    """Whether the planner made a plan; what kept it from one may pass."""
+    """Whether there is a plan; a failure of the planner may be temporary."""
 
 
 class Plans(Protocol):
     def ask(self, preset: Preset, method: str) -> Estimate | None:
-        """Return the plan for a method of this preset; None while it is made."""
+        """Return the plan of a preset's method; None while it is being made."""
 
 
 DOES_NOT_FIT = "job_does_not_fit"
@@ -53,7 +53,8 @@ def does_not_fit(preset: Preset, plan: Estimate) -> str:
 
 
 class Planner:
-    """folder: where configurations that are planned lie for a moment. here: whether local jobs run on this machine."""
+    """Plans presets in a background thread. folder: for the temporary configurations. here: whether local jobs run on this
+    machine."""
 
     def __init__(self, folder: Path, *, here: bool = True):
         self._folder, self._here = folder, here
@@ -62,12 +63,12 @@ class Planner:
         self._busy, self._planning = threading.Lock(), threading.Lock()
 
     def ask(self, preset: Preset, method: str) -> Estimate | None:
-        """Return the plan for this preset as it is now; None while it is made, which takes seconds and happens beside."""
+        """Return the plan for the current preset; None while it is being made in the background, which takes seconds."""
         key = (repr(preset), method)
         if (plan := self._fresh(key)) is not None:
             return plan
         if preset.hardware is None and not (self._here and preset.pool == LOCAL):
-            return Estimate(fits=True)  # a plan of this machine would be of another one
+            return Estimate(fits=True)  # a plan for this machine would not apply to the machine of the jobs
         with self._busy:
             if key not in self._pending:
                 self._pending.add(key)
@@ -75,7 +76,9 @@ class Planner:
         return None
 
     def _plan(self, key: tuple[str, str], preset: Preset, method: str) -> None:
-        plan = Estimate(fits=True, planned=False)  # of a planner that cannot be started: the run refuses what cannot be
+        plan = Estimate(
+            fits=True, planned=False
+        )  # if the planner cannot be started, the run itself refuses what does not fit
         try:
             with self._planning:
                 plan = self._estimate(preset, method)
@@ -94,7 +97,7 @@ class Planner:
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))
             folder.train.touch()
-            fewest = replace(preset, devices=preset.fewest)  # a job may have to do with them
+            fewest = replace(preset, devices=preset.fewest)  # a job may have to run with this few devices
             configuration.write(configuration.Plan(ANY_JOB, method, hyperparameters, seed=0), fewest, folder)
             command = [sys.executable, "-m", "dstune", "plan", *configuration.arguments(folder), "--json"]
             if preset.hardware is not None:
@@ -103,12 +106,14 @@ class Planner:
             try:
                 done = subprocess.run(command, env=env, cwd=name, capture_output=True, text=True, timeout=SECONDS)
             except subprocess.TimeoutExpired:
-                return Estimate(fits=True, planned=False)  # nothing is known; the run itself refuses what cannot be
+                return Estimate(
+                    fits=True, planned=False
+                )  # the planner knows nothing; the run itself refuses what does not fit
         return read(done.returncode, done.stdout)
 
 
 def read(code: int, text: str) -> Estimate:
-    """Return what `dstune plan --json` printed. A plan that cannot be made for want of knowledge refuses nothing."""
+    """Parse the output of `dstune plan --json`. A failure for lack of knowledge refuses nothing."""
     try:
         answer = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`models.yaml` as it is now: read again when it changes; one that cannot be read leaves what was there before."""
+"""The current `models.yaml`, which is read again when it changes; an invalid new version leaves the previous content in effect."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ log = logging.getLogger("dstune.serve")
 
 class PresetFile:
     def __init__(self, path: Path | None):
-        """Raises UserError for a file that is wrong from the start. path: None where no models are offered; a file that is not
-        there yet is read when it comes."""
+        """path: None if no models are offered; a missing file is read once it exists. Raises UserError if the file is invalid at
+        the start."""
         self._path = path
         self._stamp: tuple[int, int] | None = None
-        self._found = Presets()
+        self._presets = Presets()
         self._busy = threading.Lock()
         if path is not None and (stamp := _stamp(path)) is not None:
-            self._stamp, self._found = stamp, presets.read(path)
+            self._stamp, self._presets = stamp, presets.read(path)
 
     def __call__(self) -> Presets:
         if self._path is None:
-            return self._found
+            return self._presets
         with self._busy:
             stamp = _stamp(self._path)
             if stamp != self._stamp:
                 self._stamp = stamp
                 try:
-                    self._found = presets.read(self._path)
+                    self._presets = presets.read(self._path)
                 except UserError as error:
                     log.error("models are as before: %s", error)
-        return self._found
+        return self._presets
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""`models.yaml`: which public model names jobs may name, what each stands for, and how jobs share the machine."""
+"""`models.yaml`: the model names that jobs may use, their settings, and how jobs share the machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dstune.serve.validation import CLOSED, read_tree
 
 FILE = "models.yaml"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-"""Of a public model: without slash or colon, so that names of tuned models can be read."""
+"""Pattern of a public model name. It has no slash or colon, so that names of tuned models can be parsed."""
 LOCAL = "local"
 TASK_OF = {"supervised": "chat", "dpo": "preference", "reinforcement": "reinforcement"}
-OWNED = (
+RESERVED_KEYS = (
     "data.train", "data.validation", "data.split", "data.packing", "data.max_length", "data.clean", "data.on_bad_row",
     "data.mixture", "data.streaming", "data.max_rows", "data.augment", "model.path", "model.revision",
     "model.trust_remote_code", "method", "task.name", "task.loss", "task.beta", "task.graders", "task.samples",
@@ -31,47 +31,47 @@ OWNED = (
     "checkpoint.keep", "checkpoint.weights_only", "evaluate.every", "evaluate.at_start", "run", "tracking", "launch",
     "plugins", "defaults",
 )  # fmt: skip
-"""Keys that a job sets, or that a preset has a key of its own for; `settings` may not have them."""
+"""Keys that a job sets, or that a preset has its own key for; not allowed in `settings`."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class Preset:
-    """What a public model name stands for."""
+    """The settings of a public model name."""
 
     name: StrictStr
     path: StrictStr
     """Folder, hub id or sample of the base model."""
     revision: StrictStr | None = None
     methods: tuple[StrictStr, ...] = ("supervised", "dpo")
-    """`reinforcement` beside these lets clients choose graders by which its jobs learn."""
+    """The fine-tuning methods that jobs may use. `reinforcement` lets clients choose the grader that a job learns from."""
     python_graders: StrictBool = False
-    """Whether graders of clients may be Python, which runs in a sandbox of namespaces on the machine of the job."""
+    """Whether clients' graders may be Python, which runs in a namespace sandbox on the job's machine."""
     adaptation: Mapping[StrictStr, Any] = field(default_factory=lambda: {"name": "lora"})
-    """The choice of dstune's group `method`, with its keys."""
+    """The choice of dstune's config group `method`, with its keys."""
     learning_rate: Mapping[str, Annotated[float, Field(strict=True, gt=0)]] = field(default_factory=dict)
-    """By the API's method; that of the adaptation and task where there is none."""
+    """By the API's method; the default is that of the adaptation and task."""
     max_length: Annotated[int, Field(strict=True, ge=8)] = 1024
-    """Longest row in tokens; longer ones are cut."""
+    """Longest row in tokens; longer ones are truncated."""
     devices: Annotated[int, Field(strict=True, ge=1)] = 1
-    """Local devices that a job takes where they are free."""
+    """Local devices that a job uses if they are free."""
     fewest_devices: StrictInt | None = None
-    """Local devices that are enough to start; None for `devices`."""
+    """The fewest local devices that a job starts with; None means `devices`."""
     launch: Mapping[StrictStr, Any] = field(default_factory=lambda: {"name": LOCAL})
-    """The choice of dstune's group `launch`, with its keys."""
+    """The choice of dstune's config group `launch`, with its keys."""
     hardware: StrictStr | None = None
-    """What its jobs run on, as `dstune plan` has it, where that is not this machine."""
+    """The hardware of its jobs, in the form of `dstune plan`, if it is not this machine."""
     priority: StrictInt = 0
-    """Jobs of a higher one start first."""
+    """Jobs with a higher priority start first."""
     most_rows: Annotated[int, Field(strict=True, ge=10)] = 1_000_000
     most_epochs: Annotated[int, Field(strict=True, ge=1)] = 50
     price: Annotated[float, Field(strict=True, ge=0)] = 0.0
-    """Of an hour of one device."""
+    """Price of one device-hour."""
     settings: Mapping[StrictStr, Any] = field(default_factory=dict)
     """Further keys of dstune's configuration."""
 
     @property
     def pool(self) -> str:
-        """Whose devices its jobs take."""
+        """The pool from which its jobs take devices."""
         return str(self.launch["name"])
 
     @property
@@ -88,12 +88,12 @@ class Preset:
 
 @dataclass(frozen=True, config=CLOSED)
 class Limits:
-    """Of the jobs of an organization or a key; None for none."""
+    """Limits for the jobs of an organization or a key; None means unlimited."""
 
     running: Annotated[int, Field(strict=True, ge=0)] | None = None
     waiting: Annotated[int, Field(strict=True, ge=0)] | None = None
     weight: Annotated[float, Field(strict=True, gt=0)] = 1.0
-    """Of an organization: its part of the devices where several wait."""
+    """For an organization: its share of the devices when several wait."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -101,17 +101,17 @@ class QueueSettings:
     """How jobs share the machine."""
 
     devices: Annotated[int, Field(strict=True, gt=0)] | None = None
-    """Local devices that jobs may take: all GPUs, or one where there is none."""
+    """Local devices that jobs may use; by default all GPUs, or one device if there are none."""
     validation_seconds: Annotated[float, Field(strict=True, gt=0)] = 3600.0
-    """After which a job whose files are still read has failed: a validation takes a core from those of others."""
+    """A job whose files take longer to validate fails: a validation occupies a core."""
     submitted: Annotated[int, Field(strict=True, gt=0)] = 100
-    """Jobs at a time in the queue of a cluster."""
+    """The most jobs at once in a cluster's queue."""
     organization: Limits = field(default_factory=lambda: Limits(waiting=1000))
     organizations: Mapping[str, Limits] = field(default_factory=dict)
-    """By id, in place of `organization`."""
+    """By organization id, replacing `organization`."""
     key: Limits = field(default_factory=lambda: Limits(waiting=200))
     share_hours: Annotated[float, Field(strict=True, gt=0)] = 24.0
-    """How far back use counts where organizations share fairly."""
+    """How far back usage counts for fair sharing between organizations."""
 
     def of(self, organization: str) -> Limits:
         return self.organizations.get(organization, self.organization)
@@ -124,18 +124,18 @@ class Presets:
     models: Mapping[str, Preset] = field(default_factory=dict)
     queue: QueueSettings = field(default_factory=QueueSettings)
     prefix: tuple[StrictStr, ...] = ()
-    """What starts a job's process in a control group of its own, such as `systemd-run --user --scope --quiet --collect`."""
+    """The command that puts a job's process into its own control group, such as `systemd-run --user --scope --quiet --collect`."""
     results: Literal["plain", "base64"] = "plain"
-    """The file of results as it is, or `base64`, as the hosted API gives it out."""
+    """The form of the results file: `plain`, or `base64` as the hosted API returns it."""
 
 
 def read(path: Path) -> Presets:
-    """Return the presets in a file. Raises UserError with all that is wrong."""
+    """Read presets from a file. Raises UserError with every problem."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(Problem("--presets", f"cannot be read: {error.strerror}", value=str(path))) from None
-    except Exception as error:  # whatever the parser raises for a file that is none
+    except Exception as error:  # a YAML parser may raise anything for an invalid file
         raise UserError(Problem(str(path), f"is no YAML: {first_line(error)}")) from None
     problems: list[Problem] = []
     made = _read_presets(content, path.name, problems)
@@ -145,7 +145,7 @@ def read(path: Path) -> Presets:
 
 
 def _read_presets(content: Any, file: str, problems: list[Problem]) -> Presets:
-    """Return everything that can be read; what cannot is added to `problems`."""
+    """Return everything that is valid; add the rest to `problems`."""
     if not isinstance(content, Mapping):
         problems.append(Problem(file, "must be a mapping with the key `models`"))
         return Presets()
@@ -167,16 +167,16 @@ def _read_presets(content: Any, file: str, problems: list[Problem]) -> Presets:
         "name"
     }
     tree = {key: value for key, value in tree.items() if value is not None}
-    made, wrong = read_tree(Presets, tree, f"{file}: ", keys)
+    parsed, wrong = read_tree(Presets, tree, f"{file}: ", keys)
     problems += wrong
-    if made is None:  # what is right of it may be wrong in other ways
+    if parsed is None:  # the valid parts may still have other problems
         for name, value in tree["models"].items():
             preset = read_tree(Preset, value, "")[0]
             problems += _preset_problems(preset, f"{file}: models.{name}") if preset is not None else ()
         return Presets()
-    for name, preset in made.models.items():
+    for name, preset in parsed.models.items():
         problems += _preset_problems(preset, f"{file}: models.{name}")
-    return made
+    return parsed
 
 
 def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
@@ -202,7 +202,9 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
     if preset.launch.get("name") == LOCAL and "processes" in preset.launch:
         yield Problem(f"{where}.launch.processes", "is the number of devices", "devices: N")
     for key in _keys(preset.settings):
-        if owner := next((owned_key for owned_key in OWNED if key == owned_key or key.startswith(f"{owned_key}.")), ""):
+        if owner := next(
+            (owned_key for owned_key in RESERVED_KEYS if key == owned_key or key.startswith(f"{owned_key}.")), ""
+        ):
             yield Problem(f"{where}.settings.{key}", f"{owner} is set by the job", "leave it out")
 
 

@@ -1,9 +1,6 @@
-"""The process of a job: `python -m dstune.finetuning.jobs.process FOLDER LOCK` validates its files, or trains and exports.
-
-It lives in a session of its own and outlives the server. It reads `task.json` and leaves files: the server sees no more of it.
-LOCK is the descriptor of the folder's lock, which the server took before it started this; a training that outlives this
-process keeps it held.
-"""
+"""The process of a job: `python -m dstune.finetuning.jobs.process FOLDER LOCK` validates its files, or trains and exports. It has
+its own session and outlives the server. It reads `task.json` and communicates through files only. LOCK is the descriptor of the
+folder's lock, which the server took before starting this process; a training that outlives this process keeps holding it."""
 
 from __future__ import annotations
 
@@ -31,16 +28,16 @@ from dstune.protocols.launcher import Unreachable
 
 POLL_SECONDS = 0.1
 QUEUE_SECONDS = 5.0
-"""Between two questions to the queue of a cluster."""
+"""Interval of queries to a cluster's queue."""
 TWICE_SECONDS = 0.5
-"""Between two signals that shall count as two."""
+"""Pause between two signals, so that they count as two."""
 EXIT_LOST = -1
-"""Of a job in a queue that ended without a result: it starts again from its newest checkpoint."""
+"""Exit code for a cluster job that ended without a result: it starts again from its newest checkpoint."""
 VALIDATE, TRAIN = "validate", "train"
 QUEUED_STATES = ("running", "pending", "elsewhere")
 ENDED = {"completed": EXIT_DONE, "stopped": EXIT_DONE, "preempted": EXIT_PREEMPTED, "failed": EXIT_FAILED}
 LOOKS = 3
-"""At a job that is gone without a result, before it counts as lost."""
+"""How often a missing job without a result is checked before it counts as lost."""
 
 
 def main(argv: list[str]) -> int:
@@ -59,15 +56,15 @@ def main(argv: list[str]) -> int:
 
 
 def _end_on_stop(folder: JobFolder) -> None:
-    """End this process once a stop is requested: nobody waits for the rows of a job that was cancelled, and the next validation
-    takes its core."""
+    """End this process once a stop is requested: nobody waits for the rows of a cancelled job, and the next validation needs its
+    core."""
     while folder.stop_requested() != NOW:
         time.sleep(POLL_SECONDS)
     os._exit(EXIT_PREEMPTED)
 
 
 def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
-    """Return the rows of the files, or the error of a failed job."""
+    """Return the rows and tokens of the files, or the error of a failed job."""
     from dstune.finetuning import rows
     from dstune.finetuning.row_images import why_blind
 
@@ -100,7 +97,7 @@ def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digests(file: Path) -> Iterator[bytes]:
-    """Yield the digests of the file's lines."""
+    """Yield the digest of each line of the file."""
     with file.open("rb") as stream:
         for line in stream:
             yield hashlib.sha256(line).digest()[:16]
@@ -110,17 +107,17 @@ def _digests(file: Path) -> Iterator[bytes]:
 
 
 class Training:
-    """One attempt: `dstune train`, then the exports of what it has saved."""
+    """One attempt: `dstune train`, then the exports of the saved checkpoints."""
 
     def __init__(self, folder: JobFolder, lock: int, pool: str, devices: int | None = None):
-        """devices: how many ranks a training on this machine has; None for what its configuration says."""
+        """devices: how many ranks a training on this machine has; None means as configured."""
         self._folder, self._lock, self._pool = folder, lock, pool
         self._overrides = [] if devices is None else [f"launch.processes={int(devices)}"]
         self._queued = LAUNCHERS[pool].queue is not None
         self._running = 0.0
-        """Seconds in which a job of a cluster ran."""
+        """Seconds that a cluster job has run."""
         self._signals = 0
-        """Signals that were passed on."""
+        """Number of forwarded signals."""
         self._signalled_at = 0.0
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -170,15 +167,15 @@ class Training:
                 pass_fds=(self._lock,),
             )
             while process.poll() is None:
-                self._pass_on(process)
+                self._forward_stop(process)
                 time.sleep(POLL_SECONDS)
         code = process.returncode
-        if code == EXIT_DONE and self._in_queue():  # it was submitted, which takes no process here
+        if code == EXIT_DONE and self._in_queue():  # it was submitted to a queue, which needs no process here
             code = self._wait_in_queue()
         return code, self._last_object()
 
-    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass on the wish to stop, as signals of the launching process: one lets it save, a second one does not."""
+    def _forward_stop(self, process: subprocess.Popen[bytes]) -> None:
+        """Forward a stop request as signals to the launching process: the first lets it save, a second one does not."""
         how = self._folder.stop_requested()
         signals_due = 2 if how == NOW else 1 if how or self._signalled else 0
         if signals_due > self._signals and time.monotonic() - self._signalled_at > TWICE_SECONDS:
@@ -186,8 +183,8 @@ class Training:
                 process.send_signal((signal.SIGTERM, signal.SIGINT)[self._signals])
             self._signals, self._signalled_at = self._signals + 1, time.monotonic()
 
-    def _last_object(self) -> dict[str, Any]:
-        """Return the last object that was printed; {} where there is none."""
+    def _report(self) -> dict[str, Any]:
+        """Return the last JSON object in the output; {} if there is none."""
         for line in reversed(self._folder.report.read_bytes().splitlines()):
             with contextlib.suppress(ValueError):
                 value = parse_json(line)
@@ -195,11 +192,11 @@ class Training:
                     return value
         return {}
 
-    # -- in the queue of a cluster, whose jobs need no process here
+    # -- in a cluster's queue, whose jobs need no process here
 
     def _in_queue(self) -> bool:
-        """Return whether a job of this run waits or runs, also one whose submission was killed before it was noted. Waits until
-        the queue answers: to submit without knowing would make two."""
+        """Return whether a job of this run is queued or running, including one whose submission was killed before it was recorded.
+        Waits until the queue answers: submitting without knowing could create a second job."""
         queue, run = LAUNCHERS[self._pool].queue, self._folder.run
         if queue is None:
             return False
@@ -222,7 +219,7 @@ class Training:
         from dstune.launch.manage import cancel, status_of
 
         run, obeyed, unsure, looked = self._folder.run, "", 0, time.monotonic()
-        # A result may be seen later than the end of the job, on a file system of several machines.
+        # On a shared file system, the result may appear later than the job's end.
         while (status := status_of(run)).state in QUEUED_STATES or unsure < LOOKS:
             if status.state in ENDED:
                 break
@@ -238,7 +235,7 @@ class Training:
         code = ENDED.get(status.state, EXIT_LOST)
         launched = records.read_launch(run)
         if code == EXIT_LOST and launched is not None:
-            # The next attempt does not wait for it, but submits the run again.
+            # The next attempt does not wait for this job, but submits the run again.
             records.note(run, launched.id, launched.processes)
         return code
 

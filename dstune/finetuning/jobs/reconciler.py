@@ -1,5 +1,5 @@
-"""Brings what is wished, what the database says and what the folders of jobs show together: one step for each job, again and
-again, the same after a start as later. Whoever is killed between two steps leaves nothing that the next step does not find."""
+"""Reconciles the desired state, the database and the job folders, one step per job, repeatedly. A step depends only on what is
+stored, so that a server killed between two steps leaves nothing that the next step does not handle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER
 from dstune.finetuning.jobs import configuration, hyperparameters, lease, metrics
 from dstune.finetuning.jobs.configuration import Plan
 from dstune.finetuning.jobs.folder import JOB_ID, NOW, SAVE, JobFolder, read
-from dstune.finetuning.jobs.launcher import Launcher, ask_orphan, device_environment
+from dstune.finetuning.jobs.launcher import Launcher, device_environment, stop_orphan
 from dstune.finetuning.jobs.metrics import Reader
 from dstune.finetuning.jobs.planner import DOES_NOT_FIT, Estimate, Plans, does_not_fit
 from dstune.finetuning.jobs.presets import LOCAL, Preset, Presets
@@ -32,18 +32,18 @@ log = logging.getLogger("dstune.serve")
 LEASE = "reconciler"
 LEASE_SECONDS = 15.0
 VALIDATORS = 2
-"""Validations at a time; each takes one core."""
+"""Concurrent validations; each takes one core."""
 MOST_IDLE = 8
-"""Starts in a row without a step beyond those before, after which a job has failed."""
+"""After this many starts in a row without a new step, a job has failed."""
 PAUSE_SECONDS = 2.0
-"""Before the second of such starts; each pause is twice the one before."""
+"""Pause before the second such start; it doubles each time."""
 LONGEST_PAUSE = 300.0
 MOST_VALIDATIONS = 5
 MEASURE_SECONDS = 15.0
-"""Between two measurements of the folder of a running job."""
+"""Interval of measuring a running job's folder."""
 SWEEP_SECONDS = 300.0
 ORPHAN_SECONDS = 3600.0
-"""After which a folder without a row is what a request left that was cut short."""
+"""After this time, a folder without a row is what an interrupted request left."""
 TOO_MANY_DEVICES = "The job needs {} devices, and this server has {}."
 INTERNAL = "The job failed for an internal reason; the operator of the server finds it in the log of the job."
 DATA_KEYS = {"training_file": "data.train", "validation_file": "data.validation"}
@@ -57,15 +57,15 @@ class Machine:
     gpus: Sequence[str] = ()
 
     def capacity(self, requested: int | None) -> int:
-        """Return the devices that jobs may take. requested: by `queue.devices`; a GPU is not given to two jobs."""
+        """Return the number of devices that jobs may use. requested: by `queue.devices`; a GPU is never shared by two jobs."""
         if requested is None:
             return self.devices
         return min(requested, len(self.gpus)) if self.gpus else requested
 
 
 class Reconciler:
-    """keys: the variables of a project's accounts, by the job (W&B). has_space: whether a project may store more. plans: what jobs
-    are held against before they wait for devices; None holds them against nothing."""
+    """keys: returns the environment variables of a job's project accounts (W&B). has_space: returns whether a project may store
+    more. plans: checks whether jobs fit before they wait for devices; None skips the check."""
 
     def __init__(
         self,
@@ -87,24 +87,24 @@ class Reconciler:
         self._readers: dict[str, Reader] = {}
         self._validations: Counter[str] = Counter()
         self._turns: dict[str, int] = {}
-        """When an organization's files were read last, as a count."""
+        """When each organization's files were last validated, as a counter."""
         self._warned: set[str] = set()
-        """Jobs for which there are too few devices."""
+        """Jobs that wait because there are too few devices."""
         self._rewound: set[str] = set()
-        """Jobs whose training went back to a checkpoint, and has not come as far again."""
-        self._held: set[str] = set()
-        """Jobs that wait for space."""
+        """Jobs whose training restarted from a checkpoint and has not yet passed the step reached before."""
+        self._waiting_for_space: set[str] = set()
+        """Jobs that wait for storage space."""
         self._measured: dict[str, float] = {}
-        """When the folders of running jobs were measured."""
+        """When the folders of running jobs were last measured."""
         self.cancelled: deque[str] = deque(maxlen=10_000)
-        """Jobs that clients of this process have just cancelled; those that had no process are swept at once."""
+        """Jobs that clients of this process have just cancelled; those without a process are cleaned up at once."""
         self._swept = -SWEEP_SECONDS
         self.leads = False
         self.variables: Mapping[str, str] = {}
-        """Of every training on this machine that has no control group of its own."""
+        """The environment of each local training that has no control group of its own."""
 
     def step(self) -> None:
-        """Look once at everything that is not over."""
+        """Process every unfinished job once."""
         self._launcher.reap()
         self.leads = lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
         if not self.leads:
@@ -124,7 +124,7 @@ class Reconciler:
             except Exception:
                 log.exception("job %s could not be looked after; it is tried again", job.id)
         while unread and validating < VALIDATORS:
-            # The organization whose turn is the longest ago: many jobs of one hold up no other.
+            # Start with the organization that has waited longest, so that many jobs of one do not delay others.
             job = min(unread, key=lambda job: (self._turns.get(job.organization, 0), job.number))
             unread.remove(job)
             self._turns[job.organization] = max(self._turns.values(), default=0) + 1
@@ -135,16 +135,16 @@ class Reconciler:
         while self.cancelled:
             job = self._store.read(self.cancelled.popleft())
             if not job.active:
-                self._over(job)
+                self._clean_up(job)
         self._schedule()
         if time.monotonic() - self._swept > SWEEP_SECONDS:
             self._swept = time.monotonic()
             self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what nobody needs any more: folders of requests that were cut, files of jobs that ended while nobody looked."""
+        """Remove folders that interrupted requests left, and files of jobs that ended while no server ran."""
         paths = [path for path in self._folder.glob("ftjob-*") if JOB_ID.fullmatch(path.name)]
-        states = self._store.states()  # read after the folders, which are made before their rows
+        states = self._store.states()  # read after the folders, which are created before their rows
         for path in paths:
             folder, (state, size) = JobFolder(path), states.get(path.name, (None, 0))
             if state is None and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
@@ -152,13 +152,13 @@ class Reconciler:
             elif (
                 state in TERMINAL and any(map(Path.exists, folder.client_rows)) and not self._launcher.is_alive(folder)
             ):
-                self._results.tidy(folder)
+                self._results.remove_unneeded_files(folder)
                 self._store.measure(path.name, folder)
-            elif state is not None and size == 0:  # of a server that did not measure yet
+            elif state is not None and size == 0:  # written by a version that did not measure folders
                 self._store.measure(path.name, folder)
 
     def save_all(self) -> None:
-        """Have local jobs save and end: their processes would not outlive this one. The next reconciler starts them again."""
+        """Ask local jobs to save and end, since their processes would not outlive this one. The next reconciler restarts them."""
         if not self.leads:
             return
         active = [job for job in self._store.unfinished() if job.active and job.pool == LOCAL]
@@ -170,14 +170,14 @@ class Reconciler:
             self._launcher.reap()
 
     def leave(self) -> None:
-        """Let another process lead at once."""
+        """Release the lease, so that another process can take over at once."""
         if self.leads:
             lease.release(self._store.database, LEASE, self._owner)
 
     # -- files
 
     def _validate(self, job: Job) -> bool:
-        """Take up what reading a job's files has found, or end a reading that takes too long. Returns whether it still goes on."""
+        """Take over the result of a validation, or end one that takes too long. Returns whether it is still running."""
         folder = self._job_folder(job)
         validation = read(folder.validated)
         if validation is not None:
@@ -194,7 +194,7 @@ class Reconciler:
         return True
 
     def _begin_validation(self, job: Job) -> bool:
-        """Start a process that reads the files of a job. Returns whether it was started; a job that cannot be read is failed."""
+        """Start a process that validates a job's files. Returns whether it was started; if it cannot be, the job fails."""
         self._validations[job.id] += 1
         if self._validations[job.id] > MOST_VALIDATIONS:
             self._fail(job, "server_error", INTERNAL, None)
@@ -223,7 +223,7 @@ class Reconciler:
             return
         estimate = Estimate(fits=True) if self._plans is None else self._plans.ask(preset, job.method)
         if estimate is None:
-            return  # it is planned; the files are read already
+            return  # a plan is being made; the files have been validated already
         if not estimate.fits:
             self._fail(job, DOES_NOT_FIT, does_not_fit(preset, estimate), "model")
             return
@@ -236,7 +236,7 @@ class Reconciler:
         rows = int(validation["training_file"]["rows"])
         resolved = hyperparameters.resolve(job.hyperparameters, rows, preset.devices)
         if int(resolved["n_epochs"]) > preset.most_epochs:
-            resolved["n_epochs"] = preset.most_epochs  # of "auto" alone: a number was refused at creation
+            resolved["n_epochs"] = preset.most_epochs  # only for "auto": an explicit number was checked at creation
         plan = Plan(
             job.id,
             job.method,
@@ -273,7 +273,7 @@ class Reconciler:
         folder = self._job_folder(job)
         alive = self._launcher.is_alive(folder)
         steps = self._reader(job).read()
-        self._tell(job, steps, ended=not alive)
+        self._store_events(job, steps, ended=not alive)
         if alive:
             if job.state == State.PAUSING:
                 self._request_end(folder, SAVE)
@@ -283,15 +283,15 @@ class Reconciler:
             return
         ended = read(folder.ended)
         if ended is None or ended.get("attempt") != job.attempt:
-            self._lost(job, steps, "its process ended without a result")
+            self._handle_lost(job, steps, "its process ended without a result")
         elif ended["code"] == EXIT_DONE:
             self._complete(job, folder, steps, ended)
         elif ended["code"] == EXIT_PREEMPTED:
-            self._lost(job, steps, "the machine asked it to stop")
+            self._handle_lost(job, steps, "the machine asked it to stop")
         elif int(ended["code"]) < 0:
-            self._lost(job, steps, "the cluster lost it")
+            self._handle_lost(job, steps, "the cluster lost it")
         elif ended["code"] == EXIT_USER:
-            self._handle_refusal(job, ended, steps)
+            self._handle_refused(job, ended, steps)
         else:
             log.error("job %s failed: %s", job.id, str(ended.get("reason"))[:2000])
             self._fail(job, "server_error", INTERNAL, None)
@@ -301,11 +301,11 @@ class Reconciler:
         if folder.stop_requested() not in (how, NOW):
             folder.request_stop(how)
         elif folder.lock.is_file() and time.time() - folder.stop.stat().st_mtime > 5.0:
-            ask_orphan(folder, how)
+            stop_orphan(folder, how)
 
-    def _tell(self, job: Job, steps: Sequence[metrics.Step], *, ended: bool) -> None:
-        """Tell new steps as events. The newest one waits for its evaluation, which comes in a row of its own."""
-        self._tell_rewind(job, steps[-1].number if steps else 0, ended=ended)
+    def _store_events(self, job: Job, steps: Sequence[metrics.Step], *, ended: bool) -> None:
+        """Store new steps as events. The newest one waits for its evaluation, which is logged in a row of its own."""
+        self._report_rewind(job, steps[-1].number if steps else 0, ended=ended)
         complete = steps if ended or job.validation_file is None else steps[:-1]
         new = [step for step in complete if step.number > job.last_step and "train_loss" in step.values]
         if not new:
@@ -317,7 +317,7 @@ class Reconciler:
         rates = sorted(step.seconds for step in steps[-20:] if step.seconds)
         seconds = rates[len(rates) // 2] if rates else job.step_seconds
         with self._store.database.writing.begin() as session:
-            row = self._store.locked(session, job.id)
+            row = self._store.lock_row(session, job.id)
             for step in new:
                 if step.number <= row.last_step:
                     continue
@@ -329,18 +329,19 @@ class Reconciler:
                 row.estimated_finish = round(time.time() + seconds * max(0, total - row.last_step))
         job.last_step, job.total_steps, job.step_seconds = row.last_step, total, seconds
 
-    def _tell_rewind(self, job: Job, reached: int, *, ended: bool) -> None:
-        """Tell that a training has fewer steps than were told: it goes on from a checkpoint, perhaps without a new attempt."""
+    def _report_rewind(self, job: Job, reached: int, *, ended: bool) -> None:
+        """Report that a training has gone back to an earlier step: it continues from a checkpoint, possibly within the same
+        attempt."""
         if reached >= job.last_step:
             self._rewound.discard(job.id)
         elif reached and not ended and job.id not in self._rewound:
             self._rewound.add(job.id)
             text = f"The training goes on from its checkpoint of step {reached}; it had reached step {job.last_step}"
             with self._store.database.writing.begin() as session:
-                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+                note(session, self._store.lock_row(session, job.id), Message(text, "warn"))
 
-    def _lost(self, job: Job, steps: Sequence[metrics.Step], why: str) -> None:
-        """Handle a job whose process has ended and that is not over."""
+    def _handle_lost(self, job: Job, steps: Sequence[metrics.Step], why: str) -> None:
+        """Handle a job whose process has ended before the job was over."""
         pausing = job.state == State.PAUSING
         if pausing:
             self._end_attempt(job, Change.HALT, [Message("The job is paused")], exports=True)
@@ -362,24 +363,24 @@ class Reconciler:
             self._fail(job, "server_error", INTERNAL, None)
             return
         with self._results.staged(steps) as staged, self._store.database.writing.begin() as session:
-            row = self._store.locked(session, job.id)
+            row = self._store.lock_row(session, job.id)
             if row.state not in (State.RUNNING, State.PAUSING) or row.attempt != job.attempt:
-                return  # cancelled a moment ago
+                return  # cancelled in the meantime
             self._account(row)
             result, model, messages = self._results.complete(session, row, staged, folder, steps)
             self._store.change(
                 session, row, Change.COMPLETE, [Message(text) for text in messages],
                 trained_tokens=int(ended.get("tokens") or steps[-1].tokens or 0), result_file=result, fine_tuned_model=model,
             )  # fmt: skip
-        self._over(job)
+        self._clean_up(job)
         self._results.published()
 
-    def _handle_refusal(self, job: Job, ended: Mapping[str, Any], steps: Sequence[metrics.Step]) -> None:
-        """Handle exit code 2: the client's rows, a second launch of the same directory, or the operator's preset."""
+    def _handle_refused(self, job: Job, ended: Mapping[str, Any], steps: Sequence[metrics.Step]) -> None:
+        """Handle exit code 2: an error in the client's rows, a second launch of the same directory, or the operator's preset."""
         problems = ended.get("problems") or []
         where = str(problems[0].get("where", "")) if problems else ""
         if where == "run.dir":
-            self._lost(job, steps, "another process of it was running still")
+            self._handle_lost(job, steps, "another process of it was running still")
             return
         folder = self._job_folder(job)
         for param in ("training_file", "validation_file"):
@@ -394,20 +395,20 @@ class Reconciler:
         self._fail(job, "server_error", INTERNAL, None)
 
     def _wind_down(self, job: Job) -> None:
-        """Wind down a job whose state says that it has no process any more."""
+        """Clean up the process of a job whose state says that it has none any more."""
         folder = self._job_folder(job)
         if self._launcher.is_alive(folder):
             self._request_end(folder, NOW if job.state == State.CANCELLED else SAVE)
             return
-        self._tell(job, self._reader(job).read(), ended=True)
+        self._store_events(job, self._reader(job).read(), ended=True)
         with self._store.database.writing.begin() as session:
-            row = self._store.locked(session, job.id)
+            row = self._store.lock_row(session, job.id)
             if row.active:
                 self._account(row)
                 if row.state in TERMINAL:
                     self._results.count(session, row)
         if job.state in TERMINAL:
-            self._over(job)
+            self._clean_up(job)
 
     # -- devices
 
@@ -439,23 +440,24 @@ class Reconciler:
                 log.exception("job %s could not be started; it is tried again", waiting_job.id)
 
     def capacity(self) -> int:
-        """Return local devices that jobs may take."""
+        """Return the number of local devices that jobs may use."""
         return self._machine.capacity(self._presets().queue.devices)
 
     def _devices(self, job: Job) -> dict[str, int]:
-        """Return how many it takes, and how few are enough, as its preset says now: a job goes on with another number of them."""
-        preset = self._offered(job)
+        """Return how many devices the job takes and the fewest it needs, by its current preset: a job may continue with another
+        number."""
+        preset = self._current_preset(job)
         if preset is None:
             return {"devices": job.devices, "fewest": job.devices}
         return {"devices": preset.devices, "fewest": preset.fewest}
 
-    def _offered(self, job: Job) -> Preset | None:
-        """Return the preset; None where the operator has taken it away, or moved it to another pool."""
+    def _current_preset(self, job: Job) -> Preset | None:
+        """Return the current preset; None if the operator has removed it, or moved it to another pool."""
         preset = self._presets().models.get(job.preset)
         return preset if preset is not None and preset.pool == job.pool else None
 
     def _fits(self, job: Job) -> bool:
-        """Return whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
+        """Return whether the server has enough devices at all: a job that needs more (a GPU is gone) must not block others."""
         most, needed = self.capacity(), self._devices(job)["fewest"]
         if job.pool != LOCAL or needed <= most:
             return True
@@ -463,29 +465,29 @@ class Reconciler:
             self._warned.add(job.id)
             with self._store.database.writing.begin() as session:
                 text = f"{TOO_MANY_DEVICES.format(needed, most)} It waits until there are more."
-                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+                note(session, self._store.lock_row(session, job.id), Message(text, "warn"))
         return False
 
     def _may_store(self, job: Job, has_space: Callable[[str], bool]) -> bool:
-        """Return whether its project has space for what it will leave. A job that has started before goes on in any case: it has
-        its space already."""
+        """Return whether its project has space for its results. A job that has started before may always continue: its space is
+        already counted."""
         if job.attempt or has_space(job.project):
-            self._held.discard(job.id)
+            self._waiting_for_space.discard(job.id)
             return True
-        if job.id not in self._held:
-            self._held.add(job.id)
+        if job.id not in self._waiting_for_space:
+            self._waiting_for_space.add(job.id)
             with self._store.database.writing.begin() as session:
                 text = "The project has no space left: the job starts when files or models are deleted."
-                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+                note(session, self._store.lock_row(session, job.id), Message(text, "warn"))
         return False
 
     def _start(self, job_id: str, taken: list[int]) -> None:
-        """Start a job: the row first, then the process; a server that is killed between the two finds a running job without a
-        process."""
+        """Start a job: the row first, then the process. If the server is killed in between, the next one finds a running job
+        without a process."""
         with self._store.database.writing.begin() as session:
-            job = self._store.locked(session, job_id)
+            job = self._store.lock_row(session, job_id)
             if job.state != State.QUEUED or job.active:
-                return  # cancelled or paused a moment ago
+                return  # cancelled or paused in the meantime
             first, reached, devices_before = job.attempt == 0, job.last_step, job.devices
             devices = len(taken) or self._devices(job)["devices"]
             text = "Fine-tuning job started" if first else f"Fine-tuning job continues after step {reached}"
@@ -499,12 +501,12 @@ class Reconciler:
         task = {"phase": TRAIN, "job": job.id, "attempt": job.attempt, "pool": job.pool}
         if job.pool == LOCAL:
             task["devices"] = devices
-        elif preset := self._offered(job):
-            configuration.launch_anew(self._job_folder(job), preset)
+        elif preset := self._current_preset(job):
+            configuration.update_launch(self._job_folder(job), preset)
         env = dict(self._keys(job))
         if job.pool == LOCAL:
             env |= device_environment(taken, self._machine.gpus)
-            # A control group of a job's own would take a process with it that later jobs need.
+            # In the control group of one job, a process that later jobs need would be killed with that job.
             env |= {} if self._presets().prefix else self.variables
         self._launcher.start(self._job_folder(job), task, env)
 
@@ -512,7 +514,7 @@ class Reconciler:
 
     def _change(self, job: Job, change: Change, messages: Sequence[Message] = (), **values: Any) -> None:
         with self._store.database.writing.begin() as session:
-            row = self._store.locked(session, job.id)
+            row = self._store.lock_row(session, job.id)
             # Not if a client has changed the job in the meantime.
             if row.state == job.state and row.version == job.version:
                 self._store.change(session, row, change, messages, **values)
@@ -520,9 +522,9 @@ class Reconciler:
     def _end_attempt(
         self, job: Job, change: Change, messages: Sequence[Message], *, exports: bool = False, **values: Any
     ) -> bool:
-        """Return whether the attempt was still this one."""
+        """End an attempt in one transaction. Returns whether the job was still in this attempt."""
         with self._store.database.writing.begin() as session:
-            row = self._store.locked(session, job.id)
+            row = self._store.lock_row(session, job.id)
             if row.state != job.state or row.attempt != job.attempt:
                 return False
             self._account(row)
@@ -538,11 +540,10 @@ class Reconciler:
     def _fail(self, job: Job, code: str, message: str, param: Any) -> None:
         error = {"code": code, "message": message, "param": param}
         if self._end_attempt(job, Change.FAIL, [Message(message, "error")], error=error):
-            self._over(job)
+            self._clean_up(job)
 
     def _account(self, row: Job) -> None:
-        """Account for the end of an attempt: its devices are free, and its time is counted; not the time in the queue of a
-        cluster."""
+        """Account for the end of an attempt: free its devices and count its device time, without the time in a cluster's queue."""
         if row.active:
             ended, seconds = read(self._job_folder(row).ended) or {}, time.time() - (row.started_at or time.time())
             if ended.get("attempt") == row.attempt and ended.get("seconds") is not None:
@@ -550,19 +551,19 @@ class Reconciler:
             row.device_seconds += row.devices * max(0.0, seconds)
             row.active, row.taken = False, []
 
-    def _over(self, job: Job) -> None:
-        """Clean up after a job that ended: it needs neither its files nor its optimizer states any more."""
+    def _clean_up(self, job: Job) -> None:
+        """Clean up after a job that has ended: its files and optimizer states are no longer needed."""
         self._readers.pop(job.id, None)
         self._validations.pop(job.id, None)
         self._measured.pop(job.id, None)
         self._rewound.discard(job.id)
         folder = self._job_folder(job)
         if not self._launcher.is_alive(folder):
-            self._results.tidy(folder)
+            self._results.remove_unneeded_files(folder)
             self._store.measure(job.id, folder)
 
     def _pause_of(self, job: Job) -> float:
-        """Return the seconds to wait before the next attempt: what broke its process may take a while to pass."""
+        """Return the seconds to wait before the next attempt: the cause of a crash may take a while to pass."""
         return min(LONGEST_PAUSE, self._pause * 2 ** (job.idle_attempts - 1)) if job.idle_attempts else 0.0
 
     # -- helpers
@@ -574,7 +575,7 @@ class Reconciler:
         return self._readers.setdefault(job.id, Reader(self._job_folder(job).run / "metrics.jsonl"))
 
     def _preset(self, job: Job) -> Preset | None:
-        """Return the preset; None where the operator has taken it away, and the job has failed then."""
+        """Return the preset; None if the operator has removed it, in which case the job is failed."""
         preset = self._presets().models.get(job.preset)
         if preset is None:
             self._fail(job, "model_not_available", f"The model {job.preset} is not offered any more.", "model")

@@ -23,8 +23,8 @@ MOST_SUFFIX = 64
 MOST_TAGS = 50
 
 
-def _plain(most: int) -> Any:
-    """Return text that goes into a configuration: nothing in it may be read as a reference."""
+def _safe_text(most: int) -> Any:
+    """Return a type of text that is safe in a configuration: it cannot contain an interpolation."""
 
     def check(value: str) -> str:
         if len(value) > most or not PLAIN.fullmatch(value) or value != value.strip():
@@ -34,11 +34,11 @@ def _plain(most: int) -> Any:
     return AfterValidator(check)
 
 
-Word = Annotated[str, _plain(128)]
+Word = Annotated[str, _safe_text(128)]
 
 
 Tags = Annotated[
-    list[Annotated[str, _plain(64)]],
+    list[Annotated[str, _safe_text(64)]],
     Field(max_length=MOST_TAGS),
     Expected(f"must be at most {MOST_TAGS} texts of 1 to 64 letters, digits, spaces and . _ : @ / + = -"),
 ]
@@ -61,7 +61,7 @@ def _whole(value: Any) -> Any:
 
 
 class Supervised(Body):
-    """Each "auto" where it is absent or null."""
+    """Hyperparameters; a field that is absent or null is "auto"."""
 
     n_epochs: Annotated[Any, Hyperparameter(SUPERVISED["n_epochs"])] = None
     batch_size: Annotated[Any, Hyperparameter(SUPERVISED["batch_size"])] = None
@@ -104,7 +104,7 @@ class Method(Body):
 
     @classmethod
     def accepted(cls, value: Mapping[str, Any]) -> set[str]:
-        """Return the names that fields of this object may have: options of other methods only where they are null."""
+        """Return the accepted field names; the options of other methods must be null."""
         return {"type", str(value.get("type")), *(name for name in hyperparameters.METHODS if value.get(name) is None)}
 
 
@@ -118,7 +118,7 @@ class Creation(Body):
     suffix: Annotated[str, IdText(MOST_SUFFIX)] | None = None
     seed: Annotated[int, Whole(0, MOST_SEED), BeforeValidator(_whole)] | None = None
     integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
-    """One: a run is sent to W&B once."""
+    """At most one: a run is logged to W&B once."""
     metadata: Metadata | None = None
 
 
@@ -129,7 +129,7 @@ _ELSEWHERE = {
     "type": "method.type",
     "wandb": "integrations.0.wandb",
 }
-"""Where fields belong that stand beside those of a job by mistake."""
+"""The right place of fields that clients put at the top level by mistake."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ class JobRequest:
     integrations: list[dict[str, Any]] = field(default_factory=list)
     metadata: dict[str, str] | None = None
     grader: dict[str, Any] | None = None
-    """Of `reinforcement`; `check_grader_of` looks at its form."""
+    """For `reinforcement`; `check_grader_of` validates it."""
 
 
 def read(body: Mapping[str, Any]) -> JobRequest:
-    """Return the job that a request asks for. Raises ApiError for the first field that is wrong or unknown."""
+    """Parse the body of a request. Raises ApiError for the first field that is wrong or unknown."""
     creation = read_body(Creation, body, _ELSEWHERE | _places_of(body.get("method")))
     method, values = _hyperparameters(creation)
     return JobRequest(
@@ -166,7 +166,7 @@ def read(body: Mapping[str, Any]) -> JobRequest:
 
 
 def _grader(creation: Creation) -> dict[str, Any] | None:
-    """Raises ApiError."""
+    """Return the request's grader; None for other methods. Raises ApiError."""
     if creation.method is None or creation.method.type != "reinforcement":
         return None
     if creation.method.reinforcement is None:
@@ -176,14 +176,15 @@ def _grader(creation: Creation) -> dict[str, Any] | None:
 
 
 def check_grader_of(job_request: JobRequest, preset: Preset) -> None:
-    """Check the grader apart from `read`, since it may take long: Python is parsed, where `preset` allows it. Raises ApiError."""
+    """Check the grader. This is separate from `read` because it may take long: Python is parsed, if `preset` allows it. Raises
+    ApiError."""
     if job_request.grader is not None:
         absent = {} if preset.python_graders else {"python": f"jobs of {preset.name!r} run no code of clients"}
         check_grader_of_job(job_request.grader, "method.reinforcement.grader", absent)
 
 
 def _places_of(method: Any) -> dict[str, str]:
-    """Return where the hyperparameters of a request's method stand, by their names."""
+    """Return the places of the method's hyperparameters in the request, by name."""
     kind = method.get("type") if isinstance(method, Mapping) else None
     names = hyperparameters.METHODS.get(kind, {}) if isinstance(kind, str) else {}
     places = {name: f"method.{kind}.hyperparameters.{name}" for name in names}
@@ -193,8 +194,8 @@ def _places_of(method: Any) -> dict[str, str]:
 
 
 def _hyperparameters(creation: Creation) -> tuple[str, dict[str, Value]]:
-    """Return the method's name and its hyperparameters, which may come under their earlier name. Raises ApiError where both are
-    there and differ."""
+    """Return the method's name and its hyperparameters, which may also be given under their earlier name. Raises ApiError if both
+    are given and differ."""
     earlier = _values(creation.hyperparameters or Supervised())
     if creation.method is None:
         return "supervised", earlier
@@ -216,5 +217,5 @@ def _hyperparameters(creation: Creation) -> tuple[str, dict[str, Value]]:
 
 def _values(options: Supervised) -> dict[str, Value]:
     values = {name: hyperparameters.AUTO if value is None else value for name, value in options}
-    values.pop("reasoning_effort", None)  # it has one value
+    values.pop("reasoning_effort", None)  # it can only be 'default'
     return values

@@ -1,5 +1,5 @@
-"""What a job leaves: the file of its results, models by name, checkpoints. Rows of the database and files on the disk appear
-together: files first, and a row names only what is there."""
+"""The results of a job: its results file, its models and checkpoints. Files are written first, and a row names only what exists, so
+that both appear together."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PURPOSE = "fine-tune-results"
 
 class Results:
     def __init__(self, database: Database, files: Files, jobs: Path, presets: Callable[[], Presets]):
-        """jobs: the folder of the folders of jobs."""
+        """jobs: the parent of the job folders."""
         self._database, self._files, self._jobs, self._presets = database, files, jobs, presets
         self.published: Callable[[], None] = lambda: None
-        """Called after models have appeared."""
+        """Called after models have been added."""
 
     @contextmanager
     def staged(self, steps: Sequence[Step]) -> Iterator[Staged]:
-        """Stage the file of the results on the disk."""
+        """Stage the results file on disk."""
         content = metrics.results_csv(steps)
         if self._presets().results == "base64":
             content = base64.b64encode(content)
@@ -52,8 +52,8 @@ class Results:
     def complete(
         self, session: Session, job: Job, staged: Staged, folder: JobFolder, steps: Sequence[Step]
     ) -> tuple[str, str, list[str]]:
-        """Store the metrics file, the checkpoints and the model of a job that has succeeded. Returns the file's id, the name of
-        the model and the messages of the job's events."""
+        """Store the results file, the checkpoints and the model of a succeeded job. Returns the file's id, the model's name and the
+        messages of the job's events."""
         file = self._files.add(
             session,
             staged,
@@ -74,7 +74,7 @@ class Results:
         )
 
     def pause(self, session: Session, job: Job, folder: JobFolder, steps: Sequence[Step]) -> list[str]:
-        """Store the checkpoints of a job that has paused. Returns the messages of the job's events."""
+        """Store the checkpoints of a paused job. Returns the messages of the job's events."""
         return self._checkpoints(session, job, folder, steps, without=None)
 
     def _checkpoints(
@@ -114,10 +114,10 @@ class Results:
                     metrics=dict(step.values),
                 )
             )  # fmt: skip
-            session.flush()  # of one second, in the order of their steps
+            session.flush()  # keeps the order of their steps, since several are created in the same second
 
     def count(self, session: Session, job: Job) -> None:
-        """Note what a job that is over has used, however it ended."""
+        """Record the usage of a job that is over, however it ended."""
         if not job.device_seconds:
             return
         preset = self._presets().models.get(job.preset)
@@ -131,16 +131,16 @@ class Results:
         )  # fmt: skip
 
     def folder_of(self, model: str) -> Path:
-        """Return the folder of the export of a tuned model that is there. Raises LookupError."""
+        """Return the export folder of an existing tuned model. Raises LookupError."""
         with self._database.session() as session:
             row = session.scalar(select(TunedModel).where(TunedModel.name == model, TunedModel.deleted_at.is_(None)))
         if row is None or not (self._jobs / row.folder).is_dir():
             raise LookupError(f"the model {model} was deleted")
         return self._jobs / row.folder
 
-    def tidy(self, folder: JobFolder) -> None:
-        """Remove what a job that is over does not need: its rows and the answers to them, its grader, states of its optimizer, and
-        exports that no model names."""
+    def remove_unneeded_files(self, folder: JobFolder) -> None:
+        """Remove what a finished job does not need: its rows and answers to them, its grader, optimizer states, and exports that no
+        model uses."""
         for path in (folder.run / "checkpoints", folder.start):
             shutil.rmtree(path, ignore_errors=True)
         with self._database.session() as session:
@@ -149,7 +149,7 @@ class Results:
         for path in folder.exports().values():
             if str(path.relative_to(self._jobs)) not in used_folders:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in folder.client_rows:  # last: `Reconciler._sweep` tidies where one is there
+        for path in folder.client_rows:  # removed last: `Reconciler._sweep` calls this while any of them exists
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -1,5 +1,5 @@
-"""Which waiting jobs start now: the higher priority first, then the organization that has used least for its weight, then the
-oldest. A pure function of what waits, what runs and what was used."""
+"""Chooses which waiting jobs start: by priority, then the organization with the least usage for its weight, then age. A pure
+function of the waiting jobs, the running jobs and the usage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from dstune.finetuning.jobs.presets import LOCAL, Limits, QueueSettings
 
 DEFAULT_SECONDS = 600.0
-"""Of a job of which no plan says how long it takes."""
+"""Assumed duration of a job without a plan."""
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,28 @@ class Waiting:
     priority: int = 0
     pool: str = LOCAL
     devices: int = 1
-    """That it takes where so many are free."""
+    """Devices that it takes if they are free."""
     fewest: int | None = None
-    """That are enough; None for all of them."""
+    """Devices that are enough; None for all of them."""
     seconds: float = DEFAULT_SECONDS
-    """That it is expected to take."""
+    """Its expected duration."""
 
 
 @dataclass(frozen=True)
 class Busy:
-    """A job that has devices."""
+    """A job that holds devices."""
 
     organization: str
     key: str
     pool: str
     taken: Sequence[int]
     charged: float
-    """Device-seconds that it has used, or is expected to use."""
+    """Device-seconds that it has used or is expected to use."""
 
 
 @dataclass
 class Shares:
-    """Device-seconds by organization, of jobs that are over and of those that run."""
+    """Device-seconds by organization, of finished and running jobs."""
 
     used: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -53,14 +53,14 @@ class Shares:
 
 @dataclass
 class _Room:
-    """Local devices that are free, and places in the queues of other pools."""
+    """Free local devices, and free places in the queues of other pools."""
 
     free: list[int]
     places: int
-    """Jobs that each other pool may have at once."""
+    """The most jobs that each other pool may have at once."""
     submitted: Counter[str] = field(default_factory=Counter)
     blocked: set[str] = field(default_factory=set)
-    """Pools that have no room for the job whose turn it was: those behind it wait too."""
+    """Pools without room for the job whose turn it was: later jobs wait too."""
 
     def occupied_by(self, job: Busy) -> None:
         if job.pool == LOCAL:
@@ -69,7 +69,7 @@ class _Room:
             self.submitted[job.pool] += 1
 
     def take(self, job: Waiting) -> list[int] | None:
-        """Return the devices for a job, none in another pool; None where it has to wait."""
+        """Return the devices for a job (none in another pool); None if it has to wait."""
         if job.pool in self.blocked:
             return None
         if job.pool != LOCAL:
@@ -90,12 +90,9 @@ class _Room:
 def choose(
     waiting: Iterable[Waiting], busy: Iterable[Busy], used: Mapping[str, float], settings: QueueSettings, devices: int
 ) -> list[tuple[Waiting, list[int]]]:
-    """Return the jobs to start with their devices, in order. used: device-seconds of jobs that are over, by organization; devices:
-    how many local ones there are.
-
-    A job takes all devices that it can use, down to its fewest. One whose turn it is and that needs more than are free keeps
-    those that come free from jobs behind it: a large job is not passed for ever.
-    """
+    """Return the jobs to start, with their devices, in order. used: device-seconds of finished jobs by organization; devices: the
+    number of local devices. A job takes as many devices as it can use, down to its fewest. If it is a job's turn and too few are
+    free, freed devices are reserved for it, so that smaller jobs cannot pass a large one for ever."""
     shares = Shares(defaultdict(float, used))
     room = _Room(list(range(devices)), settings.submitted)
     running: Counter[tuple[str, str]] = Counter()
@@ -106,7 +103,9 @@ def choose(
         room.occupied_by(job)
     queues: dict[tuple[int, str], list[Waiting]] = defaultdict(list)
     for candidate in sorted(waiting, key=lambda candidate: candidate.number, reverse=True):
-        queues[candidate.priority, candidate.organization].append(candidate)  # the oldest last, where it is popped
+        queues[candidate.priority, candidate.organization].append(
+            candidate
+        )  # oldest last, since jobs are popped from the end
     chosen: list[tuple[Waiting, list[int]]] = []
     while queues:
         priority, organization = min(

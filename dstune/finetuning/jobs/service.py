@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning/jobs`: what clients ask of jobs, and the loop that looks after them."""
+"""`/v1/fine_tuning/jobs`: the handlers of job requests, and the loop that runs the reconciler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from dstune.finetuning import audit, pages
-from dstune.finetuning.creations import Attempt, is_repetition
+from dstune.finetuning.creations import Attempt, is_retry
 from dstune.finetuning.fields import refuse_body
 from dstune.finetuning.files import Files
 from dstune.finetuning.ids import new_id, unix_time
@@ -43,9 +43,9 @@ log = logging.getLogger("dstune.serve")
 ROUTE = "fine_tuning.jobs"
 STEP_SECONDS = 1.0
 IDLE_SECONDS = 900
-"""After the last start of a training, how long a process with its imports waits for the next."""
+"""How long a process with preloaded imports waits for the next training."""
 PURPOSE = "fine-tune"
-DONE = {Change.CANCEL: "cancelled", Change.PAUSE: "paused", Change.RESUME: "resumed"}
+AUDIT_WORDS = {Change.CANCEL: "cancelled", Change.PAUSE: "paused", Change.RESUME: "resumed"}
 """Words of the audit log."""
 MOST_PAGE = 100
 UNAVAILABLE = "The model {!r} is not available for fine-tuning, or does not exist; this server has {}."
@@ -64,11 +64,12 @@ class Jobs:
         has_wandb: Callable[[str], bool] = lambda project: False,
         runs: bool = True,
     ):
-        """folder: of the folders of jobs. has_wandb: whether a project has a key of W&B. runs: whether jobs run on this machine."""
+        """folder: the parent of the job folders. has_wandb: returns whether a project has a W&B key. runs: whether jobs run on this
+        machine."""
         self._store, self._files, self._models, self._folder = store, files, models, folder
         self._presets, self._plans, self._reconciler, self._has_wandb = presets, plans, reconciler, has_wandb
         self._runs = runs
-        # Snapshots of large files take seconds: creates that wait for them take no thread from other requests.
+        # Snapshots of large files take seconds, so they use threads of their own.
         self._creating = Turns(8, "create-job", of_project=2)
         self._stop, self._wake = threading.Event(), threading.Event()
         store.wake = self._wake.set
@@ -100,7 +101,9 @@ class Jobs:
         bare = query.get("metadata") == "null"
         if "metadata" in query and not bare:
             raise ApiError(400, "Invalid metadata: give metadata[KEY]=VALUE, or metadata=null.", param="metadata")
-        rows, has_more = await asyncio.to_thread(self._store.page, request.key.project, page, metadata, bare=bare)
+        rows, has_more = await asyncio.to_thread(
+            self._store.page, request.key.project, page, metadata, without_metadata=bare
+        )
         await request.answer(pages.listing([objects.job(row) for row in rows], has_more, ids=False))
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
@@ -131,14 +134,14 @@ class Jobs:
     # -- the loop
 
     async def loop(self) -> None:
-        """Look after jobs until the server ends. In a thread: every step asks the database and the disk."""
+        """Run the reconciler until the server ends. It runs in a thread, since every step uses the database and the disk."""
         self._stop.clear()
         running = asyncio.ensure_future(asyncio.to_thread(self.run))
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
             self.end()
-            await running  # its step is over before the database is closed
+            await running  # let its step finish before the database is closed
             raise
 
     def end(self) -> None:
@@ -168,18 +171,18 @@ class Jobs:
     async def _request_change(self, request: Request, change: Change, message: str) -> None:
         request.query(())
         await refuse_body(request)
-        repeated = is_repetition(request.header("x-stainless-retry-count"))
+        repeated = is_retry(request.header("x-stainless-retry-count"))
         project, job = request.key.project, request.parameters["job"]
 
         def also(session: Session) -> None:
             if change is Change.RESUME:  # each pause leaves a checkpoint
                 self._files.check_space(session, project)
-            audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job)
+            audit.note(session, request, f"fine_tuning.job.{AUDIT_WORDS[change]}", job)
 
         row = await asyncio.to_thread(
             self._store.request_change, project, job, change, repeated=repeated, message=message, also=also
         )
-        if change is Change.CANCEL:  # the loop asks trainings too, but looks at no validation any more
+        if change is Change.CANCEL:  # the loop also stops trainings, but no longer looks at validations
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(JobFolder.of(self._folder, row.id).request_stop, NOW)
             self._reconciler.cancelled.append(row.id)
@@ -192,12 +195,12 @@ class Jobs:
 
     def _create(self, request: Request, attempt: Attempt, job_request: JobRequest) -> Job:
         caller = request.key
-        with self._database.session() as session:  # a repetition is answered before anything is looked at again
+        with self._database.session() as session:  # a retry is answered before anything is checked again
             earlier_id = attempt.earlier_object(session)
             if earlier_id is not None:
                 return self._store.of(session, caller.project, earlier_id)
-        preset, start = self._chosen(caller, job_request)
-        # The first job of a preset is answered before it is planned: the reconciler refuses one that does not fit.
+        preset, start = self._choose_preset(caller, job_request)
+        # The first job of a preset is created before there is a plan; the reconciler fails it if it does not fit.
         plan = self._plans.ask(preset, job_request.method)
         if plan is not None and not plan.fits:
             raise ApiError(400, does_not_fit(preset, plan), param="model", code=DOES_NOT_FIT)
@@ -217,7 +220,7 @@ class Jobs:
             audit.note(session, request, "fine_tuning.job.created", job.id, model=job.model)
         return job
 
-    def _chosen(self, caller: Caller, job_request: JobRequest) -> tuple[Preset, str | None]:
+    def _choose_preset(self, caller: Caller, job_request: JobRequest) -> tuple[Preset, str | None]:
         """Return the preset, and the tuned model that training starts from. Raises ApiError."""
         presets, start = self._presets().models, None
         name = job_request.model
@@ -265,8 +268,8 @@ class Jobs:
 
     @contextmanager
     def _snapshots(self, caller: Caller, job: Job) -> Iterator[JobFolder]:
-        """Yield the folder of a new job with the bytes of its files, which may be deleted afterwards. Gone where the job is not
-        made."""
+        """Yield the folder of a new job with copies of its files, which may be deleted afterwards. The folder is removed if the job
+        is not created."""
         folder = JobFolder.of(self._folder, job.id)
         folder.create()
         try:
@@ -283,7 +286,7 @@ class Jobs:
                     job.bytes += file.bytes
                     try:
                         self._files.snapshot(file, folder.snapshot(param))
-                    except FileNotFoundError:  # deleted a moment ago
+                    except FileNotFoundError:  # it has just been deleted
                         raise ApiError(
                             400, f"No such File object: {name}", param=param, code="file_not_found"
                         ) from None
@@ -293,7 +296,7 @@ class Jobs:
             raise
 
     def _check_limits(self, session: Session, caller: Caller) -> None:
-        """Raises ApiError where too many jobs wait already."""
+        """Raises ApiError if too many jobs are waiting already."""
         self._database.exclusive(session, f"jobs {caller.organization}")
         queue = self._presets().queue
         for whose, limits in (("organization", queue.of(caller.organization)), ("key", queue.key)):

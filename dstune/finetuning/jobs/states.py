@@ -1,4 +1,4 @@
-"""The states of a job and what leads from one to another. docs/finetuning-jobs.md has the same table; a test compares them."""
+"""The states of a job and the transitions between them. docs/finetuning-jobs.md has the same table; a test compares them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class State(StrEnum):
 
 
 class Change(StrEnum):
-    """What happens to a job: what a client asks for, or what the reconciler finds."""
+    """A change of a job, requested by a client or detected by the reconciler."""
 
     VALIDATED = "validated"
     START = "start"
     LOSE = "lose"
-    """Its process is gone without a result, or was stopped by nobody's wish: it starts again from its newest checkpoint."""
+    """Its process is gone without a result, or was stopped although nobody asked: it starts again from its newest checkpoint."""
     PAUSE = "pause"
     HALT = "halt"
-    """Its process has saved and ended as the pause asked."""
+    """Its process has saved and ended, as a pause requested."""
     RESUME = "resume"
     COMPLETE = "complete"
     FAIL = "fail"
@@ -63,9 +63,9 @@ ALREADY: Mapping[Change, frozenset[State]] = {
     Change.PAUSE: frozenset({State.PAUSING, State.PAUSED}),
     Change.RESUME: frozenset(),
 }
-"""States in which a client's wish is fulfilled already: its repeated request succeeds and changes nothing."""
+"""States in which a client's request is already fulfilled: repeating it succeeds and changes nothing."""
 RESUMED = frozenset({State.QUEUED, State.RUNNING})
-"""The same for a resume that the client repeats because it saw no answer (`x-stainless-retry-count` above 0)."""
+"""The same for a resume that the client retries because it saw no answer (`x-stainless-retry-count` above 0)."""
 
 
 def after(state: State, change: Change, *, repeated: bool = False) -> State | None:

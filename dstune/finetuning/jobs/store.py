@@ -1,4 +1,5 @@
-"""Jobs in the database. Every change of a job's state, with its events and whatever belongs to it, is one transaction."""
+"""Jobs in the database. Each change of a job's state is one transaction, together with its events and everything else that belongs
+to it."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from dstune.serve.errors import ApiError
 from dstune.serve.store.database import Database
 
 WAITING = (State.VALIDATING, State.QUEUED, State.PAUSING, State.PAUSED)
-"""Paused jobs too: else a client could make any number of them."""
+"""Paused jobs count too; otherwise a client could create any number of them."""
 Ended = Callable[[Session, Job], None]
-"""Called inside the transaction in which a job reaches its end."""
+"""Called inside the transaction that ends a job."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """An event that is no metric."""
+    """An event that is not a metric."""
 
     text: str
     level: str = "info"
@@ -36,7 +37,7 @@ class JobStore:
         self.database = database
         self.ended: list[Ended] = []
         self.wake: Callable[[], None] = lambda: None
-        """Tells the reconciler that there is something to do."""
+        """Wakes the reconciler."""
 
     # -- making and changing
 
@@ -48,8 +49,8 @@ class JobStore:
         for text in messages:
             note(session, job, Message(text))
 
-    def locked(self, session: Session, job: str) -> Job:
-        """Return the row, which no other transaction changes until this one is over."""
+    def lock_row(self, session: Session, job: str) -> Job:
+        """Return the row, locked until this transaction ends."""
         row = session.scalar(select(Job).where(Job.id == job).with_for_update())
         assert row is not None, "rows of jobs are not removed"
         return row
@@ -64,10 +65,8 @@ class JobStore:
         repeated: bool = False,
         **values: Any,
     ) -> bool:
-        """Change the state of a job: the only place where that happens. Returns whether it did: a client may wish for what it has
-        already.
-
-        Raises ApiError where the state does not take the change."""
+        """Change the state of a job: the only place where that happens. Returns whether it changed: a client may request the state
+        that it already has. Raises ApiError if the state does not allow the change."""
         state = after(State(job.state), change, repeated=repeated)
         if state is None:
             return False
@@ -101,7 +100,7 @@ class JobStore:
         return row
 
     def measure(self, job: str, folder: JobFolder) -> None:
-        """Note how many bytes the folder of a job has."""
+        """Record the size of a job's folder."""
         size = folder.size()
         with self.database.writing.begin() as session:
             session.execute(update(Job).where(Job.id == job).values(bytes=size))
@@ -109,7 +108,7 @@ class JobStore:
     # -- reading
 
     def of(self, session: Session, project: str, job: str, *, lock: bool = False) -> Job:
-        """Return a job of a project. Raises ApiError 404."""
+        """Return a job of a project. Raises ApiError 404 if there is none."""
         query = select(Job).options(WITH_GRADER).where(Job.project == project, Job.id == job)
         row = session.scalar(query.with_for_update() if lock else query)
         if row is None:
@@ -122,14 +121,14 @@ class JobStore:
             return session.scalars(select(Job).options(WITH_GRADER).where(Job.id == job)).one()
 
     def page(
-        self, project: str, page: pages.Page, metadata: Mapping[str, str] | None, *, bare: bool = False
+        self, project: str, page: pages.Page, metadata: Mapping[str, str] | None, *, without_metadata: bool = False
     ) -> tuple[list[Job], bool]:
-        """List jobs with all these pairs of metadata. bare: those without any."""
+        """Return a page of the jobs that have all these pairs of metadata. without_metadata: only jobs that have none."""
         filters = []
         for name, value in (metadata or {}).items():
             pair = select(JobMetadata.job).where(JobMetadata.name == name, JobMetadata.value == value)
             filters.append(Job.id.in_(pair))
-        if bare:
+        if without_metadata:
             filters.append(Job.id.not_in(select(JobMetadata.job)))
         with self.database.session() as session:
             return pages.rows_of(session, Job, page, [Job.project == project], *filters, options=[WITH_GRADER])
@@ -147,7 +146,7 @@ class JobStore:
     # -- for the reconciler
 
     def unfinished(self) -> list[Job]:
-        """Return jobs of which something may have to be done; those that only wait for devices or a resume are not among them."""
+        """Return the jobs that may need action; jobs that only wait for devices or a resume are excluded."""
         own_states = (State.VALIDATING, State.RUNNING, State.PAUSING)
         with self.database.session() as session:
             query = select(Job).where(or_(Job.state.in_(own_states), Job.active.is_(True))).order_by(Job.number)
@@ -159,12 +158,12 @@ class JobStore:
             return list(session.scalars(query))
 
     def states(self) -> dict[str, tuple[str, int]]:
-        """Return the state of each job, and the bytes of its folder (0: never measured)."""
+        """Return the state of each job, and the size of its folder in bytes (0: never measured)."""
         with self.database.session() as session:
             return {row.id: (row.state, row.bytes) for row in session.execute(select(Job.id, Job.state, Job.bytes))}
 
     def used(self, since: float) -> dict[str, float]:
-        """Return device-seconds by organization, of attempts that are over, of jobs that ran after `since`."""
+        """Return device-seconds by organization, of finished attempts, for jobs that ran after `since`."""
         query = select(Job.organization, func.sum(Job.device_seconds)).where(Job.started_at >= since)
         with self.database.session() as session:
             return {
@@ -174,7 +173,7 @@ class JobStore:
 
     @staticmethod
     def bytes_of(session: Session, project: str) -> int:
-        """Return bytes of the folders of a project's jobs."""
+        """Return the size of a project's job folders in bytes."""
         return session.scalar(select(func.coalesce(func.sum(Job.bytes), 0)).where(Job.project == project)) or 0
 
     def waiting(self, session: Session, **owner: str) -> int:

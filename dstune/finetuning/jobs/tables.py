@@ -1,4 +1,4 @@
-"""Tables of jobs and of the models that they make. A change here needs a migration."""
+"""Tables of jobs and tuned models. A change here needs a migration."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dstune.serve.store.tables import Table
 
 
 class Job(Numbered):
-    """A job as its client sees it, and what the reconciler knows of its process."""
+    """A job as its client sees it, and the reconciler's knowledge of its process."""
 
     __tablename__ = "finetuning_jobs"
     organization: Mapped[str] = mapped_column(String(64))
     project: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     key: Mapped[str] = mapped_column(String(32))
     model: Mapped[str] = mapped_column(Text)
-    """As the request names it: a public name of models.yaml, or a tuned model."""
+    """The model in the request: a public name of models.yaml, or a tuned model."""
     preset: Mapped[str] = mapped_column(String(64))
     start: Mapped[str | None] = mapped_column(Text, default=None)
     """The tuned model that training starts from."""
     method: Mapped[str] = mapped_column(String(32))
     hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON)
-    """As given, and numbers in the place of "auto" once the files are read."""
+    """From the request, with "auto" replaced by numbers once the files have been validated."""
     grader: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None, deferred=True)
-    """Of a reinforcement job, as given; read where it is asked for (`WITH_GRADER`): it may be large."""
+    """The grader of a reinforcement job; loaded only on demand (`WITH_GRADER`), since it may be large."""
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64), default=None)
     suffix: Mapped[str | None] = mapped_column(Text, default=None)
@@ -40,37 +40,37 @@ class Job(Numbered):
     version: Mapped[int] = mapped_column(Integer, default=0)
     """Counts the changes of state."""
     active: Mapped[bool] = mapped_column(Boolean, default=False)
-    """Whether a process of it may be alive, and its devices are taken. True for a cancelled job that is still saving."""
+    """Whether its process may be alive and it holds devices. True for a cancelled job that is still saving."""
     pool: Mapped[str] = mapped_column(String(32), default="local")
-    """What it takes devices from: `local`, or the launcher whose queue it is in."""
+    """The pool it takes devices from: `local`, or the launcher whose queue it is in."""
     devices: Mapped[int] = mapped_column(Integer, default=1)
-    """How many it has, or had in its newest attempt; before the first one, how many its preset names."""
+    """The number of devices it has, or had in its newest attempt; before the first one, the number in its preset."""
     taken: Mapped[list[int]] = mapped_column(JSON, default=list)
-    """Numbers of the local devices that it has."""
+    """Indices of its local devices."""
     attempt: Mapped[int] = mapped_column(Integer, default=0)
-    """Starts of its training."""
+    """How often its training was started."""
     idle_attempts: Mapped[int] = mapped_column(Integer, default=0)
-    """Starts in a row that have not come beyond the step where they began."""
+    """Starts in a row that did not get beyond the step where they began."""
     attempt_step: Mapped[int] = mapped_column(Integer, default=0)
-    """The step that was reached when this attempt began."""
+    """The step at which this attempt began."""
 
     rows: Mapped[int | None] = mapped_column(BigInteger, default=None)
     base_lr: Mapped[float | None] = mapped_column(Float, default=None)
-    """The learning rate that the multiplier multiplies."""
+    """The base learning rate of the multiplier."""
     total_steps: Mapped[int | None] = mapped_column(BigInteger, default=None)
     last_step: Mapped[int] = mapped_column(BigInteger, default=0)
     """The newest step that became an event."""
     step_seconds: Mapped[float | None] = mapped_column(Float, default=None)
-    """Of the plan, and measured once the job runs."""
+    """From the plan; measured once the job runs."""
     memory_gib: Mapped[float | None] = mapped_column(Float, default=None)
-    """Of a rank, by the plan."""
+    """Per rank, from the plan."""
     bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
-    """Of its folder, as it was measured last: they count towards the space of its project."""
+    """Size of its folder when last measured; it counts towards the project's space."""
     queued_at: Mapped[int | None] = mapped_column(BigInteger, default=None)
     started_at: Mapped[float | None] = mapped_column(Float, default=None)
-    """Of the present attempt."""
+    """Start of the current attempt."""
     device_seconds: Mapped[float] = mapped_column(Float, default=0.0)
-    """Of attempts that are over."""
+    """Of finished attempts."""
     estimated_finish: Mapped[int | None] = mapped_column(BigInteger, default=None)
     finished_at: Mapped[int | None] = mapped_column(BigInteger, default=None)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
@@ -88,7 +88,7 @@ WITH_GRADER = undefer(Job.grader)
 
 
 class JobMetadata(Table):
-    """A pair of a job's metadata, to filter by."""
+    """One pair of a job's metadata, for filtering."""
 
     __tablename__ = "finetuning_metadata"
     job: Mapped[str] = mapped_column(ForeignKey("finetuning_jobs.id", ondelete="CASCADE"), primary_key=True)
@@ -98,7 +98,7 @@ class JobMetadata(Table):
 
 
 class JobEvent(Numbered):
-    """Something that a client reads of a job. Of a training step there is one at most."""
+    """An event of a job for its client. Each training step has at most one."""
 
     __tablename__ = "finetuning_events"
     job: Mapped[str] = mapped_column(ForeignKey("finetuning_jobs.id", ondelete="CASCADE"))
@@ -107,7 +107,7 @@ class JobEvent(Numbered):
     message: Mapped[str] = mapped_column(Text)
     data: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     step: Mapped[int | None] = mapped_column(BigInteger, default=None)
-    """Of the events of metrics."""
+    """For metric events."""
     __table_args__ = (
         UniqueConstraint("job", "step", name="finetuning_events_step"),
         Index("finetuning_events_page", "job", "created_at", "number"),
@@ -129,7 +129,7 @@ class JobCheckpoint(Numbered):
 
 
 class TunedModel(Numbered):
-    """A model that a job has made; its id is its public name's last part."""
+    """A model that a job has created; the last part of its public name is its id."""
 
     __tablename__ = "finetuning_models"
     name: Mapped[str] = mapped_column(String(512), unique=True)
@@ -138,15 +138,15 @@ class TunedModel(Numbered):
     job: Mapped[str] = mapped_column(ForeignKey("finetuning_jobs.id"))
     preset: Mapped[str] = mapped_column(String(64))
     step: Mapped[int | None] = mapped_column(BigInteger, default=None)
-    """Of a checkpoint; None for the final model."""
+    """The step of a checkpoint; None for the final model."""
     folder: Mapped[str] = mapped_column(Text)
-    """Of the export, below the folder of the job."""
+    """The export's path inside the job's folder."""
     deleted_at: Mapped[int | None] = mapped_column(BigInteger, default=None)
     __table_args__ = (Index("finetuning_models_page", "project", "created_at", "number"),)
 
 
 class ModelPermission(Numbered):
-    """A project that may use a model of another one of its organization."""
+    """Lets another project of the organization use a model."""
 
     __tablename__ = "finetuning_permissions"
     model: Mapped[str] = mapped_column(String(512))
@@ -156,7 +156,7 @@ class ModelPermission(Numbered):
 
 
 class Lease(Table):
-    """Which process reconciles, until when."""
+    """Which process runs the reconciler, and until when."""
 
     __tablename__ = "leases"
     name: Mapped[str] = mapped_column(String(32), primary_key=True)

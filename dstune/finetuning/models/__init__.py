@@ -1,1 +1,1 @@
-"""The models that jobs make: named, listed, shared, served."""
+"""The models that jobs create: their names, listing, sharing and serving."""

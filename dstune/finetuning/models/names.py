@@ -11,13 +11,14 @@ ID_LENGTH = 8
 PREFIX = "ft:"
 
 
-def part(text: str | None) -> str:
-    """Return text as it stands in a name: lower case letters, digits and single hyphens; whatever else there is becomes one."""
+def slug(text: str | None) -> str:
+    """Return text in the form of a name's part: lower case letters, digits and single hyphens, which replace all other
+    characters."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")[:64]
 
 
 def new_name(base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
-    """Return a name that nothing has: its id is drawn from 62^8."""
+    """Return an unused name: its id is one of 62^8 random ones."""
     random_id = "".join(secrets.choice(LETTERS) for _ in range(ID_LENGTH))
     ending = "" if step is None else f":ckpt-step-{step}"
-    return f"{PREFIX}{base}:{part(organization)}:{part(suffix)}:{random_id}{ending}"
+    return f"{PREFIX}{base}:{slug(organization)}:{slug(suffix)}:{random_id}{ending}"

@@ -1,4 +1,4 @@
-"""Tuned models in `/v1/models`, and the permissions of other projects to use them."""
+"""`/v1/models` for tuned models, and other projects' permissions to use them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from dstune.finetuning import audit, pages
-from dstune.finetuning.creations import is_repetition
+from dstune.finetuning.creations import is_retry
 from dstune.finetuning.fields import Body, IdText, read_body
 from dstune.finetuning.jobs.presets import Presets
 from dstune.finetuning.jobs.tables import ModelPermission, TunedModel
@@ -44,7 +44,7 @@ class Models:
     def __init__(self, database: Database, store: ModelStore, presets: Callable[[], Presets]):
         self._database, self.store, self._presets = database, store, presets
         self.serving: Serving | None = None
-        """Set where there are engines."""
+        """Set if the server has engines."""
         self._new = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -60,7 +60,7 @@ class Models:
         ]
         served = {value["id"] for value in values}
         values += [_base(name) for name in self._presets().models if name not in served and caller.may_use(name)]
-        values += [self._tuned(gateway, model, caller) for model in tuned if caller.may_use(model.name)]
+        values += [self._describe(gateway, model, caller) for model in tuned if caller.may_use(model.name)]
         await request.answer({"object": "list", "data": values})
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
@@ -71,7 +71,7 @@ class Models:
             tuned = await asyncio.to_thread(self.store.find, caller, name)
             if tuned is None:
                 raise missing(name)
-            await request.answer(self._tuned(gateway, tuned, caller))
+            await request.answer(self._describe(gateway, tuned, caller))
         elif name in gateway.fleet.models:
             await request.answer(describe(gateway.fleet.models[name], caller))
         elif name in self._presets().models:
@@ -113,18 +113,18 @@ class Models:
 
     # -- the loop
 
-    def published(self) -> None:
-        """Called from the thread of jobs when a model has appeared."""
+    def notify_new_model(self) -> None:
+        """Wake the loop; called from the jobs' thread when a model has been added."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._new.set)
 
     async def loop(self) -> None:
-        """Load what jobs have made, until the server ends."""
+        """Load new models until the server ends."""
         self._loop = asyncio.get_running_loop()
         self._new.set()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._new.wait(), 30.0)  # other servers make models as well
+                await asyncio.wait_for(self._new.wait(), 30.0)  # other servers create models too
             self._new.clear()
             if self.serving is not None:
                 try:
@@ -140,7 +140,7 @@ class Models:
 
     def _delete(self, request: Request, name: str) -> TunedModel:
         with self._database.writing.begin() as session:
-            repeated = is_repetition(request.header("x-stainless-retry-count"))
+            repeated = is_retry(request.header("x-stainless-retry-count"))
             row, deleted = self.store.delete(session, request.key, name, repeated=repeated)
             if deleted:
                 audit.note(session, request, "model.deleted", name)
@@ -164,7 +164,7 @@ class Models:
             audit.note(session, request, "checkpoint.permission.deleted", name, permission=permission)
 
     @staticmethod
-    def _tuned(gateway: Gateway, row: TunedModel, caller: Caller) -> dict[str, Any]:
+    def _describe(gateway: Gateway, row: TunedModel, caller: Caller) -> dict[str, Any]:
         value = {
             "id": row.name,
             "object": "model",

@@ -1,4 +1,4 @@
-"""Tuned models on the engines: loaded when a job has made them, or when somebody first asks; asked by those who may."""
+"""Loads tuned models onto the engines, when a job creates them or a request first needs them, and checks who may use them."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from dstune.serve.store.keys import Caller
 
 log = logging.getLogger("dstune.serve")
 
-ALLOWED_SECONDS = 2.0
-"""How long an answer of the database to who may use a model counts, as that to a key does."""
+PERMISSION_CACHE_SECONDS = 2.0
+"""How long permissions to use a model are cached, as keys are."""
 LATER = {"retry-after": "5"}
 LOADED_AT_START = 64
-"""The newest models that are loaded before anybody asks."""
+"""How many of the newest models are loaded at the start."""
 MOST_LOADED = 64
 IDLE_SECONDS = 3600.0
-"""Where there are more, those that nobody has asked for so long leave their engines, whose memory would be full one day."""
+"""Beyond `MOST_LOADED`, models that were not requested for this long are unloaded; otherwise the engines' memory would fill up."""
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:;'\"]+/)+")
-"""Of paths on the server, which are nobody else's business; the name of the file stays."""
+"""Folders in the server's paths, which are removed from messages; the name of the file stays."""
 
 
 class Serving:
-    """The tuned models of a fleet."""
+    """Serves the tuned models on a fleet."""
 
     def __init__(self, fleet: Fleet, store: ModelStore):
         self._fleet, self._store = fleet, store
         self._allowed: dict[tuple[str, str], tuple[float, TunedModel]] = {}
         self._loading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._refused: set[str] = set()
-        """Not tried again until somebody asks for them."""
+        """Models that failed to load; they are retried only on request."""
         self._last_used: dict[str, float] = {}
-        """When models that were loaded here were asked for."""
+        """When each loaded model was last requested."""
 
     async def ensure(self, caller: Caller, name: str) -> None:
-        """Let a request for a model pass: nothing for one that is no tuned model. Raises ApiError where the caller may not
-        use it, or no engine can serve it."""
+        """Load the model for a request, if it is a tuned model. Raises ApiError if the caller may not use it, or no engine can
+        serve it."""
         if not name.startswith(PREFIX):
             return
-        model = await self._of(caller, name)
+        model = await self._authorized_model(caller, name)
         if name not in self._fleet.models:
             await self._load(model)
         if name in self._last_used:
             self._last_used[name] = time.monotonic()
 
-    async def _of(self, caller: Caller, name: str) -> TunedModel:
+    async def _authorized_model(self, caller: Caller, name: str) -> TunedModel:
         cached = self._allowed.get((caller.project, name))
-        if cached is not None and time.monotonic() - cached[0] < ALLOWED_SECONDS:
+        if cached is not None and time.monotonic() - cached[0] < PERMISSION_CACHE_SECONDS:
             return cached[1]
         model = await asyncio.to_thread(self._store.find, caller, name)
         if model is None:
@@ -111,10 +111,10 @@ class Serving:
                     log.warning("%s could not be taken off its engine: %s", name, error)
 
     async def forget(self, name: str) -> None:
-        """Take a model that was deleted off its engine."""
+        """Unload a deleted model from its engine."""
         for key in [key for key in self._allowed if key[1] == name]:
             del self._allowed[key]
-        async with self._loading[name]:  # one that is being loaded is there in a moment
+        async with self._loading[name]:  # wait for one that is being loaded
             if name in self._fleet.models:
                 await self._fleet.remove(name)
         self._loading.pop(name, None)
@@ -132,6 +132,6 @@ class Serving:
                 try:
                     await self._load(model)
                 except ApiError as error:
-                    if error.status != 503:  # an engine that does not answer has refused nothing: it is tried again
+                    if error.status != 503:  # an engine that does not answer has refused nothing: retry later
                         self._refused.add(model.name)
                     log.info("%s", error)

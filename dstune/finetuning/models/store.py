@@ -1,4 +1,4 @@
-"""Tuned models in the database: who may use which, deleted ones, permissions of other projects."""
+"""Tuned models in the database: ownership, deletion, and permissions of other projects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dstune.serve.store.tables import Project
 
 class ModelStore:
     def __init__(self, database: Database, jobs: Path):
-        """jobs: the folder of the folders of jobs, in which the exports are."""
+        """jobs: the parent of the job folders, which contain the exports."""
         self._database, self._jobs = database, jobs
 
     def folder(self, model: TunedModel) -> Path:
@@ -33,26 +33,26 @@ class ModelStore:
             return session.scalar(select(TunedModel).where(TunedModel.name == name, *_usable(caller)))
 
     def usable(self, caller: Caller) -> list[TunedModel]:
-        """Return all of them, the oldest first."""
+        """Return all models that the caller may use, oldest first."""
         with self._database.session() as session:
             return list(session.scalars(select(TunedModel).where(*_usable(caller)).order_by(TunedModel.number)))
 
     def final(self, most: int) -> list[TunedModel]:
-        """Return the newest models of all projects that jobs ended with."""
+        """Return the newest final models of all projects, at most `most`."""
         query = select(TunedModel).where(TunedModel.deleted_at.is_(None), TunedModel.step.is_(None))
         with self._database.session() as session:
             return list(session.scalars(query.order_by(TunedModel.number.desc()).limit(most)))
 
     def delete(self, session: Session, caller: Caller, name: str, *, repeated: bool) -> tuple[TunedModel, bool]:
-        """Delete a model. Returns it and whether it was there still. repeated: whether it may have been deleted by the same request
-        before. Raises ApiError where the caller's own project has no such model."""
-        row = self._own(session, caller, name, deleted=repeated)
+        """Delete a model. Returns it and whether it still existed. repeated: whether an earlier attempt of this request may have
+        deleted it. Raises ApiError if the caller's own project has no such model."""
+        row = self._find_own(session, caller, name, deleted=repeated)
         was_there = row.deleted_at is None
         row.deleted_at = row.deleted_at or unix_time()
         return row, was_there
 
     def remove_files(self, model: TunedModel) -> None:
-        """Remove the files of a model of which nothing is listed any more; its last step may be listed as a checkpoint too."""
+        """Remove the files of a model that no listed model uses; the final model may also be listed as a checkpoint."""
         with self._database.session() as session:
             others = select(TunedModel.id).where(TunedModel.folder == model.folder, TunedModel.deleted_at.is_(None))
             if session.scalar(others) is None:
@@ -62,10 +62,10 @@ class ModelStore:
     # -- permissions
 
     def share(self, session: Session, caller: Caller, name: str, projects: list[str]) -> list[ModelPermission]:
-        """Return the permissions that let these projects use a model. Raises ApiError for a model
-        that is not the caller's own, or projects that are not of its organization."""
-        self._own(session, caller, name)
-        made = []
+        """Let projects use a model and return the permissions. Raises ApiError if the model is not the caller's own, or a project
+        is not in its organization."""
+        self._find_own(session, caller, name)
+        permissions = []
         for place, project in enumerate(dict.fromkeys(projects)):
             project_row = session.get(Project, project)
             if project_row is None or project_row.organization != caller.organization:
@@ -79,18 +79,18 @@ class ModelStore:
                 )
                 session.add(row)
                 session.flush()
-            made.append(row)
-        return made
+            permissions.append(row)
+        return permissions
 
     def permissions(
         self, session: Session, caller: Caller, name: str, page: pages.Page, project: str | None
     ) -> tuple[list[ModelPermission], bool]:
-        self._own(session, caller, name)
+        self._find_own(session, caller, name)
         filters = [] if project is None else [ModelPermission.project == project]
         return pages.rows_of(session, ModelPermission, page, [ModelPermission.model == name], *filters)
 
     def unshare(self, session: Session, caller: Caller, name: str, permission: str) -> None:
-        self._own(session, caller, name)
+        self._find_own(session, caller, name)
         row = session.scalar(
             select(ModelPermission).where(ModelPermission.model == name, ModelPermission.id == permission)
         )
@@ -99,7 +99,7 @@ class ModelStore:
         session.delete(row)
 
     @staticmethod
-    def _own(session: Session, caller: Caller, name: str, *, deleted: bool = False) -> TunedModel:
+    def _find_own(session: Session, caller: Caller, name: str, *, deleted: bool = False) -> TunedModel:
         of_caller = (TunedModel.name == name, TunedModel.project == caller.project)
         row = session.scalar(select(TunedModel).where(*of_caller).with_for_update())
         if row is None or (row.deleted_at is not None and not deleted):
