@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.guard.attacks.texts import place
+from dstune.guard.attacks.texts import hash_fraction
 from dstune.guard.calibration import LEVELS
 from dstune.guard.measure.judges import Judge
 from dstune.guard.measure.report import Judged, breakdown, cell
@@ -67,7 +67,7 @@ def _suites(rows: Rows, most: int | None) -> dict[str, Rows]:
     for row in rows:
         rows_by_suite.setdefault(str(row.get("suite") or OWN), []).append(row)
     return {
-        name: sorted(suite_rows, key=lambda row: place(row["text"]))[:most]
+        name: sorted(suite_rows, key=lambda row: hash_fraction(row["text"]))[:most]
         for name, suite_rows in rows_by_suite.items()
     }
 
@@ -100,7 +100,7 @@ def _choose_short_attacks(judged: Mapping[str, list[Judged]], count: int) -> lis
         and row.row.get("suite") not in ("known", "hidden")
     ]
     packages: dict[str, list[Judged]] = {}
-    for row in sorted(fitting, key=lambda row: place(f"plain:{row.row['text']}")):
+    for row in sorted(fitting, key=lambda row: hash_fraction(f"plain:{row.row['text']}")):
         packages.setdefault(str(row.row.get("package")), []).append(row)
     chosen: list[Judged] = []
     for turn in range(max(map(len, packages.values()), default=0)):
