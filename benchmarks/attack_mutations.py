@@ -278,7 +278,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "finetuning_api.test_group_7_one_tenant_sees_nothing_of_another": undo(
         "finetuning/files.py",
-        "where(File.project == project, File.id == file, *_alive())",
+        "where(File.project == project, File.id == file, *_alive_conditions())",
         "where(File.id == file)",
     ),
     "finetuning_api.test_group_7_a_gigabyte_without_a_key_is_not_read": undo(

@@ -95,7 +95,7 @@ class Files:
 
     def of(self, session: Session, project: str, file: str, param: str = "id") -> File:
         """Return a file of a project. Raises ApiError 404 if it does not exist or has expired."""
-        row = session.scalar(select(File).where(File.project == project, File.id == file, *_is_alive_conditions()))
+        row = session.scalar(select(File).where(File.project == project, File.id == file, *_alive_conditions()))
         if row is None:
             raise missing(file, param)
         return row
@@ -192,7 +192,7 @@ class Files:
         return row
 
     def _list(self, caller: Caller, page: pages.Page, purpose: str | None) -> dict[str, Any]:
-        listed = _is_alive_conditions() if purpose is None else [*_is_alive_conditions(), File.purpose == purpose]
+        listed = _alive_conditions() if purpose is None else [*_alive_conditions(), File.purpose == purpose]
         with self._database.session() as session:
             rows, has_more = pages.rows_of(session, File, page, [File.project == caller.project], *listed)
         return pages.listing([describe_file(row) for row in rows], has_more, nobody="")
@@ -286,5 +286,5 @@ def _expiry(fields: Mapping[str, str]) -> dict[str, Any] | None:
     return expiry or None
 
 
-def _is_alive_conditions() -> list[Any]:
+def _alive_conditions() -> list[Any]:
     return [File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > unix_time())]

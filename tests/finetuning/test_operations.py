@@ -102,7 +102,7 @@ def test_a_job_goes_on_with_another_number_of_devices(tmp_path):
     def again(job: str) -> tuple[Any, list[int], float]:
         """Pause and resume it: the ranks, devices and price of the attempt that follows."""
         with bench.database.writing.begin() as session:
-            bench.store.change(session, bench.store.locked(session, job), Change.PAUSE)
+            bench.store.change(session, bench.store.lock_row(session, job), Change.PAUSE)
         bench.end(job, 75)
         bench.step()
         bench.store.request_change(DEFAULT_PROJECT, job, Change.RESUME, repeated=False, message="")

@@ -345,7 +345,7 @@ def test_jobs_that_would_end_with_the_server_save_first(bench):
     here, cluster = running(bench), bench.add(pool="slurm")
     bench.presets.models["far"] = replace(bench.presets.models["tiny"], name="far", launch={"name": "slurm"})
     with bench.database.writing.begin() as session:
-        row = bench.store.locked(session, cluster)
+        row = bench.store.lock_row(session, cluster)
         row.preset = "far"
     bench.step(2)
     assert bench.state(cluster) == State.RUNNING

@@ -126,7 +126,7 @@ class Bench:
 
     def read(self, job: str) -> Job:
         with self.database.session() as session:
-            return self.store.locked(session, job)
+            return self.store.lock_row(session, job)
 
     def state(self, job: str) -> str:
         return self.read(job).state
