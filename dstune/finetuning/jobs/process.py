@@ -183,7 +183,7 @@ class Training:
                 process.send_signal((signal.SIGTERM, signal.SIGINT)[self._signals])
             self._signals, self._signalled_at = self._signals + 1, time.monotonic()
 
-    def _report(self) -> dict[str, Any]:
+    def _last_object(self) -> dict[str, Any]:
         """Return the last JSON object in the output; {} if there is none."""
         for line in reversed(self._folder.report.read_bytes().splitlines()):
             with contextlib.suppress(ValueError):

@@ -291,7 +291,7 @@ class Reconciler:
         elif int(ended["code"]) < 0:
             self._handle_lost(job, steps, "the cluster lost it")
         elif ended["code"] == EXIT_USER:
-            self._handle_refused(job, ended, steps)
+            self._handle_refusal(job, ended, steps)
         else:
             log.error("job %s failed: %s", job.id, str(ended.get("reason"))[:2000])
             self._fail(job, "server_error", INTERNAL, None)
@@ -375,7 +375,7 @@ class Reconciler:
         self._clean_up(job)
         self._results.published()
 
-    def _handle_refused(self, job: Job, ended: Mapping[str, Any], steps: Sequence[metrics.Step]) -> None:
+    def _handle_refusal(self, job: Job, ended: Mapping[str, Any], steps: Sequence[metrics.Step]) -> None:
         """Handle exit code 2: an error in the client's rows, a second launch of the same directory, or the operator's preset."""
         problems = ended.get("problems") or []
         where = str(problems[0].get("where", "")) if problems else ""
