@@ -1,4 +1,4 @@
-"""One error budget for checks that are repeated: what each may spend, and the record of what was spent."""
+"""One error budget for repeated checks: the level of each check, and the record of earlier ones."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dstune.core import files
 from dstune.core.parsing import parse_json, read_file
 
 FOLDER = "monitor"
-"""Below the run directory."""
+"""The folder inside the run directory."""
 CHECKS = "checks.jsonl"
 LARGEST = 64 << 20
-"""Bytes of the file of checks that are read at most."""
+"""The most bytes that are read of the file of checks."""
 STREAM_SHARE = 0.2
-"""Of a check's level, for the streams; the rest is for the tests of two samples."""
+"""Share of a check's level for the streams; the rest is for the two-sample tests."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `alpha` is the chance of a false alarm in `checks` checks; Bonferroni, since checks share the reference rows."""
+    """Bounds the chance of a false alarm in `checks` checks by `alpha`, by Bonferroni, since checks share the reference rows."""
 
     alpha: float
     checks: int
     number: int = 1
-    """Of this check, from 1."""
+    """The number of this check, from 1."""
 
     @property
     def level(self) -> float:
@@ -41,7 +41,7 @@ class Budget:
         return self.level * STREAM_SHARE / streams
 
     def corrected(self, p: float, families: int, *, with_streams: bool) -> float:
-        """Return a family's p-value, so that it can be compared with `alpha`."""
+        """Return a family's corrected p-value, to be compared with `alpha`."""
         return min(1.0, p * self.alpha / self.for_family(families, with_streams=with_streams))
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Budget:
 
 
 def read_checks(folder: Path) -> list[dict[str, Any]]:
-    """Return the record of each earlier check; a line that a killed process left unfinished is none."""
+    """Return the records of earlier checks; a line that a killed process left incomplete is skipped."""
     try:
         lines = read_file(folder / CHECKS, LARGEST).splitlines()
     except FileNotFoundError:
@@ -67,13 +67,13 @@ def read_checks(folder: Path) -> list[dict[str, Any]]:
 
 
 def earlier_check(records: list[dict[str, Any]], rows: str) -> int | None:
-    """Return the number of the check that looked at the same rows in the same way: to look again costs nothing."""
+    """Return the number of an earlier check of the same rows with the same settings: repeating it costs nothing."""
     matching = (record for record in records if record.get("rows") == rows)
     return next((record["number"] for record in matching if isinstance(record.get("number"), int)), None)
 
 
 def note_check(folder: Path, record: dict[str, Any]) -> None:
-    """Append a record: digests and statistics, no text of a row."""
+    """Append a record: digests and statistics, but no text of a row."""
     folder.mkdir(parents=True, exist_ok=True)
     with files.append(folder / CHECKS) as stream:
         stream.write(json.dumps(record).encode() + b"\n")

@@ -1,4 +1,5 @@
-"""Prompts with fixed answers: whether the server still answers as it did, whatever its clients ask."""
+"""Canaries: prompts with fixed answers, which show whether the server still answers as before, independent of its clients'
+requests."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/classify")
 
 @dataclass(frozen=True)
 class Canary:
-    """A request and the answer that it had."""
+    """A request and its expected answer."""
 
     place: str
     request: dict[str, Any]
@@ -31,15 +32,15 @@ class Canary:
 
 @dataclass(frozen=True)
 class CanaryResult:
-    """How many canaries were asked, and which had another answer."""
+    """The number of canaries asked, and those whose answers changed."""
 
-    asked: int
+    count: int
     changed: tuple[str, ...]
-    """Where those with another answer stand: FILE:LINE."""
+    """Places of the changed ones: FILE:LINE."""
 
 
 def read_canaries(path: Path) -> list[Canary]:
-    """Return the rows of a file: `messages`, `prompt` or `text`, and `expected`. Raises UserError with all that are wrong."""
+    """Read canaries from a file: `messages`, `prompt` or `text`, and `expected`. Raises UserError with all invalid rows."""
     canaries, problems = [], []
     try:
         with open_file(path) as stream:
@@ -70,10 +71,8 @@ def read_canaries(path: Path) -> list[Canary]:
 
 
 def ask_canaries(canaries: list[Canary], server: str, model: str) -> CanaryResult:
-    """Ask a server each canary, greedily, and compare the answers word for word. The key is that of DSTUNE_API_KEY.
-
-    Raises UserError where it does not answer: that says nothing of the model.
-    """
+    """Send each canary to a server, with greedy decoding, and compare the answers word for word. The key is that of DSTUNE_API_KEY.
+    Raises UserError if the server does not answer, which says nothing about the model."""
     changed = [canary.place for canary in canaries if _answer(canary, server, model) != canary.expected]
     return CanaryResult(len(canaries), tuple(changed))
 

@@ -1,4 +1,4 @@
-"""One check: all signals of two sides of conversations, one verdict within one error budget."""
+"""Runs one check: all signals of reference and live conversations, with one verdict within one error budget."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from dstune.monitor.two_sample import JointTest, MeanDiscrepancy, test_jointly
 NONE, DRIFT, UNDECIDED = "none", "drift", "undecided"
 FEWEST_PERMUTATIONS, ENOUGH_PERMUTATIONS, MOST_PERMUTATIONS = 999, 19_999, 299_999
 RESOLUTION = 10
-"""Permutations that may exceed the observed statistic at the level of a family: fewer would make the level coarse.
-Beyond ENOUGH_PERMUTATIONS it is fewer, but never so few that no statistic could reach the level."""
+"""Permutations expected to exceed the observed statistic at a family's level: fewer would make the level coarse. Beyond
+ENOUGH_PERMUTATIONS there may be fewer, but always enough that a statistic can reach the level."""
 REFERENCE = "training and validation rows"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a check decides."""
+    """Settings of a check's decision."""
 
     alpha: float = 0.05
     """Chance of a false alarm within `checks` checks."""
     checks: int = 12
     share: float = 0.2
-    """Share of the live rows whose move to another topic is to be found: the power is stated for it."""
+    """Share of the live rows whose move to another topic should be detected: the power is stated for it."""
     least_effect: float = 0.02
     """Differences that are surely smaller do not count, however significant: a share of rows."""
     streams: bool = True
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sides:
-    """What a check compares: conversations and their vectors, reference rows first."""
+    """The two sides of a check: conversations and their vectors, reference rows first."""
 
     reference: Sequence[Conversation]
     live: Sequence[Conversation]
@@ -58,7 +58,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the check says of one signal."""
+    """The result for one signal."""
 
     name: str
     against: str
@@ -66,7 +66,7 @@ class Finding:
     reference_rows: int
     p: float
     corrected_p: float
-    """To be compared with the budget's `alpha`: for all signals and all checks."""
+    """Corrected for all signals and all checks, to be compared with the budget's `alpha`."""
     effect: Effect
     drifts: bool
     psi: float | None = None
@@ -77,7 +77,7 @@ class Finding:
 
 @dataclass
 class Check:
-    """The result."""
+    """The result of a check."""
 
     verdict: str
     reason: str
@@ -105,17 +105,14 @@ class Check:
 
 
 def iso(seconds: float | None) -> str | None:
-    """Return the moment as text, in UTC."""
+    """Return a time as ISO text, in UTC."""
     if seconds is None:
         return None
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 def run_check(sides: Sides, table: SignalTable, budget: Budget, settings: Settings) -> Check:
-    """Test every signal, and say what follows.
-
-    table: the signals beside the vectors, which are added here.
-    """
+    """Test every signal and reach a verdict. table: the signals other than the vectors, which are added here."""
     table.add(EMBEDDINGS, sides.against, *np.split(sides.vectors, [len(sides.reference)]))
     families = table.families()
     stream_values = _stream_values(sides, families) if settings.streams else {}
@@ -156,15 +153,14 @@ def _test(family: Sequence[Signal], level: float, seed: int) -> tuple[JointTest,
 
 
 def permutations_for(level: float, statistics: int) -> int:
-    """Return the permutations that test a family of so many statistics at `level`. The smallest p-value of each of them can be that
-    of another permutation, so the corrected one is at least statistics / (permutations + 1) then."""
+    """Return how many permutations test a family of `statistics` statistics at `level`. The smallest p-value of each statistic may
+    come from a different permutation, so the corrected one is at least statistics / (permutations + 1)."""
     coarse = np.clip(np.ceil(RESOLUTION / level), FEWEST_PERMUTATIONS, ENOUGH_PERMUTATIONS)
     return int(min(max(coarse, np.ceil(statistics / level)), MOST_PERMUTATIONS))
 
 
 def _stream_values(sides: Sides, families: Sequence[Sequence[Signal]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return by signal the values of the live rows in the order of time and those of the reference; empty where there are no
-    times."""
+    """Return, by signal, the live rows' values in time order and the reference rows' values; empty if there are no times."""
     order = reading.by_time(sides.live)
     if order is None:
         return {}

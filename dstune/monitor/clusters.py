@@ -1,4 +1,4 @@
-"""Which rows drift: topics that have grown, their examples, and since when."""
+"""Finds which rows drift: topics that have grown, examples of them, and when the change began."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ TOPICS = 12
 MOST_SHOWN = 3
 EXAMPLES = 5
 PRIVATE = 10
-"""Users (conversations, where users are not known) that a word needs before it is shown: of fewer, it might tell who they are."""
+"""Users (or conversations, if users are unknown) that must share a word before it is shown: with fewer, it could identify them."""
 WORDS = 8
 SHARP = 4.0
-"""Standard errors that a step in the classifier's scores needs: the best of many places reaches 3 by chance."""
+"""Standard errors that a step in the classifier's scores must exceed: the best of many places reaches 3 by chance."""
 _WORD = re.compile(r"\w{3,}")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A topic with a larger share of the live than of the reference rows."""
+    """A topic whose share of the live rows exceeds its share of the reference rows."""
 
     live_share: float
     reference_share: float
     change: Effect
     examples: tuple[int, ...]
-    """Numbers of live conversations, the most typical first."""
+    """Indices of live conversations, the most typical first."""
     words: tuple[str, ...]
 
 
 def grown_clusters(
     vectors: np.ndarray, is_live: np.ndarray, live: Sequence[Conversation], seed: int = 0
 ) -> list[Cluster]:
-    """Return the topics that have grown most, of those whose growth is sure. vectors: [reference and live rows, dimensions]."""
+    """Return the topics that have certainly grown, those that grew most first. vectors: [reference and live rows, dimensions]."""
     from sklearn.cluster import KMeans
 
     model = KMeans(min(TOPICS, len(vectors) // 5), n_init=2, random_state=seed).fit(vectors)
@@ -63,7 +63,7 @@ def grown_clusters(
 
 
 def _words(live: Sequence[Conversation], members: set[int]) -> tuple[str, ...]:
-    """Return words that many conversations of a topic share and few others have."""
+    """Return words that many conversations of a topic contain and few others do."""
     inside: Counter[str] = Counter()
     outside: Counter[str] = Counter()
     users: dict[str, set[str]] = {}
@@ -84,10 +84,8 @@ def _words(live: Sequence[Conversation], members: set[int]) -> tuple[str, ...]:
 
 
 def moment_of_change(vectors: np.ndarray, is_live: np.ndarray, order: np.ndarray) -> int | None:
-    """Return the place in `order` from which on live rows look less like reference rows; None where no moment stands out.
-
-    order: numbers of the live rows by time.
-    """
+    """Return the index in `order` after which live rows resemble reference rows less; None if no moment stands out. order: indices
+    of the live rows by time."""
     scores = np.empty(len(vectors))
     for part in folds(is_live):
         scores[part] = fold_scores(vectors, is_live, part)

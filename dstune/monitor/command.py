@@ -36,7 +36,7 @@ BLIND_SPOTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A check and what it was about."""
+    """A check and its context."""
 
     check: Check
     live: Live
@@ -46,7 +46,7 @@ class Outcome:
     run: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the outcome as JSON, without a word of any row."""
+        """Return the outcome as JSON, without any text of rows."""
         result = self.check.to_json()
         clusters = [
             {
@@ -81,7 +81,7 @@ class Outcome:
 
 
 def main(argv: list[str]) -> int:
-    """Run `dstune monitor RUN --data LOGS`. Raises UserError; returns the exit code: 3 for drift with --fail-on-drift."""
+    """Run `dstune monitor RUN --data LOGS` and return the exit code: 3 for drift with --fail-on-drift. Raises UserError."""
     arguments = _parser().parse_args(argv)
     check_numbers(arguments)
     run = run_directory(arguments.run)
@@ -134,7 +134,7 @@ def compare(
     model_rows: int = 0,
     canaries: dict[str, Any] | None = None,
 ) -> Outcome:
-    """Measure and test all signals. A canary that answers otherwise is drift by itself: nothing about it is chance."""
+    """Measure and test all signals. A changed canary is drift by itself, since nothing about it is random."""
     table = gather_signals(reference, live, run, model_rows)
     vectors = embed([*reference.rows, *live.rows], embeddings)
     check = run_check(Sides(reference.rows, live.rows, vectors, reference.name), table, budget, settings)
@@ -158,7 +158,7 @@ def read_reference_config(run: Path) -> Any:
 
 
 def _canaries(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what became of the canaries; None without any. Raises UserError."""
+    """Return the results of the canaries; None if there are none. Raises UserError."""
     if arguments.canaries is None:
         return None
     from dstune.monitor.canaries import ask_canaries, read_canaries
@@ -167,8 +167,8 @@ def _canaries(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.server is None or arguments.served_name is None:
         fix = "--server http://127.0.0.1:8000 --served-name NAME, as the server prints them"
         raise UserError(Problem("--canaries", "a server has to be asked", fix, str(arguments.canaries)))
-    asked = ask_canaries(canaries, arguments.server.rstrip("/").removesuffix("/v1"), arguments.served_name)
-    return {"asked": asked.asked, "changed": list(asked.changed)}
+    outcome = ask_canaries(canaries, arguments.server.rstrip("/").removesuffix("/v1"), arguments.served_name)
+    return {"asked": outcome.count, "changed": list(outcome.changed)}
 
 
 def _parser() -> VerbParser:
@@ -212,7 +212,7 @@ def _parser() -> VerbParser:
 
 
 def add_test_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `dstune data shift` has too."""
+    """Add the options shared with `dstune data shift`."""
     parser.add_argument(
         "--embeddings",
         default=WORDS,
@@ -241,7 +241,7 @@ def add_test_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises UserError with all that are out of range."""
+    """Raises UserError with every number that is out of range."""
     problems = []
     if not 0 < arguments.alpha < 0.5:
         problems.append(Problem("--alpha", "must be between 0 and 0.5", "--alpha 0.05", str(arguments.alpha)))
@@ -260,7 +260,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the result; the texts of examples go to the screen alone."""
+    """Print the result; texts of examples are only printed to the screen."""
     if as_json:
         print(json.dumps(result))
         return
@@ -299,5 +299,5 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """Return the newest result of a run; empty where there is none."""
+    """Return the newest result of a run; empty if there is none."""
     return object_in(run / FOLDER / RESULT)

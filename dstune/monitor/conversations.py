@@ -1,4 +1,4 @@
-"""What monitoring compares: conversations, each one entry however many turns or requests it has."""
+"""Conversations, the unit that monitoring compares: each is one entry, however many turns or requests it has."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 TURNS = 16
-"""Of a conversation, the first turns that are looked at."""
+"""How many first turns of a conversation are compared."""
 CHARACTERS = 8000
-"""Of a turn that are looked at."""
+"""Characters of a turn that are compared."""
 PROMPT_FIELDS = ("prompt", "source", "text", "anchor", "question", "query", "input", "text_1", "instruction")
-"""Where a request or a row without messages says what the model is asked; the first that holds text counts."""
+"""Fields with the question of a request or row without messages; the first one with text counts."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What somebody asked in one go, as far as it is compared."""
+    """The part of a conversation that is compared."""
 
     place: str
     """`FILE:LINE`, or the id of the first request."""
     texts: tuple[str, ...]
-    """What was asked, turn by turn; answers of the model are not among them."""
+    """The questions, turn by turn; the model's answers are not included."""
     time: float | None = None
-    """Of the first turn, in seconds of the epoch."""
+    """Time of the first turn, in seconds since the epoch."""
     user: str | None = None
-    """Whom `--one-per user` tells apart: a hash in the server's logs."""
+    """The user, for `--one-per user`: a hash in the server's logs."""
     key: str | None = None
     label: str | None = None
-    """What is right, as the data or a person says; never the model's own answer."""
+    """The correct answer from the data or a person, never the model's own answer."""
     correction: str | None = None
     rating: float | None = None
     is_flagged: bool | None = None
     version: str | None = None
-    """Of the model that answered."""
+    """Version of the model that answered."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The columns that the task's encoder reads, without the answer."""
     answer: str | None = None
     requests: tuple[str, ...] = ()
-    """Ids of all requests of it."""
+    """Ids of all its requests."""
     is_batch: bool = False
-    """Whether its request had several texts: a label or a correction of it says nothing about any of them."""
+    """Whether its request contained several texts: a label or correction then says nothing about any single one."""
 
     @property
     def text(self) -> str:
@@ -49,19 +49,19 @@ class Conversation:
 
     @property
     def digest(self) -> str:
-        """Tells the conversation again without keeping a word of it."""
+        """A digest that identifies the conversation without storing its text."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def is_batch(body: Mapping[str, Any]) -> bool:
-    """Return whether a request asks several texts at once."""
+    """Return whether a request contains several texts."""
     lists = (body[name] for name in PROMPT_FIELDS if isinstance(body.get(name), list) and not _is_messages(body[name]))
     return any(len(values) > 1 for values in lists)
 
 
 def asked_texts(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a row or the body of a request asks: the turns of the user, or the text of the first of PROMPT_FIELDS. Empty if
-    it asks nothing."""
+    """Return the questions of a row or request body: the user's turns, or the text of the first of PROMPT_FIELDS. Empty if there
+    are none."""
     messages = next(
         (row[name] for name in ("messages", "conversations", "chosen") if _is_messages(row.get(name))), None
     )
@@ -73,12 +73,12 @@ def asked_texts(row: Mapping[str, Any]) -> tuple[str, ...]:
         turns = [_text(message.get("content", message.get("value"))) for message in messages if _is_of_user(message)]
         return tuple(turn for turn in turns[:TURNS] if turn)
     if isinstance(row.get("tokens"), list):
-        return (_cut(" ".join(map(str, row["tokens"]))),)
+        return (_truncate(" ".join(map(str, row["tokens"]))),)
     for name in PROMPT_FIELDS:
-        text = _text(_drawn(row.get(name), row))
+        text = _text(_draw_text(row.get(name), row))
         if text:
             further = _text(row.get("text_pair", row.get("context", row.get("text_2"))))
-            return (_cut(f"{text}\n{further}") if further else text,)
+            return (_truncate(f"{text}\n{further}") if further else text,)
     return ()
 
 
@@ -94,8 +94,8 @@ def _is_of_user(message: Mapping[str, Any]) -> bool:
     return message.get("role", message.get("from")) in ("user", "human")
 
 
-def _drawn(value: Any, row: Mapping[str, Any]) -> Any:
-    """Draw one text of a request with several: they belong together, and their mean would be like no single text."""
+def _draw_text(value: Any, row: Mapping[str, Any]) -> Any:
+    """Draw one text of a request with several: they belong together, and their mean would resemble no single text."""
     if not (isinstance(value, list) and value and all(isinstance(entry, str) for entry in value)):
         return value
     number = int(hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest(), 16)
@@ -104,20 +104,20 @@ def _drawn(value: Any, row: Mapping[str, Any]) -> Any:
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
-        return _cut(value)
+        return _truncate(value)
     if isinstance(value, list):
         parts = [entry.get("text", "") for entry in value if isinstance(entry, dict)]
-        return _cut("\n".join(part for part in parts if isinstance(part, str)))
+        return _truncate("\n".join(part for part in parts if isinstance(part, str)))
     return ""
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     return text[:CHARACTERS].strip()
 
 
 def joined(turns: Iterable[Conversation]) -> list[Conversation]:
-    """Join requests of one user of which each repeats the turns before it, as chat clients send them; an equal request is the same
-    conversation. turns: in the order of their time."""
+    """Join requests of one user that each repeat the previous turns, as chat clients send them; an equal request belongs to the
+    same conversation. turns: in time order."""
     conversations: list[Conversation] = []
     open_ones: dict[tuple[str | None, str | None, str], list[int]] = {}
     for turn in turns:
@@ -148,7 +148,8 @@ def _continued(earlier: Conversation, later: Conversation) -> Conversation:
 
 
 def one_per(conversations: Sequence[Conversation], kind: str) -> list[Conversation]:
-    """Return of each user, or key, one conversation: of one who asks often, all are alike. Those without a name stay."""
+    """Return one conversation per user, or per key, since those of a frequent user resemble each other. Conversations without a
+    name all stay."""
     chosen: dict[str, Conversation] = {}
     others = []
     for conversation in conversations:
@@ -161,7 +162,7 @@ def one_per(conversations: Sequence[Conversation], kind: str) -> list[Conversati
 
 
 def sampled(conversations: Sequence[Conversation], most: int) -> list[Conversation]:
-    """Return at most so many, the same ones each time, in their order."""
+    """Return at most `most` conversations in their order; always the same ones."""
     if len(conversations) <= most:
         return list(conversations)
     order = sorted(range(len(conversations)), key=lambda number: (conversations[number].digest, number))
@@ -169,6 +170,6 @@ def sampled(conversations: Sequence[Conversation], most: int) -> list[Conversati
 
 
 def digest_of(conversations: Iterable[Conversation]) -> str:
-    """Return what tells a set of conversations again."""
+    """Return a digest of a set of conversations."""
     content = "\n".join(sorted(f"{conversation.place} {conversation.digest}" for conversation in conversations))
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]

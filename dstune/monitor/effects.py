@@ -1,4 +1,4 @@
-"""How large a difference is, with 95% intervals: significance says only that there is one."""
+"""Effect sizes with 95% intervals: significance only says that there is a difference."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Effect:
     """An effect size and its 95% interval."""
 
     name: str
-    """`auc`: the chance that a live row has a larger value than a reference row, 0.5 without a difference. `share`: by how much the
-    share of a category has changed."""
+    """`auc`: the chance that a live row has a larger value than a reference row, 0.5 without a difference. `share`: the change of a
+    category's share."""
     value: float
     low: float
     high: float
@@ -28,7 +28,7 @@ class Effect:
 
     @property
     def largest(self) -> float:
-        """The largest size that the interval holds, as a share of rows that would have to move."""
+        """The largest effect in the interval, as the share of rows that would have to move."""
         if self.name == "auc":
             return 2 * max(abs(self.low - 0.5), abs(self.high - 0.5))
         return max(abs(self.low), abs(self.high))
@@ -38,7 +38,7 @@ class Effect:
 
 
 def auc(live: np.ndarray, reference: np.ndarray) -> Effect:
-    """Return the area under the ROC curve; interval by DeLong's variance (Biometrics 44, 1988)."""
+    """Return the area under the ROC curve, with an interval by DeLong's variance (Biometrics 44, 1988)."""
     from scipy.stats import rankdata
 
     together = rankdata(np.concatenate([live, reference]))
@@ -55,7 +55,7 @@ def _variance(values: np.ndarray) -> float:
 
 
 def largest_share_change(live: np.ndarray, reference: np.ndarray) -> Effect:
-    """Return the change of the category that changed most. The interval does not count for this choice."""
+    """Return the change of the category that changed most. The interval does not account for this selection."""
     names = np.unique(np.concatenate([live, reference]))
     shares = [(float(np.mean(live == name)), float(np.mean(reference == name)), str(name)) for name in names]
     live_share, reference_share, name = max(shares, key=lambda entry: (abs(entry[0] - entry[1]), entry[2]))
@@ -67,7 +67,7 @@ def largest_share_change(live: np.ndarray, reference: np.ndarray) -> Effect:
 def share_change(
     live_share: float, live_rows: int, reference_share: float, reference_rows: int, detail: str = ""
 ) -> Effect:
-    """Return the change of a share; interval by Newcombe's method 10 (Statistics in Medicine 17, 1998)."""
+    """Return the change of a share, with an interval by Newcombe's method 10 (Statistics in Medicine 17, 1998)."""
     (low_now, high_now), (low_before, high_before) = (
         _wilson(live_share, live_rows),
         _wilson(reference_share, reference_rows),
@@ -85,7 +85,7 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def psi(live: np.ndarray, reference: np.ndarray) -> float | None:
-    """Return the population stability index over tenths of the reference; None below PSI_ROWS rows of a side."""
+    """Return the population stability index over deciles of the reference; None if a side has fewer than PSI_ROWS rows."""
     if min(len(live), len(reference)) < PSI_ROWS:
         return None
     edges = np.unique(np.quantile(reference, np.linspace(0, 1, PSI_BINS + 1)[1:-1]))

@@ -63,7 +63,8 @@ class MonitorRoutes(Routes):
 
 
 class DriftGauges:
-    """Reads the results anew at each scrape: checks run in processes of their own, by cron or a scheduler."""
+    """Exports the newest results as metrics. Results are read again at each scrape, since checks run in separate processes, by cron
+    or a scheduler."""
 
     def __init__(self, runs: Sequence[Path]):
         self._runs = runs

@@ -1,4 +1,4 @@
-"""Brings both sides of a check together: rows of the run or of a file, and live conversations of a window of time."""
+"""Gathers both sides of a check: rows of the run or of a file, and live conversations within a time window."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dstune.monitor import model_signals
 from dstune.monitor import signals as reading
 from dstune.monitor.check import REFERENCE
 from dstune.monitor.conversations import Conversation, one_per, sampled
-from dstune.monitor.row_files import read_file_rows, read_run_rows, redacted
+from dstune.monitor.row_files import read_file_rows, read_run_rows, redact_conversations
 from dstune.monitor.server_logs import log_folder, read_log
 from dstune.monitor.signals import SignalTable
 from dstune.protocols import task_of
@@ -33,16 +33,16 @@ class Live:
 
     rows: list[Conversation]
     earlier: list[Conversation]
-    """Those of the window before."""
+    """Conversations of the previous window."""
     begin: float | None
     end: float | None
     from_server: bool
-    """Logs are kept for a time only, so no text of theirs is written anywhere."""
+    """Logs have a limited retention, so none of their text is written anywhere."""
     versions: list[str] = field(default_factory=list)
     largest_user: float = 0.0
-    """Share of the conversations that one user has."""
+    """The largest share of the conversations that comes from one user."""
     left_out: int = 0
-    """Rows of `--data` that were not held: the oldest where there is a window, else all but a sample."""
+    """Rows of `--data` that were not used: the oldest if there is a window, else all outside a sample."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Reference:
 
     rows: list[Conversation]
     validation: list[Conversation]
-    """Those that the model was not trained on."""
+    """Rows that the model was not trained on."""
     config: RunConfig | None
     name: str = REFERENCE
     left_out: int = 0
-    """Rows of `--reference` beyond a sample."""
+    """Rows of `--reference` outside the sample."""
 
 
 def window_seconds(text: str) -> float:
-    """Return the seconds of `7d`, `12h` or `2w`. Raises UserError."""
+    """Return a window such as `7d`, `12h` or `2w` in seconds. Raises UserError."""
     match = re.fullmatch(r"(\d{1,4})([hdw])", text)
     if match is None or not int(match[1]):
         raise UserError(
@@ -71,7 +71,7 @@ def window_seconds(text: str) -> float:
 def read_live(
     spec: str, window: str | None, config: RunConfig | None, *, store: str | None, per: str | None, most: int
 ) -> Live:
-    """Return the conversations of the window, and of the one before. Raises UserError."""
+    """Return the conversations of the window, and of the previous one. Raises UserError."""
     folder = log_folder(spec)
     seconds = window_seconds(window or "7d") if window or folder is not None else None
     left_out = 0
@@ -116,7 +116,8 @@ def read_live(
 
 
 def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool) -> Reference:
-    """Return the rows of a run, or those that `--reference` names. mask: as the server masks what it logs. Raises UserError."""
+    """Return the rows of a run, or those that `--reference` names. mask: mask personal data as the server does in its logs. Raises
+    UserError."""
     from dstune.config.run_file import read_run
     from dstune.config.trust import Use
 
@@ -129,18 +130,18 @@ def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool)
         assert run is not None
         run_rows = read_run_rows(run, most)
         validation = sampled(run_rows.validation, most)
-        # As many training rows as there is room for: they were drawn from the same rows.
+        # Fill up with training rows as far as there is room: they come from the same distribution.
         train = sampled(run_rows.train, max(most - len(validation), 0))
         reference = Reference([*validation, *train], validation, run_rows.config)
     if not mask:
         return reference
-    rows = [*redacted(reference.rows)]
+    rows = [*redact_conversations(reference.rows)]
     count = len(reference.validation)
     return replace(reference, rows=rows, validation=rows[:count])
 
 
 def gather_signals(reference: Reference, live: Live, run: Path | None, model_rows: int) -> SignalTable:
-    """Return the signals beside the embeddings. model_rows: of each side that the model is asked, 0 for none."""
+    """Return the signals other than the embeddings. model_rows: how many rows of each side the model answers; 0 for none."""
     table = SignalTable()
     reading.add_text_signals(table, reference.rows, live.rows, reference.name)
     labels = reading.labels(reference.rows), reading.labels(live.rows)
@@ -157,7 +158,7 @@ def _add_model_signals(
 ) -> None:
     assert reference.config is not None
     held_out = sampled(reference.validation, model_rows)
-    chosen, labelled = _asked_rows(live, model_rows, with_loss=not task_of(reference.config.task).generates)
+    chosen, labelled = _sample_rows_for_model(live, model_rows, with_loss=not task_of(reference.config.task).generates)
     numbers = sorted({*chosen, *labelled})
     asked = [*held_out, *(live[number] for number in numbers)]
     try:
@@ -174,9 +175,9 @@ def _add_model_signals(
         table.add(name, VALIDATION, values[: len(held_out)], of_live)
 
 
-def _asked_rows(live: Sequence[Conversation], most: int, *, with_loss: bool) -> tuple[list[int], list[int]]:
-    """Return the numbers of a sample of all rows, and those of a sample of the labelled ones, which the loss alone is read of:
-    rows that somebody has labelled are often others than the rest."""
+def _sample_rows_for_model(live: Sequence[Conversation], most: int, *, with_loss: bool) -> tuple[list[int], list[int]]:
+    """Return the indices of a sample of all rows, and of a sample of the labelled rows. Only the loss is measured on the latter:
+    labelled rows often differ from the rest."""
     order = sorted(range(len(live)), key=lambda number: (live[number].digest, number))
     labelled = [number for number in order if live[number].label is not None] if with_loss else []
     return order[:most], labelled[:most]

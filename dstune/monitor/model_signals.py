@@ -1,4 +1,4 @@
-"""What the served model makes of conversations: how sure it is, what it predicts, and its loss where a label is known."""
+"""Signals from the served model: its confidence, its predictions, and its loss where a label is known."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from dstune.monitor.conversations import Conversation
 from dstune.protocols import task_of
 
 PROMPT_TOKENS = 512
-"""Of a conversation, whose loss a language model is asked for."""
+"""Tokens of a conversation on which a language model's loss is measured."""
 LEAST_PROBABILITY = 1e-12
 
 Values = dict[str, np.ndarray]
-"""By signal; numbers with NaN, or texts with "" where there is none [conversations]."""
+"""Values by signal, [conversations]: numbers, with NaN for a missing one, or texts, with ""."""
 
 
 def measure(run: Path, config: RunConfig, conversations: Sequence[Conversation], batch_size: int = 32) -> Values:
-    """Return what the newest checkpoint of a run makes of each conversation. Raises UserError where it cannot be asked.
-
-    A language model is measured by `prompt_loss`, the mean loss per token of what was asked: live rows have no right answers. Other
-    models give `confidence` (the probability of what they predict) or `prediction_score`, `prediction`, and `loss` of known labels.
-    """
+    """Measure each conversation with a run's newest checkpoint. A language model gives `prompt_loss`, the mean loss per token of
+    the questions, since live rows have no correct answers. Other models give `confidence` (the probability of their prediction) or
+    `prediction_score`, `prediction`, and `loss` where a label is known. Raises UserError if the model cannot answer."""
     if task_of(config.task).generates:
         return {"prompt_loss": _prompt_losses(run, [conversation.text for conversation in conversations])}
     from dstune.api.models import predict
@@ -41,7 +39,7 @@ def measure(run: Path, config: RunConfig, conversations: Sequence[Conversation],
 
 
 def _columns(conversation: Conversation, config: RunConfig) -> Mapping[str, Any]:
-    """Return the row under the names that the run's columns have."""
+    """Return the row under the column names of the run."""
     names = config.data.columns
     return {names.get(role, role): value for role, value in conversation.fields.items() if value is not None}
 
@@ -76,7 +74,7 @@ def _is_known(values: np.ndarray) -> np.ndarray:
 
 
 def _prompt_losses(run: Path, texts: Sequence[str]) -> np.ndarray:
-    """Return mean loss per token [texts]; NaN for a text of one token."""
+    """Return the mean loss per token, [texts]; NaN for a text of one token."""
     import torch
 
     from dstune.inference.voices import open_speaker

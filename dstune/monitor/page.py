@@ -1,4 +1,4 @@
-"""A check as an HTML page that shares the look of the report."""
+"""The HTML page of a check, in the style of the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLE_CHARACTERS = 300
 
 
 def page(outcome: Outcome, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the HTML. Texts of a server's logs are not in it: a page has no retention. records: of earlier checks."""
+    """Return the HTML. It contains no texts from a server's logs, since a page has no retention. records: of earlier checks."""
     live = outcome.live
     clusters = [
         entry
@@ -49,7 +49,7 @@ def page(outcome: Outcome, result: Mapping[str, Any], records: Sequence[Mapping[
 
 
 def _history(records: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Return the smallest corrected p of each check; None for the first one."""
+    """Return a chart of the smallest corrected p-value of each check; None for the first check."""
     smallest = []
     for record in records:
         entries = record.get("signals")

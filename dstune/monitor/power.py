@@ -1,4 +1,4 @@
-"""What the numbers of rows at hand could have shown: the power of the embedding test, and the rows it takes for 80%."""
+"""Power of the embedding test: what the available rows could have detected, and the rows needed for 80%."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ TOPICS = 8
 WANTED = 0.8
 MOST_ROWS = 1_000_000
 FEWEST_REFERENCE = 40
-"""Rows of which topics can be made."""
+"""The fewest rows from which topics can be formed."""
 
 
 @dataclass(frozen=True)
 class Power:
-    """Of the embedding test at this check's level, if `share` of the live rows move to one topic of the reference."""
+    """Power of the embedding test at this check's level, if `share` of the live rows move to one topic of the reference."""
 
     share: float
     power: float
     live_rows: int
     reference_rows: int
     live_rows_needed: int | None
-    """For 80%, with the reference rows at hand; None where no number is enough."""
+    """Live rows for 80% power with the available reference rows; None if no number is enough."""
     rows_needed: int
-    """For 80%, of each side."""
+    """Rows of each side for 80% power."""
     can_alarm: bool = True
-    """False where no p-value of so few permutations is small enough: the power is 0 then, with any number of rows."""
+    """False if, with so few permutations, no p-value can be small enough: the power is 0 then, with any number of rows."""
 
 
 def estimate_power(
@@ -78,7 +78,7 @@ def estimate_power(
 
 
 def _topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return by topic what the squared discrepancy grows by, and 4 times the variance of the witness function [topics]."""
+    """Return, by topic, the growth of the squared discrepancy and 4 times the variance of the witness function, [topics]."""
     from sklearn.cluster import KMeans
 
     count = min(TOPICS, len(reference) // 5)
@@ -90,7 +90,7 @@ def _topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray,
 
 
 def _smallest(power_at: object) -> int | None:
-    """Return the smallest number of rows with the wanted power, by bisection; None where MOST_ROWS has it not."""
+    """Return the smallest number of rows with 80% power, by bisection; None if MOST_ROWS does not reach it."""
     assert callable(power_at)
     low, high = 2, MOST_ROWS
     if power_at(high) < WANTED:

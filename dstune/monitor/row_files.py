@@ -1,4 +1,4 @@
-"""Conversations from rows: those that a run was trained and measured on, and those of files and tables."""
+"""Reads conversations from rows: those of a run's training and evaluation, and those of files and tables."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 TIMES = ("created", "created_at", "time", "timestamp", "date")
 USERS = ("user", "user_hash", "user_id")
 CONVERSATIONS = ("conversation", "conversation_id", "thread_id", "session_id")
-"""Columns that say which rows belong together."""
+"""Columns that group rows into conversations."""
 ANSWERS = ("label", "labels", "tags", "answers", "score", "completion", "target")
 READ_ROWS = 200_000
-"""Of what `--data` or `--reference` names, that are held at once; what is compared is a sample of them."""
+"""The most rows of `--data` or `--reference` that are held at once; a sample of them is compared."""
 
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run as conversations. Rows that cleaning left out of the training are among them."""
+    """The rows of a run as conversations, including rows that cleaning removed from training."""
 
     config: RunConfig
     train: list[Conversation]
@@ -53,7 +53,7 @@ class FileRows:
 
 
 def read_run_rows(run: Path, most: int) -> RunRows:
-    """Return at most so many rows of each part, those with the lowest hashes. Raises UserError."""
+    """Return at most `most` rows of each part, those with the lowest hashes. Raises UserError."""
     config, parts = read_run_parts(run, most)
     rows_by_part = {
         part: [row for place, fields in rows if (row := conversation_of_row(fields, place)) is not None]
@@ -63,10 +63,8 @@ def read_run_rows(run: Path, most: int) -> RunRows:
 
 
 def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[str, list[tuple[str, dict[str, Any]]]]]:
-    """Return the run's configuration and, by part, place and normalised row of at most so many, those with the lowest hashes.
-
-    Raises UserError.
-    """
+    """Return the run's configuration and, by part, the place and normalised content of at most `most` rows, those with the lowest
+    hashes. Raises UserError."""
     from dstune.config.forgetting import general_rows, measured_alone, mixes_in
     from dstune.data.labels import ChosenRows
     from dstune.data.parts import choose
@@ -82,7 +80,9 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
     with tempfile.TemporaryDirectory(prefix="dstune-rows-") as scratch:
         chosen = choose(_tables(config, Path(scratch)), config)
         parts = {part: _lowest(rows, most) for part, rows in chosen.items()}
-        if general is not None:  # `forgetting.replay`: rows that were trained on beside those of the task
+        if (
+            general is not None
+        ):  # `forgetting.replay`: general rows that were trained on in addition to those of the task
             folder = Path(scratch) / "general"
             folder.mkdir()
             table = _tables(general, folder)["train"]
@@ -91,7 +91,7 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
 
 
 def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
-    """Read the rows of a configuration into files of the folder; returns them by part."""
+    """Read the rows of a configuration into files in `folder`; returns them by part."""
     from dstune.data.bad_rows import BadRows
     from dstune.data.images.store import ImageWriter
     from dstune.data.ingest import ingest
@@ -106,19 +106,16 @@ def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
 
 
 def _lowest(rows: ChosenRows, most: int | None) -> list[tuple[int, str, str]]:
-    """Return hash, place and JSON of at most `most` rows, those with the lowest hashes."""
+    """Return the hash, place and JSON of at most `most` rows, those with the lowest hashes."""
     order = rows.hashes.argsort(kind="stable")[:most]
     numbers = zip(rows.hashes[order].tolist(), rows.indices[order].tolist(), strict=True)
     return [(lot, rows.table.place(number), rows.table.data[number]["row"]) for lot, number in numbers]
 
 
 def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newest: bool = False) -> FileRows:
-    """Return the rows of what `data.train` could name; rows of one conversation are joined. Of more than READ_ROWS it is a sample
-    of whole conversations, the same one each time.
-
-    config: of a run whose columns and task these rows share. newest: of more than READ_ROWS, those of the latest times; rows
-    without a time are among them. Raises UserError.
-    """
+    """Read the rows of anything that `data.train` accepts; rows of one conversation are joined. Of more than READ_ROWS rows, a
+    sample of complete conversations is read, always the same one. config: of a run with the same columns and task. newest: of more
+    than READ_ROWS rows, read the latest ones; rows without a time are included. Raises UserError."""
     from dstune.data import sources
 
     data = DataConfig() if config is None else config.data
@@ -132,7 +129,7 @@ def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newe
             conversation = conversation_of_row({**raw.fields, **fields}, raw.place)
             if conversation is None:
                 continue
-            rank = _recency(conversation) if newest else _lot(conversation, count)
+            rank = _recency(conversation) if newest else _hash_order(conversation, count)
             (heapq.heappush if count < READ_ROWS else heapq.heappushpop)(heap, (rank, count, conversation))
             count += 1
     if not heap:
@@ -146,14 +143,14 @@ def _recency(row: Conversation) -> float:
     return math.inf if row.time is None else row.time
 
 
-def _lot(row: Conversation, number: int) -> float:
-    """Return a number that depends on nothing but the conversation that the row belongs to, or on its place."""
+def _hash_order(row: Conversation, number: int) -> float:
+    """Return a pseudorandom number that depends only on the row's conversation, or on its place if it has none."""
     digest = hashlib.sha256(_conversation_name(row, number).encode("utf-8", "surrogatepass")).digest()
     return float(int.from_bytes(digest[:6]))
 
 
 def conversation_of_row(row: Mapping[str, Any], place: str) -> Conversation | None:
-    """Read the conversation of a row; None where the row asks nothing."""
+    """Return the conversation of a row; None if the row contains no question."""
     texts = asked_texts(row)
     if not texts:
         return None
@@ -195,7 +192,7 @@ def _conversation_name(row: Conversation, number: int) -> str:
 
 
 def _merge_conversations(rows: list[Conversation]) -> list[Conversation]:
-    """Join the texts of rows with the same conversation key; a row without one is a conversation of its own."""
+    """Join the texts of rows with the same conversation key; a row without one is a conversation by itself."""
     conversations: dict[str, Conversation] = {}
     for number, row in enumerate(rows):
         name = _conversation_name(row, number)
@@ -204,8 +201,8 @@ def _merge_conversations(rows: list[Conversation]) -> list[Conversation]:
     return [*conversations.values()]
 
 
-def redacted(conversations: list[Conversation]) -> Iterator[Conversation]:
-    """Yield the conversations with secrets and personal data masked as a server masks its logs: else every mask were a
+def redact_conversations(conversations: list[Conversation]) -> Iterator[Conversation]:
+    """Yield the conversations with secrets and personal data masked as in a server's logs; otherwise every mask would be a
     difference."""
     from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
 

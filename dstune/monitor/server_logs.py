@@ -1,4 +1,4 @@
-"""Conversations from the logs of `dstune serve --log-requests`, read where they lie, with feedback and the guard's decisions."""
+"""Reads conversations from the logs of `dstune serve --log-requests`, with feedback and the guard's decisions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.core.parsing import parse_json
 from dstune.monitor.conversations import Conversation, asked_texts, is_batch, joined
 
 REQUESTS = "requests"
-"""The folder of the logs in that of the server."""
+"""The logs' folder inside the server's folder."""
 COLUMNS = frozenset({"id", "created", "request", "answer", "status", "route"})
 PASSED = frozenset({"passed", "unchecked"})
 MOST_TEXT = 32 << 20
@@ -22,7 +22,8 @@ MOST_TEXT = 32 << 20
 
 
 def log_folder(place: str) -> Path | None:
-    """Return the folder with a server's log files: `place` is it, or the server's own folder; None where it is neither."""
+    """Return the folder with a server's log files: `place` itself, or the one inside if `place` is a server's folder; None if it is
+    neither."""
     for folder in (Path(place) / REQUESTS, Path(place)):
         if folder.is_dir() and ((folder / "user-key").is_file() or folder.name == REQUESTS):
             return folder
@@ -30,29 +31,26 @@ def log_folder(place: str) -> Path | None:
 
 
 def read_log(folder: Path, since: float, store: str | None = None) -> list[Conversation]:
-    """Return the conversations since a moment (seconds of the epoch), by time; see `read_requests`."""
+    """Return the conversations since a time (seconds since the epoch), in time order; see `read_requests`."""
     return joined(read_requests(folder, since, store))
 
 
 def read_requests(folder: Path, since: float, store: str | None = None) -> list[Conversation]:
-    """Return the requests since a moment by time, each by itself.
-
-    store: URL of the server's database; without it, the one beside the logs, if there is any. Raises UserError where a file is
-    damaged.
-    """
-    said = _feedback(folder.parent, store)
+    """Return the requests since a time, in time order, without joining them. store: URL of the server's database; by default the
+    one next to the logs, if any. Raises UserError if a file is damaged."""
+    feedback = _feedback(folder.parent, store)
     flagged = _flagged(folder.parent / "guard")
     turns = []
     for row in _rows(folder, since):
         conversation = _conversation(row)
         if conversation is not None:
-            turns.append(_with_words(conversation, said, flagged))
+            turns.append(_with_feedback(conversation, feedback, flagged))
     turns.sort(key=lambda turn: (turn.time or 0.0, turn.place))
     return turns
 
 
 def recorded_requests(folder: Path, store: str | None = None) -> set[str]:
-    """Return the ids of all answers that the server's database still has: those of a user who was forgotten are gone."""
+    """Return the ids of all answers in the server's database; those of users who were deleted are gone."""
     from dstune.serve import extra
     from dstune.serve.state import open_database
 
@@ -77,7 +75,7 @@ def _rows(folder: Path, since: float) -> Iterator[dict[str, Any]]:
     for file in sorted(folder.glob("*.parquet")):
         try:
             table = pq.read_table(file)
-        except FileNotFoundError:  # its retention is over, or a user was forgotten, since the folder was listed
+        except FileNotFoundError:  # it expired, or its user was deleted, after the folder was listed
             continue
         except (pa.ArrowException, OSError) as error:
             raise UserError(Problem(str(file), f"cannot be read: {error}", "remove the file")) from error
@@ -88,7 +86,7 @@ def _rows(folder: Path, since: float) -> Iterator[dict[str, Any]]:
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation | None:
-    """Read a conversation; None for a request that failed, or asks nothing that is compared."""
+    """Return the conversation of a request; None if the request failed, or contains no text to compare."""
     if row["status"] != 200 or not isinstance(row["request"], str) or len(row["request"]) > MOST_TEXT:
         return None
     try:
@@ -115,7 +113,7 @@ def _conversation(row: Mapping[str, Any]) -> Conversation | None:
 
 
 def _fields(body: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Return what a request asks: its messages, those of `/v1/responses` behind its instructions, or its first text."""
+    """Return the question of a request: its messages (for `/v1/responses`, after its instructions) or its first text."""
     if isinstance(body.get("messages"), list):
         return {"messages": body["messages"]}
     if isinstance(asked := body.get("input"), list) and all(isinstance(item, dict) for item in asked):
@@ -129,8 +127,8 @@ def _seconds(moment: datetime.datetime) -> float:
 
 
 def _answer_text(answer: Any) -> str | None:
-    """Return what the model said, in the forms that the server's routes and its log of streams have. None of several answers: which
-    one a rating means is not known."""
+    """Return the model's text, in any form of the server's routes and its log of streams; None for several answers, since a rating
+    does not say which one it is about."""
     if isinstance(answer, list):
         return answer[0] if len(answer) == 1 and isinstance(answer[0], str) else None
     choices = answer.get("choices") if isinstance(answer, dict) else None
@@ -141,10 +139,10 @@ def _answer_text(answer: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _with_words(
-    conversation: Conversation, said: Mapping[str, Mapping[str, Any]], flagged: Mapping[str, bool]
+def _with_feedback(
+    conversation: Conversation, feedback: Mapping[str, Mapping[str, Any]], flagged: Mapping[str, bool]
 ) -> Conversation:
-    words = next((said[name] for name in conversation.requests if name in said), {})
+    words = next((feedback[name] for name in conversation.requests if name in feedback), {})
     return replace(
         conversation,
         label=None if conversation.is_batch else words.get("label"),
@@ -155,7 +153,7 @@ def _with_words(
 
 
 def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
-    """Return what clients said, by the id of the request and that of the answer."""
+    """Return clients' feedback, by the id of the request and that of the answer."""
     from dstune.serve import extra
     from dstune.serve.state import open_database
 
@@ -185,7 +183,7 @@ def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _flagged(folder: Path) -> dict[str, bool]:
-    """Return whether the guard objected, by the request's id; empty without a guard."""
+    """Return whether the guard flagged each request, by its id; empty without a guard."""
     flagged: dict[str, bool] = {}
     for file in sorted(folder.glob("audit-*.jsonl")):
         try:
@@ -195,7 +193,7 @@ def _flagged(folder: Path) -> dict[str, bool]:
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:  # a line that is being written
+            except ValueError:  # a line that is still being written
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("request"), str):
                 name = entry["request"]

@@ -12,7 +12,7 @@ from dstune.monitor.gather import Live, Reference, read_reference
 
 
 def main(argv: list[str]) -> int:
-    """Run `dstune data shift A B`. Raises UserError; returns the exit code: 3 for a difference with --fail-on-drift."""
+    """Run `dstune data shift A B` and return the exit code: 3 for a difference with --fail-on-drift. Raises UserError."""
     parser = VerbParser(
         prog="dstune data shift",
         description="How far the rows B are from the rows A: of a model's validation rows, of last month's.",

@@ -1,4 +1,4 @@
-"""The signals that two sides of conversations are compared by, and which of them share their permutations."""
+"""The signals by which two sides of conversations are compared, grouped by shared permutations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dstune.monitor.effects import Effect
 from dstune.monitor.two_sample import CategoryShares, DomainClassifier, LargestGap, MeanDiscrepancy, Statistic
 
 FEWEST = 20
-"""Conversations of each side with a value, below which a signal is not compared."""
+"""A signal is only compared if each side has at least this many conversations with a value."""
 EMBEDDINGS, CLASSIFIER = "embeddings", "classifier"
 FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One reading of every conversation that has it."""
+    """One measurement of every conversation that has it."""
 
     name: str
     against: str
@@ -31,16 +31,16 @@ class Signal:
     """Vectors float32 [rows, dimensions], numbers [rows] or texts [rows]: reference rows first, then the live ones."""
     is_live: np.ndarray
     rows: tuple[int, ...]
-    """Numbers of the conversations; signals of the same ones share their permutations."""
+    """Indices of the conversations; signals with the same ones share their permutations."""
     first_live: int
-    """Number of the first live conversation."""
+    """Index of the first live conversation."""
 
     @property
     def kind(self) -> str:
         return "vectors" if self.values.ndim == 2 else "category" if self.values.dtype.kind == "U" else "number"
 
     def statistics(self, seed: int) -> dict[str, Statistic]:
-        """Compute the statistics by name; the vectors have two."""
+        """Return the statistics by name; vectors have two."""
         if self.kind == "vectors":
             discrepancy = MeanDiscrepancy(self.values, seed)
             return {EMBEDDINGS: discrepancy, CLASSIFIER: DomainClassifier(self.values)}
@@ -57,7 +57,7 @@ class Signal:
 
 
 def classifier_effect(vectors: np.ndarray, is_live: np.ndarray) -> Effect:
-    """Return the AUC of the domain classifier on rows that it was not fitted on: the mean over FOLDS parts of them."""
+    """Return the AUC of the domain classifier on rows that it was not fitted on, as the mean over FOLDS parts."""
     effects_of_parts = []
     for part in folds(is_live):
         scores = fold_scores(vectors, is_live, part)
@@ -70,13 +70,13 @@ def classifier_effect(vectors: np.ndarray, is_live: np.ndarray) -> Effect:
 
 
 def folds(is_live: np.ndarray) -> list[np.ndarray]:
-    """Return the row numbers of each of FOLDS parts, with both sides in each."""
+    """Return the row numbers of FOLDS parts, each with rows of both sides."""
     sides = [np.random.default_rng(0).permutation(np.flatnonzero(side)) for side in (is_live, ~is_live)]
     return [np.sort(np.concatenate([side[part::FOLDS] for side in sides])) for part in range(FOLDS)]
 
 
 def fold_scores(vectors: np.ndarray, is_live: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Return the scores of the rows `part` by a ridge classifier of the other ones [len(part)]."""
+    """Return the scores of the rows `part`, [len(part)], by a ridge classifier fitted on the other rows."""
     others = np.setdiff1d(np.arange(len(vectors)), part)
     mean = vectors[others].mean(axis=0)
     centred = (vectors[others] - mean).astype(np.float64)
@@ -88,14 +88,14 @@ def fold_scores(vectors: np.ndarray, is_live: np.ndarray, part: np.ndarray) -> n
 
 
 class SignalTable:
-    """Collects the signals of a check, and why others could not be compared."""
+    """Collects the signals of a check, and the reasons why others could not be compared."""
 
     def __init__(self) -> None:
         self.signals: list[Signal] = []
         self.unmeasured: dict[str, str] = {}
 
     def add(self, name: str, against: str, reference: np.ndarray, live: np.ndarray) -> None:
-        """Add a signal. reference, live: a value for each conversation of the two sides, NaN or "" where it has none."""
+        """Add a signal. reference, live: one value for each conversation of the side; NaN or "" if it has none."""
         values = np.concatenate([reference, live])
         is_live = np.arange(len(values)) >= len(reference)
         is_measured = (
@@ -113,7 +113,7 @@ class SignalTable:
             self.signals.append(Signal(name, against, values[is_measured], is_live[is_measured], rows, len(reference)))
 
     def families(self) -> list[list[Signal]]:
-        """Return the signals by the rows that have them."""
+        """Return the signals grouped by the rows that have them."""
         groups: dict[tuple[str, tuple[int, ...]], list[Signal]] = {}
         for signal in self.signals:
             groups.setdefault((signal.against, signal.rows), []).append(signal)
@@ -123,7 +123,7 @@ class SignalTable:
 def add_text_signals(
     table: SignalTable, reference: Sequence[Conversation], live: Sequence[Conversation], against: str
 ) -> None:
-    """Add lengths, turns and languages."""
+    """Add lengths, numbers of turns and languages."""
     for name, reading in (("characters", _characters), ("turns", _turns)):
         table.add(
             name,
@@ -156,7 +156,7 @@ def labels(conversations: Sequence[Conversation]) -> np.ndarray:
 def add_outcomes(
     table: SignalTable, earlier: Sequence[Conversation], live: Sequence[Conversation], against: str
 ) -> None:
-    """Add ratings and the guard's objections, which training rows lack."""
+    """Add ratings and the guard's flags, which training rows lack."""
     for name, reading in (("rating", _rating), ("guard flags", _flag)):
         sides = [
             np.array([reading(conversation) for conversation in side], dtype=np.float64) for side in (earlier, live)
@@ -176,12 +176,12 @@ def _flag(conversation: Conversation) -> float:
 def add_model_signals(
     table: SignalTable, reference: Mapping[str, np.ndarray], live: Mapping[str, np.ndarray], against: str
 ) -> None:
-    """Add what the model makes of rows. reference, live: what it made of each side, by signal."""
+    """Add the model's signals. reference, live: the values of each side, by signal."""
     for name in sorted(reference.keys() & live.keys()):
         table.add(name, against, reference[name], live[name])
 
 
 def by_time(conversations: Sequence[Conversation]) -> np.ndarray | None:
-    """Return the order of the conversations by time; None where not all have one."""
+    """Return the order of the conversations by time; None unless all have a time."""
     times = [conversation.time for conversation in conversations]
     return None if any(time is None for time in times) else np.argsort(np.array(times, dtype=np.float64), kind="stable")

@@ -1,4 +1,4 @@
-"""When a number changed: ADWIN over the live conversations in their order (Bifet and Gavalda, SDM 2007, by `river`)."""
+"""Finds when a number changed: ADWIN over the live conversations in time order (Bifet and Gavalda, SDM 2007, by `river`)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from dstune.core.errors import Problem, UserError
 
 FEWEST = 100
-"""Conversations of a stream that is looked at: ADWIN has no power before."""
+"""The fewest conversations of a stream: with fewer, ADWIN has no power."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the mean within the live conversations."""
+    """A change of a signal's mean among the live conversations."""
 
     signal: str
     index: int
-    """Of the first conversation after the change."""
+    """Index of the first conversation after the change."""
     time: float | None
     before: float
     after: float
-    """Means of the signal on both sides."""
+    """Means of the signal before and after the change."""
 
 
 def require_river() -> None:
-    """Raises UserError."""
+    """Raises UserError if river is not installed."""
     try:
         import river.drift  # noqa: F401
     except ImportError as error:
@@ -37,12 +37,10 @@ def require_river() -> None:
 def find_change(
     signal: str, values: np.ndarray, times: np.ndarray | None, reference: np.ndarray, delta: float
 ) -> Change | None:
-    """Return the change of a stream, or None. ADWIN says whether there is one; its window is made of buckets, too coarse to say
-    where, so the change is placed where two means fit the stream best.
-
-    values: float [conversations], by time, NaN where there is none. reference: values without drift; the stream is mapped to
-    [0, 1] by their distribution, as ADWIN's bound asks. delta: ADWIN's bound on a false alarm.
-    """
+    """Return the change of a stream; None if there is none. ADWIN decides whether there is a change. Its buckets are too coarse to
+    locate it, so it is placed where two means fit the stream best. values: float [conversations] in time order, NaN for a missing
+    one. reference: values without drift, whose distribution maps the stream to [0, 1] as ADWIN's bound requires. delta: ADWIN's
+    bound on a false alarm."""
     from river.drift import ADWIN
 
     is_known = np.isfinite(values)

@@ -18,35 +18,35 @@ CHUNK = 256
 """Permutations that are computed together: memory holds [rows, CHUNK] numbers."""
 FREQUENCIES = 512
 EXACT_KERNEL_ROWS = 1500
-"""Of both sides together, up to which MMD uses its kernel itself; beyond, as many products as random features need."""
+"""Up to this many rows of both sides, MMD uses its exact kernel; beyond, as many products as random features need."""
 BANDWIDTH_ROWS = 1000
 MOST_CATEGORIES = 20
 TIE = 1e-5
-"""Relative difference below which two statistics are equal: matrix products round by their shape."""
+"""Two statistics count as equal below this relative difference, since matrix products round by their shape."""
 
 
 class Statistic(Protocol):
     """How much two sides differ in one signal."""
 
     def __call__(self, live: np.ndarray) -> np.ndarray:
-        """Return the statistic [columns] of each membership. live: float32 [rows, columns], 1 for rows of the live side."""
+        """Return the statistic of each membership, [columns]. live: float32 [rows, columns], 1 for rows of the live side."""
 
 
 @dataclass(frozen=True)
 class JointTest:
-    """What the permutations say of each signal of a family."""
+    """The results of permutation tests for a family of signals."""
 
     p: dict[str, float]
-    """Of each signal by itself."""
+    """The p-value of each signal by itself."""
     adjusted: dict[str, float]
-    """The same, corrected for all signals of the family."""
+    """P-values corrected for all signals of the family."""
     statistics: dict[str, np.ndarray]
     """float64 [1 + permutations], the observed one first."""
     smallest: np.ndarray
-    """The smallest p-value of each permutation [1 + permutations]."""
+    """The smallest p-value of each permutation, [1 + permutations]."""
 
     def threshold(self, level: float) -> float:
-        """Return the largest p-value of a single signal at which the family's level is kept; 0 where there is none."""
+        """Return the largest p-value of a single signal at which the family's level is kept; 0 if there is none."""
         candidates = np.sort(self.smallest)
         count = int(np.floor(level * len(candidates)))
         while count > 0 and np.sum(candidates <= candidates[count - 1]) > level * len(candidates):
@@ -55,7 +55,7 @@ class JointTest:
 
 
 def test_jointly(signals: Mapping[str, Statistic], is_live: np.ndarray, permutations: int, seed: int) -> JointTest:
-    """Test all signals by the same permutations of the memberships. is_live: bool [rows]."""
+    """Test all signals with the same permutations of the memberships. is_live: bool [rows]."""
     generator = np.random.default_rng(seed)
     total = permutations + 1
     statistics = {name: np.empty(total) for name in signals}
@@ -76,7 +76,7 @@ def test_jointly(signals: Mapping[str, Statistic], is_live: np.ndarray, permutat
 
 
 def upper_tail(statistics: np.ndarray) -> np.ndarray:
-    """Return for each value the share of all values that are at least as large [values]."""
+    """Return, for each value, the share of all values that are at least as large, [values]."""
     ordered = np.sort(statistics)
     below = np.searchsorted(ordered, statistics - TIE * np.abs(statistics), side="left")
     return np.asarray((len(ordered) - below) / len(ordered))
@@ -114,7 +114,7 @@ def _squared_distances(vectors: np.ndarray) -> np.ndarray:
 
 
 def median_distance(vectors: np.ndarray, seed: int) -> float:
-    """Return the median distance of pairs among at most BANDWIDTH_ROWS rows, both sides alike; 1 where all are equal."""
+    """Return the median distance of pairs among at most BANDWIDTH_ROWS rows of both sides; 1 if all are equal."""
     rows = vectors
     if len(vectors) > BANDWIDTH_ROWS:
         rows = vectors[np.random.default_rng(seed).choice(len(vectors), BANDWIDTH_ROWS, replace=False)]
@@ -148,7 +148,7 @@ class DomainClassifier:
         self._leverage = np.einsum("rd,rd->r", self._basis, self._basis) + 1 / len(vectors)
 
     def scores(self, live: np.ndarray) -> np.ndarray:
-        """Return the score of each row by a fit without it [rows, columns]; larger is more like a live row."""
+        """Return the score of each row by a fit without it, [rows, columns]; larger means more like a live row."""
         fitted = self._basis @ (self._basis.T @ live) + live.mean(axis=0)
         return np.asarray(live - (live - fitted) / (1 - self._leverage[:, None]))
 
@@ -157,7 +157,8 @@ class DomainClassifier:
 
 
 class LargestGap:
-    """The Kolmogorov-Smirnov statistic of one number a row; ties are exact, since it is compared with its own permutations."""
+    """The Kolmogorov-Smirnov statistic of one number per row. Ties are handled exactly, since it is compared with its own
+    permutations."""
 
     def __init__(self, values: np.ndarray):
         """values: float [rows]."""
@@ -171,7 +172,7 @@ class LargestGap:
 
 
 class CategoryShares:
-    """The chi-squared statistic of a category a row; rare ones count as one."""
+    """The chi-squared statistic of one category per row; rare ones are merged."""
 
     def __init__(self, categories: np.ndarray):
         """categories: str [rows]."""

@@ -1,4 +1,4 @@
-"""One vector a conversation: by a sentence encoder, or by the words of the rows that are compared."""
+"""One vector per conversation: from a sentence encoder, or from the words of the compared rows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from dstune.core.errors import Problem, UserError
 from dstune.monitor.conversations import Conversation
 
 WORDS = "words"
-"""`--embeddings words`: needs no model."""
+"""The value of `--embeddings` that needs no model."""
 WORD_DIMENSIONS = 100
 MOST_WORDS = 20_000
 TOKEN = r"(?u)\w+|[^\w\s]"
 
 
 def embed(conversations: Sequence[Conversation], model: str, batch_size: int = 64) -> np.ndarray:
-    """Return float32 [conversations, dimensions], each of length 1: the mean over its turns. Raises UserError.
-
-    model: `words`, or a model for task=embedding. The words are weighted and reduced by all rows together, of both sides alike, so
-    that memberships can be exchanged.
-    """
+    """Return float32 [conversations, dimensions], each row of length 1: the mean over a conversation's turns. model: `words`, or a
+    model for task=embedding. Words are weighted and reduced by all rows of both sides together, so that memberships can be
+    exchanged. Raises UserError."""
     owners = np.array(
         [number for number, owner_conversation in enumerate(conversations) for _ in owner_conversation.texts]
     )
@@ -34,7 +32,7 @@ def embed(conversations: Sequence[Conversation], model: str, batch_size: int = 6
 
 
 def _by_words(texts: Sequence[str]) -> np.ndarray:
-    """Analyse latent semantics: TF-IDF of words and word pairs, projected on its main axes."""
+    """Compute latent semantic analysis: TF-IDF of words and word pairs, projected on its main axes."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -43,7 +41,7 @@ def _by_words(texts: Sequence[str]) -> np.ndarray:
     )
     try:
         table = weights.fit_transform(texts)
-    except ValueError:  # no text has a word
+    except ValueError:  # no text contains a word
         return np.ones((len(texts), 1), dtype=np.float32)
     dimensions = min(WORD_DIMENSIONS, *(size - 1 for size in table.shape))
     if dimensions < 1:
@@ -55,7 +53,7 @@ def _by_model(texts: Sequence[str], model: str, batch_size: int) -> np.ndarray:
     from dstune.api.models import predict
     from dstune.checkpoint.record import read_record
 
-    # A run and an export say what they were trained for; other folders and hub ids do not.
+    # Runs and exports record what they were trained for; other folders and hub ids do not.
     knows_task = (Path(model) / "run.yaml").is_file() or "task" in read_record(Path(model))
     answers = predict(model, list(texts), *([] if knows_task else ["task=embedding"]), batch_size=batch_size)
     if not answers or "vector" not in answers[0]:

@@ -22,7 +22,7 @@ from dstune.monitor import row_files
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
 from dstune.monitor.gather import Reference, _add_model_signals, read_live
 from dstune.monitor.row_files import conversation_of_row, read_file_rows, read_run_parts
-from dstune.monitor.server_logs import _conversation, _with_words, log_folder, read_log
+from dstune.monitor.server_logs import _conversation, _with_feedback, log_folder, read_log
 from dstune.monitor.signals import SignalTable
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.tasks.classification.config import ClassificationConfig
@@ -240,5 +240,5 @@ def test_what_is_said_of_several_texts_at_once_is_said_of_none(
     row = {"id": "r", "created": datetime.datetime.now(datetime.UTC), "status": 200, "request": json.dumps(body)}
     conversation = _conversation(row | {"answer": json.dumps(answer)})
     assert conversation is not None
-    said = _with_words(conversation, {"r": {"label": "good", "rating": 1.0}}, {})
+    said = _with_feedback(conversation, {"r": {"label": "good", "rating": 1.0}}, {})
     assert (said.label, said.rating, said.answer) == (label, 1.0, text)
