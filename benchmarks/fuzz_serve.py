@@ -178,12 +178,12 @@ def table_log(content: bytes, folder: Path) -> None:
     """Check the log of a Delta table, before the library opens it."""
     from dstune.lakehouse.address import parse
     from dstune.lakehouse.inside import refuse_outside
-    from dstune.lakehouse.tables import _refusals_named, check_files
+    from dstune.lakehouse.tables import _user_errors_for, check_files
 
     address = parse("delta:///table", "data.train")
     (folder / "_delta_log").mkdir()
     (folder / "_delta_log" / "00000000000000000000.json").write_bytes(content)
-    with _refusals_named("data.train", "delta:///table", "the table cannot be opened"):
+    with _user_errors_for("data.train", "delta:///table", "the table cannot be opened"):
         refuse_outside(folder, address, "data.train")
     for place in (str(folder), "s3://bucket/table"):
         check_files([{"path": content[:60].decode("utf-8", "replace"), "size_bytes": 1}], place, address, "data.train")

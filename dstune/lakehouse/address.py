@@ -23,13 +23,13 @@ class Address:
     location: str
     version: int | None = None
     time: str = ""
-    """A time instead of a version: the newest version of then."""
+    """A time instead of a version: it selects the newest version at that time."""
     table_id: str = ""
-    """Of the table; one that is made again at the same place has another."""
+    """The table's id, which changes if the table is created again at the same place."""
     columns: tuple[str, ...] = ()
-    """The columns that are read; all when empty."""
+    """The columns to read; empty for all."""
     where: str = ""
-    """An SQL predicate; only rows that fulfil it are read."""
+    """An SQL predicate; only matching rows are read."""
 
     def __str__(self) -> str:
         version = f"@{self.version}" if self.version is not None else f"@{self.time}" if self.time else ""
@@ -44,13 +44,13 @@ class Address:
 
     @property
     def moment(self) -> datetime:
-        """`time` with a zone, UTC where it names none. Raises ValueError."""
+        """`time` with its time zone, UTC by default. Raises ValueError."""
         parsed = datetime.fromisoformat(self.time)
         return parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)
 
 
 def parse(spec: str, key: str) -> Address:
-    """Return the parts of a table's address. Raises UserError."""
+    """Parse a table's address. Raises UserError."""
     match = _ADDRESS.fullmatch(spec)
     query = _QUERY.fullmatch((match and match["query"]) or "")
     fix = "SCHEME://PLACE, then @VERSION or @TIME, then ?columns=A,B&where=SQL, such as delta:///data/reviews@7?where=stars > 3"

@@ -1,4 +1,4 @@
-"""Copies of tables in the cache: `tables/KEY/rows.parquet` and what is known of them, for each version, columns and predicate."""
+"""Copies of tables in the cache: `tables/KEY/rows.parquet` and its metadata, for each version, columns and predicate."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from dstune.lakehouse.tables import check_files, check_predicate, files_of, open
 ROWS, META = "rows.parquet", "table.json"
 FORMAT = 1
 EXPANSION = 6
-"""By how much columns grow between a file and memory, about."""
+"""Approximate growth of columns from a file to memory."""
 
 
 def resolve(
     place: str, address: Address, key: str, stage: Callable[[str], None], options: Mapping[str, str] | None = None
 ) -> Address:
-    """Return the resolved address; its rows are in the cache then. Raises UserError."""
+    """Copy the rows into the cache if needed, and return the resolved address. Raises UserError."""
     table, address = open_table(place, address, key, options)
     check_predicate(table, address, key)
     listed = files_of(table, address, key)
     listing = xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
     if record := describe(address):
-        if record["files"] != listing:  # a copy of the table went other ways, and was put in its place
+        if record["files"] != listing:  # a copy of the table with another history has replaced it
             reason = f"version {address.version} of this table has other files than when its rows were read"
             raise UserError(Problem(key, reason, f"if it shall be read anew: rm -r {_folder(address)}", str(address)))
         return address
@@ -68,7 +68,7 @@ def resolve(
 
 
 def files(address: Address, key: str) -> list[DataFile]:
-    """Return the copy. Raises UserError where it is not on this machine."""
+    """Return the cached files. Raises UserError if this machine has none."""
     record = describe(address)
     if not record:
         reason = "its rows are not on this machine" if address.is_resolved else "its version is not resolved yet"
@@ -79,7 +79,7 @@ def files(address: Address, key: str) -> list[DataFile]:
 
 
 def describe(address: Address) -> dict[str, Any]:
-    """Return what is known of the rows; empty where they are not here."""
+    """Return the metadata of the cached rows; empty if there are none."""
     return object_in(_folder(address) / META) if address.is_resolved else {}
 
 

@@ -1,4 +1,4 @@
-"""`models:/NAME@ALIAS` and `models:/NAME/VERSION` in place of a path: which version it is, and its files."""
+"""Resolves `models:/NAME@ALIAS` and `models:/NAME/VERSION` to a version and fetches its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dstune.core.errors import Problem, UserError
-from dstune.lakehouse.register import DIGEST, PLACE, client_for, digest_of, refusals_named, tags_of, version_of_alias
+from dstune.lakehouse.register import DIGEST, PLACE, client_for, digest_of, tags_of, user_errors_for, version_of_alias
 
 PINNED = re.compile(r"models:/+(?P<name>[^@/:'\"]+)/(?P<version>[0-9]+)")
 ADDRESSES = "models:/NAME@ALIAS or models:/NAME/VERSION"
@@ -17,8 +17,8 @@ _CREDENTIALS = re.compile(r"//[^/@]*@")
 
 
 def pin(address: str, key: str) -> str:
-    """Return the address of the version that an alias stands for. Raises UserError where there is no such alias, or the address
-    names no version."""
+    """Return the address of the version that an alias points to. Raises UserError if there is no such alias, or the address names
+    no version."""
     if pinned := PINNED.fullmatch(address):
         return f"models:/{pinned['name']}/{int(pinned['version'])}"
     place = PLACE.fullmatch(address)
@@ -27,7 +27,7 @@ def pin(address: str, key: str) -> str:
         raise UserError(Problem(key, reason, ADDRESSES, address))
     name, alias = place["name"], place["alias"]
     client = client_for(name, None, key)
-    with refusals_named(address, key):
+    with user_errors_for(address, key):
         version = version_of_alias(client, name, alias)
         if version is None:
             aliases = ", ".join(sorted(client.get_registered_model(name).aliases)) or "none"
@@ -42,11 +42,12 @@ def origin() -> str:
 
 
 def fetch(pinned: str, folder: Path, key: str) -> None:
-    """Raises UserError where the version cannot be had, holds no model of transformers or peft, or is not what was registered."""
+    """Fetch a version into `folder`. Raises UserError if it cannot be fetched, holds no model of transformers or peft, or is not
+    what was registered."""
     place = PINNED.fullmatch(pinned)
     assert place is not None, "an address is pinned before it is fetched"
     client = client_for(place["name"], None, key)
-    with refusals_named(pinned, key), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
+    with user_errors_for(pinned, key), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
         import mlflow.artifacts
 
         tags = tags_of(client, place["name"], place["version"])
@@ -64,7 +65,7 @@ def fetch(pinned: str, folder: Path, key: str) -> None:
 
 
 def _export_in(downloaded: Path) -> Path | None:
-    """Return an export of dstune, or the folder in which MLflow's flavour for transformers keeps a model."""
+    """Return the dstune export in the download, or the folder in which MLflow's transformers flavour stores a model."""
     for folder in (downloaded / "artifacts" / "export", downloaded / "model", downloaded):
         if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             return folder

@@ -1,7 +1,5 @@
-"""A table in a folder that somebody else made reads nothing but that folder.
-
-The library opens what it finds in the log, and what the log names, whatever it is: a pipe or a device has no end.
-"""
+"""Checks that reading a table from an untrusted folder stays inside that folder. The Delta library opens every file it finds in the
+log or that the log names, whatever it is: a pipe or a device has no end."""
 
 from __future__ import annotations
 
@@ -22,14 +20,14 @@ from dstune.planning.host import available_bytes
 
 LOG = "_delta_log"
 MAX_ACTIONS = 50_000_000
-"""Of a checkpoint: one for each file of a table."""
+"""Limit of actions in a checkpoint: one for each file of a table."""
 _VECTOR = ["add.deletionVector"]
-_MADE_UP = 20
-"""Characters at the end of a relative deletion vector's name that are a number."""
+_ENCODED_LENGTH = 20
+"""The last characters of a relative deletion vector's name, which encode a number."""
 
 
 def refuse_outside(place: Path, address: Address, key: str) -> None:
-    """Raises UserError for pipes, devices, links that lead out of the folder, and deletion vectors outside of it."""
+    """Raises UserError for pipes, devices, links that lead out of the folder, and deletion vectors outside it."""
     inside = place.resolve()
     for entry in _entries(place):
         if entry.is_symlink() and not Path(entry).resolve().is_relative_to(inside):
@@ -44,11 +42,11 @@ def refuse_outside(place: Path, address: Address, key: str) -> None:
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _ODD = re.compile(r"[\x00-\x1f\x7f\\\\?#]|^ | $")
-"""What the library, which takes names for addresses, drops, cuts off or takes for a slash."""
+"""Characters that the library, which treats names as addresses, drops, truncates at or treats as a slash."""
 
 
 def path_inside(name: str, inside: Path) -> Path | None:
-    """Return the file that a log names, where it certainly lies in the folder `inside`, which is resolved; else None."""
+    """Return the file that a log names if it certainly lies in the resolved folder `inside`; else None."""
     if _ODD.search(name) or (_ADDRESS.match(name) and not name.startswith("file:///")):
         return None
     path = Path(inside, unquote(name.removeprefix("file://")))
@@ -56,7 +54,7 @@ def path_inside(name: str, inside: Path) -> Path | None:
 
 
 def is_elsewhere(name: str, place: str) -> bool:
-    """Return whether a log at the address `place` names a file of another kind of store, such as one of this machine."""
+    """Return whether a log at the address `place` names a file in another kind of store, such as on this machine."""
     scheme = _ADDRESS.match(name.strip())
     return _ODD.search(name) is not None or (scheme is not None and scheme[0].lower() != f"{place.partition(':')[0]}:")
 
@@ -75,7 +73,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _refuse_growing(checkpoint: str) -> None:
-    """Raises ValueError where the library, which holds a checkpoint in memory, would need most of it for a few bytes on disk."""
+    """Raises ValueError if a checkpoint, which the library holds in memory, is small on disk but would fill most of it."""
     with pq.ParquetFile(checkpoint) as file:
         rows, size, most = file.metadata.num_rows, 0, available_bytes() / 2
         if rows > MAX_ACTIONS:
@@ -87,8 +85,8 @@ def _refuse_growing(checkpoint: str) -> None:
 
 
 def _vectors(log: Path) -> Iterator[str]:
-    """Yield places of deletion vectors, or how they begin where a number follows. Raises what says that a file of the log cannot
-    be read."""
+    """Yield the places of deletion vectors, or their beginnings if a number follows. Raises the error of a file that cannot be
+    read."""
     for entry in _entries(log):
         actions: list[Any] = []
         try:
@@ -98,11 +96,11 @@ def _vectors(log: Path) -> Iterator[str]:
             elif entry.name.endswith(".parquet"):
                 _refuse_growing(entry.path)
                 actions = pq.ParquetFile(entry.path).read(columns=_VECTOR).to_pylist()
-        except FileNotFoundError:  # cleaned up since
+        except FileNotFoundError:  # removed by a cleanup in the meantime
             continue
         for action in actions:
             add = action.get("add") if isinstance(action, dict) else None
             vector = add.get("deletionVector") if isinstance(add, dict) else None
             if isinstance(vector, dict) and (kind := vector.get("storageType")) in ("p", "u"):
                 name = str(vector.get("pathOrInlineDv"))
-                yield name if kind == "p" else name[:-_MADE_UP]
+                yield name if kind == "p" else name[:-_ENCODED_LENGTH]

@@ -1,4 +1,7 @@
-"""A model as anybody loads it, in a process of its own: `python -m dstune.lakehouse.load_registered URI|FOLDER OUT.npy`."""
+"""Loads a model in a separate process, as any user would: `python -m dstune.lakehouse.load_registered URI
+
+FOLDER OUT.npy`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ from pathlib import Path
 
 
 def main(place: str, out: str) -> None:
-    """Write what the model answers to the probe. place: `models:/...` of the registry that the environment names, or an
-    export."""
+    """Write the model's output for the probe. place: `models:/...` in the registry that the environment names, or an export."""
     import mlflow.pyfunc
     import numpy as np
 

@@ -1,9 +1,6 @@
-"""Rows in the order of their content, in memory that does not grow with them.
-
-The key of a row is a digest of its values, so equal rows have equal keys and the order is that of no file, writer or version.
-Pieces of `PIECE_BYTES` are sorted and written as files with a batch for each range of keys; then the ranges are merged one
-after the other.
-"""
+"""Writes rows in the order of their content, in bounded memory. A row's key is a digest of its values, so equal rows have equal
+keys, and the order does not depend on file, writer or version. Pieces of `PIECE_BYTES` are sorted and written as files with a batch
+per range of keys; then the ranges are merged one after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ import xxhash
 PIECE_BYTES = 2**24
 RANGE_BYTES = 2**24
 MAX_RANGE_BYTES = 2**26
-"""What is sorted at once of a range that has more."""
+"""Larger ranges are sorted in parts of this size."""
 MAX_RANGES = 4096
 ROWS_PER_GROUP = 2**16
 ORDER = "xxh3_128 of each row's values"
@@ -31,12 +28,12 @@ ORDER = "xxh3_128 of each row's values"
 class Written:
     rows: int
     digest: str
-    """Of the keys in order: equal for equal rows, whatever order they came in."""
+    """Digest of the ordered keys: equal for equal rows, in whatever order they arrived."""
 
 
 def write_ordered(batches: Iterable[Any], out: Path, scratch: Path, size: int) -> Written:
-    """Write the rows of `batches` (of pyarrow) to the Parquet file `out`. scratch: an empty folder. size: about how many bytes
-    the rows take."""
+    """Write the rows of `batches` (pyarrow) to the Parquet file `out`. scratch: an empty folder. size: the approximate size of the
+    rows in bytes."""
     ranges = min(MAX_RANGES, 1 << max(0, (size // RANGE_BYTES).bit_length()))
     pieces: list[Path] = []
     waiting: list[Any] = []
@@ -85,15 +82,15 @@ def _merge(pieces: list[Path], schema: Any, out: Path, ranges: int) -> Written:
             order = _sorted(keys)
             digest.update(keys[order].tobytes())
             batches = [batch.drop_columns([KEY]) for batch in batches]
-            # Equal rows fall into one range however many they are: it is written in parts.
+            # Equal rows fall into one range, however many they are, so a range is written in parts.
             for part in np.array_split(order, -(-size // MAX_RANGE_BYTES)) if len(order) else ():
-                writer.write_table(_taken(batches, part), row_group_size=ROWS_PER_GROUP)
+                writer.write_table(_take(batches, part), row_group_size=ROWS_PER_GROUP)
             rows += len(order)
     return Written(rows, digest.hexdigest())
 
 
-def _taken(batches: list[Any], order: Any) -> Any:
-    """Return the rows of `batches`, one behind the other, that `order` counts: a table of their order."""
+def _take(batches: list[Any], order: Any) -> Any:
+    """Return the rows of the concatenated `batches` at the indices `order`, as a table."""
     ends = np.cumsum([len(batch) for batch in batches])
     batch_numbers = np.searchsorted(ends, order, "right")
     parts = [batch.take(pa.array(order[batch_numbers == i] - ends[i] + len(batch))) for i, batch in enumerate(batches)]
@@ -108,21 +105,21 @@ _KEYS = np.dtype([("high", ">u8"), ("low", ">u8")])
 
 
 def row_keys(table: Any) -> Any:
-    """Return a key for each row of a table: [rows] of two big-endian numbers."""
+    """Return the key of each row of a table: [rows] of two big-endian numbers."""
     digests = b"".join(row_key(row) for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
     return np.frombuffer(digests, _KEYS).astype([("high", np.uint64), ("low", np.uint64)])
 
 
 def row_key(row: Mapping[str, Any]) -> bytes:
-    """Return 16 bytes that tell rows with different values apart. A column or a field of a struct without a value counts as
-    none, so that one which is added to a table moves no row."""
+    """Return a 16-byte digest of a row's values. A column or struct field without a value does not count, so adding one to a table
+    moves no row."""
     values = _without_absent(row)
     text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_other)
     return xxhash.xxh3_128_digest(text.encode())
 
 
 def _without_absent(value: Any) -> Any:
-    """Return `value` without fields of structs that are null; entries of lists, and pairs of maps, keep their places."""
+    """Return `value` without null fields of structs; entries of lists and pairs of maps keep their places."""
     if isinstance(value, Mapping):
         return {name: _without_absent(part) for name, part in value.items() if part is not None}
     if isinstance(value, (list, tuple)):
@@ -143,7 +140,7 @@ def _sorted(keys: Any) -> Any:
 
 
 def _range_of(keys: Any, ranges: int) -> Any:
-    """Return which of `ranges`, a power of two, each key falls into: by its first bits."""
+    """Return the range of each key, by its first bits. ranges: a power of two."""
     bits = ranges.bit_length() - 1
     return keys["high"] >> np.uint64(64 - bits) if bits else np.zeros(len(keys), np.uint64)
 
@@ -163,14 +160,16 @@ def _from_column(column: Any) -> Any:
 
 
 def plain_schema(schema: Any) -> Any:
-    """Return `schema` without views and dictionaries, which Parquet files do not keep."""
+    """Return `schema` without views and dictionaries, which Parquet files do not preserve."""
     return pa.schema([pa.field(field.name, _plain_type(field.type), field.nullable) for field in schema])
 
 
 def _plain_type(arrow_type: Any) -> Any:
     if pa.types.is_dictionary(arrow_type):
         return _plain_type(arrow_type.value_type)
-    if pa.types.is_timestamp(arrow_type) and arrow_type.tz is not None:  # the same moment is the same row
+    if (
+        pa.types.is_timestamp(arrow_type) and arrow_type.tz is not None
+    ):  # equal instants in different time zones are the same row
         return pa.timestamp(arrow_type.unit, "UTC")
     if pa.types.is_string_view(arrow_type):
         return pa.large_string()
@@ -199,5 +198,5 @@ def _plain(batch: Any, schema: Any) -> Any:
 
 
 def _cast(column: Any, to: Any) -> Any:
-    # pyarrow 26 casts lists that are views without a word to other ones: [[1, 2], [3]] to [[1, 2], []].
+    # pyarrow 26 silently casts lists that are views to wrong ones: [[1, 2], [3]] to [[1, 2], []].
     return pa.array(column.to_pylist(), to) if "list_view" in str(column.type) else column.cast(to)

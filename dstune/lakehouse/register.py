@@ -1,8 +1,6 @@
-"""`dstune export --register models:/NAME[@ALIAS]`: an export in the model registry of MLflow, proven by loading it back.
-
-A version is what its export is: the same export again is the same version. An alias moves only to a version that another process
-has loaded from the registry with the logits of the export; where it pointed before gets the alias `ALIAS-previous`.
-"""
+"""`dstune export --register models:/NAME[@ALIAS]` registers an export in MLflow's model registry, and proves it by loading it back.
+Registering the same export again returns the same version. An alias only moves to a version that another process has loaded from
+the registry with the export's logits; its previous version gets the alias `ALIAS-previous`."""
 
 from __future__ import annotations
 
@@ -33,13 +31,13 @@ from dstune.tracking.trackers.mlflow import absolute_store, experiment_of
 KEY = "--register"
 ADDRESSES = "models:/NAME or models:/CATALOG.SCHEMA.NAME, with @ALIAS to move an alias there"
 PLACE = re.compile(r"models:/+(?P<name>[^@/:'\"]+)(?:@(?P<alias>[\w-]+))?")
-TAKEN = re.compile(r"latest|v\d+", re.IGNORECASE)
+RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 PREVIOUS = "-previous"
 DIGEST, PROVEN = "dstune_digest", "dstune_proven"
 RESERVED = re.compile(r"[.,\-=/:]")
-"""What Unity Catalog refuses in the name of a tag."""
+"""Characters that Unity Catalog refuses in the name of a tag."""
 TAG_VALUE = 256
-"""Characters of a tag's value that every registry takes."""
+"""The longest tag value that every registry accepts."""
 NOT_THE_MODEL = ("README.md", "dstune.json", REFERENCE_FILE, "reference.jsonl")
 """Files of an export that may differ for the same model: times, versions, held-out rows."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
@@ -48,21 +46,18 @@ EXAMPLE = "input_example.json"
 
 
 def parse(place: str) -> tuple[str, str | None]:
-    """Return name and alias of `models:/NAME[@ALIAS]`. Raises UserError."""
+    """Parse `models:/NAME[@ALIAS]` into name and alias. Raises UserError."""
     match = PLACE.fullmatch(place)
     if match is None:
         raise UserError(Problem(KEY, "is no place in a model registry", ADDRESSES, place))
-    if match["alias"] and TAKEN.fullmatch(match["alias"]):
+    if match["alias"] and RESERVED_ALIAS.fullmatch(match["alias"]):
         raise UserError(Problem(KEY, "MLflow keeps this alias for itself", f"models:/{match['name']}@champion", place))
     return match["name"], match["alias"]
 
 
 def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
-    """Return MLflow's client: of MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, else of the run's `tracking.mlflow.uri`. key: what
-    problems name.
-
-    Raises UserError where there is none.
-    """
+    """Return MLflow's client, by MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, or by the run's `tracking.mlflow.uri`. key: the key
+    that problems name. Raises UserError if no registry is configured."""
     if find_spec("mlflow") is None:
         raise UserError(
             Problem(key, "the package mlflow is not installed", "pip install '.[mlflow]' in a clone of dstune", name)
@@ -96,12 +91,12 @@ def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
 def register(
     place: str, export: Path, run_dir: Path, config: RunConfig, message: Callable[[str], None] = lambda text: None
 ) -> Registered:
-    """Register the folder `export` of the run, prove it, and move the alias where one is named. Raises UserError, and
-    DstuneError where what was registered is not the export: then no alias has moved."""
+    """Register the folder `export` of the run, prove it, and move the alias if one is named. Raises UserError; DstuneError if the
+    registered model differs from the export, in which case no alias has moved."""
     name, alias = parse(place)
     client = client_for(name, config)
     digest = digest_of(export)
-    with refusals_named(place):
+    with user_errors_for(place):
         existing = _version_with(client, name, digest)
         number = existing or _log(
             client, name, export, digest, _tags(export, run_dir, config), str(config.tracking.project)
@@ -116,12 +111,12 @@ def register(
 
 
 def roll_back(place: str) -> Registered:
-    """Point an alias to the version that it had before it was moved last; a second call undoes the first. Raises UserError."""
+    """Point an alias back to its previous version; a second call undoes the first. Raises UserError."""
     name, alias = parse(place)
     if alias is None:
         raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
     client = client_for(name, None)
-    with refusals_named(place):
+    with user_errors_for(place):
         version_now, version_before = (
             version_of_alias(client, name, alias),
             version_of_alias(client, name, alias + PREVIOUS),
@@ -136,8 +131,8 @@ def roll_back(place: str) -> Registered:
 
 
 @contextmanager
-def refusals_named(place: str, key: str = KEY) -> Iterator[None]:
-    """Raise UserError about `key` for what the registry or the way to it refuses."""
+def user_errors_for(place: str, key: str = KEY) -> Iterator[None]:
+    """Convert refusals of the registry, and failures to reach it, into UserError about `key`."""
     try:
         yield
     except DstuneError:
@@ -148,7 +143,7 @@ def refusals_named(place: str, key: str = KEY) -> Iterator[None]:
 
 
 def digest_of(export: Path) -> str:
-    """Return the digest of all files that make the model, and of the task of an adapter, whose labels stand in its record alone."""
+    """Return the digest of all files that determine the model, and of an adapter's task: its labels are only in its record."""
     digest = hashlib.sha256()
     if (export / "adapter_config.json").exists():
         digest.update(json.dumps(read_record(export).get("task"), sort_keys=True).encode())
@@ -178,7 +173,7 @@ def tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
 
 
 def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, str], project: str) -> str:
-    """Upload the export as a model of ours, and register it. Returns its version."""
+    """Upload the export as a Python model, and register it. Returns its version."""
     import warnings
 
     import mlflow
@@ -209,15 +204,15 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
     except Exception as error:
         if "ALREADY_EXISTS" not in str(getattr(error, "error_code", "")):
             raise
-    made = client.create_model_version(
+    logged_model = client.create_model_version(
         name, info.model_uri, run_id=run_id, tags={**tags, DIGEST: digest}, model_id=info.model_id
     )
-    return str(made.version)
+    return str(logged_model.version)
 
 
 class _WithExample:
-    """MLflow's flavor for models in Python, with an input example written beside the model. If MLflow got the example as an
-    argument, it would load the model in this process."""
+    """MLflow's flavour for Python models, with an input example written next to the model. Passing the example to MLflow would make
+    it load the model in this process."""
 
     @staticmethod
     def save_model(path: str, mlflow_model: Any, **settings: Any) -> None:
@@ -244,7 +239,7 @@ def _requirements() -> list[str]:
 
 
 def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
-    """Return where the model comes from: run, step, and the versions of its data."""
+    """Return the provenance of the model as tags: run, step, and the versions of its data."""
     record = read_record(export)
     tags = {"run": config.run.name, "step": str(record.get("step", "")), "task": config.task.name}
     if config.data.train is not None:
@@ -258,7 +253,7 @@ def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
 
 
 def _prove(name: str, number: str, export: Path) -> None:
-    """Load the registered model and the export in other processes and compare their logits. Raises DstuneError where these
+    """Load the registered model and the export in separate processes and compare their logits. Raises DstuneError if they
     differ."""
     import numpy as np
 
@@ -281,7 +276,7 @@ def _prove(name: str, number: str, export: Path) -> None:
 
 
 def _move(client: Any, name: str, alias: str, number: str) -> str | None:
-    """Point `alias` to the version. Returns the version that it pointed to."""
+    """Point `alias` to the version. Returns the version that it pointed to before."""
     version_before = version_of_alias(client, name, alias)
     if version_before == number:
         return version_before
@@ -292,7 +287,7 @@ def _move(client: Any, name: str, alias: str, number: str) -> str | None:
 
 
 def version_of_alias(client: Any, name: str, alias: str) -> str | None:
-    """Return the version that an alias points to; None where there is no such model or alias."""
+    """Return the version that an alias points to; None if there is no such model or alias."""
     try:
         return str(client.get_model_version_by_alias(name, alias).version)
     except Exception as error:

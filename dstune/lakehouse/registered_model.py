@@ -1,10 +1,8 @@
-"""The model of an export as MLflow loads it: this file is stored with it, and needs neither dstune nor the export's place.
+"""The code that MLflow stores with a registered export to load it; it needs neither dstune nor the export's original place.
+MLflow's transformers flavour stores adapters under wrapped names, and randomly initialises the weights it then does not find; this
+code loads the export as transformers and peft do, and refuses missing weights."""
 
-MLflow's own flavour for transformers stores adapters under wrapped names, and fills what it then does not find with chance; this
-loads the export as transformers and peft do, and refuses weights that are not there.
-"""
-
-# Without annotations: MLflow reads those of `predict` as the schema of its input.
+# No annotations: MLflow would read those of `predict` as the schema of its input.
 # mypy: disable-error-code="no-untyped-def,name-defined,var-annotated"
 import glob
 import json
@@ -15,8 +13,8 @@ from mlflow.models import set_model
 
 
 class ExportedModel(mlflow.pyfunc.PythonModel):
-    """`predict` takes a column `text` and gives a text a row: the label of a classifier (of several labels, a JSON list), the
-    number of a regression or reward model, or what a language model writes."""
+    """`predict` takes a column `text` and returns one text per row: the label of a classifier (a JSON list for several labels), the
+    number of a regression or reward model, or the text that a language model generates."""
 
     def load_context(self, context):
         self.tokenizer, self.model = load_export(context.artifacts["export"])
@@ -64,7 +62,7 @@ def base_of(model):
 
 
 def load_export(folder):
-    """Load tokenizer and model of an export; an adapter on its base. Raises ValueError where weights are missing."""
+    """Load the tokenizer and model of an export; an adapter is loaded onto its base. Raises ValueError if weights are missing."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -83,7 +81,7 @@ def load_export(folder):
             record = json.load(stream)
     task = record.get("task") or {}
     labels = task.get("labels") or []
-    if "outputs" in record:  # not in exports of earlier versions
+    if "outputs" in record:  # absent in exports of earlier versions
         config.num_labels, config.problem_type = record["outputs"], record.get("problem_type")
     elif task.get("regression") or task.get("name") == "reward":
         config.num_labels, config.problem_type = 1, "regression"
@@ -103,7 +101,7 @@ def load_export(folder):
 
 
 def _names_whole_model(folder):
-    """Return whether the adapter is for the class of a model with more parts than its language model."""
+    """Return whether the adapter was trained on a multi-part model class that contains a language model."""
     from safetensors import safe_open
 
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as tensors:
@@ -132,7 +130,7 @@ def _whole(folder, config, task_type=None, *, adapted=False, **at):
 
 
 def _refuse_outside(folder):
-    """Raise ValueError where an index of weights names a file that is not below its folder."""
+    """Raise ValueError if a weights index names a file outside its folder."""
     for file in glob.glob(os.path.join(glob.escape(folder), "*.index.json")):
         with open(file, encoding="utf-8") as stream:
             places = json.load(stream).get("weight_map") or {}

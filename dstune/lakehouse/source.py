@@ -1,4 +1,4 @@
-"""What `delta://` and `uc://` share: both lead to a Delta table, and differ in how its place is found."""
+"""The data source shared by `delta://` and `uc://`: both lead to a Delta table, and differ in how its place is found."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dstune.protocols.data_source import DataSource
 
 class Table(DataSource):
     def locate(self, address: Address, key: str, *, to_write: bool = False) -> tuple[Address, str, dict[str, str]]:
-        """Return the address as it is recorded, where the table is, and what the reader needs to open it. Raises UserError."""
+        """Return the address to record, the table's place, and the reader's options for opening it. Raises UserError."""
         raise NotImplementedError
 
     def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
         address = parse(spec, key)
-        if copies.is_here(address):  # the very version, of the very table: it may be gone by now
+        if copies.is_here(address):  # the exact version of this table, which may no longer exist
             return spec
         require_library(key, spec)
         address, place, options = self.locate(address, key)

@@ -1,4 +1,4 @@
-"""A Delta table at one version, opened and read; whatever keeps it from being read is named before training."""
+"""Opens and reads a Delta table at one version; anything that prevents reading is reported before training."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _AZURE = (
 )
 _GOOGLE = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
 CREDENTIALS = {"s3": _S3, "s3a": _S3, "abfss": _AZURE, "az": _AZURE, "gs": _GOOGLE}
-"""Variables of which one (joined by +: all) has to be set: without, the libraries ask the machine's metadata service, and may
-hang."""
+"""Variables of which at least one (those joined by +: all) must be set: otherwise the libraries query the machine's metadata
+service, and may hang."""
 
 
 def require_library(key: str, spec: str) -> None:
-    """Raises UserError where Delta tables cannot be read here."""
+    """Raises UserError if Delta tables cannot be read here."""
     if importlib.util.find_spec("deltalake") is None:
         raise UserError(Problem(key, "reading Delta tables needs the package deltalake", LIBRARY, spec))
 
 
 def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
-    """Return where the table of a `delta://` address is, as the library takes it. Raises UserError."""
+    """Return the place of a `delta://` address's table in the library's form. Raises UserError."""
     location = address.location.removeprefix("file://")
     scheme, colon, _ = location.partition(":")
     if not colon or "/" in scheme:
@@ -62,22 +62,20 @@ def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
 
 
 def refuse_parts(address: Address) -> None:
-    """Raises UserError where an address that is written to names more than a table."""
+    """Raises UserError if an address to write to contains more than a table."""
     if address.version is not None or address.time or address.table_id or address.columns or address.where:
         fix = "leave version, columns and predicate out"
         raise UserError(Problem("--output", "is written to as a whole", fix, str(address)))
 
 
 def open_table(place: str, address: Address, key: str, options: Mapping[str, str] | None = None) -> tuple[Any, Address]:
-    """Return the table at the version that `address` names (the newest where it names none), and the resolved address.
-
-    Raises:
-        UserError: no table, no such version (any more), or another table than the one that is named.
-    """
+    """Open the table at the version that `address` names (by default the newest). Returns the table and the resolved address.
+    Raises UserError if there is no table, the version does not exist (any more), or the table is not the one that the address
+    names."""
     from deltalake import DeltaTable
 
     spec = str(address)
-    with _refusals_named(key, spec, "the table cannot be opened"):
+    with _user_errors_for(key, spec, "the table cannot be opened"):
         if "://" not in place:
             refuse_outside(Path(place), address, key)
         table = DeltaTable(place, storage_options=dict(options) if options else None)
@@ -105,9 +103,9 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
 
 
 def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> dict[int, float]:
-    """Return the time of each version, in seconds, by the rule of the Delta protocol (Commit Provenance Information; In-Commit
-    Timestamps): the one in the commit since the table has such, before that the time of the commit's file, at least a
-    millisecond after that of the version before."""
+    """Return the time of each version in seconds, by the rule of the Delta protocol (Commit Provenance Information; In-Commit
+    Timestamps): the commit's own timestamp once the table has them; before that, the time of the commit's file, but at least a
+    millisecond after the previous version."""
     from deltalake.fs import DeltaStorageHandler
     from pyarrow.fs import FileSelector, PyFileSystem
 
@@ -132,9 +130,10 @@ def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> 
 
 
 def _version_at(table: Any, place: str, address: Address, key: str, options: Mapping[str, str] | None) -> int:
-    """Return the newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
+    """Return the newest version at a time. The library itself would take the first version for every earlier time. Raises
+    UserError."""
     moment = address.moment
-    with _refusals_named(key, str(address), "the times of its versions cannot be read"):
+    with _user_errors_for(key, str(address), "the times of its versions cannot be read"):
         history = _commit_times(table, place, options)
     if moment > datetime.now(UTC):
         raise UserError(Problem(key, "this time is still to come", "leave it out for the newest version", str(address)))
@@ -147,20 +146,17 @@ def _version_at(table: Any, place: str, address: Address, key: str, options: Map
 
 
 def files_of(table: Any, address: Address, key: str) -> list[dict[str, Any]]:
-    """Return `path` and `size_bytes` of every data file of the version, as its log has them. Raises UserError."""
+    """Return `path` and `size_bytes` of every data file of the version, as in its log. Raises UserError."""
     import pyarrow as pa
 
-    with _refusals_named(key, str(address), "its log cannot be read"):
+    with _user_errors_for(key, str(address), "its log cannot be read"):
         actions = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
     return sorted(actions, key=lambda file: str(file["path"]))
 
 
 def check_files(actions: list[dict[str, Any]], place: str, address: Address, key: str) -> int:
-    """Look at every data file (`files_of`) where it can be looked at without reading it; the bytes of all.
-
-    Raises:
-        UserError: files that are gone, cut short, or outside the table's folder (its log may name any file of this machine).
-    """
+    """Check every data file (`files_of`) as far as possible without reading it, and return their total size in bytes. Raises
+    UserError for files that are missing, truncated, or outside the table's folder (the log may name any file of this machine)."""
     if "://" in place:
         for action in actions:
             if is_elsewhere(action["path"], place):
@@ -189,27 +185,27 @@ _SENTINEL = "no such column of any table"
 
 
 def check_predicate(table: Any, address: Address, key: str) -> None:
-    """Raise UserError where the predicate does not end with its text: the library reads the first one and drops what follows."""
-    if not address.where or _is_whole(table, address.where):
+    """Raise UserError if the predicate contains more than one expression: the library reads the first one and silently drops the
+    rest."""
+    if not address.where or _is_read_completely(table, address.where):
         return
-    with _refusals_named(key, str(address), "the predicate cannot be read"):
-        table.scan(predicate=address.where)  # what the library itself refuses, in its words
+    with _user_errors_for(key, str(address), "the predicate cannot be read"):
+        table.scan(predicate=address.where)  # refusals of the library itself, in its own words
     ends = [match.start() for match in re.finditer(r"\b|\W", address.where)]
-    end = next((end for end in reversed(ends) if _is_whole(table, address.where[:end])), 0)
+    end = next((end for end in reversed(ends) if _is_read_completely(table, address.where[:end])), 0)
     leftover = address.where[end:].strip()
     reason = f"the predicate ends before position {len(address.where) - len(leftover) + 1}, and this is left over: {leftover}"
     raise UserError(Problem(key, reason, "join conditions with AND or OR", str(address)))
 
 
-def _is_whole(table: Any, predicate: str) -> bool:
-    """Return whether the library reads `predicate` to its end: only then does it meet the unknown name after it.
-
-    In parentheses, since `n BETWEEN 1` would take that name as its bound; and without, since `n = 1) OR (n = 2` closes them.
-    """
+def _is_read_completely(table: Any, predicate: str) -> bool:
+    """Return whether the library reads `predicate` to its end: only then does it reach the unknown name after it. The predicate is
+    tried in parentheses, since `n BETWEEN 1` would take that name as its bound, and without them, since `n = 1) OR (n = 2` would
+    close them."""
     for text in (f"{predicate}\n", _enclosed(predicate)):
         try:
             table.scan(predicate=f'{text} AND "{_SENTINEL}"')
-        except Exception as error:  # of classes of its own
+        except Exception as error:  # the library raises classes of its own
             if _SENTINEL in str(error):
                 continue
         return False
@@ -221,10 +217,11 @@ def _enclosed(predicate: str) -> str:
 
 
 def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
-    """Yield batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
+    """Yield batches (pyarrow) of the selected columns and rows, in no particular order. Raises UserError, also while they are
+    read."""
     import pyarrow as pa
 
-    with _refusals_named(key, str(address), f"version {address.version} cannot be read"):
+    with _user_errors_for(key, str(address), f"version {address.version} cannot be read"):
         reader = table.scan(
             columns=list(address.columns) or None, predicate=_enclosed(address.where) if address.where else None
         )
@@ -232,8 +229,8 @@ def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _refusals_named(key: str, spec: str, action: str) -> Iterator[None]:
-    """Raise errors of the library as UserError: it raises Exception, OSError, ArrowInvalid and classes of its own for the same
+def _user_errors_for(key: str, spec: str, action: str) -> Iterator[None]:
+    """Convert errors of the library to UserError: it raises Exception, OSError, ArrowInvalid and classes of its own for the same
     causes."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows into a Delta table, in one transaction that knows whether it was made before."""
+"""Writes rows into a Delta table in one idempotent transaction."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ ROWS_PER_BATCH = 1024
 def write_rows(
     place: str, address: Address, rows: Path, identity: str, *, replace: bool, options: Mapping[str, str] | None = None
 ) -> str:
-    """Append the JSON lines of `rows` to the table at `place`, which is created where there is none; or replace its rows.
-
-    Returns what was done. Raises UserError, and nothing is written then.
-    """
+    """Append the JSON lines of `rows` to the table at `place`, creating it if it is missing, or replace its rows. Returns what was
+    done. Raises UserError, in which case nothing has been written."""
     import pyarrow as pa
     from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
@@ -64,7 +62,7 @@ def _lines(rows: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _schema(rows: Path) -> Any:
-    """Return the schema of all rows together; a column without any value is text."""
+    """Return the common schema of all rows; a column without any value is text."""
     import pyarrow as pa
 
     schemas = (_table(block, None).schema for block in _lines(rows))

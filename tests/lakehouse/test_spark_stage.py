@@ -289,7 +289,7 @@ def test_strangers_and_workers_that_do_not_fit_are_refused(tmp_path):
     line = Closable(closed)
     for message in ({"token": "guessed", "rank": 0}, {"token": made._token, "rank": 7}, {"rank": 0}):
         made._strangers = {line: time.monotonic()}
-        made._meet(line, [message])
+        made._identify(line, [message])
     assert closed == [True] * 3
     assert not made._waiting
 

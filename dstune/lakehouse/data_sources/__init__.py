@@ -1,1 +1,1 @@
-"""Places of rows in a lakehouse; a module a scheme."""
+"""Data sources of a lakehouse; one module per scheme."""

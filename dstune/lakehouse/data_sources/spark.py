@@ -20,7 +20,7 @@ class SparkFrames(DataSource):
         return type(rows).__module__.startswith("pyspark.sql.") and hasattr(rows, "toLocalIterator")
 
     def save(self, rows: Any, file: Path, key: str) -> int:
-        # Spark promises no order: the rows are written in that of their content, a part of them in memory at a time.
+        # Spark guarantees no order: the rows are written in the order of their content, with a part of them in memory at a time.
         import pyarrow
 
         from dstune.api.rows import refuse_doubles
@@ -35,7 +35,7 @@ class SparkFrames(DataSource):
                 while block := list(itertools.islice(iterator, 1024)):
                     plain = [{field.name: _of_type(row[field.name], field.type) for field in schema} for row in block]
                     yield pyarrow.RecordBatch.from_pylist(plain, schema=schema)
-            except Exception as error:  # of Java, py4j, pyspark or pyarrow
+            except Exception as error:  # from Java, py4j, pyspark or pyarrow
                 fix = "select columns of text, numbers, times, lists and structs"
                 raise UserError(Problem(key, f"Spark does not give the rows: {first_line(error)}", fix)) from None
 
@@ -44,8 +44,8 @@ class SparkFrames(DataSource):
 
 
 def _of_type(value: Any, arrow_type: Any) -> Any:
-    """Return a value of Spark's as pyarrow takes it: Spark gives moments as times of this machine's zone without saying so, and
-    maps as mappings."""
+    """Convert a value from Spark to one that pyarrow accepts: Spark returns timestamps in this machine's time zone without marking
+    it, and maps as mappings."""
     from datetime import UTC
 
     from pyarrow import types

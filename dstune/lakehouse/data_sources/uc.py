@@ -1,8 +1,5 @@
-"""`uc://CATALOG.SCHEMA.TABLE`: a Delta table that Unity Catalog knows by name.
-
-The catalog is asked for the table's place and for credentials that last some minutes, over its REST interface. They go to the
-reader alone: neither into the environment, nor into a file.
-"""
+"""`uc://CATALOG.SCHEMA.TABLE`: a Delta table in Unity Catalog. The catalog's REST API returns the table's place and credentials
+that are valid for some minutes. Only the reader gets them: they are neither put into the environment nor written to a file."""
 
 from __future__ import annotations
 
@@ -32,14 +29,14 @@ HOST, TOKEN, CLIENT, SECRET = "DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS
 CATALOG = "api/2.1/unity-catalog"
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: the token is for one host."""
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the token is for one host only."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
 
 
-OPENER = urllib.request.build_opener(_Stay)
+OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 @data_source
@@ -59,7 +56,7 @@ class UnityCatalog(Table):
 
 
 def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, str]]:
-    """Return where the table is, and what the reader needs to open it. Raises UserError."""
+    """Return the table's place and the reader's options for opening it. Raises UserError."""
     spec = str(replace(address, table_id=""))
     if NAME.fullmatch(address.location) is None:
         raise UserError(Problem(key, "a table has three names", "uc://CATALOG.SCHEMA.TABLE", spec))
@@ -90,7 +87,7 @@ def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, s
 
 
 def _token(host: str, key: str, spec: str) -> str:
-    """Return the user's token, or one for a service principal (OAuth, client id and secret). Raises UserError."""
+    """Return the user's token, or one for a service principal (OAuth with client id and secret). Raises UserError."""
     if token := os.environ.get(TOKEN):
         return token
     client, secret = os.environ.get(CLIENT), os.environ.get(SECRET)
@@ -138,13 +135,13 @@ _FIXES = {
 
 
 def _options(credentials: Mapping[str, Any], place: str, key: str, spec: str) -> dict[str, str]:
-    """Return the catalog's temporary credentials in the reader's terms. Raises UserError."""
+    """Convert the catalog's temporary credentials to the reader's options. Raises UserError."""
     try:
         if options := _known_options(credentials):
             return options
     except (KeyError, TypeError):
         pass
-    if credentials.get("gcp_oauth_token"):  # given one, it would ask the machine's metadata service
+    if credentials.get("gcp_oauth_token"):  # given such a token, the reader would query the machine's metadata service
         reason = f"{place} is at Google, and the library takes no token of the catalog for it"
         fix = f"delta://{place} with GOOGLE_APPLICATION_CREDENTIALS"
         raise UserError(Problem(key, reason, fix, spec))

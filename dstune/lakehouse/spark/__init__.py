@@ -1,8 +1,6 @@
-"""launch=spark: ranks in the tasks of a barrier stage, wherever Spark runs: local, standalone, Databricks.
-
-`session.py` finds or starts Spark, `stage.py` is the driver's side, `task.py` what each task runs. What a stage returns is not
-believed: tasks say how their ranks ended, and where one cannot, the run directory does.
-"""
+"""launch=spark: ranks in the tasks of a barrier stage, wherever Spark runs: local, standalone, Databricks. `session.py` finds or
+starts Spark, `stage.py` is the driver's side, `task.py` runs in each task. The result of a stage is not trusted: tasks report how
+their ranks ended, and if one cannot, the run directory does."""
 
 from __future__ import annotations
 

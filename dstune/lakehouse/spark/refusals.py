@@ -1,4 +1,4 @@
-"""Why ranks cannot run in the tasks of Spark: by what the tasks say of themselves, and by what Spark says."""
+"""Reasons why ranks cannot run in Spark's tasks, from what the tasks report and from Spark's errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dstune.lakehouse.spark.task import digest_of
 
 
 def hides_gpus() -> bool:
-    """Return whether the user hid all GPUs."""
+    """Return whether the user has hidden all GPUs."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") == ""
 
 
 def check(hellos: Mapping[int, Mapping[str, Any]], run_dir: Path) -> None:
-    """Raises UserError where the tasks cannot run ranks of this run together."""
+    """Raises UserError if the tasks cannot run ranks of this run together."""
     problems = []
     expected = digest_of(run_dir / "run.yaml")
     if blind := sorted({hello["host"] for hello in hellos.values() if hello["sees"] != expected}):
@@ -46,7 +46,7 @@ def check(hellos: Mapping[int, Mapping[str, Any]], run_dir: Path) -> None:
 
 
 def cause(text: str) -> str:
-    """Return the line of a long error of Spark that says what happened."""
+    """Return the line of a long Spark error that states the cause."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("An error occurred while calling")]
     telling_words = ("SPARK-24819", "SPARK-24942", "No module named")
@@ -56,7 +56,7 @@ def cause(text: str) -> str:
 
 
 def refuse_by_cause(failure: str, size: int) -> None:
-    """Raises UserError where the cause of a failed stage is the user's to change."""
+    """Raises UserError if the cause of a failed stage is one that the user can fix."""
     if "SPARK-24819" in failure or "more slots" in failure:
         reason = "Spark has fewer slots than ranks, and all have to run at once"
         raise UserError(Problem("launch.processes", reason, "fewer ranks, or a larger cluster", str(size)))

@@ -1,4 +1,4 @@
-"""The session of a launch through Spark: the one that is there, which stays, or one that ends with the launch."""
+"""The Spark session of a launch: the existing one, which stays open, or a new one that ends with the launch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dstune.launch.console import Console
 
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 5.0
-"""The workers of a new session are all there when none has come for so long."""
+"""Workers of a new session count as complete when none has joined for this long."""
 SLOTS_SECONDS = 60.0
-"""How long more slots are waited for where there are fewer than ranks, since the last one came."""
+"""How long to wait for more slots, since the last one appeared, while there are fewer than ranks."""
 
 
 def existing() -> Any | None:
-    """Return the session of this process, whichever thread made it; None where there is none."""
+    """Return the session of this process, whichever thread created it; None if there is none."""
     if "pyspark" not in sys.modules:
         return None
     from pyspark.sql import SparkSession
@@ -37,7 +37,7 @@ def existing() -> Any | None:
 
 
 def master_of(launch: SparkConfig) -> str | None:
-    """Return where the tasks run; None where Spark itself was told (spark-submit, spark-defaults.conf)."""
+    """Return where the tasks run; None if Spark itself is configured (spark-submit, spark-defaults.conf)."""
     if launch.master:
         return launch.master
     if (session := existing()) is not None:
@@ -60,7 +60,7 @@ def _spark_is_configured() -> bool:
 
 @contextlib.contextmanager
 def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
-    """Yield the session that is there, which stays; else one that ends with the launch. Raises UserError."""
+    """Yield the existing session, which stays open, or else a new one that ends with the launch. Raises UserError."""
     from pyspark.sql import SparkSession
 
     session = existing()
@@ -76,17 +76,17 @@ def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
     if (master := master_of(launch)) is not None:
         builder = builder.master(master)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    os.environ.update(SAFE_PATH)  # of the Python that Spark starts for its tasks
+    os.environ.update(SAFE_PATH)  # for the Python that Spark starts for its tasks
     try:
         session = builder.getOrCreate()
-    except Exception as error:  # of Java, py4j or pyspark
+    except Exception as error:  # from Java, py4j or pyspark
         reason, fix = f"Spark does not start: {first_line(error)}", "look at its log above"
         raise UserError(Problem("launch.master", reason, fix, str(launch.master))) from None
     try:
         _refuse_without_context(session)
         yield session
     finally:
-        with contextlib.suppress(Exception):  # Java may be gone by now: how the run ended is worth more
+        with contextlib.suppress(Exception):  # Java may be gone by now, and the run's outcome matters more
             session.stop()
 
 
@@ -95,7 +95,7 @@ def _refuse_without_context(session: Any) -> None:
     try:
         if session.sparkContext is not None:
             return
-    except Exception:  # one of Spark Connect's own
+    except Exception:  # Spark Connect raises an exception of its own
         pass
     reason = "the session is one of Spark Connect, which shows no tasks and devices"
     raise UserError(
@@ -104,20 +104,18 @@ def _refuse_without_context(session: Any) -> None:
 
 
 def slots(context: Any) -> int | None:
-    """Return how many tasks Spark can run at once now; None where this Spark does not say."""
+    """Return how many tasks Spark can run at once now; None if this Spark does not report it."""
     try:
         inner = context._jsc.sc()
         return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
-    except Exception:  # of py4j: another Spark, or one that shows Python less of itself
+    except Exception:  # from py4j: another version of Spark, or one that exposes less to Python
         return None
 
 
 def wait_for_slots(context: Any, requested: int | None, received: Sequence[str]) -> int:
-    """Return the number of ranks: `requested`, else as many as Spark runs at once. Spark itself would wait for ten minutes.
-
-    Workers of a new session come one by one, so a number counts when it has not changed for a while; on this machine all slots
-    are there at once. Ends early when a signal was received. Raises UserError where there are too few.
-    """
+    """Return the number of ranks: `requested`, or as many as Spark can run at once. Spark itself would wait for ten minutes.
+    Workers of a new session join one by one, so a number counts once it has not changed for a while; on this machine all slots
+    exist at once. Returns early if a signal was received. Raises UserError if there are too few slots."""
     is_local = str(context.master).startswith("local[") or context.master == "local"
     last_count, changed_at = -1, time.monotonic()
     while True:

@@ -1,9 +1,7 @@
-"""The driver's side of a launch through Spark: one barrier stage, a connection to each of its tasks, and the verdict.
-
-Spark starts a barrier stage again as a whole when one of its tasks is lost, and returns from one without saying what became of
-the ranks. So the tasks give themselves their ranks' exit codes as results, never as failures, and say them over their
-connections; a new attempt starts only where a task was lost, and when every task of the one before has let go.
-"""
+"""The driver's side of a launch through Spark: one barrier stage, a connection to each of its tasks, and the verdict. When a task
+is lost, Spark restarts the complete stage, and a finished stage does not say how the ranks ended. So tasks return their ranks' exit
+codes as results, never as failures, and also report them over their connections; a new attempt starts only if a task was lost, and
+once every task of the previous attempt has let go."""
 
 from __future__ import annotations
 
@@ -38,25 +36,25 @@ from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.1
 RANK_END_SECONDS = 5.0
-"""What a task needs beyond the silence of its driver to end its rank."""
+"""Extra time that a task needs to end its rank once its driver is silent."""
 MAX_STRANGERS = 256
-"""Connections that have not said who they are. Others wait until there is room."""
+"""Limit of connections that have not identified themselves; others wait until there is room."""
 CROWDED_SECONDS = 1.0
-"""How long each of so many may stay silent."""
+"""How long each of them may stay silent while there are too many."""
 HELLO_BYTES = 2**16
 TOUCH_SECONDS = 5.0
 JOB_SECONDS = 60.0
 """How long Spark may take to end a stage whose tasks have ended."""
 MISSING_SECONDS = 30.0
-"""After how long it is said that tasks have not begun."""
+"""After this time, a message names the tasks that have not begun."""
 RETURN_SECONDS = 300.0
-"""How long Spark may take to bring all tasks back after one was lost."""
+"""How long Spark may take to restart all tasks after one was lost."""
 
 
 def run(
     config: RunConfig, run_dir: Path, launch: SparkConfig, console: Console, command: Sequence[str] | None = None
 ) -> int:
-    """Start the ranks and wait for them; the exit code of the public contract. Raises UserError."""
+    """Start the ranks, wait for them and return the exit code. Raises UserError."""
     with session_of(launch, console) as session, caught_signals(config.run.signals) as received:
         size = wait_for_slots(session.sparkContext, launch.processes, received)
         stage = Stage(config, run_dir, launch, console, size, command)
@@ -68,12 +66,12 @@ def run(
 
 @dataclass
 class Task:
-    """One task of the present attempt."""
+    """One task of the current attempt."""
 
     line: Line
     hello: dict[str, Any]
     code: int | None = None
-    """Of its rank, when it has ended."""
+    """Exit code of its rank, once it has ended."""
     lost_at: float | None = None
     """When its connection broke before that."""
 
@@ -87,9 +85,9 @@ class Attempt:
     """When it began to wait for its tasks."""
     running: bool = False
     over: bool = False
-    """Its tasks were told to end their ranks."""
+    """Whether its tasks have been told to end their ranks."""
     repeated: bool = False
-    """Whether Spark lost a task of it, and starts the stage again."""
+    """Whether Spark lost one of its tasks and restarts the stage."""
 
 
 class Stage:
@@ -111,15 +109,15 @@ class Stage:
         self.starts = {rank: attempt.size(log_path(run_dir, rank)) for rank in range(size)}
         self._attempt = Attempt(1)
         self._waiting: list[tuple[Line, dict[str, Any]]] = []
-        """Tasks of the next attempt, which have to wait for the end of the present one."""
+        """Tasks of the next attempt, which wait for the end of the current one."""
         self._strangers: dict[Line, float] = {}
-        """Connections that have not said who they are."""
+        """Connections that have not identified themselves."""
         self._patience = SILENT_SECONDS + RANK_END_SECONDS + launch.grace_seconds
-        """After how long no rank can be there any more whose task has lost the driver."""
+        """After this time, no rank can be alive whose task has lost the driver."""
         self._touched = -TOUCH_SECONDS
         self._refusal: UserError | None = None
         self._lost = ""
-        """Which task was lost last."""
+        """The task that was lost last."""
         self._failure = ""
         self._began = False
         """Whether any rank was started."""
@@ -143,7 +141,7 @@ class Stage:
             ended: float | None = None
             try:
                 while job.is_alive():
-                    self._touch()
+                    self._touch_run()
                     self._accept(server)
                     self._listen()
                     follower.look()
@@ -171,30 +169,32 @@ class Stage:
             raise self._refusal
         return self._judge()
 
-    def _touch(self) -> None:
+    def _touch_run(self) -> None:
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             (self._run_dir / records.DRIVER).parent.mkdir(exist_ok=True)
             files.write(self._run_dir / records.DRIVER, str(self._patience))
             self._touched = time.monotonic()
 
     def _work(self, session: Any, address: tuple[str, int]) -> None:
-        """Run the stage. Nothing of what it returns is used."""
+        """Run the stage. Its return value is not used."""
         context = session.sparkContext
         context.setJobGroup(self._id, "ranks of dstune", interruptOnCancel=True)
         task = partial(run_task, driver=address[0], port=address[1], token=self._token, run_dir=str(self._run_dir))
         try:
             rows = session.range(0, self.size, 1, self.size)
             ranks = rows.mapInArrow(task, "rank long, code long", barrier=True)
-            # Behind a shuffle: Spark starts a barrier stage again that lost a worker, but never the last stage of a job.
+            # After a shuffle: Spark restarts a barrier stage that lost a worker, but never the last stage of a job.
             ranks.repartition(1).collect()
-        except Exception as error:  # of Java, py4j or pyspark
+        except Exception as error:  # from Java, py4j or pyspark
             self._failure = refusals.cause(str(error))
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def _accept(self, server: socket.socket) -> None:
         server.settimeout(0.0)
-        with contextlib.suppress(OSError):  # nobody waits; one went away; this process can open no more files
+        with contextlib.suppress(
+            OSError
+        ):  # nobody waits; a client disconnected; or this process can open no more files
             while len(self._strangers) < MAX_STRANGERS:
                 connection, _ = server.accept()
                 connection.setblocking(True)
@@ -211,12 +211,12 @@ class Stage:
         for line in lines:
             messages = line.receive(0.0)
             if line in self._strangers:
-                self._meet(line, messages)
+                self._identify(line, messages)
             elif line in tasks:
                 self._note(tasks[line], messages)
 
     def _note(self, task: Task, messages: Sequence[dict[str, Any]]) -> None:
-        """Note what a task says of its rank, or that it is gone."""
+        """Record what a task reports about its rank, or that the task is gone."""
         ended = self._attempt.ended
         for message in messages:
             if isinstance(message.get("ended"), int):
@@ -229,8 +229,8 @@ class Stage:
         if not task.line.open and task.code is None and task.lost_at is None:
             task.lost_at = time.monotonic()
 
-    def _meet(self, line: Line, messages: list[dict[str, Any]]) -> None:
-        """Meet a connection that says who it is; one that does not know the token is nobody."""
+    def _identify(self, line: Line, messages: list[dict[str, Any]]) -> None:
+        """Handle a connection that identifies itself; without the token it is dropped."""
         if not messages:
             patience = SILENT_SECONDS if len(self._strangers) < MAX_STRANGERS else CROWDED_SECONDS
             if not line.open or time.monotonic() - self._strangers[line] > patience:
@@ -248,7 +248,7 @@ class Stage:
         self._waiting.append((line, hello))
 
     def _advance(self) -> None:
-        """Bring the attempt on: its tasks together, its start, its end; then the next one where Spark starts the stage again."""
+        """Advance the attempt: gather its tasks, start it, end it; then go on to the next one if Spark restarts the stage."""
         present = self._attempt
         lost = [task for task in present.tasks.values() if task.lost_at is not None]
         again = any(hello["rank"] in present.tasks for _, hello in self._waiting)
@@ -279,10 +279,10 @@ class Stage:
         if not present.running and len(present.tasks) == self.size:
             self._start(present)
         elif not present.running:
-            self._mind_missing(present)
+            self._report_missing(present)
 
-    def _mind_missing(self, present: Attempt) -> None:
-        """Say that tasks have not begun; give up where Spark cannot bring them back."""
+    def _report_missing(self, present: Attempt) -> None:
+        """Report tasks that have not begun; give up if Spark cannot restart them."""
         waited = time.monotonic() - present.began
         if waited > MISSING_SECONDS and not self._missing_reported:
             self._missing_reported = True
@@ -291,14 +291,14 @@ class Stage:
         self._gave_up = self._began and waited > RETURN_SECONDS
 
     def _dismiss_waiting(self) -> None:
-        """Dismiss tasks that Spark started again, and whose ranks shall not start."""
+        """Dismiss tasks that Spark has restarted and whose ranks must not start."""
         for line, _ in self._waiting:
             line.send({"end": 0.0})
             line.close()
         self._waiting = []
 
     def _start(self, attempt: Attempt) -> None:
-        """Tell every task what its rank is."""
+        """Send every task its rank's settings."""
         hellos = {rank: task.hello for rank, task in attempt.tasks.items()}
         try:
             refusals.check(hellos, self._run_dir)
@@ -347,7 +347,7 @@ class Stage:
             self._dismiss_waiting()
 
     def _is_over(self) -> bool:
-        """Return whether no rank shall be started any more."""
+        """Return whether no further rank may be started."""
         if self._refusal is not None or self._stop.forced or self._gave_up or self._all_ended():
             return True
         present = self._attempt
@@ -358,7 +358,7 @@ class Stage:
         return len(present.tasks) == self.size and all(task.code is not None for task in present.tasks.values())
 
     def _no_rank_left(self) -> bool:
-        """Return whether no rank of this attempt can be there: each has ended, or its task lost the driver long ago."""
+        """Return whether no rank of this attempt can be alive: each has ended, or its task lost the driver long ago."""
         patience = self._patience if self._attempt.running else 0.0
         now = time.monotonic()
         return all(
@@ -388,8 +388,8 @@ class Stage:
 
 
 def _listening(conf: Any) -> tuple[socket.socket, str]:
-    """Return a server as the driver's own are (`spark.driver.bindAddress`), and the host that workers reach it by. Raises
-    UserError."""
+    """Return a server socket that listens like the driver's own (`spark.driver.bindAddress`), and the host by which workers reach
+    it. Raises UserError."""
     host = str(conf.get("spark.driver.host", "127.0.0.1")).strip("[]")
     place = str(conf.get("spark.driver.bindAddress", host)).strip("[]")
     try:

@@ -1,8 +1,6 @@
-"""A task of the barrier stage: it starts one rank, and ends it when the driver says so or is gone.
-
-The task connects to the driver before anything else. Over this connection come the rank's variables, which so appear neither in
-Spark's configuration nor in its event log or UI; it tells each side that the other one lives.
-"""
+"""A task of the barrier stage: it starts one rank, and ends it when the driver asks or is gone. The task first connects to the
+driver. The rank's variables come over this connection, so they appear neither in Spark's configuration nor in its event log or UI;
+the connection also tells each side whether the other one is alive."""
 
 from __future__ import annotations
 
@@ -23,19 +21,19 @@ from typing import Any
 
 PING_SECONDS = 3.0
 SILENT_SECONDS = 20.0
-"""The other side is gone when nothing came from it for so long."""
+"""The other side counts as gone if nothing came from it for this long."""
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 NOT_INHERITED_PREFIXES = ("PYSPARK_", "SPARK_", "TORCHELASTIC_", "PYTHON_WORKER_", "PYTHON_UDF_")
 LIMIT = 2**24
 
 
 class Line:
-    """Messages over a connection, a JSON object a line."""
+    """Messages over a connection, one JSON object per line."""
 
     def __init__(self, connection: socket.socket, limit: int = LIMIT):
         self._connection, self._rest, self.limit = connection, b"", limit
         self._received_at = self._sent_at = time.monotonic()
-        self._readable = select.poll()  # select() itself takes no file beyond the first 1024 of a process
+        self._readable = select.poll()  # select() accepts only the first 1024 files of a process
         self._readable.register(connection, select.POLLIN)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.open = True
@@ -51,7 +49,7 @@ class Line:
             self.open = False
 
     def receive(self, seconds: float) -> list[dict[str, Any]]:
-        """Return what came within `seconds`; `open` is false when the other side is gone."""
+        """Return the messages that arrived within `seconds`; `open` is False once the other side is gone."""
         if self.open and time.monotonic() - self._sent_at > PING_SECONDS:
             self.send({"ping": True})
         messages: list[dict[str, Any]] = []
@@ -88,7 +86,7 @@ def free_port(address: str) -> int:
 
 
 def run_task(batches: Iterable[Any], *, driver: str, port: int, token: str, run_dir: str) -> Iterator[Any]:
-    """Be a rank in a task of Spark (the function of `mapInArrow`); yields one row with its number and its exit code."""
+    """Run a rank in a Spark task (the function of `mapInArrow`); yields one row with its number and exit code."""
     import pyarrow as pa
     from pyspark import BarrierTaskContext
 
@@ -102,8 +100,8 @@ def run_task(batches: Iterable[Any], *, driver: str, port: int, token: str, run_
 
 
 def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_dir: Path) -> int:
-    """Be the rank that the driver makes of this task; its exit code. A task that the driver does not want any more ends with 0:
-    what it was told is known to the driver."""
+    """Run the rank that the driver assigns to this task and return its exit code. A task that the driver no longer needs ends with
+    0: the driver knows what it was told."""
     from dstune import __version__
     from dstune.core.errors import EXIT_FAILED, UserError
     from dstune.launch.commands import count_gpus
@@ -146,8 +144,8 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
 
 
 def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> tuple[int, bool]:
-    """Start the rank, and wait for its end: its exit code, and whether the driver ordered it. Raises OSError, and UserError where
-    its log is a link."""
+    """Start the rank and wait for its end. Returns its exit code, and whether the driver ordered the end. Raises OSError; UserError
+    if its log is a link."""
     from dstune.core import files
     from dstune.core.rank_env import LAUNCH_ID, LAUNCHER_PID
     from dstune.launch.processes import Guard, end_all
