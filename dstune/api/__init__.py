@@ -1,1 +1,1 @@
-"""What `import dstune` offers: training, trained models and runs from Python, on the same layers as the command line."""
+"""The Python API of `import dstune`: training, trained models and runs, on the same layers as the command line."""

@@ -1,4 +1,4 @@
-"""A callback that a notebook cell or a script defines, as a file that travels to the ranks with its source."""
+"""Callbacks defined in a notebook cell or a script, written to a file that carries their source to the ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def file_of(callback: type) -> Path:
     from dstune.protocols import CALLBACKS
 
     text = source_of(callback)
-    # The plugin takes its name; nothing but this function can use what `__main__` registered.
+    # The plugin registers this name itself; nothing else can use the class that `__main__` registered.
     for name, cls in [*CALLBACKS.classes().items()]:
         if cls.__module__ == "__main__" and cls.__qualname__ == callback.__qualname__:
             CALLBACKS.remove(name)
@@ -46,7 +46,7 @@ def file_of(callback: type) -> Path:
 
 
 def source_of(callback: type) -> str:
-    """Return the text of such a file. Raises UserError."""
+    """Return the source of such a plugin file. Raises UserError."""
     name = callback.__name__
     fix = f"write it into a file (%%writefile my_callback.py), and pass callbacks=['./my_callback.py:{name}']"
     try:
@@ -75,7 +75,7 @@ def source_of(callback: type) -> str:
 
 
 def _source(callback: type) -> str:
-    """Return the text of the class with its decorators. Raises OSError or TypeError."""
+    """Return the source of the class with its decorators. Raises OSError or TypeError."""
     codes = [method.__code__ for method in vars(callback).values() if inspect.isfunction(method)]
     for (
         code
@@ -90,12 +90,12 @@ def _source(callback: type) -> str:
 
 
 def _free_names(tree: ast.Module) -> set[str]:
-    """Return names that the code reads and does not define anywhere itself."""
-    read: set[str] = set()
+    """Return names that the code reads without defining them."""
+    used: set[str] = set()
     defined: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.arg):
@@ -104,11 +104,11 @@ def _free_names(tree: ast.Module) -> set[str]:
             defined |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ExceptHandler) and node.name:
             defined.add(node.name)
-    return read - defined
+    return used - defined
 
 
 def _definition(name: str, value: Any) -> str | None:
-    """Return a line that gives `name` its value in another process; None where there is none."""
+    """Return a line that assigns the value to `name` in another process; None if there is none."""
     if isinstance(value, ModuleType):
         return f"import {value.__name__} as {name}" if value.__name__ != "__main__" else None
     if isinstance(value, PLAIN):
@@ -126,7 +126,7 @@ def _definition(name: str, value: Any) -> str | None:
 
 @cache
 def _folder() -> Path:
-    """Return a folder of this process alone; the run directory has its own copy of each plugin."""
+    """Return a folder private to this process; the run directory has its own copy of each plugin."""
     folder = tempfile.mkdtemp(prefix="dstune-callbacks-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

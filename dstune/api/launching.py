@@ -17,7 +17,7 @@ WriteRows = Callable[[Path], None]
 
 
 def resume(run: Path, *overrides: str, progress: bool = True) -> Path:
-    """See `Run.resume`. Returns the run directory."""
+    """Continue a run; see `Run.resume`. Returns the run directory."""
     from dstune.config.flags import Flags
     from dstune.launch.train import Command
 
@@ -47,7 +47,7 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
 
 
 def _ended(run_dir: Path, code: int) -> Path:
-    """Return the run directory. Raises Preempted or TrainingFailed where it did not end as planned."""
+    """Return the run directory. Raises Preempted or TrainingFailed if the run did not end normally."""
     if code == EXIT_DONE:
         return run_dir
     from dstune.launch.records import read_result
@@ -59,7 +59,7 @@ def _ended(run_dir: Path, code: int) -> Path:
 
 
 def check_overrides(overrides: Sequence[Any]) -> None:
-    """Raises UserError for flags of the command line and for what is no text."""
+    """Raises UserError for command-line flags and for overrides that are not texts."""
     problems = []
     for word in overrides:
         if not isinstance(word, str):
@@ -100,7 +100,7 @@ def _is_file(word: Any, is_configuration_file: Callable[[str], bool]) -> bool:
 
 
 def refuse_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for keyword arguments that are settings: each with the override that it means."""
+    """Raises UserError for keyword arguments that are settings, naming the override for each."""
     if not settings:
         return
     from dstune.config.convert import format_value
@@ -125,7 +125,7 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_lone(**lists: Any) -> None:
-    """Raises UserError for one text, path or class where an argument takes a list: a text would be read letter by letter."""
+    """Raises UserError for a single text, path or class where an argument takes a list: a text would be read letter by letter."""
     problems = []
     for name, argument in lists.items():
         if isinstance(argument, (str, os.PathLike, type)):

@@ -181,7 +181,7 @@ def plan(
 
 
 class Loaded:
-    """A model that stays in memory: the last one that answered, of one run, export or model."""
+    """A model kept in memory: the last one used, of one run, export or model."""
 
     def __init__(self, model: Any):
         self._path = os.fspath(model)
@@ -190,7 +190,7 @@ class Loaded:
         self._open = ExitStack()
 
     def forget(self) -> None:
-        """Free the memory: the run is about to change."""
+        """Free the memory, because the run is about to change."""
         self._open.close()
         self._key, self._model = None, None
 
@@ -205,7 +205,7 @@ class Loaded:
     ) -> list[dict[str, Any]]:
         """See `predict`."""
         from dstune.api.launching import check_overrides
-        from dstune.api.rows import each
+        from dstune.api.rows import iterate_rows
         from dstune.config.data_schema import OnBadRow
         from dstune.config.schema import ModelConfig
         from dstune.inference.load import find, load
@@ -215,7 +215,7 @@ class Loaded:
         check_overrides(overrides)
         _check_batch_size(batch_size, 32)
         request = find(ModelConfig(path=self._path), str(checkpoint), overrides)
-        places_and_columns = [(f"row {number}", _columns(row)) for number, row in enumerate(each(rows), 1)]
+        places_and_columns = [(f"row {number}", _columns(row)) for number, row in enumerate(iterate_rows(rows), 1)]
         if not places_and_columns:
             return []
         question = task_of(request.config.task).question(request.labels, request.config.data)
@@ -255,14 +255,14 @@ class Loaded:
             fix = 'a text, a conversation such as [{"role": "user", "content": "Hi"}], or a list of either'
             raise UserError(Problem("prompt", "expected texts or conversations", fix, repr(prompt)[:80]))
         requests = [_request(text, number) for number, text in enumerate([prompt] if is_single else prompt, 1)]
-        chosen = _sampling(sampling)
+        sampling_options = _sampling(sampling)
         newest = store.newest(Path(self._path)) if checkpoint == "last" else None
 
         def loaded() -> Speaker:
             return self._open.enter_context(open_speaker(ModelConfig(path=self._path), checkpoint, {}))
 
         speaker: Speaker = self._loaded(("generate", checkpoint, newest), loaded)
-        writer = Writer(speaker, chosen, plain=plain, system=system)
+        writer = Writer(speaker, sampling_options, plain=plain, system=system)
         answers = [
             answer.text
             for start in range(0, len(requests), batch_size)
@@ -284,7 +284,7 @@ def _check_batch_size(size: Any, default: int) -> None:
 
 
 def _columns(row: Any) -> str | dict[str, Any] | ValueError:
-    """Return a text or the columns of a row, or what is wrong with it, so that bad rows of every kind are listed together."""
+    """Return a text or the columns of a row, or the error, so that bad rows of every kind are listed together."""
     from dstune.api.rows import plain_row
 
     try:
@@ -341,7 +341,7 @@ def _sampling(options: Mapping[str, Any]) -> Any:
         problems.append(Problem("stop", "expected a text or a list of texts", 'stop=["\\n"]', repr(stop)[:80]))
     if problems:
         raise UserError(problems)
-    chosen = Sampling(**{**options, "stop": tuple(texts)})
+    sampling = Sampling(**{**options, "stop": tuple(texts)})
     problems += [
         Problem(name, f"must be at least {least}", fix, str(value))
         for name, least, fix in (
@@ -349,13 +349,13 @@ def _sampling(options: Mapping[str, Any]) -> Any:
             ("top_k", 0, "top_k=0 samples from all tokens"),
             ("temperature", 0, "temperature=0 is greedy"),
         )
-        if not (value := getattr(chosen, name)) >= least
+        if not (value := getattr(sampling, name)) >= least
     ]
-    if not 0 < chosen.top_p <= 1:
+    if not 0 < sampling.top_p <= 1:
         fix = "top_p=1 samples from all tokens"
-        problems.append(Problem("top_p", "must be more than 0 and at most 1", fix, str(chosen.top_p)))
-    if not chosen.temperature and (chosen.top_p != 1 or chosen.top_k):
+        problems.append(Problem("top_p", "must be more than 0 and at most 1", fix, str(sampling.top_p)))
+    if not sampling.temperature and (sampling.top_p != 1 or sampling.top_k):
         problems.append(Problem("temperature", "greedy answers draw nothing", "temperature=0.7", "0"))
     if problems:
         raise UserError(problems)
-    return chosen
+    return sampling

@@ -1,4 +1,4 @@
-"""Progress in a notebook: rank 0's progress line is one output that is drawn over, everything else is printed."""
+"""Progress in a notebook: rank 0's progress line is one output that is updated in place; everything else is printed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ COLUMNS = 100
 
 
 def console(progress: bool = True) -> Console:
-    """Return the console of this process: a notebook's, a terminal's or a plain one; one that prints nothing without `progress`."""
+    """Return the console of this process: a notebook's, a terminal's or a plain one; without `progress`, one that prints
+    nothing."""
     if not progress:
         return Silent()
     return Notebook() if in_notebook() else Console()
 
 
 def in_notebook() -> bool:
-    """Return whether this is a kernel of Jupyter. Imports nothing: a kernel has loaded IPython already."""
+    """Return whether this process is a Jupyter kernel. It imports nothing: a kernel has loaded IPython already."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell"
@@ -46,7 +47,7 @@ class Notebook(Console):
 
     def message(self, text: str) -> None:
         with self._lock:
-            print(text, flush=True)  # standard error is shown in red, which is for mistakes
+            print(text, flush=True)  # standard error is shown in red, which suggests an error
 
     def _draw(self, text: str) -> None:
         from IPython.display import display
@@ -61,7 +62,7 @@ class Notebook(Console):
 
 
 class Silent(Console):
-    """Prints nothing: the run directory has it all."""
+    """Prints nothing: everything is in the run directory."""
 
     @property
     def kind(self) -> str:

@@ -1,4 +1,4 @@
-"""Rows from memory: written into the run directory, and trained from there like any other file."""
+"""Writes rows from memory into the run directory, where they are trained on like any other file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import pandas
 
 Rows: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pandas.DataFrame | Any"
-"""`Any`: what a data source holds, such as a DataFrame of Spark."""
+"""`Any`: rows of a data source, such as a Spark DataFrame."""
 
 FOLDER = "data"
-"""Where rows from memory are, below the run directory."""
+"""The folder of rows from memory, inside the run directory."""
 
 
 def is_file(rows: Any) -> bool:
@@ -34,7 +34,7 @@ def is_file(rows: Any) -> bool:
 
 
 def file_name(rows: Any, split: str) -> str:
-    """Return the file below the run directory where `rows` of the split are written."""
+    """Return the file inside the run directory to which `rows` of the split are written."""
     if _holder(rows) is not None:
         return f"{FOLDER}/{split}.parquet"
     table = _table(rows, split)
@@ -81,11 +81,8 @@ def _refuse_other_rows(target: Path, new: Path, key: str) -> None:
 
 
 def _table(rows: Any, key: str) -> Any:
-    """Return a pyarrow table of a Dataset or DataFrame; None for everything else, and for a DataFrame of columns whose values are
-    of several types. Neither library is imported for the question.
-
-    Raises UserError for a DataFrame with two columns of one name.
-    """
+    """Return a pyarrow table of a Dataset or DataFrame; None for everything else, and for a DataFrame with columns of mixed types.
+    Imports neither library. Raises UserError for a DataFrame with duplicate column names."""
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(rows, datasets.Dataset):
         return rows.with_format("arrow")[:]
@@ -101,7 +98,7 @@ def _table(rows: Any, key: str) -> Any:
 
 
 def refuse_doubles(columns: list[Any], key: str) -> None:
-    """Raise UserError where two columns have one name."""
+    """Raise UserError for duplicate column names."""
     if twice := sorted({str(name) for name in columns if columns.count(name) > 1}):
         raise UserError(Problem(key, "two columns have one name", "rename or drop one of them", ", ".join(twice)))
 
@@ -113,7 +110,7 @@ def _frame(rows: Any) -> Any:
 
 
 def _records(frame: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a DataFrame; what is missing in a cell is None."""
+    """Yield the rows of a DataFrame; a missing cell is None."""
     import pandas
 
     for row in frame.to_dict("records"):
@@ -124,7 +121,8 @@ def _records(frame: Any) -> Iterator[dict[str, Any]]:
 
 
 def _has_empty_objects(kind: Any) -> bool:
-    """Return whether a schema or type of Arrow has objects without any key, as tools without parameters are: Parquet has none."""
+    """Return whether an Arrow schema or type contains structs without fields, such as tools without parameters: Parquet does not
+    support them."""
     import pyarrow as pa
 
     if isinstance(kind, pa.Schema):
@@ -146,8 +144,8 @@ def _write_table(table: Any, file: Path, *, as_parquet: bool) -> int:
 
 
 def _holder(rows: Any) -> HoldsRows | None:
-    """Return the data source that knows rows of this class."""
-    if isinstance(rows, (list, tuple, Iterator)):  # no need to ask
+    """Return the data source for rows of this class; None if there is none."""
+    if isinstance(rows, (list, tuple, Iterator)):  # no data source needs to be asked
         return None
     sources = (source() for source in DATA_SOURCES.classes().values())
     return next((source for source in sources if isinstance(source, HoldsRows) and source.holds(rows)), None)
@@ -175,30 +173,30 @@ def _write_lines(rows: Any, file: Path, key: str) -> int:
 
 
 def plain_row(row: Any) -> dict[str, Any]:
-    """Return a row as JSON holds it. Raises ValueError for what it cannot hold."""
+    """Return a row in JSON types. Raises ValueError for a value that JSON cannot hold."""
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a mapping of columns, not {type(row).__name__}")
-    return {str(name): _plain(value, str(name)) for name, value in row.items()}
+    return {str(name): _json_value(value, str(name)) for name, value in row.items()}
 
 
-def _plain(value: Any, where: str) -> Any:
+def _json_value(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None  # the missing value of a table's column
     if isinstance(value, Mapping):
-        return {str(name): _plain(item, f"{where}.{name}") for name, item in value.items()}
+        return {str(name): _json_value(item, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
+        return [_json_value(item, where) for item in value]
     if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
-        return _plain(value.tolist(), where)
+        return _json_value(value.tolist(), where)
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise ValueError(f"column {where!r} holds a {type(value).__name__}, which JSON cannot express")
 
 
-def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
-    """Yield the rows or texts of `rows` one by one, to be predicted. Raises UserError: `rows` holds none."""
+def iterate_rows(rows: Any) -> Iterator[Mapping[str, Any] | str]:
+    """Yield the rows or texts of `rows` one by one, for prediction. Raises UserError if `rows` holds none."""
     table = _table(rows, "rows")
     if table is not None:
         yield from table.to_pylist()

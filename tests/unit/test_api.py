@@ -125,7 +125,7 @@ def test_a_frame_whose_columns_mix_types_becomes_json_lines(tmp_path):
     assert rows.file_name(table, "train") == "data/train.jsonl"
     rows.write(table, tmp_path / "train.jsonl", "train")
     assert [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()] == given
-    assert list(rows.each(table)) == given
+    assert list(rows.iterate_rows(table)) == given
 
 
 def test_a_frame_with_two_columns_of_one_name_is_refused(tmp_path):
@@ -133,7 +133,7 @@ def test_a_frame_with_two_columns_of_one_name_is_refused(tmp_path):
     for call in (
         lambda: rows.file_name(table, "train"),
         lambda: rows.write(table, tmp_path / "train.jsonl", "train"),
-        lambda: list(rows.each(table)),
+        lambda: list(rows.iterate_rows(table)),
     ):
         with pytest.raises(UserError, match="=text: two columns have one name"):
             call()
