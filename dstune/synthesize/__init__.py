@@ -1,1 +1,1 @@
-"""`dstune synthesize`: rows that a teacher writes, filtered, each with where it came from."""
+"""`dstune synthesize`: rows that a teacher model writes, filtered, each with its provenance."""

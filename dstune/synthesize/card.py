@@ -1,4 +1,4 @@
-"""What a set of rows is: `card.md` beside it."""
+"""Writes `card.md`, which describes a set of synthetic rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections import Counter
 from dstune import __version__
 from dstune.data.unread import SYNTHETIC
 from dstune.synthesize.journal import Journal
-from dstune.synthesize.pipeline import Made
+from dstune.synthesize.pipeline import Synthesis
 
 
-def write_card(arguments: argparse.Namespace, made: Made, journal: Journal, requests: int) -> str:
+def write_card(arguments: argparse.Namespace, made: Synthesis, journal: Journal, requests: int) -> str:
     """Write the card as Markdown."""
     models = Counter((answer.model, answer.version) for answer in journal.answers.values())
     lines = [
@@ -48,5 +48,5 @@ def write_card(arguments: argparse.Namespace, made: Made, journal: Journal, requ
 
 
 def _cell(text: str) -> str:
-    """Fit a text into one cell of a table, whatever it holds."""
+    """Escape a text so that it fits into one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")

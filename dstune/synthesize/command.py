@@ -20,12 +20,12 @@ from dstune.synthesize import card, options
 from dstune.synthesize.grading import Graders
 from dstune.synthesize.journal import Answer, Journal
 from dstune.synthesize.pipeline import Settings, make_rows
-from dstune.synthesize.requests import KINDS, Ask, Item, asks, digest_of
+from dstune.synthesize.requests import KINDS, Ask, Item, digest_of, make_requests
 from dstune.synthesize.teacher import Address, Teacher, TeacherUnreachable, check_address
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb. Raises DstuneError; returns the exit code of the public contract."""
+    """Run the verb and return the exit code. Raises DstuneError."""
     arguments = options.make_parser().parse_args(argv)
     options.check(arguments)
     kind = KINDS[arguments.kind]
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         raise UserError(Problem("--input", reason, "name the column so, or another kind", arguments.input))
     settings = Settings.of(arguments, read_texts(arguments.held_out))
     items = kind.items(rows, arguments.count, arguments.seed)
-    requests = list(asks(kind, items, rows, arguments.samples, arguments.seed, arguments.system))
+    requests = list(make_requests(kind, items, rows, arguments.samples, arguments.seed, arguments.system))
     journal = Journal(arguments.output, _identity(arguments, requests))
     ended: DstuneError | None = None
     try:
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_items(spec: str, key: str) -> list[Item]:
-    """Return the rows of a file, folder, glob or sample. Raises UserError for bad rows."""
+    """Return the rows of a file, folder, glob or sample. Raises UserError for invalid rows."""
     from dstune.data import sources
     from dstune.data.files import place
 
@@ -96,7 +96,8 @@ def _fits(kind: str, item: Item) -> bool:
 
 
 def _identity(arguments: argparse.Namespace, requests: Sequence[Ask]) -> dict[str, Any]:
-    """Return what the answers follow from. The address is not part of it: the same model may be served elsewhere later."""
+    """Return the settings that determine the answers. The address is not one of them: the same model may be served elsewhere
+    later."""
     names = ("kind", "model", "temperature", "max_tokens", "seed", "samples", "system")
     digest = digest_of([[ask.key, ask.messages] for ask in requests])
     return {**{name: getattr(arguments, name) for name in names}, "requests": len(requests), "digest": digest}
@@ -144,7 +145,7 @@ def ask_all(arguments: argparse.Namespace, requests: Sequence[Ask], journal: Jou
 
 
 def answer_of(teacher: Teacher, arguments: argparse.Namespace, ask: Ask) -> Answer:
-    """Ask the teacher one request; return what it writes. Raises TeacherUnreachable, UserError."""
+    """Send the teacher one request and return its answer. Raises TeacherUnreachable, UserError."""
     body = {
         "messages": ask.messages,
         "temperature": arguments.temperature,
@@ -166,7 +167,7 @@ def answer_of(teacher: Teacher, arguments: argparse.Namespace, ask: Ask) -> Answ
 
 @contextmanager
 def _interruptible(stop: threading.Event) -> Iterator[None]:
-    """Ask no more after a first SIGINT or SIGTERM; a second one ends the program."""
+    """Stop sending requests after a first SIGINT or SIGTERM; a second one ends the program."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Which drafts stay. Each filter leaves a reason at those that it removes, and perhaps a score at the others."""
+"""Filters of drafts. Each filter sets a reason on the drafts that it removes, and may set a score on others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstune.synthesize.requests import Draft
 
 WORDS = re.compile(r"\w+")
 RUN = 8
-"""Words in a row that a draft may not have in common with a held-out text; shorter texts are compared whole."""
+"""Length, in words, of a run that a draft may not share with a held-out text; shorter texts are compared completely."""
 
 REFUSALS = re.compile(
     r"^\W*(?:(?:i(?:'|\u2019)?m|i am) (?:really |very |so )?(?:sorry|unable|not able|afraid)|sorry[,.]? (?:but )?i|"
@@ -22,12 +22,12 @@ REFUSALS = re.compile(
     r"lo siento|no puedo|mi dispiace|non posso|\u5bf9\u4e0d\u8d77|\u62b1\u6b49|\u6211\u65e0\u6cd5|\u7533\u3057\u8a33)",
     re.IGNORECASE,
 )
-"""How models begin to refuse, in some languages."""
+"""How models begin to refuse, in several languages."""
 
 
 @dataclass
 class Judged:
-    """A draft with what the filters have said so far."""
+    """A draft with the filters' results so far."""
 
     draft: Draft
     scores: dict[str, float] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def leave_out_refusals(judged: Sequence[Judged]) -> None:
 
 
 def leave_out_languages(judged: Sequence[Judged], languages: Sequence[str]) -> None:
-    """Leave out answers in another language than these (ISO 639). Needs the extra `clean`."""
+    """Leave out answers that are not in one of these languages (ISO 639). Needs the extra `clean`."""
     from dstune.data.clean.language import SURE, language
 
     for row in staying(judged):
@@ -59,7 +59,7 @@ def leave_out_languages(judged: Sequence[Judged], languages: Sequence[str]) -> N
 def leave_out_low_scores(
     judged: Sequence[Judged], name: str, scores: Sequence[float | None], least: float | None
 ) -> None:
-    """Leave out rows below a score. scores: of those that stay, in their order; None where the grader could not tell."""
+    """Leave out rows with a score below `least`. scores: of the remaining rows, in their order; None if the grader had no score."""
     for row, score in zip(list(staying(judged)), scores, strict=True):
         if score is None:
             row.reason = f"{name} could not score it"
@@ -89,7 +89,7 @@ def leave_out_disagreeing(judged: Sequence[Judged], least: float) -> None:
 
 
 def final_answer(text: str) -> str:
-    """Return what of an answer is compared: a box, else its last number, else all of its words."""
+    """Return the part of an answer that is compared: a box, otherwise its last number, otherwise all of its words."""
     if (content := boxed(text)) is not None:
         return re.sub(r"\s+", "", content)
     if (number := last_number(text)) is not None:
@@ -98,8 +98,8 @@ def final_answer(text: str) -> str:
 
 
 def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
-    """Leave out all but the first of rows that are alike: in their words, and with `near` by that share of their characters at
-    least (the extra `clean`)."""
+    """Leave out all but the first of equal rows: equal in their words or, with `near`, in at least that share of their characters
+    (the extra `clean`)."""
     rows = list(staying(judged))
     earlier_texts: set[str] = set()
     for row in rows:
@@ -127,7 +127,7 @@ def comparable(draft: Draft) -> str:
 
 
 def normal(text: str) -> str:
-    """Return the words of a text in lower case, with a space between them."""
+    """Return the words of a text in lower case, separated by spaces."""
     return " ".join(WORDS.findall(text.casefold()))
 
 
@@ -144,23 +144,23 @@ class HeldOut:
             self._runs.update(_runs(words))
 
     def meets(self, text: str, *, whole: bool = False) -> bool:
-        """Return whether `text` has a run of `RUN` words of a held-out text; whole: or is a shorter one itself."""
+        """Return whether `text` shares a run of `RUN` words with a held-out text. whole: also if it equals a shorter one."""
         words = WORDS.findall(text.casefold())
         return (whole and tuple(words) in self._short) or any(run in self._runs for run in _runs(words))
 
 
 def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOut) -> None:
-    """Leave out rows with a prompt, an answer or a source that a held-out text has too."""
+    """Leave out rows whose prompt, answer or source repeats a held-out text."""
     for row in staying(judged):
         source = row.draft.row.get("source")
         texts = [row.draft.answer, *([source["text"]] if isinstance(source, Mapping) else [])]
-        # Many questions have "yes" for an answer, which gives none of them away.
+        # Many questions have the answer "yes", which reveals none of them.
         if held_out.meets(row.draft.prompt, whole=True) or any(map(held_out.meets, texts)):
             row.reason = "contamination"
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Yield all texts of a row, however deep, without roles of messages."""
+    """Yield all texts of a row, at any depth, except the roles of messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

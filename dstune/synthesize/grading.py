@@ -1,4 +1,4 @@
-"""Scores of drafts: by rewards of dstune in a process of their own, or by a reward model behind an address."""
+"""Scores drafts: by dstune's rewards in a separate process, or by a reward model at an address."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.reward_process import RewardProcess
 
 GRADER_SECONDS = 120.0
-"""For one grader to score all drafts of a call."""
+"""Time limit for one grader to score all drafts of a call."""
 AT_ONCE = 64
-"""Drafts of a call."""
+"""Drafts per call."""
 
 
 @dataclass
 class Graders:
-    """What scores drafts, by name, with the least score that stays."""
+    """The graders by name, with the lowest score that a draft may have."""
 
     least: dict[str, float | None]
     reward_model: Teacher | None = None
     reward_least: float | None = None
     grader_files: list[str] = field(default_factory=list)
-    """With graders of the fine-tuning API, whose names are those of the files."""
+    """Files with graders of the fine-tuning API, which are named after the files."""
     _process: RewardProcess | None = None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Graders:
-        """Return the graders that the flags name. Raises UserError for names that are no rewards."""
+        """Return the graders that the flags name. Raises UserError for names that are not rewards."""
         least: dict[str, float | None] = {}
         graders: list[str] = []
         problems = []
@@ -59,7 +59,7 @@ class Graders:
         return cls(least, model, arguments.reward_least, graders)
 
     def score(self, name: str, drafts: Sequence[Draft]) -> list[float | None]:
-        """Score drafts by the reward `name`. Raises UserError where it can score none of the drafts."""
+        """Score drafts by the reward `name`. Raises UserError if it can score none of them."""
         if self._process is None:
             rewards = [name for name in self.least if name in REWARDS]
             config = ReinforcementConfig(rewards=rewards, graders=self.grader_files, reward_seconds=GRADER_SECONDS)

@@ -1,4 +1,4 @@
-"""What the teacher has answered so far, a line an answer: a synthesis that was killed goes on from it."""
+"""The teacher's answers so far, one per line, from which an interrupted synthesis continues."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SETTINGS = "synthesis.json"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the teacher wrote to one request."""
+    """The teacher's answer to one request."""
 
     key: str
     """ITEM/SAMPLE."""
     text: str
     finish: str
-    """Why it ended: `stop`, or `length` where it was cut off."""
+    """Why it ended: `stop`, or `length` if it was truncated."""
     model: str
-    """As the server calls it in the answer."""
+    """The model's name in the server's answer."""
     version: str
-    """Its `system_fingerprint`, where it has one."""
+    """The server's `system_fingerprint`, if it has one."""
     seed: int
     tokens: int
-    """Of prompt and answer, as the server counts them; 0 where it does not tell."""
+    """Tokens of prompt and answer, as the server counts them; 0 if it does not report them."""
 
 
 class Journal:
-    """The answers in `folder`; one process at a time, any thread."""
+    """The answers in `folder`. One process at a time may use it, from any thread."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         """settings: what the requests follow from.
@@ -79,7 +79,7 @@ class Journal:
         end = 0
         for line in self._stream:
             if not line.endswith(b"\n"):
-                break  # what a kill has left of a line
+                break  # an incomplete line that a killed process left
             try:
                 answer = Answer(**parse_json(line))
             except (TypeError, ValueError):
@@ -90,7 +90,7 @@ class Journal:
         self._stream.seek(0, os.SEEK_END)
 
     def add(self, answer: Answer) -> None:
-        """Write it down before anything else happens with it."""
+        """Write an answer to the journal before it is used."""
         line = json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n"
         with self._lock:
             self._stream.write(line)

@@ -79,7 +79,7 @@ def make_parser() -> VerbParser:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for everything that cannot be meant."""
+    """Raises UserError with every invalid option or combination."""
     problems: list[Problem] = []
 
     def at_least(flag: str, value: float | None, least: float) -> None:

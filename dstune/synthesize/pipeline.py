@@ -1,4 +1,4 @@
-"""From the teacher's answers to rows: the same rows whatever the order in which the answers came."""
+"""Turns the teacher's answers into rows, independent of the order in which the answers came."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstune.synthesize.requests import Draft, Item, Kind, Unusable
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the filters."""
+    """Settings of the filters."""
 
     keep_refusals: bool = False
     languages: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Settings:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, held_out: Sequence[str]) -> Settings:
-        """Return the settings that the flags name. Raises UserError for unknown languages."""
+        """Return the settings that the flags select. Raises UserError for unknown languages."""
         languages = tuple(code.strip() for code in (arguments.languages or "").split(",") if code.strip())
         if languages:
             from dstune.data.clean.language import check_languages
@@ -39,14 +39,14 @@ class Settings:
 
 
 @dataclass
-class Made:
-    """The rows of a synthesis, and what was left out of it."""
+class Synthesis:
+    """The rows of a synthesis, and those left out."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     contaminated: int | None = None
-    """Rows that meet a held-out text after all filters; None where none was given."""
+    """Rows that repeat a held-out text, counted after all other filters; None if there are no held-out texts."""
 
 
 def make_rows(
@@ -56,10 +56,9 @@ def make_rows(
     answers: Mapping[str, Answer],
     settings: Settings,
     graders: Graders,
-) -> Made:
-    """Return the rows that the teacher wrote and those that were left out. Raises UserError, TeacherUnreachable (of the reward
-    model)."""
-    made = Made()
+) -> Synthesis:
+    """Return the rows to keep and those left out. Raises UserError; TeacherUnreachable for the reward model."""
+    made = Synthesis()
     judged: list[Judged] = []
     for item in items:
         for sample in range(samples):
@@ -100,7 +99,7 @@ def _filter(judged: list[Judged], settings: Settings, graders: Graders, *, compa
         filters.leave_out_contaminated(judged, settings.held_out)
     for name, least in graders.least.items():
         drafts = [row.draft for row in filters.staying(judged)]
-        # Of a pair the worse answer may be as bad as it is.
+        # the worse answer of a pair may be as bad as it is
         filters.leave_out_low_scores(judged, name, graders.score(name, drafts), None if compares else least)
     if graders.reward_model is not None:
         drafts = [row.draft for row in filters.staying(judged)]
@@ -113,8 +112,8 @@ def _filter(judged: list[Judged], settings: Settings, graders: Graders, *, compa
 
 
 def _paired(judged: Sequence[Judged], graders: Graders) -> list[Judged]:
-    """Return the best and the worst answer to each prompt, by the sum of their scores; those that were left out before come as
-    well."""
+    """Return the best and the worst answer to each prompt, by the sum of their scores, together with the answers left out
+    before."""
     names = [*graders.least, *(["reward_model"] if graders.reward_model is not None else [])]
     pairs: list[Judged] = [judged_row for judged_row in judged if judged_row.reason]
     groups: dict[int, list[Judged]] = {}
@@ -151,12 +150,12 @@ def _provenance(row: Judged, answers: Mapping[str, Answer]) -> dict[str, Any]:
     }
 
 
-def _leave_out(made: Made, reason: str, item: Item, answer: Answer) -> None:
+def _leave_out(made: Synthesis, reason: str, item: Item, answer: Answer) -> None:
     made.reasons[reason] += 1
     made.left_out.append({"reason": reason, "input": item.place, "answer": answer.text, "seed": answer.seed})
 
 
 def _shortened(reason: str) -> str:
-    """Return the reason without the score of a single row."""
+    """Return the reason without the score of the individual row."""
     name, separator, _ = reason.partition(" below ")
     return f"{name.rpartition(' ')[0]} too low" if separator else reason

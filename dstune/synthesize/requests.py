@@ -1,8 +1,5 @@
-"""What is asked for each kind of row, and what the answers become.
-
-A request is a function of the input, the settings and its place (item, sample) alone, so a synthesis that was killed asks for
-exactly what is missing.
-"""
+"""Builds the requests for each kind of row, and parses the answers. A request depends only on the input, the settings and its index
+(item, sample), so an interrupted synthesis sends exactly the missing ones."""
 
 from __future__ import annotations
 
@@ -45,35 +42,35 @@ class Ask:
 
 @dataclass(frozen=True)
 class Draft:
-    """A row as an answer gave it, before any filter."""
+    """A row parsed from an answer, before any filter."""
 
     row: dict[str, Any]
     prompt: str
-    """What was asked, as a filter reads it."""
+    """The prompt, as filters read it."""
     answer: str
-    """What the teacher wrote."""
+    """The teacher's answer."""
     item: Item
     samples: tuple[int, ...]
-    """The answers it is made of."""
+    """Indices of the answers it was made from."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Of the input's row, for graders."""
+    """Columns of the input row, for graders."""
 
 
 class Unusable(Exception):
-    """An answer has not the form that was asked for; the message says how."""
+    """An answer does not have the requested form; the message says why."""
 
 
 class Kind:
-    """One kind of rows."""
+    """A kind of rows."""
 
     name = ""
     reads = ""
-    """What a row of the input has to have."""
+    """What an input row must contain."""
     compares = False
-    """Whether a row is made of several answers to the same request."""
+    """Whether a row is made from several answers to the same request."""
 
     def items(self, rows: Sequence[Item], count: int | None, seed: int) -> list[Item]:
-        """Return what is asked about, one after the other."""
+        """Return the items to send requests for, in order."""
         return list(rows[:count])
 
     def messages(self, item: Item, rows: Sequence[Item], seed: int) -> Messages:
@@ -85,12 +82,12 @@ class Kind:
 
 
 def seed_of(seed: int, item: int, sample: int) -> int:
-    """Return the seed of one request, below 2**31: servers take no larger ones."""
+    """Return the seed of one request, below 2**31, the limit of common servers."""
     digest = hashlib.blake2b(f"{seed}/{item}/{sample}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") & 0x7FFFFFFF
 
 
-def asks(
+def make_requests(
     kind: Kind, items: Sequence[Item], rows: Sequence[Item], samples: int, seed: int, system: str
 ) -> Iterator[Ask]:
     """Yield all requests, in order."""
@@ -103,7 +100,7 @@ def asks(
 
 
 def prompt_of(item: Item) -> Messages | None:
-    """Return the conversation up to where an answer is due; None where the row has none."""
+    """Return the conversation up to where an answer is due; None if the row has none."""
     fields = item.fields
     for name in ("prompt", "messages", "question", "instruction", "query", "text"):
         value = fields.get(name)
@@ -119,7 +116,7 @@ def prompt_of(item: Item) -> Messages | None:
 
 
 def text_of(item: Item) -> str:
-    """Return the document or text of a row; empty where it has none."""
+    """Return the document or text of a row; empty if it has none."""
     for name in ("text", "document", "context", "content", "answer", "completion", "output"):
         value = item.fields.get(name)
         if isinstance(value, str) and value.strip():
@@ -127,7 +124,7 @@ def text_of(item: Item) -> str:
     return ""
 
 
-def shown(messages: Messages) -> str:
+def joined_texts(messages: Messages) -> str:
     """Return the texts of a conversation, one below the other."""
     return "\n".join(str(turn["content"]) for turn in messages if turn["role"] != "system")
 
@@ -144,11 +141,11 @@ class Answers(Kind):
         if not text.strip():
             raise Unusable("the answer is empty")
         row = {"messages": [*prompt, {"role": "assistant", "content": text.strip()}]}
-        yield Draft(row, shown(prompt), text.strip(), item, (sample,), item.fields)
+        yield Draft(row, joined_texts(prompt), text.strip(), item, (sample,), item.fields)
 
 
 class Preferences(Answers):
-    """Of several answers the best and the worst, by the scores of graders or a reward model (`command.paired`)."""
+    """The best and the worst of several answers, by the scores of graders or a reward model (`pipeline._paired`)."""
 
     name = "preferences"
     compares = True
@@ -176,7 +173,7 @@ class Rewrites(Kind):
 
 
 class Instructions(Kind):
-    """New tasks in the manner of a few (Wang et al. 2023, arXiv:2212.10560)."""
+    """New tasks in the style of a few examples (Wang et al. 2023, arXiv:2212.10560)."""
 
     name = "instructions"
     reads = "a prompt or an instruction, as an example"
@@ -188,7 +185,7 @@ class Instructions(Kind):
 
     def messages(self, item: Item, rows: Sequence[Item], seed: int) -> Messages:
         chosen = random.Random(seed_of(seed, item.number, -1)).sample(list(rows), min(self.EXAMPLES, len(rows)))
-        examples = "\n".join(f"- {shown(prompt_of(row) or [])}" for row in chosen)
+        examples = "\n".join(f"- {joined_texts(prompt_of(row) or [])}" for row in chosen)
         ask = (
             "Here are instructions that people give to an assistant:\n"
             f"{examples}\n\nWrite one more instruction on another subject that such people might give, and its answer. "
@@ -204,7 +201,7 @@ class Instructions(Kind):
 
 
 class Questions(Kind):
-    """Questions that a passage answers, with the passage that they are about."""
+    """Questions that a passage answers, each with its passage."""
 
     name = "questions"
     reads = "a document: `text`, `document`, `context` or `content`"
@@ -242,7 +239,7 @@ KINDS: dict[str, Kind] = {
 
 
 def passages(text: str, most: int) -> Iterator[tuple[int, str]]:
-    """Yield (first character, passage) of paragraphs that are put together to at most `most` characters."""
+    """Yield (first character, passage): consecutive paragraphs joined up to `most` characters."""
     start, end = 0, 0
     for match in re.finditer(r"[^\n].*?(?=\n\s*\n|\Z)", text, flags=re.DOTALL):
         if end > start and match.end() - start > most:
@@ -259,7 +256,7 @@ def passages(text: str, most: int) -> Iterator[tuple[int, str]]:
 
 
 def json_in(text: str) -> Any:
-    """Return the JSON that an answer holds, perhaps within a fence or between words. Raises Unusable."""
+    """Return the JSON in an answer, which may be inside a fence or between words. Raises Unusable."""
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, flags=re.DOTALL)
     candidates = [fenced.group(1)] if fenced else []
     candidates.append(text)
@@ -278,7 +275,7 @@ def json_in(text: str) -> Any:
 
 
 def _filled(value: Any, name: str) -> str:
-    """Return a text of a JSON object. Raises Unusable."""
+    """Return a non-empty text field of a JSON object. Raises Unusable."""
     text = value.get(name) if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise Unusable(f"the answer has no {name}")
@@ -286,5 +283,5 @@ def _filled(value: Any, name: str) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Return the digest of settings or a request: equal for equal ones."""
+    """Return a digest of settings or of a request."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(), digest_size=12).hexdigest()

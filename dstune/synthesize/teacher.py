@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible address: one request, asked again where that may help."""
+"""A teacher model at an OpenAI-compatible address; failed requests are retried if that may help."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.core.network import LOOPBACK
 from dstune.core.parsing import parse_json
 
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Answers after which the same request may succeed."""
+RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may succeed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds; doubled after every attempt."""
+"""Seconds; the pause doubles after every attempt."""
 MOST_BYTES = 2**26
-"""Of an answer."""
+"""Size limit of an answer."""
 FAILURES = (OSError, http.client.HTTPException)
 
 
 class TeacherUnreachable(DstuneError):
-    """It gave no answer, however often it was asked."""
+    """The teacher gave no answer in any attempt."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a model is served."""
+    """The address of a served model."""
 
     url: str
-    """Up to and with `/v1`."""
+    """Including `/v1`."""
     model: str
     key: str = ""
     attempts: int = 6
     seconds: float = 300.0
-    """For one answer."""
+    """Time limit for one answer."""
 
 
 def check_address(flag: str, url: str) -> str:
-    """Return the address without a `/` at its end. Raises UserError where it is none, or where keys and prompts would go in the
-    clear."""
+    """Return the address without a trailing `/`. Raises UserError if it is invalid, or would send keys and prompts unencrypted."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise UserError(Problem(flag, "is no address of a server", "https://HOST[:PORT]/v1", url))
@@ -59,17 +58,17 @@ def check_address(flag: str, url: str) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key goes to no other address than the one that was given."""
+    """Follows no redirect: the key must not go to another address."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Teacher:
-    """Asks one address; threads may share it."""
+    """Sends requests to one address; threads may share it."""
 
     def __init__(self, address: Address, pause: Callable[[float], None] | None = None):
-        """pause: waits so many seconds; a stop of the program ends it."""
+        """pause: waits for a number of seconds, unless the program is stopped."""
         self.address = address
         self._pause = pause or time.sleep
         self._closing = threading.Event()
@@ -81,7 +80,7 @@ class Teacher:
         self._opener = urllib.request.build_opener(*handlers)
 
     def close(self) -> None:
-        """Ask nothing again."""
+        """Stop retrying."""
         self._closing.set()
 
     def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +103,7 @@ class Teacher:
                 with error:
                     detail = _error_detail(error)
                 reason = f"HTTP {error.code} {detail}".strip()
-                if error.code not in AGAIN:
+                if error.code not in RETRIED_STATUSES:
                     fix = "check --model, --teacher and the variable with the key"
                     raise UserError(Problem("--teacher", reason, fix, self.address.url)) from None
                 pause = max(pause, _retry_after(error.headers.get("retry-after")))
