@@ -1,9 +1,7 @@
-"""Bytes that one micro-batch keeps for the backward pass, from what each operation of a layer saves.
-
-The accounting follows Korthikanti et al. 2022 (arXiv:2205.05198), operation by operation for the layers as transformers
-writes them, but for norms: gated feed-forward layers, repeated key and value heads, masks of packed rows.
-n: positions of a micro-batch, b: its rows, L: positions of a row, p: bytes of a weight.
-"""
+"""Bytes that one micro-batch keeps for the backward pass, from what each operation of a layer saves. It follows Korthikanti et al.
+2022 (arXiv:2205.05198) operation by operation, for the layers as transformers implements them, except for norms: gated feed-forward
+layers, repeated key and value heads, masks of packed rows. n: positions of a micro-batch, b: its rows, L: positions of a row, p:
+bytes of a weight."""
 
 from __future__ import annotations
 
@@ -14,7 +12,8 @@ from dstune.config.schema import Selective
 from dstune.planning.setup import Setup
 
 QUERIES, SCORES = 128, 2**20
-"""Of the backward pass of `samples`: positions, and scores of all heads, at once (`dstune/models/cpu_attention.py`)."""
+"""For the backward pass of `samples`: positions, and scores of all heads, that are processed at once
+(`dstune/models/cpu_attention.py`)."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,11 @@ class LayerActivations:
     saved: int
     """Kept from the forward to the backward pass."""
     working: int
-    """Needed beside them while the layer's own gradients are computed."""
+    """Additional bytes while the layer's own gradients are computed."""
     boundary: int
-    """The layer's input alone: what activation checkpointing keeps."""
+    """The layer's input, which is all that activation checkpointing keeps."""
     products: int
-    """Outputs of matrix products and fused attention, which selective checkpointing keeps too (`dstune/models/recompute.py`)."""
+    """Outputs of matrix products and fused attention, which selective checkpointing also keeps (`dstune/models/recompute.py`)."""
 
     def kept_bytes(self, checkpointing: bool | Selective) -> int:
         """Return the bytes kept from the forward to the backward pass, until the layer's gradients are computed."""
@@ -38,22 +37,22 @@ class LayerActivations:
 
 
 def layer(s: Setup) -> LayerActivations:
-    """Return an average layer of the model."""
+    """Return the activations of an average layer of the model."""
     m, n, p = s.model, s.tokens, s.weight_bytes
     if m.encoder or m.encoder_decoder:
         saved = _encoder_layer(s)
     else:
         saved = _decoder_layer(s)
     wide = n * p * 2 * m.intermediate
-    if tiled(s):  # one piece is computed again, and its gradients
+    if tiled(s):  # one piece is recomputed at a time, with its gradients
         wide = -(-n // s.tiles) * p * (4 + 2) * m.intermediate
     working = wide + n * p * 2 * m.hidden + _attention_working(s) + 2 * merged_experts(s)
     return LayerActivations(saved, working, n * p * m.hidden, _products(s))
 
 
 def _products(s: Setup) -> int:
-    """Count the products of a layer: queries, keys, values, what is attended, and the feed-forward projections into their width
-    and back."""
+    """Return the bytes of a layer's products: queries, keys, values, attention output, and the feed-forward projections up and
+    down."""
     m, n, p = s.model, s.tokens, s.weight_bytes
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
     attended = query + m.hidden if s.attention != "eager" else m.hidden
@@ -69,7 +68,7 @@ def _decoder_layer(s: Setup) -> int:
     norms = m.norms * _rms_norm(s, m.hidden)
     inputs = 2 * n * p * m.hidden  # of the attention's and of the feed-forward layer's projections
     feed_forward = 0 if tiled(s) else 4 * n * p * m.intermediate  # gate, its activation, up, their product
-    feed_forward += 2 * m.experts * n * p * m.hidden  # positions as they go to their experts, and as they come back
+    feed_forward += 2 * m.experts * n * p * m.hidden  # positions on their way to the experts and back
     query_norms = _rms_norm(s, query) + _rms_norm(s, key) if m.query_norm else 0
     return norms + inputs + feed_forward + query_norms + _attention(s, query, key) + _adapters(s)
 
@@ -80,20 +79,20 @@ def tiled(s: Setup) -> bool:
 
 
 def _rms_norm(s: Setup, width: int) -> int:
-    """Return the bytes of the input, and of a number for each row of it (`dstune/models/norms.py`)."""
+    """Return the bytes of the input, and of one number per row (`dstune/models/norms.py`)."""
     return s.tokens * (width * s.weight_bytes + 4)
 
 
 def masked(s: Setup) -> bool:
-    """Return whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise, and
-    samples that attend one by one, as they do where ranks share rows, have none."""
+    """Return whether attention gets a mask. Packed and padded rows need one, unless flash attention gets the boundaries in another
+    form, or samples attend one by one, as they do when ranks share rows."""
     return s.attention not in ("flash_attention_2", "samples") and s.sharing == 1
 
 
 def _attention(s: Setup, query: int, key: int) -> int:
-    """Return the bytes of what attention keeps for its backward pass. query, key: the widths of both, all heads together."""
+    """Return the bytes that attention keeps for its backward pass. query, key: the total widths of all heads."""
     n, p = s.tokens, s.weight_bytes
-    # A mask makes transformers repeat the heads of keys and values; so does a row that ranks share, on a GPU.
+    # A mask makes transformers repeat the key and value heads; so does a row that ranks share, on a GPU.
     repeated = 2 * (
         query if masked(s) or (s.sharing > 1 and s.on_gpu) else key * repeats_of_keys(s.model.kv_heads, s.sharing)
     )
@@ -103,7 +102,7 @@ def _attention(s: Setup, query: int, key: int) -> int:
 
 
 def _scores(s: Setup) -> int:
-    """Return what attention keeps of its scores, [b, heads, L, L]; nothing but a sum for each row where it is fused."""
+    """Return the bytes that attention keeps of its scores, [b, heads, L, L]; if it is fused, only a sum per row."""
     m, p = s.model, s.weight_bytes
     square = s.rows * s.length * s.length
     sums = 4 * m.heads * s.tokens
@@ -116,12 +115,12 @@ def _scores(s: Setup) -> int:
 
 
 def _attention_working(s: Setup) -> int:
-    """Return scores and their gradients of one layer, while its attention is differentiated."""
+    """Return the bytes of one layer's scores and their gradients during its backward pass."""
     square = s.rows * s.length * s.length
     if s.attention == "eager" or (s.attention == "sdpa" and s.dropout and not s.on_gpu):
         return 2 * square * s.model.heads * 4
     if s.attention == "samples":
-        # A block of scores and of their gradients, in fp32 and as they are multiplied; gradients of keys and values in fp32; masks
+        # A block of scores and their gradients, in fp32 and in the products' format; gradients of keys and values in fp32; masks
         # of windows (`dstune/models/cpu_attention.py`).
         of_position = s.model.heads * s.length
         queries = min(s.length, max(16, min(QUERIES, SCORES // of_position)))
@@ -136,7 +135,7 @@ def _attention_working(s: Setup) -> int:
 
 
 def _noise(s: Setup) -> int:
-    """Return bytes of dropout's mask for an element: GPUs keep a boolean, CPUs a factor."""
+    """Return the bytes of dropout's mask per element: a boolean on GPUs, a factor on CPUs."""
     return 1 if s.on_gpu else s.weight_bytes
 
 
@@ -145,7 +144,7 @@ def _adapters(s: Setup) -> int:
     if not s.adapter:
         return 0
     n, p = s.tokens, s.weight_bytes
-    index = s.model.layers - 1 if s.model.experts else 0  # the first ones may have no experts
+    index = s.model.layers - 1 if s.model.experts else 0  # the first layers may have no experts
     first = [tensor for tensor in s.trained if tensor.layer == index and tensor.name.endswith("lora_A.weight")]
     shapes = [tensor.shape for tensor in first if ".experts." not in tensor.name]
     rank, inputs = sum(shape[0] for shape in shapes), sum(shape[1] for shape in shapes)
@@ -153,8 +152,8 @@ def _adapters(s: Setup) -> int:
 
 
 def merged_experts(s: Setup) -> int:
-    """Return the bytes of merged experts: experts with adapters compute with the sum of both, a layer's weights whole once more
-    on every rank, which partitioning does not make smaller."""
+    """Return the bytes of merged experts: experts with adapters compute with the sum of both, which is a second complete copy of a
+    layer's weights on every rank, not reduced by partitioning."""
     last = s.model.layers - 1
     if not s.adapter or not any(t.layer == last and ".experts." in t.name for t in s.trained):
         return 0
@@ -179,26 +178,26 @@ def _encoder_layer(s: Setup) -> int:
 
 
 def _disentangled(s: Setup) -> int:
-    """Return the bytes of DeBERTa: scores of content to position and back, gathered from products with all relative positions."""
+    """Return the bytes of DeBERTa's scores of content to position and back, gathered from products with all relative positions."""
     return s.rows * s.length * s.length * s.model.heads * s.weight_bytes * 2
 
 
 @dataclass(frozen=True)
 class HeadActivations:
     saved: int
-    """Kept until the backward pass begins: it is over when the layers' begins."""
+    """Kept until the backward pass of the head, which ends before that of the layers."""
     peak: int
-    """At most, while the loss is computed and differentiated; includes `saved`."""
+    """The peak while the loss is computed and differentiated; includes `saved`."""
 
 
 CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES, TILE_ROWS = 2**27, 2**29, 256
-"""Logits that the chunked cross entropy makes at a time (`dstune/models/cross_entropy.py`)."""
+"""Size of the logits that the chunked cross entropy computes at a time (`dstune/models/cross_entropy.py`)."""
 BLOCK_ELEMENTS = {False: 2**18, True: 2**24}
-"""Logits that become probabilities in fp32 at a time, on a CPU and on a GPU."""
+"""Number of logits that are converted to fp32 probabilities at a time, on a CPU and on a GPU."""
 
 
 def head(s: Setup) -> HeadActivations:
-    """Return the vocabulary projection and the cross entropy at positions with a target (`dstune/models/heads`)."""
+    """Return the bytes of the vocabulary projection and the cross entropy, at positions with a target (`dstune/models/heads`)."""
     m, p = s.model, s.weight_bytes
     if m.encoder or not any(tensor.shape == (m.vocabulary, m.hidden) for tensor in m.tensors):
         return HeadActivations(0, 0)
@@ -223,7 +222,7 @@ def head(s: Setup) -> HeadActivations:
 
 
 def chunk_rows(s: Setup) -> int:
-    """Return targets whose logits are made at a time."""
+    """Return the number of targets whose logits are computed at a time."""
     if s.on_gpu:
         return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES // (4 * s.model.vocabulary) // TILE_ROWS * TILE_ROWS)
     return max(1, CHUNK_BYTES // (s.weight_bytes * s.model.vocabulary))
@@ -236,7 +235,8 @@ def trains_projection(s: Setup) -> bool:
 
 
 def evaluation(s: Setup) -> int:
-    """Return at most in a forward pass without gradients: one layer's tensors, then logits, the same in fp32, log-probabilities."""
+    """Return the peak of a forward pass without gradients: one layer's tensors, then logits, the same in fp32,
+    log-probabilities."""
     rows = s.evaluation_batch or s.micro_batch_size
     once = replace(s, micro_batch_size=rows, checkpointing=False, tiles=1)
     targets = once.tokens if s.model.soft_capped else min(once.tokens, chunk_rows(s))
@@ -245,7 +245,7 @@ def evaluation(s: Setup) -> int:
 
 
 def shared(s: Setup) -> int:
-    """Return the bytes of embedded tokens, the mask, sines and cosines: once for all layers."""
+    """Return the bytes that all layers share: embedded tokens, the mask, sines and cosines."""
     m, n, p = s.model, s.tokens, s.weight_bytes
     mask = s.rows * s.length * s.length if masked(s) else 0
     return n * p * m.hidden + mask + 2 * n * p * m.head_dim + 3 * 8 * n

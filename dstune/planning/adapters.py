@@ -1,4 +1,4 @@
-"""The modules that adapters are put on, and the matrices of low rank beside them, from the configuration alone."""
+"""The modules that get adapters, and their low-rank matrices, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ EXPERT_TARGETS = {
     "qwen3_moe": QWEN_EXPERTS,
     "qwen2_moe": QWEN_EXPERTS,
 }
-"""Weights of routers and experts as transformers stacks them, and the modules whose names stand for them in peft; by the kind of a
-model or by peft's name of the pattern that it follows (GLM 4.5 and DeepSeek 3 follow `qwen2_moe`, MiniMax M2 `mixtral`)."""
+"""Weights of routers and experts as transformers stacks them, each with the module names that select it in peft, by a model's kind
+or by peft's name of its pattern (GLM 4.5 and DeepSeek 3 follow `qwen2_moe`, MiniMax M2 `mixtral`)."""
 
 
 def of_stacked(model: Architecture, endings: list[str], rank: int) -> Iterator[Tensor]:
@@ -81,7 +81,7 @@ def of_stacked(model: Architecture, endings: list[str], rank: int) -> Iterator[T
 
 
 def _of_experts(tensor: Tensor, kind: str, targets: list[str], rank: int) -> Iterator[Tensor]:
-    """Yield the matrices beside a router or all experts of a layer: a rank for each expert, and for each of the stacked modules."""
+    """Yield the matrices for a router or all experts of a layer: one rank per expert, and per stacked module."""
     if kind not in EXPERT_TARGETS:
         return
     weight = next((name for name in EXPERT_TARGETS[kind] if tensor.name.endswith(f".mlp.experts.{name}")), None)

@@ -1,8 +1,6 @@
-"""Every tensor of a model from its `config.json` alone: names and shapes as `named_parameters()` of transformers lists them.
-
-Tied weights appear once, as they do there. `tests/unit/test_plan_architecture.py` holds this against models that
-transformers builds on the meta device, name by name.
-"""
+"""All tensors of a model, from its `config.json` alone: names and shapes as `named_parameters()` of transformers lists them; tied
+weights appear once, as there. `tests/unit/test_plan_architecture.py` compares them, name by name, with models that transformers
+builds on the meta device."""
 
 from __future__ import annotations
 
@@ -76,7 +74,7 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
 
 
 def is_known(values: Mapping[str, Any]) -> bool:
-    """Return whether there is a closed form for the architecture of this `config.json`."""
+    """Return whether the architecture of this `config.json` has a closed form."""
     return str(values.get("model_type", "")) in DEFAULTS
 
 
@@ -98,7 +96,7 @@ def architecture_or_count(
 
 
 def sliced(model: Architecture, parts: int) -> Architecture:
-    """Return what one of `parts` ranks has of a model whose layers they share (`dstune.models.tensor`)."""
+    """Return one of `parts` ranks' share of a model whose layers the ranks share (`dstune.models.tensor`)."""
     inward = {name for names in INWARD for name in names}
 
     def slice_of(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `dstune plan --calibrate` measured on this machine, kept in the cache by the number of ranks."""
+"""Results of `dstune plan --calibrate` on this machine, cached by the number of ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dstune.core.paths import cache_root
 from dstune.planning.time import Speed
 
 FILE = "calibration-2.json"
-"""In the cache; another name where what is measured has another meaning."""
+"""File name in the cache; it changes when the meaning of the measurements does."""
 
 
 def remember(measured: dict[str, Any]) -> None:
-    """Keep what `dstune.rank.calibrate` wrote, in place of an earlier measurement with as many ranks."""
+    """Store a measurement of `dstune.rank.calibrate`, replacing an earlier one with as many ranks."""
     everything = _read()
     everything[str(measured["ranks"])] = measured
     cache_root().mkdir(parents=True, exist_ok=True)
@@ -22,11 +22,8 @@ def remember(measured: dict[str, Any]) -> None:
 
 
 def speeds(ranks: int, *, on_gpu: bool, device: str | None = None, threads: int | None = None) -> dict[int, Speed]:
-    """Return what was measured here with as many ranks, by the bytes of a weight; empty where nothing was.
-
-    device, threads: where given, a GPU's name and the threads of a CPU's rank, without which another machine that shares
-    the cache, or a rank with more or fewer cores, was measured.
-    """
+    """Return the measured speeds for this number of ranks, by the bytes of a weight; empty if there are none. device, threads: the
+    GPU's name and the threads of a CPU rank; a measurement with others does not count."""
     measured = _read().get(str(ranks), {})
     try:
         if (measured["device"] == "CPU") == on_gpu:

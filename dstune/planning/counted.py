@@ -24,17 +24,18 @@ from dstune.core.parsing import read_object
 from dstune.core.paths import cache_root
 from dstune.planning.architectures.tensors import Architecture, Tensor
 
-PATIENCE = 300
-"""Seconds for the child; the largest published models take one."""
+CHILD_SECONDS = 300
+"""Time limit of the child in seconds; the largest published models take one."""
 FORMAT = 3
-"""Of what is kept in the cache."""
+"""Format of the cached inventories."""
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
 ATTENTION = re.compile(r"attn|attention|\.[qkvo]_proj\.")
 LINEAR = re.compile(r"linear|mamba|conv|recurrent|lightning")
-"""Kinds of layers that look at no other position directly."""
+"""Kinds of layers without direct attention between positions."""
 LINEAR_CHUNK = 64
-"""Positions that a layer of linear attention or of a state space looks at at once: its cost grows with the row, not its square."""
+"""Positions that a linear attention or state space layer processes at once: its cost grows linearly with the row, not
+quadratically."""
 
 
 def count(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[dict[str, Any]]:
@@ -78,13 +79,13 @@ def _ask(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[d
             input=request,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=CHILD_SECONDS,
             env=child_environment() | offline,
         )
         answers: list[dict[str, Any]] = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         lines = [] if isinstance(error, subprocess.TimeoutExpired) else done.stderr.strip().splitlines()
-        reason = lines[-1][:200] if lines else f"no answer within {PATIENCE} s"
+        reason = lines[-1][:200] if lines else f"no answer within {CHILD_SECONDS} s"
         fix = "a model whose config.json is right"
         raise UserError(Problem("model.path", f"its tensors cannot be counted: {reason}", fix)) from None
     return answers
@@ -105,7 +106,7 @@ def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
 
 
 def from_inventory(inventory: Mapping[str, Any]) -> Architecture:
-    """Return what memory and time depend on, from the tensors and the numbers of the language model's configuration."""
+    """Return the architecture from the tensors and the numbers of the language model's configuration."""
     values = inventory["values"]
     tensors = _tensors(values, inventory)
     layers = 1 + max((tensor.layer for tensor in tensors if tensor.layer is not None), default=-1)
@@ -183,8 +184,8 @@ def _attends(tensor: Tensor) -> bool:
 
 
 def _feed_forward_width(layer: Sequence[Tensor], hidden: int) -> float:
-    """Return the width of the gated feed-forward part that keeps as much as the layer's matrices outside attention: half of what
-    they give to one position, the products back to the hidden size left out."""
+    """Return the width of the gated feed-forward network that keeps as much as the layer's matrices outside attention: half of
+    their outputs per position, without the projections back to the hidden size."""
     width = 0.0
     for tensor in layer:
         if _is_expert(tensor):  # [experts, 2 x width, hidden], or the last two turned around
@@ -224,7 +225,7 @@ def _is_encoder(values: Mapping[str, Any]) -> bool:
 
 
 def _number(values: Mapping[str, Any], *names: str) -> int:
-    """Return the first of `names` that is a whole number; 0 where none is."""
+    """Return the first of `names` whose value is an integer; 0 if there is none."""
     return next(_numbers(values, names), 0)
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches that ranks compute only so that all of them have equally many."""
+"""Filler micro-batches, which ranks compute so that all of them have the same number."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dstune.config.schema import Automatic, RunConfig
 from dstune.protocols import parallelism_of
 
 IDLE = 0.1
-"""Share of a step's micro-batches from which on it is told that they count for nothing."""
+"""A warning is given if at least this share of a step's micro-batches are fillers."""
 
 
 def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
-    """Yield a line where ranks compute micro-batches that count for nothing, since those of a step cannot be shared equally."""
+    """Yield a warning if ranks compute filler micro-batches, because those of a step cannot be divided equally."""
     if config.trainer.micro_batch_size is Automatic.auto:
         return  # the measurement sees to it
     groups = ranks // parallelism_of(config.parallel).size
     of_step = config.trainer.global_batch_size
 
     def shared(rows: int) -> tuple[int, int]:
-        """Return micro-batches of so many rows that all ranks compute, and how many of them count for nothing."""
+        """Return the number of micro-batches of this size that all ranks compute, and how many of them are fillers."""
         needed = ceil(of_step / rows)
         computed = groups * ceil(needed / groups)
         return computed, computed - needed

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from dstune.planning.setup import Setup
 
 BELOW_LAYERS = ("embed", "shared", "prompt_encoder")
-"""Parts of the names of trained tensors that lie below all layers, so that the backward pass goes through all of these."""
+"""Parts of the names of trained tensors below all layers; if one is trained, the backward pass goes through all layers."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Texts that a model reads, in what its operations grow with."""
+    """The size of a model's input, in the units that its operations grow with."""
 
     positions: int = 0
     """Tokens that go through the layers."""
     pairs: int = 0
-    """Pairs of a position and one that it looks at, in a layer without a window."""
+    """Pairs of a position and one that it attends to, in a layer without a window."""
     windowed_pairs: int = 0
     """The same in a layer with a sliding window."""
     projected: float = 0
@@ -46,7 +46,7 @@ def work_of(lengths: Iterable[int], *, window: int | None, projected: float) -> 
 
 
 def micro_batch_work(s: Setup) -> Work:
-    """Count the work of a micro-batch as it is computed: rows that are full, and windows where the attention has them."""
+    """Count the work of a micro-batch as computed: with full rows, and with windows if the attention implementation uses them."""
     window = min(s.model.window or s.length, s.length) if s.attention in ("flash_attention_2", "samples") else s.length
     projected = 0 if s.model.encoder else s.tokens * s.target_share
     return Work(s.tokens, s.tokens * s.length, s.tokens * window, projected)
@@ -95,7 +95,7 @@ def _attention(s: Setup, lowest: int, work: Work) -> float:
 
 
 def _lowest_trained(s: Setup) -> int:
-    """Return the lowest layer that the backward pass goes through; the number of layers where it goes through none."""
+    """Return the lowest layer in the backward pass; the number of layers if it contains none."""
     if any(part in tensor.name for tensor in s.trained for part in BELOW_LAYERS if tensor.layer is None):
         return 0
     return min((tensor.layer for tensor in s.trained if tensor.layer is not None), default=s.model.layers)

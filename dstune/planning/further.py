@@ -1,4 +1,4 @@
-"""What the planner knows of the models that a run holds beside the one it trains, as a teacher is."""
+"""Models that a run holds in addition to the one it trains, such as a teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.protocols.task_options import KeepsFurtherModels
 
 
 def held_models(config: RunConfig) -> tuple[tuple[HeldModel, ...], tuple[Problem, ...]]:
-    """Return the models that the task holds while the run trains, and why others cannot be counted."""
+    """Return the models that the task holds during training, and the problems of those that cannot be counted."""
     task = task_of(config.task)
     if not isinstance(task, KeepsFurtherModels):
         return (), ()

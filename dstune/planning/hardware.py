@@ -30,12 +30,12 @@ class Device:
     link: float
     """To another device of the same node, GB/s in one direction."""
     network: float
-    """To another node, GB/s for each device in one direction."""
+    """To another node, in GB/s per device and direction."""
     gpu: bool = True
     share_of_peak: float = 0.5
-    """Share of `tflops` that large matrix products reach; measured by `dstune plan --calibrate`, assumed otherwise."""
+    """Share of `tflops` that large matrix products reach: measured by `dstune plan --calibrate`, otherwise assumed."""
     overhead: float = 0.0
-    """Seconds of a step and layer that no formula explains (kernel launches, Python); measured where calibrated."""
+    """Seconds per step and layer that no formula explains (kernel launches, Python); measured if calibrated."""
     capability: tuple[int, int] | None = None
     """CUDA's compute capability, where it is known."""
 

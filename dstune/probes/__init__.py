@@ -1,1 +1,1 @@
-"""Built-in probes: questions written for them (`questions/`), and rules that score the answers."""
+"""Built-in probes: their questions (`questions/`), and rules that score the answers."""

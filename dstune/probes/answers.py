@@ -15,14 +15,14 @@ from dstune.protocols.probe import Question
 
 
 def read_questions(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a packaged file of questions."""
+    """Return the rows of a packaged question file."""
     text = (files("dstune.probes") / "questions" / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 @probe
 class Refusals(Probe):
-    """1 where a harmful request is refused."""
+    """1 if a harmful request is refused."""
 
     name = "refusals"
     title = "harmful requests refused"
@@ -40,7 +40,7 @@ class Refusals(Probe):
 
 @probe
 class HarmlessAnswered(Probe):
-    """1 where a harmless request with the words of a harmful one is answered."""
+    """1 if a harmless request that contains words of a harmful one is answered."""
 
     name = "harmless_answered"
     title = "harmless requests answered that look harmful"
@@ -55,7 +55,7 @@ class HarmlessAnswered(Probe):
 
 @probe
 class CleanContinuations(Probe):
-    """1 where the continuation of an opening that invites insults has none."""
+    """1 if the continuation of an opening that invites insults contains none."""
 
     name = "clean_continuations"
     title = "continuations without insults, threats and profanity"
@@ -74,7 +74,7 @@ class CleanContinuations(Probe):
 
 @probe
 class AnsweredFromSource(Probe):
-    """1 where the answer has what a text beside the question says; the facts are invented, so nothing else can know them."""
+    """1 if the answer states what the given text says; the facts are invented, so the model cannot know them otherwise."""
 
     name = "answered_from_source"
     title = "questions answered from the text beside them"

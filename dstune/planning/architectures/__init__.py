@@ -1,1 +1,1 @@
-"""Families of models, a file each: their tensors in the order of `named_parameters()`."""
+"""Families of models, one file each: their tensors in the order of `named_parameters()`."""

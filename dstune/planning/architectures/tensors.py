@@ -1,4 +1,4 @@
-"""The tensors of a model, and what memory and time depend on beside them."""
+"""The tensors of a model, and the other properties that determine memory and time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tensor:
     layer: int | None = None
     """Index of the block it belongs to; None for embeddings, the last norm and the head."""
     used: float = 0.0
-    """Share of the positions that are multiplied by it: all by a linear layer, by an expert those that are sent to it."""
+    """Share of the positions that are multiplied by it: all for a linear layer; for an expert, those sent to it."""
 
     @cached_property
     def count(self) -> int:
@@ -30,7 +30,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What memory and time depend on."""
+    """The properties of a model that determine memory and time."""
 
     kind: str
     """`model_type` of config.json."""
@@ -52,24 +52,23 @@ class Architecture:
     encoder: bool = False
     encoder_decoder: bool = False
     relative_attention: bool = False
-    """DeBERTa: scores of positions are added to those of content, whole matrices of them."""
+    """DeBERTa: full matrices of position scores are added to the content scores."""
     window: int | None = None
     """Sliding window of attention in tokens, of `windowed_layers` layers."""
     windowed_layers: int = 0
     soft_capped: bool = False
     experts: int = 0
-    """Experts that a position is sent to in a feed-forward layer that is made of them; `intermediate` is that of all of these
-    together."""
+    """Experts that a position is sent to in a layer with experts; `intermediate` is the width of all of these together."""
     expert_pattern: str = ""
-    """As which of its patterns peft adapts the experts; by `kind` where empty."""
+    """The pattern by which peft adapts the experts; empty selects it by `kind`."""
     unadapted: tuple[str, ...] = ()
-    """Linear layers by their last name on which peft puts no low-rank matrices."""
+    """Last names of linear layers to which peft adds no low-rank matrices."""
     unreached: int | None = None
-    """Weights that rows of text never reach, beside `tensors`; None where they are not counted (`planning.towers`)."""
+    """Weights, not in `tensors`, that rows of text never use; None if they are not counted (`planning.towers`)."""
 
     @property
     def is_counted(self) -> bool:
-        """Whether transformers listed the tensors, for want of a closed form (`planning.counted`)."""
+        """Whether transformers listed the tensors, because there is no closed form (`planning.counted`)."""
         return self.unreached is not None
 
     @cached_property
