@@ -1,1 +1,1 @@
-"""What everything else stands on: no torch, no Hydra, no room of a task or method is known here."""
+"""The base of all other rooms: it imports no Hydra and no task or method, and the launching side's modules no torch."""

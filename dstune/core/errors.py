@@ -1,4 +1,4 @@
-"""What can go wrong for a user, each with the exit code of the public contract.
+"""Errors that are shown to users, with the exit codes of the public contract.
 
 0 done, 2 the configuration or data is wrong, 75 preempted and resumable, 1 anything else.
 """
@@ -28,7 +28,7 @@ class Problem:
     reason: str
     fix: str = ""
     value: str = ""
-    """The offending value as the user wrote it; empty where there is none (a missing file's key has one)."""
+    """The offending value as the user wrote it; empty if there is none."""
 
     def __post_init__(self) -> None:
         # A value of the environment is shown by its reference, a control character as its code.
@@ -79,12 +79,12 @@ class Stalled(TrainingFailed):
 
 
 class WaitedInVain(Stalled):
-    """The same, in a collective: another rank did not come."""
+    """A rank made no progress because it waited in a collective for another rank."""
 
 
 @contextmanager
 def collected(problems: list[Problem]) -> Iterator[None]:
-    """Add what is raised within to `problems`."""
+    """Add the problems of a UserError that is raised within the block to `problems`."""
     try:
         yield
     except UserError as error:
@@ -92,19 +92,19 @@ def collected(problems: list[Problem]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class where it has none."""
+    """Return the first line of an error's text, or its class if it has no text."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def with_class(error: BaseException) -> str:
-    """Return an error's class and the first line of its text, where it has one."""
+    """Return an error's class, and the first line of its text if it has one."""
     name = type(error).__name__
     return name if (line := first_line(error)) == name else f"{name}: {line}"
 
 
 @contextmanager
 def files_of_others(where: str, value: str, what: str, fix: str) -> Iterator[None]:
-    """Raise whatever a library raises about files of somebody else as a UserError: `what` cannot be loaded, and why."""
+    """Raise a library's error about untrusted files as a UserError: `what` cannot be loaded, and why."""
     try:
         yield
     except DstuneError:
@@ -115,7 +115,7 @@ def files_of_others(where: str, value: str, what: str, fix: str) -> Iterator[Non
 
 
 def to_json(error: DstuneError) -> str:
-    """Write `error` as one JSON object, so that a rank can hand it to the process that started it."""
+    """Return `error` as one JSON object, so that a rank can pass it to the process that started it."""
     problems = [asdict(problem) for problem in getattr(error, "problems", [])]
     return json.dumps({"type": type(error).__name__, "message": str(error), "problems": problems})
 

@@ -1,4 +1,4 @@
-"""What a file system cannot do of what a run directory needs."""
+"""Finds out which operations that a run directory needs a file system does not support."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from dstune.core.files import sync_path
 
 
 def refused_operations(place: Path) -> dict[str, str]:
-    """Return what cannot be done where `place` is or would be created, by operation with its reason: tried in a folder of its
-    own, which is removed again. Empty where everything can be done, and where nothing can be created at all (the start itself
-    says why)."""
+    """Return the operations that fail where `place` is or would be created, with the reasons. They are tried in a temporary folder.
+    Empty if all work, and if nothing can be created at all, which the start reports itself."""
     existing = next((folder for folder in (place, *place.absolute().parents) if folder.is_dir()), None)
     if existing is None:
         return {}
@@ -87,4 +86,4 @@ ATTEMPTS = {
     "change modes": _change_mode,
     "sync": _sync,
 }
-"""In the words of the message that names those which fail."""
+"""Operations by their names in the message."""

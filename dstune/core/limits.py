@@ -1,8 +1,8 @@
-"""Foreign work within limits of time and memory: chat templates and patterns that somebody else wrote.
+"""Runs untrusted work, such as chat templates and patterns, within limits of time and memory.
 
-`limited` is for what is done many times, in this process: two timers of processor time, and a limit of its memory. The
-first timer raises; the second, for an operation inside the interpreter that looks for no signals, ends the process.
-`in_child` is for what is done once, before anything of it is used here: a forked process that can be killed.
+`limited` is for frequent work in this process: two timers of processor time, and a limit of memory. The first timer raises; the
+second ends the process, for an operation inside the interpreter that does not check for signals.
+`in_child` is for a single trial before the work is used here: it runs in a forked process that can be killed.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from typing import IO, Any, NoReturn
 from dstune.core.errors import Problem, UserError
 
 MEMORY_BYTES = 2**30
-"""What foreign work may take beside what the process has."""
+"""Memory that untrusted work may take in addition to what the process has."""
 _MEASURED_EVERY = 100
-"""Uses of `limited` between two looks at how much memory the process has."""
+"""Uses of `limited` between two measurements of the process's memory."""
 _HARD = 5.0
-"""Times the seconds after which the process is ended."""
+"""Multiple of the time limit after which the process is ended."""
 
 
 _AGAIN = 0.01
 _AROUND = (__file__, contextmanager.__code__.co_filename)
-"""Files whose code runs around the work."""
+"""Files with the code around the work, in which nothing is raised."""
 
 
 class TooMuch(Exception):
-    """Foreign work took more time or memory than it may; the text says which."""
+    """Untrusted work exceeded its limit of time or memory; the text says which."""
 
 
 class _State:
-    """Of this process."""
+    """State of this process."""
 
     active = False
     uses = 0
@@ -55,12 +55,12 @@ class _State:
 def limited(
     seconds: float | None, memory_bytes: float = MEMORY_BYTES, ended_after: float | None = None
 ) -> Iterator[None]:
-    """Limit the computing time and the further memory of this process within the block; inside another one it does nothing.
+    """Limit processor time and additional memory of this process within the block. Nested blocks do nothing.
 
-    seconds: None limits memory alone, counted from what the process has at this moment.
-    ended_after: seconds after which the process is ended where it looks for no signals; by default five times as many.
+    seconds: None limits only memory, counted from what the process has now.
+    ended_after: seconds after which the process is ended if it does not check for signals; by default five times `seconds`.
 
-    Outside of the main thread, which alone gets signals, only memory is limited.
+    Outside of the main thread, the only one that gets signals, only memory is limited.
     Raises TooMuch.
     """
     if _State.active:
@@ -95,12 +95,12 @@ def limited(
 
 
 class _Expired(BaseException):
-    """No Exception, which foreign work may catch."""
+    """Raised by the timer. Not an Exception, since untrusted work may catch those."""
 
 
 def _raise(number: int, frame: Any) -> None:
-    """Raise the end of a limit. It fires again a moment later: in a destructor nobody sees what is raised, and between the work
-    and the end of its limits nothing may be, or they would stay."""
+    """Raise `_Expired`, and fire again a moment later, since an exception in a destructor is lost. Raise nothing in the code around
+    the work, or the limits would not be reset."""
     if not _State.active:
         return
     signal.setitimer(signal.ITIMER_VIRTUAL, _AGAIN)
@@ -120,15 +120,15 @@ def _limit_memory(soft: int, hard: int, memory_bytes: float, *, anew: bool = Fal
 
 
 def _data_bytes() -> int:
-    """Return memory of this process that RLIMIT_DATA counts."""
+    """Return the bytes of this process that RLIMIT_DATA counts."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[5]) * resource.getpagesize()
 
 
 def in_child(work: Callable[[], object], seconds: float, memory_bytes: int = MEMORY_BYTES) -> None:
-    """Do `work` in a fork of this process and forget what it did; it may raise what it likes.
+    """Run `work` in a fork of this process and discard its result and its errors.
 
-    Raises TooMuch where it does not end in time, needs more memory, or ends the process.
+    Raises TooMuch if it does not end in time, needs more memory, or ends the process.
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -152,9 +152,9 @@ _verdicts: dict[tuple[str, str], str] = {}
 
 
 def trial(what: str, of: str, work: Callable[[], object], seconds: float) -> str:
-    """Return why `work` takes more than it may, empty where it does not; tried once in this process for each (`what`, `of`).
+    """Return why `work` exceeds its limits; empty if it does not. This process tries it once for each (`what`, `of`).
 
-    what: the beginning of the reason, for example "to print a conversation".
+    what: beginning of the reason, for example "to print a conversation".
     """
     if (what, of) not in _verdicts:
         try:
@@ -169,9 +169,9 @@ PATTERN_SECONDS = 1.9
 
 
 def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: str, value: str = "") -> None:
-    """Match the patterns of an adapter's settings with the names of a model's modules, as peft will.
+    """Check that matching an adapter's patterns with the names of a model's modules, as peft will, ends in time.
 
-    settings: of `adapter_config.json`. where, value: what problems name. Raises UserError where one takes for ever.
+    settings: from `adapter_config.json`. where, value: of the problem. Raises UserError if a pattern takes too long.
     """
     values = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
     values += [[*settings[key]] for key in ("rank_pattern", "alpha_pattern") if isinstance(settings.get(key), dict)]
@@ -199,7 +199,7 @@ def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: s
 
 
 _SPECIAL = re.compile(r"[*+?{(|\[]")
-"""What a pattern needs to take long."""
+"""Special characters without which a pattern cannot take long."""
 
 
 def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes: int) -> NoReturn:
@@ -225,15 +225,14 @@ def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes
 
 
 def readable(file: int | IO[bytes], seconds: float) -> bool:
-    """Return whether there is something to read, or its end, within that time. `select()` takes no file beyond a process's first
-    1024."""
+    """Return whether `file` has data or ends within `seconds`. Uses `poll`: `select` supports only the first 1024 descriptors."""
     waiting = select.poll()
     waiting.register(file, select.POLLIN)
     return bool(waiting.poll(seconds * 1000))
 
 
 def _answer(reader: int, child: int, seconds: float) -> bytes:
-    """Return what the child wrote; nothing where it took too long. It is gone afterwards."""
+    """Return what the child wrote, empty if it took too long, and wait for its end."""
     # Its processor time is limited; the wall clock is for one that sleeps, on a machine that has other things to do.
     deadline = time.monotonic() + 20 * seconds
     ready = readable(reader, max(0.0, deadline - time.monotonic()))

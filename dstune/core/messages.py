@@ -1,7 +1,7 @@
-"""What ranks send each other: values as JSON, with tensors and arrays as bytes behind it. Nothing that is received is executed.
+"""Messages between ranks: values as JSON, followed by the bytes of tensors and arrays. Decoding executes nothing.
 
-`torch.distributed` sends objects as pickles, which run code where they are read. Plain values keep their types here, tuples and
-floats bit for bit; anything else is refused where it is sent.
+`torch.distributed` sends objects as pickles, which run code when they are read. Here plain values keep their types, including
+tuples, and floats are bit-equal; other types are refused on sending.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def encode(value: Any) -> bytes:
-    """Raises TypeError: a value that is not made of None, booleans, numbers, texts, bytes, paths, lists, tuples, mappings,
-    arrays and tensors."""
+    """Encode a value of None, booleans, numbers, texts, bytes, paths, lists, tuples, mappings, arrays and tensors. Raises TypeError
+    for anything else."""
     blocks: list[bytes] = []
 
     def block(content: bytes) -> int:
@@ -38,7 +38,7 @@ def encode(value: Any) -> bytes:
             return value
         if kind is list:
             return [packed(part) for part in value]
-        # A mapping is always marked, so that no mapping that is sent is taken for a mark.
+        # Mappings are always wrapped, so that no mapping can be mistaken for a wrapper.
         if isinstance(value, dict):
             return {"map": [[packed(key), packed(part)] for key, part in value.items()]}
         if isinstance(value, tuple):
@@ -88,7 +88,7 @@ def decode(message: bytes) -> Any:
         "tuple": lambda parts: tuple(unpacked(part) for part in parts),
         "tensor": tensor,
         "array": array,
-        "number": lambda given: array(given)[()],
+        "number": lambda fields: array(fields)[()],
         "bytes": lambda size: bytes(block(size)),
         "path": Path,
     }
@@ -114,9 +114,9 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     lengths = [int(row) for row in sizes]
     padded = torch.empty(max(lengths), dtype=torch.uint8, device=device)
     padded[: len(encoded)] = encoded
-    everyone = [torch.empty_like(padded) for _ in lengths]
-    torch_dist.all_gather(everyone, padded, group=group)
-    return [decode(_bytes(row[:length])) for row, length in zip(everyone, lengths, strict=True)]
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    torch_dist.all_gather(gathered, padded, group=group)
+    return [decode(_bytes(row[:length])) for row, length in zip(gathered, lengths, strict=True)]
 
 
 def broadcast(value: Any, group: Any = None) -> Any:
@@ -134,7 +134,7 @@ def broadcast(value: Any, group: Any = None) -> Any:
 
 
 def device_of(group: Any) -> torch.device:
-    """Return where tensors have to be for the group to send them."""
+    """Return the device that tensors must be on for the group to send them."""
     on_cpu = torch_dist.get_backend(group) == "gloo"
     return torch.device("cpu") if on_cpu else torch.empty(0, device=torch.accelerator.current_accelerator()).device
 

@@ -1,4 +1,4 @@
-"""What a model is called: an id of the hub, or a folder."""
+"""Names of models: ids of the hub, or folders."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def refuse_ambiguous_folder(path: str, where: str, *, trusts_code: bool) -> None:
-    """Raise UserError where `path` has the form of a hub id, a folder of that name is here, and its code would run.
+    """Raise UserError if `path` has the form of a hub id, there is a folder of that name, and its code would run.
 
-    Consent to the code of `OWNER/NAME` is about the hub's model; whoever can make a folder here would have it otherwise.
+    Trusting the code of `OWNER/NAME` means the hub's model; it must not extend to anybody who can create a folder here.
     """
     if trusts_code and HUB_ID.fullmatch(path) and Path(path).is_dir():
         reason = "names a model of the hub and a folder here, and its Python code is to run: it must be clear whose"

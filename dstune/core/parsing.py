@@ -1,7 +1,7 @@
-"""JSON, YAML and files that a stranger may have written, read within limits of depth, size and digits.
+"""Reads untrusted JSON, YAML and files within limits of depth, size and digits.
 
-Whatever the input, `parse_json` raises ValueError and `parse_yaml` YAMLError: never RecursionError, never without end.
-What they return is nested `MAX_DEPTH` deep at most, so that code may walk it by recursion.
+For any bad input, `parse_json` raises ValueError and `parse_yaml` YAMLError; neither raises RecursionError or runs without end.
+Results are at most `MAX_DEPTH` levels deep, so that code may traverse them recursively.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import yaml
 
 MAX_DEPTH = 100
 MAX_NODES = 1_000_000
-"""Values of a YAML document, those behind an alias counted wherever the alias stands: nine lines can make a billion."""
+"""Most values of a YAML document, counting an alias as often as it is used: nine lines can make a billion."""
 MAX_BYTES = 2**26
-"""Of a file that is read as a whole: configurations and records, which have some kB."""
+"""Most bytes of a file that is read at once: configurations and records usually have some kB."""
 
 METRICS_BYTES = 2**30
-"""Of `metrics.jsonl` where it is held in memory: a million steps have some 500 MB."""
+"""Most bytes of a `metrics.jsonl` that is held in memory: a million steps have some 500 MB."""
 
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
@@ -80,7 +80,7 @@ def too_many_digits() -> ValueError:
 
 
 def check_depth(text: str, start: int = 0, end: int | None = None) -> None:
-    """Raises ValueError where the JSON between `start` and `end` of `text`, which is whole, is nested too deeply."""
+    """Raise ValueError if the JSON between `start` and `end` of `text` is nested too deeply. It must be valid JSON."""
     end = len(text) if end is None else end
     # Nearly every text has fewer brackets than levels are allowed, and counting them costs nothing.
     if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
@@ -97,7 +97,7 @@ def check_depth(text: str, start: int = 0, end: int | None = None) -> None:
 
 
 def end_of_json(text: str, start: int) -> int | None:
-    """Return where the object or array that begins at `start` ends, however deep it is; None where it does not."""
+    """Return the end of the object or array that begins at `start`, at any depth; None if it does not end."""
     depth = 0
     for bracket in _BRACKET.finditer(text, start):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket[0], 0)
@@ -107,7 +107,7 @@ def end_of_json(text: str, start: int) -> int | None:
 
 
 class _LimitedLoader(yaml.SafeLoader):
-    """A SafeLoader that counts: levels, and values with those behind aliases."""
+    """A SafeLoader that limits the depth, and the number of values including those behind aliases."""
 
     def __init__(self, stream: str, max_nodes: int = MAX_NODES):
         super().__init__(stream)
@@ -218,7 +218,7 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Read a plain file.
 
     Raises:
-        OSError: as `open`; also where it is a pipe or a device, which would be read for ever, or has more than `limit` bytes.
+        OSError: as `open` does; also for a pipe or a device, which might never end, and for more than `limit` bytes.
     """
     with open_file(path) as stream:
         content = stream.read(limit + 1)
@@ -228,7 +228,7 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a plain file for reading. Raises OSError as `open`, and where it is a pipe or a device."""
+    """Open a plain file for reading. Raises OSError as `open` does, and for a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -237,8 +237,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def lines_within(stream: Any, limit: int) -> Iterator[tuple[bytes | None, int]]:
-    """Yield the lines of a binary stream with their ends, and how many bytes each has; None in place of a line of more than
-    `limit` bytes, which memory never holds."""
+    """Yield each line of a binary stream with its line end, and its number of bytes. A line of more than `limit` bytes is never
+    held in memory: None is yielded in its place."""
     while line := stream.readline(limit + 1):
         size = len(line)
         if size <= limit:
@@ -251,7 +251,7 @@ def lines_within(stream: Any, limit: int) -> Iterator[tuple[bytes | None, int]]:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None where there is none that can be read."""
+    """Return the JSON object in a file; None if it cannot be read."""
     try:
         value = parse_json(read_file(path))
     except (OSError, ValueError):
@@ -260,11 +260,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def object_in(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, empty where there is none that can be read."""
+    """Return the JSON object in a file; empty if it cannot be read."""
     return read_object(path) or {}
 
 
 def is_encoder_decoder(folder: Path) -> bool:
-    """Return whether an export, of an adapter or of a whole model, is of a model with encoder and decoder, such as T5."""
+    """Return whether an export, an adapter or a complete model, is of an encoder-decoder such as T5."""
     kind = object_in(folder / "adapter_config.json").get("task_type")
     return kind == "SEQ_2_SEQ_LM" or bool(object_in(folder / "config.json").get("is_encoder_decoder"))

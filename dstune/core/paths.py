@@ -1,4 +1,4 @@
-"""Where dstune keeps what can be made again, and the files that several layers know."""
+"""The cache folder, and names of files that several layers use."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 from pathlib import Path
 
 PROJECT_FILE = "dstune.yaml"
-"""In the folder where a command is given: the plugins of its project."""
+"""File in the working directory of a command: the plugins of its project."""
 RUN_FILE = "run.yaml"
 BEGUN = "environment.json"
-"""What the ranks write when nothing keeps the training from beginning any more."""
+"""File that the ranks write just before training begins, when all checks have passed."""
 REFERENCE_FILE = "reference.json"
-"""In an export: what the model as it was trained answers, for servers to be compared with."""
+"""File of an export with the answers of the model as trained, with which servers are compared."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 """Names of files in the run directory that ask for a save, with and without stopping."""
 PRUNE_FILE = "PRUNE"
 """File in the run directory of a sweep's trial that ends it without a save; it holds the reason."""
 SIGNAL_FILE = "signal"
-"""In `logs/` while a launch ends: the name of the signal that its process received and hands on as SIGTERM."""
+"""File in `logs/` while a launch ends: the name of the signal that its process received and forwards as SIGTERM."""
 STOP_REASON = f"a file named {STOP_FILE} asked for it"
-"""What a run that was asked so says about its end; it shall not be continued by itself."""
+"""Reason of a run that was stopped by this file, which must not be continued automatically."""
 
 
 def cache_root() -> Path:

@@ -1,4 +1,4 @@
-"""Where a plugin is: the file or installed module that a configuration names, and what of it is hashed. Executes nothing."""
+"""Finds the file or installed module of a plugin that a configuration names, and reads what is hashed. Executes nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ KEY = "plugins"
 
 @dataclass(frozen=True)
 class Source:
-    """What is executed as a plugin."""
+    """The code of a plugin."""
 
     name: str
     """Of its module: that of a file without `.py`, or `package.module`."""
     file: str
     content: bytes
-    """Of a file; of an installed module all Python files of its outermost package."""
+    """The file's content; for an installed module, that of all Python files of its outermost package."""
     is_file: bool
     """Whether it travels to the ranks as a copy in `RUN/plugins/`."""
 
@@ -136,8 +136,8 @@ def installed_content(origin: Path) -> bytes:
 
 
 def is_installed(module: str) -> bool:
-    """Return whether ranks, which have neither this working directory nor changes of `sys.path`, find the outermost package of
-    the module too. Executes nothing."""
+    """Return whether ranks, which have neither this working directory nor this process's `sys.path`, can import the module's
+    outermost package. Executes nothing."""
     import site
     import sysconfig
 

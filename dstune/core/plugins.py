@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 VARIABLE = registry.PLUGINS_VARIABLE
 PACKAGE = "dstune_plugins"
 FOLDER = "plugins"
-"""Below the run directory, where files are copied to."""
+"""Folder of the run directory with the copies of plugin files."""
 SAYS_VERSION = "DSTUNE_PROTOCOLS"
-"""In a plugin: the version of the protocols for which it was written."""
+"""Name in a plugin's module: the version of the protocols that it was written for."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ _looked_for_installed = False
 
 
 def active() -> tuple[Plugin, ...]:
-    """Return the plugins that the last configuration asked for, in that order."""
+    """Return the plugins of the last configuration, in its order."""
     return tuple(_active.values())
 
 
@@ -148,9 +148,9 @@ def members_of(spec: str) -> list[tuple[registry.Registry[Any], Any]]:
 
 
 def activate_stored(plugins: Sequence[Plugin], run_dir: Path, overrides: Sequence[str] | None = None) -> None:
-    """Make the plugins of the run in `run_dir` the active ones, from their copies there.
+    """Activate the plugins of the run in `run_dir`, from their copies there.
 
-    overrides: of the command, where it takes any; `run.accept_plugin_changes=true` is one.
+    overrides: of the command, if it takes any; `run.accept_plugin_changes=true` is one.
 
     Raises:
         UserError: one that is missing, cannot be imported, or is not the one that the run began with.
@@ -177,7 +177,7 @@ def activate_stored(plugins: Sequence[Plugin], run_dir: Path, overrides: Sequenc
         if plugin.is_file or plugin.name not in _installed:  # which are active already
             sources.append(source)
     if problems and overrides is None:
-        problems = [replace(one, fix=one.fix.removesuffix(_OR_ACCEPT)) for one in problems]
+        problems = [replace(problem, fix=problem.fix.removesuffix(_OR_ACCEPT)) for problem in problems]
     if problems:
         raise UserError(problems)
     _activate(sources, run_dir)
@@ -190,7 +190,7 @@ def accepts_changes(overrides: Sequence[str]) -> bool:
 
 
 def refuse_changes(before: Sequence[Plugin], now: Sequence[Plugin]) -> None:
-    """Raises UserError where a run that began with the plugins `before` would go on with others."""
+    """Raise UserError if a run that began with the plugins `before` would continue with different ones."""
     then, today = ({plugin.name: plugin for plugin in plugins} for plugins in (before, now))
     problems: list[Problem] = []
     for name, plugin in then.items():
@@ -211,7 +211,7 @@ def refuse_changes(before: Sequence[Plugin], now: Sequence[Plugin]) -> None:
 
 
 def _package_problems(plugin: Plugin) -> Iterator[Problem]:
-    """Yield what is wrong with the installed plugin with which a run began."""
+    """Yield the problem if an installed plugin of a run's beginning is missing or has changed."""
     installed = _installed.get(plugin.name)
     fix = f"pip install {plugin.distribution}=={plugin.version}{_OR_ACCEPT}"
     if installed is None:
@@ -295,7 +295,7 @@ def digests(*kinds: str) -> list[str]:
 
 
 def load_installed() -> None:
-    """Import what installed packages name in the group `dstune.plugins`, and what the process above has active, once.
+    """Import, once, the plugins of installed packages (entry-point group `dstune.plugins`) and those active in the parent process.
 
     Raises:
         UserError: one cannot be imported, or clashes with a built-in or another one.
@@ -317,7 +317,7 @@ def load_installed() -> None:
                 raise UserError(Problem(source.file, reason, "start the run again"))
             _active[entry["name"]] = _load(source)
     except BaseException:
-        _looked_for_installed = False  # the next question has the same answer
+        _looked_for_installed = False  # the next call raises the same error
         raise
 
 
@@ -353,9 +353,9 @@ _sources: dict[tuple[str, str], bytes] = {}
 
 
 def _activate(sources: Sequence[Source], run_dir: Path | None) -> None:
-    identities = [(one.name, one.sha256, one.is_file) for one in sources]
-    if identities == [(one.name, one.sha256, one.is_file) for one in active()]:
-        _active.update({one.name: replace(_active[one.name], file=one.file) for one in sources})
+    identities = [(source.name, source.sha256, source.is_file) for source in sources]
+    if identities == [(plugin.name, plugin.sha256, plugin.is_file) for plugin in active()]:
+        _active.update({source.name: replace(_active[source.name], file=source.file) for source in sources})
     else:
         for name in tuple(_active):  # all: which of two members of one name is refused depends on their order alone
             _park(name)
@@ -376,7 +376,7 @@ def _activate(sources: Sequence[Source], run_dir: Path | None) -> None:
 
 
 def _park(name: str) -> None:
-    """Take the members of a plugin out of the registries; it is executed once, so they are kept for later."""
+    """Remove the members of a plugin from the registries. They stay in `_loaded`, since a plugin is executed only once."""
     _active.pop(name, None)
     _remove(_loaded[name].members)
 
@@ -414,7 +414,7 @@ def _load(source: Source) -> Plugin:
 
 
 def _add_again(loaded: _Loaded, source: Source) -> None:
-    """Raises UserError: another plugin has one of the names by now."""
+    """Register the members of a loaded plugin again. Raises UserError if another plugin has taken one of the names."""
     added: list[tuple[registry.Registry[Any], type[Any]]] = []
     try:
         for kind, member in loaded.members:
@@ -430,7 +430,7 @@ def _is_of(member: type, module: str) -> bool:
 
 
 def _members() -> set[tuple[registry.Registry[Any], type[Any]]]:
-    """Return all but built-ins."""
+    """Return all registered members except the built-in ones."""
     members = {(kind, member) for kind in registry.kinds() for member in kind.present()}
     return {(kind, member) for kind, member in members if not member.__module__.startswith("dstune.")}
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, read from the variables that launchers set. Standard library only."""
+"""Determines which rank this process is, from the variables that launchers set. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from dstune.core.errors import Problem, UserError
 
 LAUNCHER_PID = "DSTUNE_LAUNCHER_PID"
-"""Set for ranks that dstune started itself: the process that has to live as long as they do."""
+"""Variable of ranks that dstune started: the launcher's process id. Ranks end when that process ends."""
 LAUNCH_ID = "DSTUNE_LAUNCH_ID"
-"""The mark of a launch, which all processes of its ranks inherit."""
+"""Variable with the id of a launch, which all processes of its ranks inherit."""
 
 STORE = "DSTUNE_STORE"
-"""Where ranks of one machine meet: a file in a folder of their launch alone, in place of a port that others could take."""
+"""Variable with the file of the rendezvous on one machine, in the launch's folder. Other processes could take a port."""
 FORK_SERVER = "DSTUNE_FORK_SERVER"
 """For commands that start ranks, never for ranks: the folder of the fork server that is offered to them."""
 GROUP_SECRET = "DSTUNE_GROUP_SECRET"
-"""What every rank of a launch knows and nobody else: who does not prove it is no rank (`dist.prove`)."""
+"""Variable with the secret of a launch, by which its ranks authenticate each other."""
 RUN_SHA256 = "DSTUNE_RUN_SHA256"
 """Of the `run.yaml` that the launching process wrote: ranks obey no other one."""
 
@@ -71,7 +71,7 @@ SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS
 
 
 def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
-    """Raises UserError for a rank of a launcher that does not say how many there are: each would start a run of its own."""
+    """Raise UserError for a rank of a launcher that does not state the number of ranks: each rank would start a separate run."""
     rank = next((name for name in RANKS if env.get(name)), None)
     if rank is None or any(env.get(name) for name in SIZES):
         return
@@ -181,7 +181,7 @@ def hold_notices() -> None:
 
 
 def take_notices() -> None:
-    """Deliver what `hold_notices` has held back; handlers are in place."""
+    """Unblock the signals of `hold_notices`, which delivers pending ones. Call it when the handlers are installed."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)
 
 

@@ -1,7 +1,7 @@
-"""How an error of a rank reaches the user, once.
+"""Reports an error of a rank to the user exactly once.
 
-Ranks that dstune started leave it in `logs/rank-N.error` for the process that started them, which tells it. Inside
-somebody else's launch all ranks write to the same terminal: what all of them found is told by rank 0 alone.
+Ranks that dstune started write it to `logs/rank-N.error`, and the launching process prints it. Inside another program's launch
+all ranks write to the same terminal, so an error of all ranks is printed by rank 0 alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dstune.core.errors import DstuneError, to_json
 from dstune.core.rank_env import RankEnv
 
 PATIENCE_SECONDS = 5.0
-"""How long a rank waits for the others to come to the same error. One that failed alone waits in vain: the others are
-in a collective with it."""
+"""How long a rank waits for the others to report the same error. The wait is in vain if it failed alone: the others are still in
+a collective with it."""
 REST_SECONDS = 0.5
-"""How long rank 0 waits for the last of the others once the first has looked: launchers end all when one ends."""
+"""How long rank 0 waits for the last rank's report after the first one's: launchers end all ranks when one ends."""
 POLL_SECONDS = 0.02
 
 
@@ -28,7 +28,7 @@ def error_file(run_dir: Path, rank: int) -> Path:
 
 
 def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
-    """Write the rank's error whole or not at all."""
+    """Write the rank's error to its file, atomically."""
     file = error_file(run_dir, rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write(file, to_json(error))
@@ -43,11 +43,10 @@ def report_to_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
 def report_once(
     run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS, *, prints: bool = True
 ) -> None:
-    """Print the error of a rank inside somebody else's launch once: rank 0 its own, any other rank only what rank 0 has not
-    printed.
+    """Print the error of a rank inside another program's launch once: rank 0 prints its error, another rank only a different one.
 
-    prints: whether rank 0 does; its caller raises the error otherwise.
-    A rank leaves its file when it has looked at rank 0's, so rank 0 knows when nobody needs the folder any more.
+    prints: whether rank 0 prints; otherwise its caller raises the error.
+    A rank writes its file after it has read rank 0's, so that rank 0 knows when the folder is no longer needed.
     """
     if env.rank == 0:
         if prints:

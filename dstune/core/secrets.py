@@ -1,4 +1,4 @@
-"""Values that came from the environment, and the text that stands for them wherever dstune writes.
+"""Replaces values from the environment by references in everything that dstune writes.
 
 `run.yaml` holds `${oc.env:KEY}` instead of the value, and so does everything else: what a rank prints, error messages,
 files of the run directory, what trackers get. Each process remembers the values that it resolved, and those of the
@@ -30,26 +30,26 @@ SECRET_NAME = re.compile(
 """Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, WANDB_PASS, PGPASSWORD,
 REGISTRY_AUTH, AZURE_STORAGE_CONNECTION_STRING; not MONKEY, OLDPWD."""
 CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]+@", re.IGNORECASE)
-"""An address with a user or password in it, as proxies have them."""
+"""An address with a user name or password, such as that of a proxy."""
 
 _known: dict[str, str] = {}
-"""What stands for a value, by value."""
+"""References by the values that they replace."""
 _public: set[str] = set()
 _references: set[str] = set()
 
 
 @functools.lru_cache(1024)  # `redact` asks it about every variable for every text
 def is_secret(name: str, value: str = "") -> bool:
-    """Return whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address
-    with credentials in it."""
+    """Return whether the environment variable `name` holds a secret: by its name, or because `value` is an address with
+    credentials."""
     looks_secret = SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
     # NAME:PASSWORD@HOST is enough for a proxy.
     return looks_secret or (name.upper().endswith("_PROXY") and "@" in value)
 
 
 def remember(value: str, reference: str) -> None:
-    """Register a secret: from now on `redact` writes `reference`, a text with `${oc.env:KEY}` in it, for `value`; and
-    `${oc.env:KEY}` for the value of that variable alone, which other texts may be made of."""
+    """Register a secret: from now on `redact` replaces `value` by `reference`, a text that contains `${oc.env:KEY}`, and the value
+    of the variable KEY itself, which may be part of other texts, by `${oc.env:KEY}`."""
     _references.add(reference)
     _add(value, reference)
     for match in REFERENCE.finditer(reference):
@@ -78,8 +78,8 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """Return `value`, made of mappings and sequences as JSON is, with every text in it redacted. Numbers and keys stay: a file
-    must be read back with the same ones, and the digits of a count are found in many a password."""
+    """Return `value`, which consists of mappings and sequences like JSON, with every text redacted. Numbers and keys stay: files
+    must be read back unchanged, and the digits of a count may occur in a password."""
     return texts_mapped(value, redact)
 
 
@@ -98,20 +98,20 @@ def _add(value: str, reference: str) -> None:
     if len(value) < MIN_CHARACTERS:
         return
     _known.setdefault(value, reference)
-    # As it stands in JSON, where a quote, a backslash or a letter beyond ASCII is written otherwise.
+    # Its form in JSON, which escapes quotes, backslashes and characters beyond ASCII.
     _known.setdefault(json.dumps(value)[1:-1], json.dumps(reference)[1:-1])
 
 
 def redact_output() -> None:
-    """Let what this process prints, through `print`, tracebacks, warnings or logging, pass through `redact`, and leave no
-    character in it that a terminal would obey."""
+    """Redact everything that this process prints, by `print`, tracebacks, warnings or logging, and remove control characters for
+    the terminal except colours."""
 
     def change(text: str) -> str:
         return visible_but_colours(redact(text))
 
     filtered = {id(stream): Filtered(stream, change) for stream in (sys.stdout, sys.stderr)}
     sys.stdout, sys.stderr = filtered[id(sys.stdout)], filtered[id(sys.stderr)]
-    # Loggers of libraries took hold of the streams when they were imported.
+    # Handlers of libraries' loggers refer to the original streams.
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
     for logger in loggers:
         for handler in logger.handlers:

@@ -1,4 +1,4 @@
-"""The index of weights in several files, which may name files of its own folder alone."""
+"""Checks the index of weights in several files, which must not name files outside of its folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def check_indexes(folder: Path, where: str, value: str) -> None:
-    """Raise UserError where an index in `folder` names a file that is not below it.
+    """Raise UserError if an index in `folder` names a file outside of it.
 
-    transformers joins the names to the folder as they are, and can be led to any index in it by `config.json`. Links are
-    not resolved: the files of the hub's cache are links.
+    transformers joins the names to the folder unchecked, and `config.json` can point it to any index there. Links are not resolved,
+    since the files of the hub's cache are links.
     """
     problems = []
     for file in sorted(folder.glob("*.index.json")):
