@@ -1,4 +1,4 @@
-"""The pretrained weights of a model as they are in its files, tensor by tensor."""
+"""Reads the pretrained weights of a model from its files, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dstune.core.weight_index import INDEX, check_indexes
 
 
 def original_weights(config: ModelConfig, prefix: str, shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
-    """Return `BaseWeights`. Raises UserError where the files have other names than the model's parameters."""
+    """Return `BaseWeights`. Raises UserError if the files lack the names or shapes of the model's parameters."""
     try:
         return BaseWeights(config, prefix, shapes)
     except LookupError as error:
@@ -32,7 +32,7 @@ def original_weights(config: ModelConfig, prefix: str, shapes: Mapping[str, torc
 
 
 class BaseFiles(Mapping[str, Tensor]):
-    """The tensors of a model's safetensors files, each read when asked for. Raises LookupError where there are no such files."""
+    """The tensors of a model's safetensors files; each is read on access. Raises LookupError if there are no such files."""
 
     def __init__(self, config: ModelConfig):
         self._folder = metadata_folder(config)
@@ -69,9 +69,9 @@ class BaseFiles(Mapping[str, Tensor]):
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """The pretrained weights of a model by the names of its parameters, straight from the safetensors files.
+    """The pretrained weights of a model by the names of its parameters, read from the safetensors files without transformers.
 
-    Raises LookupError where a name or shape of `shapes` is not in the files as it is, since transformers joins some tensors.
+    Raises LookupError if the files do not have a name and shape of `shapes`: transformers joins some tensors on loading.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class BaseWeights(Mapping[str, Tensor]):
         *,
         partial: bool = False,
     ):
-        """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack. keys: of tensors that have another
-        name in the files (`Loading.keys`). partial: leave out what is not in the files."""
+        """prefix: of the body's parameters (`model`, `bert`), which names in the files may lack. keys: names in the files of
+        tensors that are called otherwise there (`Loading.keys`). partial: leave out tensors that are not in the files."""
         self._files = BaseFiles(config)
         self._keys: dict[str, str] = {}
         for name, shape in shapes.items():
@@ -110,12 +110,13 @@ class BaseWeights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Loading:
-    """What transformers does with the tensors of a model's files."""
+    """How transformers loads the tensors of a model's files."""
 
     keys: Mapping[str, str]
-    """By the name of a tensor of the model, the key of the one in the files that it is loaded from as it is."""
+    """For tensors that are loaded unchanged: the name in the files, by the name in the model."""
     dropped: tuple[str, ...]
-    """Keys of what the model has no tensor for: heads for several tokens (`mtp.*`), towers beside the class of a language model."""
+    """Names in the files that the model has no tensor for: heads for several tokens (`mtp.*`), towers that a language model
+    lacks."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, state: Mapping[str, Tensor], keys: Iterable[str]) -> Loading:
@@ -148,10 +149,10 @@ def metadata_folder(config: ModelConfig) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor; of several files the one that transformers would take.
+    """Return the file of each tensor, as transformers would choose it.
 
     Raises:
-        LookupError: there is none. UserError: the index names files outside of the folder.
+        LookupError: there are no safetensors files. UserError: the index names files outside of the folder.
     """
     file = folder / "model.safetensors"
     if file.is_file():

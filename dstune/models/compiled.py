@@ -26,12 +26,12 @@ from dstune.zero import accelerator
 Function = Callable[..., Any]
 
 VARIANTS = 64
-"""Of one function: with and without gradients, one row and several, each format. torch stops at 8."""
+"""Compiled variants of a function: with and without gradients, one row and several, each number format. torch's limit is 8."""
 
 
 def use_compiled(module: nn.Module, config: ModelConfig) -> Iterator[str]:
-    """Let the gated activations and the rotary positions of `module` be computed as here, where `config` asks for it; yields why
-    something of it is not. Call it before DeepSpeed puts hooks on the modules."""
+    """Compile the gated activations and the rotary positions of `module` as `config` requests. Yields the reasons for parts that
+    stay uncompiled. Call it before DeepSpeed installs hooks on the modules."""
     if config.fused_activations:
         yield from _reasons("fused_activations", "gated activation", _take_over_gates(module))
     if config.fused_rotary:
@@ -39,7 +39,7 @@ def use_compiled(module: nn.Module, config: ModelConfig) -> Iterator[str]:
 
 
 def compiled_functions(module: nn.Module) -> dict[str, bool]:
-    """Return which of the two are computed as here, in any layer of `module`."""
+    """Return which of the two are compiled in any layer of `module`."""
     computing = {
         module_part.forward.func for module_part in module.modules() if isinstance(module_part.forward, partial)
     }
@@ -47,7 +47,7 @@ def compiled_functions(module: nn.Module) -> dict[str, bool]:
 
 
 def _reasons(key: str, part_name: str, problems: Sequence[str]) -> Iterator[str]:
-    """Yield why parts stay uncompiled. problems: of each layer that was found, empty where it is taken over."""
+    """Yield the reasons for parts that stay uncompiled. problems: one for each layer of the kind, empty if it is compiled."""
     refused = sorted(set(filter(None, problems))) if problems else [f"the model has no {part_name} of a known form"]
     yield from (f"model.{key}: {problem}; it is computed as the model has it" for problem in refused)
 
@@ -86,8 +86,8 @@ def _gated(layer: Any, kernel: Function, hidden_states: torch.Tensor) -> torch.T
 
 
 def _is_gated(layer: Any) -> bool:
-    """Return whether a layer computes down(activation(gate(x)) * up(x)), as Llama's, and nothing else: found by its output, to
-    the bit, with simple functions in place of the projections."""
+    """Return whether a layer computes exactly down(activation(gate(x)) * up(x)), as Llama's does: tested with simple functions in
+    place of the projections, whose output must be bit-equal."""
     activation = getattr(layer, "act_fn", None)
     has_projections = all(
         isinstance(getattr(layer, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")
@@ -100,7 +100,7 @@ def _is_gated(layer: Any) -> bool:
     )
     try:
         output = type(layer).forward(stand_in, rows)
-    except Exception:  # it wants something else
+    except Exception:  # a layer of another form
         return False
     expected = 3 * (activation(1.5 * rows + 0.25) * (0.5 - rows))
     return isinstance(output, torch.Tensor) and torch.equal(output, expected)
@@ -109,19 +109,20 @@ def _is_gated(layer: Any) -> bool:
 # ---- Rotary positions ----
 
 ROTARY = "apply_rotary_pos_emb"
-"""Of every file of transformers that has rotary positions: (q, k, cos, sin) -> (q, k), q and k [batch, heads, positions, size]."""
+"""Function in every module of transformers with rotary positions: (q, k, cos, sin) -> (q, k), q and k [batch, heads, positions,
+size]."""
 
 
 class _Rotary:
-    """Stands in a file of transformers where its function was, and is that function but within layers that `_rotated` computes:
-    attention looks its rotary positions up by name, and other models of the process are to keep theirs."""
+    """Replaces the rotary function in a module of transformers, where attention looks it up by name. It calls the kernel within
+    layers that `_rotated` computes, and the original function elsewhere, for other models of the process."""
 
     def __init__(self, function: Function):
-        self.own = function
+        self.original = function
         self._within = threading.local()  # backward passes recompute in threads of their own
 
     def __call__(self, *states: Any, **keywords: Any) -> Any:
-        kernel = getattr(self._within, "kernel", None) or self.own
+        kernel = getattr(self._within, "kernel", None) or self.original
         return kernel(*states, **keywords)
 
     def computing(self, kernel: Function, forward: Function, *arguments: Any, **keywords: Any) -> Any:
@@ -140,24 +141,24 @@ def _take_over_rotary(module: nn.Module) -> list[str]:
         size = getattr(layer, "head_dim", None)
         if rotary is None or not isinstance(size, int) or not hasattr(layer, "q_proj"):
             continue
-        stands = rotary if isinstance(rotary, _Rotary) else _Rotary(rotary)
+        replacement = rotary if isinstance(rotary, _Rotary) else _Rotary(rotary)
         dtype = _dtype_of(layer)
         key = code.__name__, size, dtype
         if key not in kernel_by_key:
             random = _seeded()
             states = [torch.randn(1, 64, heads, size, generator=random).transpose(1, 2) for heads in (4, 2)]
             angles = torch.randn(1, 64, size // 2, generator=random).repeat(1, 1, 2)
-            kernel_by_key[key] = compiled_if_as_exact(stands.own, states, (angles.cos(), angles.sin()), dtype)
+            kernel_by_key[key] = compiled_if_as_exact(replacement.original, states, (angles.cos(), angles.sin()), dtype)
         kernel, problem = kernel_by_key[key]
         if kernel is not None:
-            setattr(code, ROTARY, stands)
-            layer.forward = partial(_rotated, stands, kernel, layer.forward)
+            setattr(code, ROTARY, replacement)
+            layer.forward = partial(_rotated, replacement, kernel, layer.forward)
         problems.append(problem)
     return problems
 
 
-def _rotated(stands: _Rotary, kernel: Function, forward: Function, *arguments: Any, **keywords: Any) -> Any:
-    return stands.computing(kernel, forward, *arguments, **keywords)
+def _rotated(replacement: _Rotary, kernel: Function, forward: Function, *arguments: Any, **keywords: Any) -> Any:
+    return replacement.computing(kernel, forward, *arguments, **keywords)
 
 
 # ---- The proof ----
@@ -166,8 +167,8 @@ def _rotated(stands: _Rotary, kernel: Function, forward: Function, *arguments: A
 def compiled_if_as_exact(
     function: Function, states: Sequence[torch.Tensor], constants: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[Function | None, str]:
-    """Compile `function`; or say why not: it does not compile here, or is further from fp64 than `function` by more than rounding.
-    states: have gradients, like its outputs."""
+    """Compile `function`; return it, or None and the reason: it does not compile here, or its error against fp64 is larger than
+    that of `function`. states: inputs with gradients."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     device = accelerator.current()
 
@@ -186,23 +187,25 @@ def compiled_if_as_exact(
     except Exception as error:
         return None, f"it takes other tensors than known ones ({with_class(error)[:200]})"
     try:
-        # fullgraph: else torch computes what it cannot compile the plain way, without a word.
+        # fullgraph: otherwise torch silently leaves uncompiled what it cannot compile.
         kernel = accelerator.compiled(function, dynamic=True, fullgraph=True)
         fused = results(kernel, dtype, device)
     except Exception as error:
         return None, f"it does not compile here ({with_class(error)[:200]})"
     for true, plain_result, fused_result in zip(exact, plain, fused, strict=True):
-        allowed, own_error = (float((result - true).norm() / true.norm()) for result in (plain_result, fused_result))
-        if not own_error <= CLOSE * allowed:
+        plain_error, fused_error = (
+            float((result - true).norm() / true.norm()) for result in (plain_result, fused_result)
+        )
+        if not fused_error <= CLOSE * plain_error:
             return (
                 None,
-                f"its compiled form is less exact here (error {own_error:.1e}, of the model's own {allowed:.1e})",
+                f"its compiled form is less exact here (error {fused_error:.1e}, of the model's own {plain_error:.1e})",
             )
     return kernel, ""
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
-    """Return the type of the layer's first weight in floating point, which is not the code of a quantized one; fp32 without any."""
+    """Return the dtype of the layer's first floating-point weight (quantized weights are integers); fp32 if it has none."""
     kinds = (weight.dtype for weight in layer.parameters())
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 

@@ -1,4 +1,4 @@
-"""Weights that are stored in FP8 or MXFP4, put back to the run's number format while they are loaded."""
+"""Dequantizes weights that are stored in FP8 or MXFP4 to the run's number format on loading."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dstune.config.stored_formats import OWN_BITS
 
 
 def put_back_to_full_width(architecture: PretrainedConfig, *, pretrained: bool) -> None:
-    """Have transformers dequantize what the checkpoint stores in few bits, whatever this machine could compute with.
+    """Make transformers dequantize weights that the checkpoint stores in few bits, on any hardware.
 
-    Without it, weights stay in FP8 on the GPUs that have kernels for it, where nothing can train them. pretrained: whether weights
-    are read at all; new ones are made in full width.
+    Otherwise weights stay in FP8 on GPUs with kernels for it, where they cannot be trained. pretrained: whether weights are loaded;
+    new ones have full width.
     """
     for config in (architecture, architecture.get_text_config()):
         settings = getattr(config, "quantization_config", None)

@@ -1,4 +1,4 @@
-"""Text from a model in memory."""
+"""Generates text with a model in memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dstune.core.errors import Problem, UserError
 
 
 def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
-    """Return tokens that end a text: those of the model's generation settings, and `stops`. Raises UserError where the settings
-    have something else."""
+    """Return the tokens that end a text: those of the model's generation settings, and `stops`. Raises UserError if the settings
+    have something else than token ids."""
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
     tokens = {token for token in [*several, *stops] if token is not None}
@@ -28,8 +28,7 @@ def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
 def generation_inputs(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[Any, dict[str, Any], int]:
-    """Return (the model whose `generate` is to be called, its inputs, length of what stands in front of the new tokens in its
-    answer)
+    """Return the model whose `generate` has to be called, its inputs, and the length of the output in front of the new tokens.
 
     input_ids, attention_mask: [batch, sequence], as `padded` gives them.
 
@@ -111,14 +110,14 @@ def generate_answers(
 
 
 def placed_images(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a model gets of images where it computes, and pixels in its own type."""
+    """Move a model's image inputs to its device, with pixels in its dtype."""
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     return {name: value.to(device, dtype if name == "pixel_values" else value.dtype) for name, value in inputs.items()}
 
 
 class _LineEnds:
-    """A stopping criterion of transformers: a row is done when a line break follows what it has written."""
+    """A stopping criterion of transformers: a row is done when a line break follows its first text."""
 
     def __init__(self, tokenizer: Any, width: int):
         self._tokenizer, self._width = tokenizer, width
@@ -130,7 +129,7 @@ class _LineEnds:
 
 
 def padded(model: Any, prompts: Sequence[list[int]], padding: int) -> dict[str, torch.Tensor]:
-    """Pad prompts to tensors: on the left of what a decoder goes on from, on the right of what an encoder reads."""
+    """Pad prompts to tensors: on the left for a decoder, which continues them, on the right for an encoder."""
     width = max(map(len, prompts))
     pads_left = not model.config.is_encoder_decoder
     rows, masks = [], []

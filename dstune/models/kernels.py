@@ -1,4 +1,4 @@
-"""Which implementation computes what: chosen for a run, and named for `environment.json` and `dstune doctor` in the same words."""
+"""Chooses the implementation of each operation for a run, and names it for `environment.json` and `dstune doctor`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from dstune.zero import accelerator
 from dstune.zero.precision import fast_bf16
 
 HEADS, VOCABULARY, WIDTH, EPSILON = Heads(32, 8), 128_256, 4096, 1e-5
-"""Of Llama 3 8B."""
+"""Sizes of Llama 3 8B."""
 
 
 def use_kernels(module: nn.Module, config: ModelConfig, message: Callable[[str], None] = lambda text: None) -> None:
-    """Let the layers of a model be computed as `config` has it. Call it before DeepSpeed puts hooks on the modules, and after peft
-    has copied those that it trains beside adapters."""
+    """Choose the implementations of a model's layers as `config` requests. Call it before DeepSpeed installs hooks on the modules,
+    and after peft has copied the modules that it trains beside adapters."""
     use_lean_norms(module, fused=config.fused_norms)
     for reason in use_compiled(module, config):
         message(f"warning: {reason}")
 
 
 def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Describe what computes each operation, as a run has chosen it and the proofs at its start have left it. model:
-    transformers' within `module`."""
+    """Describe the implementation of each operation in a run, after the checks at its start. model: transformers' model within
+    `module`."""
     rows = getattr(head, "rows", None)
     loaded = getattr(getattr(model, "config", None), "_attn_implementation", None)  # features have no model
     parts = {"attention": str(loaded) if rows is None else rows.title}
@@ -66,7 +66,7 @@ def of_machine() -> dict[str, str]:
 
 
 def _attention(dtype: torch.dtype) -> str:
-    """Return what packed rows would take; what has to be compiled first is named and not tried."""
+    """Name the attention kernel that packed rows would use; kernels that have to be compiled first are named but not tried."""
     if dtype is torch.float32:
         return "sdpa"
     kernels = list(varlen.kernels())
@@ -77,7 +77,7 @@ def _attention(dtype: torch.dtype) -> str:
 
 
 def _norms(*, fused: bool, kinds: Collection[Kind] = ()) -> str:
-    """Name what computes the norms. kinds: of the norms that no kernel computes."""
+    """Name the implementation of the norms. kinds: kinds of norms that have no kernel."""
     reasons = [NO_KERNEL[kind] for kind in kinds if kind in NO_KERNEL and accelerator.present()]
     return ("torch's kernel" if fused else "blocks of rows") + "".join(f" ({reason})" for reason in reasons)
 

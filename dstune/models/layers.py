@@ -1,4 +1,4 @@
-"""The layers of any transformer, from the bottom to the top, by the names of its parameters."""
+"""Orders the parameters of any transformer by layer, from the bottom to the top."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dstune.zero.parts import full_count
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of a model's parameters by depth. Every parameter is in one of the parts, a tied one by its first name; those that no
-    row reaches (`models.unreached`) are in none."""
+    """Names of a model's parameters by depth. Each parameter is in one part, a tied one by its first name; parameters that no row
+    reaches (`models.unreached`) are in none."""
 
     embeddings: tuple[str, ...]
-    """What is in front of the first block: tokens, positions. A tied vocabulary projection is the same weight."""
+    """Parameters before the first block: embeddings of tokens and positions. A tied vocabulary projection is the same weight."""
     blocks: tuple[tuple[str, ...], ...]
-    """Of each block, the first one first; those of an encoder in front of those of its decoder."""
+    """Parameters of each block, from the first one; blocks of an encoder come before those of its decoder."""
     top: tuple[str, ...]
-    """What is behind the last block: norm, pooler, head."""
+    """Parameters after the last block: norm, pooler, head."""
 
     @property
     def parts(self) -> tuple[tuple[str, ...], ...]:
@@ -31,8 +31,8 @@ class Layers:
 
 
 def layers_of(model: PreTrainedModel) -> Layers:
-    """Return the layers of `model`. Its blocks are the members of the outermost lists of modules in its body that have as many
-    parameters as half of the largest one: a list of small modules (of projections, of poolers) is none of blocks."""
+    """Return the layers of `model`. Its blocks are the members of the outermost module lists in its body, of those that have at
+    least half as many parameters as the largest list: a list of small modules (projections, poolers) has no blocks."""
     blocks = list(_blocks(model))
     block_of = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
     body = {id(parameter) for parameter in model.base_model.parameters()}
@@ -77,6 +77,6 @@ def _outermost_lists(module: nn.Module, left_out: set[nn.Module]) -> Iterator[nn
 
 
 def decayed_rates(layers: Layers, decay: float) -> dict[str, float]:
-    """Return factor on the learning rate of each parameter: 1 for the top, `decay` times that of the part above for the others
-    (Howard and Ruder 2018, section 3.2)."""
+    """Return the factor of each parameter's learning rate: 1 for the top, and for each other part `decay` times that of the part
+    above it (Howard and Ruder 2018, section 3.2)."""
     return {name: decay**depth for depth, part in enumerate(reversed(layers.parts)) for name in part}

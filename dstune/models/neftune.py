@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 
 def add_noise(module: nn.Module, model: PreTrainedModel, alpha: float) -> None:
-    """Add uniform noise of `alpha / sqrt(length * width)` at most to the embeddings of every training pass.
+    """Add uniform noise of at most `alpha / sqrt(length * width)` to the embeddings in every training pass.
 
-    length: tokens of the sample that a position belongs to, of padded and of packed rows alike. The noise comes from torch's
-    generator on the CPU, which the loop seeds by (seed, step, micro-batch): it is the same on any number of ranks, on any device,
-    and after a resume.
+    length: tokens of the sample that a position belongs to, in padded and packed rows. The noise comes from torch's generator on
+    the CPU, which the loop seeds by (seed, step, micro-batch), so it is the same on any number of ranks, on any device, and after a
+    resume.
 
-    module: what the engine calls, `model` with the method's parameters around it.
+    module: the module that the engine calls, `model` with the method's parameters.
     """
     lengths: list[Tensor] = []
 
@@ -37,7 +37,7 @@ def add_noise(module: nn.Module, model: PreTrainedModel, alpha: float) -> None:
 
 
 def _sample_lengths(inputs: dict[str, Any]) -> Tensor:
-    """Return for each position the tokens of its sample [rows, sequence]."""
+    """Return the number of tokens in each position's sample, float32 [rows, sequence]."""
     ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     assert isinstance(ids, Tensor)
     if mask is not None and mask.dim() == 2:

@@ -1,4 +1,4 @@
-"""Weights in 4 bits by bitsandbytes, whoever rounded them."""
+"""Weights that bitsandbytes quantized to 4 bits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from laying weights out anew for its fast CPU product when the model is evaluated.
+    """Keep bitsandbytes from changing the layout of weights for its fast CPU product when the model is evaluated.
 
-    What it makes of them has no backward pass: on CPUs with AVX512-BF16, gradients would end at the first quantized layer
-    from the first evaluation on.
+    That layout has no backward pass: on CPUs with AVX512-BF16, gradients would stop at the first quantized layer after the first
+    evaluation.
     """
     layer: Any
     for layer in model.modules():
@@ -20,7 +20,7 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Return whether an adapted layer stands on a weight in 4 bits."""
+    """Return whether the base weight of an adapted layer is quantized to 4 bits."""
     return getattr(layer.get_base_layer().weight, "quant_state", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""Where the samples of a row begin and end, from the head of a language model to its attention."""
+"""Passes the spans of samples in packed rows from the head of a language model to its attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dstune.config.parallel_rules import CAPPED
 from dstune.core.errors import Problem, UserError
 
 SPANS = "dstune_spans"
-"""Keyword of a forward pass that tells them. transformers hands keywords that it does not know down to the attention function,
-also when a layer is computed again in the backward pass."""
+"""Keyword of a forward pass with the spans. transformers passes unknown keywords on to the attention function, also when a layer is
+recomputed in the backward pass."""
 
 Spans = tuple[tuple[tuple[int, int], ...], ...]
 """(first position, position behind the last) of each sample, for each row; they do not overlap."""
@@ -32,15 +32,15 @@ def spans_of(inputs: Mapping[str, torch.Tensor]) -> Spans:
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """Return the attention_mask of a forward pass that is told spans: of four dimensions, so that it is taken as it is, and none
-    of the model's own is made."""
+    """Return the attention_mask of a forward pass with spans: four dimensions, so that transformers uses it unchanged and builds no
+    mask itself."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def with_spans(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, spans: Any) -> dict[str, Any]:
     """Return the inputs of a model whose attention finds its samples by `spans`. labels: [rows, width]"""
     model_inputs = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
-    if "position_ids" not in inputs:  # some models would make them of the mask
+    if "position_ids" not in inputs:  # some models would derive them from the mask
         rows, width = labels.shape
         model_inputs["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
     return model_inputs
@@ -64,11 +64,11 @@ def window_of(module: torch.nn.Module, keywords: Mapping[str, Any]) -> int | Non
 
 
 SILENT = {"nemotron"}
-"""Models whose layers drop keywords on their way to the attention function."""
+"""Model types whose layers drop keywords before the attention function."""
 
 
 def attention_problem(model: PreTrainedModel) -> str | None:
-    """Return why attention of this model cannot be computed for each sample on its own, if so."""
+    """Return why this model's attention cannot be computed for each sample separately; None if it can."""
     architecture = model.config.get_text_config()
     if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
         return "its attention in transformers cannot be replaced"
@@ -92,7 +92,7 @@ CHANGES_SCORES = ("s_aux", "sinks", "position_bias", "attention_bias", "alibi", 
 
 
 def refuse_unknown(module: torch.nn.Module, keywords: Mapping[str, Any]) -> None:
-    """Refuse a model that does with its scores what would be left out silently. Raises UserError."""
+    """Raise UserError for a model that changes attention scores in a way that this implementation would silently leave out."""
     unknown = [name for name in CHANGES_SCORES if keywords.get(name) is not None]
     causal = keywords.get("is_causal")
     if causal is False or (causal is None and getattr(module, "is_causal", True) is False):

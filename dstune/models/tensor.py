@@ -24,14 +24,14 @@ from dstune.core.errors import Problem, UserError
 from dstune.zero.slices import Slices
 
 OF_HEADS = ("q_norm", "k_norm")
-"""Whole on every rank and applied to each head: a rank has the gradient of its own heads."""
+"""Norms that are complete on every rank and applied to each head: a rank's gradient covers only its heads."""
 
 
 def slice_model(module: nn.Module, model: PreTrainedModel, slices: Slices) -> None:
-    """Leave this rank its slices of the weights of `module`'s layers, and let the layers sum what they compute.
+    """Replace the weights of `module`'s layers by this rank's slices, and let the layers sum their outputs over the ranks.
 
-    module: `model`, or what adapters make of it, whole and with the same weights on every rank. Call it before the optimizer
-    and DeepSpeed see the parameters. Raises UserError for a model that cannot be cut.
+    module: `model`, or `model` with adapters, complete and with the same weights on every rank. Call it before the optimizer and
+    DeepSpeed get the parameters. Raises UserError for a model that cannot be sliced.
     """
     if problems := slices_problems(model.config.get_text_config().to_dict(), slices.parts):
         raise UserError(problems)

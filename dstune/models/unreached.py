@@ -1,10 +1,10 @@
-"""Parts of a model that rows of text never reach: the towers of images and sound beside its language model, and projectors.
+"""Finds and freezes parts of a model that rows of text never reach: towers for images and sound, and their projectors.
 
-Such a part gets no gradient. In the optimizer it would only decay, and an adapter on it would never learn. So it stays as it is,
-outside adapters and optimizer groups (`model.unreached_parts`).
+Such a part gets no gradient. In the optimizer it would only decay, and an adapter on it would never learn. So it stays frozen,
+outside of adapters and optimizer groups (`model.unreached_parts`).
 
-What is unreached follows from the configuration and the module tree: within the body, all that is neither in a module built from
-`text_config` nor around one. `verify_unreached` holds that against a forward pass.
+Unreached are, within the body, all modules that are neither in a module built from `text_config` nor contain one.
+`verify_unreached` checks this with a forward pass.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ KEY = "model.unreached_parts"
 
 
 def text_config_of(architecture: PretrainedConfig) -> PretrainedConfig | None:
-    """Return the configuration of the language model inside a model that has other parts too; None for any other model."""
+    """Return the configuration of the language model in a model with further parts; None for other models."""
     parts = {key: part for key in architecture.sub_configs if (part := getattr(architecture, key, None)) is not None}
     return parts.get("text_config") if len(parts) > 1 else None
 
 
 def whole_class(chosen: Any, architecture: PretrainedConfig) -> Any:
-    """Return the class to load a model with, where a task has `chosen` one for all architectures.
+    """Return the class to load a model with. chosen: the task's class, the same for all architectures.
 
     `AutoModelForCausalLM` loads only the language model of some vision-language checkpoints (Qwen 3.5) and refuses others
     (Mistral 3). Servers load the class that the checkpoint names, and adapters carry the names of its modules.
@@ -43,9 +43,9 @@ def whole_class(chosen: Any, architecture: PretrainedConfig) -> Any:
 
 
 def class_of_adapters(chosen: Any, architecture: PretrainedConfig, names: Iterable[str]) -> Any:
-    """Return the class as `whole_class`, for a model that adapters are put on. names: of the modules that they change.
+    """Return the class to load a model with for an adapter; see `whole_class`. names: of the modules that the adapter changes.
 
-    Adapters of earlier versions have the names of the language model's own class.
+    Adapters of earlier versions have the module names of the language model's class.
     """
     whole = whole_class(chosen, architecture)
     if whole is chosen:
@@ -56,7 +56,7 @@ def class_of_adapters(chosen: Any, architecture: PretrainedConfig, names: Iterab
 
 
 def find_unreached(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return names of the outermost modules, and of parameters beside them, that no row of text reaches."""
+    """Return the names of the outermost modules, and of parameters outside of them, that no row of text reaches."""
     text = text_config_of(model.config)
     if text is None:
         return ()
@@ -68,12 +68,12 @@ def find_unreached(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _is_built_from(module: nn.Module, config: PretrainedConfig) -> bool:
-    # transformers copies the configuration of a part, so only its class tells.
+    # transformers copies the configuration of a part, so only its class can be compared.
     return isinstance(module, PreTrainedModel) and type(module.config) is type(config)
 
 
 def _beside(module: nn.Module, name: str, language: list[str], head: nn.Module | None) -> Iterator[str]:
-    """Yield what of `module`, which is around a language model, is not on the way to it."""
+    """Yield the names in `module`, which contains a language model, that are not on the path to it."""
     prefix = f"{name}." if name else ""
     yield from (prefix + leaf for leaf, _ in module.named_parameters(recurse=False))
     for leaf, child in module.named_children():
@@ -100,25 +100,25 @@ def freeze_unreached(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def vision_parts(model: nn.Module) -> tuple[str, ...]:
-    """Return names of the tower and the projector that `model.train_vision` trains; empty without it."""
+    """Return the names of the vision tower and projector that `model.train_vision` trains; empty without it."""
     names: tuple[str, ...] = getattr(model, "dstune_vision_parts", ())
     return names
 
 
 def unreached_parts(model: nn.Module) -> tuple[str, ...]:
-    """Return names of the modules and parameters that `freeze_unreached` froze."""
+    """Return the names of the modules and parameters that `freeze_unreached` froze."""
     names: tuple[str, ...] = getattr(model, "dstune_unreached", ())
     return names
 
 
 def keep_frozen(model: PreTrainedModel) -> None:
-    """Freeze the parts again, whatever a method has done to them since."""
+    """Freeze the parts again, after a method may have changed them."""
     for _, parameter in unreached_parameters(model):
         parameter.requires_grad_(False)
 
 
 def unreached_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Return names and parameters of the frozen parts, but for those that a reached part shares."""
+    """Return the names and parameters of the frozen parts, without those that are shared with a reached part."""
     names = unreached_parts(model)
     if not names:
         return []
@@ -132,12 +132,12 @@ def unreached_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter
 
 
 def is_within(name: str, parts: tuple[str, ...]) -> bool:
-    """Return whether `name` is that of one of `parts`, or of something inside one."""
+    """Return whether `name` is one of `parts`, or inside of one."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def count_by_part(model: PreTrainedModel, count: Callable[[nn.Parameter], int] = full_count) -> dict[str, int]:
-    """Return parameters of each frozen part."""
+    """Return the number of parameters of each frozen part."""
     counts = dict.fromkeys(unreached_parts(model), 0)
     for name, parameter in unreached_parameters(model):
         counts[next(part for part in counts if is_within(name, (part,)))] += count(parameter)
@@ -145,10 +145,10 @@ def count_by_part(model: PreTrainedModel, count: Callable[[nn.Parameter], int] =
 
 
 def verify_unreached(model: PreTrainedModel, forward: Callable[..., Any], device: torch.device) -> None:
-    """Prove that the frozen parts do not matter to text: whatever they compute is replaced by NaN, and the output has none.
+    """Check that the frozen parts do not affect text: with their outputs replaced by NaN, the model's output has no NaN.
 
-    Some models run a projector on every row and choose afterwards (Gemma 3n), so that it ran proves nothing. Every rank must
-    call this. Raises UserError where a frozen part changes the output.
+    That a part runs proves nothing: some models run a projector on every row and select afterwards (Gemma 3n). Every rank must
+    call this. Raises UserError if a frozen part changes the output.
     """
     modules = [(part, module) for part in unreached_parts(model) if (module := _module(model, part)) is not None]
     if not modules:
@@ -184,7 +184,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _with_nan(output: Any) -> Any:
-    """Return `output` with NaN in place of its numbers."""
+    """Return `output` with all numbers replaced by NaN."""
     if isinstance(output, torch.Tensor):
         return torch.full_like(output, float("nan")) if output.is_floating_point() else output
     if isinstance(output, tuple | list):

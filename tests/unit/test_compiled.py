@@ -80,7 +80,7 @@ def test_its_layers_alone_take_the_kernels(tmp_path, monkeypatch):
     assert compiled_functions(other) == {"activations": True, "rotary": True}
     assert compiled_functions(model) == {"activations": False, "rotary": False}
     stands = modeling_llama.apply_rotary_pos_emb
-    assert isinstance(stands, compiled._Rotary) and not isinstance(stands.own, compiled._Rotary)
+    assert isinstance(stands, compiled._Rotary) and not isinstance(stands.original, compiled._Rotary)
     calls.clear()
     assert torch.equal(other(input_ids=ids).logits, before)
     layers = model.config.num_hidden_layers

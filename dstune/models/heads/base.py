@@ -1,4 +1,4 @@
-"""What every head gives back."""
+"""Interfaces and outputs of heads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HeadOutput:
     correct: torch.Tensor
     """Targets that the most probable prediction hits, scalar."""
     rows: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] = field(default_factory=dict)
-    """What the task's metrics need of each row, by name, in an evaluation (without gradients):
+    """Values of each row for the task's metrics, by name, in an evaluation (without gradients):
     tensors [batch, ...], or one tensor of any length a row. `loss` is the sum of its targets' losses, `weight` what they
     count and `correct` how many were hit."""
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Head(Protocol):
 
 
 class Rows(Protocol):
-    """How the rows of a language model are handed to it, where not as they are."""
+    """Changes the inputs of a language model's rows before its forward pass, for models or ranks that need another form."""
 
     whole: bool
     """Whether this rank has all positions of its rows."""
@@ -55,26 +55,25 @@ class Rows(Protocol):
     def model_inputs(
         self, inputs: Batch, labels: torch.Tensor, boundaries: tuple[torch.Tensor, int] | None = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return what this rank's model gets of `inputs`, and the labels of its positions. boundaries: as `boundaries` found
-        them."""
+        """Return the inputs of this rank's model for `inputs`, and the labels of its positions. boundaries: from `boundaries`."""
 
     def boundaries(self, inputs: Batch) -> tuple[torch.Tensor, int] | None:
-        """Return where samples begin, where the model is told so by tensors."""
+        """Return where samples begin, and the longest one, if the model needs this as tensors; else None."""
 
     def original_attention(self) -> AbstractContextManager[None]:
-        """Give the model back its own attention, within the block: it then takes rows as they are."""
+        """Restore the model's original attention, which takes unchanged rows, within the block."""
 
     def refuse(self, reason: str) -> str:
-        """Fall back where logits are not those of the same samples alone: rows go to the model as they are from now on, and what
-        to tell of it is returned. Raises UserError where they cannot."""
+        """Fall back to unchanged rows from now on, because logits differ from those of the same samples alone; return the message
+        for the user. Raises UserError if that is impossible."""
 
 
 @runtime_checkable
 class LeavesOutLogits(Protocol):
-    """A head of a language model that need not compute all logits, if the model does nothing with them but return them."""
+    """A head of a language model that can skip computing all logits, if the model returns them unchanged."""
 
     def examine(self, forward: Forward, device: torch.device) -> bool:
-        """Try the model and remember whether it does. At ZeRO-3 every rank calls this. Return `examined`."""
+        """Test whether the model returns its logits unchanged, and return `examined`. At ZeRO-3 every rank must call this."""
 
     @property
     def examined(self) -> bool:
@@ -83,14 +82,14 @@ class LeavesOutLogits(Protocol):
 
 @runtime_checkable
 class IndexesBatches(Protocol):
-    """A head that computes some of its inputs from a batch in host memory, since a device would have to be waited for."""
+    """A head that computes some inputs from a batch in host memory, since on a device the host would have to wait for them."""
 
     def indexed(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `batch` with these inputs."""
 
 
 def indexed(head: Head, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the batch as `head` takes it, in host memory."""
+    """Return the batch with the inputs that `head` needs, in host memory."""
     return head.indexed(batch) if isinstance(head, IndexesBatches) else dict(batch)
 
 
@@ -98,8 +97,8 @@ def indexed(head: Head, batch: Batch) -> dict[str, torch.Tensor]:
 class GlobalBatchHead(Protocol):
     """A head whose loss of one micro-batch depends on all others of the step (or of the split that is evaluated).
 
-    Before the loss of any of them, `first_pass` runs on each without a graph, with the same random numbers as later, and
-    `join` turns what it gave into what the loss of each needs, as further tensors of the batch. See `dstune.trainer.whole_batch`.
+    Before the first loss, `first_pass` runs on each micro-batch without a graph, with the random numbers of the later pass, and
+    `join` turns its results into additional inputs for the loss of each. See `dstune.trainer.whole_batch`.
     """
 
     join_evaluation: bool
@@ -110,14 +109,14 @@ class GlobalBatchHead(Protocol):
     def first_pass(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]: ...
 
     def join(self, parts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Return what each micro-batch needs of the step. parts: of all micro-batches of all ranks, in the step's order, fillers
-        last."""
+        """Return the additional inputs of each micro-batch. parts: from `first_pass`, for all micro-batches of all ranks, in the
+        step's order, fillers last."""
 
 
 def numbers(sums: Mapping[str, torch.Tensor], read: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Return the values of scalars, exact. Those on a device are read at once: each read waits for all that was started there.
+    """Return the exact values of scalars. All those on a device are read together, since each read waits for the device.
 
-    read: those that are known already."""
+    read: values that were read already."""
     read = read or {}
     on_device = [name for name, value in sums.items() if not value.is_cpu and name not in read]
     read_values = torch.stack([sums[name].double() for name in on_device]).tolist() if on_device else []
@@ -126,13 +125,13 @@ def numbers(sums: Mapping[str, torch.Tensor], read: Mapping[str, float] | None =
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of a batch where the model computes; without waiting for the copies of those in pinned memory. Single
-    numbers are for the host and stay there."""
+    """Copy the tensors of a batch to `device`, without waiting for copies from pinned memory. Scalars are for the host and stay
+    there."""
     return {name: value.to(device, non_blocking=True) if value.dim() else value for name, value in batch.items()}
 
 
 def inputs_of(batch: Batch, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Return what of a batch the model itself takes. dtype: of the weights, since some towers take pixels of no other type."""
+    """Return the model's inputs in a batch. dtype: of the weights, for pixels, since some towers accept no other dtype."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if dtype is not None and "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)

@@ -17,7 +17,7 @@ from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, v
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, Rows, inputs_of
 
 KEPT, TARGETS, STARTS, LONGEST = "kept", "targets", "starts", "longest"
-"""What `CausalLmHead.indexed` adds to a batch."""
+"""Keys that `CausalLmHead.indexed` adds to a batch."""
 
 HIDDEN_DIMENSIONS = 3
 """Of states that are projected to logits: [rows, positions, width]."""
@@ -50,13 +50,13 @@ class CausalLmHead:
         projection.forward = self._forward
 
     def examine(self, forward: Forward, device: torch.device) -> bool:
-        """Return whether the model's output is what its projection gives. At ZeRO-3 every rank must call this."""
+        """Return whether the model's output equals that of its projection. At ZeRO-3 every rank must call this."""
         logits, probe = self._probed(forward, device)
         self._examined = logits.shape[-1:] == probe.shape and torch.equal(logits, probe.expand_as(logits))
         return self._examined
 
     def _probed(self, forward: Forward, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the model's logits where its projection gives the same known ones at every position, and these."""
+        """Return the model's logits with a projection that outputs the same known logits at every position, and these."""
         self._probe = torch.linspace(-60.0, 60.0, vocabulary_size(self._projection), device=device)
         try:
             with torch.no_grad():
@@ -103,7 +103,7 @@ class CausalLmHead:
         return self._projected(hidden, self._targets)
 
     def _projected(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return what the projection answers with in place of logits. hidden: [targets, hidden size]; targets: [targets]."""
+        """Return the projection's output in place of logits, the loss. hidden: [targets, hidden size]; targets: [targets]."""
         self._cross_entropy = projected_cross_entropy(self._projection, self._project, hidden, targets)
         return self._cross_entropy.loss_sum
 
@@ -117,12 +117,12 @@ class CausalLmHead:
         return self._loss(forward, inputs, labels, batch)
 
     def labels_of(self, batch: Batch) -> torch.Tensor:
-        """Return what each position is to predict: the label of the next one; the last position predicts nothing."""
+        """Return the target of each position: the label of the next one. The last position has no target."""
         return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def indexed(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return a batch in host memory with what a device would have to be waited for: which positions have a target, and where
-        samples begin."""
+        """Add the positions with a target, and where samples begin, to a batch in host memory: on a device the host would have to
+        wait for them."""
         if self.rows is not None and not self.rows.whole:
             return dict(batch)
         labels = self.labels_of(batch)
@@ -144,14 +144,14 @@ class CausalLmHead:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             output = forward(**inputs, use_cache=False).logits
         finally:
-            # Also of a forward pass that fails behind the projection: the next one may not take it for its own.
+            # Reset also if the forward pass fails after the projection, so that the next pass does not use the old values.
             projected, self._cross_entropy = self._cross_entropy, None
             self._projected_positions = self._targets = None
         if projected is None:
             loss_sum = functional.cross_entropy(output.float(), targets, reduction="sum")
             correct = (output.detach().argmax(dim=-1) == targets).sum()
         else:
-            # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
+            # The model's output, not the loss stored by the projection: ZeRO-3's hooks for the backward pass are on outputs.
             loss_sum, correct = output.float(), projected.correct
         # A row behind those that are counted has no target (`data.images.batch.blank_sample`).
         rows = _by_row(positions // labels.shape[1], len(batch["index"]), output, targets) if by_row else {}
@@ -159,7 +159,7 @@ class CausalLmHead:
 
 
 def positions_with_target(labels: torch.Tensor) -> torch.Tensor:
-    """Return which positions have a target, of all rows end to end."""
+    """Return the indices of positions with a target, in all rows end to end."""
     return _indices(labels != IGNORED)
 
 
@@ -178,11 +178,11 @@ def _by_row(row: torch.Tensor, rows: int, logits: torch.Tensor, targets: torch.T
 
 
 def decoder_inputs_from_labels(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
-    """Return the model's way from labels [batch, target] to the inputs of its decoder: which token comes first, and what stands
-    for positions without a target.
+    """Return the model's function from labels [batch, target] to the inputs of its decoder, which knows the start token and the
+    token for positions without a target.
 
-    Most classes have a method for it; M2M100 (NLLB), Blenderbot and a few more have only a function of their module, which their
-    `forward` calls. Raises: UserError where there is neither.
+    Most classes have a method for it; M2M100 (NLLB), Blenderbot and a few more only have a function in their module, which their
+    `forward` calls. Raises UserError if there is neither.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(base, "prepare_decoder_input_ids_from_labels"):
@@ -203,7 +203,7 @@ def decoder_inputs_from_labels(model: PreTrainedModel) -> Callable[..., torch.Te
 
 
 class EncoderDecoderHead(CausalLmHead):
-    """Cross entropy of the target's tokens, given the source and the tokens before."""
+    """Cross entropy of the target's tokens, given the source and the preceding tokens."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
@@ -211,7 +211,8 @@ class EncoderDecoderHead(CausalLmHead):
         self._adds_bias = hasattr(model, "final_logits_bias")
 
     def examine(self, forward: Forward, device: torch.device) -> bool:
-        """Examine as for every language model; but BART adds to its logits what a probe cannot see, since it is 0 at first."""
+        """Examine like any language model, except for BART's bias of the logits, which is 0 at first, so that a probe cannot see
+        it."""
         return False if self._adds_bias else super().examine(forward, device)
 
     def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
