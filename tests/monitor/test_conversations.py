@@ -220,7 +220,7 @@ def test_rows_of_a_run_on_images_are_read_with_their_texts(tmp_path: Path) -> No
     ((_, read),) = read_run_parts(tmp_path / "run")[1]["train"]
     assert asked_texts(read) == ("what is it?",) and read["images"][0]["size"] == [32, 32]
     settings = CycleSettings(tmp_path / "run", tmp_path / "cycle", "feedback.jsonl")
-    with pytest.raises(UserError, match="its rows show images"):
+    with pytest.raises(UserError, match="shows an image, which the log"):
         Cycle(settings).run()
 
 
