@@ -185,6 +185,7 @@ def train_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         directory = folder / f"seed-{seed}"
         keys = [
             f"trainer.max_steps={arguments.steps}",
+            "run.export=last",
             "evaluate.every=0",
             "evaluate.at_start=true",
             "checkpoint.every=0",
