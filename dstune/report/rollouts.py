@@ -1,5 +1,5 @@
-"""How a model's answers to prompts changed while it was rewarded for them: a few steps of a run, each with a prompt, the answer
-that scored best and the one that scored worst."""
+"""How a model's own answers changed in training: a few steps of a run, each with a prompt, the answer that scored best and the one
+that scored worst; of on-policy distillation, which scores nothing, one answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FILE = re.compile(r"step-(\d{1,12})\.jsonl")
 @dataclass(frozen=True)
 class Answer:
     label: str
-    """`best` or `worst`."""
+    """`best` or `worst`; `answer` where nothing is scored."""
     text: str
     rewards: list[tuple[str, str]]
     """Name and score, as they are shown."""
@@ -34,7 +34,7 @@ class Episode:
 
     step: int
     reward: str
-    """Mean over the step, as it is shown."""
+    """Mean over the step, as it is shown; empty where nothing is scored."""
     completions: int
     prompt: str
     answers: list[Answer]
@@ -64,11 +64,12 @@ def _episode(step: int, file: Path) -> Episode | None:
     scored = [total for row in rows if math.isfinite(total := _total(row))]
     group = max(groups.values(), key=_spread)
     ordered = sorted((row for row in group if math.isfinite(_total(row))), key=_total, reverse=True) or group
-    answers = [_answer("best", ordered[0])]
+    is_scored = any("rewards" in row for row in rows)
+    answers = [_answer("best" if is_scored else "answer", ordered[0])]
     if len(ordered) > 1 and _total(ordered[-1]) < _total(ordered[0]):
         answers.append(_answer("worst", ordered[-1]))
     question = next((str(row["question"]) for row in group if row.get("question")), f"prompt {group[0]['prompt']}")
-    mean = f"{sum(scored) / len(scored):.3f}" if scored else "none"
+    mean = f"{sum(scored) / len(scored):.3f}" if scored else "none" if is_scored else ""
     return Episode(step, mean, len(rows), _cut(question), answers)
 
 
@@ -82,13 +83,14 @@ def _total(row: dict[str, Any]) -> float:
     value = row.get("reward")
     if isinstance(value, int | float):
         return float(value)
-    scores = [float(score) for score in row["rewards"].values() if score is not None]
+    scores = [float(score) for score in row.get("rewards", {}).values() if score is not None]
     return sum(scores) if scores else math.nan
 
 
 def _answer(label: str, row: dict[str, Any]) -> Answer:
     rewards = [
-        (str(name), "none" if score is None else f"{float(score):.3g}") for name, score in row["rewards"].items()
+        (str(name), "none" if score is None else f"{float(score):.3g}")
+        for name, score in row.get("rewards", {}).items()
     ]
     return Answer(label, _cut(_text(row)), rewards, bool(row["ended"]))
 

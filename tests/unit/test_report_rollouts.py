@@ -54,6 +54,19 @@ def test_what_a_model_wrote_is_text_on_the_page(tmp_path):
     assert "<script>alert(1)" not in page
 
 
+def test_answers_that_nothing_scores(tmp_path):
+    """Of on-policy distillation."""
+    write(tmp_path, 5, [{"prompt": 7, "ids": [1], "text": "hello", "ended": False}])
+    (episode,) = episodes = story(tmp_path)
+    assert (episode.reward, episode.prompt) == ("", "prompt 7")
+    assert [(answer.label, answer.text, answer.rewards) for answer in episode.answers] == [("answer", "hello", [])]
+    page = render(
+        "report.html.j2", title="t", runs=[], one=None, charts=[], results=[], differences=[], samples=[],
+        story=episodes, version="0", made="",
+    )  # fmt: skip
+    assert "hello" in page and "reward" not in page.split("How the answers changed")[1].split("</section>")[0]
+
+
 def test_a_file_that_dstune_did_not_write_is_refused(tmp_path):
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "step-000001.jsonl").write_text('{"prompt": 1}\n')
