@@ -1,9 +1,9 @@
-"""Vocabulary projection and cross entropy in one, a chunk of targets at a time: the logits of a batch never exist whole.
+"""Fuses vocabulary projection and cross entropy, a chunk of targets at a time: all logits of a batch never exist at once.
 
-At 4,096 targets and 151,936 tokens the plain way holds 2.5 GB of fp32 logits three times (logits, log-softmax, gradient);
-here it is one chunk in the model's own format. The gradient of a sum of cross entropies is known in the forward pass
+At 4,096 targets and 151,936 tokens the usual way holds 2.5 GB of fp32 logits three times (logits, log-softmax, gradient);
+here only one chunk exists, in the model's own format. The gradient of a sum of cross entropies is known in the forward pass
 (softmax minus one at the target), so a plain linear projection needs no second multiplication in the backward pass: the
-gradients for hidden states and weight are made chunk by chunk and only scaled later (Hsu et al. 2024, arXiv:2410.10989).
+gradients of hidden states and weight are computed chunk by chunk and only scaled later (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from dstune.zero.parts import full_shape, is_partitioned
 
 CHUNK_BYTES = 2**27
-"""Logits in memory at a time. Every further chunk has to be added to the weight's gradient: 1,024 targets of SmolLM2 took
-1.07 s on one core as one chunk, 1.40 s as two, and 1.53 s the plain way."""
+"""Bytes of logits in memory at a time. Every further chunk has to be added to the weight's gradient: 1,024 targets of SmolLM2
+took 1.07 s on one core as one chunk, 1.40 s as two, and 1.53 s the usual way."""
 ACCELERATOR_CHUNK_BYTES = 2**29
-"""The same on an accelerator, whose logits are in fp32: a product of few rows leaves it idle. Arithmetic, not measured."""
+"""The same on an accelerator, with logits in fp32: a product of few rows would leave it idle. Calculated, not measured."""
 TILE_ROWS = 256
-"""On an accelerator the rows of a chunk are a multiple of this: the largest block of rows in a matrix product."""
+"""On an accelerator, the rows of a chunk are a multiple of this: the largest block of rows in a matrix product."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
-"""Logits that become probabilities at a time, in fp32: a CPU keeps them in its cache."""
+"""Logits that are converted to fp32 probabilities at a time: a CPU keeps them in its cache."""
 SCALED_ROWS = 4096
 """Rows of the weight's gradient that are converted at a time."""
 
@@ -38,16 +38,17 @@ class CrossEntropy(NamedTuple):
     loss_sum: torch.Tensor
     """Sum over the targets, scalar fp32 with a graph."""
     correct: torch.Tensor
-    """Targets that have the largest logit, scalar; 0 while gradients are wanted: only evaluation asks."""
+    """How many targets have the largest logit, scalar; 0 while gradients are enabled, since only evaluation needs it."""
 
 
 def projected_cross_entropy(
     projection: nn.Module, project: Project, hidden: torch.Tensor, targets: torch.Tensor
 ) -> CrossEntropy:
-    """Compute the cross entropy of `project(hidden)`, to be called inside the forward pass of `projection`.
+    """Compute the cross entropy of `project(hidden)`. Call it inside the forward pass of `projection`.
 
-    projection: the module that `project` is the forward of. A linear layer without bias takes the short way; any other
-    (an adapter on the projection, trained token rows) computes the logits of a chunk again in the backward pass.
+    projection: the module whose forward is `project`. A linear layer without bias computes its gradients in the forward pass
+    (except in fp16); any other module (an adapter on the projection, trained token rows) computes the logits of a chunk again
+    in the backward pass.
     hidden: [targets, hidden size]; targets: [targets], none of them ignored.
     """
     rows = rows_at_once(projection, hidden) or max(1, len(hidden))
@@ -68,13 +69,15 @@ def projected_cross_entropy(
 def projected_log_probabilities(
     projection: nn.Module, project: Project, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Compute log-probabilities of `targets` under softmax(`project(hidden)` / temperature), fp32 [targets], to be called inside
-    the forward pass of `projection`.
+    """Compute log-probabilities of `targets` under softmax(`project(hidden)` / temperature), fp32 [targets]. Call it inside the
+    forward pass of `projection`.
 
-    Of several chunks the logits are computed again in the backward pass. hidden: [targets, hidden size]; targets: [targets].
+    If there are several chunks, their logits are computed again in the backward pass. hidden: [targets, hidden size]; targets:
+    [targets].
     """
     rows = rows_at_once(projection, hidden) or max(1, len(hidden))
-    if len(hidden) <= rows:  # a backward pass begins here, and would hold as much when it has computed them again
+    # Recomputing one chunk would save nothing: the backward pass starts here and would hold the same logits.
+    if len(hidden) <= rows:
         return _log_probabilities(project, hidden, targets, temperature)
     parts = []
     for chunk, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -98,15 +101,15 @@ def _log_probabilities(
 
 def rows_at_once(projection: nn.Module, hidden: torch.Tensor) -> int | None:
     """Return the number of targets whose logits are computed at a time; None for all of them."""
-    # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
+    # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks may have different numbers of chunks.
     if not _plain_linear(projection) and any(is_partitioned(weight) for weight in projection.parameters()):
         return None
     return chunk_rows(hidden, vocabulary_size(projection))
 
 
 def is_multiplied_once(projection: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether training makes the logits of hidden states in `dtype` once, and their gradients with them."""
-    # fp16's loss scale reaches a gradient in the backward pass only: too late for small ones that are made before.
+    """Return whether training computes the logits of hidden states in `dtype` only once, together with their gradients."""
+    # The loss scale of fp16 is applied in the backward pass: too late for small gradients that are computed before it.
     return _plain_linear(projection) and dtype is not torch.float16
 
 
@@ -123,8 +126,8 @@ def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 
 @cache
 def supports_fp32_products(device: str, dtype: torch.dtype) -> bool:
-    """Return whether a product of half-precision matrices can stay in fp32, in which it is summed: on CUDA with torch 2.8 and
-    newer. That operation has no derivative, and no kernel on a CPU."""
+    """Return whether a product of half-precision matrices can be returned in fp32, the format of its sums: on CUDA with torch 2.8
+    and newer. That operation has no derivative, and no kernel on a CPU."""
     if device == "cpu" or dtype is torch.float32:
         return False
     matrix = torch.ones(16, 16, device=device, dtype=dtype)
@@ -139,7 +142,8 @@ def _loss_sum(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def _loss_and_hits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute loss and hits without gradients; log-probabilities in fp32 exist for a block of rows at a time."""
+    """Return the loss sum and the number of correct targets, without gradients. fp32 log-probabilities exist for one block of rows
+    at a time."""
     loss_sum = logits.new_zeros((), dtype=torch.float32)
     hits = torch.zeros((), dtype=torch.long, device=logits.device)
     block = _block_rows(logits)
@@ -154,15 +158,18 @@ def _block_rows(logits: torch.Tensor) -> int:
 
 
 def vocabulary_size(projection: nn.Module) -> int:
-    """Return the number of logits: rows of the largest weight in a projection, however it is wrapped."""
+    """Return the number of logits: the rows of the projection's largest weight, even if an adapter wraps the projection."""
     return max(full_shape(weight)[0] for weight in projection.parameters())
 
 
 class BlockLoss(Protocol):
-    """A loss of logits, and its gradient, a block of rows at a time."""
+    """Computes a loss of logits and its gradient, a block of rows at a time."""
 
     def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (sum of the losses, scalar fp32; gradient of that sum, fp32 [rows, vocabulary]). logits: of the targets `rows`."""
+        """Return (sum of the losses, scalar fp32; gradient of that sum, fp32 [rows, vocabulary]).
+
+        logits: [rows, vocabulary], those of the targets in `rows`.
+        """
 
 
 class BlockCrossEntropy(NamedTuple):
@@ -176,18 +183,18 @@ class BlockCrossEntropy(NamedTuple):
 
 
 class LinearLoss(torch.autograd.Function):
-    """A loss of the logits `hidden @ weight.T`, whose gradients are made in the forward pass."""
+    """A loss of the logits `hidden @ weight.T` that computes its gradients in the forward pass."""
 
     @staticmethod
     def forward(
         context: Any, hidden: torch.Tensor, weight: torch.Tensor, block_loss: BlockLoss, rows: int
     ) -> torch.Tensor:
-        """Compute the loss block by block. hidden: [targets, hidden size], weight: [vocabulary, hidden size]; rows: of a chunk."""
+        """Compute the loss block by block. hidden: [targets, hidden size]; weight: [vocabulary, hidden size]; rows: per chunk."""
         of_hidden, of_weight, _, _ = context.needs_input_grad
         hidden_gradient = torch.empty_like(hidden) if of_hidden else None
         weight_gradient: torch.Tensor | None = None
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
-        # One buffer for all chunks: two of them never exist at once, and the system maps its pages once.
+        # One buffer for all chunks: two chunks never exist at once, and the system maps the pages only once.
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         wide = supports_fp32_products(hidden.device.type, hidden.dtype)
         product: torch.Tensor | None = None
@@ -199,13 +206,13 @@ class LinearLoss(torch.autograd.Function):
             for part, to in zip(exact.split(block), logits.split(block), strict=True):
                 loss, gradient = block_loss(part, slice(first, first + len(part)))
                 loss_sum += loss
-                to.copy_(gradient)  # it takes the place of the logits
+                to.copy_(gradient)  # the gradient replaces the logits
                 first += len(part)
             if hidden_gradient is not None:
                 torch.mm(logits, weight, out=hidden_gradient[start : start + len(chunk)])
             start += len(chunk)
             if of_weight:
-                # Sums of several chunks are kept in fp32, as one multiplication keeps them.
+                # Sum several chunks in fp32, as a single multiplication does internally.
                 if weight_gradient is None:
                     product = logits.t() @ chunk
                     weight_gradient = product if len(chunk) == len(hidden) else product.float()
@@ -214,7 +221,7 @@ class LinearLoss(torch.autograd.Function):
                 else:
                     assert product is not None
                     torch.mm(logits.t(), chunk, out=product)
-                    # Whole, a CPU would add by way of a copy in fp32.
+                    # In pieces: adding all of it at once, a CPU would make an fp32 copy of the product.
                     for to, part in zip(weight_gradient.split(SCALED_ROWS), product.split(SCALED_ROWS), strict=True):
                         to += part
         context.save_for_backward(hidden_gradient, weight_gradient)
@@ -223,7 +230,7 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (scale,) = gradients  # fp32; rounded to bf16 it would be wrong by up to 0.4% for all weights alike
+        (scale,) = gradients  # fp32: rounded to bf16, it would scale all gradients wrongly by up to 0.4%
         hidden_gradient, weight_gradient = context.saved_tensors
         if hidden_gradient is not None:
             hidden_gradient = (hidden_gradient.float() * scale).to(hidden_gradient.dtype)

@@ -1,4 +1,4 @@
-"""Tokenizer and model from a folder, a cached hub snapshot or a packaged sample. Nothing here contacts a hub."""
+"""Loads tokenizer and model from a folder, a cached hub snapshot or a packaged sample. Nothing here contacts a hub."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def local_path(path: str) -> str:
 
 
 def model_folder(config: ModelConfig) -> Path:
-    """Return where the files of a model that is on this machine are."""
+    """Return the folder with the files of a model that is on this machine."""
     path = Path(local_path(config.path))
     if path.is_dir():
         return path
@@ -68,7 +68,7 @@ def model_folder(config: ModelConfig) -> Path:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer with `model.chat_template` applied, its control tokens added, and a padding token.
 
-    Raises UserError where the files are missing or the template cannot be read.
+    Raises UserError if the files are missing or the template cannot be read.
     """
     with _errors_name_model_path(config):
         tokenizer = open_tokenizer(local_path(config.path), where="model.path", **_local_loading_options(config))
@@ -104,7 +104,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionFiles | None:
-    """Return what turns images into the model's inputs; None for a model without a tower for them."""
+    """Return what the image processor needs to turn images into the model's inputs; None for a model without a vision tower."""
     vision = getattr(architecture, "vision_config", None)
     if text_config_of(architecture) is None or vision is None:
         return None
@@ -120,7 +120,8 @@ def vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionF
 
 
 def _stops(config: ModelConfig, architecture: PretrainedConfig) -> list[int]:
-    """Return where `generate` and servers stop by themselves: the model's generation settings, else its architecture."""
+    """Return the tokens at which `generate` and servers stop by default: from the model's generation settings, or else from its
+    architecture."""
     try:
         settings: Any = GenerationConfig.from_pretrained(
             local_path(config.path), revision=config.revision or "main", local_files_only=True
@@ -132,15 +133,15 @@ def _stops(config: ModelConfig, architecture: PretrainedConfig) -> list[int]:
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with a padding token, where it had none."""
+    """Return the tokenizer; if it has no padding token, set one."""
     if tokenizer.pad_token_id is None:
-        # Targets are chosen by position, never by comparing with the padding token, so any token serves.
+        # Targets are chosen by position, never by comparing with the padding token, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
 def _architecture(config: ModelConfig) -> PretrainedConfig:
-    """Read the model's `config.json` as transformers does. Raises UserError where that would never end."""
+    """Read the model's `config.json` as transformers does. Raises UserError if it cannot be read or has sizes of no model."""
     path = local_path(config.path)
     if problems := size_problems(object_in(Path(path) / "config.json"), value=config.path):
         raise UserError(problems)
@@ -172,7 +173,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def _extend_positions(architecture: PretrainedConfig, config: ModelConfig) -> None:
-    """Apply `model.rope`. Raises UserError where the architecture's rotary embeddings cannot be extended."""
+    """Apply `model.rope`. Raises UserError if the architecture's rotary embeddings cannot be extended."""
     if config.rope.type is None:
         return
     text = architecture.get_text_config()
@@ -184,33 +185,34 @@ def _extend_positions(architecture: PretrainedConfig, config: ModelConfig) -> No
 
 
 def _control_tokens(config: ModelConfig) -> tuple[str, ...]:
-    """Return what `model.chat_template` prints around turns, as far as it is known."""
+    """Return the tokens that `model.chat_template` prints around turns, as far as they are known, and `model.add_tokens`."""
     return (*control_tokens(config.chat_template), *config.add_tokens)
 
 
 @dataclass(frozen=True)
 class NewWeights:
-    """What a model has beyond its pretrained weights. It has to be trained, whatever the method freezes."""
+    """Weights of a model that are not pretrained. They have to be trained, whatever the method freezes."""
 
     parameters: tuple[str, ...] = ()
-    """Names of whole parameters: a classification head, a pooler."""
+    """Names of parameters that are new as a whole: a classification head, a pooler."""
     rows: tuple[int, ...] = ()
-    """Rows of the vocabulary: of added tokens, and of the control tokens of a template that the base model was not given.
+    """Rows of the vocabulary: those of added tokens and of the chat template's control tokens.
 
-    Base models hold rows for control tokens which no text has trained. Those of Gemma 3 are all but equal (cosine 0.95), so a
-    frozen end of turn cannot be told from the other unused tokens: after 12 steps of LoRA no answer ended.
+    Base models have rows for control tokens that no text has trained. Those of Gemma 3 are nearly equal (cosine 0.95), so the
+    model cannot tell a frozen end of turn from the other unused tokens: after 12 steps of LoRA no answer ended.
     """
 
 
 def new_weights(model: PreTrainedModel) -> NewWeights:
-    """Return what `load_model` added to the model; no parameters where all weights are new (`model.weights=random`)."""
+    """Return what `load_model` added to the model; without parameters if all weights are new (`model.weights=random`)."""
     weights = getattr(model, "dstune_new_weights", NewWeights())
     assert isinstance(weights, NewWeights)
     return weights
 
 
 def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:
-    """Return the architecture of a run's model with what the task and the method add to it. See `load_model`."""
+    """Return the architecture of a run's model, with the changes of the task and the method. Raises UserError if an encoder-decoder
+    does not go with them. See `load_model`."""
     architecture, task = load_config(config.model), task_of(config.task)
     if architecture.is_encoder_decoder:
         if not task.encoder_decoder:
@@ -232,10 +234,10 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
 def load_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Load the model of a run, in parts where `zero.parts.partitioned_loading` is open.
+    """Load the model of a run. Inside `zero.parts.partitioned_loading`, each rank holds only its part of the weights.
 
     labels: names of the classes, empty for language models. New weights (a classification head, random initial weights)
-    depend on `trainer.seed` and their name only, so they are the same at every ZeRO stage and number of ranks.
+    depend only on `trainer.seed` and their name, so they are the same at every ZeRO stage and number of ranks.
     """
     architecture, task = trained_config(config, tokenizer, labels), task_of(config.task)
     model_class = task.model_class(architecture)
@@ -267,10 +269,10 @@ def load_model(
         reason = f"the tokenizer has {len(tokenizer)} tokens, the {type(embedding).__name__} of {type(model).__name__} has {rows}"
         raise UserError(Problem("model.path", f"{reason} and cannot grow", "another model", config.model.path))
     if len(tokenizer) > rows:
-        # New rows start from the mean of the old ones; without it a new token's logit dwarfs all others.
+        # New rows start from the mean of the old ones; otherwise the logit of a new token dwarfs all others.
         on_meta = model.device.type == "meta"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.trainer.seed)  # they are drawn around the mean: alike on all ranks and stages
+            torch.manual_seed(config.trainer.seed)  # new rows are drawn around the mean: the same on all ranks
             model.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
     parameters = () if config.model.weights is InitialWeights.random else tuple(new)
     control = tokenizer.convert_tokens_to_ids(list(_control_tokens(config.model)))
@@ -279,7 +281,7 @@ def load_model(
     if config.trainer.mlp_tiles > 1:
         tile_feed_forward(model, config.trainer.mlp_tiles)
     if config.trainer.activation_checkpointing:
-        # transformers 6 knows the first name alone, early 5.x the second.
+        # transformers 6 has only the first name, early 5.x only the second.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(checkpointing_options(config.trainer.activation_checkpointing))
     return model
@@ -288,10 +290,10 @@ def load_model(
 def _pretrained(
     config: RunConfig, model_class: Any, architecture: PretrainedConfig, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the pretrained model, and what transformers says of the loading.
+    """Return the pretrained model and transformers' loading information.
 
-    At stage 3 transformers would have rank 0 read all files, and send every weight twice. Where the files allow, each rank
-    takes its part from the files instead, and holds none of the weights beside it (`benchmarks/loading.py`).
+    At stage 3 transformers would let rank 0 read all files and send every weight twice. If the files allow it, each rank reads
+    its part from the files instead, and never holds any other weights (`benchmarks/loading.py`).
     """
 
     method = method_of(config.method)
@@ -303,7 +305,7 @@ def _pretrained(
             config=architecture,
             use_safetensors=True,
             output_loading_info=True,
-            # A classifier may be tuned to another number of labels: its head is new then.
+            # A classifier may be tuned to a different number of labels; then its head is new.
             ignore_mismatched_sizes=task_of(config.task).has_head,
             **options,
             **method_options,
@@ -318,8 +320,8 @@ def _pretrained(
         return load(**options)
     assert mapped is not None
     with whole_loading(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.trainer.seed)  # what the files lack is drawn alike on all ranks
-        # In their own type: those of another one would all be made in memory.
+        torch.manual_seed(config.trainer.seed)  # weights that the files lack are drawn the same on all ranks
+        # In the files' own type: a conversion would create all weights in memory.
         model, loading = load(**options | {"dtype": mapped.dtype})
         if mapped.dtype is not options["dtype"]:
             take_buffers(model, options["dtype"])
@@ -328,9 +330,9 @@ def _pretrained(
 
 
 def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
-    """Raises UserError where loading sets the embedding of the padding token to zero, whatever its files hold, and that row is
-    trained as one of the projection to logits, as of Youtu in transformers 5.24: an export would be loaded with other logits than
-    it was trained to. The input alone stays zero, in training as in every loading."""
+    """Raises UserError if loading sets the embedding of the padding token to zero, although the files hold other values, and that
+    row is trained as part of the projection to logits, as in Youtu with transformers 5.24: an export would be loaded with other
+    logits than it was trained to. An embedding that is not shared stays zero, in training as after every loading."""
     embedding: Any = _input_embeddings(config.model, model)
     index, weight = getattr(embedding, "padding_idx", None), embedding.weight
     if index is None or weight.device.type == "meta" or not weight.is_floating_point():
@@ -344,7 +346,7 @@ def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
     folder = model_folder(config.model)
     try:
         file = tensor_files(folder).get(name) if is_erased else None
-    except LookupError:  # files that are no safetensors
+    except LookupError:  # the files are no safetensors
         return
     if file is None:
         return
@@ -359,11 +361,11 @@ def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
 
 
 def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
-    """Return the input embeddings of a model. Raises UserError where the model has none that transformers names."""
+    """Return the input embeddings of a model. Raises UserError if transformers knows none in it."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
-        embedding = None  # as of Canine, which hashes characters
+        embedding = None  # for example Canine, which hashes characters
     if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
         reason = f"{type(model).__name__} has no table of token embeddings, which tokens are added to and counted by"
         raise UserError(Problem("model.path", reason, "another model (`dstune models`)", config.path))
@@ -384,13 +386,13 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
 
 
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
-    """Initialise the weights of `module` anew; on the CPU where they are on a GPU, whose generator draws other numbers."""
+    """Initialize the weights of `module` anew, always on the CPU: a GPU's generator draws other numbers."""
     in_place = [parameter.data for parameter in owned]
     for parameter in owned:
         if parameter.device.type != "cpu":
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
-        # transformers skips what carries this mark, and sets it on all that it initialised itself.
+        # transformers skips parameters with this mark, and sets it on all that it has initialized.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
     model._init_weights(module)
     for parameter, data in zip(owned, in_place, strict=True):
@@ -409,7 +411,7 @@ _DECODER_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
 def _complete_decoder(architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set which tokens begin, end and fill what a decoder writes, where two encoders were joined and nobody has said so."""
+    """Set the start, end and padding tokens of a decoder if the architecture has none, as after joining two encoders."""
     first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     for key, token in zip(_DECODER_TOKENS, (first, last, tokenizer.pad_token_id), strict=True):
@@ -418,16 +420,16 @@ def _complete_decoder(architecture: PretrainedConfig, tokenizer: PreTrainedToken
 
 
 def complete_generation(generation: GenerationConfig, architecture: PretrainedConfig) -> None:
-    """Give the generation settings of an encoder-decoder the tokens that its architecture begins, ends and fills with."""
+    """Copy an encoder-decoder's start, end and padding tokens from its architecture into generation settings that lack them."""
     for key in _DECODER_TOKENS:
         if getattr(generation, key, None) is None:
             setattr(generation, key, getattr(architecture, key, None))
 
 
 def _attention(config: RunConfig) -> str | None:
-    """Return what transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba).
+    """Return the attention to request from transformers. None means sdpa if the architecture has it, else its own (BLOOM, Mamba).
 
-    Raises UserError for flash attention where it is not installed, or there is no GPU.
+    Raises UserError for flash attention if it is not installed or there is no GPU.
     """
     requested = config.model.attention
     if requested is Attention.auto:  # rows of language models get a kernel later (`packed_attention`)
@@ -441,13 +443,13 @@ def _attention(config: RunConfig) -> str | None:
 
 
 def _local_loading_options(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of every `from_pretrained` of this model: never from the network."""
+    """Return the arguments for every `from_pretrained` of this model, which never use the network."""
     revision = {} if config.revision is None else {"revision": config.revision}
     return {"trust_remote_code": config.trust_remote_code, "local_files_only": True, **revision}
 
 
 def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]) -> None:
-    """Check that only a head of the task's own is absent from pretrained weights."""
+    """Raises UserError if pretrained weights lack more than the task's head and a pooler."""
     if config.model.weights is InitialWeights.random:
         return
     body = f"{model.base_model_prefix}."
@@ -467,8 +469,8 @@ def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]
 
 
 class _errors_name_model_path:
-    """Turns what transformers raises about missing or unsuitable files into a UserError that names `model.path`. A rank that is
-    gone is no fault of the files: what waiting for it raised stays as it is, and the run is started again."""
+    """Turns transformers' errors about missing or unsuitable files into a UserError that names `model.path`. Errors of collectives
+    pass unchanged: a rank that is gone is no fault of the files, and the run is started again."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -491,17 +493,17 @@ class _errors_name_model_path:
 
 
 def _modules_raised_in(error: BaseException) -> list[str]:
-    """Return the modules whose code was running when this was raised, from the outside in."""
+    """Return the modules whose code was running when `error` was raised, outermost first."""
     return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _of_a_collective(error: BaseException) -> bool:
-    """Return whether ranks were talking to each other when this was raised."""
+    """Return whether `error` was raised inside a collective of ranks."""
     return any(name.startswith("torch.distributed.") for name in _modules_raised_in(error))
 
 
 def _of_a_library(error: BaseException) -> bool:
-    """Return whether a package met it: what is odd in a file makes it raise all kinds of errors."""
+    """Return whether code outside dstune raised `error`: odd files make libraries raise all kinds of errors."""
     return (
         isinstance(error, Exception)
         and not isinstance(error, DstuneError)

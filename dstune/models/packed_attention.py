@@ -1,5 +1,8 @@
-"""Which kernel attends in packed rows on an accelerator: the first one that computes the heads of the model there, forward and
-backward, as attention by its definition does."""
+"""Chooses the kernel that computes attention in packed rows on an accelerator.
+
+It is the first kernel whose output and gradients, for the heads of this model on this device, equal those of attention by its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,23 @@ from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
 
 SIZES = 8
-"""Flash kernels take heads whose size is a multiple of this; others are filled up with zeros."""
-
+"""Flash kernels take heads whose size is a multiple of this; others are padded with zeros."""
 
 LENGTHS = (9, 23)
-"""Of the samples by which a kernel is tried."""
+"""Positions of the two samples with which each kernel is tried."""
 WINDOW = 5
+"""Sliding window with which each kernel is tried if the model has one."""
 CLOSE = 0.05
-"""How far a kernel may be from fp32, of the largest entry: half precision rounds inputs, probabilities and outputs."""
+"""Largest accepted difference from fp32, relative to the largest entry: half precision rounds inputs, probabilities and outputs."""
 
 
 class Heads(NamedTuple):
-    """What a kernel has to compute."""
+    """The attention heads that a kernel has to compute."""
 
     queries: int
     keys: int
     sizes: tuple[int, ...] = (128,)
-    """Of a head, each in some layer."""
+    """All sizes that a head has in some layer, rounded up to a multiple of `SIZES`."""
     window: bool = False
     """Whether some layer has a sliding window."""
 
@@ -66,7 +69,8 @@ def _number(module: nn.Module, name: str) -> int:
 
 
 def choose(kernels: Iterable[Kernel], heads: Heads, dtype: torch.dtype) -> tuple[Kernel | None, list[str]]:
-    """Return the first kernel that computes these heads on this rank's device, and why those before it do not."""
+    """Return the first kernel that computes these heads on this rank's device (None if none does), and why each one before it does
+    not."""
     given_up: list[str] = []
     for kernel in kernels:
         tried = (problem_of(kernel, heads, size, window, dtype) for size in heads.sizes for window in heads.windows)
@@ -77,8 +81,8 @@ def choose(kernels: Iterable[Kernel], heads: Heads, dtype: torch.dtype) -> tuple
 
 
 def problem_of(kernel: Kernel, heads: Heads, size: int, window: int | None, dtype: torch.dtype) -> str:
-    """Return how the kernel differs from attention by its definition, in its output or a gradient, or what it raises; empty if
-    it computes two samples as it has to."""
+    """Compute two samples with the kernel. Return how its output or a gradient differs from attention by its definition, or what it
+    raises; empty if it is correct."""
     generator = torch.Generator().manual_seed(0)
     counts = (heads.queries, heads.keys, heads.keys, heads.queries)
     drawn = [torch.randn(sum(LENGTHS), count, size, generator=generator).to(dtype) for count in counts]
@@ -89,21 +93,21 @@ def problem_of(kernel: Kernel, heads: Heads, size: int, window: int | None, dtyp
         inputs = [part.to(accelerator.current()) for part in drawn]
         outputs = _with_gradients(lambda q, k, v: kernel.compute(q, k, v, boundaries, scale, window), inputs)
         outputs = [part.cpu().float() for part in outputs]
-    except Exception as error:  # of a library, a compiler or a driver, in whatever words it has
+    except Exception as error:  # any error of a library, a compiler or a driver
         first = next(iter(str(error).strip().splitlines()), "")
         return f"{type(error).__name__} {first}".strip()
     expected = _with_gradients(
         lambda q, k, v: by_definition(q, k, v, starts.tolist(), scale, window), [part.float() for part in drawn]
     )
-    apart = [
+    differences = [
         float((output - true).abs().max() / true.abs().max()) for output, true in zip(outputs, expected, strict=True)
     ]
-    worst = max(apart, key=lambda value: (value != value, value))
+    worst = max(differences, key=lambda value: (value != value, value))
     return "" if worst <= CLOSE else f"differs by {worst:.1%} of the largest"
 
 
 def _with_gradients(compute: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the output for queries, keys and values, and their gradients for the last of `tensors` as that of the output."""
+    """Return the output for queries, keys and values, and their gradients. tensors: these three, and the gradient of the output."""
     *states, incoming = tensors
     states = [part.detach().requires_grad_() for part in states]
     with torch.enable_grad():
@@ -114,20 +118,24 @@ def _with_gradients(compute: Callable[..., torch.Tensor], tensors: list[torch.Te
 def by_definition(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: list[int], scale: float, window: int | None
 ) -> torch.Tensor:
-    """Attend causally within each sample on its own by the definition, [positions, heads, size]."""
+    """Compute causal attention by its definition, one sample at a time; returns [positions, heads, size].
+
+    query: [positions, heads, size]; key, value: the same, with a number of heads that divides that of the queries. starts: first
+    position of each sample, then the number of positions.
+    """
     groups = query.shape[1] // key.shape[1]
     outputs = []
     for begin, end in pairwise(starts):
         q = query[begin:end].transpose(0, 1)
         k, v = (part[begin:end].transpose(0, 1).repeat_interleave(groups, dim=0) for part in (key, value))
-        behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
-        hidden = (behind < 0) | (behind >= (window or end))
+        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        hidden = (distance < 0) | (distance >= (window or end))
         outputs.append(((q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
 class PackedAttention(SpanAttention):
-    """What the head of a language model tells its attention of the samples in a row, for one kernel."""
+    """Attention of packed rows by one kernel. The head of the language model passes it the boundaries of samples."""
 
     NAME = "dstune_packed"
 
@@ -139,10 +147,10 @@ class PackedAttention(SpanAttention):
     def of(
         cls, config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
     ) -> PackedAttention | None:
-        """Install the first kernel of the accelerator that computes the rows of this run, the same on all ranks; None
-        where there is none.
+        """Install the first kernel that computes the rows of this run on the accelerator. Return None, and change nothing, if no
+        kernel does or ranks would choose different ones.
 
-        Every rank calls it. `message` gets what a user does not expect."""
+        Every rank must call it. message: called with each line that the user should read."""
         requested = config.model.attention
         if requested not in (Attention.auto, Attention.flash_attention_2) or not accelerator.present():
             return None
@@ -173,12 +181,12 @@ class PackedAttention(SpanAttention):
         labels: torch.Tensor,
         boundaries: tuple[torch.Tensor, int] | None = None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return the model's inputs and the labels. boundaries: as the loader has made them."""
+        """Return the model's inputs and the labels. boundaries: from the loader; computed here if None."""
         spans = boundaries_of(inputs) if boundaries is None else Boundaries(*boundaries)
         return with_spans(inputs, labels, spans), labels
 
     def refuse(self, reason: str) -> str:
-        """Let the model attend as it was loaded from now on; what to tell of it."""
+        """Give the model back the attention that it was loaded with, and return the message about it."""
         self._model.set_attn_implementation(self._original)
         return (
             f"model.attention={self._requested}: {self._original}, since rows have other logits than their samples alone by"

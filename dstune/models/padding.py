@@ -1,4 +1,4 @@
-"""Proof, at the start of a run, that a row beside padding is computed as the row alone."""
+"""Checks at the start of a run that the outputs of a row do not depend on padding."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dstune.config.architectures import row_limit
 
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
-"""Largest accepted difference from the row alone, relative to the root mean square of all positions. Other shapes round otherwise.
-Of 600 tiny models that hide padding (`benchmarks/padding.py`) the furthest were 4e-6, 0.014 and 0.2 apart, of those that read it
-the closest 0.17 in fp32. TF32, which has the bound of fp32, rounds as fp16 does."""
+"""Largest accepted difference from the row alone, relative to the root mean square of all positions. Other shapes round
+differently. Among 600 tiny models that hide padding (`benchmarks/padding.py`), the largest differences were 4e-6, 0.014 and 0.2;
+among those that read it, the smallest was 0.17 in fp32. TF32, which has the bound of fp32, rounds as fp16 does."""
 CONTENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.02}
-"""The same where only the tokens in the padding are others: shapes are equal, and what is hidden counts exactly 0. It did in all
-models that hide padding, in every format; others were 0.1 or more apart."""
+"""The same if only the tokens in the padding change: shapes are equal, so hidden tokens contribute exactly 0. The difference was
+0 in all models that hide padding, in every format, and 0.1 or more in the others."""
 HALF_PRECISION_QUANTILE = 0.75
-"""Of the positions in half precision: at single ones rounding makes a router choose another expert, which is no fault."""
+"""Quantile over positions that is compared in half precision: at a few positions, rounding makes a router choose another expert,
+which is no fault."""
 BODY = "states of the body"
 LENGTHS = (9, 14, 21, 29)
-"""Tokens of the row that is compared and of those beside it, without special tokens."""
+"""Tokens of the row that is compared and of the other rows in its batch, without special tokens."""
 WIDER = 3
-"""Positions of padding behind the longest row."""
+"""Positions of padding after the longest row."""
 DECODED = 4
-"""Tokens of a row that the decoder beside an encoder reads."""
+"""Tokens of a row that the decoder of an encoder-decoder reads."""
 
 Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class PaddingDifference:
-    """How far outputs and hidden states of a row are apart, relative to the root mean square of all positions (of classes, of all
+    """Differences of a row's outputs and hidden states, relative to the root mean square of all positions (for classes: of all
     rows)."""
 
     from_alone: float
-    """Beside padding and longer rows, from the row alone."""
+    """In a batch with padding and longer rows, from the row alone."""
     from_content: float
-    """Beside padding, from the same with other tokens in the padding."""
+    """In a padded batch, from the same batch with other tokens in the padding."""
     dtype: torch.dtype
 
     @property
     def reads_padding(self) -> bool:
-        """Whether they are further apart than rounding."""
+        """Whether the differences are larger than rounding explains."""
         tolerated = self.from_alone <= TOLERANCE[self.dtype] and self.from_content <= CONTENT_TOLERANCE[self.dtype]
-        return not tolerated  # not a number is no proof either
+        return not tolerated  # NaN counts as reading padding
 
     @property
     def largest(self) -> float:
@@ -58,9 +59,9 @@ class PaddingDifference:
 def measure_padding(
     model: PreTrainedModel, forward: Forward, rows: Sequence[list[int]], pad_token_id: int, device: torch.device
 ) -> PaddingDifference:
-    """Compute the first of `rows` alone, and twice beside the others and padding.
+    """Compute the first of `rows` alone, and twice in a padded batch with the others; return how far the results differ.
 
-    model: within `forward`, which is in evaluation mode; at ZeRO-3 every rank must call this.
+    model: the model that `forward` runs, in evaluation mode. At ZeRO-3 every rank must call this.
     """
     width = max(map(len, rows)) + WIDER
     padded = torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in rows])
@@ -70,15 +71,15 @@ def measure_padding(
         alone = _outputs(model, forward, row, torch.ones_like(row), device)
         beside = _outputs(model, forward, padded, mask.long(), device)
         changed = _outputs(model, forward, padded.where(mask, rows[-1][LENGTHS[0] // 2]), mask.long(), device)
-    apart = [_apart(alone[name][0], beside[name]) for name in alone.keys() & beside.keys()]
-    # Heads look for the last token by that of padding, so the content is exchanged for the body alone.
+    differences = [_apart(alone[name][0], beside[name]) for name in alone.keys() & beside.keys()]
+    # Some heads find the last token by comparing with the padding token, so changed padding is compared in the body only.
     content = _apart(changed[BODY][0, : len(rows[0])], beside[BODY]) if BODY in beside else 0.0
     dtype = next(iter(alone.values())).dtype
-    return PaddingDifference(max(apart, key=lambda value: (value != value, value)), content, dtype)
+    return PaddingDifference(max(differences, key=lambda value: (value != value, value)), content, dtype)
 
 
 def rows_of_proof(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[list[int]]:
-    """Draw rows of tokens that are not special, within those around a pair of texts: some heads look for the separators."""
+    """Draw rows of tokens that are not special, inside the special tokens of a pair of texts: some heads look for separators."""
     special = {*tokenizer.all_special_ids}
     plain = [token for token in range(len(tokenizer)) if token not in special]
     start, end = [], []
@@ -94,8 +95,8 @@ def rows_of_proof(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 def _outputs(
     model: PreTrainedModel, forward: Forward, tokens: torch.Tensor, mask: torch.Tensor, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return what the model and its body compute of each row, [rows, positions or classes, ...] by name. Classes alone may hide in
-    rounding what a new head makes little of."""
+    """Return the outputs of the model and of its body by name, [rows, positions or classes, ...]. Classes alone would not do: a new
+    head may shrink a difference until it looks like rounding."""
     states: dict[str, torch.Tensor] = {}
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
@@ -116,8 +117,9 @@ def _outputs(
 
 
 def _apart(alone: torch.Tensor, beside: torch.Tensor) -> float:
-    """Return the largest difference between a row alone, [positions, ...] or [classes], and the first one of those `beside` each
-    other. What is infinite alone (a class that is left out) is not compared."""
+    """Return the largest difference between a row alone, [positions, ...] or [classes], and the first row of the batch `beside`; in
+    half precision, the quantile `HALF_PRECISION_QUANTILE` of the differences. Entries that are infinite alone (a masked
+    class) are not compared."""
     if alone.dim() == 1:
         alone, beside = alone[None], beside[:, None]  # as if it were a position
     first = beside[0, : len(alone)]
@@ -132,7 +134,7 @@ def _apart(alone: torch.Tensor, beside: torch.Tensor) -> float:
 
 @contextmanager
 def _same_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the sparse attention of BigBird, which it gives up for good at the first short row."""
+    """Restore the sparse attention of BigBird, which would otherwise switch to full attention for good at the first short row."""
     attention_type = getattr(model.base_model, "attention_type", None)
     try:
         yield
