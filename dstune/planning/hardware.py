@@ -1,7 +1,7 @@
-"""What devices can do, as data, and `hardware=8xH100-80G nodes=4` read into it.
+"""The performance of devices as a table, and the parser of `hardware=8xH100-80G nodes=4`.
 
-Peaks are the vendors' published dense bf16 figures (no sparsity), memory bandwidth and links theirs too; the address of
-each data sheet's name stands in docs/planning.md. Prices are not data: `price=` is the user's own.
+Peaks are the vendors' published dense bf16 figures (no sparsity); memory bandwidths and links are the vendors' figures too.
+docs/planning.md lists the data sheets. The table has no prices: users give theirs with `price=`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ class Device:
     bandwidth: float
     """Memory bandwidth in GB/s."""
     link: float
-    """To another device of the same node, GB/s in one direction."""
+    """Bandwidth to another device of the same node, in GB/s and one direction."""
     network: float
-    """To another node, in GB/s per device and direction."""
+    """Bandwidth to another node, in GB/s per device and direction."""
     gpu: bool = True
     share_of_peak: float = 0.5
     """Share of `tflops` that large matrix products reach: measured by `dstune plan --calibrate`, otherwise assumed."""
     overhead: float = 0.0
     """Seconds per step and layer that no formula explains (kernel launches, Python); measured if calibrated."""
     capability: tuple[int, int] | None = None
-    """CUDA's compute capability, where it is known."""
+    """CUDA's compute capability; None if it is not known."""
 
 
-# Memory in GiB as the driver shows it, a little below the name's figure. Networks: one 400 Gb/s port a GPU for H100 and
-# later, 200 Gb/s for A100, 100 Gb/s a node of 8 for cards without a fabric. Cards before Ampere have no bf16: theirs is fp16's.
+# Memory is in GiB as the driver shows it, a little less than the figure in the name. Networks: one port of 400 Gb/s per GPU for
+# H100 and later, 200 Gb/s for A100, and 100 Gb/s per node of 8 for cards without a fabric. Cards before Ampere have no bf16: the
+# table has their fp16 peak.
 PCIE_3, PCIE_4, PCIE_5 = 16, 32, 64
-"""GB/s of sixteen lanes in one direction."""
+"""GB/s of sixteen PCIe lanes in one direction."""
 DEVICES = {
     device.name: device
     for device in (
@@ -76,16 +77,17 @@ DEVICES = {
         Device("RTX5070", 11.5, 61.7, 672, PCIE_5, 1.5),
         Device("RTX5080", 15.5, 112.6, 960, PCIE_5, 1.5),
         Device("RTX5090", 31.4, 209.5, 1792, PCIE_5, 1.5),
-        # One rank of a CPU with AVX512 or AMX; every real one differs, so calibrate.
+        # One rank on a CPU with AVX512 or AMX. Real CPUs differ a lot, so calibrate.
         Device("CPU", 8.0, 0.1, 10, 2.0, 1.2, gpu=False, share_of_peak=0.9),
     )
 }
 DEFAULT_MEMORY = {"A100": "A100-80G", "H100": "H100-80G", "V100": "V100-16G"}
-"""A name without its memory."""
+"""The device that a name without a memory size stands for."""
 
 
 def normalize(name: str) -> str:
-    """Return a device's name without what spellings differ in: vendor, brand, form factor, spaces, `GB` for `G`.
+    """Return a device's name in a form that all its usual spellings share, without vendor, brand, form factor and spaces, and with
+    `G` for `GB`.
 
     `NVIDIA H100 80GB HBM3`, `h100-80gb` and `H100-SXM5-80G` are `H10080G`, `GeForce RTX 4090` and `4090-24G` are `4090`.
     """
@@ -105,7 +107,7 @@ NUMBERS = {
     "network": "GB/s to another node for each device",
     "host_gib": "memory of a node in GiB, for what is offloaded",
 }
-"""Keys of `hardware.KEY=VALUE`, which replace single numbers or describe hardware of one's own."""
+"""Keys of `hardware.KEY=VALUE`, which replace numbers of the table or describe hardware that is not in it."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,9 @@ class Cluster:
     per_node: int
     nodes: int = 1
     known: bool = True
-    """Whether compute and links are known, not memory alone."""
+    """Whether compute and links are known, too; if not, only the memory is."""
     host_gib: float | None = None
-    """Memory of a node for what is offloaded; None where it is not known."""
+    """GiB of a node's host memory, which offloading uses; None if it is not known."""
 
     @property
     def ranks(self) -> int:
@@ -124,19 +126,20 @@ class Cluster:
 
     @property
     def link(self) -> float:
-        """GB/s of the slowest step of a ring over all ranks."""
+        """GB/s of the slowest link of a ring over all ranks."""
         if self.nodes == 1:
             return self.device.link
         return min(self.device.link, self.device.network * self.per_node) if self.per_node > 1 else self.device.network
 
 
 def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "hardware") -> Cluster:
-    """Read `8xH100-80G`, `H100x8`, `2x RTX 4090`, `2x24G`: as many devices in each of `nodes` nodes.
+    """Parse `8xH100-80G`, `H100x8`, `2x RTX 4090` or `2x24G` into a cluster with that many devices in each of `nodes` nodes.
 
-    text: None describes one device by `numbers` alone. numbers: by the keys of `NUMBERS`.
+    text: if None, `numbers` alone describe one device. numbers: values by the keys of `NUMBERS`, which take precedence over the
+    table. key: the key that problems name.
 
     Raises:
-        UserError: no such device, or its memory is not given.
+        UserError: `text` names no hardware, or the device is not in the table and its memory is not given.
     """
     count, name = _split_count(text or "own")
     if count < 1 or not re.fullmatch(r"[\w .-]+", name):
@@ -144,7 +147,7 @@ def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "h
     device = DEVICES["CPU"] if name.upper() == "CPU" else known_device(name)
     is_known = device is not None or {"tflops", "bandwidth"} <= set(numbers)
     if device is None and (size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)", name, re.IGNORECASE)):
-        # By memory alone: the compute of the slowest card of its time.
+        # Only the memory is given; the compute below is that of the slowest card of its time.
         numbers = {"memory_gib": float(size[1]) * 0.98} | numbers
     if device is None:
         if "memory_gib" not in numbers:
@@ -158,7 +161,7 @@ def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "h
 
 
 def _split_count(text: str) -> tuple[int, str]:
-    """Return (8, `H100`) of `8xH100` and of `H100x8`; `MI300X` and `RTX3090` name one device."""
+    """Split `8xH100` or `H100x8` into (8, `H100`). `MI300X` and `RTX3090` name one device."""
     if known_device(text) is None:
         if match := re.fullmatch(r"(\d+)\s*[xX*]\s*(\S.*)", text):
             return int(match[1]), match[2].strip()
@@ -168,10 +171,10 @@ def _split_count(text: str) -> tuple[int, str]:
 
 
 def known_device(name: str) -> Device | None:
-    """Return the GPU of the table by any usual spelling of its name, or by the name that its driver gives it.
+    """Return the table's GPU for any usual spelling of its name, or for the name that its driver reports; None if there is none.
 
-    Of a name with its memory (`H100-80GB`, `RTX3090-24G`) the table may know the device without it: then its memory is the
-    table's, where it agrees to a tenth.
+    A name with a memory size (`H100-80GB`, `RTX3090-24G`) also matches a table entry without one, if the entry's memory differs
+    from that size by less than 10%. The device then has the memory of the table.
     """
     word = normalize(name)
     if key := _BY_NORMALIZED.get(word):

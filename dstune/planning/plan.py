@@ -1,4 +1,4 @@
-"""The choices of a run on given hardware: does it fit, how large a micro-batch, how long is a step, what to take."""
+"""Compares the ways to train a run on given hardware: memory, largest micro-batch, seconds per step; and recommends one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ CANDIDATES = (
     ("stage3", "optimizer"),
     ("stage3", "optimizer+param"),
 )
-"""ZeRO stage and what lies in host memory."""
+"""ZeRO stages, and what each offloads to host memory."""
 
 CPU_CAUTION = 1.1
-"""A CPU's rank fits where 10% are left over the prediction: the largest shortfall that was measured is 8% (docs/planning.md). A
-GPU's margin is part of its prediction."""
+"""A rank on a CPU fits if its memory exceeds the prediction by 10%: the largest measured shortfall is 8% (docs/planning.md). On a
+GPU the prediction itself contains a margin."""
 
 
 ROOMY = 0.9
-"""Share of a device's memory up to which a choice is preferred to one as fast that takes more: a plan errs by up to a tenth."""
+"""A choice that takes at most this share of a device's memory is preferred to an equally fast one that takes more, since a plan can
+be wrong by up to a tenth."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Choice:
     offload: str
     checkpointing: bool | Selective
     setup: Setup
-    """With the micro-batch of this row."""
+    """The run as trained by this choice, with its micro-batch size."""
     memory: Memory
     time: StepTime
     fits: bool
@@ -49,7 +50,7 @@ class Choice:
         return self.memory.total / GIB
 
     def overrides(self, configured: Setup) -> dict[str, object]:
-        """Return what to write behind `dstune train` to get it, beside what was given."""
+        """Return the overrides that turn the configured run into this choice, by key."""
         overrides: dict[str, object] = {}
         if configured.stage != self.setup.stage:
             overrides["zero.stage"] = self.setup.stage
@@ -72,23 +73,23 @@ class Choice:
 @dataclass(frozen=True)
 class Plan:
     configured: Choice
-    """The run as its configuration says."""
+    """The run exactly as configured."""
     choices: tuple[Choice, ...]
     recommended: Choice | None
-    """The fastest choice that fits; None where nothing does."""
+    """The choice to take, as `_best` ranks them; None if nothing fits."""
 
 
 def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_rows: bool = False) -> Plan:
-    """Return all choices for one run. What is offloaded is held against the node's memory where that is known.
+    """Return the configured run and all choices for it. Offloaded bytes must fit into the node's memory if its size is known.
 
-    speeds: by the bytes of a weight. any_rows: the run finds out itself how many rows a micro-batch has.
+    speeds: by the bytes of a weight. any_rows: whether the run determines its micro-batch size itself.
     """
 
     def choice(setup: Setup, zero: str, offload: str) -> Choice:
         return _choice(setup, cluster, speeds, zero, offload)
 
     def largest(setup: Setup, zero: str, offload: str) -> Choice:
-        """Return the largest micro-batch that fits, or a row of 1."""
+        """Return the choice with the largest micro-batch that fits; with one row if none fits."""
         best = choice(replace(setup, micro_batch_size=1), zero, offload)
         for size in _sizes(setup):
             tried = choice(replace(setup, micro_batch_size=size), zero, offload)
@@ -107,7 +108,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     choices = list(variants(configured.checkpointing))
     for more_checkpointing in (Selective.selective, True):
         if configured.tiles > 1 and isinstance(more_checkpointing, Selective):
-            continue  # not trained beside feed-forward layers in pieces
+            continue  # cannot be combined with feed-forward layers computed in pieces
         if effort(more_checkpointing) > effort(configured.checkpointing) and not _plainly_fits(choices):
             choices += variants(more_checkpointing)
     return Plan(as_configured, tuple(choices), _best(choices, cluster))
@@ -116,13 +117,13 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
 def cheapest_stage(
     configured: Setup, cluster: Cluster, speeds: dict[int, Speed], stages: Iterable[int]
 ) -> tuple[Choice, list[Choice]]:
-    """Return the run at the stage to take, all else as configured, and at each of `stages` that it can be trained at. Where none
-    fits it is the one that takes the least memory."""
+    """Return the run at the recommended stage, and at each of `stages` that can train it; everything else stays as configured. If
+    no stage fits, the one that takes the least memory is recommended."""
     offload = _offload(configured)
     choices = []
     for stage in stages:
         setup = variant(configured, f"stage{stage}", offload)
-        # In another precision the numbers of the run would depend on what fits.
+        # A change of precision would make the results of the run depend on the hardware.
         if setup is not None and setup.weight_bytes == configured.weight_bytes:
             choices.append(_choice(setup, cluster, speeds, f"stage{stage}", offload))
     if not choices:
@@ -141,8 +142,8 @@ def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str,
 
 
 def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
-    """Return the fastest choice that fits. Among those about as fast, one without offloading wins, then one that leaves memory
-    free."""
+    """Return the fastest choice that fits; None if none does. Among choices of about the same speed, one without offloading wins,
+    then one that leaves memory free (`ROOMY`)."""
     fitting = [row for row in choices if row.fits]
     roomy_gib = ROOMY * cluster.device.memory_gib
     return min(
@@ -159,7 +160,7 @@ def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
 
 
 def _offload(setup: Setup) -> str:
-    """Return what of a run is in host memory, as `CANDIDATES` call it."""
+    """Return what a run offloads to host memory, in the words of `CANDIDATES`."""
     offloaded = (("optimizer", setup.offload_optimizer), ("param", setup.offload_param))
     return "+".join(name for name, on in offloaded if on) or "none"
 
@@ -169,12 +170,12 @@ def _plainly_fits(rows: list[Choice]) -> bool:
 
 
 def effort(checkpointing: bool | Selective) -> int:
-    """Rank the ways of activation checkpointing by what they compute again."""
+    """Return a rank of the kind of activation checkpointing that increases with the amount of recomputation."""
     return 1 if isinstance(checkpointing, Selective) else 2 * checkpointing
 
 
 def as_word(checkpointing: bool | Selective) -> bool | str:
-    """Write the way as a user writes it, and JSON takes it."""
+    """Return the kind of activation checkpointing as the value that users write and JSON stores."""
     return checkpointing.value if isinstance(checkpointing, Selective) else checkpointing
 
 
@@ -183,15 +184,15 @@ def _fastest(rows: list[Choice]) -> float:
 
 
 def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
-    """Return `setup` at another stage; None where it cannot be trained so."""
+    """Return `setup` with the stage `zero` and offloading `offload` of `CANDIDATES`; None if it cannot be trained that way."""
     stage = int(zero.removeprefix("stage"))
     if stage == 3 and setup.frozen_bits == 4:
-        return None  # zero.Init does not take quantized weights
+        return None  # zero.Init does not support quantized weights
     if offload != "none" and not setup.on_gpu:
-        return None  # a CPU's ranks hold the same either way
+        return None  # offloading saves nothing on a CPU
     if setup.slices > 1 and (stage == 3 or offload != "none"):
-        return None  # not trained with slices of weights
-    # DeepSpeed's stage 0 makes an optimizer step without gradients at initialisation in bf16: it stays in fp32.
+        return None  # not supported if ranks share weights
+    # In bf16, DeepSpeed's stage 0 makes an optimizer step without gradients at initialization, so stage 0 uses fp32.
     weight_bytes = 4 if stage == 0 else setup.weight_bytes
     frozen_bits = 8 * weight_bytes if setup.frozen_bits > 4 else setup.frozen_bits
     return replace(
@@ -206,6 +207,6 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
 
 
 def _sizes(setup: Setup) -> list[int]:
-    """Return micro-batches worth trying: powers of two up to a rank's share of the global batch, or its group's."""
+    """Return the micro-batch sizes to try: powers of two up to the share of the global batch that a rank, or its group, trains."""
     share = max(1, -(-setup.global_batch_size // setup.groups))
     return [2**power for power in range(share.bit_length()) if 2**power <= share]

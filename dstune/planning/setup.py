@@ -1,4 +1,4 @@
-"""What memory and time depend on, from a `RunConfig`, an architecture and the ranks: plain numbers for the formulas."""
+"""Derives the numbers that memory and time depend on from a `RunConfig`, an architecture and the ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dstune.protocols.method_options import PutsPositionsInFront, QuantizesWeigh
 from dstune.protocols.task_options import TrainsOnRollouts
 
 CLASSES_UNKNOWN = 2
-"""Classes that are counted where the labels are found in the rows only: a head of a few thousand weights."""
+"""Number of classes assumed if the labels are only found in the rows: a head of a few thousand weights."""
 
 PADDING = 8
 """Rows without packing are padded to a multiple of this."""
@@ -36,13 +36,13 @@ PADDING = 8
 
 @dataclass(frozen=True)
 class HeldModel:
-    """A model that a rank holds beside the one that trains; it only answers."""
+    """A model that a rank holds in addition to the trained one, for forward passes only."""
 
     name: str
-    """Of its part of the memory."""
+    """Name of its part of the memory."""
     model: Architecture
     unreached: int = 0
-    """As `Setup.unreached`."""
+    """See `Setup.unreached`."""
 
 
 @dataclass(frozen=True)
@@ -52,37 +52,37 @@ class Setup:
     model: Architecture
     trained: tuple[Tensor, ...]
     frozen: int
-    """Weights that are not trained."""
+    """Number of weights that are not trained."""
     stage: int
     offload_optimizer: bool
     swaps: bool
-    """Whether what is offloaded of the optimizer is on a disk, but for what an update works on."""
+    """Whether offloaded optimizer states are on a disk, except for those that are being updated."""
     swapped_at_once: int
-    """Elements from which on a part of it is whole."""
+    """Size of a sub-group of these states: tensors are added to it until it has at least this many elements."""
     offload_param: bool
     weight_bytes: int
     """Bytes of a weight in the model: 2 or 4."""
     frozen_bits: int
-    """Bits of a frozen weight: 4 for QLoRA, else those of a weight."""
+    """Bits of a frozen weight: 4 for QLoRA, otherwise as many as a trained one."""
     moments: int
-    """Optimizer tensors beside the fp32 weights: 2 for Adam."""
+    """Optimizer tensors per weight, in addition to the fp32 weight: 2 for Adam."""
     state_bytes: float
-    """Bytes of the optimizer's states for a trained weight, on average: 8 for Adam."""
+    """Average bytes of optimizer states per trained weight: 8 for Adam."""
     ranks: int
-    """Those that partition the same weights: all of them, or one of each group that shares weights."""
+    """Ranks that partition the same weights: all ranks, or one of each group that shares weights."""
     ranks_per_node: int
     on_gpu: bool
     micro_batch_size: int
     texts: int
-    """Rows that the model reads for one row of the data: two where they are pairs."""
+    """Sequences that the model reads for one row of the data: two for pairs."""
     length: int
     """Tokens of the longest row."""
     global_batch_size: int
     attention: str
-    """`sdpa`, `eager`, `flash_attention_2` (any kernel without a mask), or `samples`: each on its own."""
+    """`sdpa`, `eager`, `flash_attention_2` (any kernel without a mask), or `samples` (attention sample by sample)."""
     checkpointing: bool | Selective
     tiles: int
-    """Pieces in which feed-forward layers are computed, each again in the backward pass."""
+    """Number of pieces in which feed-forward layers are computed. The backward pass recomputes each piece."""
     adapter: bool
     target_share: float
     """Share of the positions that are projected onto the vocabulary."""
@@ -96,36 +96,37 @@ class Setup:
     max_live: int
     max_reuse: int
     evaluation_batch: int | None
-    """Rows of a forward pass in an evaluation, where it is not the micro-batch of training."""
+    """Rows of a forward pass in evaluations; None for the micro-batch size of training."""
     sharing: int = 1
     """Ranks that share the positions of a row."""
     slices: int = 1
-    """Ranks that share the weights of each layer; `model` and `trained` are one's own."""
+    """Ranks that share the weights of each layer; `model` and `trained` describe one rank's slice."""
     unreached: int = 0
-    """Weights of parts that rows of text never reach, which no rank trains or gathers; `model` is the language model."""
+    """Number of weights outside the language model (`model`), which rows of text never use: no rank trains or gathers them."""
     answers: int = 1
-    """Texts that the model writes to a row before it trains on them; a micro-batch has so many of these as it has rows else."""
+    """Texts that the model writes for a row before it trains on them. A micro-batch then consists of these texts instead of
+    rows."""
     written: int = 0
-    """Tokens of each of them at most; 0 where rows are trained as they are."""
+    """Maximum tokens of each such text; 0 if the model writes none."""
     own_sums: bool = False
     """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
     held: tuple[HeldModel, ...] = ()
     tower: Tower | None = None
-    """What sees images, of a model that does; its weights are in `unreached` or, where it learns, in `trained`."""
+    """The vision tower of a model that reads images. Its weights are in `unreached` or, if it is trained, in `trained`."""
 
     @property
     def images_of_row(self) -> Images | None:
-        """Images of a row; None where rows are taken to hold none."""
+        """Images of a row; None if rows are assumed to have none."""
         return self.tower.images if self.tower else None
 
     @property
     def images(self) -> int:
-        """Images of a micro-batch."""
+        """Number of images in a micro-batch."""
         return self.rows * self.images_of_row.in_row if self.images_of_row else 0
 
     @property
     def patches(self) -> int:
-        """Patches of these."""
+        """Number of patches of all images in a micro-batch."""
         return self.images * self.images_of_row.patches if self.images_of_row else 0
 
     @property
@@ -134,27 +135,27 @@ class Setup:
 
     @property
     def total(self) -> int:
-        """All weights, those of adapters included."""
+        """Number of trained and frozen weights, including adapters."""
         return self.trained_count + self.frozen
 
     @property
     def rows(self) -> int:
-        """Rows of one micro-batch as the model sees them."""
+        """Number of sequences that the model reads in one micro-batch."""
         return self.micro_batch_size * self.texts
 
     @property
     def tokens(self) -> int:
-        """Positions of one micro-batch that a rank computes."""
+        """Number of positions that a rank computes in one micro-batch."""
         return self.rows * ceil(self.length / self.sharing)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a rank in one optimizer step."""
+        """Number of micro-batches of a rank in one optimizer step."""
         return ceil(ceil(self.global_batch_size * self.answers / self.micro_batch_size) / self.groups)
 
     @property
     def groups(self) -> int:
-        """Ranks with rows of their own, or groups that share rows or weights."""
+        """Number of ranks with different rows; ranks that share rows or weights count as one."""
         return max(1, self.ranks // self.sharing)
 
 
@@ -167,7 +168,7 @@ def labels_of(config: RunConfig) -> int:
 
 
 def added_length(method: Method) -> int:
-    """Return positions that `method` puts in front of each row and that go through every layer."""
+    """Return how many positions `method` puts in front of each row that pass through every layer."""
     return method.added_length if isinstance(method, PutsPositionsInFront) else 0
 
 
@@ -181,10 +182,12 @@ def setup(
     precision: Precision,
     values: dict[str, Any],
 ) -> Setup:
-    """Return the numbers of a run. `model` is the whole one, `precision` is resolved; `values` is the model's config.json
-    (dropout).
+    """Return the numbers that memory and time of a run depend on.
 
-    Raises UserError where the method cannot train this architecture.
+    model: the architecture before ranks share its weights. precision: resolved, never `auto`. values: the model's `config.json`,
+    for its dropout and its limit on positions.
+
+    Raises UserError if the method cannot train this architecture.
     """
     method = method_of(config.method)
     if (problem := method.architecture_problem(model)) is not None:
@@ -244,7 +247,7 @@ def _state_bytes(config: RunConfig, trained: Sequence[Tensor]) -> float:
     optimizer = optimizer_of(config.optimizer)
 
     def of(tensor: Tensor) -> float:
-        # A router is no linear layer to an adapter, and no table either: every position is multiplied by it.
+        # Adapters do not count an expert router as a linear layer, but it is no table either: it multiplies every position.
         is_table = len(tensor.shape) == 2 and not tensor.linear and not tensor.used
         return tensor.count * optimizer.state_bytes(optimizer.kind(tensor.name, tensor.shape, is_table=is_table))
 
@@ -262,7 +265,7 @@ def _written(config: RunConfig) -> int:
 
 
 def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
-    """Return tokens of the longest row, with its padding."""
+    """Return the tokens of the longest row, including its padding."""
     written = _written(config)
     length = config.data.max_length + written
     longest = min(length, row_limit(values) or length)
@@ -274,12 +277,13 @@ def _dropout(values: dict[str, Any]) -> float:
 
 
 PREFETCH, LIVE = 50_000_000, 1_000_000_000
-"""Elements that DeepSpeed gathers ahead, and holds at most, at stage 3 unless told otherwise (deepspeed/runtime/zero/config.py)."""
+"""DeepSpeed's defaults at stage 3: elements that it prefetches, and the most that it holds (deepspeed/runtime/zero/config.py)."""
 
 
 def prefetch(model: Architecture) -> tuple[int, int]:
-    """Return how many elements stage 3 gathers ahead, and holds at most, for the model's size: a layer ahead at least, and three
-    layers beside the embeddings. A layer of an 8B model has 218M elements: with DeepSpeed's 50M each rank would wait for it."""
+    """Return how many elements stage 3 should prefetch, and hold at most, for this model: at least a layer, and at least three
+    layers with all tensors outside the layers. A layer of an 8B model has 218M elements: with DeepSpeed's default of 50M, ranks
+    would wait for each layer."""
     layers: dict[int, int] = {}
     outside = 0
     for tensor in model.tensors:
@@ -298,8 +302,8 @@ def _number(settings: dict[str, Any], key: str, default: int) -> int:
 
 
 def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *, on_gpu: bool, half: bool) -> str:
-    """Choose the attention as `dstune.models.attention` and `dstune.models.varlen` do, of a GPU that has a kernel for packed
-    rows."""
+    """Return the attention that `dstune.models.attention` and `dstune.models.varlen` will choose, assuming that a GPU has a kernel
+    for packed rows."""
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     dropout = values.get("attention_dropout")

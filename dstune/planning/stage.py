@@ -1,4 +1,4 @@
-"""`zero.stage=auto`: the stage of a run, chosen by the plan for the machines of its ranks."""
+"""`zero.stage=auto`: chooses the stage of a run with the plan for its machines."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from dstune.protocols.method_options import QuantizesWeights
 
 
 def is_open(config: RunConfig) -> bool:
-    """Return whether no stage is chosen yet."""
+    """Return whether `zero.stage` is still `auto`."""
     return config.zero.stage is Automatic.auto
 
 
 def choose_stage(
     config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None
 ) -> tuple[RunConfig, str]:
-    """Return `config` with the stage that the plan takes on `cluster`, and the reason. A model that the planner does not know gets
-    the allowed stage that takes the least memory."""
+    """Return `config` with the stage that the plan chooses for `cluster`, and the reason. If the planner does not know the model,
+    the stage is the highest allowed one, which needs the least memory. measured: speeds of a calibration by the bytes of a
+    weight."""
     try:
         return choose_planned_stage(config, cluster, measured)
     except UserError:
@@ -44,9 +45,9 @@ def choose_stage(
 def choose_planned_stage(
     config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None, images: Images | None = None
 ) -> tuple[RunConfig, str]:
-    """Return `config` with the stage that the plan takes on `cluster`, and the reason.
+    """Return `config` with the stage that the plan chooses for `cluster`, and the reason.
 
-    measured, images: as for `plan.planned`. Raises UserError where the plan does not know the model.
+    measured: as for `choose_stage`. images: as for `setup_on`. Raises UserError if the planner does not know the model.
     """
     stages = allowed_stages(config)
     if len(stages) == 1:
@@ -72,9 +73,10 @@ def _reason(best: Choice, compared: Sequence[Choice], cluster: Cluster) -> str:
 def setup_on(
     config: RunConfig, cluster: Cluster, images: Images | None = None
 ) -> tuple[Setup, Precision, architecture.Architecture]:
-    """Return what memory and time of a run depend on, its precision, and the whole model. images: of a row, where rows hold some.
+    """Return the numbers that memory and time of a run depend on, its precision, and the model's architecture before ranks share
+    its weights. images: those of a row; None if rows have none.
 
-    Raises UserError where the model's architecture is not known, or cannot be trained so.
+    Raises UserError if the model's architecture is not known, or cannot be trained with this configuration.
     """
     values: dict[str, Any] = source.config_json(config.model)
     whole = source.whole_config_json(config.model) | config.model.config_overrides
@@ -109,14 +111,14 @@ def setup_on(
 def _with_tower(
     planned_setup: Setup, config: RunConfig, model_config: Mapping[str, Any], images: Images | None
 ) -> Setup:
-    """Return `setup` with the model's vision tower, and what is trained of it."""
+    """Return the setup with the model's vision tower and, if the tower is trained, its trained weights."""
     tower = tower_of(model_config)
     if tower is None:
         return planned_setup
     if images is not None and config.data.packing:  # a packed row holds as many images as fit
         images = replace(images, in_row=max(images.in_row, planned_setup.length // images.tokens))
     if planned_setup.unreached and not any(name.endswith("audio_config") for name in model_config):
-        tower = replace(tower, weights=planned_setup.unreached)  # counted, where the architecture was
+        tower = replace(tower, weights=planned_setup.unreached)  # exact if the architecture was counted
     tower = replace(tower, learns=config.model.train_vision, images=images)
     if not tower.learns:
         return replace(planned_setup, tower=tower)
@@ -127,16 +129,16 @@ def _with_tower(
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:
-    """Return speeds by the bytes of a weight: what was measured, else the hardware table's."""
+    """Return speeds by the bytes of a weight: measured ones if there are any, otherwise those of the hardware table."""
     return {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
 
 
 def resolved_precision(config: RunConfig, device: Device) -> Precision:
-    """Return what the ranks will compute in on `device`."""
+    """Return the precision in which ranks will compute on `device`; never `auto`."""
     requested = config.trainer.precision
     if requested is not Precision.auto:
         return requested
     capability = device.capability
-    # A GPU of which nothing is known has bf16, as all of the table do.
+    # A GPU of unknown capability is assumed to compute in bf16.
     fast = capability is None or capability >= FIRST_BF16 if device.gpu else host.fast_bf16()
     return automatic(config, fast_bf16=fast, capability=capability)

@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step: arithmetic, memory traffic, communication, and the optimizer."""
+"""Predicts the seconds of an optimizer step: arithmetic, memory traffic, communication and the update."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from dstune.planning.hardware import Cluster
 from dstune.planning.rollout import rollout_seconds
 from dstune.planning.setup import Setup
 
-# Bytes that elementwise operations move for each byte that a layer keeps: written once, its fp32 or intermediate copy
-# read and written, read in the backward pass and a gradient written. Replaced by a measurement where calibrated.
+# Bytes that elementwise operations move for each byte that a layer keeps: the byte is written, its fp32 or intermediate copy is
+# written and read, the backward pass reads it and writes a gradient. A calibration replaces this by a measurement.
 TRAFFIC_PER_SAVED_BYTE = 5.0
 LOSS_BYTES_PER_LOGIT = 40.0
 OPTIMIZER_BYTES_PER_WEIGHT = 34.0
-"""Read and write fp32 weight, two moments; read the gradient; write the weight."""
+"""AdamW reads and writes the fp32 weight and two moments, reads the gradient and writes the weight."""
 
 OVERLAP = 0.7
-"""Share of the communication that hides behind the backward pass where DeepSpeed overlaps them (GPUs, stages 2 and 3)."""
+"""Share of the communication that runs during the backward pass if DeepSpeed overlaps them (GPUs, stages 2 and 3)."""
 
 HOST_LINK = 25e9
-"""Bytes a second between a GPU and the host (PCIe 4 x16), for offloading."""
+"""Bytes per second between a GPU and the host (PCIe 4 x16), for offloading."""
 
 DISK = 3e9
-"""Bytes a second that a node's NVMe disk reads or writes for long; a guess below what makers state, not measured."""
+"""Sustained bytes per second that a node's NVMe disk reads or writes: a guess below the manufacturers' figures, not measured."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one rank does in a second while all the others are busy too."""
+    """The work that one rank does per second while all other ranks are busy, too."""
 
     flops: float
     """Floating-point operations of matrix products."""
@@ -44,13 +44,14 @@ class Speed:
     link: float
     """Bytes that leave a rank in a ring."""
     attention: float = 0.0
-    """Floating-point operations of fused attention; those of matrix products where 0."""
+    """Floating-point operations of fused attention; 0 if they are as fast as matrix products."""
     fixed: float = 0.0
-    """Seconds of a micro-batch and layer whatever its size."""
+    """Seconds that each layer takes per micro-batch, regardless of its size."""
 
 
 def speed_of(cluster: Cluster, weight_bytes: int) -> Speed:
-    """Return the speed from the hardware table. fp32 products are taken at an eighth of bf16's peak on a GPU, at half on a CPU."""
+    """Return the speed from the hardware table. fp32 products are assumed to reach an eighth of the bf16 peak on a GPU, half on a
+    CPU."""
     device = cluster.device
     slower = 1 if weight_bytes == 2 else (8 if device.gpu else 2)
     moved = device.bandwidth * 1e9
@@ -66,20 +67,20 @@ def speed_of(cluster: Cluster, weight_bytes: int) -> Speed:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step of one rank."""
+    """Seconds of one optimizer step on one rank, by cause."""
 
     compute: float
     elementwise: float
     loss: float
     communication: float
-    """What does not hide behind the backward pass."""
+    """Communication that does not overlap with computation."""
     optimizer: float
     tokens: int
     """Positions of the step over all ranks."""
     volume: int
-    """Bytes that leave a rank in a step."""
+    """Bytes that a rank sends in a step."""
     rollout: float = 0.0
-    """Until the model has answered the prompts, without what rewards take."""
+    """Until the model has answered the prompts, without the time of the rewards."""
 
     @property
     def seconds(self) -> float:
@@ -91,23 +92,23 @@ class StepTime:
 
 
 def communication(s: Setup) -> int:
-    """Return bytes that leave a rank in one step, by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
+    """Return the bytes that a rank sends in a step by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
     around = (s.ranks - 1) / s.ranks
     p, trained = s.weight_bytes, s.trained_count
     exchanged = exchanges(s)
     if s.stage == 0:
         return int(2 * around * trained * p) + exchanged
-    if s.stage == 1:  # once a step, and the weights after the step; sums in fp32 are sent in the weights' format
+    if s.stage == 1:  # gradients once a step, weights after the update; fp32 sums are sent in the weights' format
         return int(3 * around * trained * p) + exchanged
-    if s.stage == 2:  # every micro-batch is all-reduced in buckets, and the weights gathered after the step
+    if s.stage == 2:  # each micro-batch is all-reduced in buckets; weights are gathered after the update
         return int((2 * s.micro_batches + 1) * around * trained * p) + exchanged
     weights = s.frozen * s.frozen_bits // 8 + trained * p
     return int(s.micro_batches * around * (2 * weights + trained * p)) + exchanged
 
 
 def exchanges(s: Setup) -> int:
-    """Return bytes that leave a rank in a step for attention over rows that ranks share (Jacobs et al. 2023, arXiv:2309.14509,
-    section 3): queries, keys, values and what is attended, in both passes, and once more where activations are computed again."""
+    """Return the bytes that a rank sends in a step for attention over rows that ranks share (Jacobs et al. 2023, arXiv:2309.14509,
+    section 3): queries, keys, values and the attention's output, in both passes, and once more if activations are recomputed."""
     m = s.model
     keys = m.kv_heads * repeats_of_keys(m.kv_heads, s.sharing)
     states = s.tokens * 2 * (m.heads + keys) * m.head_dim * s.weight_bytes
@@ -116,23 +117,23 @@ def exchanges(s: Setup) -> int:
 
 
 def summed_bytes(s: Setup) -> int:
-    """Return bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053,
-    section 3): in a layer two tensors of the hidden size in each pass, and the attention's once more where activations are
-    computed again (behind the last product of the feed-forward part nothing is)."""
+    """Return the bytes that a rank sends in a step for the all-reduces between ranks that share weights (Shoeybi et al. 2019,
+    arXiv:1909.08053, section 3): for each layer two tensors of the hidden size in each pass. If activations are recomputed, the
+    attention's tensor is reduced once more; the feed-forward part's is not, since nothing after its last product is recomputed."""
     hidden = s.tokens * s.model.hidden * s.weight_bytes
     around = 2 * (s.slices - 1) / s.slices
     return int(s.micro_batches * s.model.layers * (5 if s.checkpointing else 4) * around * hidden)
 
 
 def _feed_forward_share(s: Setup) -> float:
-    """Return the share of the feed-forward part in the products of a layer's matrices."""
+    """Return the feed-forward part's share of the operations in a layer's matrix products, without attention."""
     m = s.model
     wide = 3 * m.hidden * m.intermediate
     return wide / (wide + 2 * m.hidden * m.head_dim * (m.heads + m.kv_heads))
 
 
 def _of_images(s: Setup) -> tuple[float, float]:
-    """Return operations of the tower for the images of a micro-batch, and bytes that stand for its elementwise work."""
+    """Return the vision tower's operations for the images of a micro-batch, and the bytes that measure its elementwise work."""
     if s.tower is None or not s.patches:
         return 0.0, 0.0
     forward = s.tower.forward_flops(s.patches, s.images)
@@ -143,7 +144,7 @@ def _of_images(s: Setup) -> tuple[float, float]:
 
 
 def step_time(s: Setup, speed: Speed) -> StepTime:
-    """Return time of one optimizer step."""
+    """Return the predicted time of one optimizer step."""
     linear, attention, head = forward_flops(s)
     forward = linear + attention + head
     of_linear, of_attention, of_head = backward_flops(s)
@@ -155,12 +156,12 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     rate = speed.attention or speed.flops
     attention_flops = attention * (2 if s.checkpointing is True else 1) + of_attention
     matmul_flops = forward + backward + again - attention_flops
-    # What is kept stands for the elementwise work, which pieces of feed-forward layers do not make less.
+    # Saved bytes measure the elementwise work. Computing feed-forward layers in pieces saves fewer bytes for the same work.
     act = activations.layer(replace(s, tiles=1))
     kept_bytes = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
     targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
     volume = communication(s) if s.ranks > 1 else 0
-    inside = summed_bytes(s)  # nothing can be computed meanwhile
+    inside = summed_bytes(s)  # cannot overlap with computation
     hidden = OVERLAP if s.on_gpu and s.stage >= 2 else 0.0
     sent = volume / speed.link
     compute = count * (matmul_flops / speed.flops + attention_flops / rate + s.model.layers * speed.fixed)
@@ -172,9 +173,9 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     compute += count * of_images / speed.flops
     kept_bytes += moved_by_images
     if s.offload_optimizer and s.on_gpu:
-        # Gradients down, weights up; the update runs on the node's cores, at about 1.5e9 weights a second and node.
+        # Gradients go to the host and weights come back. The node's cores update about 1.5e9 weights per second.
         optimizer = share_of_step * (4 + s.weight_bytes) / HOST_LINK + share_of_step * s.ranks_per_node / 1.5e9
-    if s.swaps:  # gradients are written, all are read, weights and moments are written
+    if s.swaps:  # gradients are written, everything is read, weights and moments are written back
         optimizer += share_of_step * s.ranks_per_node * 4 * (4 + 2 * s.moments) / DISK
     if s.offload_param and s.on_gpu:
         exposed += count * 2 * s.total * s.weight_bytes / s.ranks / HOST_LINK

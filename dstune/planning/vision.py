@@ -1,8 +1,9 @@
-"""What rows with images take beside their tokens: activations and arithmetic of the tower that sees, and what is trained of it.
+"""Costs of images in addition to their tokens: activations, arithmetic and trained weights of the vision tower.
 
-A tower is a transformer over the patches of each image. A frozen one keeps nothing for the backward pass, so that one block works
-at a time. Of one that is trained each block keeps, for a patch: the inputs and outputs of two norms, queries, keys, values, what is
-attended, and the feed-forward part's inner states (held against torch in `tests/unit/test_plan_vision.py`).
+A vision tower is a transformer over the patches of each image. A frozen tower keeps nothing for the backward pass: only one block's
+activations are in memory at a time. In a trained tower each block keeps, for each patch, the inputs and outputs of two norms, the
+queries, keys and values, the attention's output, and the feed-forward part's inner states (`tests/unit/test_plan_vision.py`
+compares this with torch).
 """
 
 from __future__ import annotations
@@ -20,50 +21,50 @@ class Images:
     """The images of a row, as the model's processor cuts them."""
 
     in_row: int
-    """At most."""
+    """Largest number of images in a row."""
     width: int
     height: int
-    """Pixels of the largest, before the processor resizes it."""
+    """Width and height of the largest image in pixels, before the processor resizes it."""
     patches: int
-    """Of one image, padding included: positions of the tower."""
+    """Patches of one image, including padding; each is a position of the tower."""
     tokens: int
-    """Of one image, in the row."""
+    """Tokens of one image in the row."""
     values: int
-    """Numbers that the tower is given of one image."""
+    """Numbers in the tower's input for one image."""
     origin: str
-    """How this is known, for people."""
+    """How these numbers were obtained, for the reader of a plan."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The part of a model that sees images."""
+    """The part of a model that encodes images."""
 
     sizes: TowerSizes
     weights: int
-    """With projectors."""
+    """Number of weights, including projectors."""
     learns: bool = False
     images: Images | None = None
-    """None where rows are taken to hold none."""
+    """The images of a row; None if rows are assumed to have none."""
 
     def block_bytes(self, patches: int, weight_bytes: int) -> int:
-        """Return the bytes that a block keeps for the backward pass."""
+        """Return the bytes that a block keeps for the backward pass over `patches` patches."""
         t = self.sizes
         return patches * weight_bytes * (8 * t.width + t.inner_states * t.inner)
 
     def working_bytes(self, patches: int, weight_bytes: int) -> int:
-        """Return the bytes of a block's forward pass where nothing is kept: its input, and attention or the feed-forward part."""
+        """Return the bytes of a block's forward pass if it keeps nothing: its input, and attention or the feed-forward part."""
         t = self.sizes
         return patches * weight_bytes * (2 * t.width + max(4 * t.width, 2 * t.inner))
 
     def forward_flops(self, patches: int, images: int) -> float:
-        """Return the operations for `images` images with `patches` patches together."""
+        """Return the floating-point operations of a forward pass over `images` images with `patches` patches in total."""
         t = self.sizes
         of_patch = 2.0 * (4 * t.width**2 + t.matrices * t.width * t.inner)
         return t.blocks * patches * (of_patch + 4.0 * t.width * patches / max(1, images))
 
 
 def tower_of(whole: Mapping[str, Any]) -> Tower | None:
-    """Return the tower of the model that a whole `config.json` describes; None where it sees no images."""
+    """Return the tower of the model with this `config.json`, of which `whole` has all sections; None for a model without images."""
     vision = whole.get("vision_config")
     if not isinstance(whole.get("text_config"), Mapping) or not isinstance(vision, Mapping):
         return None
@@ -72,8 +73,8 @@ def tower_of(whole: Mapping[str, Any]) -> Tower | None:
 
 
 def trained_part(tower: Tower, *, adapter_rank: int) -> Tensor:
-    """Return what `model.train_vision` adds to the trained weights: the whole tower, or (with a rank) the two matrices beside each
-    of its linear layers."""
+    """Return the weights that `model.train_vision` adds to the trained ones, as one tensor: all of the tower, or the adapter
+    matrices of its linear layers. adapter_rank: 0 without adapters."""
     t = tower.sizes
     if not adapter_rank:
         return Tensor("vision_tower", (tower.weights,))
@@ -81,7 +82,8 @@ def trained_part(tower: Tower, *, adapter_rank: int) -> Tensor:
 
 
 def approximate_images(whole: Mapping[str, Any], in_row: int, width: int, height: int, origin: str) -> Images | None:
-    """Return `Images` without the model's processor: of towers with one size of images that size, of others that of the images."""
+    """Estimate `Images` without the model's processor, from the size that the processor resizes all images to (`ONE_SIZE`),
+    otherwise from `width` and `height`. Returns None if `config.json` has no patch size."""
     vision = whole["vision_config"]
     patch = vision.get("patch_size") or 0
     if type(patch) is not int or patch < 1:
@@ -98,4 +100,4 @@ def approximate_images(whole: Mapping[str, Any], in_row: int, width: int, height
 
 
 ONE_SIZE = ("gemma3", "llava")
-"""Kinds whose processors bring every image to one size."""
+"""Values of `model_type` whose processors resize every image to the same size."""
