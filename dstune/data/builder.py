@@ -1,4 +1,4 @@
-"""One cache entry of prepared samples: read, clean, choose, tokenize, and count what became of the rows."""
+"""Build one cache entry of prepared samples: read, clean, select and tokenize the rows, and count what happened to them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from dstune.protocols import task_of
 log = logging.getLogger(__name__)
 
 ROWS_OF_BOTH_FAULTS = 10_000
-"""Of more rows, those that cannot be read are reported before the others are tokenized, which takes minutes."""
+"""With more rows than this, unreadable rows are reported before the others are tokenized, because tokenizing takes minutes."""
 
 
 def block_builder(
@@ -58,11 +58,11 @@ def block_builder(
     shards: list[list[str]],
     arguments: Mapping[str, Any],
 ) -> Builder:
-    """Make the builder of the block of the stream `data.train` that starts at `begin`.
+    """Make the builder for the block of the stream `data.train` that starts at `begin`.
 
-    held_out: hashes of the rows that are left out, sorted uint64. shards: what the first block was read from
-    (`StreamStart.shards`). Raises UserError where they are others now, since `begin` would mean other rows. arguments: of the
-    chat template, with which all rows of the first block are rendered.
+    held_out: hashes of the rows to leave out, sorted uint64. shards: those that the first block was read from
+    (`StreamStart.shards`). arguments: the chat-template arguments that render all rows of the first block. Raises UserError if
+    the shards have changed since, because `begin` would then mean other rows.
     """
     inputs = {"train": find_inputs(config)["train"]}
     builder = Builder(config, tokenizer, inputs, begin=begin, held_out=held_out, shards=shards, arguments=arguments)
@@ -71,10 +71,10 @@ def block_builder(
 
 
 class Builder:
-    """Makes one cache entry; an object so that what the steps share has a name.
+    """Builds one cache entry. A class, so that the values shared by its steps have names.
 
-    begin: where the block of a stream starts. For all but its first block, held_out: hashes of rows to leave out, and
-    shards: those of the first block, and arguments: with which the chat template renders all rows of it.
+    begin: where the block of a stream starts. The next three are given for every block but the first. held_out: hashes of
+    rows to leave out. shards: those of the first block. arguments: the chat-template arguments that render the first block.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Builder:
         self._images: ImageWriter | None = None
 
     def __call__(self, folder: Path) -> None:
-        """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`.
+        """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy`, the same files for the other parts, and `meta.json`.
 
-        Raises UserError, first of all for bad rows: those that cannot be read, and (of files that are not large) those that the
-        chat template or the tokenizer refuses, together.
+        Raises UserError. Bad rows take precedence over other errors: unreadable rows and, unless the files are large, rows that
+        the chat template or the tokenizer refuses are reported together.
         """
         config = self._config
         bad = BadRows(config.data.on_bad_row, config.model.chat_template or f"that of {config.model.path}")
@@ -112,7 +112,7 @@ class Builder:
         except UnknownFormat:
             raise
         except UserError:
-            bad.raise_if_any()  # what else is wrong may follow from them
+            bad.raise_if_any()  # they may have caused this error
             raise
 
     def _write(self, folder: Path, bad: BadRows) -> None:
@@ -171,7 +171,7 @@ class Builder:
                 )
 
     def _read_all(self, work: Path, bad: BadRows) -> dict[str, dict[str, Table]]:
-        """Read all tables by part, then by source. Raises UserError where rows are bad, or none is left."""
+        """Return all tables by part, then by source. Raises UserError if no row is left, or early for bad rows of large files."""
         read = {part: self._read(part, work, bad) for part in self._inputs}
         if sum(table.rows_read for tables in read.values() for table in tables.values()) > ROWS_OF_BOTH_FAULTS:
             bad.raise_if_any()
@@ -194,7 +194,7 @@ class Builder:
         return read
 
     def _refuse_unknown_columns(self, read: dict[str, Table]) -> None:
-        """Raises UserError where `data.columns` names a column that no training row has."""
+        """Check that every column named by `data.columns` occurs in the training rows. Raises UserError otherwise."""
         data = self._config.data
         everything = frozenset().union(*(table.columns for table in read.values()))
         check_mapped(everything, data.columns, str(next(iter(read.values())).files[0]))
@@ -206,7 +206,7 @@ class Builder:
     def _clean_and_choose(
         self, read: dict[str, dict[str, Table]], cleaning: Cleaning, work: Path
     ) -> tuple[dict[str, ChosenRows], dict[str, Table]]:
-        """Return the rows of each part, and the tables that they are in."""
+        """Return the chosen rows of each part, and the tables that hold them."""
         with _no_progress_bars():
             tables = {
                 part: cleaning.rows(part, self._joined(part, tables_of_part, work))
@@ -231,7 +231,7 @@ class Builder:
         return {"train": ChosenRows(train, train.rows[~is_held_out[train.rows]])}
 
     def _augment(self, chosen: dict[str, ChosenRows], work: Path) -> dict[str, Any]:
-        """Append copies to the training rows, as `data.augment` says. Returns what to report."""
+        """Append copies to the training rows as configured by `data.augment`. Returns its section of the report."""
         if not self._config.data.augment.on:
             return {}
         train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
@@ -242,7 +242,7 @@ class Builder:
     def _row_tokenizer(
         self, read: dict[str, Table], tables: dict[str, Table], labels: tuple[str, ...], weights: tuple[float, ...]
     ) -> RowTokenizer:
-        """Make the tokenizer of rows. read: the training rows by source."""
+        """Make the row tokenizer. read: the training tables by source."""
         return RowTokenizer(
             self._tokenizer,
             self._config.task,
@@ -255,7 +255,7 @@ class Builder:
         )
 
     def _write_part(self, part: str, rows: ChosenRows, encode: RowTokenizer, folder: Path, bad: BadRows) -> Counts:
-        """Tokenize the rows into the files of `part`; those with swapped terms, too."""
+        """Tokenize the rows into the files of `part`. For held-out parts also write the counterfactual rows with swapped terms."""
         config, work, held_out = self._config, folder / "work", part != "train"
         counts = write_samples(
             rows.table,
@@ -282,10 +282,11 @@ class Builder:
         )
 
     def _finish_block(self, folder: Path, chosen: dict[str, ChosenRows]) -> dict[str, Any]:
-        """Return where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
+        """Return the record of this block, including where the next one starts. The first block also writes the hashes of the
+        held-out rows, which later blocks must leave out."""
         stream = self._inputs["train"][""].stream
         assert stream is not None
-        shards = self.refuse_changed_shards()  # while it was read
+        shards = self.refuse_changed_shards()  # they may have changed while the block was read
         if self._held_out is None:
             hashes = [rows.hashes for part, rows in chosen.items() if part != "train"]
             if self._config.data.clean.leaks:
@@ -296,7 +297,7 @@ class Builder:
         return record | {"shards": shards} if self._held_out is None else record
 
     def refuse_changed_shards(self) -> list[list[str]]:
-        """Return the shards as they are now. Raises UserError where they are not those of the first block."""
+        """Return the current shards. Raises UserError if they differ from those of the first block."""
         source = self._inputs["train"][""]
         assert source.stream is not None
         shards = source.stream.shards()
@@ -370,10 +371,10 @@ def _report(
 def _findings(
     report: dict[str, Any], read: dict[str, Table], by_label: dict[str, int], cleaned: Report | None
 ) -> dict[str, Any]:
-    """Return the fields that complete the `report` of one part: columns that look like content and are not read, synthetic rows,
-    rows by label, and what cleaning did.
+    """Return the fields that complete the `report` of one part: unread columns that look like content, the number of synthetic
+    rows, rows by label, and what cleaning did.
 
-    read: as far as the part has files of its own.
+    read: the part's tables by source; empty if the part has no files of its own.
     """
     findings: dict[str, Any] = {}
     if unread := _unread(read):
@@ -389,7 +390,7 @@ def _findings(
 
 
 def _unread(read: dict[str, Table]) -> dict[str, int]:
-    """Count the rows of a part in which a column that looks like content, but is not read, holds something; by column."""
+    """Count, by column, the rows of a part with a value in an unread column that looks like content."""
     counted: Counter[str] = Counter()
     for table in read.values():
         counted.update(table.unread)
@@ -398,7 +399,7 @@ def _unread(read: dict[str, Table]) -> dict[str, int]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Switch off the bars that `datasets` draws on stderr, where they would end up in the log of every rank."""
+    """Switch off the progress bars of `datasets`: it draws them on stderr, so they would fill the log of every rank."""
     was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -416,7 +417,7 @@ def prove_samples(
     evidence_file: Path,
     images: ImageFiles | None = None,
 ) -> Proof:
-    """Prove the samples in `table`, of which the rows in `evidence_file` are some. Raises UserError."""
+    """Prove the samples in `table` with the rows in `evidence_file`, the source of some of them. Raises UserError if that fails."""
     if not tokenizer.chat_template:
         return Proof()
     formats = ["messages"] * len(tasks_of(config))

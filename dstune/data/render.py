@@ -1,7 +1,7 @@
-"""Render conversations with the model's chat template and find which characters are trained: `chat.rule` says which.
+"""Render conversations with the model's chat template and find which characters are trained (the rule is in `chat.rule`).
 
-The text of a passage is tokenized once, as a whole; spans of characters become a mask of tokens through the tokenizer's
-offsets. What a template does not print is not trained: a row that holds it is refused (`chat.probe`).
+The text of a passage is tokenized once, in one piece; the tokenizer's offsets turn spans of characters into a token mask.
+Content that the template does not print cannot be trained, so a row that holds such content is refused (`chat.probe`).
 """
 
 from __future__ import annotations
@@ -79,21 +79,21 @@ _USUAL_MARKS = ("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a conversation is trained."""
+    """Which parts of a conversation are trained."""
 
     turns: str = "auto"
-    """`auto`: every turn, or those that the template marks; `all`: every turn; `last`: the last one alone."""
+    """`auto`: the turns that the template marks, or every turn if it has no marks; `all`: every turn; `last`: only the last."""
     drop_reasoning: bool = False
     inlines_reasoning: bool = False
-    """Reasoning is written at the beginning of the content, where the template has no field for it."""
+    """Reasoning is written at the beginning of the content if the template has no field for it."""
     reasoning_marks: tuple[str, ...] = ()
-    """Between which it is written then; none: those of the template or the vocabulary."""
+    """The opening and closing mark around inlined reasoning; empty: those of the template or the vocabulary."""
     whole: bool = False
-    """The whole conversation is one passage, for a model that scores it; its last part counts."""
+    """The complete conversation is one passage, for a model that scores it; the part from the first trained answer on counts."""
 
 
 class ChatRenderer:
-    """Renders conversations for one tokenizer and finds in them what the assistant writes; picklable.
+    """Renders conversations for one tokenizer and finds the assistant's text in them; picklable.
 
     Raises UserError if the tokenizer has no chat template, no offsets, or a template whose assistant turns have no end.
     """
@@ -135,28 +135,28 @@ class ChatRenderer:
 
     @property
     def date(self) -> str | None:
-        """What the template takes for today."""
+        """The date that the template uses as today."""
         return self._template.date
 
     @property
     def run_arguments(self) -> Mapping[str, Any]:
-        """The run's arguments of the template."""
+        """The template arguments set for the run."""
         return self._template.arguments
 
     def has_marks(self, tools: Tools | None) -> bool:
-        """Return whether the template says itself what is trained (`{% generation %}`)."""
+        """Return whether the template itself marks the trained text (`{% generation %}`)."""
         return self._template.has_marks(tools)
 
     def _obeys_marks(self, tools: Tools | None) -> bool:
         return self.choice.turns == "auto" and self._template.has_marks(tools)
 
     def holds_control_tokens(self, row: Mapping[str, Any]) -> bool:
-        """Return whether somebody wrote what reads like a control token."""
+        """Return whether any text of the row contains what reads like a control token."""
         return bool(self._control.first(dict(row)))
 
     @cached_property
     def stops(self) -> Stops:
-        """What ends a turn. Raises UserError where the template prints no end."""
+        """The texts that end a turn. Raises UserError if the template prints none."""
         try:
             return learn_stops(self._template, self.facts, known_stops(self._tokenizer))
         except (RuleError, RenderError) as error:
@@ -175,10 +175,10 @@ class ChatRenderer:
         arguments: Mapping[str, Any] | None = None,
         answer: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return tokens of the conversation so far and of the generation prompt: where the assistant is to speak next.
+        """Return the token ids of the conversation so far and of the generation prompt, after which the assistant speaks.
 
-        arguments: of the row. answer: the message that was written there, which decides whether the model is to think; where
-        none was, an export's template does.
+        arguments: the row's template arguments. answer: the message that the row has at this place; it decides whether the
+        model should think. Without an answer, the defaults of the template decide.
         """
         template_arguments = dict(arguments or {})
         if answer is not None:
@@ -189,7 +189,8 @@ class ChatRenderer:
         )
 
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""
+        """Return the template's arguments for a turn: those of the run and of its row. If neither sets the thinking switch, the
+        switch is on exactly when `message` has reasoning."""
         switch = self.facts.switch
         thinks = {} if switch is None else {switch: has_reasoning(message)}
         return thinks | self._template.arguments | dict(row or {})
@@ -197,9 +198,9 @@ class ChatRenderer:
     def passages(
         self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
     ) -> list[Passage]:
-        """Return the texts to train on, and in them what the assistant writes.
+        """Return the texts to train on, with the places that the assistant writes.
 
-        Raises RenderError if the template refuses the conversation, drops a part of it, or its targets cannot be told.
+        Raises RenderError if the template refuses the conversation or drops a part of it, or if the targets cannot be located.
         """
         messages = self.prepare_messages(messages, tools)
         trained = self.trained(messages)
@@ -213,7 +214,7 @@ class ChatRenderer:
             raise RenderError("".join([str(error), *(f"; {fix}" for fix in fixes)])) from None
 
     def _fixes_of_refusal(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """Return what to do where the template refuses a conversation: put the system text elsewhere, or take another template."""
+        """Return fixes for a conversation that the template refuses: move the system text, or use the packaged template."""
         fixes = []
         first, *other_messages = messages
         if first["role"] == "system" and other_messages and isinstance(other_messages[0].get("content"), str):
@@ -272,7 +273,8 @@ class ChatRenderer:
         return [passage for passage in found_passages if passage.places]
 
     def _moved_marks(self, messages: Messages, turn: Turn, **options: Any) -> list[Span]:
-        """Return the marks of a text that is P with what F adds: those of P, and those of F from there on."""
+        """Return the marks of a moved turn, whose text is the prompt P followed by what the full rendering F adds: the marks of P,
+        then those of F from the start of the turn."""
         assert turn.moved is not None
         prompt_marks = self._template.marks(messages[:-1], prompt=True, **options)
         text_marks = (
@@ -283,9 +285,10 @@ class ChatRenderer:
     def whole_and_untrained(
         self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
     ) -> list[tuple[Passage, list[Span]]]:
-        """Return the passages, the whole conversation among them, each with the characters of turns that have the weight 0.
+        """Return the passages, one of which holds the complete conversation, each with the character spans of its untrained turns:
+        those of weight 0, and those whose reasoning the template hides.
 
-        Raises RenderError as `passages` does, and where such a turn cannot be found again.
+        Raises RenderError as `passages` does, and if such a turn cannot be located in a passage.
         """
         all_passages = self.passages(messages, tools=tools, arguments=arguments)
         messages = self.prepare_messages(messages, tools)
@@ -314,20 +317,21 @@ class ChatRenderer:
         return result
 
     def note_of_code(self, row: Mapping[str, Any]) -> str | None:
-        """Return what servers that render by code make of a row's conversation, where it may be another text."""
+        """Return a note if servers that render this row's conversation in code may produce a different text."""
         return None if self._is_packaged_mistral else note_of(self._template.source(row.get("tools")), row["messages"])
 
     @property
     def _is_packaged_mistral(self) -> bool:
-        """Whether the template is one that was compared with mistral-common, and is equal."""
+        """Whether the template is a packaged one that was compared with mistral-common and renders the same text."""
         source = self._template.source(None)
         return any(source == template_path(name).read_text(encoding="utf-8") for name in ("mistral", "mistral_tekken"))
 
     def trained(self, messages: Messages) -> list[int]:
-        """Return the numbers of the assistant's messages that are trained; `messages` are those of `prepare_messages`.
+        """Return the indices of the assistant messages that are trained; `messages` come from `prepare_messages`.
 
-        Where the template prints the reasoning of some turns and hides that of others, the latter are context: trained without
-        it, they would teach the model not to think. A row whose reasoning it never prints keeps them, and is refused.
+        If the template prints the reasoning of some turns and hides that of others, the turns with hidden reasoning serve only as
+        context: trained without it, they would teach the model not to think. If it prints no reasoning of this row, all turns
+        stay, and `passages` refuses the row for its hidden reasoning.
         """
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.choice.turns == "last":
@@ -337,13 +341,13 @@ class ChatRenderer:
         return visible if any(number and has_reasoning(messages[number]) for number in visible) else numbers
 
     def count_hidden(self, messages: Messages) -> int:
-        """Return how many turns of a row are context since the template hides their reasoning."""
+        """Return how many turns of a row serve only as context because the template hides their reasoning."""
         messages = self.prepare_messages(messages)
         trained = self.trained(messages)
         return sum(self._hides(message) and number not in trained for number, message in enumerate(messages))
 
     def _hides(self, message: Mapping[str, Any]) -> bool:
-        """Return whether the template drops the reasoning of a message, which stands in a field of its own."""
+        """Return whether the message has reasoning in a separate field and the template does not print it."""
         return reasoning_of(message) is not None and bool(message.get("tool_calls")) not in self.facts.reasons_in
 
     def _turn(
@@ -355,8 +359,10 @@ class ChatRenderer:
         render: Render,
         expected: Mapping[str, Any] | None = None,
     ) -> Turn | None:
-        """Return the turn; None if no context that renders precedes it. expected: the message that it has to print, as
-        `prepare_messages` returns it."""
+        """Return the turn; None if no message precedes it, or only messages without a user's that the template refuses to render.
+
+        expected: the message that the turn must print, as returned by `prepare_messages`. Raises RenderError if it does not.
+        """
         message = adapted[number]
         arguments = self.arguments_for(message, row)
         if not number:
@@ -391,8 +397,8 @@ class ChatRenderer:
         return turn
 
     def _packaged_fix(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """Return what to set where the packaged template of the family prints all that the assistant says, and the last of
-        `messages` behind its prompt."""
+        """Return the setting that fixes the row if the packaged template of the model's family prints everything the assistant says
+        and the last of `messages` directly after its prompt."""
         if self._packaged is None:
             return []
         text = template_path(self._packaged).read_text(encoding="utf-8")
@@ -409,7 +415,7 @@ class ChatRenderer:
         return [f"model.chat_template={self._packaged} fixes it"] if prints else []
 
     def _prompt_fixes(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
-        """Return what makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
+        """Return the known fixes that make the last message's prompt a prefix of the rendered conversation, as text to append."""
         fixes = []
         if is_open(prompt) and not has_reasoning(messages[-1]):
             fixes.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
@@ -443,7 +449,7 @@ class ChatRenderer:
     def _scored(
         self, adapted: Messages, tools: Tools | None, row: Mapping[str, Any] | None, trained: list[int]
     ) -> Passage:
-        """Return the whole conversation; what counts of it begins where the first answer to be scored does."""
+        """Return the complete conversation as one passage; the counted part starts at the first scored answer."""
         arguments = self.arguments_for(adapted[trained[-1]] if trained else {}, row)
         text = self._template.text(adapted, tools=tools, arguments=arguments)
         if not trained:
@@ -453,7 +459,8 @@ class ChatRenderer:
         return Passage(text, (Place(trained[0], start, len(text), len(text), ((start, len(text)),)),))
 
     def prepare_messages(self, messages: Messages, tools: Tools | None = None) -> Messages:
-        """Return `messages` as the template reads them, their reasoning dropped or in their contents as `task.reasoning` says."""
+        """Return `messages` in the form that the template reads. `task.reasoning` decides whether their reasoning stays in its
+        field, is dropped, or moves into the content."""
         messages = with_call_ids(as_template_reads(messages, self._template.source(tools)), self.facts.call_ids)
         if self.choice.drop_reasoning:
             return [without_reasoning(message) for message in messages]
@@ -462,8 +469,8 @@ class ChatRenderer:
         return messages
 
     def _with_inline_reasoning(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return `message` with its reasoning at the beginning of its content, where the template prints it there and has no
-        field for it."""
+        """Return `message` with its reasoning at the beginning of its content if the template prints it there and has no field
+        for it; otherwise unchanged."""
         reasoning = reasoning_of(message) if message["role"] == "assistant" else None
         calls = bool(message.get("tool_calls"))
         if (
@@ -481,7 +488,7 @@ class ChatRenderer:
         }
 
     def rewrite_template(self) -> None:
-        """Let the tokenizer's chat template write reasoning from a field as `task.reasoning=inline` trained it."""
+        """Change the tokenizer's chat template so that it prints a reasoning field the way `task.reasoning=inline` trained it."""
         if not self.choice.inlines_reasoning or self.inline_marks is None:
             return
         turns = self._inline_in - self.facts.reasons_in
@@ -493,8 +500,8 @@ class ChatRenderer:
         )
 
     def _inline_marks(self) -> tuple[str, str] | None:
-        """Return the marks between which `task.reasoning=inline` writes. Raises UserError where it needs some and none are
-        known."""
+        """Return the opening and closing mark that `task.reasoning=inline` writes around reasoning. Raises UserError if marks are
+        needed and none are known, or if the configured ones are not two texts."""
         if len(self.choice.reasoning_marks) == 2 and all(self.choice.reasoning_marks):
             opening, closing = self.choice.reasoning_marks
             return opening, closing
@@ -509,9 +516,10 @@ class ChatRenderer:
         return marks
 
     def _refuse_lost(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], unusual: int) -> None:
-        """Raises RenderError where the template does not print each message of the user and the system, in their order.
+        """Check that the template prints every user and system message, in order. Raises RenderError otherwise.
 
-        unusual: the number of the message that comes in an unusual order. A template may print the last one of two alone.
+        unusual: index of the message whose role breaks the usual order. Of two messages with the same role in a row, some
+        templates print only the last.
         """
         markers: list[str] = []
         marked = []
@@ -533,7 +541,7 @@ class ChatRenderer:
     def _refuse_dropped(
         self, messages: Messages, tools: Tools | None, trained: Sequence[int], arguments: Mapping[str, Any] | None
     ) -> None:
-        """Raises RenderError where the row has what the template never prints."""
+        """Check the row for content that the template never prints. Raises RenderError if there is any."""
         facts = self.facts
         calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
         dropped = {
@@ -576,14 +584,14 @@ class ChatRenderer:
 
 
 def _is_described(tool: Mapping[str, Any]) -> bool:
-    """Return whether a schema says what its tool does or takes."""
+    """Return whether a tool's schema has a description or any parameters."""
     function = tool.get("function", tool)
     parameters = function.get("parameters") or {}
     return bool(function.get("description") or parameters.get("properties"))
 
 
 def known_stops(tokenizer: Any) -> frozenset[str]:
-    """Return the tokens that end an answer whatever the template prints: of the generation settings and of the tokenizer."""
+    """Return the tokens that end an answer regardless of the template: those of the generation settings and the tokenizer."""
     ids = {*marked_stops(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     added = tokenizer.added_tokens_decoder
     return frozenset(added[number].content for number in ids if number in added)

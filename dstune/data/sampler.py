@@ -1,4 +1,4 @@
-"""Which samples make up each optimizer step: a pure function of (seed, epoch), the same on any number of ranks."""
+"""Decide which samples make up each optimizer step: a pure function of (seed, epoch), the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dstune.data.pack import best_fit, group
 from dstune.data.repeats import Repeats
 
 Row = tuple[int, ...]
-"""Samples that share one row of the model's input: one without packing, several with it."""
+"""Samples that share one row of the model's input: a single sample without packing, several with it."""
 
 PAD_MULTIPLE = 8
-"""Unpacked rows are padded to a multiple of this: fewer different shapes, and what tensor cores want."""
+"""Unpacked rows are padded to a multiple of this: fewer distinct shapes, and a multiple that suits tensor cores."""
 
 BUCKET_MICRO_BATCHES = 50
 """Length grouping sorts this many micro-batches together: enough to save padding, few enough to stay random."""
@@ -29,11 +29,11 @@ class MicroBatch:
     """Position in the step; rank `index % world` computes it."""
     rows: tuple[Row, ...]
     filler: bool = False
-    """Its content counts for nothing: it is there so that all ranks make equally many steps."""
+    """Its content does not count: it exists so that all ranks run the same number of micro-batches."""
     needs_image: bool = False
-    """It has to have an image, a blank one where its samples have none."""
+    """The model must be given an image: a blank one if the samples have none."""
     padded: bool = True
-    """Without packing: whether rows are filled up to `PAD_MULTIPLE`; if not, all have one length."""
+    """Without packing: whether rows are padded to a multiple of `PAD_MULTIPLE`; if not, all have the same length."""
 
     @property
     def samples(self) -> list[int]:
@@ -46,14 +46,14 @@ class GlobalBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     weight: float
-    """Targets of all its samples: what the summed loss is divided by."""
+    """Targets in all samples of the batch: the summed loss is divided by this."""
     tokens: int
     """Tokens without padding."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Rows of one epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`."""
+    """The rows of one epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`."""
 
     epoch: int
     samples: np.ndarray
@@ -66,13 +66,14 @@ class _Plan:
 class TrainingOrder:
     """The order of all samples over all epochs.
 
-    lengths, weights: tokens and targets (what they count in the loss) of each sample, [samples]. `global_batch_size` rows
-    make a step, cut into micro-batches of `micro_batch_size` rows; where one does not divide the other, a step's last
-    micro-batch is smaller, and an epoch's last step may be short. A step never spans epochs.
+    lengths: tokens of each sample, [samples]. weights: targets of each sample (its weight in the loss), [samples].
+    A step has `global_batch_size` rows, cut into micro-batches of `micro_batch_size` rows. If the second does not divide the
+    first, the last micro-batch of a step is smaller. The last step of an epoch may be short; a step never spans epochs.
 
-    With `packing` a row holds several samples, at most `max_length` tokens (best fit); without it `length_grouping`
-    puts samples of similar length into one micro-batch. Rows that are not to be `padded` are sorted by length within each step,
-    and a micro-batch ends where the length changes. With `repeats` an epoch has the samples that they say, else every sample once.
+    With `packing`, a row holds several samples of at most `max_length` tokens together (best fit). Without it,
+    `length_grouping` puts samples of similar length into the same micro-batch. If rows are not `padded`, each step sorts its
+    rows by length and starts a new micro-batch whenever the length changes. `repeats` lists the samples of each epoch; without
+    it an epoch has every sample once.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class TrainingOrder:
         self._first_steps = [0]
 
     def steps_in(self, epoch: int) -> int:
-        """Return optimizer steps in this epoch; 0 where the weights of a mixture leave it without samples."""
-        # Best fit needs as many rows in any order of the same samples.
+        """Return the number of optimizer steps in `epoch`; 0 if the weights of a mixture leave it without samples."""
+        # Best fit needs the same number of rows for any order of the same samples.
         cached_epoch = 0 if self._constant else epoch
         if cached_epoch not in self._steps_in:
             self._steps_in[cached_epoch] = -(-self._rows(epoch) // self._global)
@@ -119,7 +120,7 @@ class TrainingOrder:
         return len(self._repeats.samples(epoch))
 
     def steps(self, epochs: int) -> int:
-        """Return optimizer steps in the first `epochs` epochs."""
+        """Return the number of optimizer steps in the first `epochs` epochs."""
         if self._constant:
             return epochs * self.steps_in(0)
         while len(self._first_steps) <= epochs:
@@ -127,7 +128,7 @@ class TrainingOrder:
         return self._first_steps[epochs]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Return epoch and step of the optimizer step `step`, counted from 0."""
+        """Return the epoch of optimizer step `step`, and its index in that epoch; all count from 0."""
         if self._constant:
             return divmod(step, self.steps_in(0))
         while self._first_steps[-1] <= step:
@@ -136,7 +137,7 @@ class TrainingOrder:
         return epoch, step - self._first_steps[epoch]
 
     def global_batch(self, epoch: int, index: int) -> GlobalBatch:
-        """Return global batch `index` of `epoch`, both from 0."""
+        """Return global batch `index` of `epoch`; both count from 0."""
         assert 0 <= index < self.steps_in(epoch), f"epoch {epoch} has no global batch {index}"
         plan = self._plan(epoch)
         first = index * self._global
@@ -144,16 +145,16 @@ class TrainingOrder:
         rows = [plan.row(row) for row in range(first, last)]
         micro_batches = tuple(_micro_batches(rows, self._micro, self._lengths, padded=self._padded))
         samples = plan.samples[plan.starts[first] : plan.starts[last]]
-        # A Python int where they are integers: exact, and JSON.
+        # `item` makes a Python number, which JSON can hold: an exact int if the weights are integers.
         return GlobalBatch(micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum()))
 
     def rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of this epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`. Returns (samples, starts)."""
+        """Return (samples, starts) of this epoch: its row r holds `samples[starts[r]:starts[r + 1]]`, in training order."""
         plan = self._plan(epoch)
         return plan.samples, plan.starts
 
     def efficiency(self) -> float:
-        """Return share of the positions computed in the first epoch that hold a token instead of padding."""
+        """Return the share of the first epoch's computed positions that hold a token instead of padding."""
         if not self._padded:
             return 1.0
         plan = self._plan(0)
@@ -174,7 +175,7 @@ class TrainingOrder:
         return self._cached
 
     def _make_plan(self, epoch: int) -> _Plan:
-        # RandomState, since numpy keeps its streams the same in every version: a run resumed after an upgrade goes on
+        # numpy keeps the streams of RandomState the same in every version, so a run resumed after an upgrade continues
         # with the same samples.
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
         if self._repeats is None:
@@ -187,7 +188,7 @@ class TrainingOrder:
             order = random.permutation(len(starts) - 1)
             sizes = np.diff(starts)[order]
             new_starts = np.concatenate([[0], np.cumsum(sizes)])
-            # Positions of the rows' samples after the rows changed places.
+            # Where each sample of the reordered rows lies in `samples`.
             moved = np.repeat(starts[order] - new_starts[:-1], sizes) + np.arange(len(samples))
             return _Plan(epoch, shuffled[samples[moved]], new_starts)
         if self._length_grouping:
@@ -195,10 +196,10 @@ class TrainingOrder:
         return _Plan(epoch, shuffled, np.arange(len(shuffled) + 1))
 
     def _grouped(self, shuffled: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-        """Return samples in an order in which each micro-batch holds similar lengths.
+        """Return the samples in an order that gives each micro-batch similar lengths.
 
-        The epoch is laid out as slots of one micro-batch each. Slots in random order take bucket after bucket of the
-        shuffled samples, sorted by length, so which lengths come when stays random.
+        The epoch is a row of slots, one for each micro-batch. The shuffled samples are cut into buckets, and each bucket is
+        sorted by length and dealt to the next slots in random order, so the lengths still come in random order.
         """
         total = len(shuffled)
         starts = np.concatenate(
@@ -223,7 +224,7 @@ class TrainingOrder:
 
 
 def _micro_batches(rows: list[Row], size: int, lengths: np.ndarray, *, padded: bool) -> Iterator[MicroBatch]:
-    """Yield the rows in micro-batches of at most `size`; where they are not padded those of one length, the longest ones first."""
+    """Yield the rows in micro-batches of at most `size` rows; unpadded rows are grouped by length, the longest first."""
     if padded:
         groups = [rows]
     else:
@@ -234,10 +235,10 @@ def _micro_batches(rows: list[Row], size: int, lengths: np.ndarray, *, padded: b
 
 
 def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
-    """Return the micro-batches that `rank` of `world` computes: those whose position is `rank` modulo `world`.
+    """Return the micro-batches that `rank` computes among `world` ranks: those whose position is `rank` modulo `world`.
 
-    Every rank gets equally many: the rest is filled with copies of the first one that count for nothing, each with an
-    index of its own.
+    Every rank gets the same number. Missing ones are filled with copies of the first micro-batch that do not count, each with
+    its own index.
 
     Example, 5 micro-batches on 3 ranks: rank 0 gets 0 and 3, rank 1 gets 1 and 4, rank 2 gets 2 and filler 5.
     """
@@ -250,7 +251,7 @@ def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> li
 
 
 def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
-    """Return micro-batches of an evaluation in which every sample has a row of its own."""
+    """Return the micro-batches of an evaluation that gives every sample its own row."""
     size = config.evaluate.micro_batch_size or config.trainer.rows
     padded, max_length = config.data.pads_rows, config.data.max_length
     return evaluation_batches(lengths, micro_batch_size=size, max_length=max_length, packing=False, padded=padded)
@@ -259,8 +260,8 @@ def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
 def evaluation_batches(
     lengths: np.ndarray, *, micro_batch_size: int, max_length: int, packing: bool, padded: bool = True
 ) -> list[MicroBatch]:
-    """Return micro-batches that hold every sample exactly once; without packing sorted by length, the longest first, and where
-    they are not `padded` of one length each.
+    """Return micro-batches that hold every sample exactly once. Without packing they are sorted by length; if they are also not
+    `padded`, each has rows of a single length.
 
     lengths: tokens of each sample, [samples]. The longest come first so that a lack of memory shows at once.
     """

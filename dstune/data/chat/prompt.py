@@ -1,4 +1,4 @@
-"""The prompt of a conversation in tokens: where the assistant is to speak next, the same in training and in every answer."""
+"""Build the prompt of a conversation in tokens, up to where the assistant speaks next: the same in training and in every answer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def prompt_ids(
     most: int | None = None,
     place_images: Callable[[str], str] | None = None,
 ) -> list[int]:
-    """Return tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
-    turn, also in an argument of the template.
+    """Return the token ids of `messages` and of the generation prompt. Text in messages, tools and template arguments stays text,
+    even if it reads like the end of a turn.
 
-    most: tokens that a prompt may have. place_images: puts what stands for images into the rendered text (`images.expand`). Raises
-    RenderError, and TooManyTokens where there are certainly more.
+    most: limit of the prompt, in tokens. place_images: inserts the placeholders of images into the rendered text
+    (`images.expand`). Raises RenderError, and TooManyTokens if the prompt is certainly longer than `most`.
     """
     values = dict(arguments or {})
     defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(values.values())})
@@ -48,9 +48,9 @@ def prompt_ids(
 
 
 class ChatPrompts:
-    """The prompts of a model that answers; its template has the arguments of the training built in.
+    """Builds the prompts of a model that answers; its template has the arguments of the training built in.
 
-    date: what the template takes for today.
+    date: the date that the template uses as today.
     """
 
     def __init__(self, tokenizer: Any, date: str | None):
@@ -71,7 +71,7 @@ class ChatPrompts:
         most: int | None = None,
         place_images: Callable[[str], str] | None = None,
     ) -> list[int]:
-        """Return tokens of `messages` and of the generation prompt. Raises RenderError, TooManyTokens where there are certainly
-        more than `most`."""
+        """Return the token ids of `messages` and of the generation prompt. Raises RenderError, and TooManyTokens if there are
+        certainly more than `most`."""
         parts = (self.template, self._control, self._facts)
         return prompt_ids(*parts, messages, tools=tools, arguments=arguments, most=most, place_images=place_images)

@@ -1,1 +1,1 @@
-"""Cleaning: what is changed in a row, which rows are left out, and the report of both."""
+"""Cleaning: change the texts of rows, leave rows out, and report both."""

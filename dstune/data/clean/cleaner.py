@@ -1,4 +1,4 @@
-"""What is done to one row by itself; the processes of `datasets.map` run it on batches of rows."""
+"""Clean rows one by one, without comparing them; the processes of `datasets.map` run this on batches of rows."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ STEPS = (
     "near_duplicates",
     "leaks",
 )
-"""In their order. A row that one step removes is not seen by the later ones."""
+"""The cleaning steps in the order in which they run. Later steps do not see a row that an earlier one removed."""
 
 EXCERPT_CHARACTERS = 80
 
 
 @dataclass
 class Cleaned:
-    """What became of a row."""
+    """The result of cleaning one row."""
 
     row: Row
     removed: str = ""
-    """The step that leaves it out, or nothing."""
+    """The step that leaves the row out; empty if none does."""
     changed: list[str] = field(default_factory=list)
-    """Steps that changed its text."""
+    """Steps that changed the row's text."""
     flagged: list[str] = field(default_factory=list)
-    """Steps that found something in it and left it as it is."""
+    """Steps that found something in the row and left it unchanged."""
     notes: dict[str, str] = field(default_factory=dict)
     """What a step found, for the examples of the report."""
 
@@ -102,7 +102,7 @@ class Cleaner:
 
     @property
     def features(self) -> datasets.Features:
-        """Types of the columns that a call gives: `row` and `hash` hold something only for rows that were changed."""
+        """Types of the columns that a call returns. `row` is null and `hash` is 0 for rows that were removed or did not change."""
         text = ("removed", "changed", "flagged", "note")
         numbers = ("hash", "key", "text_key")
         return datasets.Features(
@@ -139,7 +139,7 @@ class Cleaner:
     def excerpt(self, row: Row) -> str:
         """Return the beginning of a row for the report, on one line, with secrets and personal data masked."""
         text = " / ".join(part for part in texts(row) if part.strip())
-        text = text[: 20 * EXCERPT_CHARACTERS]  # finding what to hide in a whole document would take long
+        text = text[: 20 * EXCERPT_CHARACTERS]  # searching a complete document for what to mask would take long
         for _, _, find in self._searches():
             text = sensitive.mask(text, find(text))
         text = " ".join(text.split())
@@ -187,7 +187,7 @@ class Cleaner:
         )
 
     def _left_out(self, result: Cleaned) -> str:
-        """Return the step that leaves this row out, or nothing."""
+        """Return the step that leaves this row out; empty if none does."""
         config, row = self._config, result.row
         if is_empty(row):
             return "empty"

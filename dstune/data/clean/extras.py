@@ -1,4 +1,4 @@
-"""Libraries that only some settings of `data.clean` need: imported when they are, or a message what to install."""
+"""Import the libraries that only some settings of `data.clean` need, or say what to install."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = {
     "secrets": {"detect_secrets": "detect-secrets"},
     "personal_data": {"phonenumbers": "phonenumbers", "stdnum": "python-stdnum"},
 }
-"""By key of `data.clean`: modules that it may need, and the distribution that each comes from."""
+"""By key of `data.clean`: the modules that it may need, and the distribution that provides each."""
 
 
 def _needed(config: CleanConfig) -> dict[str, dict[str, str]]:
@@ -33,7 +33,7 @@ def _needed(config: CleanConfig) -> dict[str, dict[str, str]]:
 
 
 def missing(config: CleanConfig) -> Iterator[Problem]:
-    """Yield what has to be installed for `config`, told without importing it."""
+    """Yield a problem for each module that `config` needs and that is not installed; imports none of them."""
     for key, packages in _needed(config).items():
         for module in packages:
             if find_spec(module) is None:
@@ -41,13 +41,13 @@ def missing(config: CleanConfig) -> Iterator[Problem]:
 
 
 def versions(config: CleanConfig) -> dict[str, str]:
-    """Return versions of the packages that decide what cleaning under `config` does."""
+    """Return the versions of the packages that determine what cleaning with `config` does."""
     return {name: _version(name) for packages in _needed(config).values() for name in packages.values()}
 
 
 @cache
 def require(module: str, key: str) -> Any:
-    """Return the imported `module`. Raises UserError, naming the setting `key` that needs it, where it is missing."""
+    """Return the imported `module`. If it is missing, raises UserError that names the setting `key` that needs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -62,5 +62,5 @@ def _problem(module: str, key: str, value: str) -> Problem:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # said where it is needed
+    except PackageNotFoundError:  # `missing` and `require` report it
         return ""

@@ -1,4 +1,4 @@
-"""Which language a row is in, told offline by py3langid (139 languages, a model of 5 MB inside the package)."""
+"""Detect the language of a row offline with py3langid (139 languages, a model of 5 MB inside the package)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dstune.data.clean.extras import require
 KEY = "data.clean.languages"
 
 SURE = 0.5
-"""A row is left out only if another language is this probable: a few words may be in many."""
+"""A row is left out only if another language is at least this probable: a few words may belong to many languages."""
 
 LOOKED_AT = 1000
-"""Characters of a row that are looked at: more do not change the answer."""
+"""Number of characters of a row that are examined: more do not change the answer."""
 
 
 @cache
@@ -25,7 +25,7 @@ def _identifier() -> Any:
 
 
 def check_languages(languages: list[str]) -> None:
-    """Raises UserError for codes that the detector does not know."""
+    """Check the language codes. Raises UserError for those that the detector does not know."""
     codes = [label for label in _identifier().labels if label != "zxx"]
     problems = []
     for code in languages:
@@ -39,5 +39,5 @@ def check_languages(languages: list[str]) -> None:
 
 
 def language(text: str) -> tuple[str, float]:
-    """Return the most probable language of `text` (ISO 639, `zxx`: none at all) and its probability."""
+    """Return the most probable language of `text` (an ISO 639 code; `zxx`: no language) and its probability."""
     return _identifier().classify(text[:LOOKED_AT])

@@ -1,4 +1,4 @@
-"""What cleaning did, by step: counts and a few examples, for `data_report.json`."""
+"""Report what each cleaning step did: counts and a few examples, for `data_report.json`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ NAMES = {
 
 
 class Report:
-    """Rows of one part that each step removed, changed or flagged.
+    """The rows of one part that each step removed, changed or flagged.
 
-    steps: those that the configuration asks for; they are in the report even if they found nothing.
+    steps: the configured steps; they appear in the report even if they found nothing.
     """
 
     def __init__(self, steps: Iterable[str]):
@@ -45,7 +45,7 @@ class Report:
         return len(self.examples.get(step, [])) < MAX_EXAMPLES
 
     def example(self, step: str, place: str, text: str, note: str = "") -> None:
-        """Keep a row as an example by its place and the beginning of its text; `note` says what the step found."""
+        """Add a row as an example: its place and the beginning of its text; `note` says what the step found."""
         example_text = f"{note}: {text}" if note else text
         self.examples.setdefault(step, []).append({"place": place, "text": example_text})
 
@@ -58,9 +58,9 @@ class Report:
 
 
 def summary(counts: dict[str, dict[str, int]]) -> str:
-    """Return what the steps removed, changed and flagged in one line; empty if that is nothing.
+    """Return one line that says what the steps removed, changed and flagged; empty if they did nothing.
 
-    counts: `clean` of one part in the data report. Example: `left out 60 duplicates, 3 too short; changed 2 Unicode`.
+    counts: the field `clean` of one part in the data report. Example: `left out 60 duplicates, 3 too short; changed 2 Unicode`.
     """
     words = {"removed": "left out", "changed": "changed", "flagged": "flagged"}
     phrases = []

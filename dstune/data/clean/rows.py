@@ -1,4 +1,4 @@
-"""The texts of a normalised row, whatever its format."""
+"""Find, change and hash the texts of a normalised row of any format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import xxhash
 NO_TEXT = frozenset(
     {"label", "labels", "tags", "answers", "tools", "images", "weight", "role", "name", "type", "id", "tool_call_id"}
 )
-"""Keys whose values are no text that anybody wrote: they are left as they are. The arguments of a call are text under any name."""
+"""Keys whose values nobody wrote as text: they are left unchanged. The arguments of a call are text under any key."""
 
 ARGUMENTS = "arguments"
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def map_texts(row: Row, change: Callable[[str], str]) -> Row:
-    """Return `row` with every text replaced by `change(text)`; answers that are parts of a context stay where it has them."""
+    """Return `row` with every text replaced by `change(text)`. Answers that are parts of a context keep pointing at their text."""
     changed = {key: value if key in NO_TEXT else _mapped(value, change) for key, value in row.items()}
     if row.get("answers") and "context" in row and changed["context"] != row["context"]:
         answers = [_moved(answer, row["context"], changed["context"], change) for answer in row["answers"]]
@@ -31,7 +31,7 @@ def map_texts(row: Row, change: Callable[[str], str]) -> Row:
 
 
 def _moved(answer: Row, context: str, changed: str, change: Callable[[str], str]) -> Row | None:
-    """Return `answer` (`text`, `start`) in the changed context; None where it is not there any more."""
+    """Return `answer` (`text`, `start`) in the changed context; None if it no longer occurs there."""
     text, start = change(answer["text"]), len(change(context[: answer["start"]]))
     if not text:
         return None
@@ -57,8 +57,8 @@ def _mapped(value: Any, change: Callable[[str], str], no_text: Collection[str] =
 
 
 def texts(row: Row) -> Iterator[str]:
-    """Yield the texts of a row in order: columns, words as one text, or what the messages say; system prompts are not among
-    them, since many rows share one and it says little about the row."""
+    """Yield the texts of a row in order: columns, words joined into one text, and messages. System prompts are left out, because
+    many rows share one and it says little about the row."""
     for key, value in row.items():
         if key == "messages":
             for message in value:
@@ -83,8 +83,8 @@ def _texts(value: Any, no_text: Collection[str] = NO_TEXT) -> Iterator[str]:
 
 
 def learned_texts(row: Row) -> Iterator[str]:
-    """Yield the texts that a model learns to write: what the assistant says, the completion, the target, the chosen answer, or the
-    text of a row that is a text alone."""
+    """Yield the texts that a model learns to write: the assistant's messages, the completion, the target, the chosen answer, or the
+    text of a row that consists of text only."""
     if "chosen" in row:
         yield from _assistant_texts(row["chosen"])
     elif "messages" in row:
@@ -106,7 +106,7 @@ def _assistant_texts(answer: Any) -> Iterator[str]:
 
 
 def is_empty(row: Row) -> bool:
-    """Return whether a column that has to hold text holds none, or no message says anything."""
+    """Return whether a text column is blank, or, for messages, whether all are blank and none calls a tool."""
     if "messages" in row:
         calls = any(message.get("tool_calls") for message in row["messages"])
         return not calls and not any(text.strip() for text in texts(row))
@@ -114,14 +114,14 @@ def is_empty(row: Row) -> bool:
 
 
 def comparable(text: str) -> str:
-    """Return `text` as texts are compared: runs of white space are one space; case counts."""
+    """Return `text` in the form that is compared: runs of white space become one space; case is kept."""
     return " ".join(text.split())
 
 
 def row_hashes(row: Row) -> tuple[int, int]:
-    """Return two 64-bit hashes: of the whole row, and of its texts and images without label, system prompt and tools.
+    """Return two 64-bit hashes: of the complete row, and of its texts and images without label, system prompt and tools.
 
-    A run of white space counts as one space, and as nothing at the ends of texts.
+    A run of white space counts as one space; white space at the ends of texts does not count.
     """
     row = map_texts(row, comparable)
     content = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -131,10 +131,10 @@ def row_hashes(row: Row) -> tuple[int, int]:
 
 
 def image_digests(row: Row) -> list[str]:
-    """Return digests of the images that a conversation shows: with other images it is another row, whatever its texts say."""
+    """Return the digests of a row's images: rows with the same texts and different images are different rows."""
     return [image["digest"] for image in row.get("images") or () if isinstance(image, dict)]
 
 
 def near_text(row: Row) -> str:
-    """Return the text by which near duplicates are found: case and white space count for nothing."""
+    """Return the text by which near duplicates are found; case and runs of white space are ignored."""
     return " ".join(" ".join([*texts(row), *image_digests(row)]).casefold().split())

@@ -1,7 +1,7 @@
-"""Secrets and personal data in a text: where they are, and the text with tags in their place.
+"""Find secrets and personal data in a text, and replace them with tags.
 
-Offline: no service is asked whether a secret is valid, and no model looks for names. Each kind has a check beyond its
-pattern where one exists: check digits of cards and of IBANs (python-stdnum), numbering plans of phones (libphonenumber),
+All of this works offline: no service is asked whether a secret is valid, and no model looks for names. If a kind has a check
+beyond its pattern, it is applied: check digits of cards and IBANs (python-stdnum), numbering plans of phones (libphonenumber),
 ranges of IP addresses and social security numbers.
 """
 
@@ -24,13 +24,13 @@ class Finding:
     start: int
     end: int
     kind: str
-    """What stands in its place when it is masked, without the angle brackets: EMAIL."""
+    """The name of the tag that masks it, without the angle brackets: EMAIL."""
 
 
 def mask(
     text: str, findings: list[Finding], tag: Callable[[Finding], str] = lambda finding: f"<{finding.kind}>"
 ) -> str:
-    """Return `text` with a tag such as `<EMAIL>` in place of each finding (sorted and disjoint, as `find_...` give them)."""
+    """Return `text` with a tag such as `<EMAIL>` in place of each finding. findings: sorted and disjoint, as `find_...` return."""
     parts, end = [], 0
     for finding in findings:
         parts += [text[end : finding.start], tag(finding)]
@@ -39,7 +39,7 @@ def mask(
 
 
 def _disjoint(findings: Iterator[Finding]) -> list[Finding]:
-    """Return the findings in order; of those that overlap the one that starts first, of these the longest."""
+    """Return the findings in order. Of overlapping ones the first to start is kept; of those with the same start, the longest."""
     chosen: list[Finding] = []
     for finding in sorted(findings, key=lambda finding: (finding.start, -finding.end)):
         if not chosen or finding.start >= chosen[-1].end:
@@ -52,8 +52,9 @@ def _disjoint(findings: Iterator[Finding]) -> list[Finding]:
 SECRET = "SECRET"
 
 NO_SECRETS = ("IPPublicDetector", "KeywordDetector", "ArtifactoryDetector")
-"""Detectors that are made for source code: an address is no secret, and in prose `password: forgotten` and words in
-capitals that begin with AP are found. Those that judge by entropy alone find long words and are left out as well."""
+"""Detectors that are made for source code and misfire in prose: an address is not a secret, and they match
+`password: forgotten` and capitalised words that begin with AP. Detectors that judge by entropy alone match long words, so they
+are left out too."""
 
 _MORE_SECRETS = {
     "private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*-----|\Z)", re.S),
@@ -63,11 +64,11 @@ _MORE_SECRETS = {
     "OpenAI project": re.compile(r"\bsk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40,}"),
     "GitHub fine-grained": re.compile(r"\bgithub_pat_[A-Za-z0-9_]{50,}"),
 }
-"""What detect-secrets 1.5 does not know, or of which (a private key) it finds the first line only."""
+"""Secrets that detect-secrets 1.5 does not know, and private keys, of which it finds only the first line."""
 
 _LONG_WORD = re.compile(r"[A-Za-z0-9_\-+/=]{16}")
 _SHORT_SECRET = re.compile(r"://[^\s/]+@|PRIVATE KEY")
-"""One of the two is in any text with a secret; the search with all patterns takes 1.5 ms for 3,000 characters."""
+"""Any text with a secret matches one of these two; searching with all patterns takes 1.5 ms for 3,000 characters."""
 
 _REST = re.compile(r"[A-Za-z0-9_\-]*")
 
@@ -83,7 +84,7 @@ def _secret_detectors() -> list[Any]:
 
 
 def find_secrets(text: str) -> list[Finding]:
-    """Return credentials in `text`, by the patterns of detect-secrets and a few more."""
+    """Return the credentials in `text`, found by the patterns of detect-secrets and a few more."""
     return _disjoint(_secrets(text))
 
 
@@ -99,7 +100,7 @@ def _secrets(text: str) -> Iterator[Finding]:
             for match in pattern.finditer(text):
                 group = match.lastindex or 0
                 if match.start(group) == match.start():
-                    group = 0  # the group is the prefix that tells the kind (ghp), not the secret
+                    group = 0  # the group is only the prefix that names the kind (ghp)
                 if getattr(detector, "is_formally_valid", _always)(match.group()):
                     # Some patterns (JSON web tokens) end before the secret does.
                     end_match = _REST.match(text, match.end(group))
@@ -115,8 +116,8 @@ def _always(_: str) -> bool:
 
 _AT = re.compile(r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
 _LOCAL = re.compile(r"(?<![\w.+-])[\w.+-]+(?:[!#$%&'*/=?^`{|}~][\w.+-]+)*\Z")
-"""What stands before the @. The signs that quote and separate too (RFC 5322 allows them) are part of it one by one, between
-letters: `'`, `{`, `**` before the first letter are around the address."""
+"""The part before the @. RFC 5322 allows signs that also quote and separate. Each of them counts only alone and between word
+characters: `'`, `{` or `**` before the first one surround the address and are not part of it."""
 _LONGEST_LOCAL = 64
 _IN_URLS = "/?&#="
 _KEY = re.compile(r"[A-Za-z_]\w*=")
@@ -124,10 +125,10 @@ _SSN = re.compile(r"(?<![\d-])\d{3}([- ])\d{2}\1\d{4}(?![\d-])")
 _IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.]*\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:){2,7}(?:[0-9A-Fa-f]{1,4}|:)?(?![\w:])")
 _DIGITS = re.compile(r"\d(?:[\s().\-/+]{0,3}\d){6}")
-"""Seven digits that may be a phone number: the search for those takes a thousand times longer."""
+"""Seven digits that may be a phone number. Texts without them skip the search for phones, which takes a thousand times longer."""
 
 PHONE_REGIONS = ("US", "GB")
-"""Numbering plans in which a number without a country code is looked for; with one any country's is found."""
+"""Numbering plans for numbers without a country code; numbers with one are found for every country."""
 
 
 def find_personal_data(text: str) -> list[Finding]:
@@ -149,7 +150,7 @@ def _personal_data(text: str) -> Iterator[Finding]:
             yield Finding(*match.span(), "IP_ADDRESS")
     numbers = _ibans_and_cards(text)
     yield from numbers
-    # The digits before a card number, with its first ones, may pass for a phone number.
+    # Digits before a card number, joined with its first digits, could pass for a phone number.
     remaining_text = _without(text, numbers)
     for match in _SSN.finditer(remaining_text):
         if _checks("stdnum.us.ssn").is_valid(match.group()):
@@ -162,8 +163,8 @@ def _checks(module: str) -> Any:
 
 
 def _without(text: str, findings: list[Finding]) -> str:
-    """Return a text as long as `text`, with line breaks in place of the findings (sorted and disjoint): nothing is found across
-    them."""
+    """Return `text` with each finding replaced by as many line breaks, so that no later match spans it. findings: sorted and
+    disjoint."""
     return mask(text, findings, lambda finding: "\n" * (finding.end - finding.start))
 
 
@@ -177,7 +178,7 @@ def _emails(text: str) -> Iterator[Finding]:
 
 
 def _begin_of_local(text: str, start: int, at: int, end: int) -> int:
-    """Return where the address that ends at `end` begins, without the quote (`b'`), the path or the key (`mail=`) before it."""
+    """Return where the address that ends at `end` begins, after any quote (`b'`), path or key (`mail=`) before it."""
     character_before, closing = text[max(start - 1, 0) : start], text[end : end + 1]
     opening = "{" if closing == "}" else closing
     if opening and character_before != opening and not text[end + 1 : end + 2].isalnum():
@@ -189,7 +190,7 @@ def _begin_of_local(text: str, start: int, at: int, end: int) -> int:
 
 
 def _is_person_address(text: str) -> bool:
-    """Return whether it is an address of a host on the internet: private, local and documentation ranges are nobody's."""
+    """Return whether `text` is the address of a host on the internet: private, local and documentation ranges belong to nobody."""
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:
@@ -207,15 +208,15 @@ def _phones(text: str) -> Iterator[Finding]:
 # -- IBANs and cards --------------------------------------------------------------------------------------------------
 
 _IBAN = re.compile(r"\b([A-Z]{2})[0-9]{2}(?=[ ]?[A-Z0-9]{4})")
-"""How one begins. How long it is depends on the country, and numbers may follow."""
+"""The beginning of an IBAN. Its length depends on the country, and other numbers may follow."""
 _GROUPED_CARD = re.compile(
     r"(?<![\d.])(?<!(?<!\d)-)"
     r"(?:[2-6][0-9]{3}([ -])(?:[0-9]{4}\1[0-9]{4}\1(?:[0-9]{4}(\1[0-9]{1,3})?|[0-9]{2,3})|[0-9]{6}\1[0-9]{4,5})|[2-6][0-9]{12,18})"
     r"(?!\d|\.\d)"
 )
-"""As cards are printed: in fours (up to three digits may be left), 4-6-5, 4-6-4, or in one group. Numbers may stand beside it."""
+"""A card in its printed form: groups of four (the last of up to three), 4-6-5, 4-6-4, or one group. Numbers may be beside it."""
 _CARD = re.compile(r"(?<![\d.,-])[2-6](?:[ -]?[0-9]){12,18}(?!\d|[.,-]\d)")
-"""In any groups."""
+"""A card number in any grouping."""
 _BESIDE = re.compile(r"\d | \d")
 _ISSUED = re.compile(
     r"4(?:[0-9]{12}|[0-9]{15}|[0-9]{18})"  # Visa
@@ -225,17 +226,18 @@ _ISSUED = re.compile(
     # Discover, UnionPay, RuPay, Maestro, Elo
     r"|(?:50[0-9]{2}|5893|6(?:[025][0-9]{2}|304|36[0-9]|4[4-9][0-9]|7[56][0-9]))[0-9]{9,15}"
 )
-"""First digits and length by issuer (ISO/IEC 7812). Of numbers in a row the check digit alone takes one of ten."""
+"""First digits and length by issuer (ISO/IEC 7812). The check digit alone would accept one in ten arbitrary numbers."""
 _TABLE = re.compile(r"(?:[0-9]{4}[ -]){9}[0-9]{4}(?!\d)")
-"""More numbers of four digits than two cards and one before them: if four were tried from each one on, chance would find a
-card in many a row."""
+"""More four-digit numbers than two cards and one number before them. If every four in a row were tried, many tables would
+contain a card by chance."""
 _NO_SEPARATORS = str.maketrans("", "", " -")
 _VALUES = bytes.maketrans(b"0123456789", bytes(range(10)))
 _TWICE = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9]))
 
 
 def _ibans_and_cards(text: str) -> list[Finding]:
-    """Return IBANs and cards in order and disjoint. What is surer is looked for first, and nothing else within it."""
+    """Return IBANs and cards, in order and disjoint. The most reliable kinds are searched first, and later searches skip their
+    findings."""
     findings: list[Finding] = []
     for kind, search in (("IBAN", _ibans), ("CARD", _grouped_cards), ("CARD", _lone_cards)):
         findings += [Finding(*span, kind) for span in search(_without(text, findings))]
@@ -253,8 +255,8 @@ def _ibans(text: str) -> Iterator[tuple[int, int]]:
 
 @cache
 def _iban_of(country: str) -> re.Pattern[str] | None:
-    """Return the pattern of a country's IBANs, in groups of four or in one, as long as the country has them; None where it has
-    none."""
+    """Return the pattern of a country's IBANs, at that country's length and in groups of four or in one; None if the country has no
+    IBANs."""
     structure = _checks("stdnum.numdb").get("iban").info(country)[0][1].get("bban", "")
     signs = {"n": "[0-9]", "a": "[A-Z]", "c": "[A-Z0-9]"}
     each = [signs[kind] for length, kind in re.findall(r"(\d+)!([nac])", structure) for _ in range(int(length))]
@@ -263,7 +265,7 @@ def _iban_of(country: str) -> re.Pattern[str] | None:
 
 
 def _grouped_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Yield cards by their grouping, wherever they stand among other groups of digits; the longest of those that begin there."""
+    """Yield cards recognised by their grouping, even among other groups of digits; of several with the same start, the longest."""
     place = 0
     while (match := _GROUPED_CARD.search(text, place)) is not None:
         start, end = match.span()
@@ -292,12 +294,13 @@ def _is_issued(card: str) -> bool:
 
 
 def _luhn(digits: str) -> bool:
-    """Check the digits by ISO/IEC 7812-1, annex B. python-stdnum takes ten times longer, and a table of numbers asks for many."""
+    """Return whether the check digit is valid (ISO/IEC 7812-1, annex B). python-stdnum takes ten times longer, which matters for
+    tables of numbers."""
     values = digits.encode("ascii").translate(_VALUES)
     return (sum(values[-1::-2]) + sum(values[-2::-2].translate(_TWICE))) % 10 == 0
 
 
 def check_personal_data() -> None:
-    """Raises UserError if a package that the search for personal data needs is missing."""
+    """Check that the packages for finding personal data are installed. Raises UserError for a missing one."""
     for module in ("phonenumbers", "stdnum.iban", "stdnum.numdb", "stdnum.us.ssn"):
         _checks(module)

@@ -1,7 +1,7 @@
-"""Cleaning of whole tables of rows: each row by itself, then rows against each other.
+"""Clean complete tables: first each row alone, then rows against each other.
 
-Memory holds a byte for each row, 45 while equal rows are looked for and 48 more while near duplicates are; texts, hashes and
-keys are read from disk.
+This takes one byte of memory a row, 45 during the search for equal rows and 48 more during the search for near duplicates;
+texts, hashes and keys are read from disk.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dstune.data.ingest import ROW_SCHEMA, Table, numbers_on_disk
 from dstune.data.parallel import map_rows
 
 Chosen = tuple[Table, np.ndarray]
-"""Some rows of a table: their numbers, int64."""
+"""A table, and the indices of some of its rows, int64."""
 
 ROWS_AT_ONCE = 10_000
-"""Signatures of as many rows take 10 MB."""
+"""The signatures of this many rows take 10 MB."""
 
 
 def active_steps(config: CleanConfig) -> list[str]:
-    """Return the steps that `config` asks for, in their order."""
+    """Return the steps that `config` enables, in the order of `STEPS`."""
     is_enabled = {
         "unicode": config.unicode,
         "control_tokens": True,
@@ -57,9 +57,9 @@ def active_steps(config: CleanConfig) -> list[str]:
 
 
 class Cleaning:
-    """Cleans the tables of one run and counts what that did.
+    """Cleans the tables of one run and counts what each step did.
 
-    tokenizer: of transformers; its control tokens are looked for. work: folder for temporary files.
+    tokenizer: of transformers; rows are searched for its control tokens. work: folder for temporary files.
     Raises UserError (at creation) if a setting needs a package that is missing, or names an unknown language.
     """
 
@@ -72,10 +72,10 @@ class Cleaning:
         self.reports: dict[str, Report] = {}
 
     def rows(self, part: str, table: Table) -> Table:
-        """Return `table` with cleaned texts; `kept` says which rows are left.
+        """Return `table` with cleaned texts; its `kept` says which rows are left.
 
-        Duplicates are removed from the training rows alone, which may be split afterwards: in a file that was given as
-        validation or test they are counted (`flagged`), since a metric is of that file.
+        Duplicates are removed only from the training rows, which may be split afterwards. In a validation or test file they are
+        only counted (`flagged`), because its metrics describe the file as given.
         """
         report = self.reports[part] = Report(active_steps(self._config))
         if part != "train":
@@ -111,7 +111,7 @@ class Cleaning:
         return table
 
     def without_leaks(self, train: Chosen, held_out: Sequence[Chosen]) -> np.ndarray:
-        """Return the training rows of `train` whose text is not among the rows held out, in order."""
+        """Return the row indices of `train` whose text does not occur in the held-out rows, in order."""
         table, rows = train
         if not self._config.leaks or not held_out:
             return rows
@@ -119,7 +119,7 @@ class Cleaning:
         assert table.text_keys is not None
         keys = np.unique(np.concatenate([_text_keys(held_table)[numbers] for held_table, numbers in held_out]))
         training_keys = table.text_keys[rows]
-        # `np.isin` would sort them all, in 80 bytes a row.
+        # `np.isin` would sort all of them, which takes 80 bytes a row.
         leaked = np.searchsorted(keys, training_keys, "right") > np.searchsorted(keys, training_keys, "left")
         for row in rows[leaked][:MAX_EXAMPLES]:
             other = next(
@@ -135,7 +135,7 @@ class Cleaning:
         return rows
 
     def refuse_nothing_left(self, tables: dict[str, Table]) -> None:
-        """Raises UserError for each part of which cleaning left no row."""
+        """Check that cleaning left rows in every part. Raises UserError with a problem for each empty part."""
         problems = []
         for part, table in tables.items():
             if table.kept is None or table.kept.any():
@@ -170,7 +170,7 @@ class Cleaning:
     def _duplicates(self, table: Table, keys: np.ndarray, report: Report, *, remove: bool) -> None:
         assert table.kept is not None
         rows = np.flatnonzero(table.kept)
-        _, first = np.unique(keys[rows], return_index=True)  # the index of the first of equal ones
+        _, first = np.unique(keys[rows], return_index=True)  # the index of the first among equal rows
         is_copy = np.ones(len(rows), dtype=bool)
         is_copy[first] = False
         copy_rows = rows[is_copy]
@@ -185,7 +185,7 @@ class Cleaning:
         is_kept = table.kept
         assert is_kept is not None
         groups = np.zeros(len(is_kept), dtype=np.int32)
-        if table.labels is not None:  # nearly the same text under another label is another example
+        if table.labels is not None:  # nearly the same text with a different label is a different example
             groups = np.unique(table.labels, return_inverse=True)[1].astype(np.int32)
 
         def allowed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -238,11 +238,11 @@ KEYS = {
     "duplicates": "duplicates",
     "near_duplicates": "duplicates",
 }
-"""The key of `data.clean` that a step removes rows by."""
+"""The key of `data.clean` that makes a step remove rows."""
 
 
 class _Texts:
-    """The texts by which rows of several tables are compared, numbered in order."""
+    """The texts by which the rows of several tables are compared, numbered consecutively."""
 
     def __init__(self, parts: Sequence[Chosen]):
         self._parts = parts
@@ -267,12 +267,12 @@ def _text_keys(table: Table) -> np.ndarray:
 
 
 def _equal(other: Table, numbers: np.ndarray, table: Table, row: int) -> np.ndarray:
-    """Return which of the rows `numbers` of `other` have the text of `row`."""
+    """Return those of the rows `numbers` of `other` that have the same text as `row` of `table`."""
     return numbers[_text_keys(other)[numbers] == _text_keys(table)[row]]
 
 
 def _rewritten(table: Table, results: pa.Table, target: Path) -> Table:
-    """Return `table` with the rows and hashes of `results` where these have any, written to `target`."""
+    """Write the table to `target` with the changed rows and hashes of `results` in place of the old ones, and return it."""
     start = 0
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for batch in table.data.data.table.to_batches():

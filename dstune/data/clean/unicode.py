@@ -1,6 +1,6 @@
-"""Characters that nobody meant to write: control characters, stray invisible ones, several spellings of one letter.
+"""Remove characters that nobody meant to write: control characters and stray invisible ones; unify spellings of a letter (NFC).
 
-An invisible character stays where its script needs it: joiners between letters of Arabic or Indic scripts and inside
+An invisible character stays if its script needs it: joiners between letters of Arabic or Indic scripts and inside
 emoji, direction marks in text that has right-to-left letters, zero-width spaces between words of Thai or Khmer.
 """
 
@@ -20,7 +20,7 @@ ZERO_WIDTH_SPACE, NON_JOINER, JOINER, WORD_JOINER = "\u200b", "\u200c", "\u200d"
 _INVISIBLE = re.compile("[\u200b-\u200d\u2060]")
 _DIRECTIONS = re.compile("[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
 _TAGS = re.compile("(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[\U000e0000-\U000e007f]+")
-"""Invisible copies of ASCII: part of the flags of regions, else a way to hide text."""
+"""Invisible copies of ASCII characters: part of the flags of regions, otherwise a way to hide text."""
 
 _SEPARATED_BY_SPACES = re.compile(
     "[A-Za-z0-9\u00a0-\u036f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff\u2000-\u206f\\s]"  # Latin, Greek, Cyrillic, ...
@@ -29,13 +29,13 @@ _SOUTH_EAST_ASIAN = re.compile("[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\
 
 
 def clean_unicode(text: str) -> str:
-    """Return `text` in NFC with LF line ends and without control and stray invisible characters; clean text as it is."""
+    """Return `text` in NFC with LF line ends and without control and stray invisible characters; clean text is unchanged."""
     if text.isascii():
         if not _ASCII_SUSPECTS.search(text):
             return text
         return _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
     while (cleaned := _pass(text)) != text:
-        text = cleaned  # what was removed may have stood between what is to be removed now
+        text = cleaned  # removing a character may bring together others that must now be removed
     return text
 
 
@@ -45,7 +45,7 @@ def _pass(text: str) -> str:
     if _DIRECTIONS.search(text) and not _has_right_to_left(text):
         text = _DIRECTIONS.sub("", text)
     text = _INVISIBLE.sub(lambda match: match.group() if _is_needed(text, match.start()) else "", text)
-    return unicodedata.normalize("NFC", text)  # returns `text` itself where it is NFC, after a quick check
+    return unicodedata.normalize("NFC", text)  # returns `text` itself, after a quick check, if it is NFC already
 
 
 def _has_right_to_left(text: str) -> bool:
@@ -59,9 +59,9 @@ def _is_needed(text: str, position: int) -> bool:
     if not character_before or not character_after:
         return False
     character = text[position]
-    if character == ZERO_WIDTH_SPACE:  # where words are not separated by spaces it says where a line may end
+    if character == ZERO_WIDTH_SPACE:  # in scripts without spaces between words it marks where a line may break
         return bool(_SOUTH_EAST_ASIAN.match(character_before) or _SOUTH_EAST_ASIAN.match(character_after))
     if character == WORD_JOINER:
         return False
-    # A joiner acts on what stands before it: a letter of a joining script, or a part of an emoji.
+    # A joiner acts on the character before it: a letter of a joining script, or a part of an emoji.
     return not _SEPARATED_BY_SPACES.match(character_before) and not _INVISIBLE.match(character_before)
