@@ -1,4 +1,4 @@
-"""Weights used right in their files, mapped into memory, from which each rank takes its part."""
+"""Maps files of weights into memory, from which each rank takes its part."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from dstune.config.schema import ModelConfig
 from dstune.models.base_weights import metadata_folder, tensor_files
 
 PROBES = 32
-"""Pieces of 4 KiB of a file of weights that are looked at to tell it from another file of the same names and shapes."""
+"""Pieces of 4 KiB that are read of a file of weights, to distinguish it from a file with the same names and shapes."""
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """Weights that can be used right in their files, mapped into memory."""
+    """Weights that can be used directly in their files, mapped into memory."""
 
     contents: str
-    """Digest of names, sizes, headers and PROBES pieces of each file: other weights differ in them, one changed byte may not."""
+    """Digest of the name, size, header and PROBES pieces of each file. Other weights change it; a single changed byte may not."""
     dtype: torch.dtype
-    """Of all their floating-point numbers."""
+    """Type of all floating-point weights."""
 
     @classmethod
     def of(cls, config: ModelConfig, architecture: PretrainedConfig) -> Mapped | None:
-        """Plan to map the files; None where they hold several types or quantized weights, where transformers joins tensors while
-        it loads them, as those of experts, and for a model's own code, whose buffers nothing else may know how to make."""
+        """Plan to map the files. None if they hold several types or quantized weights, if transformers joins tensors while it loads
+        them (those of experts), or for a model with its own code, since only that may know how to make its buffers."""
         changes = get_checkpoint_conversion_mapping(architecture.get_text_config().model_type) or ()
         joined = any(isinstance(change, WeightConverter) for change in changes)
         own_code = config.trust_remote_code and getattr(architecture, "auto_map", None)
@@ -54,7 +54,7 @@ class Mapped:
 
 def _add_file(digest: Any, path: Path) -> set[str]:
     """Add a safetensors file to the digest. Returns the names of its floating-point types."""
-    with safe_open(path, framework="pt") as tensors:  # first: it refuses what is no such file
+    with safe_open(path, framework="pt") as tensors:  # first: this refuses any other kind of file
         types = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -66,12 +66,12 @@ def _add_file(digest: Any, path: Path) -> set[str]:
 
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The types that safetensors calls so."""
+"""Types by their names in safetensors."""
 
 
 def take_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a model that was made in another type the buffers of one made in `dtype`, and its configuration that type: Gemma's
-    scale of embeddings is rounded."""
+    """Give a model that was built in another type the buffers of a model built in `dtype`, and set that type in its configuration:
+    Gemma, for example, rounds its scale of embeddings to it."""
 
     def without_weights(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

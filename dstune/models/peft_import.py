@@ -1,8 +1,8 @@
-"""`peft`, without what bitsandbytes brings with it: import it from here, where it is used.
+"""Imports `peft` without loading PyTorch's compiler. Import peft from here, inside the functions that use it.
 
-peft imports bitsandbytes wherever that is installed. bitsandbytes calls `torch.compile` on its functions for CPUs as they are
-defined, which loads all of PyTorch's compiler: 1.4 s and 41 MiB per rank (bitsandbytes 0.50, torch 2.13), for functions that few
-runs call.
+peft imports bitsandbytes if that is installed. bitsandbytes calls `torch.compile` on its CPU functions when it defines them,
+which loads all of PyTorch's compiler: 1.4 s and 41 MiB per rank (bitsandbytes 0.50, torch 2.13), for functions that few runs
+call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["peft"]
 
 @contextmanager
 def compiled_when_called() -> Iterator[None]:
-    """Let `torch.compile` of a function compile it when it is first called, within the block."""
+    """Within the block, make `torch.compile` of a function wait until the compiled function is first called."""
     torch_compile = torch.compile
 
     def compile_later(model: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:

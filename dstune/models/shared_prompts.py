@@ -1,7 +1,7 @@
-"""Several answers to a prompt in one row in which the prompt stands once, so that its hidden states are computed once.
+"""Puts several answers to a prompt into one row that has the prompt only once, so that its hidden states are computed once.
 
-A row is all prompts and then all answers, end to end and without padding. Positions of an answer go on from those of its prompt,
-and its attention sees the prompt and the answer's own earlier tokens. Everything else in a layer looks at one token at a time.
+A row has all prompts and then all answers, end to end and without padding. The positions of an answer continue those of its
+prompt, and its attention sees the prompt and the answer's earlier tokens. The rest of a layer looks at one token at a time.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from dstune.models.packing import TOLERANCE, Forward
 from dstune.models.spans import SPANS, attention_problem, no_mask, pop_spans, refuse_unknown, window_of
 
 NAME = "dstune_shared_prompts"
-"""Of the attention function in transformers' registry."""
+"""Name of the attention function in transformers' registry."""
 LONGEST_PROOF = 600
-"""Tokens of a prompt that is tried before a run; a window of 512 has its place in it."""
+"""Most tokens of a prompt in the check before a run: enough for a window of 512."""
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Where prompts and answers stand in a row."""
+    """Layout of prompts and answers in a row."""
 
     positions: Tensor
-    """Of each token in its own sequence, int64 [1, tokens]."""
+    """Position of each token in its prompt with answer, int64 [1, tokens]."""
     prompt_places: Tensor
-    """Places of the prompts' tokens in the row, int64 [prompts, longest prompt]; any other place behind the end of a prompt."""
+    """Indices of the prompts' tokens in the row, int64 [prompts, longest prompt]; 0 after the end of a prompt."""
     answer_places: Tensor
-    """The same of answers, [answers, longest answer]."""
+    """The same for answers, [answers, longest answer]."""
     prompt_lengths: Tensor
-    """Of the prompt of each answer, int64 [answers]."""
+    """Length of each answer's prompt, int64 [answers]."""
     prompt_ends: Tensor
-    """Place of the last token of that prompt, int64 [answers]."""
+    """Index in the row of the last token of each answer's prompt, int64 [answers]."""
     sizes: tuple[int, ...]
-    """Answers of each prompt."""
+    """Number of answers of each prompt."""
     order: Tensor
-    """Where each token is among the elements of `prompt_places` and then `answer_places`, int64 [tokens]."""
+    """Index of each token in `prompt_places` and `answer_places`, flattened and concatenated, int64 [tokens]."""
     masks: dict[int | None, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-    """What prompts and answers see, by window: the same in all layers that have it."""
+    """Masks of prompts and of answers (`_make_masks`) by window; layers with the same window share them."""
 
     @classmethod
     def build(cls, prompts: Sequence[int], sizes: Sequence[int], answers: Sequence[int], device: Any) -> SharedPrompts:
-        """Lay out a row. prompts: their lengths; sizes: how many answers each has; answers: their lengths, those of the first
-        prompt first."""
+        """Lay out a row. prompts: length of each prompt; sizes: number of answers of each prompt; answers: length of each answer,
+        in the order of the prompts."""
         prompt_lengths, answer_lengths = (torch.tensor(list(lengths)) for lengths in (prompts, answers))
         of_prompt = torch.arange(len(prompts)).repeat_interleave(torch.tensor(list(sizes)))
         prompt_places, prompt_columns, is_prompt = _places(prompt_lengths, 0)
@@ -70,13 +70,13 @@ class SharedPrompts:
         )
 
     def predecessors(self, width: int) -> Tensor:
-        """Return the places whose hidden states predict the first `width` tokens of each answer, int64 [answers, width]."""
+        """Return the indices whose hidden states predict the first `width` tokens of each answer, int64 [answers, width]."""
         starts = self.answer_places[:, :1] if self.answer_places.shape[1] else self.prompt_ends[:, None]
         later = starts + torch.arange(width - 1, device=starts.device)
         return torch.cat([self.prompt_ends[:, None], later], dim=1)
 
     def model_inputs(self, tokens: Tensor) -> dict[str, Any]:
-        """Return what the model takes. tokens: of the row, int64 [1, tokens]."""
+        """Return the model's inputs. tokens: the row's, int64 [1, tokens]."""
         return {
             "input_ids": tokens,
             "attention_mask": no_mask(tokens.device),
@@ -87,8 +87,10 @@ class SharedPrompts:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """Attend. query, key and value [1, heads, tokens, size], keys with their own number of heads. Returns [1, tokens, heads,
-        size]."""
+        """Compute attention, [1, tokens, heads, size].
+
+        query, key, value: [1, heads, tokens, size]; key and value may have fewer heads.
+        """
         if window not in self.masks:
             self.masks[window] = self._make_masks(window)
         of_prompts, of_answers = self.masks[window]
@@ -103,21 +105,21 @@ class SharedPrompts:
         return torch.cat([part.flatten(0, 1) for part in attended]).index_select(0, self.order)[None]
 
     def _repeat(self, states: Tensor) -> Tensor:
-        """Repeat [prompts, ...] as [answers, ...]. By views: gradients of the copies are then summed in a fixed order on any
+        """Repeat [prompts, ...] as [answers, ...]. Views, so that the gradients of the copies are summed in a fixed order on any
         device."""
         return torch.cat([row[None].expand(size, *row.shape) for row, size in zip(states, self.sizes, strict=True)])
 
     def _make_masks(self, window: int | None) -> tuple[Tensor | None, Tensor]:
-        """Return which positions see which, bool: of the prompts [prompt, prompt], None where they are causal without a window, and
-        of the answers [answers, 1, longest answer, longest prompt and answer]."""
+        """Return the masks, bool: of prompts [prompt, prompt] (None if the window hides nothing, so that causal attention will do),
+        and of answers [answers, 1, longest answer, longest prompt + longest answer]."""
         device = self.positions.device
         prompt, answer = (
             torch.arange(places.shape[1], device=device) for places in (self.prompt_places, self.answer_places)
         )
         of_prompts = None
         if window is not None and window < len(prompt):
-            behind = prompt[:, None] - prompt
-            of_prompts = (behind >= 0) & (behind < window)
+            distance = prompt[:, None] - prompt
+            of_prompts = (distance >= 0) & (distance < window)
         lengths = self.prompt_lengths[:, None, None]
         to_prompt = (prompt < lengths).expand(-1, len(answer), -1)
         to_own = (answer <= answer[:, None]).expand(len(lengths), -1, -1)
@@ -128,8 +130,8 @@ class SharedPrompts:
 
 
 def _places(lengths: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (place in the row, number in its sequence, whether it is there) of the tokens of sequences that lie end to end from
-    place `first` on, each [sequences, longest]."""
+    """Return (index in the row, position in the sequence, whether the token exists), each [sequences, longest], for sequences that
+    lie end to end from index `first` on."""
     columns = torch.arange(int(lengths.max())).expand(len(lengths), -1)
     there = columns < lengths[:, None]
     places = columns + (lengths.cumsum(0) - lengths)[:, None] + first
@@ -137,7 +139,7 @@ def _places(lengths: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _select(states: Tensor, places: Tensor) -> Tensor:
-    """Select [1, heads, tokens, size] -> [sequences, heads, longest, size]"""
+    """Select [1, heads, tokens, size] -> [sequences, heads, longest, size]."""
     chosen = states[0].index_select(1, places.flatten())
     return chosen.unflatten(1, tuple(places.shape)).transpose(0, 1)
 
@@ -152,7 +154,7 @@ def _attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Compute transformers' attention, of a row with shared prompts where the forward pass tells so."""
+    """Compute attention for transformers. If the forward pass was called with `SharedPrompts`, they do it."""
     shared: Any = pop_spans(module, attention_mask, more)
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
@@ -161,9 +163,11 @@ def _attention(
 
 
 def share_prompts(model: PreTrainedModel, forward: Forward, device: torch.device) -> float | None:
-    """Let `model` take rows with shared prompts. Return how far the logits of such a row are from those of each answer alone,
-    relative to the largest and to what rounding explains: up to 1 is right. None, and nothing changes, where its attention cannot
-    be replaced. `forward` is in evaluation mode; at ZeRO-3 every rank must call this.
+    """Let `model` take rows with shared prompts, and check it. Return the largest difference between the logits of such a row and
+    those of each answer alone, relative to the largest logit and to the tolerance for rounding: up to 1 is correct. Return None,
+    and change nothing, if the model's attention cannot be replaced.
+
+    forward: the model in evaluation mode. At ZeRO-3 every rank must call this.
     """
     if model.config._attn_implementation != "sdpa" or model.config.is_encoder_decoder or attention_problem(model):
         return None

@@ -1,12 +1,12 @@
 """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): a few ranks share the weights of each layer and see the same rows.
 
-A rank has some heads of attention, and a part of the width inside a feed-forward layer: rows of the matrices that lead there,
-columns of the matrix that leads back. What goes back is a part of a sum, which the ranks add up; so are the gradients where a
-rank's heads or width begin. Two sums a layer in each pass. Embeddings, norms and the vocabulary projection are whole on every
-rank, and come to the same numbers there, weights included.
+A rank has some attention heads and a part of each feed-forward layer's inner width: rows of the matrices that lead there, columns
+of the matrix that leads back. Its output is one part of a sum, which the ranks add up in the forward pass; in the backward pass
+they add up the gradients of a block's input. That makes two sums a layer in each pass. Every rank has complete embeddings, norms
+and vocabulary projection, and computes the same values with them, including updated weights.
 
-DeepSpeed has layers of its own for this (AutoTP). These here are torch's linear layers with shorter matrices, so that names in
-checkpoints, adapters and all that dstune does to layers stay as they are.
+DeepSpeed has special layers for this (AutoTP). Here they are torch's linear layers with smaller matrices, so that names in
+checkpoints, adapters and everything else that dstune does to layers stay the same.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _slice_block(name: str, block: nn.Module, inward: tuple[str, ...], outward: 
 
 
 def _inward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
-    """Slice rows of a matrix [width inside, width]; an adapter's first matrix [rank, width] stays whole, and its gradient is a
-    sum."""
+    """Slice the rows of a matrix [inner width, width]. An adapter's first matrix [rank, width] stays complete, and its gradient is
+    summed over the ranks."""
     if ".lora_A." in f".{kind}":
         _sum_gradient(parameter, slices)
     else:
@@ -74,8 +74,8 @@ def _inward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> No
 
 
 def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
-    """Slice columns of a matrix [width, width inside]; an adapter's second matrix [width, rank] stays whole, and its gradient is
-    a sum. A bias is whole, and added after the sum."""
+    """Slice the columns of a matrix [width, inner width]. An adapter's second matrix [width, rank] stays complete, and its gradient
+    is summed over the ranks. A bias stays complete too, and is added after the sum."""
     if ".lora_B." in f".{kind}":
         _sum_gradient(parameter, slices)
     elif not kind.endswith("bias"):
@@ -83,8 +83,8 @@ def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> N
 
 
 def _sliceable(name: str, kind: str, parameter: nn.Parameter) -> nn.Parameter:
-    """Return `parameter`. Raises UserError where it is neither a weight, a bias nor a part of a LoRA adapter. kind: its name within
-    its layer."""
+    """Return `parameter`. Raises UserError unless it is a weight, a bias or part of a LoRA adapter. kind: its name within its
+    layer."""
     names = ("weight", "bias", "base_layer.weight", "base_layer.bias")
     if kind not in names and ".lora_" not in f".{kind}":
         reason = f"it is not known how ranks share {name}"
@@ -104,7 +104,7 @@ def _without_bias(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 def _enter(
     slices: Slices, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Sum the gradient of the hidden states that a block is called with over the ranks."""
+    """Make the backward pass sum the gradient of a block's input over the ranks."""
     if "hidden_states" in keywords:
         return arguments, keywords | {"hidden_states": _Enter.apply(keywords["hidden_states"], slices)}
     hidden, *other_arguments = arguments
@@ -119,7 +119,7 @@ def _leave(
 
 
 class _Enter(torch.autograd.Function):
-    """The same forward; in the backward pass the sum of the ranks' gradients."""
+    """Returns its input in the forward pass, and the sum of the ranks' gradients in the backward pass."""
 
     @staticmethod
     def forward(context: Any, hidden: torch.Tensor, slices: Slices) -> torch.Tensor:
@@ -133,7 +133,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The sum of what the ranks have; its gradient is that of each of them."""
+    """Returns the sum of the ranks' parts in the forward pass, and passes the gradient on unchanged in the backward pass."""
 
     @staticmethod
     def forward(context: Any, part: torch.Tensor, slices: Slices) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Feed-forward layers computed in pieces of the positions, for rows so long that one layer's inner tensors are the peak.
+"""Computes feed-forward layers a piece of the positions at a time, for rows so long that one layer's inner tensors are the peak.
 
-A feed-forward layer looks at one position at a time, and its inner tensors are several times as wide as what goes in and comes
-out: of Llama 8B 4 x 3.5 widths beside 1. In pieces, each computed again in the backward pass, one piece's inner tensors exist at
-a time (the tiled MLP of Arctic Long Sequence Training, Bekman et al. 2025, arXiv:2506.13996, section 3.1).
+A feed-forward layer looks at one position at a time, and its inner tensors are several times as wide as its input and output:
+4 x 3.5 widths in Llama 8B. If each piece is computed again in the backward pass, only one piece's inner tensors exist at a time
+(the tiled MLP of Arctic Long Sequence Training, Bekman et al. 2025, arXiv:2506.13996, section 3.1).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def tile_feed_forward(model: nn.Module, tiles: int) -> int:
-    """Let the feed-forward layers of `model` compute in `tiles` pieces; returns how many do. Every rank has as many pieces,
-    whatever its rows are: at ZeRO-3 each of them gathers weights.
+    """Let the feed-forward layers of `model` compute in `tiles` pieces; return the number of these layers. All ranks have equally
+    many pieces, whatever their rows: at ZeRO-3 each piece gathers weights.
 
-    Raises UserError where the model has no such layer.
+    Raises UserError if the model has no such layer.
     """
     layers = [
         module

@@ -1,10 +1,10 @@
 """Ulysses sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509): a few ranks share the positions of each row.
 
-Every layer but attention looks at one position at a time, so a rank computes its part of the positions alone. For attention the
-ranks of a group exchange what they have: each gets some of the heads with all positions, and afterwards its own positions
-with all heads. Rows that are packed stay apart, since attention is called for each of their samples on its own.
+Every layer except attention looks at one position at a time, so each rank computes its part of the positions alone. For
+attention, the ranks of a group exchange their states: each receives some of the heads with all positions, and afterwards its own
+positions with all heads. Packed samples stay apart, since attention is called for each sample separately.
 
-The loss needs nothing of this: a rank has the targets of its own positions, and losses are summed over all ranks anyway.
+The loss needs no change: a rank has the targets of its own positions, and losses are summed over all ranks anyway.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from dstune.models.spans import SPANS, attention_problem, no_mask, spans_of
 
 
 class SequenceCut(SpanAttention):
-    """This rank's part of every row, and the ranks that have the others."""
+    """This rank's part of every row, and the group of ranks that have the other parts."""
 
     NAME = "dstune_ulysses"
     title = "samples one by one, positions shared by ranks"
     whole = False
 
     def __init__(self, world: World, parts: int):
-        """parts: ranks that share a row; neighbours, so that they are on one node. Every rank must call it.
+        """Create the groups of ranks that share rows. Every rank must call it.
 
-        Raises UserError where the ranks cannot be divided so.
+        parts: ranks in a group; they have consecutive numbers, so that a group is on one node. Raises UserError if the ranks cannot
+        be divided into such groups.
         """
         if problem := ranks_problem(world.size, parts):
             raise UserError(problem)
@@ -44,8 +45,7 @@ class SequenceCut(SpanAttention):
 
     @classmethod
     def of(cls, parts: int, world: World) -> SequenceCut | None:
-        """Return a cut for groups of `parts` ranks, None where each has whole rows; from then on the groups of `world` read the
-        rows."""
+        """Return a cut for groups of `parts` ranks; None if `parts` is 1. From then on the groups of `world` read the rows."""
         cut = cls(world, parts) if parts > 1 else None
         world.read_in_groups(parts)
         return cut
@@ -60,8 +60,8 @@ class SequenceCut(SpanAttention):
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the model's inputs and the labels of this rank's positions.
 
-        inputs: input_ids [rows, positions] with position_ids of packed rows or attention_mask (padding behind the tokens).
-        labels: what each position is to predict, [rows, positions].
+        inputs: input_ids [rows, positions], with position_ids for packed rows or attention_mask (padding after the tokens).
+        labels: the target of each position, [rows, positions].
         """
         ids = inputs["input_ids"]
         rows, width = ids.shape
@@ -84,12 +84,12 @@ class SequenceCut(SpanAttention):
         return local_inputs | {SPANS: spans}, labels[:, span]
 
     def refuse(self, reason: str) -> str:
-        """Raises UserError: the ranks of a group have parts of rows alone."""
+        """Raises UserError: without this attention, a rank would see only its part of each row."""
         reason = f"rows that ranks share have other logits than their samples alone ({reason})"
         raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
 
     def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Exchange all heads of this rank's own positions for some heads with all positions."""
+        """Exchange all heads at this rank's positions for some heads at all positions."""
         query, key, value = states
         repeats = repeats_of_keys(key.shape[1], self.parts)
         if repeats > 1:
@@ -115,7 +115,7 @@ class SequenceCut(SpanAttention):
 
 
 class _Exchange(torch.autograd.Function):
-    """Part i of the result is this rank's part of what rank i of the group had. Its own inverse, and its own gradient."""
+    """Returns, as part i, the part for this rank that rank i of the group had. The exchange is its own inverse and gradient."""
 
     @staticmethod
     def forward(context: Any, parts: torch.Tensor, group: Any) -> torch.Tensor:
@@ -135,7 +135,7 @@ def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def refuse(model: PreTrainedModel, parts: int) -> None:
-    """Raises UserError for a model whose rows cannot be shared by `parts` ranks."""
+    """Raises UserError if `parts` ranks cannot share the rows of `model`."""
     architecture = model.config.get_text_config()
     kind = architecture.model_type
     if reason := attention_problem(model):

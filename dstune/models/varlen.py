@@ -1,9 +1,8 @@
-"""Attention of rows whose samples lie one behind the other, in one kernel for all of them: what a GPU has in place of a mask of
-all positions with all others.
+"""Kernels that compute attention for all packed samples at once, without a mask of all pairs of positions.
 
-A kernel gets the rows end to end as one sequence and where each sample begins in it. What a kernel takes is read from its
-signature, not from versions: flash-attn 4 and 3 where installed, torch's own (2.10 and newer), flash-attn 2, else flex attention.
-Which one a run takes is decided by `packed_attention.py`.
+A kernel gets the rows end to end as one sequence, and the start of each sample in it. There are flash-attn 4 and 3 if installed,
+torch's own (2.10 and newer), flash-attn 2, and flex attention. Which arguments a kernel takes is read from its signature, not from
+its version. `packed_attention.py` decides which one a run uses.
 """
 
 from __future__ import annotations
@@ -22,46 +21,48 @@ from dstune.zero import accelerator
 
 
 class Boundaries(NamedTuple):
-    """Of samples in rows that are laid end to end; padding between them counts as a sample."""
+    """Boundaries of samples in rows that are laid end to end; padding counts as a sample."""
 
     starts: torch.Tensor
-    """int32 [samples + 1]: where each begins, and the end of the last."""
+    """int32 [samples + 1]: the start of each sample, and the end of the last."""
     longest: int
-    """Positions of the longest one."""
+    """Positions of the longest sample."""
 
 
 def boundaries_of(inputs: Mapping[str, torch.Tensor]) -> Boundaries:
-    """Return where samples begin.
+    """Return the boundaries of samples.
 
-    inputs: as in `spans.spans_of`. Waits for the device that they are on; the loader calls it while they are on the host."""
+    inputs: as in `spans.spans_of`. The host waits for the device that they are on, so the loader calls this while they are on the
+    host.
+    """
     rows, width = inputs["input_ids"].shape
     if "position_ids" in inputs:
         begins = inputs["position_ids"] == 0
     else:
         mask = inputs["attention_mask"]
         begins = torch.zeros(rows, width, dtype=torch.bool, device=mask.device)
-        begins[:, 1:] = mask[:, 1:] != mask[:, :-1]  # padding is behind the tokens
+        begins[:, 1:] = mask[:, 1:] != mask[:, :-1]  # padding comes after the tokens
     begins[:, 0] = True
     starts = functional.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=rows * width).to(torch.int32)
     return Boundaries(starts, int(starts.diff().max()))
 
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Boundaries, float, "int | None"], torch.Tensor]
-"""(query [positions, heads, size], key, value with heads that divide those of queries, boundaries, scale, window)
--> [positions, heads, size], causal within each sample."""
+"""Maps (query [positions, heads, size], key, value, boundaries, scale, window) to [positions, heads, size], causal within each
+sample. The number of heads of key and value divides that of the queries."""
 
 
 @dataclass(frozen=True)
 class Kernel:
     name: str
-    """For `environment.json` and `dstune doctor`."""
+    """Name in `environment.json` and `dstune doctor`."""
     compute: Compute
     compiled: bool = False
-    """Whether its first call takes a compiler's time, a minute or more."""
+    """Whether its first call compiles it, which takes a minute or more."""
 
 
 def torch_varlen() -> Kernel | None:
-    """Return `torch.nn.attention.varlen`, whose arguments have changed with each version since 2.10."""
+    """Return the kernel of `torch.nn.attention.varlen`, whose arguments have changed with each version since 2.10."""
     try:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
@@ -106,7 +107,8 @@ BUILT_FOR: dict[str, Callable[[int], bool]] = {
     "flash-attn 4": lambda major: major >= 9,
     "flash-attn 3": lambda major: major == 9,
 }
-"""By major number of CUDA's compute capability. A kernel for another chip may end the process instead of raising."""
+"""Whether a kernel supports a GPU, by the major number of its compute capability. On another chip it may end the process instead
+of raising an error."""
 
 
 def flash_attn(name: str) -> Kernel | None:
@@ -117,7 +119,7 @@ def flash_attn(name: str) -> Kernel | None:
         return None
     try:
         function = importlib.import_module(FLASH_MODULES[name]).flash_attn_varlen_func
-    except Exception:  # one that is built for another torch raises whatever it likes
+    except Exception:  # a package built for another torch can raise anything
         return None
     if torch.are_deterministic_algorithms_enabled() and "deterministic" not in inspect.signature(function).parameters:
         return None
@@ -154,7 +156,8 @@ def _flash(function: Callable[..., Any]) -> Compute:
 
 
 def flex() -> Kernel | None:
-    """Prepare flex attention, compiled where there is a compiler for the device; its mask is made anew for each micro-batch."""
+    """Return flex attention, compiled if there is an accelerator; each micro-batch gets a new mask. None if torch has no flex
+    attention."""
     try:
         module = importlib.import_module("torch.nn.attention.flex_attention")
         attention, make_mask = module.flex_attention, module.create_block_mask
@@ -208,8 +211,8 @@ def _refuses_windows(compute: Compute, refuses: bool) -> Compute:
 def kernels() -> Iterator[Kernel]:
     """Yield the kernels to try on this machine, best first.
 
-    flash-attn 3 and 4 use what Hopper and Blackwell added, torch's own kernel is flash-attn 2. Whether a kernel runs on this GPU at
-    all is not decided here: `packed_attention.choose` computes with each before a run takes it, on ROCm as well as on CUDA.
+    flash-attn 3 and 4 use new features of Hopper and Blackwell; torch's own kernel is flash-attn 2. Whether a kernel runs on this
+    GPU at all is not decided here: `packed_attention.choose` tries each one before a run uses it, on ROCm as well as on CUDA.
     """
     if accelerator.present():
         candidates = (
