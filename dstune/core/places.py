@@ -1,4 +1,4 @@
-"""Where a value came from, if that is a line of a configuration file: a problem with the value names the line."""
+"""Remembers which line of a configuration file a value came from, so that a problem with the value names the line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def named() -> Iterator[None]:
     """Add the file and line to every problem with a key that `remember` was called with.
 
     Raises:
-        UserError: in place of the one that is raised within.
+        UserError: instead of the one raised within the block.
     """
     token = _places.set({})
     try:

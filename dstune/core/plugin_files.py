@@ -21,7 +21,7 @@ class Source:
     """The code of a plugin."""
 
     name: str
-    """Of its module: that of a file without `.py`, or `package.module`."""
+    """Name of its module: the file's name without `.py`, or `package.module`."""
     file: str
     content: bytes
     """The file's content; for an installed module, that of all Python files of its outermost package."""
@@ -34,7 +34,7 @@ class Source:
 
 
 def distinct(requested: Sequence[str]) -> dict[str, str]:
-    """Return the plugins by name. Raises UserError: two files of one name, or a name that is none."""
+    """Return the plugins by name. Raises UserError: two plugins have the same name, or a name is no identifier."""
     spec_by_name: dict[str, str] = {}
     problems = []
     for spec in (split(requested_spec)[0] for requested_spec in requested):
@@ -77,7 +77,7 @@ def name_of(place: str) -> str:
 
 
 def find(spec: str) -> Source:
-    """Find the plugin that `spec` names without its class. Raises UserError: there is none, or ranks cannot import it."""
+    """Find the plugin at `spec` (without a class). Raises UserError: there is none, or ranks cannot import it."""
     return _file(spec) if is_path(spec) else _module(spec)
 
 
@@ -96,7 +96,7 @@ def _file(spec: str) -> Source:
 
 
 def _module(name: str) -> Source:
-    # The outermost package first: looking for a module below it would execute it.
+    # The outermost package first: looking for a module below it would execute the package.
     package, *below = name.split(".")
     top, installed = _origin(package), is_installed(name)
     if below and top is not None and not installed:
@@ -126,7 +126,7 @@ def _origin(module: str) -> Path | None:
 
 
 def installed_content(origin: Path) -> bytes:
-    """Read all Python files of the outermost package in which the module at `origin` stands."""
+    """Read all Python files of the outermost package that contains the module at `origin`."""
     package = None
     folder = origin.parent
     while (folder / "__init__.py").is_file():

@@ -24,7 +24,7 @@ FORK_SERVER = "DSTUNE_FORK_SERVER"
 GROUP_SECRET = "DSTUNE_GROUP_SECRET"
 """Variable with the secret of a launch, by which its ranks authenticate each other."""
 RUN_SHA256 = "DSTUNE_RUN_SHA256"
-"""Of the `run.yaml` that the launching process wrote: ranks obey no other one."""
+"""Variable with the digest of the `run.yaml` that the launching process wrote: ranks obey no other one."""
 
 NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -46,16 +46,16 @@ class RankEnv:
 
 
 def from_environment(env: Mapping[str, str]) -> RankEnv | None:
-    """Return the rank that the launcher around this process gave it; None outside a distributed launch.
+    """Return the rank that a launcher gave this process; None outside a distributed launch.
 
     `RANK` with `WORLD_SIZE` always makes a rank, also in a world of one (`deepspeed --num_gpus 1`). Open MPI, PMI and
-    SLURM also mark single processes that are no part of a distributed launch (`mpirun -n 1`, a bare sbatch step), so
-    with them a world of one is none. When several launchers left variables, the innermost and most specific wins:
-    RANK, then Open MPI, PMI, SLURM (mpirun inside an sbatch script has both). srun sets PMI's rank and size too
-    (`--mpi=pmi2`), but not how many ranks are on the node: where both agree, SLURM's variables are used.
+    SLURM also mark single processes outside a distributed launch (`mpirun -n 1`, a bare sbatch step), so with them a
+    world of one does not count. If several launchers have set variables, the innermost and most specific one wins:
+    RANK, then Open MPI, PMI, SLURM (mpirun inside an sbatch script has both). srun also sets PMI's rank and size
+    (`--mpi=pmi2`), but not the number of ranks on the node: if both agree, SLURM's variables are used.
 
     Raises:
-        UserError: a variable is no number, the rank is not below the world size, or the number of ranks is not told.
+        UserError: a variable is no number, the rank is not below the world size, or the number of ranks is not known.
     """
     for find in (_torch_style, _openmpi, _pmi, _slurm):
         rank_env = find(env)
@@ -84,7 +84,7 @@ def _torch_style(env: Mapping[str, str]) -> RankEnv | None:
     if not (env.get("RANK") and env.get("WORLD_SIZE")):
         return None
     world_size = _number(env, "WORLD_SIZE")
-    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; without either all ranks are on one node.
+    # torchrun sets LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; without either, all ranks are on one node.
     local_size = _first(env, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size)
     rank = _number(env, "RANK")
     return RankEnv(rank, world_size, _first(env, ("LOCAL_RANK",), rank % max(local_size, 1)), local_size, "environment")
@@ -127,7 +127,7 @@ def _slurm(env: Mapping[str, str]) -> RankEnv | None:
 
 
 def _tasks_on_node(listing: str, node: int, default: int) -> int:
-    """Return the number at place `node` of SLURM's listing, in which `2(x3),1` is 2, 2, 2, 1; `default` where it is shorter."""
+    """Return the number at place `node` of SLURM's listing, in which `2(x3),1` is 2, 2, 2, 1; `default` if it is shorter."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", listing):
         counts += [int(count)] * int(repeat or 1)
@@ -189,13 +189,13 @@ def die_with_parent() -> None:
     """Ask the kernel to kill this process when the process that started it dies, however it dies (Linux only).
 
     A rank that dstune started calls this first. It does nothing in a rank that another launcher started, whose way of
-    ending its ranks is left alone. Elsewhere than on Linux the guard process of the launcher alone ends the ranks.
+    ending its ranks is left alone. On other systems, only the launcher's guard process ends the ranks.
     """
     launcher = os.environ.get(LAUNCHER_PID)
     if not launcher or not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    # The launcher may have died before the call above; the orphan then has another parent already and gets no signal.
+    # The launcher may have died before the call above; then the orphan already has another parent and gets no signal.
     if os.getppid() != (forked_by or int(launcher)):
         os._exit(1)

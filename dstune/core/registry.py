@@ -1,11 +1,11 @@
-"""Where tasks, methods, launchers, optimizers, ... register themselves, and where generic code gets them.
+"""Registries in which tasks, methods, launchers, optimizers, ... register, and from which generic code gets them.
 
 Built-ins and plugins register in the same way: a decorator on a class (`@task`, `@method`, ...; see `dstune.protocols`).
 A kind whose members are chosen by a configuration section (`task`, `method`, `optimizer`, ...) is a `Registry` of classes
 with a `Config` dataclass; `REGISTRY.of(config)` is the object of that section. A kind that is looked up by name only
 (callbacks, metrics, row formats, trackers) leaves `Config` out.
 
-The rooms of a kind are imported by name on the first question. Nothing below the rooms imports them.
+The rooms of a kind are imported by name when a registry is first read. Nothing below the rooms imports them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, Generic, TypeVar
 from dstune.core.entry_points import is_mentioned
 
 Member = TypeVar("Member", bound=Any)
-"""Any: it has a `name` and, where a section of the configuration chooses it, a `Config`."""
+"""Any class with a `name`; with a `Config` too if a section of the configuration chooses it."""
 
 VERSION = 2
-"""Of the protocols (`dstune.protocols`)."""
+"""Version of the protocols (`dstune.protocols`)."""
 EARLIER_VERSIONS = (1,)
-"""Plugins written for these work too: what they use that has changed is refused when it registers, with what replaces it."""
+"""Plugins written for these work too. If they use something that has changed, registering fails and names the replacement."""
 PLUGIN_GROUP = "dstune.plugins"
 """Entry points of installed packages: `mine = "my_package.plugin"`."""
 PLUGINS_VARIABLE = "DSTUNE_PLUGINS"
-"""Tells the processes that a rank starts which files are active: JSON, `name`, `path` and `sha256` of each."""
+"""Variable with the active plugin files, for processes that a rank starts: JSON with `name`, `path` and `sha256` of each."""
 
 _changed: list[Callable[[], None]] = []
 _kinds: list[Registry[Any]] = []
@@ -43,7 +43,7 @@ def kinds() -> tuple[Registry[Any], ...]:
 
 
 def on_change(forget: Callable[[], None]) -> None:
-    """Call `forget` whenever a member is added: what is derived from the members (schema, keys) is stale then."""
+    """Call `forget` whenever a member is added or removed: what is derived from the members (schema, keys) is stale then."""
     _changed.append(forget)
 
 
@@ -53,13 +53,13 @@ def _are_installed() -> bool:
 
 
 def _load_installed() -> None:
-    # `dstune --help` has no time for the module where there is nothing to load, and plugins import this one.
+    # `dstune --help` saves the time of importing the module if there is nothing to load; and plugins import this one.
     if "dstune.core.plugins" in sys.modules or PLUGINS_VARIABLE in os.environ or _are_installed():
         importlib.import_module("dstune.core.plugins").load_installed()
 
 
 def wing_modules(name: str | None) -> list[str]:
-    """Return the modules and packages `dstune.WING.name` that are there: a wing that is left out leaves its members out."""
+    """Return the modules and packages `dstune.WING.name` that exist; without a wing, its members are missing."""
     if name is None:
         return []
     package = os.path.dirname(os.path.dirname(__file__))
@@ -125,7 +125,7 @@ class Registry(Generic[Member]):
         """Register a class under its `name` (default: that of its `Config`), and return it. Used as a decorator.
 
         Raises:
-            ValueError: another class has this name already, or `member` is none of this kind.
+            ValueError: another class has this name already, or `member` is not of this kind.
         """
         cls = member if self._adapt is None else self._adapt(member)
         if not (isinstance(cls, type) and issubclass(cls, self._base)):
@@ -133,7 +133,7 @@ class Registry(Generic[Member]):
             raise ValueError(f"{name}: a {self.kind} is a class that derives from dstune.{self._base.__name__}")
         self._check_options(cls)
         config = getattr(cls, "Config", None)
-        # Its own: a room may build on another one's class.
+        # Not an inherited name: a room may derive from another room's class.
         name = cls.__dict__.get("name") or (config.name if config is not None else getattr(cls, "name", None))
         if not isinstance(name, str) or not name:
             raise ValueError(
@@ -155,8 +155,8 @@ class Registry(Generic[Member]):
         return member
 
     def _check_options(self, cls: type[Member]) -> None:
-        """Raises ValueError where `cls` has some members of a protocol, which nothing would call without the others, or asks a
-        base class for a default that only the protocol has."""
+        """Raises ValueError if `cls` has only some members of a protocol, which nothing would call without the others, or if it
+        calls super() for a default that only the protocol has."""
         for option in self._options:
             members = [name for name in vars(option) if not name.startswith("_")]
             missing = [name for name in members if not hasattr(cls, name)]
@@ -171,7 +171,7 @@ class Registry(Generic[Member]):
                 raise ValueError(f"{reason}; derive the class from it too, for their defaults")
 
     def remove(self, name: str) -> None:
-        """Forget a member, whose plugin is no longer active."""
+        """Remove a member whose plugin is no longer active."""
         cls = self._members.pop(name)
         self._by_config = {config: member for config, member in self._by_config.items() if member is not cls}
         for forget in _changed:
@@ -180,7 +180,7 @@ class Registry(Generic[Member]):
     def load(self) -> None:
         """Import the built-in rooms and what installed packages add, once."""
         self._load_rooms()
-        if self._plugins and not _loading:  # after the built-ins of all kinds, whose names count first
+        if self._plugins and not _loading:  # after the built-ins of all kinds, whose names take precedence
             _load_installed()
 
     def _load_rooms(self) -> None:
@@ -194,7 +194,7 @@ class Registry(Generic[Member]):
             for room in rooms:
                 importlib.import_module(room)
         except BaseException:
-            self._loaded = False  # the next call tells the same, not that a member is missing
+            self._loaded = False  # the next call raises the same error, instead of reporting a missing member
             raise
         finally:
             _loading -= 1
@@ -207,7 +207,7 @@ class Registry(Generic[Member]):
         return ([] if self._package is None else [self._package]) + wing_modules(self._in_wings)
 
     def _rooms(self, package: str) -> list[str]:
-        """Return what there is to import of a package; of a plain module that is the module."""
+        """Return the modules to import for a package; for a plain module, the module itself."""
         folders = getattr(importlib.import_module(package), "__path__", ())
         folders_only = self._folders_only and package == self._package
         return [package] + [
@@ -220,7 +220,7 @@ class Registry(Generic[Member]):
         return () if self._package is None else getattr(importlib.import_module(self._package), "ORDER", ())
 
     def find(self, name: str) -> type[Member] | None:
-        """Find the member `name`, or None. A room that is called like it is imported alone: all of them take 0.1 s."""
+        """Return the member `name`, or None. If a room has that name, only it is imported: importing all rooms takes 0.1 s."""
         if self._plugins and not _loading:
             _load_installed()
         if not self._loaded and name not in self._members and name.isidentifier() and not name.startswith("_"):
@@ -245,12 +245,12 @@ class Registry(Generic[Member]):
         return self._members[name]
 
     def without_installed(self) -> Mapping[str, type[Member]]:
-        """Return the built-in members, and those of plugins that are active already; looks for no installed package."""
+        """Return the built-in members and those of active plugins, without looking for installed packages."""
         self._load_rooms()
         return dict(self._members)
 
     def present(self) -> tuple[type[Member], ...]:
-        """Return the members that have registered so far; imports nothing."""
+        """Return the members that have registered so far, without importing anything."""
         return tuple(self._members.values())
 
     def classes(self) -> Mapping[str, type[Member]]:
@@ -260,7 +260,7 @@ class Registry(Generic[Member]):
 
     @property
     def refused(self) -> Mapping[str, str]:
-        """Names that the field knows and that are not offered, with the reason (`REFUSED` of the package)."""
+        """Well-known names that dstune does not offer, with the reason (`REFUSED` of the package)."""
         package = None if self._package is None else importlib.import_module(self._package)
         return getattr(package, "REFUSED", {})
 
@@ -276,7 +276,7 @@ class Registry(Generic[Member]):
             KeyError: no member has the class of `config`.
         """
         self.load()
-        # `__class__`, not `type`: rules read the configuration through a view that has the class of what it shows.
+        # `__class__`, not `type`: rules read the configuration through a view whose `__class__` is that of the viewed object.
         return self._by_config[config.__class__](config)
 
     def default(self) -> Any:

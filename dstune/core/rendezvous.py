@@ -1,4 +1,4 @@
-"""Where ranks meet: MASTER_ADDR and MASTER_PORT for launchers that do not set them."""
+"""Sets MASTER_ADDR and MASTER_PORT, where ranks meet, for launchers that do not set them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ MEETING_SECONDS = 300.0
 
 
 def set_address(env: RankEnv, variables: MutableMapping[str, str]) -> None:
-    """Set where the ranks of somebody else's launch meet, if its launcher left that out. What it set is kept.
+    """Set where the ranks meet that another launcher started, unless that launcher has set it.
 
-    Rank 0 tells the others through a file that this user alone can read, in a folder of this user that they see as well, since
-    they know no run directory yet: a folder of this machine where all ranks are on it, else its address and a random port;
-    and what they prove to each other that they are of this launch.
+    Ranks know no run directory yet, so rank 0 writes a file that only this user can read into the cache folder and the working
+    directory. The file has the folder of a store if all ranks are on this machine, otherwise rank 0's address and a random port;
+    and a secret by which ranks prove that they belong to this launch.
 
     Raises:
         UserError: the launcher gives no address and the ranks are on several nodes; the same on all ranks.
-        TrainingFailed: rank 0 said nothing.
+        TrainingFailed: rank 0's file did not appear in time.
     """
     if variables.get("MASTER_ADDR") and variables.get("MASTER_PORT"):
         return
@@ -75,7 +75,7 @@ def _meet_in_private(env: RankEnv, variables: MutableMapping[str, str], seconds:
 
 
 def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: float) -> dict[str, str]:
-    """Wait for rank 0's variables in one of `places`. Raises TrainingFailed."""
+    """Wait for rank 0's variables in one of `places`. Raises TrainingFailed after `seconds`."""
     import psutil
 
     deadline = time.monotonic() + seconds
@@ -83,7 +83,7 @@ def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: fl
         for place in places:
             try:
                 content = json.loads(files.read_own(place))
-                # What an earlier launch left is of a process that has ended.
+                # The process that wrote the file of an earlier launch has ended.
                 gone = content["place"] == _place() and not psutil.pid_exists(content["pid"])
                 if content["identity"] == identity and not gone:
                     return dict(content["given"])
@@ -97,14 +97,14 @@ def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: fl
 
 
 def _place() -> str:
-    """Return where numbers of processes mean the same: a machine, or a container on it."""
+    """Return an id of the process namespace, the machine or a container on it, in which a process id has one meaning."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def remove_meeting_files(env: RankEnv, variables: Mapping[str, str]) -> None:
-    """Remove what rank 0 left for the others, once all ranks have joined the process group."""
+    """Remove the files that rank 0 wrote for the others. Call it when all ranks have joined the process group."""
     if env.rank == 0 and variables.get(GROUP_SECRET):
         for folder in (cache_root(), Path.cwd()):
             for place in folder.glob(".dstune-meeting-*.json"):
@@ -114,17 +114,17 @@ def remove_meeting_files(env: RankEnv, variables: Mapping[str, str]) -> None:
 
 
 def leave_store(env: RankEnv, variables: MutableMapping[str, str]) -> None:
-    """Remove the folder in which the ranks of a launch met through `set_address`, at its end."""
+    """Remove the folder in which ranks met through `set_address`. Call it at the end of the launch."""
     store = variables.pop(STORE, None)
     if store is not None and env.rank == 0:
         shutil.rmtree(Path(store).parent, ignore_errors=True)
 
 
 def set_address_over_mpi(env: RankEnv, variables: MutableMapping[str, str]) -> bool:
-    """Let rank 0 tell its address and a free port through MPI, once; False where mpi4py is not installed.
+    """Broadcast rank 0's address and a free port through MPI, once. Return False if mpi4py is not installed or cannot start.
 
     Raises:
-        UserError: mpi4py belongs to another MPI than the launcher, so that every rank is alone.
+        UserError: mpi4py uses another MPI than the launcher, so that every rank is alone.
     """
     try:
         from mpi4py import MPI
@@ -139,16 +139,16 @@ def set_address_over_mpi(env: RankEnv, variables: MutableMapping[str, str]) -> b
         )
     own_place = (own_address(variables.get("GLOO_SOCKET_IFNAME")), free_port()) if env.rank == 0 else None
     address, port = world.bcast(own_place)
-    MPI.Finalize()  # ranks end without the interpreter's own end, which an MPI that is still open would call a failure
+    MPI.Finalize()  # ranks exit without interpreter shutdown, which an open MPI would report as a failure
     variables.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     choose_interface(env, variables)
     return True
 
 
 def choose_interface(env: RankEnv, variables: MutableMapping[str, str]) -> None:
-    """Let gloo use the network interface that leads to rank 0, where nothing else is said.
+    """Let gloo use the network interface that leads to rank 0, unless GLOO_SOCKET_IFNAME is set.
 
-    It would take the one of the host's name, which many systems resolve to the loopback (127.0.1.1).
+    By default gloo uses the interface of the host's name, which many systems resolve to the loopback (127.0.1.1).
     """
     if env.local_size == env.world_size or variables.get("GLOO_SOCKET_IFNAME"):
         return
@@ -170,8 +170,8 @@ def choose_interface(env: RankEnv, variables: MutableMapping[str, str]) -> None:
 
 
 def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR and MASTER_PORT for ranks that know their run directory: a free port of rank 0's node, which tells
-    the others through a file there. What the launcher set is kept.
+    """Set MASTER_ADDR and MASTER_PORT for ranks that know their run directory, unless the launcher has set them: rank 0 writes its
+    address and a free port into a file there.
 
     Raises:
         UserError: rank 0's address did not appear within `MEETING_SECONDS`.
@@ -198,23 +198,23 @@ def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> No
 
 
 def leave_secret(run_dir: Path) -> None:
-    """Leave what the ranks of this job are to know and nobody else, in a file of this user alone. Raises OSError."""
+    """Write a secret for the ranks of this job into a file that only this user can read. Raises OSError."""
     (run_dir / SECRET_FILE).parent.mkdir(parents=True, exist_ok=True)
     files.write(run_dir / SECRET_FILE, secrets.token_hex(32), mode=0o600)
 
 
 def _read_secret(run_dir: Path, variables: MutableMapping[str, str]) -> None:
-    """Set the secret that `leave_secret` left. Without one, ranks do not prove who they are: a script of an earlier version, or a
-    file system where everybody can read every file."""
+    """Set the secret that `leave_secret` wrote. Without one (a script of an earlier version, a file system where everybody can read
+    every file), ranks do not prove who they are."""
     with contextlib.suppress(OSError):
         variables.setdefault(GROUP_SECRET, files.read_own(run_dir / SECRET_FILE).decode())
 
 
 def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:
-    """Return what tells this start of the ranks from any other one in the same run directory.
+    """Return an id that distinguishes this start of the ranks from any other one in the same run directory.
 
     Raises:
-        UserError: nothing does, so that ranks could meet those of another start.
+        UserError: there is none, so ranks could meet those of another start.
     """
     names = {
         "slurm": ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
@@ -231,8 +231,8 @@ def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:
 
 
 def _launcher(env: RankEnv) -> str:
-    """Return the process that started all ranks of this machine: the nearest ancestor that is no part of a rank itself, such as
-    a shell script around it. MPICH's mpiexec sets no variable that could be used instead. Empty where none is visible."""
+    """Return an id of the process that started all ranks of this machine: the nearest ancestor without a rank's variable (a shell
+    script around a rank has it). MPICH's mpiexec sets no variable that could be used instead. Empty if no ancestor is visible."""
     import psutil
 
     place = {"pmi": "PMI_RANK", "openmpi": "OMPI_COMM_WORLD_RANK", "slurm": "SLURM_PROCID"}.get(env.source, "RANK")
@@ -276,8 +276,8 @@ def _wait_for_address(
 
 
 def own_address(interface: str | None) -> str:
-    """Return how other nodes reach this one: its address on `interface`, else its name where that can be resolved, else its first
-    address that is not the loopback's.
+    """Return how other nodes reach this one: its address on `interface`, or else its name, if that can be resolved, or else its
+    first address that is not a loopback address.
 
     Raises:
         UserError: there is no such interface, or it has no IPv4 address.
@@ -305,7 +305,7 @@ def own_address(interface: str | None) -> str:
 
 
 def free_port() -> int:
-    """Return a port of this node that nobody listens on now."""
+    """Return a port of this node on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

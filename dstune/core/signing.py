@@ -1,7 +1,7 @@
-"""The user's key, and what is signed with it: that this user, or somebody of the same team, wrote it.
+"""Signs digests with the user's key and checks signatures: they show that this user, or somebody of the same team, signed.
 
-The key is a file of this user alone in the config folder, made when something is signed first, or the text in
-`DSTUNE_TRUST_KEY`, which a team can share. It is never written anywhere, nor handed to a rank.
+The key is a file in the config folder that only this user can read, created at the first signature, or the text in
+`DSTUNE_TRUST_KEY`, which a team can share. It is never copied elsewhere, nor passed to a rank.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ VARIABLE = "DSTUNE_TRUST_KEY"
 MIN_CHARACTERS = 32
 """A short key can be found from a signature by trying all of them."""
 PURPOSE = b"dstune run 1\n"
-"""Stands before what is signed, so that no signature is valid for anything else that a team signs with the same key."""
+"""Prefix of the signed content, so that no signature is valid for anything else that a team signs with the same key."""
 
 OWN, TEAM = "own", "team"
 
 
 def key_file() -> Path:
-    """Return where this user's key is (not made here). Raises RuntimeError where there is no home folder."""
+    """Return the path of this user's key (not created here). Raises RuntimeError if there is no home folder."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME", "")).expanduser()
-    if folder.is_absolute():  # a relative one would lead into whatever folder the command is given in
+    if folder.is_absolute():  # a relative one would depend on the working directory
         return folder / "dstune" / "trust.key"
     return Path.home() / ".config" / "dstune" / "trust.key"
 
 
 def sign(digests: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return a signature of this user for `digests` (digest by name); None where there is no key and none can be stored.
+    """Return this user's signature of `digests` (digest by name); None if there is no key and none can be stored.
 
     Raises:
         UserError: the key is too short, or others can read it.
@@ -50,8 +50,8 @@ def sign(digests: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
-    """Check a signature. Returns the digests by name that it vouches for, whose key made it (`OWN` or `TEAM`), and a reason why
-    it is not valid: without digests and key where there is a reason, else empty.
+    """Check a signature. Return the signed digests by name, whose key made it (`OWN` or `TEAM`), and why it is not valid. If it is
+    valid, the reason is empty; otherwise the other two are.
 
     Raises:
         UserError: the key is too short, or others can read it.
@@ -74,13 +74,13 @@ def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
 
 
 def digest(value: Any) -> str:
-    """Return the digest of a value as JSON or YAML have it."""
+    """Return the SHA-256 digest of a value that JSON or YAML can hold, as hexadecimal text."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def key_id(key: bytes) -> str:
-    """Return a short name of the key, which tells it from other keys without giving it away."""
+    """Return a short id of the key, which distinguishes it from other keys without revealing it."""
     return hmac.digest(key, b"dstune key", "sha256").hex()[:12]
 
 
@@ -105,7 +105,7 @@ def _own_key(*, make: bool) -> bytes | None:
             return None
         _make(file)
         return _read(file)
-    except (OSError, RuntimeError):  # a home folder that cannot be written, or none
+    except (OSError, RuntimeError):  # no home folder, or a read-only one
         return None
 
 
@@ -126,7 +126,7 @@ def _read(file: Path) -> bytes:
 
 
 def _make(file: Path) -> None:
-    """Make the key; of several launches that do so at once the first one's stays. Raises OSError."""
+    """Create the key. If several launches do so at once, the first one's key stays. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     files.write(temporary, secrets.token_hex(32) + "\n", mode=0o600, sync=True)

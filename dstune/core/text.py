@@ -1,4 +1,4 @@
-"""Text from elsewhere (rows, templates, files of a run, host names) on its way to a terminal or a log."""
+"""Makes untrusted text (rows, templates, files of a run, host names) safe for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 COLOURS = re.compile(r"\x1b\[(?:[0-2]|3[1-6]|9[1-6])?m")
-"""What dstune itself paints with. Not 8 (concealed), 30 and 40 to 47: text that nobody sees."""
+"""Colours that dstune prints. Without 8 (concealed), 30 and 40 to 47, which can hide text."""
 _OBEYED = re.compile(
-    # Controls but line feed and tab, bidirectional overrides and isolates, zero-width characters, lone surrogates.
+    # Control characters except line feed and tab, bidirectional overrides and isolates, zero-width characters, lone surrogates.
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 
@@ -18,7 +18,7 @@ _OBEYED = re.compile(
 def visible(text: str, keep: str = "") -> str:
     """Return `text` without characters that a terminal would obey: an escape becomes the four characters `\\x1b`.
 
-    Line feeds and tabs stay, and what `keep` holds.
+    Line feeds, tabs and the characters in `keep` stay.
 
     >>> visible("a\\x1b[2Jb")
     'a\\\\x1b[2Jb'
@@ -37,8 +37,7 @@ def one_line(text: str) -> str:
 
 
 def visible_but_colours(text: str) -> str:
-    """Return `text` as `visible` does, but for the colours that dstune paints with and carriage returns, which redraw a progress
-    line."""
+    """Return `text` as `visible` does, but keep the colours of dstune, and carriage returns, which redraw a progress line."""
     pieces, position = [], 0
     for colour in COLOURS.finditer(text):
         pieces += [visible(text[position : colour.start()], keep="\r"), colour[0]]
@@ -47,7 +46,7 @@ def visible_but_colours(text: str) -> str:
 
 
 class Filtered(io.TextIOBase):
-    """A text stream that passes everything on as `change` makes it, write by write."""
+    """A text stream that passes each write through `change` to another stream."""
 
     def __init__(self, stream: TextIO, change: Callable[[str], str]):
         self._stream, self._change = stream, change

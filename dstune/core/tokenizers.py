@@ -1,5 +1,8 @@
-"""Tokenizers from files that somebody else wrote. The patterns of a `tokenizer.json` are searched by a library that gives up after
-ten million tries, with a panic: no Exception, so that whatever waited for the text would end without a message."""
+"""Opens tokenizers from files that somebody else wrote.
+
+The library that searches the patterns of a `tokenizer.json` gives up after ten million tries with a panic. A panic is no
+Exception, so whatever waited for the text would end without a message.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,16 @@ from dstune.core.limits import TooMuch, trial
 FILE = "tokenizer.json"
 TRIAL_SECONDS = 1.9
 _RUNS = ("a", "A", "1", " ", "\n", ".", "é", "aA1 .")
-"""Repeated, they are what patterns backtrack over."""
+"""Texts that are repeated to find patterns that backtrack."""
 _RUN_CHARACTERS = 300
 _EXAMPLE_CHARACTERS = 60
 
 
 def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options: Any) -> Any:
-    """Call `AutoTokenizer.from_pretrained`. The tokenizer raises UserError for a text on which its patterns backtrack for ever.
+    """Call `AutoTokenizer.from_pretrained`. The returned tokenizer raises UserError for a text on which its patterns backtrack
+    endlessly.
 
-    where: the key that chose it. Raises UserError: the files are missing or faulty, or the patterns do not end on test texts.
+    where: the key that chose it. Raises UserError: the files are missing or faulty, or the patterns take too long on test texts.
     """
     from transformers import AutoTokenizer
 
@@ -42,27 +46,27 @@ def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options:
     return tokenizer
 
 
-# ---- Tokenizers that make gigabytes of a word ----
+# ---- Tokenizers that turn a word into gigabytes ----
 
 MAX_GROWTH = 64
-"""Characters that a tokenizer may make of one; Unicode itself makes 18."""
+"""Most characters that a tokenizer may make of one; Unicode normalization makes up to 18."""
 ENDLESS = 10**9
-"""Beyond which a growth is not computed."""
+"""Growth above which the exact number is not computed."""
 MAX_ADDED = 1000
-"""Tokens that it may put around a text."""
+"""Most tokens that a tokenizer may put around a text."""
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 _SECTION = re.compile(r'"(?:normalizer|pre_tokenizer|decoder|post_processor)"\s*:\s*(?=[\[{])')
 
 
 def _refuse_growing_file(file: Path) -> None:
-    """Refuse a tokenizer whose file grows, before the library opens it, which already grows the tokens that are listed. Raises
-    UserError."""
+    """Raises UserError for a tokenizer that makes texts too long. It reads the file before the library does: opening it already
+    expands the listed tokens."""
     if not file.is_file():
-        return  # of the hub, or an older form
+        return  # from the hub, or in an older format
     text, end = file.read_text(encoding="utf-8", errors="replace"), 0
     decoder = json.JSONDecoder()
     for section in _SECTION.finditer(text):
-        if section.start() < end:  # within the one before
+        if section.start() < end:  # inside the previous section
             continue
         try:
             step, end = decoder.raw_decode(text, section.end())
@@ -76,7 +80,7 @@ def _refuse_growing(tokenizer: Any) -> None:
         step = getattr(tokenizer.backend_tokenizer, part)
         try:
             step = json.loads(step.__getstate__()) if step is not None else None
-        except Exception:  # one of the model's own code, which is trusted then
+        except Exception:  # from the model's own code, which the user trusts
             continue
         _check_growth(step, _file_of(tokenizer))
 
@@ -92,7 +96,7 @@ def _check_growth(step: Any, file: Path | str) -> None:
 
 
 def _growth(step: Any) -> int:
-    """Return how many characters a part of a tokenizer, as its JSON has it, makes of one at most."""
+    """Return the most characters that a part of a tokenizer makes of one. step: the part's JSON."""
     if isinstance(step, list):
         return _product(map(_growth, step))
     if not isinstance(step, dict):
@@ -111,7 +115,7 @@ def _growth(step: Any) -> int:
 
 
 def _product(factors: Iterable[int]) -> int:
-    """Multiply as far as it matters: of a million steps the product would have millions of digits."""
+    """Multiply until the product exceeds `ENDLESS`: that of a million steps would have millions of digits."""
     product = 1
     for factor in factors:
         product *= factor
@@ -121,8 +125,7 @@ def _product(factors: Iterable[int]) -> int:
 
 
 def _texts_of(characters: Any) -> list[str]:
-    """Return what a map of characters, as sentencepiece writes it, puts in the place of some: behind its trie, each ended by a
-    zero."""
+    """Return the replacements in a character map of sentencepiece. They come after its trie, each ended by a zero."""
     try:
         raw = base64.b64decode(characters)
         return raw[4 + int.from_bytes(raw[:4], "little") :].decode("utf-8", "replace").split("\0")
@@ -131,7 +134,7 @@ def _texts_of(characters: Any) -> list[str]:
 
 
 def _added(step: Any) -> int:
-    """Return how many tokens a post-processor, as its JSON has it, puts around a text."""
+    """Return how many tokens a post-processor puts around a text. step: its JSON."""
     if isinstance(step, list):
         return sum(map(_added, step))
     if not isinstance(step, dict):
@@ -146,12 +149,12 @@ def _added(step: Any) -> int:
     return sum(ids.get(name, 0) for name in token_names)
 
 
-# ---- Patterns that do not end ----
+# ---- Patterns that backtrack endlessly ----
 
 
 def name_panics() -> None:
-    """Let every tokenizer of this process raise named errors for panics: an object of their own class is what transformers
-    saves, and processes send."""
+    """Let every fast tokenizer of this process raise UserError instead of panicking. It patches the class, so that
+    tokenizers keep the class that transformers saves and processes exchange."""
     from transformers import PreTrainedTokenizerFast
 
     for name in ("_encode_plus", "_decode"):
@@ -176,7 +179,7 @@ def _named(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _culprit(tokenizer: Any, texts: Any) -> Any:
-    """Return of several texts the one on which the library gives up."""
+    """Return the one of several texts on which the library gives up."""
     for text in texts if isinstance(texts, list) and all(isinstance(item, str) for item in texts) else ():
         try:
             tokenizer.backend_tokenizer.encode(text)
@@ -188,7 +191,7 @@ def _culprit(tokenizer: Any, texts: Any) -> Any:
 
 
 def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"  # which no package exports
+    return type(error).__name__ == "PanicException"  # no package exports the class
 
 
 def _try(tokenizer: Any) -> None:
@@ -198,8 +201,8 @@ def _try(tokenizer: Any) -> None:
         return
 
     def encode() -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the fork
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the library writes its stack
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not exist in the fork
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library prints its stack trace there
         for run in _RUNS:
             try:
                 text = run * (_RUN_CHARACTERS // len(run)) + "\0"

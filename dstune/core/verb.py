@@ -1,6 +1,6 @@
-"""What a verb of the command line is, and the table of all.
+"""Defines the verbs of the command line and their registry.
 
-Here, not in `dstune.protocols`, which takes as long to import as all of `dstune --help`.
+This is not part of `dstune.protocols`, since importing that takes as long as all of `dstune --help`.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from dstune.core.registry import Registry
 
 @dataclass(frozen=True)
 class Words:
-    """What the next word of a command line may be."""
+    """Completions for the next word of a command line."""
 
     words: list[str] = field(default_factory=list)
     overrides: bool = False
-    """Whether it may be an override too."""
+    """Whether the word may also be an override."""
     files: bool = False
-    """Whether it may be a path."""
+    """Whether the word may also be a path."""
 
 
 class Verb:
     """Base of every verb. Subclasses register with `@verb`; a wing has its verbs in `dstune/WING/verbs.py`.
 
-    A subclass needs `name`, `summary`, and `action` or a `run` of its own. What it calls is imported when it runs.
+    A subclass needs `name`, `summary`, and either `action` or its own `run`. Modules that it calls are imported when it runs.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     """Its line in `dstune --help`."""
     action: ClassVar[str]
-    """`module:function` that takes the words behind the verb and returns the exit code."""
+    """`module:function`; the function takes the words after the verb and returns the exit code."""
     other_names: ClassVar[tuple[tuple[tuple[str, ...], str], ...]] = ()
-    """What other tools call it, and what to type here."""
+    """Pairs of the names that other tools use for it, and what to type in dstune."""
     overrides: ClassVar[bool] = False
-    """Whether it composes a configuration, so that `key=value` may stand behind it."""
+    """Whether it composes a configuration, so that `key=value` may follow it."""
     takes_files: ClassVar[bool] = True
-    """Whether its plain words may be paths."""
+    """Whether its positional arguments may be paths."""
     needs_plugins: ClassVar[bool] = True
-    """Whether it refuses plugins of the working directory that the user has not trusted, and does not go on without them."""
+    """Whether it stops if the working directory has plugins that the user has not trusted, instead of continuing without them."""
     further_words: ClassVar[tuple[str, ...]] = ()
-    """Words that it reads without a parser."""
+    """Completions that its parser does not have."""
 
     def run(self, arguments: list[str]) -> int:
-        """Raises DstuneError; returns the exit code."""
+        """Run the verb with the words after it; return the exit code. Raises DstuneError."""
         return self.function()(arguments)
 
     def function(self) -> Callable[[list[str]], int]:
@@ -56,19 +56,19 @@ class Verb:
         return cast("Callable[[list[str]], int]", getattr(importlib.import_module(module), name))
 
     def parser(self) -> argparse.ArgumentParser | None:
-        """Return the parser of its flags; None where it reads them by other means."""
+        """Return the parser of its flags; None if it reads them without one."""
         from dstune.core.arguments import parser_of
 
         return parser_of(self.function(), [])
 
     def words(self, words_before: Sequence[str]) -> Words:
-        """Return what may follow the words `words_before` behind the verb, for completion in the shell."""
+        """Return what may follow the verb and `words_before`, for shell completion."""
         words = [*self.further_words]
         parser = self.parser()
         if parser is None:
             return Words(words, self.overrides, files=self.takes_files)
         last = parser._option_string_actions.get(words_before[-1]) if words_before else None
-        if last is not None and last.nargs != 0:  # the value of a flag
+        if last is not None and last.nargs != 0:  # the next word is the value of a flag
             return Words([str(choice) for choice in last.choices or ()], files=not last.choices)
         words += [flag for flag in parser._option_string_actions if flag.startswith("--")]
         takes_words = any(not action.option_strings for action in parser._actions)
@@ -80,5 +80,5 @@ verb = VERBS.add
 
 
 def other_names() -> dict[str, str]:
-    """Return what other tools call a verb, and what it is here."""
+    """Return what to type in dstune, by the name that other tools use for it."""
     return {name: fix for verb in VERBS.classes().values() for names, fix in verb.other_names for name in names}
