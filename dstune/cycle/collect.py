@@ -1,4 +1,4 @@
-"""Rows that a person stood up for: a label, a correction, or an answer that somebody accepted. Never an answer as it is."""
+"""Collect rows that a person vouched for: a label, a correction, or an accepted answer, never an answer that nobody rated."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dstune.monitor.server_logs import log_folder, read_requests, recorded_reque
 
 LARGEST = 4 << 30
 GRAM = 13
-"""Words in a row that a training row may not share with a row that it is measured on (Brown and others 2020, appendix C)."""
+"""Number of consecutive words that a training row may not share with a measured row (Brown and others 2020, appendix C)."""
 COMMON = 10
-"""Measured rows with a gram beyond which it is that of a template: words of the prompt around each question, say."""
+"""A gram in more measured rows than this belongs to a template: for example, the words of the prompt around each question."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +32,32 @@ class Row:
 
     id: str
     digest: str
-    """Of what is asked and answered: tells a row again without keeping it."""
+    """Digest of the question and answer: identifies a row without storing its text."""
     key: str
     kind: str
-    """label, correction or rating."""
+    """`label`, `correction` or `rating`."""
     row: dict[str, Any]
-    """As the task reads it."""
+    """The row in the form that the task reads."""
     is_held_out: bool
-    """Whether it is measured on, and so never trained on."""
+    """Whether models are measured on it; it is then never trained on."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """The new rows, and why others are none."""
+    """The new rows, and why others were dropped."""
 
     rows: list[Row]
     dropped: dict[str, int]
     present: set[str]
     """Ids of everything that the source still has."""
     largest_key: float
-    """Share of the rows that one key gave."""
+    """The largest share of the rows that came from a single key."""
 
 
 def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, writes: bool) -> Collected:
     """Return the rows that no earlier cycle used. Raises UserError.
 
-    labels: of the model; empty where it writes text. used: ids of earlier rows. writes: whether the model writes text.
+    labels: the model's labels; empty if it writes text. used: ids of earlier rows. writes: whether the model writes text.
     """
     requests, present = _requests(settings)
     dropped: Counter[str] = Counter()
@@ -87,7 +87,7 @@ def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, w
 
 
 def _requests(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
-    """Return all requests, and the ids that there still are."""
+    """Return all requests, and the ids of everything that the source still has."""
     folder = log_folder(settings.data)
     if folder is not None:
         return read_requests(folder, 0.0, settings.store), recorded_requests(folder, settings.store)
@@ -120,7 +120,7 @@ def _name(value: Any) -> str | None:
 def _row(
     request: Conversation, least_rating: float, labels: Sequence[str], *, writes: bool
 ) -> tuple[str, dict[str, Any] | None]:
-    """Return the kind and the row; None, and the reason in place of the kind, where it teaches nothing."""
+    """Return (kind, row); if the request teaches nothing, (reason, None)."""
     if request.is_batch:
         return "of several texts in one request", None
     if not writes:
@@ -144,13 +144,14 @@ def _row(
 
 
 def _share_of(request: Conversation) -> float:
-    """Return where a user (a request, where users are not known) stands between 0 and 1: held-out users stay so in all cycles."""
+    """Return a fixed number from 0 to 1 for the user, or for the request if the user is unknown: held-out users stay held out in
+    all cycles."""
     name = request.user or request.digest
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
 
 
 def _limited(rows: list[Row], share: float) -> list[Row]:
-    """Keep as many rows as can be, none of the keys with more than its share of them; of few keys each may have an equal one."""
+    """Keep as many rows as possible without giving a key more than `share` of them; with few keys, each may have an equal part."""
     counts = Counter(row.key for row in rows)
     if not rows:
         return rows
@@ -165,7 +166,7 @@ def _limited(rows: list[Row], share: float) -> list[Row]:
 
 
 def _most_per_key(counts: Sequence[int], share: float) -> int:
-    """Return the largest number of rows of a key that is within its share of what is then left; at least 1."""
+    """Return the largest number of rows a key that is within `share` of the rows then left; at least 1."""
     for most in range(max(counts), 1, -1):
         if most <= share * sum(min(count, most) for count in counts):
             return most
@@ -189,7 +190,7 @@ def _grams(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 class Contamination:
-    """Knows the rows that models are measured on."""
+    """Detects rows that overlap with those that models are measured on."""
 
     def __init__(self, measured: Iterable[Mapping[str, Any]]):
         self._texts = {" ".join(words_of(row)) for row in measured}
@@ -198,12 +199,12 @@ class Contamination:
         self._grams = {gram for gram, count in counts.items() if count <= most}
 
     def touches(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row asks what a measured row asks, or shares GRAM words in a row with one."""
+        """Return whether a row asks the same as a measured row, or shares GRAM consecutive words with one."""
         words = words_of(row)
         return " ".join(words) in self._texts or any(gram in self._grams for gram in _grams(words))
 
 
-# -- files of rows, of this user alone
+# -- files of rows, readable by this user only
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What follows from the gates: a candidate is refused, held for a person without traffic, gets its share, or is promoted."""
+"""Decide from the gates whether a candidate is refused, held without traffic for a person, given its share, or promoted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GateLine = Mapping[str, Any]
 
 
 def summarize(gates: Sequence[GateLine]) -> tuple[str, str]:
-    """Return what the gates say together (failed, undecided or passed), and the reason."""
+    """Return the common result of the gates (failed, undecided or passed), and the reason."""
     if failures := _failures(gates):
         return "failed", failures
     undecided = [gate for gate in gates if verdict_of(gate) == UNDECIDED]
@@ -33,17 +33,17 @@ def summarize(gates: Sequence[GateLine]) -> tuple[str, str]:
 
 
 def _has_enough_rows(gate: GateLine) -> bool:
-    """Return whether an undecided gate has the rows with which a candidate that is as good would be decided in most cases."""
+    """Return whether an undecided gate has enough rows that it would usually decide an equally good candidate."""
     return gate["rows_needed"] is not None and bool(gate["rows"] >= gate["rows_needed"])
 
 
 def _is_lossy(gate: GateLine) -> bool:
-    """Return whether the candidate is shown to lose something in an undecided gate, be it within the margin."""
+    """Return whether an undecided gate shows that the candidate loses something, even if that is within the margin."""
     return bool(gate["high"] < 0)
 
 
 def decide_candidate(settings: CycleSettings, gates: Sequence[GateLine], largest_key: float) -> tuple[str, str]:
-    """Return the decision on a candidate, and the reason. largest_key: share of its new rows that one key gave."""
+    """Return the decision about a candidate, and the reason. largest_key: the largest share of its new rows from a single key."""
     state, reason = summarize(gates)
     if state == "failed":
         return REFUSED, reason
@@ -59,7 +59,7 @@ def decide_candidate(settings: CycleSettings, gates: Sequence[GateLine], largest
 
 
 def _reason_to_ask(settings: CycleSettings, gates: Sequence[GateLine], largest_key: float) -> str:
-    """Return why a person is asked although `auto_promote` has bounds; empty where all hold."""
+    """Return why a person must decide although `auto_promote` is set; empty if all its bounds hold."""
     bounds, new = settings.auto_promote, _new_rows(gates)
     assert bounds is not None
     if largest_key > settings.share_per_key:
@@ -82,7 +82,7 @@ def _gain(new: GateLine | None) -> str:
 
 
 def _failures(gates: Sequence[GateLine]) -> str:
-    """Return the gates in which the candidate is worse, as text; empty where there are none."""
+    """Return the gates in which the candidate is worse, as text; empty if there are none."""
     failed = [gate for gate in gates if verdict_of(gate) == WORSE]
     keys = [gate for gate in failed if gate["name"].startswith(KEY)]
     worse = [gate["name"] for gate in failed if gate not in keys]

@@ -1,4 +1,4 @@
-"""What a candidate is compared in with the current version, each time on the same rows: sets, slices, words, probes, prompts."""
+"""Compare a candidate with the current version, always on the same rows: sets, slices, exchanged words, probes and prompts."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from dstune.protocols import PROBES
 from dstune.protocols.probe import Probe, asked
 
 SLICE_ROWS = 20
-"""Rows of a slice below which it is not judged."""
+"""A slice with fewer rows is not judged."""
 FEWEST = 5
-"""Rows of a set below which it is not judged."""
+"""A set with fewer rows is not judged."""
 
 NEW_ROWS = "new rows"
 KEY = "key "
 TAIL = 20
-"""Resamples that should lie beyond the bound of a key."""
+"""Number of resamples that should lie beyond the bound of a key."""
 MOST_RESAMPLES = 20_000
 
 Row = Mapping[str, Any]
 Scores = Callable[[Sequence[Row]], np.ndarray]
-"""A model's score of each row, larger is better: 1 for the right label, or the log-probability of a token of the answer. NaN of a
-row that says nothing."""
+"""Returns a model's score of each row, larger is better: 1 for the right label, or the mean log-probability of the answer's tokens;
+NaN for a row that cannot be scored."""
 Answers = Callable[[Sequence[Row]], list[str]]
-"""A model's answer to each row."""
+"""Returns a model's answer to each row."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One version."""
+    """Scores and answers of one version."""
 
     scores: Scores
     answers: Answers
     recited: Scores | None = None
-    """Of a model that writes text: the share of each row's rest that it recites behind the beginning."""
+    """For a model that writes text: the share of the remainder of each row that it recites when given the beginning."""
     unit: str = SHARES
-    """Of its scores."""
+    """The unit of the scores."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The rows of one key against those of all others: 1 where the candidate gives the label that the key gave."""
+    """The rows of one key and those of all others: 1 if the candidate gives the label that the key gave."""
 
     key: str
     its: np.ndarray
@@ -58,14 +58,14 @@ class Agreement:
 
 
 def agreements(hits: np.ndarray, keys: Sequence[str]) -> list[Agreement]:
-    """Return those of all keys with enough rows. hits: 1 where the candidate gives the row's label [rows]. keys: [rows]."""
+    """Return the agreement of every key with enough rows. hits: 1 if the candidate gives the row's label, [rows]. keys: [rows]."""
     names = np.array(keys)
     pairs = [Agreement(name, hits[names == name], hits[names != name]) for name in sorted(set(keys))]
     return [pair for pair in pairs if min(len(pair.its), len(pair.others)) >= SLICE_ROWS]
 
 
 def judge_all(gates: Gates, comparisons: Sequence[Comparison], keys: Sequence[Agreement] = ()) -> list[GateResult]:
-    """Decide all gates of a cycle with one error budget."""
+    """Decide all gates of a cycle within one error budget."""
     count = sum(not comparison.keeps_each for comparison in comparisons) + len(keys)
     level = level_of_worse(gates.error, count)
     return decide(comparisons, gates.error, count) + [
@@ -74,10 +74,10 @@ def judge_all(gates: Gates, comparisons: Sequence[Comparison], keys: Sequence[Ag
 
 
 def _judge_key(pair: Agreement, gap: float, level: float, resamples: int) -> GateResult:
-    """Hold a key's rows against those of the others: the candidate has learned from all, and still contradicts one that gives
-    wrong labels. A key passes unless its share of hits is surely lower than that of the others by more than `gap`.
+    """Compare a key's rows with those of the other keys: a candidate that has learned from all of them still contradicts a key
+    that gives wrong labels. A key passes unless its share of hits is certainly more than `gap` below that of the others.
 
-    The result's `current` is of the other keys' rows, `candidate` of this one's.
+    In the result, `current` is the share of hits in the other keys' rows, `candidate` that in this key's rows.
     """
     draws = max(resamples, min(math.ceil(TAIL / level), MOST_RESAMPLES))
     gaps = bootstrap_means(pair.its, draws) - bootstrap_means(pair.others, draws, seed=1)
@@ -95,7 +95,7 @@ def compare(
     current: Judge,
     candidate: Judge,
 ) -> list[Comparison]:
-    """Put both versions to all gates. sets: rows with their answers, by name. prompts: rows with `expected` or `pattern`."""
+    """Compare both versions in all gates. sets: rows with their answers, by name. prompts: rows with `expected` or `pattern`."""
     comparisons = []
     for name, rows_of_set in sets.items():
         rows, scores = _scored(rows_of_set, current.scores(rows_of_set), candidate.scores(rows_of_set))
@@ -122,7 +122,7 @@ def compare(
 def _scored(
     rows: Sequence[Row], current: np.ndarray, candidate: np.ndarray
 ) -> tuple[Sequence[Row], tuple[np.ndarray, np.ndarray]]:
-    """Return the rows that both versions have a score of, and the scores."""
+    """Return the rows that both versions can score, and both versions' scores of them."""
     is_scored = ~(np.isnan(current) | np.isnan(candidate))
     kept = [row for row, has_score in zip(rows, is_scored, strict=True) if has_score]
     return kept, (current[is_scored], candidate[is_scored])
@@ -135,7 +135,7 @@ def _probed(probe: Probe, version: Judge) -> np.ndarray:
 
 
 def compare_memory(gates: Gates, taught: Sequence[Row], current: Judge, candidate: Judge) -> list[Comparison]:
-    """Compare how much of the rows that the candidate was trained on each version does not recite."""
+    """Compare how much of the candidate's training rows each version does not recite; empty if this gate does not apply."""
     if gates.memorised is None or current.recited is None or candidate.recited is None or len(taught) < FEWEST:
         return []
     return [
@@ -158,7 +158,7 @@ def _slices(
 
 
 def _steady(rows: Sequence[Row], swaps: Sequence[tuple[str, str]], version: Judge) -> np.ndarray:
-    """Return 1 where the answer stays when words are exchanged, of the rows that have one of the words."""
+    """Return, for each row that contains one of the words, 1 if the answer stays the same when words are exchanged, else 0."""
     pairs = [(row, swapped) for row in rows if (swapped := swapped_row(row, swaps)) != dict(row)]
     if not pairs:
         return np.zeros(0)

@@ -1,4 +1,4 @@
-"""`dstune serve --aliases FOLDER`: names under which several versions share the traffic, as the registry of a cycle says."""
+"""Serve aliases with `dstune serve --aliases FOLDER`: several versions share the traffic of a name, as a cycle's registry says."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class AliasRoutes(Routes):
 
 
 class Aliases:
-    """The aliases of a registry, read again when the file changes: a person promotes beside the server."""
+    """The aliases of a registry. The file is read again when it changes, because a person may promote while the server runs."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -84,7 +84,7 @@ class Aliases:
         return self._registry
 
     def version(self, alias: str, body: Mapping[str, Any], served: Mapping[str, object]) -> str | None:
-        """Return the version that answers a request to `alias`; None where it is no alias, or none of its versions is served."""
+        """Return the version that answers a request to `alias`; None if it is not an alias, or none of its versions is served."""
         from dstune.cycle.registry import chosen_version
 
         shares = self.read().aliases.get(alias)
@@ -92,7 +92,7 @@ class Aliases:
 
 
 def conversation_name(body: Mapping[str, Any]) -> str:
-    """Return what the requests of one user, or else of one conversation, have in common: they get the same version."""
+    """Return the key that all requests of a user share, or of a conversation if there is no user: they get the same version."""
     user = body.get("user") or body.get("safety_identifier")
     if isinstance(user, str):
         return user

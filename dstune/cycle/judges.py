@@ -1,4 +1,4 @@
-"""A version as the gates ask it: scores of rows with their answers, and answers to rows without."""
+"""Query a version for the gates: scores of rows that have answers, and answers to rows that have none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANSWER_TOKENS = 64
 
 
 def judge_of(folder: Path, config: RunConfig, batch_size: int = 32) -> Judge:
-    """Return the judge of an exported model. config: of its run."""
+    """Return the judge of an exported model. config: the configuration of its run."""
     if task_of(config.task).generates:
         return Judge(
             lambda rows: _log_probabilities(folder, config, rows),
@@ -93,7 +93,7 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
 
 
 def _samples(speaker: Speaker, config: RunConfig, rows: Sequence[Row]) -> Iterator[Sample]:
-    """Yield the samples of the rows as training cuts them; a row that gives none is left out."""
+    """Yield the samples of the rows, truncated as in training; rows without a sample are left out."""
     from dstune.data.rows import normalise, recognise
     from dstune.data.tokenize import RowTokenizer
 

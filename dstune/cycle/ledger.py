@@ -1,4 +1,4 @@
-"""Every decision of all cycles with its reason, a line of JSON each; written once, whatever is killed in between."""
+"""Record every decision of all cycles with its reason, one line of JSON each; each is written once, even after a kill."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LARGEST = 1 << 30
 
 
 class Ledger:
-    """The lines of a folder's ledger, each with a key of its own."""
+    """The lines of a folder's ledger, each with its own key."""
 
     def __init__(self, folder: Path):
         self._path = folder / LEDGER
         self.lines = self._read()
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the complete lines; a last one that was cut is removed, so that the next one does not continue it."""
+        """Return the complete lines. A truncated last line is removed, so that the next one does not continue it."""
         try:
             content = read_file(self._path, LARGEST)
         except FileNotFoundError:
@@ -33,7 +33,7 @@ class Ledger:
         return [parse_json(line) for line in complete.splitlines()]
 
     def note(self, cycle: int, step: str, decision: str, reason: str, **facts: Any) -> None:
-        """Append a line, unless this step of this cycle has one."""
+        """Append a line unless this step of this cycle already has one."""
         if not any((line["cycle"], line["step"]) == (cycle, step) for line in self.lines):
             self.append(cycle, step, decision, reason, **facts)
 

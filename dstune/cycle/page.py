@@ -1,4 +1,4 @@
-"""The ledger as an HTML page: versions, their traffic, the gates of the newest candidate, and every decision."""
+"""Write the ledger as an HTML page: versions, their traffic, the gates of the newest candidate, and the decisions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dstune.report.series import Series
 
 PAGE = "report.html"
 SHOWN = 200
-"""Decisions, the newest ones."""
+"""Number of decisions on the page, the newest ones."""
 MOST_CHARTS = 6
 
 
 def write_page(folder: Path, alias: str) -> Path:
-    """Write the page of a cycle's folder. No text of a row is on it."""
+    """Write the page of a cycle's folder. It shows no text of any row."""
     registry, lines = Registry.read(folder), Ledger(folder).lines
     judged = [line for line in lines if line["step"] == "judge"]
     html = render(

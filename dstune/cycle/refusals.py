@@ -1,4 +1,4 @@
-"""What a cycle refuses before it begins: runs that feedback cannot teach, gates and rows that nothing could judge."""
+"""Refuse, before a cycle begins, runs that cannot learn from feedback, and gates or rows that cannot be judged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = "shows an image, which the log of requests does not keep and no gate lo
 
 
 def check_task(config: RunConfig) -> None:
-    """Raises UserError unless the run's task learns from rows that feedback gives: texts with one label, or conversations."""
+    """Check that the run's task can learn from feedback: from texts with one label, or conversations. Raises UserError if not."""
     task = task_of(config.task)
     has_one_label = "text_label" in task.formats and task.has_labels and not task.several_labels
     if not has_one_label and not (task.generates and "messages" in task.formats):
@@ -30,7 +30,7 @@ def check_task(config: RunConfig) -> None:
 
 
 def shows_images(row: Row) -> bool:
-    """Return whether a row has a column of images, or a message with a part that is one."""
+    """Return whether a row has a column of images, or a message with an image part."""
     messages = row["messages"] if isinstance(row.get("messages"), list) else []
     contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     has_places = any(is_place(part) for content in contents if isinstance(content, list) for part in content)
@@ -43,7 +43,10 @@ def check_gates(
     labels: Collection[str],
     parts: Mapping[str, Sequence[Row]],
 ) -> None:
-    """Raises UserError with all that the gates could not judge. labels: of the model. parts: rows of the first run."""
+    """Check that the gates can be judged. Raises UserError with every problem.
+
+    labels: the model's labels. parts: rows of the first run by part.
+    """
     problems = [*_problems_of_text_gates(settings.gates, config)]
     if any(map(shows_images, (row for rows in parts.values() for row in rows))):
         problems.append(Problem("run", f"a row of it {IMAGES}", "a run on text", str(settings.run)))
@@ -72,7 +75,7 @@ def _problems_of_rows(key: str, spec: str, fault_of: Callable[[Row], str]) -> It
 
 
 def _fault_of_test(row: Row, config: RunConfig, labels: Collection[str]) -> str:
-    """Return why a row of a test set cannot be judged; empty where it can."""
+    """Return why a row of a test set cannot be judged; empty if it can."""
     from dstune.data.rows import normalise, recognise
 
     if shows_images(row):
@@ -95,7 +98,7 @@ def _fault_of_prompt(row: Row) -> str:
 
 
 def rows_of_spec(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the fields of each row of a file of gates. Raises UserError."""
+    """Yield the place and the fields of each row in a file that the gates name. Raises UserError."""
     from dstune.data import sources
 
     for file in sources.expand(spec, "gates", split="test"):

@@ -1,4 +1,4 @@
-"""Versions of a model, and which share of the traffic of an alias each of them gets."""
+"""Keep the versions of a model, and the share of an alias's traffic that each of them gets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REGISTRY = "registry.json"
 
 @dataclass
 class Registry:
-    """What `registry.json` holds; `dstune serve --aliases` reads it."""
+    """The content of `registry.json`; `dstune serve --aliases` reads it."""
 
     path: Path
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Registry:
         )
 
     def write(self) -> None:
-        """Replace the file at once: a server reads the old or the new one."""
+        """Replace the file atomically: a server reads either the old or the new one."""
         content = {"versions": self.versions, "aliases": self.aliases, "former": self.former}
         files.write(self.path, json.dumps(content, indent=1) + "\n", sync=True)
 
@@ -61,7 +61,7 @@ class Registry:
         self.aliases[alias] = shares
 
     def challenge(self, alias: str, share: float) -> str:
-        """Give a held challenger its share of the traffic. Raises UserError where there is none."""
+        """Give a held challenger its share of the traffic. Raises UserError if there is none."""
         challenger = self._waiting("challenge")
         self.share(alias, share)
         return challenger
@@ -72,7 +72,7 @@ class Registry:
         return self.challenger
 
     def promote(self, alias: str) -> str:
-        """Make the challenger the current version. Raises UserError where there is none."""
+        """Make the challenger the current version. Raises UserError if there is none."""
         challenger, current = self._waiting("promote"), self.current
         if current is not None:
             self.versions[current]["status"] = "former"

@@ -1,4 +1,4 @@
-"""Files that let a scheduler run cycles: a crontab, a SLURM script, a job of a Databricks asset bundle."""
+"""Write files that let a scheduler run cycles: a crontab, a SLURM script, or a job of a Databricks asset bundle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {"cron": "cycle.cron", "slurm": "cycle.sbatch", "databricks": "databrick
 
 
 def write_schedule(config: Path, settings: CycleSettings, kind: str, output: Path | None) -> Path:
-    """Write what runs `dstune cycle CONFIG` once a day, and return the file. Raises UserError."""
+    """Write the file with which a scheduler runs `dstune cycle CONFIG` once a day, and return it. Raises UserError."""
     path = config.absolute()
     for place in (str(path), str(settings.folder), str(Path.cwd())):
         if not place.isprintable() or "%" in place:  # cron ends a command at a percent sign
@@ -45,7 +45,7 @@ def write_schedule(config: Path, settings: CycleSettings, kind: str, output: Pat
 
 
 def _here() -> str:
-    """Enter the present folder: runs may name their data as it is seen from there."""
+    """Return a command that enters the current folder, because runs may name their data relative to it."""
     return f"cd {shlex.quote(str(Path.cwd()))}"
 
 
@@ -55,7 +55,7 @@ def _cron(words: list[str], settings: CycleSettings) -> str:
 
 
 def _slurm(words: list[str], settings: CycleSettings) -> str:
-    """Return a job that queues its successor first, so that one that fails does not end the chain."""
+    """Return a job script that queues its successor first, so that a failing job does not end the chain."""
     script = shlex.quote(str(settings.folder / NAMES["slurm"]))
     lines = [
         "#!/usr/bin/env bash",
@@ -71,7 +71,7 @@ def _slurm(words: list[str], settings: CycleSettings) -> str:
 
 
 def _databricks(words: list[str], settings: CycleSettings) -> str:
-    """Return a bundle: `databricks bundle validate`, then `databricks bundle deploy`. The cluster is the user's to choose."""
+    """Return an asset bundle for `databricks bundle validate` and `databricks bundle deploy`. The user chooses the cluster."""
     job = {
         "name": "dstune-cycle",
         "max_concurrent_runs": 1,

@@ -1,4 +1,4 @@
-"""The file of a cycle: what it trains, on which rows, and what a candidate has to pass."""
+"""Read the settings file of a cycle: what it trains, on which rows, and which gates a candidate has to pass."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ REQUIRED = ("run", "folder", "data")
 
 
 def read_settings(path: Path) -> CycleSettings:
-    """Return what a file says; paths in it are seen from its folder. Raises UserError with all that is wrong."""
+    """Return the settings in a file; relative paths start at its folder. Raises UserError with all problems."""
     try:
         content = parse_yaml(read_file(path).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -138,7 +138,7 @@ def read_settings(path: Path) -> CycleSettings:
 
 
 def _below(base: Path, spec: str) -> str:
-    """Return a relative path below the settings file's folder, `base`; absolute paths, addresses and samples as they are."""
+    """Return a relative path joined to the settings file's folder, `base`; absolute paths, addresses and samples are unchanged."""
     return spec if "://" in spec or Path(spec).is_absolute() else str(base / spec)
 
 
@@ -175,7 +175,7 @@ def _values(content: Mapping[str, Any], kind: Any, prefix: str, problems: list[P
 
 
 def _checked(where: str, kind: str, value: Any, problems: list[Problem]) -> Any:
-    """Return the value in the type of its field; what cannot be is noted."""
+    """Return the value in the type of its field; append a problem if it is invalid."""
     name = where.rpartition(".")[2]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in RANGES:

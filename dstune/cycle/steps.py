@@ -1,4 +1,4 @@
-"""A cycle from rows to a challenger. Each step writes its result and then its line of the ledger; a step with a result is over."""
+"""Run a cycle from rows to a challenger. Each step writes its result, then its line of the ledger; a step with a result is done."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ ROWS, CYCLES, VERSIONS = "rows", "cycles", "versions"
 FIRST = "v1"
 DONE = "done.json"
 MOST_RECITED = 200
-"""New training rows whose rest is looked for."""
+"""Number of new training rows that are tested for recitation."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises UserError where another process has it."""
+    """Hold the folder's lock. Raises UserError if another process holds it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = files.try_lock(files.open_plain(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600))
     if descriptor is None:
@@ -51,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Cycle:
-    """The newest cycle of a folder: one that was begun, or a new one."""
+    """The current cycle of a folder: the newest one if it is unfinished, otherwise a new one."""
 
     def __init__(self, settings: CycleSettings, message: Callable[[str], None] = lambda text: None):
         self.settings, self._message = settings, message
@@ -71,17 +71,18 @@ class Cycle:
 
     @cached_property
     def _base(self) -> tuple[RunConfig, dict[str, list[dict[str, Any]]]]:
-        """The first run's configuration, and its rows by part."""
+        """The configuration of the first run, and its rows by part."""
         config, parts = read_run_parts(self.settings.run)
         return config, {part: [row for _, row in rows] for part, rows in parts.items()}
 
     @cached_property
     def _labels(self) -> tuple[str, ...]:
-        """Those of the model; none where it writes text."""
+        """The model's labels; empty if it writes text."""
         return training.labels_of_run(self.settings.run)
 
     def run(self) -> str:
-        """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
+        """Run the cycle, continuing after its last finished step. Returns the decision. Raises UserError, Preempted,
+        TrainingFailed."""
         check_task(read_run(self.settings.run / "run.yaml").config)
         config, parts = self._base
         check_gates(self.settings, config, self._labels, parts)
@@ -110,7 +111,7 @@ class Cycle:
         return self.settings.folder / VERSIONS / version
 
     def _result(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what the step found: once, whatever is killed behind it."""
+        """Return the result of a step. It is computed once and kept in a file, even if the cycle is killed later."""
         file = self.place / f"{step}.json"
         if not file.is_file():
             self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class Cycle:
     # -- rows
 
     def collect(self) -> tuple[str, str, dict[str, Any]]:
-        """Take the new rows, and drop earlier ones that were deleted since."""
+        """Take the new rows, and drop earlier rows that their source no longer has."""
         result = self._result("collect", self._collect)
         facts = {key: result[key] for key in ("rows", "held_out", "dropped", "forgotten", "digest")}
         if self.registry.challenger not in (None, self.version):
@@ -162,7 +163,7 @@ class Cycle:
         return self.settings.folder / ROWS / f"{number:04d}.jsonl"
 
     def _passed_cycles(self) -> list[int]:
-        """Return those whose rows are in a version that passed the gates; the rows of others are taken again."""
+        """Return the earlier cycles whose version was not refused, in order; the rows of refused ones are collected again."""
         return sorted(
             version["cycle"]
             for version in self.registry.versions.values()
@@ -170,7 +171,10 @@ class Cycle:
         )
 
     def _forget(self, present: set[str]) -> int:
-        """Remove the rows that their source no longer has, and mark the versions that were trained on them."""
+        """Remove the rows that their source no longer has, and mark the versions trained on them. Returns their number.
+
+        present: ids of everything that the source still has.
+        """
         gone = 0
         for file in sorted((self.settings.folder / ROWS).glob("*.jsonl")):
             number = int(file.stem)
@@ -185,13 +189,14 @@ class Cycle:
                     version["holds_forgotten"] = True
             self.registry.write()
             self._forget_copies(number, remaining)
-            save(file, remaining)  # last: until then a cycle that was killed finds them again
+            save(file, remaining)  # last: if the cycle is killed before, the next one finds these rows again
         return gone
 
     def _forget_copies(self, number: int, remaining: list[Row]) -> None:
-        """Remove the copies of rows of cycle `number` that are not among `remaining` from all files that a training read from.
+        """Remove the rows of cycle `number` that are not in `remaining` from all files that a training read.
 
-        Their rows and origins are paired by digest, and origins are written last: a kill in between leaves more of them.
+        Rows and origins are matched by digest. Origins are written last, so a kill in between leaves too many of them, never too
+        few.
         """
         rows = {digest_of_row(row.row) for row in remaining}
         for name in ("train.jsonl", "old.jsonl"):
@@ -208,7 +213,7 @@ class Cycle:
                     write_rows(lineage, remaining_origins)
 
     def _ancestry(self, name: str | None) -> list[int]:
-        """Return the cycles whose rows a version was trained on, the newest first; 0 is the first run."""
+        """Return the cycles whose rows a version was trained on, starting with its own; 0 is the first run."""
         cycles: list[int] = []
         while name is not None:
             version = self.registry.versions[name]
@@ -217,14 +222,14 @@ class Cycle:
         return list(dict.fromkeys(cycles))
 
     def _start(self) -> str:
-        """Return the version to train from: the current one, or its newest ancestor that was trained on no forgotten row."""
+        """Return the version to train from: the current one, or its newest ancestor that was not trained on a forgotten row."""
         name = self.registry.current
         while name is not None and self.registry.versions[name].get("holds_forgotten"):
             name = self.registry.versions[name]["parent"]
         return name or FIRST
 
     def _measured(self, parts: Mapping[str, list[dict[str, Any]]]) -> Iterator[Mapping[str, Any]]:
-        """Yield rows of the first run and of the gates that are measured on."""
+        """Yield the rows that models are measured on: those of the first run's held-out parts and those of the gates."""
         for part in ("validation", "test"):
             yield from parts.get(part, [])
         for rows in self._test_sets().values():
@@ -233,7 +238,7 @@ class Cycle:
             yield from rows
 
     def _held_out_rows(self) -> list[dict[str, Any]]:
-        """Return those of all cycles, each once."""
+        """Return the held-out rows of all cycles, each once."""
         files_of_rows = sorted((self.settings.folder / ROWS).glob("*.jsonl"))
         rows = {row.digest: row.row for file in files_of_rows for row in load(file) if row.is_held_out}
         return [*rows.values()]
@@ -258,7 +263,7 @@ class Cycle:
             *((row.row, number) for row, number in rows_before if not row.is_held_out),
         ]
         taught = [(row.row, number) for row, number in new if not row.is_held_out]
-        # Rows of former trainings may ask what is measured since: a test set that is new, a held-out user's question.
+        # Earlier training rows may overlap with what is measured now: a new test set, or a question of a held-out user.
         measured = Contamination([*self._measured(parts), *self._held_out_rows()])
         count = len(taught) + len(old)
         taught, old = ([entry for entry in rows if not measured.touches(entry[0])] for rows in (taught, old))
@@ -290,7 +295,7 @@ class Cycle:
     # -- gates
 
     def judge(self) -> tuple[str, str, dict[str, Any]]:
-        """Hold the candidate against the current version."""
+        """Compare the candidate with the current version."""
         result = self._result("judge", self._judge)
         return *summarize(result["gates"]), result
 
@@ -324,7 +329,7 @@ class Cycle:
     # -- registry
 
     def register(self) -> tuple[str, str, dict[str, Any]]:
-        """Make the candidate the challenger with its share of the traffic, or refuse it."""
+        """Make the candidate the challenger with its share of the traffic, promote it, or refuse it."""
         trained, gates = object_in(self.place / "train.json"), object_in(self.place / "judge.json")["gates"]
         largest_key = self._collected(self.number).get("largest_key", 0.0)
         decision, reason = decide_candidate(self.settings, gates, largest_key)
@@ -338,7 +343,7 @@ class Cycle:
         return decision, reason, {"version": self.version, "weights": trained["weights"]}
 
     def _follow(self, decision: str) -> None:
-        """Put the decision on the candidate into the registry."""
+        """Apply the decision about the candidate to the registry."""
         alias = self.settings.alias
         if decision == PROMOTED:
             self.registry.promote(alias)
@@ -349,7 +354,7 @@ class Cycle:
         self.registry.write()
 
     def judge_again(self) -> str:
-        """Judge the challenger once more, on the rows of the gates as they are now. Returns the decision. Raises UserError."""
+        """Judge the challenger again, on the current rows of the gates. Returns the decision. Raises UserError."""
         if self.registry.challenger is None:
             raise UserError(Problem("judge", "there is no challenger", "`dstune cycle CONFIG` makes one"))
         self.number = int(self.registry.versions[self.registry.challenger]["cycle"])
@@ -365,7 +370,7 @@ class Cycle:
         return decision
 
     def _refuse_taught_tests(self) -> None:
-        """Raises UserError where rows of the gates were added that the challenger was trained on."""
+        """Check that the challenger was not trained on rows that are measured now. Raises UserError otherwise."""
         measured = Contamination([*self._measured(self._base[1]), *self._held_out_rows()])
         taught = [row for name in ("train", "old") for row in read_rows(self.place / f"{name}.jsonl")]
         if count := sum(map(measured.touches, taught)):
@@ -376,7 +381,7 @@ class Cycle:
 def _without_copies(
     rows: Iterable[dict[str, Any]], removed: set[str], origins: Iterable[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows with as many copies of a removed one as others of `origins` have. removed: digests."""
+    """Yield the rows; of each removed row only as many copies as `origins` still lists. removed: digests."""
     copies = Counter(origin["digest"] for origin in origins)
     for row in rows:
         digest = digest_of_row(row)

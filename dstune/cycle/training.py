@@ -29,7 +29,8 @@ from dstune.protocols.task_options import TakesLabels
 def config_from_version(base: RunConfig, folder: Path) -> RunConfig:
     """Return the first run's configuration, started from a version's export.
 
-    The export holds what the first run brought to its model: weights, settings of `config.json`, longer positions, adapters.
+    The export contains everything that the first run gave its model: weights, settings of `config.json`, longer positions,
+    adapters.
     """
     from dstune.checkpoint.export import model_of_export
 
@@ -49,7 +50,7 @@ def _without_adapters(config: MethodConfig) -> MethodConfig:
 
 
 def training_overrides(settings: CycleSettings, rows: Path, old: Path, validation: Path | None, name: str) -> list[str]:
-    """Return what differs from the settings of the first run, beside its model. validation: None where it held out no rows."""
+    """Return the overrides that change the first run's settings, apart from its model. validation: None if it held out no rows."""
     forgetting = {"replay": settings.replay, "l2sp": settings.l2sp, "ewc": settings.ewc}
     needs_old = settings.replay > 0 or settings.ewc > 0
     return [
@@ -73,7 +74,7 @@ def training_overrides(settings: CycleSettings, rows: Path, old: Path, validatio
 def prepare_run(
     run: Path, base: RunConfig, overrides: Sequence[str], labels: Sequence[str], plugins: Sequence[object]
 ) -> None:
-    """Write the run's configuration, unless it is there. Raises UserError."""
+    """Write the run's configuration unless it exists. Raises UserError."""
     if (run / "run.yaml").is_file():
         return
     config = apply_overrides(base, list(overrides))
@@ -89,7 +90,7 @@ def train(run: Path) -> None:
     result = records.read_result(run)
     if result is not None and result.get("status") == "completed":
         return
-    # In a process of its own: ranks of a notebook, or of a test, would share what a former training left.
+    # In a separate process: ranks of a notebook, or of a test, would inherit state of an earlier training.
     code = subprocess.run([sys.executable, "-m", "dstune", "train", str(run)], env=dict(os.environ)).returncode
     if code == EXIT_PREEMPTED:
         raise Preempted(f"the training in {run} was stopped: repeat the command to go on")
@@ -98,7 +99,7 @@ def train(run: Path) -> None:
 
 
 def _wait_for_orphan(run: Path) -> None:
-    """Wait until no other process trains in the folder: that of a cycle that was killed goes on without it."""
+    """Wait until no other process trains in the folder: the training of a killed cycle continues without it."""
     descriptor = files.open_plain(run / records.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -107,7 +108,7 @@ def _wait_for_orphan(run: Path) -> None:
 
 
 def labels_of_run(run: Path) -> tuple[str, ...]:
-    """Return the labels of a run's newest checkpoint; empty where its task has none."""
+    """Return the labels of a run's newest checkpoint, or the configured ones without a checkpoint; empty if its task has none."""
     config = read_run(run / "run.yaml").config
     if not task_of(config.task).has_labels:
         return ()
@@ -117,10 +118,10 @@ def labels_of_run(run: Path) -> tuple[str, ...]:
 
 
 def export_model(run: Path, target: Path, *, with_reference: bool = True) -> str:
-    """Export the whole model of a run's newest checkpoint, unless it is there. Returns the digest of its weights.
+    """Export the merged model of a run's newest checkpoint unless `target` exists. Returns the digest of its weights.
 
-    with_reference: with rows that a server holds the version against; it takes those that the run held out. Without any it would
-    be training rows, which may be deleted some day.
+    with_reference: whether to add rows with which a server compares its traffic, taken from the rows that the run held out. Do not
+    set it without held-out rows: training rows would be taken, and they may have to be deleted some day.
     """
     from dstune.checkpoint.export import export_checkpoint, find_checkpoint
     from dstune.inference.reference import add_reference

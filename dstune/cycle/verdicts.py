@@ -1,12 +1,12 @@
-"""What paired scores show of a candidate: that it is as good within the allowed loss, that it is surely worse, or neither.
+"""Decide from paired scores whether a candidate is as good within the allowed loss, certainly worse, or neither.
 
 All gates of a cycle share one error budget, `gates.error`:
 
-- A gate passes if the candidate is shown to lose less than the margin, at the level `error`. A candidate that loses more in a set
-  has to be mistaken there to pass all of them, so passing needs no correction (intersection-union test: Berger 1982).
+- A gate passes if the candidate is shown to lose less than the margin, at the level `error`. A candidate that loses more in one set
+  passes all of them only if the test errs on that set, so passing needs no correction (intersection-union test: Berger 1982).
 - A gate is worse if the candidate is shown to lose more than the margin, at the level `error` divided by the number of gates
   (Bonferroni). A candidate within all margins is refused with probability `error` at most, however many gates there are.
-- Any other gate is undecided. It says how many rows would decide it.
+- Any other gate is undecided. It reports how many rows would decide it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ import numpy as np
 
 PASSED, WORSE, UNDECIDED = "passed", "worse", "undecided"
 POWER = 0.8
-"""Chance with which a candidate that is exactly as good passes all sets, each of the rows that its gate asks for."""
+"""Probability that an equally good candidate passes all sets, if each has the number of rows that its gate asks for."""
 
 SHARES, LOG_PROBABILITIES = "points", "nats a token"
-"""Units of a score: a share from 0 to 1 (a hit is 1), of which 0.01 is a percentage point, or a mean log-probability."""
+"""Units of a score: a share from 0 to 1 (a hit is 1; 0.01 is a percentage point), or a mean log-probability."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of the same rows [rows], larger is better."""
+    """Scores of the same rows by both versions, [rows] each; larger is better."""
 
     name: str
     current: np.ndarray
     candidate: np.ndarray
     margin: float
-    """Loss of the mean that is allowed."""
+    """How much of its mean the candidate may lose."""
     unit: str = SHARES
     is_set: bool = False
-    """Whether these are all rows of a set, of which at least one has to pass."""
+    """Whether these are all rows of a set; at least one set has to pass."""
     keeps_each: bool = False
-    """Whether the rows are no sample: what the current version has right has to stay right, row by row."""
+    """Whether the rows are not a sample: every row that the current version gets right has to stay right."""
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate says."""
+    """The result of a gate."""
 
     name: str
     rows: int
@@ -53,13 +53,13 @@ class GateResult:
     candidate: float
     low: float
     high: float
-    """Bounds of the mean difference, candidate less current: one-sided, at the levels for passing and for being worse."""
+    """Bounds of the mean difference, candidate minus current: one-sided, at the levels for passing and for being worse."""
     margin: float
     verdict: str
     reason: str
     is_set: bool = False
     rows_needed: int | None = None
-    """Of an undecided gate: rows with which a candidate that is as good would pass; None where no number of rows shows it."""
+    """For an undecided gate: the number of rows with which an equally good candidate would pass; None if no number suffices."""
 
     @property
     def gain(self) -> float:
@@ -72,7 +72,7 @@ def level_of_worse(error: float, gates: int) -> float:
 
 
 def decide(comparisons: Sequence[Comparison], error: float, gates: int) -> list[GateResult]:
-    """Decide gates. error: of all of them together. gates: how many share it, those of `comparisons` and others."""
+    """Decide the gates of `comparisons`. error: the budget of all gates together. gates: how many share it, including others."""
     sets = sum(comparison.is_set for comparison in comparisons)
     worse = level_of_worse(error, gates)
     return [
@@ -130,8 +130,8 @@ def _need(needed: int | None, rows: int) -> str:
 def _share_bound(difference: np.ndarray, level: float) -> float:
     """Return the lower bound, at `level`, of the mean of differences [rows] between scores from 0 to 1.
 
-    By the score interval of Tango (1998) for the difference of two paired proportions. It holds for few rows too: without a
-    single difference in 20 rows the bound at 0.025 is -0.16. Of scores between 0 and 1 gains and losses count by their size,
+    This is the score interval of Tango (1998) for the difference of two paired proportions. It is also valid for few rows: without
+    a single difference in 20 rows the bound at 0.025 is -0.16. For scores between 0 and 1, gains and losses count by their size,
     which overstates their variance.
     """
     rows, gained, lost = len(difference), float(difference.clip(0).sum()), float((-difference).clip(0).sum())
@@ -168,15 +168,15 @@ def _mean_bound(difference: np.ndarray, level: float) -> float:
 def rows_needed(difference: np.ndarray, margin: float, unit: str, error: float, gates: int = 1) -> int | None:
     """Return how many rows a candidate that is exactly as good needs to pass `gates` gates of such rows with probability POWER.
 
-    From the variance of the differences [rows] (Chow and others 2017, chapter 3), the chance of failing divided among the gates.
-    None where no number of rows is enough, because no loss is allowed.
+    It follows from the variance of the differences [rows] (Chow and others 2017, chapter 3); the chance of failing is divided among
+    the gates. None if no number of rows is enough, because no loss is allowed.
     """
     if margin <= 0:
         return None
     normal = NormalDist()
     passing, power = normal.inv_cdf(1 - error), normal.inv_cdf(1 - (1 - POWER) / max(1, gates))
     if unit == SHARES:
-        # A row that may differ is added: the rows at hand may have none by luck.
+        # Add one row that differs: the measured rows may contain none by chance.
         variance = (float(np.abs(difference).sum()) + 1) / (len(difference) + 1)
         fewest = passing**2 * (1 - margin) / margin if margin < 1 else 0.0  # without any difference
     else:
@@ -188,7 +188,7 @@ def rows_needed(difference: np.ndarray, margin: float, unit: str, error: float, 
 
 
 def verdict_of(gate: Mapping[str, Any]) -> str:
-    """Return the verdict of a gate in a ledger; lines of earlier versions have `passed` alone."""
+    """Return the verdict of a gate in a ledger; lines of earlier versions have only `passed`."""
     if "verdict" in gate:
         return str(gate["verdict"])
     return PASSED if gate["passed"] else WORSE
