@@ -1,7 +1,8 @@
-"""Completions in a batch that is kept full: where one ends, the next one begins (Yu et al. 2022, Orca: continuous batching).
+"""Sample completions in a batch that is kept full: when some end, others take their place (Yu et al. 2022, Orca: continuous
+batching).
 
-The tokens are those of `sampling.sample_completions`, which has the same noise, but for rounding: a row is computed beside others.
-What it saves is the work for rows that have ended long before the longest one of their batch.
+The noise is that of `sampling.sample_completions`, so the tokens are the same except for rounding, since a row is computed beside
+different ones. This saves the work for rows that end long before the longest row of their batch.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from dstune.tasks.reinforcement.sampling import Completion, configuration_of, dr
 
 @dataclass
 class _Rows:
-    """Completions that are being written, a row each."""
+    """The completions being generated, one per row."""
 
     completions: list[Completion]
     keys: Tensor
-    """Of their noise, int64 [rows]."""
+    """Keys of the noise, int64 [rows]."""
     mask: Tensor
-    """[rows, length of the cache]"""
+    """Attention mask, [rows, length of the cache]."""
     positions: Tensor
-    """Of the next token, [rows, 1]."""
+    """Position of the next token, [rows, 1]."""
     logits: Tensor
-    """[rows, vocabulary]"""
+    """Logits of the next token, [rows, vocabulary]."""
     cache: Any
 
 
@@ -47,11 +48,11 @@ def sample_continuously(
     keys: tuple[int, int],
     device: torch.device,
 ) -> list[Completion]:
-    """Return `samples` completions of each prompt (number, tokens), those of one prompt one after the other, at most `rows` at a
-    time.
+    """Return `samples` completions of each prompt (number, tokens), grouped by prompt. Generates at most `rows` at a time, or
+    `samples` if that is more.
 
     Raises:
-        UserError: the model keeps more than keys and values of all tokens (a sliding window, a state).
+        UserError: the model's cache is not just the keys and values of all tokens (a sliding window, a state).
     """
     waiting = deque(prompts)
     done: dict[tuple[int, int], Completion] = {}
@@ -87,14 +88,14 @@ def _note(rows: _Rows, tokens: list[int], logps: list[float], entropies: list[fl
 
 
 def _advance(model: nn.Module, rows: _Rows, token: Tensor) -> None:
-    """Compute the logits behind the tokens that were drawn."""
+    """Compute the logits that follow the drawn tokens."""
     rows.mask = torch.cat([rows.mask, rows.mask.new_ones(len(token), 1)], dim=1)
     rows.logits = last_logits(model, token[:, None], rows.mask, rows.positions, rows.cache)
     rows.positions = rows.positions + 1
 
 
 def _select(rows: _Rows, row_numbers: list[int], device: torch.device) -> _Rows | None:
-    """Return the rows that go on, without what is padding in all of them."""
+    """Return the rows that continue, without the columns that are padding in all of them; None if no row continues."""
     if not row_numbers:
         return None
     index = torch.tensor(row_numbers, device=device)
@@ -118,7 +119,7 @@ def _fill(
     keys: tuple[int, int],
     device: torch.device,
 ) -> _Rows:
-    """Return `current` with completions of the next prompts, where all samples of one have room."""
+    """Return `current` with completions of the next prompts added, as long as all samples of a prompt fit."""
     room = most - (len(current.completions) if current is not None else 0)
     batch = [waiting.popleft() for _ in range(min(len(waiting), room // samples))]
     if not batch and current is None:  # a prompt has more samples than there are rows
@@ -138,7 +139,7 @@ def _read(
     keys: tuple[int, int],
     device: torch.device,
 ) -> _Rows:
-    """Return rows whose prompts have been read, once for all samples."""
+    """Return rows for `prompts`; each prompt is computed once for all its samples."""
     from transformers import DynamicCache
 
     width = max(len(ids) for _, ids in prompts)
@@ -162,7 +163,7 @@ def _read(
 
 
 def _joined(first: _Rows, second: _Rows) -> _Rows:
-    """Return both as one batch; the shorter cache gets padding on the left."""
+    """Return both joined into one batch; the shorter cache is padded on the left."""
     length = max(first.mask.shape[1], second.mask.shape[1])
     for rows in (first, second):
         if missing := length - rows.mask.shape[1]:

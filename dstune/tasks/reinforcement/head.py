@@ -1,4 +1,4 @@
-"""The loss of sampled completions, and what the sampler is compared with."""
+"""Compute the loss of sampled completions, and the log-probabilities that the sampler's are compared with."""
 
 from __future__ import annotations
 
@@ -22,56 +22,56 @@ from dstune.tasks.reinforcement.losses import importance_factors, policy_loss
 
 
 class Targets(NamedTuple):
-    """The sampled tokens of a micro-batch that train."""
+    """The sampled tokens of a micro-batch that are trained."""
 
     inputs: Mapping[str, Any]
-    """Of the model."""
+    """Inputs of the model."""
     places: Tensor
-    """Of the hidden states that predict them, in all rows end to end, int64 [targets]."""
+    """Indices of the hidden states that predict the targets, in all rows end to end, int64 [targets]."""
     width: int
-    """Tokens of a row."""
+    """Number of tokens in a row."""
     tokens: Tensor
-    """int64 [targets]"""
+    """Token ids, int64 [targets]."""
     completion: Tensor
-    """The number of the completion that each is of, int64 [targets]."""
+    """Index of the completion that each target belongs to, int64 [targets]."""
     sampled: Tensor
-    """Their log-probabilities by the sampler, fp32 [targets]."""
+    """The sampler's log-probabilities of the targets, fp32 [targets]."""
 
 
 class Reference(Protocol):
-    """A model of its own that says how probable sampled tokens were before training."""
+    """A separate model that gives the log-probabilities of sampled tokens before training."""
 
     def share_prompts(self, world: World) -> bool:
         """See `PolicyHead.share_prompts`."""
 
     def log_probabilities(self, targets: Targets) -> Tensor:
-        """Compute them without a graph, fp32 [targets]."""
+        """Return the log-probabilities of `targets`, without a graph, fp32 [targets]."""
 
 
 class PolicyHead(CausalLmHead):
-    """A policy loss of the tokens that the model sampled, at the temperature of sampling.
+    """A policy loss over the tokens that the model sampled, at the sampling temperature.
 
-    The log-probabilities that train are those of this forward pass, never the sampler's: with one update for each rollout the
-    ratio is 1 exactly. The sampler's are compared with them, token by token.
+    The loss uses the log-probabilities of this forward pass, never the sampler's, so with one update per rollout the ratio is
+    exactly 1. The sampler's are compared with them, token by token.
     """
 
     def __init__(self, task: ReinforcementConfig, model: PreTrainedModel, reference: Reference | None = None):
-        """reference: what the model is kept near to, where that is not `model` without its adapter."""
+        """reference: the model to stay close to; None for `model` without its adapter."""
         super().__init__(model)
         self._task, self._model, self._reference = task, model, reference
         self.kept_old: list[Tensor] | None = None
-        """Where the first of several updates leaves the log-probabilities of each micro-batch."""
+        """Receives the log-probabilities of each micro-batch in the first of several updates."""
         self.largest_difference = 0.0
-        """Of a token's log-probability between sampler and training forward, since it was set to 0."""
+        """Largest difference of a token's log-probability between sampler and training forward pass since this was set to 0."""
         turn_off_dropout(model)
 
     def indexed(self, batch: Batch) -> dict[str, Tensor]:
-        """Return batches of prompts as they are: what trains of a step is known after its rollout."""
+        """Return batches of prompts unchanged: the targets of a step are known only after its rollout."""
         return dict(batch)
 
     def share_prompts(self, forward: Forward, device: torch.device, world: World) -> bool:
-        """Return whether rows may be those of `batches.shared_batch`: where the model computes them as it does each completion
-        alone, on all ranks. `forward` is in evaluation mode."""
+        """Return whether batches may share prompts (`batches.shared_batch`): only if on all ranks the model computes the same as
+        for each completion alone. `forward` must be in evaluation mode."""
         excess = share_prompts(self._model, forward, device)
         if excess is None:
             return False
@@ -83,11 +83,11 @@ class PolicyHead(CausalLmHead):
         return is_right
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """Compute the loss. batch: of `batches.completion_batch` or `batches.shared_batch`; from the second update on also old
-        [targets], the log-probabilities at the first one."""
+        """Compute the loss. batch: from `batches.completion_batch` or `batches.shared_batch`; from the second update on also `old`
+        [targets], the log-probabilities at the first update."""
         targets = self.targets_of(batch)
         reference = None
-        if self._task.kl.coefficient:  # first, so that no activations of the other pass are in memory meanwhile
+        if self._task.kl.coefficient:  # first, while the other pass holds no activations in memory
             reference = self._of_reference(forward, targets)
         logps = self.log_probabilities(forward, targets)
         old = batch["old"] if "old" in batch else logps.detach()
@@ -128,7 +128,7 @@ class PolicyHead(CausalLmHead):
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
-        """Compute log-probabilities at another temperature within the block."""
+        """Compute log-probabilities at a different temperature within the block."""
         task, self._task = self._task, replace(self._task, temperature=temperature)
         try:
             yield
@@ -161,7 +161,7 @@ class PolicyHead(CausalLmHead):
 
 
 def _targets(batch: Batch, labels: Tensor) -> Targets:
-    """Return the targets of a batch of `completion_batch`. labels: what each position predicts."""
+    """Return the targets of a batch from `completion_batch`. labels: the token that each position predicts, [rows, width]."""
     places, width = (labels != IGNORED).flatten().nonzero().squeeze(1), labels.shape[1]
     sampled = torch.nn.functional.pad(batch["sampled"][:, 1:], (0, 1)).flatten()
     tokens = labels.flatten().index_select(0, places)
@@ -169,7 +169,7 @@ def _targets(batch: Batch, labels: Tensor) -> Targets:
 
 
 def _shared_targets(batch: Batch) -> Targets:
-    """Return the targets of a batch of `shared_batch`."""
+    """Return the targets of a batch from `shared_batch`."""
     prompts, sizes, answers = (batch[name].tolist() for name in ("prompt_lengths", "prompt_samples", "answer_lengths"))
     tokens, labels = batch["input_ids"], batch["labels"]
     shared = SharedPrompts.build(prompts, sizes, answers, tokens.device)
@@ -182,9 +182,9 @@ def _shared_targets(batch: Batch) -> Targets:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Make the forward pass of training the function that samples.
+    """Turn off all dropout, so that the forward pass of training computes the same function as sampling.
 
-    Modules of transformers also keep rates as attributes (`attention_dropout`), which they read while they train.
+    Modules of transformers also keep dropout rates as attributes (`attention_dropout`), which they read in training mode.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -196,7 +196,7 @@ def turn_off_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def kept_log_probabilities(head: PolicyHead) -> Iterator[list[Tensor]]:
-    """Keep the log-probabilities of each micro-batch within the block, in order."""
+    """Collect the log-probabilities of each micro-batch in the block, in order."""
     logps: list[Tensor] = []
     head.kept_old = logps
     try:

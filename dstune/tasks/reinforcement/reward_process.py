@@ -1,5 +1,5 @@
-"""The rank's side of the process in which rewards and environments run (`reward_child.py`): what hangs, crashes or prints without
-end takes no rank with it."""
+"""Run rewards and environments in a child process (`reward_child.py`); this is the rank's side. Code that hangs, crashes or prints
+endlessly does not take the rank down."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.grade import asks_others, read_grader
 
 START_SECONDS = 120.0
-"""For the child to import the rewards."""
+"""Time for the child to import the rewards."""
 END_SECONDS = 10.0
-"""For the child to kill what the rewards have started."""
+"""Time for the child to kill what the rewards have started."""
 MOST_ANSWERED = 2**28
-"""Bytes of one answer of the child."""
+"""Size limit of one answer of the child, in bytes."""
 LONGEST_REASON = 500
-"""Characters of an error that are passed on."""
+"""Number of characters of an error that are passed on."""
 JUDGE_KEY = "DSTUNE_JUDGE_API_KEY"
 """The variable with the key for `task.judge`; no other secret reaches the child."""
 MODULE = "dstune.tasks.reinforcement.reward_child"
@@ -41,20 +41,20 @@ MODULE = "dstune.tasks.reinforcement.reward_child"
 
 @dataclass
 class Scores:
-    """What a reward says of completions, in their order."""
+    """A reward's results for completions, in their order."""
 
     scores: list[float | None]
-    """None for what it could not score."""
+    """None for a completion that the reward could not score."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns that it logged, a value for each completion."""
+    """Columns that the reward logged, with a value for each completion."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 class RewardProcess:
-    """Scores completions in a child that is started anew whenever it had to be ended."""
+    """Scores completions in a child process, which is started again whenever it had to be ended."""
 
     def __init__(self, task: ReinforcementConfig):
-        """Raises UserError for a file of `task.graders` that holds no grader."""
+        """Read the graders. Raises UserError for a file of `task.graders` that holds no grader."""
         self._modules = [module_of(REWARDS, name) for name in dict.fromkeys(task.rewards)]
         if task.environment is not None:
             self._modules.append(module_of(ENVIRONMENTS, task.environment))
@@ -63,9 +63,9 @@ class RewardProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._printed: Any = None
         self.starts = 0
-        """How often the child was started: what it held is gone when the number changes."""
+        """How often the child was started. When this number changes, the state of the former child is lost."""
         self.last_error = ""
-        """Why the last reward that failed did."""
+        """Why the last failed reward failed."""
 
     def __call__(
         self,
@@ -78,9 +78,10 @@ class RewardProcess:
         state: Mapping[str, Any] | None = None,
         environments: Sequence[str] = (),
     ) -> Scores:
-        """Return the scores of `completions`; None for all of them where the reward failed, with `last_error` saying why.
+        """Return the scores of `completions`. If the reward failed, all scores are None and `last_error` says why.
 
-        state: what `trainer_state` of TRL's functions has. environments: that of each completion, where there are any.
+        state: the values of `trainer_state` in TRL's functions. environments: the key of each completion's environment, if there
+        are any.
 
         Raises:
             UserError: the rewards cannot be imported.
@@ -113,13 +114,13 @@ class RewardProcess:
         )
 
     def ask(self, request: Mapping[str, Any], seconds: float, key: str) -> dict[str, Any]:
-        """Return the child's answer, or an `error`. key: the setting that the time is from. Raises UserError."""
+        """Return the child's answer, or an object with `error`. key: the setting that limits the time. Raises UserError."""
         if self._child is None:
             self._start()
         return self._ask(request, seconds, key)
 
     def close(self) -> None:
-        """End the child and everything that was started in it."""
+        """End the child and everything that it started."""
         child, self._child = self._child, None
         if child is None:
             return
@@ -163,7 +164,7 @@ class RewardProcess:
             raise UserError(Problem("task.rewards", reason, "import what they need inside of the plugin's file"))
 
     def _ask(self, request: Mapping[str, Any], seconds: float, key: str) -> dict[str, Any]:
-        """Return the child's answer, or an `error`, after which there is no child any more."""
+        """Return the child's answer, or an object with `error`; if the child hung or crashed, it has then been ended."""
         child = self._child
         assert child is not None and child.stdin is not None and child.stdout is not None
         deadline = time.monotonic() + seconds
@@ -188,7 +189,7 @@ class RewardProcess:
             }
         except (OSError, EOFError, ValueError):
             with suppress(subprocess.TimeoutExpired):
-                child.wait(END_SECONDS)  # it may still print why
+                child.wait(END_SECONDS)  # it may still print the reason
             printed = self._last_line()
             self.close()
             return {"error": f"its process ended: {printed}" if printed else "its process ended"}
@@ -202,7 +203,7 @@ class RewardProcess:
 
 
 def module_of(registry: Registry[Any], name: str) -> tuple[str, str, str | None]:
-    """Return (name of a member, its module, the file of a module that Python does not find by its name)."""
+    """Return (name of a member, its module, the module's file if Python cannot find it by name, else None)."""
     module = registry[name].__module__
     file = getattr(sys.modules.get(module), "__file__", None)
     return name, module, file if module.startswith("dstune_plugins.") or module == "__main__" else None
@@ -220,5 +221,5 @@ def _write(descriptor: int, content: bytes, deadline: float) -> None:
 
 
 def _is_secret(name: str) -> bool:
-    """Return whether a variable may hold a key: rewards run code of many authors on texts of the model."""
+    """Return whether a variable may hold a secret: rewards run code of many authors on texts of the model."""
     return any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL"))

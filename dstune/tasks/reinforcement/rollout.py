@@ -1,4 +1,5 @@
-"""A step's completions: sampled by the weights that train, scored, turned into advantages and micro-batches, and written down."""
+"""Make the completions of a step: sample them with the current weights, score them, compute advantages, build micro-batches, and
+record them."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ from dstune.trainer.rollouts import RolloutRun, RolloutStep
 from dstune.zero.engine import Engine
 
 SEED_OF_EVALUATION = 2**40
-"""In place of the number of a step: evaluations sample the same completions at every step, and never those of training."""
+"""Used in place of a step number: every evaluation samples with the same noise, which training never uses."""
 
 
 class Rollouts:
@@ -65,7 +66,7 @@ class Rollouts:
         run_dir: Path | None,
         stops: Sequence[int],
     ):
-        """run_dir: where completions are written down; None for an evaluation."""
+        """run_dir: where completions are recorded; None for an evaluation."""
         assert isinstance(config.task, ReinforcementConfig)
         self._config, self._task, self._split = config, config.task, split
         self._engine, self._head, self._tokenizer, self._world = engine, head, tokenizer, world
@@ -90,13 +91,13 @@ class Rollouts:
         return self._task.updates
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """Return the completions of a step's prompts, as the micro-batches that train."""
+        """Return the completions of a step's prompts as the micro-batches to train on."""
         prompts = [(part, batch) for part, batch in step.batch.batches]
         recorded = recorded_step(self._task, self._world, step.number)
         if recorded is None:
             state = {"global_step": step.number - 1, "max_steps": run.total_steps, "epoch": step.epoch}
             written, local_completions = written_step(self._task, self._world, self._run_dir, step.number), []
-            # Environments live until the next ones begin, so that each batch is scored before.
+            # Environments live until the next ones start, so each batch is scored before the next one is generated.
             for part in prompts if self._environments else [None]:
                 with run.around("generating"):
                     new = self._write(prompts if part is None else [part], step.number, written)
@@ -120,7 +121,7 @@ class Rollouts:
         return trained
 
     def _logged(self) -> dict[str, float]:
-        """Return what rewards logged in this step on any rank, the mean by name: the same on all of them."""
+        """Return the mean, by name, of the metrics that rewards logged in this step on any rank; the same on all ranks."""
         completions = self._world.gather(self._scorer.logged)
         self._scorer.logged = {}
         names = sorted({name for of_rank in completions for name in of_rank})
@@ -129,7 +130,8 @@ class Rollouts:
 
     @contextmanager
     def several_updates(self) -> Iterator[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
-        """Give each micro-batch, in every update but the first, the log-probabilities that its tokens had at the first."""
+        """Yield a function that gives the micro-batches of an update, by its number, the log-probabilities of their tokens at the
+        first update; nothing for the first update itself."""
         if self.updates == 1:
             yield lambda number: ()
             return
@@ -137,10 +139,11 @@ class Rollouts:
             yield lambda number: [{"old": logps} for logps in old_logps] if number else ()
 
     def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return sums of the rollout, to be added to those of this rank's head (`sums`).
+        """Return the sums of the rollout, to be added to those of this rank's head (`sums`).
 
         Raises:
-            UserError: the sampler's log-probabilities are not those of the model that trains, on any rank; on all of them alike.
+            UserError: the sampler's log-probabilities differ from the trained model's, averaged over all ranks or in a token of any
+                rank. Raised on all ranks.
         """
         names = ("difference", "absolute_difference", "compared")
         compared = self._world.gather_numbers([*(sums[name] for name in names), self._head.largest_difference])
@@ -159,10 +162,10 @@ class Rollouts:
         step: int,
         written: Mapping[str, Scored],
     ) -> list[list[Scored]]:
-        """Write this rank's completions for training: by the server where there is one, else as `complete`.
+        """Generate this rank's completions for training: with the server if there is one, otherwise with `complete`.
 
-        written: what an earlier launch had at this step. A server would not write the same again, so that those by the same weights
-        are taken as they are.
+        written: completions of this step from an earlier launch. A server would not generate the same ones again, so those of the
+        same weights are reused.
         """
         if self._server is None:
             return self.complete(prompts, step)
@@ -191,7 +194,7 @@ class Rollouts:
     def complete(
         self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], step: int, samples: int | None = None
     ) -> list[list[Scored]]:
-        """Generate this rank's completions, of each micro-batch of prompts (`encode.prompt_batch`)."""
+        """Generate this rank's completions, a list for each micro-batch of prompts (`encode.prompt_batch`)."""
         task, world, by_batch = self._task, self._world, []
         keys = self._config.trainer.seed, step
         with speaking(self._engine, world) as (module, in_step):
@@ -233,7 +236,7 @@ class Rollouts:
         *,
         in_step: bool,
     ) -> list[list[Scored]]:
-        """Return the same in a batch that is kept full. Raises UserError where ranks compute in step; on all of them alike."""
+        """Do the same as `complete` in a batch that is kept full. Raises UserError on all ranks if they have to compute in step."""
         if in_step:
             reason = "each rank writes at its own pace, and the whole weights have no room on every rank"
             raise UserError(Problem("task.rollout", reason, "task.rollout=exact", "fast"))
@@ -271,18 +274,18 @@ class Rollouts:
         ]
 
     def score(self, completed: Sequence[Sequence[Scored]]) -> None:
-        """Let the rewards score completions."""
+        """Score completions with the rewards."""
         self._scorer.score(completed, {})
         self._scorer.forget_rows()
 
     def _with_advantages(
         self, local_completions: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]
     ) -> list[list[Scored]]:
-        """Return all completions of the step in the order of its prompts, a list for each prompt, on every rank; set the advantages
-        of `local_completions`.
+        """Return all completions of the step on every rank, in the order of its prompts and a list for each; set the advantages of
+        `local_completions`.
 
         Raises:
-            UserError: a reward could score none of them. On all ranks alike.
+            UserError: a reward could not score any of them. Raised on all ranks.
         """
         task, world, samples = self._task, self._world, self._task.samples
         counted = [
@@ -325,7 +328,7 @@ class Rollouts:
     def _training_batch(
         self, local_completions: Sequence[Sequence[Scored]], batch: RankBatch, groups: Sequence[Sequence[Scored]]
     ) -> RankBatch:
-        """Return micro-batches of `trainer.micro_batch_size` completions; equally many on every rank."""
+        """Return micro-batches of `trainer.micro_batch_size` completions; the same number on every rank."""
         world, size = self._world, self._config.trainer.rows
         rows: list[tuple[Scored, bool]] = []
         for (part, _), completed in zip(batch.batches, local_completions, strict=True):
@@ -349,13 +352,13 @@ class Rollouts:
         return len(completion.prompt_ids) if completion.prompt_ids else int(self._split.lengths[completion.prompt])
 
     def _trained(self, scored: Scored) -> int:
-        """Return tokens of a completion that train."""
+        """Return the number of tokens of a completion that are trained."""
         completion = scored.completion
         is_left_out = self._task.mask_truncated and not completion.ended
         return 0 if is_left_out else len(completion.ids) - len(completion.read)
 
     def _tensors(self, chunk: Sequence[tuple[Scored, bool]]) -> dict[str, torch.Tensor]:
-        """See `PolicyHead`."""
+        """Return the arrays of a micro-batch of (completion, whether it counts); see `PolicyHead`."""
         completions = []
         for scored, counts in chunk:
             completion = scored.completion

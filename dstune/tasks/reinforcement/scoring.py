@@ -1,4 +1,4 @@
-"""Lets rewards, graders, reward models and environments score completions."""
+"""Score completions with rewards, graders, reward models and environments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_COLUMNS = {"prompt", "prompts", "completions", "completion_ids"}
 
 
 class Scorer:
-    """Scores the completions of this rank. Raises UserError for a grader or reward model that is not there."""
+    """Scores the completions of this rank. Raises UserError for a missing grader or reward model."""
 
     def __init__(self, config: RunConfig, split: Split):
         assert isinstance(config.task, ReinforcementConfig)
@@ -31,7 +31,7 @@ class Scorer:
         }
         self._rows: dict[int, tuple[dict[str, Any], list[int]]] = {}
         self.logged: dict[str, list[float]] = {}
-        """What rewards logged since it was emptied, by name."""
+        """The metrics that rewards logged since this was last emptied, by name."""
 
     def columns_of(self, prompt: int) -> dict[str, Any]:
         """Return the columns of a prompt's row."""
@@ -42,19 +42,19 @@ class Scorer:
         return self._row(prompt)[1]
 
     def _row(self, prompt: int) -> tuple[dict[str, Any], list[int]]:
-        """Return the columns and the tokens of a prompt. They are kept for its other completions: a row of a table takes 0.4 ms
-        to read."""
+        """Return the columns and the tokens of a prompt. They are kept for its other completions, because reading a row of a table
+        takes 0.4 ms."""
         if prompt not in self._rows:
             row = self._split.table[self._split.row(prompt)]
             self._rows[prompt] = json.loads(row["columns"]), row["input_ids"]
         return self._rows[prompt]
 
     def forget_rows(self) -> None:
-        """Let go of them, when the prompts of a step are done with."""
+        """Forget the kept rows; called when the prompts of a step are done."""
         self._rows.clear()
 
     def question_of(self, prompt: int) -> str:
-        """Return the text of a prompt, of a conversation its last message."""
+        """Return the text of a prompt; for a conversation, that of its last message."""
         question = self.columns_of(prompt).get("prompt")
         return question if isinstance(question, str) else str((question or [{}])[-1].get("content", ""))
 
@@ -64,10 +64,10 @@ class Scorer:
         scored_before: Mapping[str, Scored],
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Give the completions their scores.
+        """Set the scores of the completions.
 
-        scored_before: completions that an earlier launch had scored at this step, by `identity_of`: a reward that asks a judge or a
-        clock is not asked again for what it has answered. state: what `trainer_state` of TRL's functions has.
+        scored_before: completions that an earlier launch scored at this step, by `identity_of`. Their scores are reused, because a
+        reward that asks a judge or a clock might answer differently. state: the values of `trainer_state` in TRL's functions.
         """
         for batch in completed:
             new = []
@@ -113,6 +113,6 @@ class Scorer:
 
 
 def _last_answer(scored: Scored) -> str:
-    """Return what the model wrote last, of a completion of several turns."""
+    """Return the last text that the model wrote in a completion, which may have several turns."""
     written = [message["content"] for message in scored.messages if message["role"] == "assistant"]
     return written[-1] if written else scored.text

@@ -1,4 +1,4 @@
-"""Completions that a server samples, with the weights that are about to train."""
+"""Sample completions on a server, with the weights that are about to be trained."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dstune.zero.engine import Engine
 T = TypeVar("T")
 
 FOLDER = "sampler"
-"""Of a run directory: the weights that the server reads."""
+"""The folder in a run directory with the weights that the server reads."""
 KEY = "DSTUNE_ROLLOUT_API_KEY"
-"""The variable with the server's key."""
+"""The environment variable with the server's key."""
 ASKED_AT_ONCE = 64
-"""Prompts of a rank that the server has at a time."""
+"""Number of prompts that a rank sends to the server at a time."""
 ATTEMPTS = 3
-"""Rollouts with the same weights, where the server fails in between."""
+"""Number of rollouts tried with the same weights if the server keeps failing."""
 REMEDY = (
     "adapters: vllm serve MODEL --enable-lora --max-lora-rank RANK with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; whole weights and "
     "task.rollout_sleep: VLLM_SERVER_DEV_MODE=1; task.rollout_folder where both machines see it"
@@ -35,19 +35,20 @@ REMEDY = (
 
 
 def weights_folder(shared: str | None, run_dir: Path) -> Path:
-    """Return where a run writes the weights for its server: a folder of its own below `shared`, since weights are named by their
-    content, and a run that removes its earlier ones would remove another run's that began with the same model."""
+    """Return the folder in which a run writes the weights for its server: below `shared`, a separate one for each run. Weights are
+    named by their content, so a run that removes its earlier ones would otherwise remove those of another run that started from
+    the same model."""
     if shared is None:
         return run_dir / FOLDER
     return Path(shared).resolve() / f"{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
 
 
 class ServedSampler:
-    """The server at `task.rollout_url`, on all ranks together. Rank 0 gives it weights; each rank asks for its own completions.
+    """The server at `task.rollout_url`, used by all ranks together. Rank 0 loads weights; each rank requests its own completions.
 
-    Every method that is not said to be of one rank is called by all of them, and raises alike on all:
-        RolloutsUnavailable: the server does not answer, and may later.
-        UserError: it answers, and does not do what is needed.
+    All ranks call every method, unless its docstring says otherwise, and all raise the same error:
+        RolloutsUnavailable: the server does not answer now, but may later.
+        UserError: the server answers, but does not do what is needed.
     """
 
     def __init__(self, task: ReinforcementConfig, engine: Engine, world: World, run_dir: Path, ends: Collection[int]):
@@ -61,10 +62,10 @@ class ServedSampler:
         self._sampling = Sampling(task.max_new_tokens, task.temperature, ends, vocabulary)
         self._base = ServedModel("", None)
         self.version = ""
-        """Of the weights that the server has."""
+        """Name of the weights that the server has."""
 
     def publish(self) -> str:
-        """Let the server sample with the weights as they are now; returns the name of this version."""
+        """Give the server the current weights. Returns the name of this version."""
         earlier, self.version = self.version, self._weights.write()
 
         def give() -> ServedModel:
@@ -88,8 +89,8 @@ class ServedSampler:
     def complete(
         self, prompts: Sequence[tuple[int, Sequence[int]]], samples: int, keys: tuple[int, int]
     ) -> list[Completion]:
-        """Return `samples` completions of each of this rank's prompts (number, tokens), those of one prompt one after the other.
-        keys: of the server's noise, beside the prompt's number."""
+        """Return `samples` completions of each of this rank's prompts (number, tokens), grouped by prompt. keys: these and the
+        prompt's number seed the server's noise."""
         longest = max((len(tokens) for _, tokens in prompts), default=0) + self._task.max_new_tokens
         if self._base.max_length is not None and longest > self._base.max_length:
             too_long = f"prompts and completions have up to {longest:,} tokens, the server's limit is {self._base.max_length:,}"
@@ -114,8 +115,8 @@ class ServedSampler:
         ]
 
     def _sample_with_these_weights(self, ask_all: Callable[[], T]) -> T:
-        """Return what `ask_all` does. A server that failed may have been started anew, with the weights of its start: an adapter is
-        then missing, but whole weights have no name, so that all is asked again."""
+        """Return the result of `ask_all`, repeated if needed. A server that failed may have restarted with its initial weights. A
+        missing adapter is noticed by its name; full weights have no name, so all completions are then requested again."""
         for _ in range(ATTEMPTS):
             failures = self._server.failures
             result = self._agree(ask_all)
@@ -125,12 +126,12 @@ class ServedSampler:
         raise RolloutsUnavailable(f"{self._task.rollout_url} failed in each of {ATTEMPTS} rollouts")
 
     def rest(self) -> None:
-        """Let the server sleep, if it is to: nothing is asked before the next weights are there."""
+        """Put the server to sleep if `task.rollout_sleep` is set: no request follows before the next weights."""
         if self._task.rollout_sleep:
             self._agree(self._server.sleep if self._world.is_main else lambda: None)
 
     def _load(self) -> None:
-        """Load the weights of `self.version` into the server. One rank calls it."""
+        """Load the weights of `self.version` into the server. A single rank may call this."""
         folder = str(self._weights.path_of(self.version))
         if self._weights.is_adapter:
             self._server.load_adapter(self.version, folder)
@@ -138,7 +139,7 @@ class ServedSampler:
             self._server.load_weights(folder)
 
     def _agree(self, work: Callable[[], T]) -> T:
-        """Return what `work` does on this rank; what it raises on any rank is raised on all."""
+        """Return the result of `work` on this rank; an error on any rank is raised on all ranks."""
         result, down, refusal = None, "", ""
         try:
             result = work()
@@ -155,7 +156,7 @@ class ServedSampler:
 
 
 def read_key() -> str:
-    """Return the server's key; empty where there is none. Raises UserError for one that no header can have, without showing it."""
+    """Return the server's key; empty if there is none. Raises UserError, without showing the key, if no header can hold it."""
     key = os.environ.get(KEY, "").strip()  # files of secrets often end with a line break
     if not (key.isascii() and key.isprintable()):
         raise UserError(Problem(KEY, "holds characters that no header of a request can have", "the key alone"))
@@ -163,6 +164,6 @@ def read_key() -> str:
 
 
 def _seed(keys: tuple[int, int], prompt: int) -> int:
-    """Compute 63 bits; the samples of a prompt have this seed and those after it."""
+    """Return a seed of 63 bits; the samples of a prompt use this seed and those after it."""
     text = f"{keys[0]}/{keys[1]}/{prompt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
