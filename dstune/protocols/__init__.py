@@ -1,4 +1,4 @@
-"""The contracts between generic code and rooms: base classes without torch, with defaults for what a room leaves out.
+"""The contracts between generic code and rooms: base classes without torch, with defaults for everything optional.
 
 `VERSION` changes when a plugin written for an earlier version may need a change; docs/plugins.md lists what changed.
 """
@@ -130,19 +130,19 @@ launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of
 
 
 def metric_names(config: TaskConfig) -> tuple[str, ...]:
-    """Return the metrics of a task's evaluations that may be chosen by name: its own, and those that are registered for it."""
+    """Return the metrics of a task's evaluations that settings can name: the task's own, and those registered for it."""
     task = task_of(config)
     task_metrics = tuple(task.metrics)
     return task_metrics + tuple(name for name in registered_metrics(task) if name not in task_metrics)
 
 
 def registered_metrics(task: Task) -> tuple[str, ...]:
-    """Return the metrics that are made of the predictions of `task`, beside its own."""
+    """Return the registered metrics that are computed from the predictions of `task`, in addition to its own."""
     return tuple(name for name in METRICS if METRICS[name].computed_for(task.name)) if task.has_predictions else ()
 
 
 def formats_for(task: Task) -> tuple[str, ...]:
-    """Return the row formats that a task reads: its own, then those of plugins that have the shape of one of them."""
+    """Return the row formats that a task reads: its own, then formats of plugins whose rows have the shape of one of these."""
     task_formats = task.read_formats
     return (
         *task_formats,

@@ -1,8 +1,8 @@
-"""What a callback is: an observer of the training loop with saved state, which may also veto a step or change a gradient.
+"""Defines a callback: an observer of the training loop with saved state, which can also veto a step or change a gradient.
 
-A callback sees the run in its hooks, keeps what it needs in its own fields, and asks for things by returning a `Request`. It
-never acts on the run itself: ranks may see different things, so the loop merges the requests of all callbacks on all ranks
-before it acts. Modules of callbacks import torch inside functions only, since the launcher reads their names.
+A callback observes the run in its hooks, stores its data in its own fields, and asks for actions by returning a `Request`. It never
+acts on the run itself: ranks may observe different things, so the loop first merges the requests of all callbacks on all ranks.
+Modules of callbacks must import torch inside functions, since the launcher imports them to read their names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 
 class Action(IntFlag):
-    """What a callback may ask for; requests of several callbacks and ranks add up."""
+    """Actions that a callback can ask for; those of several callbacks and ranks are combined."""
 
     CONTINUE = 0
     EVALUATE = 1
@@ -25,33 +25,33 @@ class Action(IntFlag):
     STOP = 4
     """End the run as planned: evaluate, save, export."""
     PREEMPT = 8
-    """Save and leave, to be continued."""
+    """Save and end this launch; the run can be resumed."""
     FAIL = 16
-    """Leave without a save: the weights cannot be trusted."""
+    """End without saving, since the weights cannot be trusted."""
     PRUNE = 32
-    """Leave without a save: the sweep that the run is a trial of has seen enough."""
+    """End without saving: the sweep of which the run is a trial needs no more of it."""
     REWIND = 64
-    """Go back to the newest checkpoint and leave out the data since; may be asked for by `on_step_agreed` only, in a run with
+    """Go back to the newest checkpoint and skip the data after it. Only `on_step_agreed` may ask for this, in a run with
     `trainer.spike.action=rollback`."""
 
 
 UNSAVED = Action.FAIL | Action.PRUNE
 LEAVE = Action.PREEMPT | UNSAVED
-"""Leave at once: nothing is evaluated or exported."""
+"""Actions that end the run at once, without evaluation or export."""
 
 
 @dataclass(frozen=True)
 class Request:
     action: Action = Action.CONTINUE
     reason: str = ""
-    """For the console and `result.json`, with STOP, PREEMPT, FAIL and PRUNE."""
+    """The reason for STOP, PREEMPT, FAIL or PRUNE, for the console and `result.json`."""
 
 
 CONTINUE = Request()
 
 
 def merge(requests: Sequence[Request]) -> Request:
-    """Join requests: all actions that any of them asks for, and all reasons."""
+    """Combine requests into one with all their actions and reasons."""
     action = Action.CONTINUE
     for request in requests:
         action |= request.action
@@ -59,7 +59,7 @@ def merge(requests: Sequence[Request]) -> Request:
 
 
 class Log(Protocol):
-    """Where rank 0 reports; the other ranks have none."""
+    """The log to which rank 0 reports; other ranks have none."""
 
     def log(self, step: int, metrics: Mapping[str, float | int | str], rows: int | None = None) -> None: ...
     def progress(self, step: int, total_steps: int, metrics: Mapping[str, float | int | str]) -> None: ...
@@ -68,19 +68,19 @@ class Log(Protocol):
 
 
 class Run(Protocol):
-    """What hooks see of the training."""
+    """The training as hooks see it."""
 
     @property
     def config(self) -> Any: ...
     @property
     def state(self) -> Any:
-        """Where the run is: `step`, `tokens`, `best`, ..."""
+        """The progress of the run: `step`, `tokens`, `best`, ..."""
 
     @property
     def total_steps(self) -> int: ...
     @property
     def world(self) -> Any:
-        """This rank among the others: `rank`, `size`, `is_main`."""
+        """This rank's place among all ranks: `rank`, `size`, `is_main`."""
 
     @property
     def engine(self) -> Any:
@@ -96,35 +96,35 @@ class Step(Protocol):
     """One optimizer step: the micro-batches whose gradients are summed before an update."""
 
     number: int
-    """Counts from 1, over all launches."""
+    """Number of the step from 1 on, over all launches."""
     number_in_launch: int
-    """Counts from 0."""
+    """Number of the step within this launch, from 0 on."""
     timed: bool
-    """Whether its time counts for throughput. A callback that makes the step slower sets it to False in `on_step_begin`."""
+    """Whether its time counts for throughput. A callback that slows the step down sets this to False in `on_step_begin`."""
     seconds: float
-    """From `on_step_agreed` on."""
+    """Duration of the step; available from `on_step_agreed` on."""
     request: Request
-    """What has been asked for so far, over all ranks; from `on_step_agreed` on."""
+    """The combined requests of all ranks so far; available from `on_step_agreed` on."""
 
     @property
     def epoch(self) -> float:
-        """Passes over the training rows that are done with it."""
+        """Passes over the training rows up to the end of this step, as a fraction."""
 
     @property
     def weight(self) -> float:
-        """Targets of its global batch."""
+        """Number of targets in its global batch."""
 
     @property
     def loss_sum(self) -> float:
-        """Over the global batch; from `on_step_end` on (`Callback.needs_loss_at_step_end`)."""
+        """Sum of losses over the global batch; available from `on_step_end` on (`Callback.needs_loss_at_step_end`)."""
 
     @property
     def loss(self) -> float:
-        """`loss_sum / weight`: what metrics.jsonl has, on every rank."""
+        """`loss_sum / weight`, as in metrics.jsonl; the same on every rank."""
 
     @property
     def update(self) -> Any:
-        """What the optimizer did: `grad_norm`, `applied`, `loss_scale`, `vetoed`; from `on_step_end` on."""
+        """The optimizer's report: `grad_norm`, `applied`, `loss_scale`, `vetoed`; available from `on_step_end` on."""
 
 
 class Evaluation(Protocol):
@@ -133,28 +133,29 @@ class Evaluation(Protocol):
     metrics: dict[str, float]
     seconds: float
     row: dict[str, float]
-    """Of metrics.jsonl; a callback may add `eval/NAME`."""
+    """The metrics for metrics.jsonl by name; a callback may add `eval/NAME`."""
 
 
 HOOK_PREFIXES = ("on_", "before_", "after_", "between_", "while_")
 HOOK_KINDS = (FunctionType, staticmethod, classmethod)
 CLOSE = 0.83
-"""Similarity from which a name counts as a hook's misspelled: `step_end` (0.84 from `on_step_end`), not `evaluated` (0.80)."""
+"""Similarity from which a name counts as a misspelled hook: `step_end` (0.84 to `on_step_end`) does, `evaluated` (0.80) does
+not."""
 
 
 class Callback:
     """Base of every callback. Subclasses set `name`, override what they need, and register with `@dstune.callback`.
 
-    The arguments of `__init__` are what `trainer.callbacks.NAME` sets.
+    `trainer.callbacks.NAME` sets the arguments of `__init__`.
     """
 
     name: ClassVar[str] = ""
     order: ClassVar[int] = 100
-    """Hooks of a lower one are called first; built-ins have 10 to 90."""
+    """Callbacks with lower values are called first; built-ins have 10 to 90."""
 
     @classmethod
     def for_run(cls, run: Any) -> Callback | None:
-        """Return the callback of a run that does not name it in `trainer.callbacks`; None, the default, for nothing. For built-ins.
+        """Return the callback for a run that does not name it in `trainer.callbacks`, or None (the default). For built-ins.
 
         run: the `Training`, before any hook is called.
         """
@@ -162,11 +163,11 @@ class Callback:
 
     @classmethod
     def is_automatic(cls) -> bool:
-        """Return whether runs have it without naming it."""
+        """Return whether runs use this callback without naming it."""
         return next(base for base in cls.__mro__ if "for_run" in vars(base)) is not Callback
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ValueError for a public method whose name begins like a hook's, or is nearly one: it would never be called."""
+        """Raise ValueError for a public method whose name starts like a hook's, or almost is one: it would never be called."""
         super().__init_subclass__(**keywords)
         names = [name for name in dir(Callback) if not name.startswith("_")]
         for name, member in vars(cls).items():
@@ -189,36 +190,36 @@ class Callback:
         """Called before the first step of this launch."""
 
     def on_step_begin(self, run: Run, step: Step) -> None:
-        """Called when the rows of the step are there."""
+        """Called when the rows of the step have been loaded."""
 
     def on_micro_batch_begin(self, run: Run, step: Step, position: int, batch: Mapping[str, Any]) -> None:
         """Called before the forward pass of a micro-batch. position: counts this rank's micro-batches from 0."""
 
     def on_micro_batch_end(self, run: Run, step: Step, position: int) -> None:
-        """Called when forward and backward pass are done."""
+        """Called after the forward and backward pass of a micro-batch."""
 
     def on_step_end(self, run: Run, step: Step) -> Request:
-        """Called when the update is done. Returns what this rank asks for."""
+        """Called after the update. Returns the request of this rank."""
         return CONTINUE
 
     @property
     def needs_loss_at_step_end(self) -> bool:
-        """Whether `on_step_end` reads `step.loss`, for which the ranks exchange numbers once more a step.
+        """Whether `on_step_end` reads `step.loss`, which needs one more exchange between the ranks per step.
 
-        An `on_step_end` that does not read it may say False; `on_step_agreed` has the loss in any case.
+        Set this to False if it does not; `on_step_agreed` always has the loss.
         """
         return type(self).on_step_end is not Callback.on_step_end
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
-        """Called when the ranks have exchanged numbers and requests. Must return the same on every rank."""
+        """Called after the ranks have exchanged numbers and requests. Must return the same on every rank."""
         return CONTINUE
 
     def between_steps(self, run: Run) -> None:
-        """Called when the step is logged, evaluated and saved where that was asked for, and another one comes. Counts as no
-        step."""
+        """Called before the next step, after the last one was logged and, if requested, evaluated and saved. Its time is not part
+        of a step."""
 
     def while_waiting(self, run: Run) -> Request:
-        """Called again and again between two steps while any rank waits for rows of a stream; returns what to do."""
+        """Called repeatedly between two steps while any rank waits for rows of a stream. Returns the request of this rank."""
         return CONTINUE
 
     def on_evaluate(self, run: Run, evaluation: Evaluation) -> Request:
@@ -228,22 +229,22 @@ class Callback:
         """Called when a checkpoint is written, or is being written in the background."""
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """Called when the run went back to a checkpoint, with `saved` as this callback's state; None: there was no checkpoint
+        """Called when the run has gone back to a checkpoint. saved: this callback's state in it; None if there was no checkpoint
         yet."""
         if saved is not None:
             self.load_state_dict(saved)
 
     def on_train_end(self, run: Run, request: Request) -> None:
-        """Called when the last step of this launch is over. request: why."""
+        """Called after the last step of this launch. request: why it is the last."""
 
     def close(self) -> None:
-        """Called when the run is over, evaluated, saved and exported, or has failed."""
+        """Called when the run has ended: after evaluation, saving and export, or after a failure."""
 
     def on_progress(self, doing: str) -> None:
-        """Called before `doing`: a micro-batch, a batch of an evaluation, ..."""
+        """Called before every piece of work. doing: its description, such as a micro-batch or a batch of an evaluation."""
 
     def around(self, phase: str) -> AbstractContextManager[Any]:
-        """Wrap what has no steps and may take long: saving, going back, writing a profile."""
+        """Wrap work between steps that may take long: saving, going back, writing a profile."""
         return nullcontext()
 
     # -- steps and gradients ------------------------------------------------------------------------------------------
@@ -253,9 +254,9 @@ class Callback:
         return type(self).veto is not Callback.veto
 
     def veto(self, run: Run, loss: float) -> bool:
-        """Return whether to leave out the update of this step, asked before its last backward pass. Any rank may say so.
+        """Return whether to skip the update of this step. Called before its last backward pass; one rank's veto suffices.
 
-        loss: mean over the global batch.
+        loss: the mean over the global batch.
         """
         return False
 
@@ -264,35 +265,34 @@ class Callback:
         return type(self).before_update is not Callback.before_update
 
     def before_update(self, partition: Any, gradient: Any, group: dict[str, Any]) -> None:
-        """Change `gradient` in place: the clipped gradient of the mean loss, a vector of the size of `partition.elements`,
-        which this rank is about to update. Every trained entry comes once over all ranks, at ZeRO stage 0 once on each.
+        """Change `gradient` in place: the clipped gradient of the mean loss, a vector of the size of `partition.elements`, which
+        this rank is about to update. Every trained entry occurs once over all ranks, at ZeRO stage 0 once on each rank.
 
-        group: the optimizer's, with `lr` and `weight_decay`.
+        group: the optimizer's parameter group, with `lr` and `weight_decay`.
         """
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
     def numbers(self) -> Mapping[str, float]:
-        """Return numbers of this rank for the exchange of a step, an evaluation or a wait: the same names on all ranks."""
+        """Return this rank's numbers for the exchange of a step, an evaluation or a wait. All ranks must use the same names."""
         return {}
 
     def agreed(self, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
-        """Called with the `numbers` of all ranks, in rank order; the same on every rank."""
+        """Called with the `numbers` of all ranks, in rank order; every rank gets the same ones."""
 
     def metrics(self, run: Run, step: Step) -> Mapping[str, float | int | str]:
-        """Return further values for the row of the step in metrics.jsonl, under names that it lacks; called after
-        `on_step_agreed`, on rank 0."""
+        """Return further values for the step's row of metrics.jsonl, under new names. Called on rank 0, after `on_step_agreed`."""
         return {}
 
     def results(self) -> Mapping[str, Any]:
-        """Return entries for `result.json`, under names that it lacks: anything else is left out with a warning."""
+        """Return entries for `result.json`, under new names; all others are dropped with a warning."""
         return {}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to remember, as JSON, which has no numbers of numpy. Must be the same on every rank."""
+        """Return the state for a checkpoint, in types that JSON knows (no numpy numbers). Must be the same on every rank."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; called before any hook, unless the run is new."""
+        """Restore the state of a `state_dict`. Called before any hook, unless the run is new."""

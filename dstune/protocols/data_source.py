@@ -1,4 +1,4 @@
-"""What a data source is: rows that are no files which anybody could open, by an address or held by a program."""
+"""Defines a data source: rows behind an address, or held by a program, instead of in files that can be opened directly."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class DataSource:
-    """Base of every source; it registers with `@data_source`. What it can do is what it has the methods of:
+    """Base of every source. Subclasses register with `@data_source`, and implement the protocols of their abilities:
 
     - `ReadsAddresses`: `data.train=NAME://...`
     - `WritesAddresses`: `dstune predict --output NAME://...`
-    - `HoldsRows`: `dstune.train(train=rows)` for rows of a class of its own
+    - `HoldsRows`: `dstune.train(train=rows)` for rows of its own class
 
-    Import libraries within methods: every command that is given an address imports the sources.
+    Import libraries inside methods: every command that gets an address imports all sources.
     """
 
     name: ClassVar[str] = ""
@@ -26,7 +26,7 @@ class DataSource:
 
     @classmethod
     def probe(cls) -> Iterator[Check]:
-        """Yield what `dstune doctor` finds of it on this machine. Asks no address."""
+        """Yield the lines of `dstune doctor` about this source. Contacts no address."""
         yield from ()
 
 
@@ -34,23 +34,24 @@ class DataSource:
 class ReadsAddresses(Protocol):
     """A source whose addresses (`NAME://...`) stand for rows.
 
-    The launching process resolves an address once: a version is chosen, checked and named, and its rows are copied to the
-    cache, or are files already. Ranks read these files.
+    The launching process resolves an address once: it chooses, checks and names a version, and copies its rows to the cache unless
+    they already are files. Ranks read these files.
     """
 
     def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
-        """Return the address with everything that `spec` leaves open, which stands for the same rows ever after.
+        """Return a complete address, which always stands for the rows that `spec` stands for now.
 
-        key: where the address came from, such as `data.train`. stage: told what takes long. Raises UserError.
+        key: the key with the address, such as `data.train`. stage: called with a text before work that takes long. Raises
+        UserError.
         """
         ...
 
     def files(self, spec: str, key: str) -> list[DataFile]:
-        """Return the files with the rows of a resolved address. Raises UserError where they are not on this machine."""
+        """Return the files with the rows of a resolved address. Raises UserError if they are not on this machine."""
         ...
 
     def describe(self, spec: str) -> dict[str, Any]:
-        """Return what the data report says of a resolved address."""
+        """Return the entries of the data report about a resolved address."""
         ...
 
 
@@ -59,29 +60,29 @@ class WritesAddresses(Protocol):
     """A source that predictions can be written to."""
 
     def check_output(self, spec: str) -> None:
-        """Raise UserError, before anything is computed, where nothing can be written to an address."""
+        """Raise UserError if an address cannot be written to. Called before anything is computed."""
         ...
 
     def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
-        """Add the JSON lines of `rows` in one transaction, or replace everything there by them.
+        """Append the JSON lines of the file `rows` in one transaction, or replace all existing rows by them.
 
-        identity: of these rows; what was written with it before is not written again. Returns a line on what was done. Raises
-        UserError.
+        identity: identifies these rows; rows that were already written with it are not written again. Returns a line that says what
+        was done. Raises UserError.
         """
         ...
 
 
 @runtime_checkable
 class HoldsRows(Protocol):
-    """A source whose rows a Python program holds, as an object of a class that dstune does not know."""
+    """A source for rows that a Python program holds, in an object of a class that dstune does not know."""
 
     def holds(self, rows: Any) -> bool:
-        """Return whether `rows` is such an object. Imports no library for the question."""
+        """Return whether `rows` is such an object, without importing a library."""
         ...
 
     def save(self, rows: Any, file: Path, key: str) -> int:
-        """Write `rows` to `file` as Parquet, in an order that their content decides; return their number.
+        """Write `rows` to `file` as Parquet, in an order that depends only on their content; return their number.
 
-        key: the argument that `rows` came from. Raises UserError where they cannot be had.
+        key: the argument that `rows` came from. Raises UserError if the rows cannot be read.
         """
         ...

@@ -1,4 +1,4 @@
-"""What an environment of `task=reinforcement` is."""
+"""Defines an environment of `task=reinforcement`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Environment:
     resume."""
 
     def reset(self, **row: Any) -> str | None:
-        """Begin. row: the columns of the prompt's row. What is returned is added to the prompt's last message."""
+        """Start an episode. row: the columns of the prompt's row. A returned text is appended to the prompt's last message."""
         return None
 
     # An environment that has a `get_reward(self) -> float | None` scores its own completion, under its name.
 
     @classmethod
     def tool_names(cls) -> list[str]:
-        """Return its public methods, in the order of their names."""
+        """Return the names of its public methods, sorted."""
         hidden = {"reset", "get_reward", "tool_names"}
         return [
             name
@@ -37,10 +37,10 @@ class Environment:
 
 
 def as_environment(member: Any) -> Any:
-    """Return `member`, or of a class that does not derive from `Environment` one that derives from both.
+    """Return `member`; for a class that does not derive from `Environment`, return one that derives from both.
 
     Raises:
-        ValueError: it is no class.
+        ValueError: `member` is not a class.
     """
     if not isinstance(member, type):
         raise ValueError(f"{member!r}: an environment is a class")

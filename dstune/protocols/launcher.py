@@ -1,4 +1,4 @@
-"""What a launcher is: how the ranks of one run come to be on one machine or several, and how they are asked to stop."""
+"""Defines a launcher: how it starts the ranks of a run on one or several machines, and asks them to stop."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """The ranks that a launcher starts."""
+    """A request to start the ranks of a run."""
 
     run: RunConfig
     run_dir: Path
-    """Holds `run.yaml`."""
+    """Contains `run.yaml`."""
     console: Console
     lock: int | None = None
-    """Descriptor of the run directory's lock, held as long as a rank lives."""
+    """Descriptor of the run directory's lock, which must be held as long as a rank lives."""
     command: Sequence[str] | None = None
-    """The module that each rank runs and its arguments; training's when not given."""
+    """The module that each rank runs and its arguments; by default, that of training."""
     saves: bool = True
-    """Whether ranks that are asked to stop have something to save."""
+    """Whether ranks save something when they are asked to stop."""
 
 
 PASS, WARN, FAIL, SKIP = "pass", "warn", "fail", "skip"
@@ -61,11 +61,11 @@ class Check:
 
 
 class Unreachable(DstuneError):
-    """A queue does not answer now, which says nothing about its jobs."""
+    """Raised if a queue does not answer at the moment; its jobs may still run."""
 
 
 class Job(Protocol):
-    """A job in a queue. As text: what it does now, for the console."""
+    """A job in a queue. `str(job)` describes its current state for the console."""
 
     @property
     def id(self) -> str: ...
@@ -74,26 +74,26 @@ class Job(Protocol):
 
 
 class Queue:
-    """Where a launcher's runs wait for machines, and go on without the process that submitted them."""
+    """A queue in which runs of a launcher wait for machines. Runs do not need the process that submitted them."""
 
     name: ClassVar[str]
     job: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@\[\]-]*")
-    """What the ids of its jobs look like. They are read from `launch.json`, which a stranger may have written, and end up on
-    the command lines of the queue's programs: no id is an option or has spaces in it."""
+    """Pattern of its job ids. Ids are read from `launch.json`, which a stranger may have written, and passed to the queue's
+    programs on their command lines: the pattern must match neither options nor spaces."""
     variables: ClassVar[frozenset[str]] = frozenset()
-    """Of the environment, which the queue's own commands need."""
+    """Environment variables that the queue's commands need."""
 
     def require(self, *, cancel: bool = False) -> None:
-        """Raises UserError where jobs cannot be submitted, or cancelled, from this machine."""
+        """Raise UserError if jobs cannot be submitted from this machine. cancel: check instead whether they can be cancelled."""
         raise NotImplementedError
 
     def alive(self, ids: Sequence[str]) -> Sequence[Job]:
-        """Return the jobs that wait or run. Raises Unreachable."""
+        """Return those of the jobs that are waiting or running. Raises Unreachable."""
         raise NotImplementedError
 
     def named(self, name: str) -> Sequence[str]:
-        """Return the jobs of this user that wait or run under a name (`run.name`): whoever submitted one may have been killed
-        before its number came. Raises Unreachable."""
+        """Return this user's waiting and running jobs with a name (`run.name`), to find a job whose submitting process was killed
+        before it received the job's id. Raises Unreachable."""
         return []
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ class Queue:
         raise NotImplementedError
 
     def ask_to_stop(self, ids: Sequence[str], run_dir: Path) -> None:
-        """Let a running job save and end, and take waiting ones out of the queue. Raises Unreachable."""
+        """Ask running jobs to save and end, and remove waiting ones from the queue. Raises Unreachable."""
         raise NotImplementedError
 
 
@@ -111,10 +111,10 @@ class Launcher:
     Three members make a launcher; everything else has a default:
 
     - `start(request)`: starts the ranks, waits for them and returns the exit code.
-    - `check()`: refuses what is wrong with the configuration.
-    - `probe(needed=...)`: says for `dstune doctor` whether its programs are installed.
+    - `check()`: yields problems of the configuration.
+    - `probe(needed=...)`: tells `dstune doctor` whether its programs are installed.
 
-    What few launchers do is an optional protocol: a launcher has its members or has not (`dstune.protocols.launcher_options`).
+    Abilities that few launchers have are optional protocols (`dstune.protocols.launcher_options`).
     """
 
     Config: ClassVar[type] = LaunchConfig
@@ -127,52 +127,53 @@ class Launcher:
         """Start the ranks and wait for them; return the exit code of the public contract.
 
         Raises:
-            UserError: the ranks cannot be started, or they found a mistake of the user's.
+            UserError: the ranks cannot be started, or they found a mistake of the user.
         """
         raise NotImplementedError
 
     def check(self) -> Iterator[Problem]:
-        """Yield what is wrong with the configuration beyond the range of each field."""
+        """Yield problems of the configuration that the range checks of single fields do not cover."""
         return iter(())
 
     @classmethod
     def probe(cls, *, needed: bool) -> Iterator[Check]:
-        """Yield whether this machine has what the launcher needs. needed: its absence is a failure and not a remark."""
+        """Yield whether this machine has the programs that the launcher needs. needed: whether their absence is a failure or a
+        remark."""
         return iter(())
 
     # ---- traits ----
 
     here: ClassVar[bool] = False
-    """The ranks run on this machine alone, and can share its devices with those of other runs."""
+    """The ranks run only on this machine, and can share its devices with other runs."""
     queue: ClassVar[Queue | None] = None
-    """Where its runs wait as jobs, if they do."""
+    """The queue in which its runs wait as jobs, if there is one."""
 
     @property
     def ranks(self) -> int | None:
-        """The number of ranks, where the configuration alone tells it."""
+        """The number of ranks; None if the configuration alone does not determine it."""
         return None
 
     @property
     def restarts(self) -> int:
-        """How often a failed attempt is started again."""
+        """How many times a failed attempt is restarted."""
         return 0
 
     @property
     def on_this_machine(self) -> bool:
-        """Whether all ranks of this configuration run here, so that they see what is on this machine's disk."""
+        """Whether all ranks of this configuration run here, and thus see this machine's disk."""
         return self.here
 
     @property
     def shared_folder(self) -> bool:
-        """Whether other machines have to see the run directory."""
+        """Whether other machines must be able to access the run directory."""
         return True
 
-    # ---- what generic code asks of a configuration ----
+    # ---- configurations for generic code ----
 
     def nodes(self) -> int:
-        """Return the number of machines, for `dstune plan`. Raises UserError where a file that lists them cannot be read."""
+        """Return the number of machines, for `dstune plan`. Raises UserError if a file that lists them cannot be read."""
         return 1
 
     def to_measure(self) -> Any:
-        """Return the configuration for a measurement between its ranks, or None where they cannot be started from here."""
+        """Return the configuration for a measurement between the ranks; None if they cannot be started from here."""
         return self.config

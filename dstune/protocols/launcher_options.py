@@ -1,6 +1,7 @@
-"""What few launchers do, as protocols: generic code asks `isinstance(launcher, SubmitsRuns)`, never for a class.
+"""Optional protocols for abilities that few launchers have. Generic code asks `isinstance(launcher, SubmitsRuns)`, never for a
+class.
 
-A launcher has all members of a protocol or none. To write only some, derive from the protocol, which has a default for each.
+A launcher implements all members of a protocol or none. To write only some, derive from the protocol, which has a default for each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class SubmitsRuns(Protocol):
-    """A launcher that may leave runs to its `queue` and return."""
+    """A launcher that can submit runs to its `queue` and return."""
 
     @property
     def waits(self) -> bool:
@@ -27,13 +28,13 @@ class SubmitsRuns(Protocol):
         return True
 
     def array_problems(self) -> Iterator[Problem]:
-        """Yield why the trials of a sweep cannot be submitted together. Asked only where `waits` is false."""
+        """Yield why the trials of a sweep cannot be submitted together. Only called if `waits` is false."""
         return iter(())
 
     def submit_array(
         self, sweep: RunConfig, folder: Path, runs: Sequence[tuple[RunConfig, Path]], console: Console
     ) -> list[str]:
-        """Submit the trials `runs` of the sweep in `folder` together; return the job of each. Raises UserError."""
+        """Submit the trials `runs` of the sweep in `folder` together; return the job id of each. Raises UserError."""
         raise NotImplementedError
 
 
@@ -42,7 +43,7 @@ class ChecksMachines(Protocol):
     """A launcher whose configuration names machines."""
 
     def checks(self) -> Iterator[Check]:
-        """Yield a line of `dstune doctor` for everything that is needed of them."""
+        """Yield a line of `dstune doctor` for each requirement on these machines."""
         return iter(())
 
 

@@ -1,7 +1,9 @@
-"""What few methods do, as protocols: generic code asks `isinstance(method, TrainsInStages)`, never for a class.
+"""Optional protocols for abilities that few methods have. Generic code asks `isinstance(method, TrainsInStages)`, never for a
+class.
 
-A method has all members of a protocol or none: one that has some of them is refused when it registers, since nothing would call
-them. To write only some, derive from the protocol, which has a default for each: `class Mine(dstune.Method, QuantizesWeights)`.
+A method implements all members of a protocol or none. Registration refuses a method with only some of them, since nothing would
+call these. To write only some, derive from the protocol, which has a default for each: `class Mine(dstune.Method,
+QuantizesWeights)`.
 """
 
 from __future__ import annotations
@@ -29,26 +31,26 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class HasRequirements(Protocol):
-    """A method that not every machine can run."""
+    """A method that has requirements on packages or hardware."""
 
     def missing(self) -> Iterator[Problem]:
         """Yield a problem for each package that the method needs and that is not installed."""
         return iter(())
 
     def check_cpu(self, run: RunConfig) -> Iterator[Problem]:
-        """Yield what is refused on a machine without a GPU."""
+        """Yield the settings that are refused on a machine without a GPU."""
         return iter(())
 
 
 @runtime_checkable
 class StartsFromAdapters(Protocol):
-    """A method that may start from adapters of an earlier run, beside the model."""
+    """A method that can start from adapters of earlier runs."""
 
     config: Any
 
     @property
     def folders(self) -> list[str]:
-        """The adapters' folders, as the configuration names them."""
+        """The folders of these adapters, as the configuration names them."""
         return []
 
     def resolve(self) -> MethodConfig:
@@ -57,79 +59,79 @@ class StartsFromAdapters(Protocol):
         return config
 
     def without_paths(self, public_name: Callable[[str], str]) -> MethodConfig:
-        """Return the configuration with public names in place of paths of this machine, for a model card."""
+        """Return the configuration for a model card, with public names instead of paths on this machine."""
         config: MethodConfig = self.config
         return config
 
 
 @runtime_checkable
 class TrainsInStages(Protocol):
-    """A method that trains several runs one after another."""
+    """A method that trains in several consecutive runs."""
 
     def stages(self, run: RunConfig, run_dir: Path) -> list[RunConfig]:
-        """Return the runs in their order. The last one is `run` itself; the others have a `run.dir` below `run_dir`, where
-        later stages find their exports."""
+        """Return the runs in order. The last one is `run` itself; the others have a `run.dir` below `run_dir`, where later stages
+        find their exports."""
         return [run]
 
 
 @runtime_checkable
 class NeedsPreparation(Protocol):
-    """A method that computes something on a copy of the model before the one that is trained is loaded."""
+    """A method that computes something with a copy of the model before the model to train is loaded."""
 
     def prepare(
         self, run: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, run_dir: Path
     ) -> Preparation:
-        """Compute it, or read it from the cache or the run directory. Every rank calls this."""
+        """Compute the preparation, or read it from the cache or the run directory. Every rank calls this."""
         return Preparation(data)
 
 
 @runtime_checkable
 class UnfreezesLater(Protocol):
-    """A method that trains more parts of the model as the run goes on."""
+    """A method that unfreezes parts of the model during the run."""
 
     def parts(self, module: nn.Module) -> Callable[[str], int]:
-        """Return a function from a parameter's name to the number of its part. Parameters of different parts share no group
-        of the optimizer."""
+        """Return a function that maps a parameter's name to the number of its part. Parameters of different parts never share a
+        group of the optimizer."""
         return lambda name: 0
 
     def unfreezing(self, model: PreTrainedModel, engine: Engine, data_loader: DataLoader, step: int) -> Any:
-        """Return what unfreezes the parts (see `methods.ulmfit.unfreezing.Unfreezing`), or None. step: the one at which the
-        run continues, 0 for a new run."""
+        """Return the object that unfreezes the parts (see `methods.ulmfit.unfreezing.Unfreezing`), or None. step: the step at which
+        the run continues, 0 for a new run."""
         return None
 
 
 @runtime_checkable
 class QuantizesWeights(Protocol):
-    """A method that keeps frozen weights in fewer bits than the files have."""
+    """A method that stores frozen weights with fewer bits than the model's files."""
 
     def load_options(self, run: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-        """Return arguments for `from_pretrained`. If there are any, transformers reads the files at every ZeRO stage."""
+        """Return arguments for `from_pretrained`. If there are any, transformers loads the model's files at every ZeRO stage."""
         return {}
 
     def after_load(self, model: PreTrainedModel) -> None:
         """Check or change the loaded model before `apply`. Raises UserError."""
 
     def frozen_bits(self, weight_bytes: int) -> int:
-        """Return the bits of a frozen weight, for the planner. weight_bytes: bytes of a trained one."""
+        """Return the bits of a frozen weight, for the planner. weight_bytes: bytes of a trained weight."""
         return 8 * weight_bytes
 
     def record(self) -> dict[str, Any]:
-        """Return what `dstune.json` of an export says of the quantization."""
+        """Return the entries about quantization in an export's `dstune.json`."""
         return {}
 
     @classmethod
     def serving_options(cls, record: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Return arguments of `from_pretrained` for the base model of an export. record: its `dstune.json`."""
+        """Return arguments for `from_pretrained` of an export's base model. record: the export's `dstune.json`."""
         return {}
 
 
 @runtime_checkable
 class ReplacesHead(Protocol):
-    """A method that may train a classifier of dstune's in place of the architecture's."""
+    """A method that can train a classifier of dstune instead of the architecture's."""
 
     @property
     def own_head(self) -> dict[str, Any] | None:
-        """Arguments of `models.pooled.DenseHead`; None keeps the architecture's head."""
+        """Arguments for `models.pooled.DenseHead`; None to keep the architecture's head."""
         return None
 
 
@@ -139,53 +141,53 @@ class PutsPositionsInFront(Protocol):
 
     @property
     def positions(self) -> int:
-        """Positions of the model's limit that the trained ones take."""
+        """Number of positions that the trained ones take away from the model's limit."""
         return 0
 
     @property
     def added_length(self) -> int:
-        """Positions in front of each row that go through every layer as the row's own do."""
+        """Number of positions in front of each row that pass through every layer, as the row's own do."""
         return 0
 
 
 @runtime_checkable
 class MergesAdapter(Protocol):
-    """A method whose adapters can become part of the model's own weights (`merges`)."""
+    """A method whose adapters can be merged into the model's weights (`merges`)."""
 
     tensor_marks: ClassVar[tuple[str, ...]] = ()
-    """What follows a module's name in the names of its adapter's tensors (`.lora_`)."""
+    """The text that follows a module's name in the names of its adapter's tensors (`.lora_`)."""
 
     def fill(self, module: nn.Module, trained: Mapping[str, Tensor]) -> None:
-        """Give an adapted module, which was built without memory, the buffers that merging needs beside its trained tensors."""
+        """Set the buffers that merging needs, besides the trained tensors, in an adapted module that was built without memory."""
 
     def merged_bias(self, module: Any, bias: Tensor) -> Tensor:
-        """Return the bias of an adapted module with its adapter merged."""
+        """Return the bias of an adapted module after merging its adapter."""
         return bias
 
 
 @runtime_checkable
 class ShiftsFrozenWeights(Protocol):
-    """A method that trains beside frozen weights that are not those of the model's files."""
+    """A method whose frozen weights in training differ from those in the model's files."""
 
     def trained_on(self, model: nn.Module, trained: Mapping[str, Tensor]) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Return, by the name of a module of `model`, the function from its weight in the files to its frozen weight in training.
+        """Return, by the module's name in `model`, functions that map the weight in the files to the frozen weight in training.
 
         trained: the tensors of the checkpoint.
         """
         return {}
 
     def plain_adapter(self, adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors, by name, of an adapter for the weights in the files, and put its settings into `adapted`, the
-        PeftModel. Empty where peft saves them as they are."""
+        """Return the tensors, by name, of an equivalent adapter for the weights in the files, and write its settings into
+        `adapted`, the PeftModel. Returns an empty dict if peft can save the trained tensors unchanged."""
         return {}
 
 
 @runtime_checkable
 class GivesCautions(Protocol):
-    """A method that knows settings which are allowed and probably not meant."""
+    """A method that warns of settings that are allowed, but probably a mistake."""
 
     def cautions(self, run: Training) -> Iterator[str]:
-        """Yield a line for the console for each of them, before the first step."""
+        """Yield a console line for each such setting, before the first step."""
         return iter(())
 
 

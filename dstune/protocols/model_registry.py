@@ -1,4 +1,4 @@
-"""What a model registry is: a place outside of runs that keeps versions of exports under names, with aliases."""
+"""Defines a model registry: a place outside runs that keeps versions of exports under names, with aliases."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of a model in a registry, after a command has made or moved something."""
+    """A version of a model in a registry, as the result of a command."""
 
     name: str
     version: str
     created: bool
-    """Whether the version was made now; an equal export was registered before otherwise."""
+    """Whether the version is new; if not, an equal export was already registered."""
     alias: str | None
     before: str | None
-    """The version that the alias pointed to."""
+    """The version that the alias pointed to before."""
 
 
 class ModelRegistry:
@@ -30,40 +30,40 @@ class ModelRegistry:
     name: ClassVar[str] = ""
     """The scheme of its addresses."""
     addresses: ClassVar[str] = ""
-    """How they look, for messages."""
+    """The form of its addresses, for messages."""
 
     def check(self, address: str) -> None:
-        """Raise UserError, before any work, where `address` is none of this registry."""
+        """Raise UserError if `address` is not a valid address of this registry. Called before any work."""
         raise NotImplementedError
 
     def register(
         self, address: str, export: Path, run_dir: Path, config: RunConfig, message: Callable[[str], None]
     ) -> Registered:
-        """Register the folder `export` of the run, and move the alias where `address` names one.
+        """Register the folder `export` of the run, and move the alias if `address` names one.
 
-        message: shows a line to the user. Raises UserError, and DstuneError where what was registered is not the export.
+        message: shows a line to the user. Raises UserError, and DstuneError if the registered files differ from the export.
         """
         raise NotImplementedError
 
     def roll_back(self, address: str) -> Registered:
-        """Point an alias to the version that it had before it was moved last. Raises UserError."""
+        """Move an alias back to the version that it pointed to before its last move. Raises UserError."""
         raise NotImplementedError
 
 
 @runtime_checkable
 class ReadsVersions(Protocol):
-    """A registry whose versions can be used in place of a path: `model.path`, and the models of `generate`, `predict`, `evaluate`,
+    """A registry whose versions can be used instead of a path: `model.path`, and the models of `generate`, `predict`, `evaluate`,
     `export` and `serve`."""
 
     def pin(self, address: str, key: str) -> str:
-        """Return the address that always means the version that `address` means now, as `SCHEME:/NAME/VERSION`; one that is pinned
-        already as it is, without asking anybody. key: what problems name. Raises UserError."""
+        """Return the fixed address `SCHEME:/NAME/VERSION` of the version that `address` stands for now. A fixed address is returned
+        unchanged, without contacting the registry. key: the key that problems name. Raises UserError."""
         ...
 
     def origin(self) -> str:
-        """Return what tells this registry from another one of the same kind; empty where none is configured."""
+        """Return an identity that distinguishes this registry from others of the same kind; empty if none is configured."""
         ...
 
     def fetch(self, pinned: str, folder: Path, key: str) -> None:
-        """Write the export that a version is to `folder`, which is not there yet. key: what problems name. Raises UserError."""
+        """Download the export of a version to `folder`, which must not exist. key: the key that problems name. Raises UserError."""
         ...

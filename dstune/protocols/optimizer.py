@@ -1,4 +1,4 @@
-"""What an optimizer and a schedule of its learning rate are."""
+"""Defines an optimizer, and a schedule of its learning rate."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Optimizer:
     Config: ClassVar[type] = OptimizerConfig
     name: ClassVar[str] = ""
     decoupled_weight_decay: ClassVar[bool] = False
-    """Whether the decay shrinks the weights themselves (AdamW) instead of adding to the gradient (an L2 penalty)."""
+    """Whether weight decay shrinks the weights directly (AdamW) instead of adding to the gradient (an L2 penalty)."""
     rate_share: ClassVar[float] = 1.0
-    """`optimizer.lr`, where it is not given, is this share of the method's rate, which is AdamW's."""
+    """The default of `optimizer.lr` as a share of the method's rate, which is meant for AdamW."""
     why_no_other_layout: ClassVar[str] = ""
-    """Why a run cannot continue on another number of ranks or at another ZeRO stage; empty where it can."""
+    """Why a run cannot continue with another number of ranks or at another ZeRO stage; empty if it can."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -54,7 +54,7 @@ class Optimizer:
         yield from ()
 
     def check_run(self, run: RunConfig) -> Iterator[Problem]:
-        """Yield what does not go together with other sections of the run."""
+        """Yield the settings of the run that the optimizer cannot be combined with."""
         yield from ()
 
     def missing(self) -> Iterator[Problem]:
@@ -62,27 +62,28 @@ class Optimizer:
         yield from ()
 
     def kind(self, name: str, shape: Sequence[int], *, is_table: bool) -> str:
-        """Return the kind of update that the parameter `name` gets, for an optimizer with several. Parameters of different kinds
-        never share a group; a group stores its kind under `kind`.
+        """Return the kind of update for the parameter `name`, if the optimizer has several. Parameters of different kinds never
+        share a group; a group stores its kind under `kind`.
 
-        is_table: the weight of an embedding, which is read by rows.
+        is_table: whether it is the weight of an embedding, of which rows are looked up.
         """
         return ""
 
     def state_bytes(self, kind: str) -> float:
-        """Return bytes of state for an element of a parameter of this kind."""
+        """Return the bytes of optimizer state per element of a parameter of this kind."""
         return 4.0 * self.states_per_parameter
 
     @property
     def states_per_parameter(self) -> int:
-        """fp32 tensors of a parameter's size that are kept for it: swap files depend on it, and `state_bytes`."""
+        """Number of fp32 tensors that the optimizer keeps per parameter, in the parameter's size: swap files and `state_bytes`
+        depend on it."""
         raise NotImplementedError
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build a torch optimizer over `groups`, with `config.lr`. DeepSpeed exchanges the parameters for this rank's partitions of
-        them, which are flat: it must work element by element, or have `use_matrices` (`dstune.zero.matrices`).
+        """Build a torch optimizer over `groups`, with `config.lr`. DeepSpeed replaces the parameters by this rank's flat partitions
+        of them, so the optimizer must work elementwise or have `use_matrices` (`dstune.zero.matrices`).
 
-        groups: `params`, `weight_decay`, `kind` and `rate`, the factor on the learning rate.
+        groups: dicts with `params`, `weight_decay`, `kind` and `rate`, the factor on the learning rate.
         """
         raise NotImplementedError
 
@@ -101,7 +102,7 @@ class Schedule:
         yield from ()
 
     def without_effect(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """Yield (key, (reason, what would let it count)) of every field that another one overrules."""
+        """Yield (key, (reason, fix)) for every field that another one makes ineffective."""
         yield from ()
 
     def factor(self, step: int, total_steps: int) -> float:

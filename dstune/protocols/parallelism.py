@@ -1,4 +1,4 @@
-"""What a way to share one row or one layer between ranks is."""
+"""Defines a parallelism: a way to share rows or layers between ranks."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class Parallelism:
     Config: ClassVar[type] = ParallelConfig
     name: ClassVar[str] = ""
     sent_in_layers: ClassVar[str] = ""
-    """What the ranks of a group share, and do to it in every layer: for the warning that a group spans nodes."""
+    """What the ranks of a group share, and how, in every layer: for the warning about groups that span nodes."""
 
     def __init__(self, config: Any):
         self.config = config
 
     @property
     def row_ranks(self) -> int:
-        """Ranks that share the positions of a row."""
+        """Number of ranks that share the positions of a row."""
         return 1
 
     @property
     def weight_ranks(self) -> int:
-        """Ranks that share the weights of a layer."""
+        """Number of ranks that share the weights of a layer."""
         return 1
 
     @property
     def size(self) -> int:
-        """Ranks of a group, which compute the same rows."""
+        """Number of ranks in a group; these compute the same rows."""
         return self.row_ranks * self.weight_ranks
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
-        """Yield what of `run` cannot be computed so."""
+        """Yield the settings of `run` that this parallelism does not support."""
         yield from ()
 
     def weights_problems(self, values: Mapping[str, Any]) -> list[Problem]:

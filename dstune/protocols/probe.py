@@ -1,4 +1,4 @@
-"""What a probe is: questions that a model answers before and after training, with a score for each answer."""
+"""Defines a probe: questions that a model answers before and after training, and a score for each answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Question:
     id: str
     text: str
     kind: str = ""
-    """A category, for readers."""
+    """A category, for reports."""
     expected: tuple[str, ...] = ()
-    """Texts of which a right answer has one, where the score needs any."""
+    """Texts of which a right answer contains one; empty if the score needs none."""
     is_opening: bool = False
-    """The model goes on with the text instead of answering it."""
+    """Whether the model should continue the text instead of answering it."""
 
 
 class Probe:
@@ -29,18 +29,18 @@ class Probe:
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
-    """What the mean of the scores is the share of, for example `harmful requests refused`."""
+    """The meaning of the mean score as a share, for example `harmful requests refused`."""
     blind_spots: ClassVar[str] = ""
-    """What the score cannot see, in one sentence."""
+    """What the score cannot detect, in one sentence."""
     in_evaluation: ClassVar[bool] = True
-    """Whether `evaluate.safety` asks it; a gate of `dstune cycle` may ask any."""
+    """Whether `evaluate.safety` includes it; a gate of `dstune cycle` can use any probe."""
 
     def questions(self) -> Sequence[Question]:
-        """Return the questions: the same ones each time, each with an id of its own."""
+        """Return the questions: always the same ones, each with a unique id."""
         raise NotImplementedError
 
     def score(self, question: Question, answer: str) -> float:
-        """Score an answer from 0 to 1, the best."""
+        """Return the score of an answer, from 0 to 1 (best)."""
         raise NotImplementedError
 
 

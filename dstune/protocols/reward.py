@@ -1,4 +1,4 @@
-"""What a reward of `task=reinforcement` is."""
+"""Defines a reward of `task=reinforcement`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, ClassVar
 class Reward:
     """Base of every reward. Subclasses set `name` and register with `@dstune.reward`.
 
-    Rewards run in a child process of each rank, which is ended after `task.reward_seconds`. They see texts and columns of the
-    data, never the model. A function with the signature of TRL's reward functions is registered by the same decorator.
+    Rewards run in a child process of each rank, which is ended after `task.reward_seconds`. They get texts and columns of the data,
+    never the model. A function with the signature of TRL's reward functions is registered by the same decorator.
     """
 
     name: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns that every row must have."""
     runs_programs: ClassVar[bool] = False
-    """Whether it runs what the model wrote, which needs the sandbox; its `limits` are then those of one program."""
+    """Whether it runs programs that the model wrote, which needs the sandbox. Its `limits` then apply to one program."""
     like_trl: ClassVar[bool] = False
-    """Whether it gets what TRL's reward functions get: messages in place of the texts of conversations, and `trainer_state`,
-    `log_extra` and `log_metric` beside the columns."""
+    """Whether it gets the arguments of TRL's reward functions: messages instead of the texts of conversations, and `trainer_state`,
+    `log_extra` and `log_metric` in addition to the columns."""
     limits: Any = None
     seconds: float = math.inf
-    """In which the programs of one completion begin, where it runs programs."""
+    """Seconds within which the programs of one completion must start, if it runs programs."""
 
     def __call__(
         self,
@@ -33,16 +33,16 @@ class Reward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]:
-        """Score `completions`, in their order; None for one that cannot be scored, which then does not train.
+        """Return the scores of `completions`, in order; None for one that cannot be scored, which is then not trained on.
 
-        prompts: texts, or lists of messages. completion_ids: tokens, the end token included. columns: every further column of
-        the rows, a value for each completion; None where a row has none. It may be a coroutine function.
+        prompts: texts, or lists of messages. completion_ids: token ids, including the end token. columns: every further column
+        of the rows, with a value for each completion; None if its row has none. This may be a coroutine function.
         """
         raise NotImplementedError
 
 
 def as_reward(function: Any) -> Any:
-    """Return a class as it is, and of a reward function of TRL a class named after it.
+    """Return a class unchanged, and for a reward function of TRL a class with the function's name.
 
     Raises:
         ValueError: it is neither.

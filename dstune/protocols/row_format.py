@@ -1,4 +1,4 @@
-"""What a row format is: the columns that a row of it has, and how it is brought to the shape that tasks read."""
+"""Defines a row format: the columns of its rows, and how a row is brought into the shape that tasks read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dstune.protocols.task import Task
 
 Check = Callable[[Any, str], Any]
-"""Takes a value and the name of its column; returns the value as the row is to hold it, or raises RowError."""
+"""Maps a value and the name of its column to the value for the row, or raises RowError."""
 
 
 class RowFormat:
@@ -22,9 +22,9 @@ class RowFormat:
     required: ClassVar[tuple[str, ...]] = ()
     """Roles that a row must have."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Roles that it may have."""
+    """Roles that a row may have."""
     other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """By role, columns that are taken for it where neither its own name nor `data.columns` gives one."""
+    """By role, the columns that are used if there is no column of the role's name and `data.columns` names none."""
     shape: ClassVar[str] = ""
     """The format of a built-in task whose rows `row` makes: tasks that read that one read this one too. For plugins."""
     answers: ClassVar[tuple[str, ...]] = ()
@@ -33,18 +33,18 @@ class RowFormat:
     readable_as: ClassVar[tuple[str, ...]] = ()
     """Formats as which a row can be read too, since it has all that they need."""
     conversational: ClassVar[bool] = False
-    """Its texts are what people say to a model: images, audio and video among them are refused by name."""
+    """Its texts are messages to a model: images, audio and video in them are refused by name."""
     keeps_columns: ClassVar[bool] = False
-    """All columns of a row are read. Rows of other formats may look like it, so that its task is not proposed for them."""
+    """All columns of a row are read. Rows of other formats may match it by accident, so its task is never proposed for them."""
     only_named: ClassVar[bool] = False
-    """Read only where `data.format` names it: its columns do not tell all that has to be known."""
+    """Only read if `data.format` names it, since its columns alone do not determine the meaning of a row."""
     further_keys: ClassVar[str] = ""
-    """What has to be set beside the task, so that rows of it are read (`task.loss=kto`)."""
+    """The override that is needed in addition to the task to read its rows (`task.loss=kto`)."""
     checks: ClassVar[Mapping[str, Check]] = {}
-    """By role; values of other roles are taken as they are."""
+    """Checks by role; values of other roles are used unchanged."""
 
     input_apart: bool = False
-    """Whether `input` is to stay apart from the instruction (`model.prompt_template=alpaca`)."""
+    """Whether `input` stays separate from the instruction (`model.prompt_template=alpaca`)."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -1,7 +1,7 @@
-"""What few tasks do, as protocols: generic code asks `isinstance(task, NeedsReference)`, never for a class.
+"""Optional protocols for abilities that few tasks have. Generic code asks `isinstance(task, NeedsReference)`, never for a class.
 
-A task has all methods of a protocol or none: one that has some of them is refused when it registers, since nothing would call
-them. To write only some, derive from the protocol, which has a default for each: `class Mine(dstune.Task, NeedsReference)`.
+A task implements all methods of a protocol or none. Registration refuses a task with only some of them, since nothing would call
+these. To write only some, derive from the protocol, which has a default for each: `class Mine(dstune.Task, NeedsReference)`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class NeedsPackages(Protocol):
-    """A task that uses packages which not every machine has."""
+    """A task that needs packages that not every machine has."""
 
     def preflight(self, run: RunConfig) -> Iterator[Problem]:
         """Yield what is missing on the launching machine, before any rank starts."""
@@ -42,28 +42,28 @@ class NeedsPackages(Protocol):
 
 @runtime_checkable
 class BuildsBatches(Protocol):
-    """A task whose micro-batches are not those of every task (`dstune.data.collate`)."""
+    """A task that builds its own micro-batches instead of those of `dstune.data.collate`."""
 
     def collate(
         self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
     ) -> dict[str, np.ndarray] | None:
-        """Return the arrays of a micro-batch, or None for those of every task. with_index: with `index` [rows] among them,
-        the numbers of the samples."""
+        """Return the arrays of a micro-batch; None for those of `dstune.data.collate`. with_index: whether to add the array `index`
+        [rows], the numbers of the samples."""
         return None
 
 
 @runtime_checkable
 class MeasuresSteps(Protocol):
-    """A task that reports more of a training step than its loss."""
+    """A task that reports further numbers of a training step, in addition to its loss."""
 
     def measure_step(self, totals: Totals) -> dict[str, float]:
-        """Return further numbers for the row of metrics.jsonl."""
+        """Return further numbers for the step's row of metrics.jsonl, by name."""
         return {}
 
 
 @runtime_checkable
 class TrainsOnRollouts(Protocol):
-    """A task that learns from what the model answers to its rows before a step."""
+    """A task that learns from the model's own answers, which are generated before a step."""
 
     @property
     def tokens_written_behind_rows(self) -> int:
@@ -72,7 +72,7 @@ class TrainsOnRollouts(Protocol):
 
     @property
     def answers_per_row(self) -> int:
-        """Texts that the model writes to a row, of which `trainer.micro_batch_size` are trained at a time."""
+        """Number of texts that the model writes for a row. A micro-batch has `trainer.micro_batch_size` of these texts."""
         return 1
 
     def rollouts(
@@ -85,22 +85,23 @@ class TrainsOnRollouts(Protocol):
         world: World,
         run_dir: Path,
     ) -> Rollouts | None:
-        """Return what turns the prompts of each step into what trains; None where it learns from rows as they are."""
+        """Return the object that turns the prompts of a step into training samples; None if the task trains on the rows
+        themselves."""
         raise NotImplementedError
 
 
 @runtime_checkable
 class EvaluatesRollouts(Protocol):
-    """A task whose evaluations are of what the model answers."""
+    """A task whose evaluations measure the model's generated answers."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, progress: Any) -> Evaluation:
-        """Return the metrics of `split`, whose prompts the model answers."""
+        """Let the model answer the prompts of `split`, and return the metrics of the answers."""
         raise NotImplementedError
 
 
 @runtime_checkable
 class RewritesTemplate(Protocol):
-    """A task whose settings change how a server has to render the history."""
+    """A task whose settings change how a server must render the history of a conversation."""
 
     def rewrite_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Change `tokenizer.chat_template` so that it renders as in training."""
@@ -108,35 +109,35 @@ class RewritesTemplate(Protocol):
 
 @runtime_checkable
 class AsksForTargets(Protocol):
-    """A task whose rows are sources, for which a prompt asks the model."""
+    """A task whose rows are source texts; a prompt asks the model for the target."""
 
     def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> SourcePrompts:
-        """Return what makes a prompt of a source."""
+        """Return the object that turns a source text into a prompt."""
         raise NotImplementedError
 
 
 @runtime_checkable
 class ChangesLoadedModel(Protocol):
-    """A task that leaves out or replaces parts of the model that it loads."""
+    """A task that removes or replaces parts of the loaded model."""
 
     def after_load(self, model: PreTrainedModel, new: list[str]) -> list[str]:
-        """Change the model. new: names of its parameters without pretrained weights; return those that remain."""
+        """Change the model in place. new: names of its parameters without pretrained weights. Returns the names that remain."""
         return new
 
 
 @runtime_checkable
 class ReadsArchitecture(Protocol):
-    """A task whose settings a finished model's configuration tells."""
+    """A task whose settings can be read from a finished model's configuration."""
 
     def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
-        """Return `run` with what the model's configuration says of the task, to use the model as it is. Raises UserError
-        where the model is of another kind."""
+        """Return `run` with the task's settings from the model's configuration, to use the model as it is. Raises UserError if the
+        model is of another kind."""
         return run
 
 
 @runtime_checkable
 class TakesLabels(Protocol):
-    """A task that can be given the labels of a model, for rows that lack some of them."""
+    """A task that can use the labels of a model, for rows in which some of them do not occur."""
 
     def with_labels(self, labels: Sequence[str]) -> TaskConfig:
         """Return the configuration with these labels, in the model's order."""
@@ -145,23 +146,24 @@ class TakesLabels(Protocol):
 
 @runtime_checkable
 class BuildsQueries(Protocol):
-    """A task whose rows a client cannot send as they are."""
+    """A task whose training rows differ from the requests of a client."""
 
     def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a client would send of a training row, as `question` reads it. row: `fields`, normalised."""
+        """Return the request that a client would send for a training row, as `question` reads it. row: `fields` in normalized
+        form."""
         return dict(fields)
 
 
 @runtime_checkable
 class ComparesAnswers(Protocol):
-    """A task whose answers can be compared between two texts of a row (`evaluate.counterfactual`)."""
+    """A task that can compare the answers to two versions of a row's text (`evaluate.counterfactual`)."""
 
     def counterfactual(
         self, run: RunConfig, before: EvaluatedRows, after: EvaluatedRows, places: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Return how the answers change where terms are swapped: by name, a value for each row of `after`.
+        """Return how the answers change when terms are swapped: by name, a value for each row of `after`.
 
-        places: of each of these rows, the number of the same row in `before`.
+        places: [rows of `after`], the index of the same row in `before`.
         """
         return {}
 
@@ -172,7 +174,8 @@ class KeepsFurtherModels(Protocol):
 
     @property
     def resident_models(self) -> tuple[FurtherModel, ...]:
-        """At stage 3 partitioned, beside a whole copy of their vocabulary projection; else whole on every rank."""
+        """These models. Stage 3 partitions them, but keeps a full copy of their vocabulary projection; at other stages every rank
+        has full copies."""
         return ()
 
     def keeps_start_model(self, run: RunConfig) -> bool:
@@ -193,7 +196,7 @@ class NeedsReference(Protocol):
     def before_loading(
         self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
     ) -> PreparedData:
-        """Return `data` with what another model says of its rows, before the model of the run is loaded. Every rank calls it,
+        """Return `data` with another model's outputs for its rows, before the model of the run is loaded. Every rank calls this,
         for training and evaluation. Raises UserError."""
         return data
 
@@ -207,45 +210,45 @@ class NeedsReference(Protocol):
         pad_token_id: int,
         precision: Precision,
     ) -> PreparedData:
-        """Return `data` with what the model says of its rows before anything is trained or loaded from a checkpoint. Every rank
-        calls it at every start of a run."""
+        """Return `data` with the model's outputs for its rows, before anything is trained or loaded from a checkpoint. Every rank
+        calls this at every start of a run."""
         return data
 
 
 @runtime_checkable
 class EvaluatesOtherwise(Protocol):
-    """A task that measures a finished model under other settings than it trained with."""
+    """A task that evaluates a finished model with other settings than those of its training."""
 
     config: Any
 
     def for_evaluation(self, run: RunConfig) -> TaskConfig:
-        """Return the configuration under which a finished run's model is evaluated. Raises UserError where it cannot be."""
+        """Return the configuration with which a finished run's model is evaluated. Raises UserError if it cannot be evaluated."""
         return self.config
 
     def check_evaluation(self) -> None:
-        """Raises UserError where the settings do not suffice to evaluate a model."""
+        """Raise UserError if the settings do not suffice to evaluate a model."""
 
 
 @runtime_checkable
 class AsksUntunedModel(Protocol):
-    """A task whose answers an untuned language model can be asked for (`few_shot`) in other words than the rows have."""
+    """A task that can prompt an untuned language model for its answers (`few_shot`), in a form that differs from its rows."""
 
     config: Any
 
     def as_text_task(self, run: RunConfig) -> TaskConfig:
-        """Return the configuration under which an untuned language model is asked for the answers (`few_shot`). Raises UserError
-        where the model of `run` is none."""
+        """Return the configuration with which an untuned language model is prompted for the answers (`few_shot`). Raises UserError
+        if the model of `run` is not a language model."""
         return self.config
 
     def prompted(self, run: RunConfig, data: PreparedData, tokenizer: Any, key: str) -> Prompted | None:
-        """Return the prompts that ask an untuned language model with worked examples in front of each row; None where the loss
-        of the rows' targets tells it. key: what a UserError is about."""
+        """Return prompts with worked examples in front of each row, for an untuned language model; None if the loss of the rows'
+        targets gives its answers. key: the key that a UserError names."""
         return None
 
 
 @runtime_checkable
 class MeasuresFurther(Protocol):
-    """A task whose evaluations take more than one pass over the rows."""
+    """A task whose evaluations need more than one pass over the rows."""
 
     def extra_evaluation(
         self,
@@ -257,32 +260,33 @@ class MeasuresFurther(Protocol):
         one_line: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
-        """Return `measured` with what takes more than one pass over the rows (texts that the model generates). Every rank calls it.
+        """Return `measured` with the metrics that need a further pass over the rows, such as those of generated texts. Every rank
+        calls this.
 
-        context: tokens in front of every row (worked examples). one_line: a generated text ends with its first line, where
-        no target of the rows has a second one. progress: gets how many of this rank's batches are done, and how many there are.
+        context: tokens in front of every row (worked examples). one_line: whether generation stops after the first line, if no
+        target of the rows has a second one. progress: called with the numbers of this rank's finished and of all its batches.
         """
         return measured
 
 
 @runtime_checkable
 class CompletesLabels(Protocol):
-    """A task whose labels follow a scheme, so that some have to exist beside those that were found."""
+    """A task whose labels follow a scheme, which requires some labels even if no row has them."""
 
     def complete_labels(self, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the labels found in the training rows, with those that have to exist beside them."""
+        """Return the labels that were found in the training rows, completed by those that the scheme requires."""
         return labels
 
     def check_labels(self, run: RunConfig, labels: tuple[str, ...]) -> None:
-        """Raises UserError where these labels do not fit the settings."""
+        """Raise UserError if these labels do not fit the settings."""
 
 
 @runtime_checkable
 class WeighsClasses(Protocol):
-    """A task whose rows count by their label."""
+    """A task that weights rows by their label."""
 
     def class_weights(self, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int) -> list[float]:
-        """Return how much a row of each label counts in the loss; empty where all count alike. counts: training rows by label.
+        """Return the weight in the loss of each label's rows; empty for equal weights. counts: returns the training rows by label.
 
         Raises UserError for weights of unknown labels.
         """
@@ -291,23 +295,23 @@ class WeighsClasses(Protocol):
 
 @runtime_checkable
 class ExportsFiles(Protocol):
-    """A task whose exports have files of another library beside the model, which say that it is the task of such a folder."""
+    """A task whose exports contain files of another library, from which the task of a published model can be recognized."""
 
     @classmethod
     def overrides_from(cls, folder: Path) -> list[str]:
-        """Return what files beside a published model say of the task, as overrides, `task=NAME` first; empty where nothing does."""
+        """Return overrides that the files of a published model imply, `task=NAME` first; empty if they do not tell the task."""
         return []
 
     def write_export(self, run: RunConfig, architecture: PretrainedConfig, folder: Path) -> None:
-        """Write files that an export has beside model and tokenizer."""
+        """Write the files that an export has in addition to model and tokenizer."""
 
 
 @runtime_checkable
 class HoldsModels(Protocol):
-    """A task that has models in memory beside the one that trains."""
+    """A task that keeps models in memory in addition to the trained one."""
 
     def close(self) -> None:
-        """Let go of them."""
+        """Release them."""
 
 
 TASK_OPTIONS = (

@@ -1,4 +1,4 @@
-"""What a tracker is: a service or file format that gets a run's metrics beside `metrics.jsonl` and the console."""
+"""Defines a tracker: a service or file format that gets a run's metrics in addition to `metrics.jsonl` and the console."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """Everything about one step."""
+    """Everything that is reported for one step."""
 
     step: int
     metrics: Mapping[str, Any]
-    """Numbers and texts by name; null for a number that is not finite."""
+    """Numbers and texts by name; None for a number that is not finite."""
     time: float
-    """When the step was done, in seconds since the epoch."""
+    """When the step ended, in seconds since the epoch."""
     samples: tuple[Mapping[str, Any], ...] = ()
-    """Where prompts were answered at this step: all answers so far, each with its step."""
+    """If prompts were answered at this step: all answers so far, each with its step."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,22 @@ class TrackingConfig:
 class Tracker:
     """Base of every tracker. Subclasses register with `@dstune.tracker`.
 
-    The methods from `start` on are called on rank 0 from one thread, in this order; they may raise anything, which turns the
-    tracker off. Import its client there.
+    Rank 0 calls the methods from `start` on in one thread, in this order. Any exception turns the tracker off. Import its client
+    inside these methods.
     """
 
     name: ClassVar[str] = ""
     Config: ClassVar[type | None] = None
-    """Its keys, `tracking.NAME.KEY`: a frozen dataclass whose defaults turn the tracker off."""
+    """Its keys `tracking.NAME.KEY`, as a frozen dataclass whose defaults turn the tracker off."""
     switch: ClassVar[str] = ""
-    """Of a tracker without `Config`: the documentation of `tracking.NAME`, true or false, which turns it on."""
+    """For a tracker without `Config`: the documentation of `tracking.NAME`, true or false, which turns it on."""
     title: ClassVar[str] = ""
     """Its name in messages."""
     variables: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the environment variables that it reads; only rank 0 gets the secret ones."""
     rebuilds: bool = False
-    """Whether every launch writes the whole run anew, from the files of the run directory. Another tracker goes on where it
-    was, and can add nothing to a step that it has. Known once `start` is done."""
+    """Whether every launch writes the complete run again, from the files of the run directory. Other trackers continue where they
+    stopped, and cannot add to a step that they already have. Valid after `start`."""
 
     def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
         """fresh: the run starts at step 0."""
@@ -71,51 +71,53 @@ class Tracker:
 
     @classmethod
     def enabled(cls, tracking: TrackingConfig) -> bool:
-        """Return whether the configuration turns it on; a tracker with keys says when."""
+        """Return whether the configuration turns it on. A tracker with keys must override this."""
         return getattr(tracking, cls.name, False) is True
 
     @classmethod
     def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
-        """Return keys whose values are names that it displays, with the values: nothing secret may be among them."""
+        """Return the keys whose values it displays as names, with these values. None of them may contain a secret."""
         return {}
 
     @classmethod
     def needs_variables(cls, tracking: TrackingConfig) -> bool:
-        """Return whether rank 0 has to get `variables`."""
+        """Return whether rank 0 needs the environment variables of `variables`."""
         return cls.enabled(tracking)
 
     @classmethod
     def check(cls, tracking: TrackingConfig) -> Iterator[Problem]:
-        """Yield what is wrong with its keys."""
+        """Yield problems of its keys."""
         yield from ()
 
     @classmethod
     def without_effect(cls, tracking: TrackingConfig) -> Iterator[tuple[str, tuple[str, str]]]:
-        """Yield (key, (reason, what would let it count)) of every key that another one overrules."""
+        """Yield (key, (reason, fix)) for every key that another one makes ineffective."""
         yield from ()
 
     @classmethod
     def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
-        """Yield what has to be installed first, found without importing it."""
+        """Yield a problem for each package that is not installed, without importing any."""
         yield from ()
 
     @classmethod
     def probe(cls) -> Iterator[Check]:
-        """Yield what `dstune doctor` finds of it on this machine. No server is asked."""
+        """Yield the lines of `dstune doctor` about this tracker. Contacts no server."""
         yield from ()
 
     def start(self, past: Iterator[Row]) -> None:
-        """Begin, or go on where an earlier launch of the run ended. past: the rows of the steps before this launch's
-        first one, from the files of the run directory. Whatever is missing of them is to be written, and nothing else
-        is to be there: rows of an earlier launch beyond its last checkpoint come again."""
+        """Begin, or continue where an earlier launch of the run ended.
+
+        past: the rows of all steps before this launch, from the files of the run directory. The tracker must write those that it
+        lacks, and end up with no others: rows of an earlier launch after its last checkpoint are sent again.
+        """
         raise NotImplementedError
 
     def location(self) -> str:
-        """Say where a person sees the run, as an address or a command, with nothing secret in it. It is printed after `start`."""
+        """Return an address or a command that shows the run to a person, without secrets. It is printed after `start`."""
         return ""
 
     def write(self, row: Row) -> None:
-        """Write the row of one step; steps only rise."""
+        """Write the row of one step. Steps always increase."""
         raise NotImplementedError
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -123,5 +125,5 @@ class Tracker:
         raise NotImplementedError
 
     def finish(self, status: str) -> None:
-        """Close; `status` is that of `result.json`."""
+        """Close the run. status: as in `result.json`."""
         raise NotImplementedError
