@@ -1,4 +1,4 @@
-"""Metrics, a file each, and which of two values of one is better; without numpy, for the command line."""
+"""Metrics, one file each, and functions that compare two values of a metric. Imports no numpy, for the command line's sake."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dstune.protocols import METRICS
 
 
 def is_lower_better(metric: str) -> bool:
-    """Return whether less of `metric` is better; that of one task of several (`NAME/METRIC`) is as it is elsewhere."""
+    """Return whether lower values of `metric` are better. `NAME/METRIC`, the metric of one task of several, counts as METRIC."""
     name = metric.rpartition("/")[2]
     return name in METRICS and METRICS[name].lower_is_better
 

@@ -1,4 +1,4 @@
-"""The metrics that built-in tasks compute themselves, and which way is better."""
+"""Registers the metrics that built-in tasks compute themselves, and whether lower or higher is better."""
 
 from __future__ import annotations
 

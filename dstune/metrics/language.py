@@ -6,10 +6,11 @@ import math
 
 
 def language_model_metrics(loss_sum: float, weight: float, correct: float, size: int = 0) -> dict[str, float]:
-    """Return mean loss in nats per target token, its exponential, and the share of targets predicted.
+    """Return the mean loss in nats per target token, its exponential (perplexity), and the share of correctly predicted targets.
 
-    size: bytes of the text that the targets stand for. `bits_per_byte` are the bits of all targets, ends of turns and of
-    documents included, over them; unlike the others it can be compared between tokenizers.
+    loss_sum: over all targets, in nats. weight: number of targets. correct: number of targets predicted. size: bytes of the
+    targets' text; 0 if unknown. `bits_per_byte` is the number of bits for all targets, including ends of turns and of documents,
+    divided by these bytes; unlike the others it can be compared between tokenizers.
     """
     loss = loss_sum / weight
     bits = {"bits_per_byte": loss_sum / math.log(2) / size} if size else {}

@@ -12,4 +12,4 @@ ORDER = (
     "warmup_stable_decay",
     "slanted_triangular",
 )
-"""In tables and messages these come first, in this order; the first of each kind is the default."""
+"""Order in tables and messages; plugins come after these. The first of each kind is the default."""

@@ -1,4 +1,4 @@
-"""Base of optimizers that have an update of their own for groups of one kind, and AdamW's for the others."""
+"""Base of optimizers with a special update for parameter groups of one kind, and AdamW's update for the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 
 class BesideAdamW(torch.optim.Optimizer):
-    """Updates groups of `kind` parameter by parameter (`update`), and those of other kinds as AdamW."""
+    """Updates groups of `kind` parameter by parameter with `update`, and groups of other kinds with AdamW."""
 
     kind: ClassVar[str]
 
@@ -26,14 +26,14 @@ class BesideAdamW(torch.optim.Optimizer):
                 self.update(group, parameter, parameter.grad)
 
     def update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        """Update one parameter of a group of `kind`."""
+        """Update one parameter, or this rank's part of it, in a group of `kind`. gradient: in the same shape."""
         raise NotImplementedError
 
 
 def fused_adamw(group: dict[str, Any], parameters: Sequence[Tensor], states: Any) -> None:
     """Update `parameters`, which have gradients, as `torch.optim.AdamW(fused=True)` would.
 
-    group: `lr`, `weight_decay`, `betas`, `eps`. states: what the optimizer keeps, by parameter.
+    group: with `lr`, `weight_decay`, `betas` and `eps`. states: the optimizer's states by parameter.
     """
     for parameter in parameters:
         if "step" not in states[parameter]:

@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer."""
+"""Builds the parameter groups of an optimizer."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 
 def method_groups(config: RunConfig, module: nn.Module, vision_parts: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups for `module`, as `config.method` has trained it. vision_parts: names of the
-    modules that `optimizer.vision_lr` is for, in the model without adapters."""
+    """Return the optimizer's parameter groups for `module`, in which `config.method` has frozen what it does not train.
+
+    vision_parts: names of the modules to which `optimizer.vision_lr` applies, in the model without adapters.
+    """
     method, optimizer = method_of(config.method), optimizer_of(config.optimizer)
     decay, rates = config.optimizer.weight_decay, method.rates(module)
     part_of = method.parts(module) if isinstance(method, UnfreezesLater) else lambda name: 0
 
     def rate_of(name: str) -> float:
-        sees = any(f".{part}." in f".{name}." for part in vision_parts)
-        return rates(name) * (vision_share(config) if sees else 1.0)
+        is_vision = any(f".{part}." in f".{name}." for part in vision_parts)
+        return rates(name) * (vision_share(config) if is_vision else 1.0)
 
     return parameter_groups(module, decay, rate_of, part_of, optimizer.kind)
 
 
 def vision_share(config: RunConfig) -> float:
-    """Return the learning rate of a tower as a factor on `optimizer.lr`."""
+    """Return the learning rate of a vision tower as a factor on `optimizer.lr`."""
     rate = config.optimizer.vision_lr
     return 1.0 if rate is None or not config.optimizer.lr else rate / config.optimizer.lr
 
@@ -41,16 +43,16 @@ def parameter_groups(
     part_of: Callable[[str], int] = lambda name: 0,
     kind_of: Callable[..., str] = lambda name, shape, *, is_table: "",
 ) -> list[dict[str, Any]]:
-    """Group trained parameters: by their factor on the learning rate, and with weight decay or (norms, biases, other vectors)
-    without.
+    """Group trained parameters by their part, their factor on the learning rate, their kind, and whether they have weight decay
+    (norms, biases and other vectors have none).
 
-    rate_of: the factor for the parameter of this name. It stays in the group as `rate`, which
-    `Engine.set_learning_rate` multiplies. part_of: parameters of different parts are never in one group. kind_of:
+    rate_of: the factor for the parameter with this name. The group keeps it as `rate`, which `Engine.set_learning_rate`
+    multiplies. part_of: the part of the parameter with this name; different parts never share a group. kind_of:
     `Optimizer.kind`.
 
-    A parameter frozen here never enters the optimizer; an empty group would crash DeepSpeed's stages 1 and 2.
+    A parameter that is frozen now never enters the optimizer; an empty group would crash DeepSpeed at stages 1 and 2.
     """
-    from torch import nn  # here: the registry imports this file with the optimizers beside it
+    from torch import nn  # not at the top: the registry imports this file together with the optimizers
 
     from dstune.zero.parts import full_shape
 

@@ -27,7 +27,7 @@ class SlantedTriangular(Schedule):
     config: SlantedTriangularConfig
 
     def factor(self, step: int, total_steps: int) -> float:
-        # Equation 3 of arXiv:1801.06146; a run of a few steps rises for one of them at least.
+        # Equation 3 of arXiv:1801.06146, but even a run of few steps has at least one step of rise.
         config = self.config
         cut = max(1, math.floor(config.cut_fraction * total_steps))
         share = step / cut if step < cut else 1 - (step - cut) / (cut * (1 / config.cut_fraction - 1))

@@ -1,4 +1,4 @@
-"""Base of the schedules that begin with a linear warm-up."""
+"""Base classes of schedules that begin with a linear warm-up."""
 
 from __future__ import annotations
 
@@ -30,19 +30,22 @@ class DecayConfig(WarmupConfig):
 
 
 class WarmupSchedule(Schedule):
-    """The warm-up's last step and the step after it both have the full rate; the last step of a decay has the lowest rate
-    but one, so that no step is spent at a rate of zero: step s of d decaying ones stands at s / d."""
+    """Base of schedules that begin with a linear warm-up.
+
+    The warm-up's last step and the step after it both have the peak rate. Step s (from 0) of d decaying steps has a progress of
+    s / d, so the last step is still above the final rate: no step is spent at a rate of zero.
+    """
 
     Config = WarmupConfig
     config: Any
 
     @property
     def decay_ratio(self) -> float:
-        """Fraction of the run that the warm-up has to leave for the decay."""
+        """Share of the run that the warm-up must leave for the decay."""
         return 0.0
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
-        """Return fraction of the peak rate for a step behind the `warmup` first ones."""
+        """Return the rate of a step after the first `warmup` steps, as a share of the peak."""
         raise NotImplementedError
 
     def warmup_steps(self, total_steps: int) -> int:
@@ -85,7 +88,7 @@ class WarmupSchedule(Schedule):
 
 
 class DecaySchedule(WarmupSchedule):
-    """From the peak after the warm-up to `min_lr_ratio` times the peak."""
+    """Base of schedules that decay from the peak, right after the warm-up, to `min_lr_ratio` times the peak."""
 
     def remaining(self, progress: float) -> float:
         """Return the share of the decay that remains, from 1 to 0. progress: 0 at the peak, 1 at the end."""

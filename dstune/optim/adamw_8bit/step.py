@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits as a torch optimizer, on the kernels of bitsandbytes."""
+"""AdamW with 8-bit moments as a torch optimizer, with the kernels of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class AdamW8bitStep(BesideAdamW):
-    """Groups of the kind `ROUNDED` have each moment in 8 bits, with a scale for each block of 256 elements that follow each
-    other in what a rank has of the group; the others have moments in fp32."""
+    """Keeps 8-bit moments for groups of the kind `ROUNDED`, with a scale for each block of 256 consecutive elements of this rank's
+    part of the group. Other groups have fp32 moments."""
 
     kind = ROUNDED
 
@@ -58,7 +58,7 @@ class AdamW8bitStep(BesideAdamW):
         )
 
     def _code(self, device: torch.device, *, signed: bool) -> Tensor:
-        """Return the 256 values that a byte stands for."""
+        """Return the 256 values that the values of a byte represent."""
         from bitsandbytes.functional import create_dynamic_map
 
         if (device, signed) not in self._codes:
@@ -67,7 +67,7 @@ class AdamW8bitStep(BesideAdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch gives states the parameter's type; bytes are whole numbers up to 255 and come back from it as they were.
+        # torch converts states to the parameter's type. Bytes are whole numbers up to 255, which survive the way there and back.
         for number, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and value.dtype is torch.uint8:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class LionStep(torch.optim.Optimizer):
-    """Element by element, so that a partition of a parameter is updated as the whole one would be."""
+    """Updates element by element, so that a partition of a parameter changes as in an update of the complete one."""
 
     def __init__(self, groups: list[dict[str, Any]], config: LionConfig):
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas})

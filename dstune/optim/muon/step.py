@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from dstune.zero.matrices import Matrices
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Jordan's quintic iteration (kellerjordan.github.io/posts/muon), as `torch.optim.Muon` has them."""
+"""Coefficients of Jordan's quintic iteration (kellerjordan.github.io/posts/muon), the same as in `torch.optim.Muon`."""
 
 
 class MuonStep(BesideAdamW):
-    """Groups of the kind `MATRIX` are orthogonalized matrix by matrix; stacked experts are matrices of their own. The others
-    are AdamW's."""
+    """Orthogonalizes the updates of groups of the kind `MATRIX`, matrix by matrix; each stacked expert is a separate matrix. Other
+    groups are updated by AdamW."""
 
     kind = MATRIX
 
@@ -32,7 +32,7 @@ class MuonStep(BesideAdamW):
         self._matrices: Matrices | None = None
 
     def use_matrices(self, matrices: Matrices) -> None:
-        """Update partitions, whose matrices are put together by `matrices`."""
+        """Update partitions of parameters from now on; `matrices` assembles complete matrices from them."""
         self._matrices = matrices
 
     def update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
@@ -40,7 +40,7 @@ class MuonStep(BesideAdamW):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+        update = gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
         if self._matrices is None:
             orthogonal = self._orthogonal(update)
         else:
@@ -49,8 +49,8 @@ class MuonStep(BesideAdamW):
         parameter.add_(orthogonal, alpha=-group["lr"])
 
     def _orthogonal(self, matrix: Tensor) -> Tensor:
-        """Approximate the orthogonal matrix nearest to each of the matrices [..., rows, columns], and scale it to the mean square
-        of AdamW's updates (arXiv:2502.16982, section 2.2). In fp32: in bf16 the rounding of a sum over ranks would show."""
+        """Approximate the nearest orthogonal matrix to each matrix [..., rows, columns], and scale it to the root mean square of
+        AdamW's updates (arXiv:2502.16982, section 2.2). In fp32: in bf16, the rounding of a sum over ranks would show."""
         rows, columns = matrix.shape[-2:]
         orthogonal = matrix.mT if rows > columns else matrix
         orthogonal = orthogonal / orthogonal.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
