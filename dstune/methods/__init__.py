@@ -1,4 +1,4 @@
-"""A file or folder a fine-tuning method; each registers itself. What belongs to a method stands there and nowhere else."""
+"""Fine-tuning methods, a file or folder each. Each registers itself; nothing about a method is written anywhere else."""
 
 ORDER = (
     "full",
@@ -16,10 +16,10 @@ ORDER = (
     "prefix",
     "p_tuning",
 )
-"""In tables and messages these come first, in this order; the first one is the default."""
+"""Order in tables and messages; plugins come after these. The first one is the default."""
 
 REFUSED = {
     "adalora": "it takes ranks away by the gradients of single parameters between backward pass and update, and partitioned"
     " stages do not keep them (method=lora with method.rank_pattern sets ranks by hand)"
 }
-"""Methods of the field that are not offered, and why."""
+"""Well-known methods that dstune does not offer, and why."""

@@ -1,4 +1,4 @@
-"""A rate for each layer (`layer_decay`), which several methods have."""
+"""Learning rates by layer (`layer_decay`), shared by several methods."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def rates_of_layers(module: nn.Module, decay: float) -> Callable[[str], float]:
-    """Return a function from a parameter's name to its factor on the learning rate: each layer has `decay` times the rate of the
-    one above it."""
+    """Return a function that maps a parameter's name to its factor on the learning rate. Each layer has `decay` times the rate of
+    the layer above it."""
     if decay == 1:
         return lambda name: 1.0
     from transformers import PreTrainedModel

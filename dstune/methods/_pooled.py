@@ -1,4 +1,4 @@
-"""What `head` and `features` have in common: the body stays frozen, and a classifier above it is trained."""
+"""Base of `head` and `features`: the body stays frozen, and a classifier on top of it is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Pooling(Enum):
 
 class PooledHead(Method, ReplacesHead):
     config: Any
-    """Has `pooling`, `layers` and `dropout`."""
+    """A configuration with `pooling`, `layers` and `dropout`."""
 
     learning_rate = 1e-2
     why_not_shared_rows = "it reads one vector of the whole row"
@@ -35,6 +35,6 @@ class PooledHead(Method, ReplacesHead):
 
     def trained(self, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
         trained = tuple(t for t in model.tensors if t.name.startswith(("classifier", "score", "pooler", "head.")))
-        if not trained:  # a language model's head; tied to the embedding it is the embedding
+        if not trained:  # a language model's head; if it is tied, that is the embedding
             trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
         return trained, model.parameters - sum(t.count for t in trained)

@@ -41,7 +41,7 @@ class Full(Method):
         return iter(())
 
     def identity(self) -> dict[str, Any]:
-        return {}  # its keys are rates: training starts from the model as it is
+        return {}  # its only key is a rate: it does not change the model that training starts from
 
     def rates(self, module: nn.Module) -> Callable[[str], float]:
         return rates_of_layers(module, self.config.layer_decay)

@@ -29,7 +29,7 @@ MODULES = {
     "t5": (("k", "v", "wo"), ("wo",)),
     "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
 }
-"""By architecture, the modules that peft's IA3 scales, and those of them whose inputs it scales (its constants, 0.21)."""
+"""Modules that peft's IA3 scales by architecture, and those of them whose inputs it scales (constants of peft 0.21)."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Ia3(ModuleAdapter):
         return True
 
     def added(self, model: Architecture) -> tuple[Tensor, ...]:
-        """Return the tensors that are added, exact where the modules are known; where peft has no choice of its own for the
-        architecture, a guess."""
+        """Return the tensors that the adapter adds: exact if the modules are known, otherwise a guess."""
         from dstune.planning.adapters import low_rank
 
         if self.config.target_modules or model.kind in MODULES:

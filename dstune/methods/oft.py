@@ -54,13 +54,13 @@ class Oft(ModuleAdapter):
         return self.config.dropout
 
     def added(self, model: Architecture) -> tuple[Tensor, ...]:
-        """Return the entries above the diagonal of each block: no less than there are."""
+        """Return the entries above the diagonal of each block: at least as many as there are."""
         from dstune.planning.adapters import low_rank
 
         return tuple(low_rank(model, self.targets, -(-self.config.block_size // 2), experts=False))
 
     def fill(self, module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
-        """Fill in the places of the rotations' entries, which are not saved."""
+        """Set the row and column indices of the rotations' entries, which checkpoints do not have."""
         import torch
 
         inner: Any

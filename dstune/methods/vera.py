@@ -61,7 +61,7 @@ class Vera(ModuleAdapter):
         return tuple(self._vectors(model))
 
     def _vectors(self, model: Architecture) -> Iterator[Tensor]:
-        """Yield a number for each row of the shared matrix, and for each output."""
+        """Yield the two trained vectors of each module: one number for each output, and one for each row of the shared matrix."""
         from dstune.planning.adapters import linear_modules
         from dstune.planning.architecture import Tensor
 
@@ -70,7 +70,7 @@ class Vera(ModuleAdapter):
             yield Tensor(f"{module}.vera_lambda_d", (self.config.rank,), layer=layer)
 
     def fill(self, module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
-        """Fill in the two matrices that all modules share."""
+        """Set the two random matrices that all modules share, from `trained`."""
         for inner in module.modules():
             for buffer in ("vera_A", "vera_B"):
                 if hasattr(inner, buffer):

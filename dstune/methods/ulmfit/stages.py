@@ -1,4 +1,4 @@
-"""`method=ulmfit` with a language model stage in front: one run's configuration as those of its two stages."""
+"""Splits the configuration of a `method=ulmfit` run with a language model stage into those of its two stages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols import TASKS
 
 FOLDER = "language_model"
-"""Of the first stage, in the run directory: a run of its own."""
+"""Folder of the first stage in the run directory: a complete run."""
 
 
 def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path) -> RunConfig:
-    """Return the first stage: the texts of the classifier's rows, all layers with discriminative rates (section 3.2 of
-    arXiv:1801.06146)."""
+    """Return the first stage: language modelling on the texts of the classifier's rows, with all layers training at discriminative
+    rates (section 3.2 of arXiv:1801.06146)."""
     columns = {role: name for role, name in config.data.columns.items() if role == "text"}
     off = AugmentConfig()
     return replace(
@@ -36,7 +36,7 @@ def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path)
 
 
 def classifier_stage(config: RunConfig, run_dir: Path) -> RunConfig:
-    """Return the second stage: the run itself, from what the first one exported."""
+    """Return the second stage: the run itself, starting from the export of the first stage."""
     model = replace(
         config.model,
         path=str(run_dir / FOLDER / "export"),
