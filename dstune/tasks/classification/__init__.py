@@ -65,7 +65,7 @@ class Classification(Task):
         return self.config.multi_label
 
     def model_class(self, architecture: PretrainedConfig) -> Any:
-        if getattr(architecture, "dstune_head", None):  # as an export of such a run says in its configuration
+        if getattr(architecture, "dstune_head", None):  # set in the configuration of exports with a pooled head
             from dstune.models.pooled import PooledForSequenceClassification
 
             return PooledForSequenceClassification
@@ -77,7 +77,7 @@ class Classification(Task):
         self, architecture: PretrainedConfig, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
     ) -> None:
         super().architecture(architecture, labels, tokenizer)
-        # Tells whoever loads the export which loss and which kind of answer its logits are for.
+        # Tells those who load the export which loss and which kind of answer its logits are for.
         architecture.problem_type = "single_label_classification"
         if self.config.multi_label:
             architecture.problem_type = "multi_label_classification"
@@ -89,7 +89,7 @@ class Classification(Task):
         from dstune.checkpoint.own_labels import name_labels
 
         several = architecture.problem_type == "multi_label_classification"
-        one_number = architecture.num_labels == 1 and not several  # whatever it says: a choice of one is none
+        one_number = architecture.num_labels == 1 and not several  # whatever it declares: one class is not a choice
         if architecture.problem_type == "regression" or one_number:
             return replace(run, task=replace(self.config, regression=True, labels=[]))
         return name_labels(run, architecture, **({"multi_label": True} if several else {}))

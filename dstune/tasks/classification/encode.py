@@ -1,4 +1,4 @@
-"""Samples of classification: a text, or a pair of texts, and its label."""
+"""Encode classification rows: a text, or a pair of texts, and its label."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dstune.tasks.classification.config import ClassificationConfig
 
 
 class ClassificationEncoder(Encoder):
-    """Texts with the special tokens that the tokenizer puts around and between them.
+    """Encodes texts with the special tokens that the tokenizer puts around and between them.
 
-    The column `label` is the index of the row's label, with `task.multi_label` a 1 or 0 for each label, and in a regression
-    the number itself. With class weights `loss_weight` is that of the row.
+    The column `label` is the index of the row's label; with `task.multi_label`, a 1 or 0 for each label; in a regression, the
+    number itself. With class weights, `loss_weight` is the row's weight.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ClassificationEncoder(Encoder):
         self._multi_label = task.multi_label
         self._regression = task.regression
         self._class_weights = class_weights
-        # For a single text every segment is 0, beside pairs as well: that is what a model takes where none is given.
+        # All segments of a single text are 0, even in a batch with pairs: models assume 0 if no segments are given.
         self._with_segments = fmt == "pair" and "token_type_ids" in tokenizer.model_input_names
         self._control = ControlTokens(tokenizer)
 
@@ -52,7 +52,7 @@ class ClassificationEncoder(Encoder):
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         texts = [[row[name] for name in ("text", "text_pair") if name in row] for row in rows]
         batch = [tuple(row_texts) if len(row_texts) == 2 else row_texts[0] for row_texts in texts]
-        # Of a pair the longer text is cut first.
+        # In a pair, the longer text is truncated first.
         encoded = self._tokenizer(batch, truncation=True, max_length=self._max_length, verbose=False)
         samples = []
         for position, number in enumerate(numbers):
@@ -63,7 +63,7 @@ class ClassificationEncoder(Encoder):
             if self._control.first(row_texts):
                 tokens, segments, length = self._control.sequence(row_texts, self._max_length)
                 ids = np.array(tokens, dtype=np.int32)
-            elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
+            elif length == self._max_length:  # perhaps truncated: only then the full text is tokenized to find out
                 length = len(self._tokenizer(*row_texts, verbose=False)["input_ids"])
             label = self._label(rows[position])
             columns = {"label": label}

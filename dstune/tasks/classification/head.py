@@ -1,4 +1,4 @@
-"""Heads of classification: one label a row, any number of them, or a number."""
+"""Compute the losses of classification: one label a row, any number of labels, or a number."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class SingleLabelHead:
 
 
 class MultiLabelHead:
-    """Binary cross entropy of every label, meaned over the labels of a row, so that a row counts as one target.
+    """Binary cross entropy of every label, averaged over the labels of a row, so that a row counts as one target.
 
-    batch: input_ids, attention_mask [batch, sequence], labels [batch, labels] of 0 and 1. A label is predicted where
-    its probability is above 0.5, and a row is correct where all of its labels are.
+    batch: input_ids, attention_mask [batch, sequence], labels [batch, labels] of 0 and 1. A label is predicted if its
+    probability is above 0.5, and a row is correct if all of its labels are.
     """
 
     def __init__(self, focal_gamma: float = 0.0):
@@ -62,7 +62,7 @@ class MultiLabelHead:
         labels = batch["labels"]
         logits = forward(**inputs_of(batch)).logits.float()
         counted = labels[:, 0] != IGNORED
-        # A filler's rows take part with the weight 0: leaving them out would leave its ranks without a graph.
+        # The rows of a filler take part with weight 0: without them its rank would have no graph.
         targets = labels.clamp(min=0).float()
         each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         losses = focal(each, self._gamma).mean(dim=1)
@@ -109,5 +109,5 @@ def focal(losses: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return `(1 - p)^gamma * -log(p)` from `-log(p)`, elementwise (Lin et al. 2017, arXiv:1708.02002)."""
     if not gamma:
         return losses
-    # Where p rounds to 1 the power's slope would be infinite for a gamma below 1.
+    # If p rounds to 1, the slope of the power would be infinite for a gamma below 1.
     return (-torch.expm1(-losses)).clamp(min=1e-12) ** gamma * losses

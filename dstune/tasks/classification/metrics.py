@@ -1,4 +1,4 @@
-"""Metrics of classification, by scikit-learn."""
+"""Compute the metrics of classification with scikit-learn."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def classification_metrics(
 ) -> tuple[dict[str, float], list[list[int]]]:
     """Return metrics of scikit-learn, and the confusion matrix [true class, predicted class]. probabilities: [rows, classes].
 
-    `f1_macro` is the mean over the classes that a row is of or was taken for, as there: a class without any says nothing.
-    `auroc` is that of the second of two classes, of more the mean over the classes, each against all others.
+    `f1_macro` is the mean over the classes that occur among labels or predictions, as in scikit-learn: other classes say nothing.
+    `auroc` is that of the second class if there are two; otherwise the mean over the classes, each against all others.
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 
@@ -38,11 +38,11 @@ def classification_metrics(
 def multi_label_metrics(
     predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], probabilities: np.ndarray
 ) -> dict[str, float]:
-    """Return metrics of scikit-learn for rows of 0 and 1, [rows][labels]; `accuracy` is the share of rows with all right,
+    """Return metrics of scikit-learn for rows of 0 and 1, [rows][labels]. `accuracy` is the share of rows with all labels right,
     `auroc` the mean over the labels. probabilities: [rows, labels]."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    # For one label alone, scikit-learn takes 0 and 1 for two classes and means over both; it is the 1 that counts.
+    # With a single label, scikit-learn treats 0 and 1 as two classes and averages over both; only the 1 should count.
     only: dict[str, Any] = {"labels": [1]} if len(labels[0]) == 1 else {}
     true, predicted = ([row if len(row) > 1 else row[0] for row in rows] for rows in (labels, predictions))
     return {
@@ -55,12 +55,12 @@ def multi_label_metrics(
 
 
 def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Return mean area under the ROC curve over the last `labels.shape[1]` columns; a class that no row or every row has is left
-    out. labels: 0 and 1, [rows, classes]."""
+    """Return the mean area under the ROC curve over the last `labels.shape[1]` columns of `probabilities`; classes that no row or
+    every row has are left out. labels: 0 and 1, [rows, classes]."""
     from sklearn.metrics import roc_auc_score
 
     probabilities = probabilities[:, -labels.shape[1] :]
-    if not np.isfinite(probabilities).all():  # scikit-learn raises, and a run that diverged has to end with its result
+    if not np.isfinite(probabilities).all():  # scikit-learn would raise, but a diverged run has to end with its result
         return {"auroc": float("nan")}
     areas = [
         roc_auc_score(labels[:, column], probabilities[:, column])
@@ -71,7 +71,7 @@ def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 
 
 def regression_metrics(predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """Compute errors, and correlations by scipy; 0 where one side is the same for all rows, which correlates with nothing."""
+    """Return errors, and correlations by scipy. The correlations are 0 if predictions or labels are the same for all rows."""
     from scipy.stats import pearsonr, spearmanr
 
     predicted, true = np.array(predictions, dtype=np.float64), np.array(labels, dtype=np.float64)

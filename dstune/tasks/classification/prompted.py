@@ -1,4 +1,4 @@
-"""Classification by a language model that is asked, not trained."""
+"""Classify with a language model that is prompted instead of trained."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from dstune.trainer.measure import Evaluation
 from dstune.zero.engine import Engine
 
 WRITING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the names of architectures end that write text."""
+"""Endings of the names of architectures that write text."""
 
 LABEL_PROMPT = "Classify the text as {labels}.\n\nText: {{source}}\n\nClass:"
 
 
 def refuse_encoder(run: RunConfig) -> None:
-    """Raises UserError for a model that writes nothing."""
+    """Check that the run's model can write text. Raises UserError if it is an encoder."""
     architectures = load_config(run.model).architectures or []
     if architectures and not any(name.endswith(WRITING) for name in architectures):
         reason = f"{run.model.path} is a {architectures[0]}, an encoder, and answers no prompt"
@@ -41,7 +41,7 @@ def refuse_encoder(run: RunConfig) -> None:
 
 
 class PromptedLabels:
-    """Classification by a language model: the label with the highest likelihood as the answer to a question."""
+    """Classifies with a language model: predicts the label with the highest likelihood as the answer to a question."""
 
     def __init__(self, key: str, config: RunConfig, task: ClassificationConfig, data: PreparedData, tokenizer: Any):
         if task.regression:
@@ -80,7 +80,7 @@ class PromptedLabels:
             losses = [self._loss(engine, head, split, index, label, context) for label in range(len(self._data.labels))]
             if not row.filler:
                 true = int(split.sample(index)["label"])
-                # Probabilities over the labels alone, so that the loss is that of a classifier.
+                # Probabilities are normalised over the labels only, so the loss is that of a classifier.
                 local_answers.append(
                     (index, true, torch.softmax(-torch.tensor(losses, dtype=torch.float64), dim=0).tolist())
                 )
@@ -101,7 +101,7 @@ class PromptedLabels:
         return sample
 
     def _loss(self, engine: Engine, head: Head, split: Split, index: int, label: int, context: list[int]) -> float:
-        """Return the negative log-likelihood of the label and of the end behind it."""
+        """Return the negative log-likelihood of the label and of the end of the answer."""
         sample = self._answer(split, index, label)
         ids = joined([context, sample.input_ids], self._tokenizer) if context else sample.input_ids.tolist()
         labels = np.full(len(ids), -100)

@@ -54,7 +54,7 @@ def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
 def class_weights(
     task: ClassificationConfig, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int
 ) -> list[float]:
-    """Weigh labels as `Task.class_weights`."""
+    """Return the weight of each label; see `Task.class_weights`. Raises UserError for a weighted label that no row has."""
     if not (task.class_weights or task.balanced):
         return []
     unknown = [name for name in task.class_weights if name not in labels]
@@ -64,5 +64,5 @@ def class_weights(
     if not task.balanced:
         return [task.class_weights.get(label, 1.0) for label in labels]
     count_by_label = counts()
-    # A class without training rows has no weight to be balanced by, and no row that would need one but held-out ones.
+    # A class without training rows cannot be balanced, and only held-out rows could need its weight.
     return [rows / (len(labels) * count_by_label[label]) if count_by_label[label] else 1.0 for label in labels]

@@ -42,7 +42,7 @@ class Preference(WritingTask):
     prefix_positions_ok = True
     unpackable = "answers are compared whole, each in a row of its own"
     low_learning_rate = True
-    unrecorded = ("reference_model", "reference_revision")  # a path of this machine, perhaps
+    unrecorded = ("reference_model", "reference_revision")  # may be a path of this machine
     texts_per_row = 2
     token_targets = True
     countable_flops = False  # passes of the reference model
@@ -83,7 +83,7 @@ class Preference(WritingTask):
         return rules.caches_reference(run, self.config)
 
     def row_key(self) -> dict[str, Any]:
-        return {  # what the loss makes of them does not change the samples
+        return {  # the settings of the loss do not change the samples
             "name": self.name,
             "single": self.config.single,
             "chat_template_kwargs": self.config.chat_template_kwargs,
@@ -133,7 +133,8 @@ class Preference(WritingTask):
         return with_reference(run, data, engine, head, world, pad_token_id, precision)
 
     def for_evaluation(self, run: RunConfig) -> TaskConfig:
-        """Return the configuration with the model that the run began with as the reference."""
+        """Return the configuration with the model that the run started from as the reference. Raises UserError if the run started
+        from random weights or from an adapter."""
         task, model = self.config, run.model
         if not task.compares or task.reference_model is not None:
             return task

@@ -70,5 +70,5 @@ DEFAULT_BETA = {PreferenceLoss.simpo: 2.0}
 
 
 def beta_of(task: PreferenceConfig) -> float:
-    """Return `task.beta`, or what the loss uses where it is not given."""
+    """Return `task.beta`, or the default of the loss if it is not set."""
     return task.beta if task.beta is not None else DEFAULT_BETA.get(task.loss, 0.1)

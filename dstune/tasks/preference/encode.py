@@ -1,4 +1,4 @@
-"""Samples of judged answers, and the micro-batches of preferences."""
+"""Encode judged answers (`kto`) as samples, and collate them into micro-batches."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dstune.data.tokenize.conversations import NUMBERS, ChatEncoder
 from dstune.data.tokenize.sample import Rows, Sample
 
 NEAR = 16
-"""Samples behind one among which the answer to another prompt is looked for."""
+"""Number of following samples that are searched for an answer to a different prompt."""
 
 
 class JudgedEncoder(ChatEncoder):
-    """A prompt with an answer that is good or bad; of a pair of answers two such samples."""
+    """Encodes a prompt with an answer that is good or bad; a pair of answers becomes two such samples."""
 
     one_sample = True
 
@@ -53,11 +53,13 @@ class JudgedEncoder(ChatEncoder):
 
 
 def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: int) -> dict[str, np.ndarray]:
-    """Return `input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with an answer to another prompt
-    in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has them.
+    """Return the arrays of a micro-batch of judged answers.
 
-    Of a split with images also what the model gets of them, once, and which tokens are theirs, twice; a micro-batch that needs an
-    image and has none gets a last row with a blank one, which does not count."""
+    `input_ids`, `attention_mask`, `labels` are [rows, sequence]. The same names with the prefix `other_` have an answer to a
+    different prompt in place of the row's own. `desirable` and `counted` are [rows], and so are `reference` and `other_reference`
+    if the split has them. A split with images adds the model's image inputs, once, and the token types, for both. A micro-batch
+    that needs an image and has none gets a last row with a blank one, which does not count.
+    """
     samples = [split.sample(index) for index in micro_batch.samples]
     others = [
         _of_another_prompt(split, index, sample) for index, sample in zip(micro_batch.samples, samples, strict=True)
@@ -68,7 +70,7 @@ def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: in
     own = [(sample["input_ids"], sample["labels"]) for sample in samples]
     arrays = rows_with_images(split, own, samples, pad)
     of_others = padded([ids for ids, _ in exchanged], [labels for _, labels in exchanged], pad)
-    if split.images is not None:  # of the prompt, whichever answer follows
+    if split.images is not None:  # images belong to the prompt, so both answers have the same ones
         types = token_types(split, torch.from_numpy(of_others["input_ids"]))
         of_others |= {name: tensor.numpy() for name, tensor in types.items()}
     arrays |= {f"other_{name}": array for name, array in of_others.items()}
@@ -80,8 +82,9 @@ def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: in
 
 
 def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict[str, Any]:
-    """Return the next sample behind `index` with another prompt, since the answers to one stand together in the data, and as
-    good or bad an answer, so that the shares of both stay; without the latter where none is near."""
+    """Return the next sample after `index` that has a different prompt and the same verdict, so that the shares of good and bad
+    answers stay. If no such sample is near, the verdict may differ. The search is needed because the answers to one prompt are
+    next to each other in the data."""
     first: dict[str, Any] | None = None
     for distance in range(1, NEAR + 1):
         other = split.neighbour(index, distance)
@@ -93,19 +96,19 @@ def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict
 
 
 def _same_prompt(sample: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two samples begin with the same tokens and images, which many questions about images differ in alone."""
+    """Return whether two samples have the same prompt tokens and images; many questions about images differ only in the image."""
     images = [either.get(COLUMN, ()) for either in (sample, other)]
     return np.array_equal(_prompt(sample), _prompt(other)) and np.array_equal(*images)
 
 
 def _prompt(sample: dict[str, Any]) -> np.ndarray:
-    """Return everything in front of the first target."""
+    """Return the token ids before the first target."""
     ids: np.ndarray = sample["input_ids"][: int(np.argmax(sample["labels"] != NO_TARGET))]
     return ids
 
 
 def _exchanged(sample: dict[str, Any], other: dict[str, Any], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prompt of `sample` with the answer of `other`, which is everything from its first target on; ids and labels."""
+    """Return the ids and labels of the prompt of `sample` with the answer of `other` (everything from its first target on)."""
     prompt, answer = (len(_prompt(source_sample)) for source_sample in (sample, other))
     ids = np.concatenate([_prompt(sample), other["input_ids"][answer:]])
     labels = np.concatenate([sample["labels"][:prompt], other["labels"][answer:]])

@@ -1,7 +1,7 @@
-"""Learning from preferences: which of two answers is better, or whether an answer is good.
+"""Learn from preferences: which of two answers is better, or whether an answer is good.
 
-Every loss is a mean over pairs (over rows with `kto`) of the whole global batch; the log-probability of an answer is the sum of
-those of its tokens, the prompt's are left out.
+Every loss is a mean over the pairs of the complete global batch (with `kto`, over its rows). The log-probability of an answer is
+the sum over its tokens; the prompt's tokens do not count.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from dstune.models.heads.base import IGNORED, OF_TOKENS, OF_WHOLE_IMAGES, Batch,
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss, beta_of
 
 LARGEST_LOG_PROBABILITY = -1e-6
-"""Of a token's mean in the odds ratio: the odds of a certain answer are infinite."""
+"""Upper limit of the mean log-probability of a token in the odds ratio: an answer with probability 1 has infinite odds."""
 
 
 class TargetLogits:
-    """Logits at the positions that have a target and at no other.
+    """Computes logits only at the positions that have a target.
 
-    Logits of the others are most of the memory and up to a fifth of the time of a small model, so a hook in front of the
+    The other logits would take most of the memory and up to a fifth of the time of a small model, so a hook before the
     vocabulary projection keeps only the hidden states whose next token is a target: [batch, sequence, hidden] becomes
-    [targets, hidden]. What the model does after its projection (soft-capping, scaling) is elementwise and stays as it is.
+    [targets, hidden]. Operations after the projection (soft-capping, scaling) are elementwise and need no change.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -41,7 +41,7 @@ class TargetLogits:
         if self._is_target is None:
             return None
         hidden, *other_inputs = inputs
-        # A trained prompt stands in front of the row; none of its positions has a target.
+        # Trained prompt positions come before the row; none of them has a target.
         is_target = functional.pad(self._is_target, (hidden.shape[1] - self._is_target.shape[1], 0))
         return (hidden[is_target], *other_inputs)
 
@@ -55,7 +55,7 @@ class TargetLogits:
         targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         self._is_target = is_target = targets != IGNORED
         try:
-            # Packed rows are told apart only without a cache; with it they contaminate each other silently.
+            # The samples of a packed row are kept apart only without a cache; with one they contaminate each other silently.
             inputs = inputs_of(batch, next(self._projection.parameters()).dtype)
             logits = forward(**inputs, use_cache=False).logits
         finally:
@@ -64,15 +64,15 @@ class TargetLogits:
 
 
 class LogProbabilities:
-    """Log-probabilities of answers, by the model that is trained and by the reference that it starts from."""
+    """Computes log-probabilities of answers under the trained model and under the reference."""
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._logits = TargetLogits(model)
 
     def __call__(self, forward: Forward, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
-        """Sum log-probabilities over the targets of each row. batch: PREFIX + input_ids, attention_mask, labels and which tokens
-        are of images, each [rows, sequence]; the images without a prefix. Returns the sums, fp32 [rows], and their numbers of
+        """Sum the log-probabilities of the targets of each row. batch: input_ids, attention_mask, labels and token types of images,
+        all with `prefix` and [rows, sequence]; the images themselves without it. Returns the sums, fp32 [rows], and the numbers of
         targets [rows]."""
         inputs = {name: batch[f"{prefix}{name}"] for name in (*OF_TOKENS, "labels") if f"{prefix}{name}" in batch}
         inputs |= {name: batch[name] for name in OF_WHOLE_IMAGES if name in batch}
@@ -82,8 +82,8 @@ class LogProbabilities:
         return zeros.index_add(0, rows, each), zeros.index_add(0, rows, torch.ones_like(each.detach()))
 
     def reference(self, forward: Forward, batch: Batch, prefix: str = "") -> Tensor:
-        """Return the log-probabilities of the reference, without a graph: from the batch where they were computed before
-        training, else of the model with its adapters switched off. fp32 [rows]."""
+        """Return the log-probabilities under the reference, without a graph, fp32 [rows]: those of the batch if they were computed
+        before training, otherwise those of the model with its adapters switched off."""
         if f"{prefix}reference" in batch:
             return batch[f"{prefix}reference"]
         with torch.no_grad(), without_adapters(self._model):
@@ -100,20 +100,20 @@ class LogProbabilities:
 
 
 class PairHead:
-    """The loss of a better and a worse answer, both in one forward pass."""
+    """Computes the loss of pairs of a better and a worse answer, both in one forward pass."""
 
     def __init__(self, task: PreferenceConfig, model: PreTrainedModel):
         self._task = task
         self._log_probabilities = LogProbabilities(model)
 
     def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:
-        """Return log-probabilities of the better and the worse answer of each pair, fp32 [pairs, 2]."""
+        """Return the log-probabilities of the better and the worse answer of each pair, fp32 [pairs, 2]."""
         return self._log_probabilities(forward, batch)[0].view(2, -1).T
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """Compute the loss. batch: input_ids, attention_mask, labels [2 pairs, sequence], the better answers first; counted
-        [pairs], 0 in a filler; reference [2 pairs] where it was computed before."""
-        # First, so that no activations of the other pass are in memory meanwhile.
+        [pairs], 0 in a filler; reference [2 pairs] if it was computed before training."""
+        # First, while the other pass holds no activations in memory.
         compared = self._log_probabilities.reference(forward, batch).view(2, -1) if self._task.compares else None
         summed, tokens = (part.view(2, -1) for part in self._log_probabilities(forward, batch))
         losses, rewards = pair_losses(self._task, summed, tokens, compared)
@@ -170,10 +170,10 @@ def pair_losses(
 class JudgedHead:
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8): single answers, good or bad, against a reference point.
 
-    The reference point z0 estimates how far the model has moved from the reference on answers that belong to other
-    prompts: each prompt is continued with an answer to the next other one in the data (behind the last sample comes the
-    first), and z0 is the mean of the log-probability ratios over the whole global batch, at least 0. That pairing is a property
-    of the data: neither the number of ranks nor the order of training changes it. z0 carries no gradient and no dropout.
+    The reference point z0 estimates how far the model has moved from the reference on mismatched answers. Each prompt is
+    continued with the answer to a later, different prompt in the data (the first sample follows the last), and z0 is the mean
+    of these log-probability ratios over the complete global batch, at least 0. The pairing depends only on the data, neither on
+    the number of ranks nor on the order of training. z0 is computed without gradient and without dropout.
     """
 
     join_evaluation = True
@@ -183,7 +183,7 @@ class JudgedHead:
         self._log_probabilities = LogProbabilities(model)
 
     def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:
-        """Return log-probabilities of the answer of each row, and of the one that belongs to another prompt, fp32 [rows, 2]."""
+        """Return the log-probabilities of each row's answer and of the answer to a different prompt, fp32 [rows, 2]."""
         answers = [self._log_probabilities(forward, batch, prefix)[0] for prefix in ("", "other_")]
         return torch.stack(answers, dim=1)
 
@@ -198,8 +198,9 @@ class JudgedHead:
         return [{"reference_point": torch.as_tensor(moved / rows).clamp(min=0).float()}] * len(parts)
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """Compute the loss. batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference
-        [rows] where it was computed before; and what `join` adds. The same names after `other_` belong to the first pass."""
+        """Compute the loss. batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference [rows]
+        if it was computed before training; and the reference point that `join` adds. Names with `other_` belong to the first
+        pass."""
         compared = self._log_probabilities.reference(forward, batch)
         summed, _ = self._log_probabilities(forward, batch)
         rewards = self._beta * (summed - compared)
@@ -217,8 +218,11 @@ class JudgedHead:
 
 
 def judged_losses(task: PreferenceConfig, rewards: Tensor, good: Tensor, reference_point: Tensor) -> Tensor:
-    """Return the loss of each answer [rows]: beta times its log-probability ratio (`rewards`), whether it is `good`, and the
-    mean ratio of answers that belong to other prompts."""
+    """Return the loss of each answer, [rows].
+
+    rewards: beta times the log-probability ratios [rows]. good: whether each answer is good [rows]. reference_point: the mean
+    log-probability ratio of answers to different prompts, at least 0.
+    """
     above = rewards - beta_of(task) * reference_point
     weight = torch.where(good, task.desirable_weight, task.undesirable_weight)
     return weight * (1 - torch.sigmoid(torch.where(good, above, -above)))

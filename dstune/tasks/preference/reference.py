@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference model, computed once before training and kept in the cache."""
+"""Compute the log-probabilities of the reference model once before training, and keep them in the cache."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def with_reference(
     pad_token_id: int,
     precision: Precision,
 ) -> PreparedData:
-    """Return `data` with what the model that training starts from says of every row. Every rank calls this, before anything is
-    trained or loaded from a checkpoint, so a continued run that finds the cache empty computes the same once more."""
+    """Return `data` with every row's log-probabilities under the model that training starts from, if the loss reads them from the
+    cache. Every rank calls this before anything is trained or loaded from a checkpoint, so a continued run that finds the cache
+    empty computes the same values again."""
     task = task_of(config.task)
     is_cached = isinstance(task, NeedsReference) and task.caches_reference(config)
     if not is_cached or _other_model(config) is not None:
@@ -63,8 +64,8 @@ def with_reference(
 def with_reference_model(
     config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
 ) -> PreparedData:
-    """Return `data` with what `task.reference_model` says of every row; it is loaded for that and given back before the model
-    that is trained is loaded. Raises UserError where it has other tokens."""
+    """Return `data` with every row's log-probabilities under `task.reference_model`. That model is loaded for this and released
+    before the trained model is loaded. Raises UserError if its tokens or its image processor differ."""
     other = _other_model(config)
     if other is None:
         return data
@@ -76,7 +77,7 @@ def with_reference_model(
     if any(model_ids.get(token) != number for token, number in reference_ids.items()):
         reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
         raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
-    # Tokens that the run has added (`model.add_tokens`, a template's) get the rows that they have at the run's start.
+    # Tokens added by the run (`model.add_tokens`, or those of a template) get the embeddings that they have at the run's start.
     identity = [*identity_at_start(other, world), config.trainer.seed if len(model_ids) > len(reference_ids) else None]
     cache = _Cache(cache_root(), data, identity, precision)
 
@@ -110,7 +111,7 @@ def _other_model(config: RunConfig) -> RunConfig | None:
 
 
 class _Cache:
-    """The arrays of all parts, by data, model and precision."""
+    """The cached arrays of all parts, keyed by data, model and precision."""
 
     def __init__(self, root: Path, data: PreparedData, identity: Sequence[Any], precision: Precision):
         parts = [data.fingerprint, identity, precision.name]
@@ -118,7 +119,7 @@ class _Cache:
         self._key = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
     def filled(self, data: PreparedData, world: World, compute: Any) -> PreparedData:
-        """Return `data` with the arrays; computed by all ranks where any node lacks them."""
+        """Return `data` with the arrays. If any rank lacks them, all ranks compute them."""
         if world.any(not (self._root / self._key).is_dir()):
             computed = compute()
 
@@ -142,7 +143,7 @@ class _Cache:
 def _compute(
     config: RunConfig, data: PreparedData, engine: Engine, head: PairHead | JudgedHead, world: World, pad_token_id: int
 ) -> dict[str, np.ndarray]:
-    """Compute log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
+    """Compute the log-probabilities of every sample, by part: float32 [samples, 2], the same on every rank."""
     engine.train(False)
     logps_by_part = {}
     for part in PARTS:
@@ -170,8 +171,7 @@ def _compute(
 
 
 def identity_at_start(config: RunConfig, world: World) -> list[Any]:
-    """Return what identifies the model that `config` starts from: settings, and digests of its files, of which every rank
-    reads a share."""
+    """Return what identifies the model that `config` starts from: settings, and digests of its files; every rank hashes a share."""
     model = config.model
     settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
     if model.weights is InitialWeights.random or model.add_tokens:

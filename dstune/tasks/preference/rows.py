@@ -19,7 +19,7 @@ from dstune.protocols.task import Task
 BESIDE = ("system", "tools", "chat_template_kwargs", COLUMN)
 OTHER_NAMES = {"tools": ("functions",), COLUMN: ("image",)}
 REQUEST = ("messages", "tools", "functions", "parallel_tool_calls")
-"""Keys of the column `input` of an OpenAI pair."""
+"""Keys that the column `input` of an OpenAI pair may have."""
 
 
 @row_format
@@ -36,8 +36,8 @@ class PreferenceFormat(RowFormat):
     }
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the pair in columns of ms-swift (what was answered in `messages` or `response`, the worse answer in
-        `rejected_response`, or the conversation with it in `rejected_messages`) as columns of this format."""
+        """Return a pair in the columns of ms-swift as columns of this format; other rows are unchanged. ms-swift has the better
+        answer in `messages` or `response`, the worse one in `rejected_response`, or its conversation in `rejected_messages`."""
         worse, messages = fields.get("rejected_response"), fields.get("messages")
         if "rejected" in fields or "chosen" in fields:
             return fields
@@ -56,7 +56,7 @@ class PreferenceFormat(RowFormat):
 
 @row_format
 class OpenAIPreference(RowFormat):
-    """Pairs as OpenAI's fine-tuning API takes them: the request, the better answer and the worse one."""
+    """Pairs in the form of OpenAI's fine-tuning API: the request, the better answer and the worse one."""
 
     name = "openai_preference"
     conversational = True
@@ -76,7 +76,7 @@ class OpenAIPreference(RowFormat):
 
 
 def _instead(fields: Mapping[str, Any], removed: Sequence[str], **columns: Any) -> dict[str, Any]:
-    """Return `fields` with other columns in the place of some."""
+    """Return `fields` without the `removed` columns and with `columns` added."""
     return {name: value for name, value in fields.items() if name not in removed} | columns
 
 
@@ -116,7 +116,7 @@ class Feedback(Judged):
 
 @row_format
 class FeedbackMessages(Judged):
-    """The verdict is of the last message."""
+    """A conversation with a verdict on its last message."""
 
     name = "feedback_messages"
     required = ("messages", "label")

@@ -16,7 +16,7 @@ ONE_LOSS_ONLY = {
     "desirable_weight": PreferenceLoss.kto,
     "undesirable_weight": PreferenceLoss.kto,
 }
-"""Keys of `task=preference` that a single loss reads."""
+"""Keys of `task=preference` that only one loss reads."""
 
 
 def check(config: RunConfig, task: PreferenceConfig) -> Iterator[Problem]:
