@@ -1,4 +1,4 @@
-"""What the methods of peft have in common: a few new parameters beside frozen weights."""
+"""Base classes of methods that use peft: they train a few new parameters and freeze the model's weights."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture, Tensor
 
 HEADS = ("classifier", "score")
-"""Modules of a new head, of which peft trains a copy."""
+"""Modules of a new head; peft trains a copy of them."""
 
 
 class Adapter(Method, StartsFromAdapters):
-    """Base of every method of peft."""
+    """Base of every method that uses peft."""
 
     adapter = True
     config: AdapterConfig
 
     peft_type: ClassVar[str]
-    """peft's name of the kind of adapter."""
+    """peft's name for this kind of adapter."""
     renamed: ClassVar[dict[str, str]] = {}
-    """peft's names of keys that are called otherwise here."""
+    """peft's names of keys that have another name in dstune, by the name in dstune."""
     ours_alone: ClassVar[tuple[str, ...]] = ()
-    """Keys that say nothing of an adapter's form."""
+    """Keys that do not describe an adapter's form, so that its settings do not have them."""
     trains_tokens: ClassVar[bool] = False
-    """Whether it trains rows of tokens that were added to the vocabulary."""
+    """Whether it can train the rows of tokens that were added to the vocabulary."""
 
     @property
     def folders(self) -> list[str]:
@@ -72,7 +72,7 @@ class Adapter(Method, StartsFromAdapters):
         return finish(self.config, self.add(model, run), model)
 
     def add(self, model: PreTrainedModel, run: RunConfig) -> nn.Module:
-        """Return the model with the adapter around it, its values as they are when nothing is said."""
+        """Return the model with a new adapter, before it takes values from `method.adapter`."""
         raise NotImplementedError
 
     def without_paths(self, public_name: Callable[[str], str]) -> MethodConfig:
@@ -81,7 +81,7 @@ class Adapter(Method, StartsFromAdapters):
 
 
 class ModuleAdapter(Adapter, MergesAdapter):
-    """Base of adapters on modules of the model."""
+    """Base of methods that put adapters on modules of the model."""
 
     merges = True
     config: ModuleAdapterConfig
@@ -97,7 +97,7 @@ class ModuleAdapter(Adapter, MergesAdapter):
             )
 
     def _has_own_choice(self) -> bool:
-        """Return whether peft chooses modules where none are named."""
+        """Return whether peft chooses modules if the configuration names none."""
         return False
 
     @property
@@ -113,7 +113,7 @@ class ModuleAdapter(Adapter, MergesAdapter):
         return adapt(model, self.settings(common_settings(self.config, model, run)), self.refused_by_peft, [], run)
 
     def settings(self, common: dict[str, Any]) -> Any:
-        """Return peft's configuration. common: the arguments that every adapter on modules has."""
+        """Return peft's configuration. common: the arguments shared by all adapters on modules."""
         raise NotImplementedError
 
     def refused_by_peft(self, reason: str) -> Problem:
@@ -122,7 +122,7 @@ class ModuleAdapter(Adapter, MergesAdapter):
 
 
 class TrainedPrompt(Adapter, PutsPositionsInFront):
-    """Base of methods whose parameters stand in front of the row; the model's weights stay as they are."""
+    """Base of methods that train positions in front of the row and leave the model's weights unchanged."""
 
     in_front = True
     why_not_shared_rows = "its trained positions stand in front of the whole row"
@@ -151,7 +151,7 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
             yield Problem("method.adapter", reason, fix, format_value(self.config.adapter))
 
     def _through_network(self) -> bool:
-        """Return whether a network makes the prompt, of which the export has only the result."""
+        """Return whether a network computes the prompt. The export has only its result, not the network."""
         return False
 
     def encoder_decoder_problem(self, kind: str) -> Problem | None:
@@ -164,11 +164,11 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
         return tuple(Tensor(f"prompt_encoder.{name}", shape) for name, shape in self._parameters(model))
 
     def _parameters(self, model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield names and shapes of the prompt and of the network that makes it."""
+        """Yield name and shape of each parameter of the prompt and of the network that computes it."""
         raise NotImplementedError
 
     def _embedding(self, model: Architecture) -> tuple[int, int]:
-        """Return the shape of the prompt. An encoder-decoder has one for each half."""
+        """Return the shape of the prompt. An encoder-decoder has one for its encoder and one for its decoder."""
         return self.positions * (2 if model.encoder_decoder else 1), model.hidden
 
     def add(self, model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -185,10 +185,10 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
         raise NotImplementedError
 
     def start(self, adapted: Any, run: RunConfig) -> None:
-        """Give the prompt its first values. Every rank calls it."""
+        """Set the first values of the prompt; peft's own by default. Every rank must call it."""
 
 
 def linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield names and shapes of a linear layer."""
+    """Yield name and shape of the weight and the bias of a linear layer."""
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)

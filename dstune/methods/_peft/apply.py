@@ -1,4 +1,4 @@
-"""Adapters of peft put on a loaded model."""
+"""Adds peft's adapters to a loaded model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dstune.zero.parts import gathered
 
 
 def refuse_tokens(name: str, model: PreTrainedModel) -> None:
-    """Raises UserError where rows of added tokens have to be trained, which the method `name` cannot."""
+    """Raises UserError if rows of added tokens have to be trained, which the method `name` cannot do."""
     rows = new_weights(model).rows
     if rows:
         reason = f"{len(rows)} added tokens have to be trained, which method={name} cannot"
@@ -30,7 +30,7 @@ def refuse_tokens(name: str, model: PreTrainedModel) -> None:
 
 
 def finish(method: AdapterConfig, adapted: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """Put into `adapted` the values of the adapter that it starts from."""
+    """Copy the values of the adapter that training starts from, if there is one, into `adapted`; return `adapted`."""
     if method.adapter and model.device.type != "meta":  # an export, which takes all weights from the checkpoint
         load_adapter(adapted, Path(method.adapter))
     return adapted
@@ -39,13 +39,13 @@ def finish(method: AdapterConfig, adapted: nn.Module, model: PreTrainedModel) ->
 def load_adapter(adapted: Any, folder: Path) -> None:
     """Give the adapter `default` of a PeftModel the weights in `folder`. Every rank must call it.
 
-    Raises UserError where the two do not have the same tensors.
+    Raises UserError if the two do not have the same tensors.
     """
     from dstune.models.peft_import import peft
 
     tensors = tensors_of(folder, "method.adapter")
     trainable = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    # What is trained as a whole may be partitioned by now.
+    # Modules that are trained whole may be partitioned already.
     with gathered(list(trainable.values()), modified_by_rank=0):
         expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if missing := sorted(expected ^ set(tensors)):
@@ -60,12 +60,12 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
 
 def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config: RunConfig) -> dict[str, Any]:
-    """Return arguments of peft's configurations of adapters on modules."""
+    """Return the arguments shared by peft's configurations of adapters on modules."""
     from dstune.models.peft_import import peft
 
     targets, whole, kind = _targets(method), _modules_to_save(method, new_weights(model)), task_type(config, model)
     if targets == "all-linear" and kind in (peft.TaskType.TOKEN_CLS, peft.TaskType.QUESTION_ANS):
-        # peft leaves the head out of all-linear for sequence classifiers alone. It would adapt this one, then fail to copy it.
+        # peft leaves the head out of all-linear only for sequence classifiers. It would adapt this one, then fail to copy it.
         whole += [name for name, _ in model.named_children() if name in HEADS and name not in whole]
     parts = unreached_parts(model)
     if parts:
@@ -80,10 +80,10 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
 def _reached_targets(
     method: ModuleAdapterConfig, targets: Any, whole: list[str], model: PreTrainedModel, parts: tuple[str, ...]
 ) -> Any:
-    """Return the full names of the modules that get an adapter, without those in `parts`: endings such as `q_proj` are those of a
-    tower's modules too. None where peft chooses.
+    """Return the full names of the modules that get an adapter, without those in `parts`: a tower's modules have endings such as
+    `q_proj` too. None if peft chooses.
 
-    Raises UserError where none is left.
+    Raises UserError if no module remains.
     """
     if targets is None:
         return None
@@ -102,7 +102,7 @@ def _reached_targets(
 
 
 def _refuse_unreached(whole: list[str], model: PreTrainedModel) -> None:
-    """Raises UserError where a module is to be trained whole that no row reaches."""
+    """Raises UserError if a module is to be trained whole that rows never reach."""
     parts = unreached_parts(model)
     for name, _ in model.named_modules():
         if is_within(name, parts) and (
@@ -119,9 +119,9 @@ def adapt(
     whole: list[nn.Parameter],
     config: RunConfig,
 ) -> Any:
-    """Return the model with peft's adapters on its modules. Raises UserError where it has no such modules.
+    """Return the model with peft's adapters on its modules. Raises UserError if it has no such modules.
 
-    refused: the problem behind what peft says. whole: parameters that peft needs all of.
+    refused: makes a problem from peft's error message. whole: parameters that must not be partitioned while peft copies them.
     """
     from dstune.models.peft_import import peft
 
@@ -131,13 +131,13 @@ def adapt(
     except ValueError as error:
         raise UserError(refused(first_line(error))) from error
     if config.trainer.activation_checkpointing:
-        # A frozen embedding's output carries no gradient, and a checkpointed block without one is not differentiated.
+        # A frozen embedding's output has no gradient, and checkpointing would not differentiate a block whose input has none.
         model.enable_input_require_grads()
     return adapted
 
 
 def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
-    """Return peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
+    """Return peft's name of the task, which decides which head is trained with the adapter and which class wraps the model."""
     from dstune.models.peft_import import peft
 
     if name := task_of(config.task).peft_type:
@@ -146,17 +146,17 @@ def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
 
 
 def _targets(method: ModuleAdapterConfig) -> Any:
-    if not method.target_modules:  # with a choice of peft's own
+    if not method.target_modules:  # peft chooses
         return None
     return "all-linear" if method.target_modules == ["all-linear"] else method.target_modules
 
 
 def _modules_to_save(method: ModuleAdapterConfig, new: NewWeights) -> list[str]:
-    """Return the modules trained whole: those asked for, and those whose weights are drawn new (a pooler, a head).
+    """Return the modules to train whole: the requested ones, and those whose weights are new (a pooler, a head).
 
-    An adapter's folder holds nothing else of the model, so a new weight left frozen would be another one at every load.
+    An adapter's folder holds no other weights of the model, so a new weight that stays frozen would differ at every load.
     """
     owners = {name.rpartition(".")[0] for name in new.parameters}
-    # peft adds a task's own head by itself, as a whole.
+    # peft adds the task's head by itself.
     owners = {owner for owner in owners if not HEADS & set(owner.split("."))}
     return [*method.modules_to_save, *sorted(owners - set(method.modules_to_save))]

@@ -1,4 +1,4 @@
-"""The settings of a saved adapter (`adapter_config.json` of peft), as keys of `method`."""
+"""Reads saved adapters: settings (peft's `adapter_config.json`), as keys of `method`, and tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADS = {"classifier", "score", "qa_outputs"}
-"""Modules that peft saves whole by itself."""
+"""Modules that peft by itself saves whole."""
 
 UNSUPPORTED = {
     "bias": "none",
@@ -29,11 +29,11 @@ UNSUPPORTED = {
     "use_bdlora": None,
     "arrow_config": None,
 }
-"""What dstune has no key for, with the value under which it does nothing."""
+"""Settings of peft for which dstune has no key, with the value that has no effect."""
 
 
 def adapter_folder(path: str, key: str) -> Path:
-    """Return the folder with the adapter: `path`, or `export/` in it where it is a run. Raises UserError."""
+    """Return the folder with the adapter: `path`, or, for a run, its `export/`. Raises UserError if neither has one."""
     folder = Path(path)
     adapter = next((each for each in (folder, folder / "export") if (each / "adapter_config.json").is_file()), None)
     if adapter is None:
@@ -47,7 +47,7 @@ def adapter_folder(path: str, key: str) -> Path:
 
 
 def read_settings(folder: Path, key: str) -> dict[str, Any]:
-    """Return `adapter_config.json`. Raises UserError."""
+    """Return the content of `adapter_config.json`. Raises UserError if it cannot be read, is no object or has impossible sizes."""
     try:
         settings = parse_json(read_file(folder / "adapter_config.json"))
     except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
 
 
 def adapter_folders(paths: Sequence[str], key: str, kind: str) -> list[Path]:
-    """Return the folders of finished adapters, all of peft's kind `kind`. Raises UserError."""
+    """Return the folders of finished adapters. Raises UserError if one is missing or not of peft's kind `kind`."""
     folders = [adapter_folder(path, key) for path in paths]
     for folder in folders:
         _refuse_other_kind(read_settings(folder, key), kind, key, folder)
@@ -69,12 +69,12 @@ def adapter_folders(paths: Sequence[str], key: str, kind: str) -> list[Path]:
 def with_settings_of(
     method: AdapterConfig, kind: str, renamed: Mapping[str, str], ours_alone: Collection[str]
 ) -> AdapterConfig:
-    """Return `method` with the folder of the adapter that it starts from, and with the settings of that adapter.
+    """Return `method` with the folder of the adapter that training starts from, and with the settings of that adapter.
 
-    kind: peft's. renamed: peft's names of keys that are called otherwise here. ours_alone: keys that say nothing of an
-    adapter's form.
+    kind: peft's name of the expected kind. renamed: peft's names of keys that have another name in dstune. ours_alone: keys that
+    do not describe an adapter's form.
 
-    Raises UserError: no adapter there, of another kind, or with other settings than those that were given.
+    Raises UserError: there is no adapter, it is of another kind, or its settings contradict the configuration.
     """
     if method.adapter is None:
         return method
@@ -111,8 +111,8 @@ def _refuse_other_kind(settings: dict[str, Any], expected: str, key: str, folder
 
 
 def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
-    """Return a setting of peft in the type of `ours`, our value of it; None where the settings leave it open. Raises UserError
-    where it has another type."""
+    """Return a setting of peft, converted to the type of `ours` (dstune's value); None if the settings leave it open. Raises
+    UserError if its type is wrong."""
     value = settings.get(name)
     names = value if isinstance(value, list) else [] if value is None or isinstance(value, str) else [None]
     if isinstance(ours, list) and not all(isinstance(entry, str) for entry in names):
@@ -138,7 +138,7 @@ def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
 
 
 def tensors_of(folder: Path, key: str) -> dict[str, Tensor]:
-    """Return the tensors in the folder of an adapter. key: that names it. Raises UserError."""
+    """Return the tensors in the folder of an adapter. key: the key that names it. Raises UserError if they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Trained prompts: parameters in front of the row or of each layer's keys, and a model that stays as it is."""
+"""Adds a trained prompt to a frozen model: parameters in front of the row or of each layer's keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dstune.models.load import load_tokenizer, new_weights
 from dstune.zero.parts import gathered
 
 COMMON_TOKENS = 5000
-"""A prompt without a text begins with some of the first tokens of the vocabulary, which are the most common ones where
-merges are learnt in the order of their frequency (Lester et al. 2021 draw from the 5,000 most common)."""
+"""A prompt without a text starts from random tokens among the first of the vocabulary. These are the most common ones if merges
+were learnt in order of frequency (Lester et al. 2021 draw from the 5,000 most common)."""
 
 
 def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel, config: RunConfig) -> nn.Module:
-    """Return the frozen model behind a trained prompt. Every rank must call it. Raises UserError where the model takes none."""
+    """Return the frozen model with a trained prompt in front. Every rank must call it. Raises UserError if it cannot have one."""
     from dstune.models.peft_import import peft
 
     new = [
@@ -43,12 +43,12 @@ def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel,
     except (ValueError, AttributeError, KeyError) as error:
         reason = f"{type(model).__name__} takes no {name}: {first_line(error)}"
         raise UserError(Problem("method", reason, "method=lora", name)) from error
-    adapted.prompt_encoder.to(model.dtype)  # as peft does with what it puts beside layers
+    adapted.prompt_encoder.to(model.dtype)  # as peft does with adapters on layers
     return adapted
 
 
 def start_at_tokens(adapted: Any, count: int, text: str | None, config: RunConfig) -> None:
-    """Give the prompt the embeddings of tokens: peft's own start has a deviation of 1, embeddings one of about 0.02."""
+    """Start the prompt from embeddings of tokens: peft's first values have a deviation of 1, embeddings one of about 0.02."""
     words: nn.Parameter = adapted.word_embeddings.weight
     with gathered([words]), torch.no_grad():
         if text:

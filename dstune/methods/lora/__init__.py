@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dstune.trainer.loop import Training
 
 SLOW_FOR_ADAPTERS = 5e-5
-"""A learning rate from which on adapters learn little: the usual ones are 1e-4 to 5e-4."""
+"""Adapters learn little at this learning rate or below; usual ones are 1e-4 to 5e-4."""
 
 
 @method
@@ -51,7 +51,7 @@ class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
 
     @property
     def starts_at_base(self) -> bool:
-        """Only an adapter that begins at zero can be switched off to have the model that training began with."""
+        """Whether the adapter starts at zero. Only then does switching it off give the model that training started from."""
         return self.config.adapter is None and self.config.init in (LoraInit.default, LoraInit.gaussian)
 
     def check(self, run: RunConfig) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Low-rank adapters put on a loaded model."""
+"""Adds low-rank adapters to a loaded model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dstune.zero.parts import full_count, full_shape, is_partitioned
 def add_lora(
     lora: LoraConfig, model: PreTrainedModel, config: RunConfig, refused: Callable[[str], Problem]
 ) -> nn.Module:
-    """Add adapters to the model. refused: the problem behind what peft says."""
+    """Return the model with LoRA adapters. refused: makes a problem from peft's error message."""
     from dstune.models.peft_import import peft
 
     new = new_weights(model)
@@ -53,7 +53,7 @@ def add_lora(
         target_parameters=list(lora.target_parameters) or None,
         **common_settings(lora, model, config),
     )
-    # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.
+    # peft copies the rows that it trains, so the vocabulary must not be partitioned meanwhile.
     with _layers_gathered(model) if lora.dora else nullcontext():
         adapted: nn.Module = adapt(model, settings, refused, _vocabulary(model) if new.rows else [], config)
     if not on_meta:
@@ -65,8 +65,8 @@ def add_lora(
 def _layers_gathered(model: nn.Module) -> Iterator[None]:
     """Let peft gather the partitioned weights that DoRA measures, one layer at a time.
 
-    It does so where transformers says that it runs under ZeRO-3, which that says while a model is loaded only; then peft
-    would look for the rows of trained tokens on a GPU too.
+    peft does so only if transformers reports ZeRO-3, and transformers reports it only while a model is loaded. If it reported it
+    here, peft would also look for the rows of trained tokens on a GPU; therefore only peft's own check is replaced.
     """
     if not any(map(is_partitioned, model.parameters())):
         yield
@@ -76,8 +76,8 @@ def _layers_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _check_stacked(lora: LoraConfig, model: PreTrainedModel) -> None:
-    """Raises UserError for each of `method.target_parameters` that no weight of the model is called. A finished adapter may have
-    a router's among them."""
+    """Raises UserError for each ending in `method.target_parameters` that no weight of the model has. It need not be a stacked
+    weight: a finished adapter may name a router's."""
     shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
     stacked = [name for name, shape in shapes.items() if len(shape) == 3]
     endings = sorted({".".join(name.split(".")[-2:]) for name in stacked})
@@ -92,9 +92,9 @@ def _check_stacked(lora: LoraConfig, model: PreTrainedModel) -> None:
 
 
 def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
-    """Count the weights of the linear layers that `all-linear` leaves without an adapter, by the layers' names in the model.
+    """Return the number of weights of each linear layer that `all-linear` leaves without an adapter, by the layer's name.
 
-    Not among them: the head, modules trained whole, parts that no row reaches, and layers that peft never adapts.
+    Not counted: the head, modules trained whole, parts that rows never reach, and layers that peft never adapts.
     """
     if not hasattr(adapted, "get_base_model"):
         return {}
@@ -113,7 +113,7 @@ def layers_without_adapters(adapted: nn.Module) -> dict[str, int]:
 
 
 def experts_without_adapters(module: nn.Module) -> float:
-    """Return share of the weights that are in stacked experts, where there are any and none of them has an adapter; else 0."""
+    """Return the share of the weights that are in stacked experts; 0 if any expert has an adapter or there are none."""
     parameters = dict(module.named_parameters())
     inside = {name: parameter for name, parameter in parameters.items() if ".experts." in name}
     if any(".lora_" in name for name in inside):
@@ -123,12 +123,12 @@ def experts_without_adapters(module: nn.Module) -> float:
 
 
 def _number(value: float) -> float:
-    """Convert alpha, which peft types as an integer but only ever divides by the rank."""
+    """Return alpha as an integer if it is whole. peft declares it as one, but only divides it by the rank."""
     return int(value) if value == int(value) else value
 
 
 def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]:
-    """Return rows to train, by the name of each module that has them (two where the vocabulary is not tied)."""
+    """Return the rows to train, by the name of each module that has them (two modules if the vocabulary is not tied)."""
     if not new.rows:
         return {}
     weights = {id(weight) for weight in _vocabulary(model)}
@@ -137,8 +137,8 @@ def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]
 
 
 def _refuse_vocabulary(lora: LoraConfig, model: PreTrainedModel) -> None:
-    """Raises UserError where the vocabulary is to have another adapter than the rows of its new tokens: peft has no layer
-    with both. Only a projection that is tied may have one: the rows are those of the embedding then."""
+    """Raises UserError if the vocabulary would get another adapter besides trained rows of new tokens: peft has no layer with both.
+    Only a tied projection may have one, since the trained rows then belong to the embedding."""
     tied = model.get_output_embeddings() if len(_vocabulary(model)) == 1 else None
     vocabulary = {id(weight) for weight in _vocabulary(model)}
     owners = {name: owner for name, owner in model.named_modules() if id(getattr(owner, "weight", None)) in vocabulary}
@@ -153,7 +153,7 @@ def _refuse_vocabulary(lora: LoraConfig, model: PreTrainedModel) -> None:
 
 
 def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the weights with a row for each token: one where they are tied, else two."""
+    """Return the weights with a row for each token: one if they are tied, otherwise two."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = {id(module.weight): module.weight for module in modules if module is not None}
     return list(weights.values())

@@ -1,4 +1,4 @@
-"""Finished adapters put beneath the one that is trained."""
+"""Adds finished adapters to the frozen weights below the adapter that is trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstune.methods.lora.start import shift
 def put_beneath(model: nn.Module, folders: list[str]) -> None:
     """Add finished LoRA adapters to the frozen weights of `model`, as shifts. Every rank must call it.
 
-    Raises UserError where one of them has other parts than low-rank matrices of the model's linear layers.
+    Raises UserError if one of them has anything other than low-rank matrices for the model's linear layers.
     """
     for folder in map(Path, folders):
         for name, a, b in _products(folder):
@@ -35,7 +35,7 @@ def put_beneath(model: nn.Module, folders: list[str]) -> None:
 
 
 def _products(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (module, A [rank, in], B [out, rank] with the scale in it), in fp32."""
+    """Yield (module, A [rank, in], B [out, rank] times the adapter's scale), in fp32."""
     from dstune.models.peft_import import peft
 
     settings = read_settings(folder, "method.frozen_adapters")

@@ -1,4 +1,4 @@
-"""What is saved of low-rank adapters whose weights were split, or that stand on finished adapters."""
+"""Exports low-rank adapters whose base weights were split, or that were trained on top of finished adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.methods.lora.start import SHIFT_A, SHIFT_B, lora_layers
 
 
 def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the factors of what was added to each frozen weight (`start.shift`), A [rank, in] and B [out, rank]."""
+    """Return the factors of the shift of each frozen weight (`start.shift`) by module, A [rank, in] and B [out, rank], in fp32."""
     shifts = {}
     for name in trained:
         owner, _, leaf = name.rpartition(".")
@@ -25,7 +25,7 @@ def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, T
 
 
 def shifted(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Return `weight` [out, in] with what was added to it, in fp32."""
+    """Return `weight` [out, in] plus the shift `b @ a`, in fp32."""
     return weight.float() + b @ a
 
 

@@ -1,4 +1,4 @@
-"""Rules of `method=lora`: what fits together among its keys, and what adapters of stacked experts cannot have."""
+"""Rules of `method=lora`: which of its keys go together, and what adapters of stacked experts cannot have."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _check_stacked(config: LoraConfig) -> Iterator[Problem]:
 
 
 def splits(config: LoraConfig) -> bool:
-    """Return whether each weight is split into the adapter and a frozen rest."""
+    """Return whether each weight is split into the adapter and a frozen remainder."""
     return config.init in (LoraInit.pissa, LoraInit.olora, LoraInit.qr)
 
 
@@ -70,7 +70,7 @@ def check_sharded_weights(config: LoraConfig) -> Iterator[Problem]:
 
 
 def adapted_experts_problem(config: LoraConfig) -> Problem | None:
-    """Return what peft's adapters of stacked experts cannot do and the configuration asks for."""
+    """Return the problem with a key that peft's adapters of stacked experts do not support; None if there is none."""
     for key, value, off in (("dropout", config.dropout, "0"), ("dora", config.dora, "false")):
         if value:
             reason = "the experts of this model are stacked weights, whose adapters cannot have it"

@@ -1,8 +1,9 @@
-"""What LoRA adapters begin from: a split of the weights (PiSSA, OLoRA, QR), and finished adapters beneath the new one.
+"""Sets the first values of LoRA adapters: a split of the weights (PiSSA, OLoRA, QR) or LoftQ; and shifts frozen weights.
 
-Each of them adds a fixed matrix of low rank to a frozen weight: minus the adapter's first product, plus the product of a
-finished adapter. Its factors stay beside the weight as buffers (`shift_A` [rank, in], `shift_B` [out, rank]), so checkpoints
-have them, and an export is one plain adapter on the untouched base: what is trained and the shift, end to end.
+A split, or a finished adapter below the new one, adds a fixed low-rank matrix to a frozen weight: minus the new adapter's first
+product, or plus the product of the finished adapter. Its factors are kept with the weight as buffers (`shift_A` [rank, in],
+`shift_B` [out, rank]), so checkpoints have them. An export is one plain adapter on the unchanged base: its matrices are the
+trained ones and the shift's, concatenated.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ SHIFT_A, SHIFT_B = "shift_A", "shift_B"
 
 
 Originals = Callable[[str, Mapping[str, torch.Size]], Mapping[str, Tensor]]
-"""(prefix of the body's parameters, shapes by name) -> the weights as they are in the model's files."""
+"""Maps (prefix of the body's parameters, shapes by name) to the weights as the model's files have them."""
 
 
 def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
-    """Give every adapter of `adapted` (a PeftModel) the first values of `config.init`. Every rank must call it."""
+    """Give every adapter of `adapted` (a PeftModel) the first values of `config.init`. Every rank must call it.
+
+    Raises UserError if a layer is not linear or has too few rows or columns for the rank.
+    """
     if config.init is LoraInit.loftq:
         _make_up_for_rounding(adapted, originals)
     if config.init not in (LoraInit.pissa, LoraInit.olora, LoraInit.qr):
@@ -49,15 +53,16 @@ def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
             first, second = _split(weight, rank, config)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         share = 1.0 if config.init is LoraInit.olora else scale**0.5  # peft leaves the factors of OLoRA as they are
-        with torch.no_grad():  # rounded to the adapter's dtype before the rest is computed from them
+        with torch.no_grad():  # rounded to the adapter's dtype first: the shift must subtract the rounded values
             a.copy_(first / share)
             b.copy_(second / share)
             shift(base, a.float(), -scale * b.float())
 
 
 def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
-    """Start by LoftQ (Li et al. 2023, arXiv:2310.08659), its first iteration: the adapter begins as what a low rank can hold of
-    the difference between the weights and their 4-bit values. These stay those of the base, so any copy of it serves the export."""
+    """Set the first values by the first iteration of LoftQ (Li et al. 2023, arXiv:2310.08659): the best low-rank approximation of
+    the difference between the weights and their 4-bit values. The 4-bit values stay the base's, so the export works with any copy of
+    the base."""
     layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted) if is_quantized(layer)}
     shapes = {f"{name}.weight": layer.get_base_layer().weight.quant_state.shape for name, layer in layers.items()}
     weights = originals(adapted.get_base_model().base_model_prefix, shapes)
@@ -72,7 +77,7 @@ def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
 
 
 def _split(weight: Tensor, rank: int, config: LoraConfig) -> tuple[Tensor, Tensor]:
-    """Split off factors [rank, in] and [out, rank] of the part of `weight` [out, in] that the adapter takes over."""
+    """Return the factors [rank, in] and [out, rank] of the part of `weight` [out, in] that the adapter takes over."""
     if config.init in (LoraInit.olora, LoraInit.qr):
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]

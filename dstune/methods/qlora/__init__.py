@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STAGE_3_ON_CPU = (
     "on a CPU, 4-bit weights of bitsandbytes have a shape of their own, and ZeRO-3 gathers them in the one that it cut"
 )
-"""Why a cell of the matrix is for GPUs only."""
+"""Why ZeRO-3 with 4-bit weights is for GPUs only."""
 
 
 @method

@@ -1,4 +1,4 @@
-"""The frozen weights in 4 bits: how they are rounded, and what cannot be."""
+"""Rounds frozen weights to 4 bits, and refuses models that cannot be rounded."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dstune.methods.qlora.rules import rounded_experts_problem
 from dstune.zero.parts import full_count, full_shape
 
 KEPT = ("lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler", "qa_outputs")
-"""Linear layers that stay as they are: projections to the vocabulary and heads, of which new ones are trained whole."""
+"""Linear layers that are not rounded: projections to the vocabulary, and heads, which are trained whole if they are new."""
 
 
 def quantization(method: QloraConfig, stage: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` that round linear layers to NF4 while they are read.
+    """Return the arguments of `from_pretrained` that round linear layers to NF4 while they are read.
 
-    dtype: of the products, and of what holds the packed values: ZeRO-3 partitions parameters of one floating type only, so
-    the bytes travel under its name (`quant_storage`).
+    dtype: of matrix products. At stage 3 it is also the type under which the packed bytes are stored (`quant_storage`), since
+    ZeRO-3 only partitions parameters of one floating-point type.
     """
     storage = dtype if stage == 3 else torch.uint8
     return {"quantization_config": rounding(dtype, double=method.double_quantization, storage=storage)}
 
 
 def rounding(dtype: torch.dtype, *, double: bool, storage: torch.dtype = torch.uint8) -> Any:
-    """Return transformers' settings of the rounding that `method=qlora` trains on."""
+    """Return transformers' settings for the rounding that `method=qlora` uses."""
     from transformers import BitsAndBytesConfig
 
     import dstune.models.peft_import  # noqa: F401  # before transformers imports bitsandbytes
@@ -52,8 +52,8 @@ def refuse_experts(model: nn.Module) -> None:
 
 
 def refuse_rounded_vocabulary(model: Any) -> None:
-    """Raises UserError where the projection to the vocabulary was rounded and has the embedding's weight (biogpt: it is not named
-    as in KEPT): bitsandbytes would fail at the first step. model: of transformers, as `quantization` loaded it."""
+    """Raises UserError if the projection to the vocabulary was rounded although it shares the embedding's weight, as in biogpt,
+    whose projection has no name in KEPT: bitsandbytes would fail at the first step. model: loaded with `quantization`."""
     from bitsandbytes.nn import Linear4bit
 
     projection = model.get_output_embeddings()
@@ -64,8 +64,8 @@ def refuse_rounded_vocabulary(model: Any) -> None:
 
 
 def quantized_modules(model: nn.Module) -> list[str]:
-    """Return names of the linear layers that `quantization` rounds, in a model that was loaded without it; adapters on them or
-    not."""
+    """Return the names of the linear layers that `quantization` would round, in a model that was loaded without it, with or without
+    adapters."""
     names = []
     for name, module in model.named_modules():
         inner = name.removesuffix(".base_layer")
@@ -80,7 +80,7 @@ def is_adapter_part(name: str) -> bool:
 
 
 def rounded(weight: Tensor, *, double: bool) -> Tensor:
-    """Return `weight` [out, in] as training had it: through 4 bits and back, in its own dtype."""
+    """Return `weight` [out, in] with the values that training used: rounded to 4 bits and back, in its own dtype."""
     import bitsandbytes
 
     packed, state = bitsandbytes.functional.quantize_4bit(

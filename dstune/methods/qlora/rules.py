@@ -6,6 +6,6 @@ from dstune.core.errors import Problem
 
 
 def rounded_experts_problem(share: float) -> Problem:
-    """Return the problem with a mixture of experts. share: of the weights that are in experts."""
+    """Return the problem with a mixture of experts. share: the share of the weights that are in experts."""
     reason = f"rounds linear layers, and the experts, {share:.0%} of this model's weights, are none"
     return Problem("method", reason, "method=lora", "qlora")
