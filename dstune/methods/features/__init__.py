@@ -1,4 +1,4 @@
-"""method=features: the frozen body reads every row once; a classifier is trained on what it gave, from the cache."""
+"""method=features: the frozen body reads every row once, and a classifier is trained on its vectors from the cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Features(PooledHead, NeedsPreparation):
     config: FeaturesConfig
 
     why_not_measured = "the classifier above computed features takes so little that there is nothing to find"
-    flops_known = False  # vectors in place of texts
+    flops_known = False  # rows are vectors, not texts
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         config, task = self.config, task_of(run.task)

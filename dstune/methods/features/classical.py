@@ -1,4 +1,4 @@
-"""Classifiers of scikit-learn on cached features: what a run reports beside its own classifier."""
+"""Fits classifiers of scikit-learn to cached features, which a run reports along with its own classifier."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dstune.trainer.evaluate import limited
 from dstune.trainer.measure import Totals
 
 RANKED = 20
-"""Features named in the report of a random forest."""
+"""Number of features in the ranking of a random forest."""
 
 
 def classical_results(config: RunConfig, method: FeaturesConfig, data: PreparedData) -> dict[str, dict[str, Any]]:
-    """Return metrics of each classifier that `method` asks for, by its name and by part; of a forest also `ranking`: the
-    features by mean decrease in impurity (Breiman 2001), the most important first."""
+    """Return the metrics of each classifier that `method` requests, by classifier and part of the data, and the `seconds` it took.
+    A forest also has `ranking`: features by mean decrease in impurity (Breiman 2001), the most important first."""
     chosen = {"logistic_regression": method.logistic_regression, "random_forest": method.random_forest}
     if not any(chosen.values()):
         return {}
@@ -58,8 +58,8 @@ def _classifier(name: str, method: FeaturesConfig, seed: int) -> Any:
 
 
 def _fitted(model: Any, features: np.ndarray, labels: np.ndarray) -> Any:
-    """Return `model`, fitted. A forest grows on all cores, which are idle: the other ranks wait for this one. Each tree has a seed
-    of its own, so the forest is the same on any number of cores; one core adds up what its trees say, so the sums are too."""
+    """Fit `model` and return it. A forest grows on all cores, which are idle while the other ranks wait for this one. Each tree has
+    its own seed, so the forest is the same on any number of cores; its predictions are summed on one core, so they are too."""
     if not hasattr(model, "n_jobs"):
         return model.fit(features, labels)
     return model.set_params(n_jobs=-1).fit(features, labels).set_params(n_jobs=1)
@@ -79,6 +79,6 @@ def _metrics(config: RunConfig, names: tuple[str, ...], model: Any, split: Split
 
 
 def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return all vectors of a part, float32 [rows, hidden], and labels [rows] or [rows, labels]."""
+    """Return all vectors of a part of the data, float32 [rows, hidden], and its labels, [rows] or [rows, labels]."""
     table = split.table.with_format("numpy")
     return np.stack(list(table["features"][:])).astype(np.float32), np.asarray(list(table["label"][:]))

@@ -1,4 +1,4 @@
-"""A classifier that reads vectors which a frozen body gave once, instead of texts."""
+"""Defines the classifier that reads vectors, which a frozen body has computed, instead of texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dstune.models.pooled import DenseHead
 
 
 class FeatureClassifier(PreTrainedModel):
-    """The `classifier` of `PooledForSequenceClassification` without its body: the same names, the same first weights."""
+    """The `classifier` of `PooledForSequenceClassification` without the body, with the same names and the same first weights."""
 
     main_input_name = "features"
 
@@ -23,13 +23,13 @@ class FeatureClassifier(PreTrainedModel):
         self.post_init()
 
     def forward(self, features: torch.Tensor, **unused: Any) -> SequenceClassifierOutput:
-        """Classify feature vectors. features: [batch, hidden]. logits: [batch, classes]."""
+        """Classify feature vectors. features: [batch, hidden]. Returns logits [batch, classes]."""
         return SequenceClassifierOutput(logits=self.classifier(features.to(self.classifier.output.weight.dtype)))
 
 
 def feature_classifier(architecture: PretrainedConfig, dtype: torch.dtype, seed: int) -> FeatureClassifier:
-    """Build the classifier. architecture: that of the whole model (`load.trained_config`). Partitioned where
-    `zero.parts.partitioned_loading` is open."""
+    """Build the classifier; inside `zero.parts.partitioned_loading` its weights are partitioned. architecture: that of the complete
+    model (`load.trained_config`)."""
     model = FeatureClassifier._from_config(architecture, dtype=dtype)
     assert isinstance(model, FeatureClassifier)
     initialize_weights(model, [name for name, _ in model.named_parameters()], seed)

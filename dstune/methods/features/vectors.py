@@ -1,8 +1,7 @@
-"""The vectors that a frozen body gives for the rows of a run: computed once, kept in the cache, mapped into memory.
+"""Computes the vectors of a frozen body for the rows of a run, once, and maps them into memory from the cache.
 
-Every rank computes its share of the rows of each part and writes it as an Arrow file of its own; a node whose disk does not
-hold the file of another rank gets a copy. `meta.json`, written last, names the files, so another number of ranks reads what
-is there.
+Every rank computes its share of the rows of each part of the data and writes an Arrow file; a node whose disk does not have the
+file of another rank gets a copy. `meta.json` is written last and names the files, so a different number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ CHUNK_ROWS = 1000
 
 @dataclass(frozen=True)
 class Vectors(Preparation):
-    """The prepared data of a run with vectors in the place of texts.
+    """The prepared data of a run, with vectors instead of texts.
 
     Tables have `features` list<float32> [hidden], `label` and `index`; a row counts as one position.
     """
 
     method: FeaturesConfig
     seconds: float
-    """What computing them took; 0 where they were in the cache."""
+    """Time to compute them; 0 if they were in the cache."""
     body_parameters: int
 
     def model(self, run: RunConfig, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -93,7 +92,7 @@ def features_of(
     world: World,
     cache_root: Path,
 ) -> Vectors:
-    """Return the vectors of all parts of `data`, from the cache where it has them. Every rank must call it."""
+    """Return the vectors of all parts of `data`, from the cache if possible. Every rank must call it."""
     folder = cache_root / "features" / world.broadcast(_key(config, method, data, precision) if world.is_main else "")
     seconds = 0.0
     if world.any(not (folder / META).is_file()):
@@ -110,7 +109,7 @@ def features_of(
 
 
 def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precision: Precision) -> str:
-    """Return digest of all that the vectors depend on: rows, body, pooling, arithmetic, code."""
+    """Return the digest of everything that the vectors depend on: rows, body, pooling, arithmetic, code."""
     folder = Path(local_path(config.model.path))
     body: Any = [config.model.path, config.model.revision]
     if folder.is_dir():
@@ -139,7 +138,7 @@ def _compute(
     config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, folder: Path
 ) -> None:
     """Run the body over every row once, as evaluation does, and write `folder`."""
-    stage = 3 if stage_of(config.zero) == 3 else 0  # there is no optimizer whose states could be partitioned
+    stage = 3 if stage_of(config.zero) == 3 else 0  # without an optimizer, stages 1 and 2 have nothing to partition
     alone = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     settings = deepspeed_config(alone, world.size, precision, on_gpu=accelerator.present())
     with partitioned_loading(settings):
@@ -186,8 +185,8 @@ def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_
 
 
 def _lists(vectors: list[np.ndarray]) -> pa.ChunkedArray:
-    """Put vectors into lists: float32 [rows, hidden] each. In chunks: the offsets of an array of lists have 32 bits, and all
-    vectors of a rank may be more than 2**31 numbers."""
+    """Convert vectors, float32 [rows, hidden] each, to an array of lists. It has chunks, since its offsets have 32 bits and a rank
+    may have more than 2**31 numbers."""
     kind = pa.list_(pa.float32())
     if not vectors:
         return pa.chunked_array([], kind)
@@ -210,14 +209,14 @@ def _write(table: pa.Table, target: Path) -> None:
 
 
 def _write_whole(target: Path, content: bytes) -> None:
-    """Write whole or not at all; another process may write the same at the same time."""
+    """Write the file atomically; another process may write the same content at the same time."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
     temporary.write_bytes(content)
     temporary.replace(target)
 
 
 def _bring(file: Path, owner: int, world: World) -> None:
-    """Let every node have `file`, which rank `owner` has written."""
+    """Copy `file`, which rank `owner` has written, to every node that lacks it."""
     if not world.any(not file.is_file()):
         return
     content = world.gather(file.read_bytes() if world.rank == owner else None)[owner]

@@ -1,4 +1,4 @@
-"""method=freeze: a part of the weights stays as it is: embeddings, layers, or what a regular expression finds."""
+"""method=freeze: some weights stay unchanged: embeddings, layers, or parameters that match a regular expression."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Freeze(Method):
         return trained, model.parameters - sum(tensor.count for tensor in trained)
 
     def _is_frozen(self, tensor: Tensor, layers: int) -> bool:
-        """Return whether a tensor is frozen as `apply` decides, from the configuration alone."""
+        """Return whether `apply` freezes a tensor, from the configuration alone."""
         config = self.config
         if any(re.search(pattern, tensor.name) for pattern in config.trained):
             return False

@@ -1,4 +1,4 @@
-"""Which parameters of a loaded model stay as they are."""
+"""Freezes parameters of a loaded model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from dstune.models.unreached import unreached_parameters
 
 
 def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
-    """Freeze what `method` names. Weights that were drawn new (a head, a pooler) are trained whatever it says.
+    """Freeze the parameters that `method` names. New weights (a head, a pooler) are trained in any case.
 
-    Raises UserError where it names something that the model does not have, or nothing is left to train.
+    Raises UserError if it names something that the model does not have, nothing would be frozen, nothing would remain to train, or
+    rows of added tokens would be frozen.
     """
     layers = layers_of(model)
     unreached = {name for name, _ in unreached_parameters(model)}

@@ -1,4 +1,4 @@
-"""Only what lies outside the pretrained body is trained."""
+"""Freezes the pretrained body of a model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dstune.models.unreached import keep_frozen
 
 
 def freeze_body(model: PreTrainedModel) -> None:
-    """Train only what lies outside the pretrained body, the task's head, and what of the body is drawn new (a pooler).
+    """Train only the task's head, which lies outside the pretrained body, and new weights of the body (a pooler).
 
-    Raises UserError where tokens were added: their rows are part of the frozen vocabulary.
+    Raises UserError if rows of added tokens have to be trained: they are part of the frozen vocabulary.
     """
     new = new_weights(model)
     if new.rows:

@@ -1,4 +1,4 @@
-"""method=importance: only the most important share of the weights is trained, the others keep every bit."""
+"""method=importance: trains only the most important share of the weights; the others keep every bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights matter: from scores to the tensors, or the entries, that are trained. Pure; how scores are made is elsewhere."""
+"""Chooses the tensors or entries to train from their scores, with pure functions. `scores.py` computes the scores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def chosen_tensors(scores: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:
-    """Return the names with the highest scores whose sizes sum to at most `share` of all; one that does not fit is passed over.
+    """Return the names with the highest scores whose sizes sum to at most `share` of all. Tensors that do not fit are skipped.
 
-    The highest one is taken in any case.
+    The one with the highest score is always taken.
     """
     budget = share * sum(sizes.values())
     ordered = sorted(scores, key=lambda name: (-scores[name], name))
@@ -24,15 +24,15 @@ def chosen_tensors(scores: Mapping[str, float], sizes: Mapping[str, int], share:
 
 
 def sortable(scores: torch.Tensor) -> torch.Tensor:
-    """Return int32 keys in the order of fp32 scores, so that a threshold is found bit by bit; the bits of a negative float fall
-    as it rises."""
+    """Return int32 keys with the order of the fp32 scores, so that a threshold can be found bit by bit. Negative floats are
+    converted: their bits, read as an integer, fall as the float rises."""
     bits = scores.float().contiguous().view(torch.int32)
     return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
 def threshold(count_from: Callable[[int], int], target: int) -> int:
-    """Return the lowest key for which `count_from(key)`, how many entries of all ranks have it or a higher one, is at most
-    `target`. Entries with equal scores are taken together or not at all."""
+    """Return the lowest key for which `count_from(key)`, the number of entries on all ranks with this key or a higher one, is at
+    most `target`. Entries with equal scores are taken together or not at all."""
     low, high = -(2**31), 2**31
     while low < high:
         middle = (low + high) // 2
@@ -44,7 +44,8 @@ def threshold(count_from: Callable[[int], int], target: int) -> int:
 
 
 def rank_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
-    """Compute Spearman's rank correlation of two scores of the same tensors, and the probability of one as far from 0 by chance."""
+    """Return Spearman's rank correlation of two scores of the same tensors, and its p-value: the probability of a correlation at
+    least as far from 0 by chance."""
     from scipy.stats import spearmanr
 
     names = sorted(first)

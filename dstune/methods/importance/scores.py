@@ -1,7 +1,7 @@
-"""Scores of a model's weights by gradients and by ablation, the choice of what is trained, and the report of both.
+"""Scores a model's weights by gradients and by ablation, chooses what to train, and writes a report.
 
-A copy of the model is trained for a few steps and thrown away; the run begins with the start weights. Scores of entries stay
-with the rank that updates them; only sums over tensors, counts and the chosen bits are exchanged.
+A copy of the model is trained for a few steps and discarded; the run starts from the original weights. Scores of entries stay on
+the rank that updates these entries; ranks exchange only sums over tensors, counts and the chosen bits.
 """
 
 from __future__ import annotations
@@ -45,30 +45,31 @@ GRADIENT_SCORES = {
     Selection.gradient_weight: lambda weight, gradient: (weight * gradient).abs(),
     Selection.movement: lambda weight, gradient: -weight * gradient,
 }
-"""Scores of entries that add up over steps: of weights before the update, and gradients of the global batch's mean loss."""
+"""Scores of entries, summed over steps: functions of the weight before the update and the gradient of the global batch's mean
+loss."""
 
 CONSTANT_SCORES = {Selection.magnitude, Selection.random}
-"""Scores that no gradient changes."""
+"""Scores that do not depend on gradients."""
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What is trained beside new weights."""
+    """The weights to train in addition to new ones."""
 
     tensors: frozenset[str]
-    """Names of the parameters of which something is trained."""
+    """Names of the parameters with trained entries."""
     masks: dict[str, torch.Tensor]
-    """Of entries, bool in the parameters' shapes; empty where whole tensors are trained."""
+    """Mask of the trained entries by parameter, bool in its shape; empty if whole tensors are trained."""
 
 
 @dataclass(frozen=True)
 class Choice(Preparation):
-    """What is trained, on the data as they are."""
+    """The chosen weights; the data stay unchanged."""
 
     selected: Selected
 
     def restrict(self, module: nn.Module, new: NewWeights) -> None:
-        """Freeze tensors without a trained entry, so that they cost neither gradients nor states."""
+        """Freeze tensors without trained entries, so that they need neither gradients nor optimizer states."""
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in self.selected.tensors or name in new.parameters)
 
@@ -86,8 +87,8 @@ def choose(
     world: World,
     run_dir: Path,
 ) -> Choice:
-    """Score and choose, and write `importance.json` into the run directory; a run that goes on reads its choice there, or
-    in the run that `run.resume` names."""
+    """Score and choose weights, and write `importance.json` into the run directory. A run that continues reads its earlier choice
+    from there, or from the run that `run.resume` names. Every rank must call it."""
     if world.is_main and config.run.resume not in ("auto", "never"):
         take_over(Path(config.run.resume), run_dir)
     if not world.broadcast((run_dir / REPORT).is_file()):
@@ -102,17 +103,17 @@ def choose(
 
 
 def take_over(source: Path, run_dir: Path) -> None:
-    """Copy the choice of another run, unless this one has its own: other ranks or devices might choose otherwise, and the
-    checkpoint has states of what was chosen."""
+    """Copy the choice of another run, unless this run has one. Other ranks or devices might choose differently, and the checkpoint
+    has states of the chosen weights."""
     if (run_dir / REPORT).is_file() or not (source / REPORT).is_file():
         return
-    for name in (MASKS, REPORT):  # the report last: it says that all is there
+    for name in (MASKS, REPORT):  # the report last: it shows that the copy is complete
         if (source / name).is_file():
             files.write(run_dir / name, (source / name).read_bytes())
 
 
 def _read(run_dir: Path) -> Selected:
-    """Return the choice that was written. Raises UserError where the files hold no choice: somebody else may have made them."""
+    """Return the choice in `run_dir`. Raises UserError if its files, which somebody else may have written, hold no choice."""
     try:
         report = parse_json(read_file(run_dir / REPORT))
         tensors = {row["name"]: row for row in report["tensors"] if row["trained"]}
@@ -127,7 +128,7 @@ def _read(run_dir: Path) -> Selected:
 
 
 class _Scores:
-    """Of this rank's elements: sums over tensors of each gradient score, and every entry of the one that selects."""
+    """Scores of this rank's elements: the sum over each tensor for every score, and all entries for the selecting score."""
 
     def __init__(self, method: ImportanceConfig, engine: Engine, new: NewWeights, seed: int):
         self.sums: dict[Selection, dict[str, float]] = {kind: {} for kind in GRADIENT_SCORES}
@@ -225,7 +226,7 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
 
 
 def _means(sums: Mapping[str, float], sizes: Mapping[str, int], world: World, stage: int) -> dict[str, float]:
-    """Return mean score of the entries of each tensor over all ranks; at stage 0 every rank has all of them."""
+    """Return the mean score of each tensor's entries over all ranks; at stage 0 every rank has all entries."""
     if stage > 0:
         totals = world.sum([sums.get(name, 0.0) for name in sizes])
     else:
@@ -240,7 +241,7 @@ def _choose_entries(
     engine: Engine,
     world: World,
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Choose entries; return packed masks of the tensors with a chosen entry, and how many each has."""
+    """Choose entries; return packed masks of the tensors with chosen entries, and the number of chosen entries in each."""
     keys = {name: (start, sortable(values)) for name, (start, values) in entries.items()}
     shared = engine.stage > 0
 
@@ -259,7 +260,7 @@ def _choose_entries(
 
 
 def _ablate(config: RunConfig, method: ImportanceConfig, probe: Probe, names: list[str]) -> dict[str, dict[str, float]]:
-    """Return what is lost of each metric without each tensor, positive for a worse model."""
+    """Return how much worse each metric is without each tensor: by tensor and metric, positive for a worse model."""
     assert probe.data.validation is not None
     few = replace(config, evaluate=replace(config.evaluate, max_rows=method.ablation_rows, generate_rows=0))
     evaluator = Evaluator(few, probe.data, probe.engine, probe.head, probe.world, probe.tokenizer)

@@ -61,8 +61,8 @@ def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
 
 def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
     """Set the first values by the first iteration of LoftQ (Li et al. 2023, arXiv:2310.08659): the best low-rank approximation of
-    the difference between the weights and their 4-bit values. The 4-bit values stay the base's, so the export works with any copy of
-    the base."""
+    the difference between the weights and their 4-bit values. The 4-bit values stay the base's, so the export works with any copy
+    of the base."""
     layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted) if is_quantized(layer)}
     shapes = {f"{name}.weight": layer.get_base_layer().weight.quant_state.shape for name, layer in layers.items()}
     weights = originals(adapted.get_base_model().base_model_prefix, shapes)
