@@ -1,4 +1,4 @@
-"""The thread that keeps a tracker from ever holding up a run."""
+"""The thread of a tracker, so that it never holds up a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dstune.core.errors import with_class
 from dstune.protocols.tracker import Row, Tracker
 
 MAX_WAITING = 10_000
-"""Rows that may wait for a tracker (a few MB); one that is further behind is taken for stuck."""
+"""Most rows that may wait for a tracker (a few MB); a tracker that is further behind counts as stuck."""
 
 
 class Background:
-    """Runs a tracker in a thread of its own: no call here waits for it, and nothing that it raises comes out.
+    """Runs a tracker in its own thread: no call except `wait` waits for it, and none raises its exceptions.
 
     The first exception is reported through `report` and ends the tracker; the run goes on without it.
     """
@@ -44,7 +44,7 @@ class Background:
         self._do(lambda: self._tracker.summary(values))
 
     def finish(self, status: str) -> None:
-        """Ask for the end without waiting for it."""
+        """Ask the tracker to finish, without waiting for it."""
 
         def end() -> None:
             self._tracker.finish(status)
@@ -53,7 +53,7 @@ class Background:
         self._do(end)
 
     def wait(self, deadline: float) -> None:
-        """Wait for the end until `deadline` (of `time.monotonic`); what is not done by then is left undone."""
+        """Wait for the end until `deadline` (of `time.monotonic`); work that is not done by then is abandoned."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._turn_off("it did not finish in time")

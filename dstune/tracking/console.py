@@ -1,4 +1,4 @@
-"""What rank 0 prints: a progress line that is drawn over itself on a terminal, plain lines elsewhere.
+"""The output of rank 0: on a terminal, a progress line that is redrawn in place; elsewhere, plain lines.
 
 A transient line ends with a carriage return, never with a line feed. The process that started the ranks forwards such
 lines to a terminal only and keeps them out of the log files.
@@ -22,12 +22,12 @@ BAR_CELLS = 20
 MOST_COLUMNS = 119
 """Of a line on a terminal, however wide it is."""
 COUNTS = ("rows", "targets", "tokens")
-"""Metrics of an evaluation that are whole numbers."""
+"""Metrics of an evaluation that are integers."""
 SECONDS = "seconds"
 SHOWN_METRICS = 3
 """Of an evaluation on the console; `metrics.jsonl` has all of them."""
 FEW_ROWS = 20
-"""Held-out rows below which a metric says little: with 20, one more right answer is 5 points."""
+"""With fewer held-out rows a metric says little: with 20, one more right answer is 5 points."""
 
 Metrics = Mapping[str, float | int | str]
 
@@ -48,12 +48,11 @@ class Console:
         self._printed_at = -float("inf")
         self._first: tuple[float, int] | None = None
         self._activity = ""
-        # Trackers warn, and rows are counted, in threads of their own.
+        # Trackers warn, and rows are counted, in other threads.
         self._lock = threading.RLock()
 
     def activity(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Show what goes on before the first step, and where it can be counted how far it is. Counts of one text come
-        as often as steps do."""
+        """Show an activity before the first step. done, total: its progress, if it can be counted; shown as often as steps are."""
         with self._lock:
             now = self._clock()
             interval = TERMINAL_INTERVAL_SECONDS if self._columns else PLAIN_INTERVAL_SECONDS
@@ -95,8 +94,8 @@ class Console:
             self._print(f"step {count}  {facts}")
 
     def evaluating(self, step: int, done: int, total: int) -> None:
-        """Show how far an evaluation is: on a terminal at once, elsewhere when nothing was printed for ten seconds, so that only a
-        long one has lines of its own."""
+        """Show the progress of an evaluation: on a terminal at once, elsewhere only if nothing was printed for ten seconds, so a
+        short evaluation prints no progress."""
         with self._lock:
             now = self._clock()
             interval = TERMINAL_INTERVAL_SECONDS if self._columns else PLAIN_INTERVAL_SECONDS
@@ -106,7 +105,7 @@ class Console:
     def evaluation(self, step: int, metrics: Metrics, leading: Sequence[str] = (), rows: int | None = None) -> None:
         """Show one evaluation by at most three of its metrics: `leading` ones first, then the others in their order.
 
-        metrics: named eval/NAME. rows: how many were measured, which is shown where they are few.
+        metrics: by names eval/NAME. rows: number of measured rows, which is shown if it is small.
         """
         values = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         names = [
@@ -120,7 +119,7 @@ class Console:
         self.message(f"step {step}  evaluation  {'  '.join(facts)}")
 
     def message(self, text: str) -> None:
-        """Show `text` on lines of its own that stay; on a terminal they break between words."""
+        """Print `text` on separate lines that stay; on a terminal they break between words."""
         with self._lock:
             self.close()
             for line in text.split("\n") if self._columns else ():
@@ -130,7 +129,7 @@ class Console:
                 self._print(text)
 
     def close(self) -> None:
-        """Leave no half-overwritten line behind."""
+        """Finish the current line, so that no half-overwritten one remains."""
         with self._lock:
             if self._drawn:
                 self._draw("")

@@ -1,4 +1,4 @@
-"""What earlier launches of a run wrote, as the rows that a tracker gets: one a step."""
+"""Reads what earlier launches of a run wrote, as rows for a tracker, one per step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dstune.protocols.tracker import Row
 
 
 class History:
-    """The rows that `metrics.jsonl` and `samples.jsonl` hold at this moment; what is appended later is left out.
+    """The rows that `metrics.jsonl` and `samples.jsonl` contain at this moment; rows that are appended later are ignored.
 
-    Each is dated back from now by the seconds that the steps and evaluations after it took: the times at which a run
-    that was never interrupted would have written them.
+    The time of a row is now minus the seconds of all later steps and evaluations: when a run without interruptions would have
+    written it.
     """
 
     def __init__(self, metrics: Path, samples: Path):
@@ -26,7 +26,7 @@ class History:
         self._seconds = sum(_seconds(row) for row in _lines(metrics, self._metrics_size))
 
     def rows(self) -> Iterator[Row]:
-        """Yield one row a step, in the order of the steps."""
+        """Yield one row per step, in the order of the steps."""
         answers = {
             step: tuple(answers_of_step)
             for step, answers_of_step in groupby(self._samples, key=lambda row: row["step"])

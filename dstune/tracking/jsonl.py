@@ -1,4 +1,4 @@
-"""Append-only files with one JSON object a line, that survive a crash and go back to a step."""
+"""Append-only files with one JSON object per line, which survive a crash and can be rewound to a step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dstune.core.parsing import parse_json
 class JsonLines:
     """A file of rows that carry a `step`. Rows reach the kernel one by one, so a killed process loses none.
 
-    What the disk does not take waits for the next row: a full disk stops no training.
+    Rows that do not fit on the disk are written with the next row, so a full disk does not stop a training.
 
-    Continues the file with the rows up to and including `keep_until`; None starts it anew. What comes after is what an
-    earlier launch wrote beyond its last checkpoint: the resumed run writes those rows again.
+    keep_until: the step up to which (inclusive) an existing file is kept; None starts a new file. Later rows come from an earlier
+    launch after its last checkpoint: the resumed run writes them again.
     """
 
     def __init__(self, path: Path, *, keep_until: int | None):
@@ -37,13 +37,13 @@ class JsonLines:
                 raise
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`: the run went back to it."""
+        """Drop the rows after `step`, to which the run has gone back."""
         self.close()
         rewind(self._path, step)
         self._stream = files.append(self._path)
 
     def close(self) -> None:
-        """Raises OSError where rows are left that the disk does not take. Closing again does nothing."""
+        """Close the file. Raises OSError if rows remain that the disk does not take. Closing again does nothing."""
         if not self._stream.closed:
             with self._stream:
                 self._write()
@@ -76,17 +76,18 @@ def _is_row_until(line: bytes, step: int) -> bool:
         row_step = parse_json(line)["step"]
         return type(row_step) is int and row_step <= step
     except (ValueError, KeyError, TypeError):
-        # A crash of the machine can leave a block of zeros where a line was being written.
+        # A crash of the machine can leave a block of zeros in place of the last line.
         return False
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Return `value` as JSON that other programs read, which `json.dumps` alone does not promise: it writes NaN."""
+    """Return `value` as JSON that other programs can read; `json.dumps` alone would write NaN."""
     return json.dumps(plain(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
-    """Return `value` in JSON's types: numpy and torch scalars as numbers, null for what is not finite (JSON has no NaN)."""
+    """Return `value` in JSON's types: numpy and torch scalars become numbers, numbers that are not finite None (JSON has no
+    NaN)."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""One `log(step, metrics)` in front of the run directory's files, the console and the trackers."""
+"""Reports a run to the run directory's files, the console and the trackers, through one `log(step, metrics)`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ends the other ranks of a crashed one within launch.grace_seconds."""
 
 
 class RunLog:
-    """What rank 0 reports of a run; the other ranks have none.
+    """The log of a run on rank 0; other ranks have none.
 
     Writes `metrics.jsonl` and `samples.jsonl` in `run_dir`, and sends the same rows to the trackers that
-    `tracking` turns on. resumed_at_step: the checkpoint's step, whose rows and earlier ones stay; None for a
-    run that starts at step 0, where whatever an earlier attempt wrote is dropped.
+    `tracking` turns on. resumed_at_step: the step of the checkpoint, up to which rows are kept; None for a run that
+    starts at step 0, which drops everything that an earlier attempt wrote.
 
-    A failing disk raises OSError: a run whose metrics are lost is not worth going on with. Rows wait for room on a full one.
+    A failing disk raises OSError, since a run that loses its metrics should not continue. On a full disk, rows wait for space.
     A failing tracker warns once.
     """
 
@@ -50,7 +50,7 @@ class RunLog:
         self._measured = {(row["step"], frozenset(row)) for row in rows_by_file[0]}
         self._answered = {(row["step"], row.get("prompt")) for row in rows_by_file[1]}
         self._row: Row | None = None
-        """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
+        """The newest step, which is not sent to the trackers yet: they get it once, with its evaluation and answers."""
         self._answers: tuple[Mapping[str, Any], ...] = ()
         self._newest = -1
         self._trackers: list[Background] = []
@@ -70,7 +70,7 @@ class RunLog:
             ]
 
     def log(self, step: int, metrics: Metrics, rows: int | None = None) -> None:
-        """Log one row of metrics.jsonl. Rows named eval/NAME are shown on the console too. rows: how many were measured."""
+        """Log one row of metrics.jsonl. Rows named eval/NAME are shown on the console too. rows: number of measured rows."""
         if (step, frozenset(metrics) | {"step"}) not in self._measured:
             self._metrics.append({"step": step, **metrics})
         if self._trackers:
@@ -89,8 +89,8 @@ class RunLog:
             self._collect(step, {}, answered=True)
 
     def rewind(self, step: int) -> None:
-        """Go back to `step`. The files lose what came after; trackers, whose steps only rise, keep it, and get the rows again
-        from the first new step on."""
+        """Go back to `step`. Files lose all later rows. Trackers, whose steps always increase, keep them, and get rows again from
+        the first step that they do not have."""
         self._send()
         self._measured, self._answered = set(), set()
         for file in (self._metrics, self._samples):
@@ -105,7 +105,7 @@ class RunLog:
         self._console.evaluating(step, done, total)
 
     def message(self, text: str) -> None:
-        """Write a line for the reader of the console and of logs/rank-0.log."""
+        """Write a line to the console and logs/rank-0.log."""
         self._console.message(text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ class RunLog:
     def finish(self, status: str, *, crashed: bool = False) -> None:
         """Close everything; `status` is that of result.json. Calling it again does nothing.
 
-        crashed: an exception ends this process, so that it should not take long.
+        crashed: whether an exception ends this process, which must then end soon.
         """
         self._send(to_be_continued=status not in ("completed", "stopped", "pruned"))
         seconds = PREEMPTED_SECONDS if status == "preempted" else FINISH_SECONDS
@@ -132,7 +132,7 @@ class RunLog:
         self._samples.close()
 
     def _collect(self, step: int, metrics: Mapping[str, Any], *, answered: bool) -> None:
-        if step < self._newest:  # of a step that the trackers have from before the run went back
+        if step < self._newest:  # the trackers have this step from before the run went back
             return
         self._newest = step
         if self._row is None or self._row.step != step:
@@ -142,7 +142,7 @@ class RunLog:
         self._row = replace(self._row, metrics={**self._row.metrics, **metrics}, time=time.time(), samples=answers)
 
     def _send(self, *, to_be_continued: bool = False) -> None:
-        """Send rows to trackers. to_be_continued: the launch that continues the run may still evaluate at this step."""
+        """Send the collected row to the trackers. to_be_continued: the next launch of the run may still evaluate at this step."""
         if self._row is not None:
             for tracker in self._trackers:
                 tracker.write(self._row, only_if_rebuilt=to_be_continued)

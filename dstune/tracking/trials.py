@@ -1,5 +1,4 @@
-"""What a sweep writes of its trials (`SWEEP/trials/NAME.json`) and which of them is better: for the sweep, the report and
-`dstune runs`."""
+"""Reads the records of a sweep's trials (`SWEEP/trials/NAME.json`) and ranks them, for the sweep, the report and `dstune runs`."""
 
 from __future__ import annotations
 
@@ -19,21 +18,21 @@ from dstune.metrics import is_lower_better
 SWEEP_FILE = "sweep.yaml"
 RECORDS = "trials"
 FINISHED = ("completed", "stopped", "pruned")
-"""Statuses of a trial that is not started again."""
+"""Statuses of trials that are not restarted."""
 MAX_SECONDS = 1e11
 """Three thousand years."""
 TRAINING_LOSS = "training_loss"
-"""What trials without validation rows are compared by: the mean of the last tenth of the steps."""
+"""The objective of trials without validation rows: the mean loss over the last tenth of the steps."""
 
 
 def less_is_better(objective: str) -> bool:
-    """Return whether less is better of a metric, of TRAINING_LOSS or of a cost."""
+    """Return whether lower is better for a metric, TRAINING_LOSS or a cost."""
     return is_lower_better(objective) or objective in (TRAINING_LOSS, *LOWER_COSTS)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a trial, also of one that failed before it had a run directory."""
+    """The record of a trial, which also exists if the trial failed before it had a run directory."""
 
     name: str
     number: int
@@ -44,9 +43,9 @@ class Record:
     reason: str = ""
     objective: dict[str, float] = field(default_factory=dict)
     place: str = ""
-    """Machine and devices of the last start."""
+    """Machine and devices that the last start used."""
     seconds: float = 0.0
-    """From start to end, of all starts together."""
+    """Seconds from start to end, summed over all starts."""
     starts: int = 0
 
 
@@ -59,7 +58,7 @@ def record_path(sweep: Path, name: str) -> Path:
 
 
 def read_record(path: Path) -> Record | None:
-    """Read the record of a trial; None where the file is absent, torn or of something else."""
+    """Read the record of a trial; None if the file is missing, incomplete or contains something else."""
     names = {record_field.name for record_field in fields(Record)}
     try:
         content = parse_json(read_file(path))
@@ -70,7 +69,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def _is_record(record: Any) -> bool:
-    """Return whether the values of a Record are of the kinds that a sweep writes."""
+    """Return whether the values of a Record have the types that a sweep writes."""
     texts = (record.name, record.status, record.reason, record.place)
     if not all(isinstance(value, str) for value in texts) or "/" in record.name or record.name in ("", ".", ".."):
         return False
@@ -98,7 +97,7 @@ def objectives_of(sweep: Path) -> list[str]:
 
 
 def logarithmic_keys(sweep: Path) -> set[str]:
-    """Return the keys whose values `sweep.yaml` draws by their logarithm, or lists in steps of one factor: 8, 16, 32."""
+    """Return the keys whose values `sweep.yaml` draws on a logarithmic scale, or lists as a geometric series (8, 16, 32)."""
     try:
         axes = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["axes"]
         return {str(key).lstrip("+") for key, values in axes.items() if _is_logarithmic(values)}
@@ -130,14 +129,14 @@ def ranked(records: Sequence[Record], objective: str) -> list[Record]:
 
 
 def best_first(value: float | None, objective: str) -> tuple[bool, float]:
-    """Return a key that sorts what was reached: the best first, what has no value last."""
+    """Return a sort key for the reached values: the best comes first, a missing value last."""
     if value is None:
         return (True, 0.0)
     return (False, value if less_is_better(objective) else -value)
 
 
 def unbeaten(records: Sequence[Record], objectives: Sequence[str]) -> set[str]:
-    """Return names of the finished trials that no other beats in all objectives (the Pareto front)."""
+    """Return the names of the finished trials on the Pareto front, which no other trial beats in all objectives."""
     whole = [
         record
         for record in records
@@ -156,7 +155,7 @@ def unbeaten(records: Sequence[Record], objectives: Sequence[str]) -> set[str]:
     return {name for name in costs if not beaten(name)}
 
 
-# ---- what a trial reached ----
+# ---- the results of a trial ----
 
 
 def reached(
