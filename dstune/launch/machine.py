@@ -31,7 +31,7 @@ class Here:
 
 
 def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | None = None) -> Here:
-    """Return the ranks that `dstune train` would start here, and what each of them has.
+    """Return the ranks that `dstune train` would start here, and the device of each.
 
     ranks: how many there are, where another launcher has started them. Raises UserError for more processes than GPUs.
     """
@@ -45,7 +45,7 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
         name, total = fullest.name, fullest.memory_gib
         published = known_device(name)
         device = replace(published or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
-        # Rank 0 decides the precision of all.
+        # Rank 0 decides the precision of all ranks.
         device = replace(device, capability=(used_gpus or [fullest])[0].capability)
         return Here(Cluster(device, ranks, known=published is not None, host_gib=available_bytes() / GIB), free)
     available = available_bytes() / GIB

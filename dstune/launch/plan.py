@@ -67,7 +67,7 @@ With the PATH of a run, its configuration is planned.
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `plan` itself understands; the rest is Hydra's."""
+    """The arguments of `plan` itself; all others are Hydra's."""
 
     hardware: str | None
     numbers: dict[str, float]
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def configuration(arguments: Arguments) -> RunConfig:
-    """Return what is to be planned. Raises UserError for what `train` refuses too."""
+    """Return the configuration to plan. Raises UserError for configurations that `train` refuses, too."""
     words, run = list(arguments.rest), None
     if words and is_path(words[0]):
         run = rundir.run_directory(Path(words.pop(0)))
@@ -125,7 +125,7 @@ def configuration(arguments: Arguments) -> RunConfig:
 
 
 def refuse(config: RunConfig) -> None:
-    """Raises UserError for what `train` refuses too, except rows that are not needed to plan."""
+    """Raise UserError for a configuration that `train` refuses, too, except for missing rows, which a plan does not need."""
     if problems := _of_plan(find_problems(config)):
         raise UserError(problems)
 
@@ -218,7 +218,7 @@ def growth(config: RunConfig) -> Growth | None:
         tokenizer = load_tokenizer(config.model)
         estimate = growth_of(config, tokenizer) if tokenizer.chat_template else None
     except (UserError, OSError, ValueError):
-        return None  # a plan needs no rows; a run tells what is wrong with them
+        return None  # a plan needs no rows; a run reports what is wrong with them
     return estimate if estimate and estimate.samples > estimate.conversations else None
 
 
@@ -256,7 +256,7 @@ def planned(
     return Planned(choices, cluster, configured, precision, model.parameters, count, bool(measured), origin)
 
 
-# ---- what is shown ----
+# ---- output ----
 
 
 def as_json(estimate: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
@@ -394,13 +394,13 @@ def _counted(s: Setup) -> list[str]:
 
 
 def _stored(config: RunConfig) -> list[str]:
-    """Return how the weights are stored, where that is not how they are trained."""
+    """Return how the weights are stored, if that differs from how they are trained."""
     stored = stored_format(whole_config_json(config.model))
     return [f"its weights are stored in {stored.name} and dequantized while they are loaded"] if stored else []
 
 
 def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
-    """Return whether the run fits, what it takes, and the command that trains it so."""
+    """Return whether the run fits, what it needs, and the recommended command."""
     best = estimate.plan.recommended
     if best is None:
         return [f"no: {_nothing_fits(estimate)}"]
@@ -422,12 +422,12 @@ def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
 
 
 def _node_gib(choice: Choice) -> float:
-    """Return what the ranks of a node take of its memory together."""
+    """Return the host memory that the ranks of a node take together, in GiB."""
     return choice.memory.host * choice.setup.ranks_per_node / GIB
 
 
 def _compared(estimate: Planned) -> list[str]:
-    """Return a line for each method that was planned beside the configured one."""
+    """Return a line for each method that was planned for comparison."""
     if not estimate.others:
         return []
     lines = ["", f"{'method':<9}{'fits':<6}{'GiB a rank':>11}{'GiB of a node':>15}{'step':>11}{'tokens/s':>12}  how"]
@@ -443,7 +443,7 @@ def _compared(estimate: Planned) -> list[str]:
 
 
 def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> dict[str, Planned]:
-    """Plan full fine-tuning, LoRA and QLoRA where the run is of one of them and generates text; else none."""
+    """Plan full fine-tuning, LoRA and QLoRA if the run uses one of them and generates text; otherwise return nothing."""
     if config.method.name not in COMPARED or not task_of(config.task).generates:
         return {}
     estimate_by_method = {}

@@ -1,4 +1,4 @@
-"""Rows no longer than a model has positions, where these are learned: it fails at one that is."""
+"""Cuts rows to the number of positions that a model has learned, since it fails at longer ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dstune.protocols.task_options import TrainsOnRollouts
 
 
 def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConfig:
-    """Return `config` with `data.max_length` cut to what the model takes. stage: told where it is.
+    """Return `config` with `data.max_length` reduced to the model's limit. stage: called with a message if it is reduced.
 
-    Raises UserError where the model's `config.json` is not on this machine, or where what is written behind a row has no room.
+    Raises UserError if the model's `config.json` is not on this machine, or where what is written behind a row has no room.
     """
     limit = _limit(config)
     if limit is None or config.data.max_length <= limit:
@@ -52,6 +52,6 @@ def _limit(config: RunConfig) -> int | None:
 
 
 def _written(config: RunConfig) -> int:
-    """Return tokens that the model writes behind a row."""
+    """Return the maximum tokens that the model writes after a row."""
     task = task_of(config.task)
     return task.tokens_written_behind_rows if isinstance(task, TrainsOnRollouts) else 0

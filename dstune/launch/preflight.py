@@ -1,7 +1,7 @@
-"""Everything a run needs from outside is fetched or refused here, once, before any rank starts.
+"""Fetches everything that a run needs from outside, or refuses the run, once, before any rank starts.
 
 Ranks never contact a hub: packaged samples are brought into the cache, and a hub id becomes a commit whose files are in
-the hub's cache. Whatever keeps that from working is an exit with 2 and what to do about it.
+the hub's cache. Any failure exits with 2 and says what to do.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def resolve_run(
     """Return `config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and downloaded;
     model folder, the first rows of the data files and the hardware checked; a ZeRO stage in place of `auto`.
 
-    stage: told what is being done where it may take long. trains: whether there has to be memory to train. origins: gets where
-    a value comes from that is chosen here, by key.
+    stage: called with a text before work that may take long. trains: whether there must be memory for training. origins: receives
+    the origins of values that are chosen here, by key.
 
     Raises:
-        UserError: everything that is missing or cannot be had, listed together.
+        UserError: everything that is missing or unavailable, listed together.
     """
     config = with_replay(config)
     problems: list[Problem] = []
@@ -122,7 +122,7 @@ def _with_resolved_adapters(config: RunConfig) -> RunConfig:
 
 
 def _missing(config: RunConfig) -> Iterator[Problem]:
-    """Yield what method, template, trackers, tasks and cleaning need and this machine does not have."""
+    """Yield the requirements of method, template, trackers, tasks and cleaning that this machine lacks."""
     method = method_of(config.method)
     needs_gpu = config.trainer.precision is Precision.fp16
     if isinstance(method, HasRequirements):
@@ -183,9 +183,9 @@ def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
 
 
 def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = None) -> ModelConfig:
-    """Return the model with its `revision` resolved to a commit where it comes from the hub.
+    """Return the model with its `revision` resolved to a commit if it comes from the hub.
 
-    run: where it is to be trained; what its task cannot train is refused.
+    run: the run that trains it, if any; models that its task cannot train are refused.
 
     Raises:
         UserError: no such sample, folder or hub id; files that dstune does not load; remote code without permission.
@@ -264,7 +264,7 @@ def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
 
 
 def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
-    """Bring the models and the table of `data.augment` here; what is missing of them."""
+    """Fetch the models and the table of `data.augment`; return a problem for each that is missing."""
     augment, problems = config.data.augment, []
     if not augment.on:
         return []
@@ -360,7 +360,7 @@ def _refuse(problems: list[Problem]) -> None:
 
 
 def needs_remote_code(architecture: dict[str, Any]) -> bool:
-    """Return whether transformers has no code of its own for this architecture (many models carry both)."""
+    """Return whether transformers has no code for this architecture (many models also bring theirs)."""
     if not architecture.get("auto_map"):
         return False
     installed = importlib.util.find_spec("transformers")
@@ -440,7 +440,7 @@ def _no_folder(path: str) -> Problem:
 
 
 def _similar(path: Path) -> Path | None:
-    """Return what stands beside the absent `path` under nearly the same name."""
+    """Return the path next to the missing `path` with the most similar name."""
     try:
         names = os.listdir(path.parent)
     except OSError:

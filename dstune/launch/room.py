@@ -1,7 +1,7 @@
-"""A run that cannot fit into the memory that is there is refused before its ranks start, with what would fit.
+"""Refuses a run that cannot fit into the available memory before its ranks start, and says what would fit.
 
-The bound is low on purpose, so that nothing is refused that fits: 90% of weights, optimizer states and gradient sums, which
-every step holds whatever the rows are, and of the activations only where the rows are known to be full.
+The bound is low on purpose, so that no run is refused that would fit: 90% of weights, optimizer states and gradient sums, which
+every step needs regardless of its rows. Activations count only if the rows are known to have their maximum length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dstune.planning.setup import Setup
 from dstune.protocols import task_of
 
 CERTAIN = 0.9
-"""Share of the bound that has to be there: the planner's worst error is below 10% (docs/planning.md)."""
+"""Share of the prediction that must be available: the planner's largest error is below 10% (docs/planning.md)."""
 
 BYTES_PER_TOKEN = 16
 """A token of JSON rows is never longer on average: 3 to 6 bytes of text, names of columns and quotes beside it."""
@@ -27,7 +27,7 @@ ENOUGH_ROWS = 32
 
 
 def memory_problems(config: RunConfig) -> list[Problem]:
-    """Return what keeps `config` from fitting on this machine; nothing where the planner does not know the model."""
+    """Return why `config` cannot fit on this machine; nothing if it may fit, or the planner does not know the model."""
     if config.run.force:
         return []
     try:
@@ -35,7 +35,7 @@ def memory_problems(config: RunConfig) -> list[Problem]:
         if cluster is None:
             return []  # the ranks' machines are others
         plan = planned(config, cluster)
-    except UserError:  # an architecture that the planner does not know, processes that others refuse
+    except UserError:  # an unknown architecture, or a number of processes that other checks refuse
         return []
     free_gib = cluster.device.memory_gib
     configured = plan.plan.configured
@@ -68,7 +68,8 @@ def _fix(plan: Planned) -> str:
 
 
 def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int:
-    """Return bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
+    """Return the bytes that a rank needs regardless of its rows. full: whether rows have their maximum length, so activations
+    count."""
     always = ("weights", "optimizer", "offloaded", *(model.name for model in setup.held))
     sums = memory.moments["step"]["gradient sums"] if setup.stage else 0
     moments = []
@@ -82,7 +83,7 @@ def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int
 
 
 def rows_are_full(config: RunConfig) -> bool:
-    """Return whether micro-batches of `data.max_length` tokens are certain: packed rows of enough data."""
+    """Return whether rows of `data.max_length` tokens are certain, because they are packed and there is enough data."""
     if not config.data.packing or config.data.max_rows is not None or config.data.mixture:
         return False
     needed = ENOUGH_ROWS * config.data.max_length * config.trainer.rows
@@ -92,7 +93,7 @@ def rows_are_full(config: RunConfig) -> bool:
             continue
         try:
             for file in sources.of_part(source_config.data, part, key):
-                if file.rows is not None:  # a slice: how long its rows are is not known
+                if file.rows is not None:  # a slice: the length of its rows is unknown
                     return False
                 tokens += file.path.stat().st_size // BYTES_PER_TOKEN
         except (UserError, OSError):

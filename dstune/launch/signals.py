@@ -1,4 +1,4 @@
-"""Requests to stop that reach the launching process as signals."""
+"""Handles requests to stop that reach the launching process as signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dstune.core.paths import STOP_FILE
 from dstune.launch.console import Console
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-"""Caught beside those of `run.signals`: nobody who sends them wants the ranks to be orphans."""
+"""Caught in addition to those of `run.signals`: whoever sends them does not want to leave orphaned ranks."""
 TWICE_SECONDS = 0.25
 """The same signal within this time is the same request: coreutils' `timeout` sends its signal to the command and then
 to the command's group, which delivers it twice."""
@@ -51,9 +51,9 @@ class StopFile:
     def __init__(self, run_dir: Path, console: Console):
         self._file, self._console = run_dir / STOP_FILE, console
         self.signal: str | None = None
-        """The first request, which is to save and end."""
+        """The first request: save and end."""
         self.forced = False
-        """Whether a second one came: to end at once."""
+        """Whether a second request came, to end at once."""
 
     def look(self, received: Sequence[str]) -> None:
         """Look for the stop file. received: what `caught_signals` collects."""

@@ -1,4 +1,4 @@
-"""`zero.stage=auto` where a run is launched: on this machine, or on others that its launcher reaches."""
+"""`zero.stage=auto` in the launching process: for ranks on this machine, or on others that its launcher reaches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LATER = "the first node chooses when the ranks start (launch.hardware=8xH100 dec
 
 
 def choose(config: RunConfig, env: Mapping[str, str] | None = None) -> tuple[RunConfig, str]:
-    """Return `config` with a stage in place of `auto`, and the reason.
+    """Return `config` with a stage instead of `auto`, and the reason.
 
-    The ranks may run on machines that are not known here. Then the stage stays open: the first rank chooses it
+    The ranks may run on machines that are unknown here. Then the stage stays open: the first rank chooses it
     (`dstune/rank/stage.py`), except where a single stage is allowed.
     """
     stages = allowed_stages(config)

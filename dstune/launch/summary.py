@@ -23,8 +23,8 @@ MAX_CHARACTERS = 600
 
 
 def summary(run_dir: Path, *, commands: bool = True) -> str:
-    """Return what a finished run achieved, one answered prompt, and where everything is. commands: end with those that come
-    next."""
+    """Return the results of a finished run, one answered prompt, and the paths of its files. commands: whether to end with the
+    commands that come next."""
     result = records.read_result(run_dir) or {}
     lines = [""]
     for section in (
@@ -33,7 +33,7 @@ def summary(run_dir: Path, *, commands: bool = True) -> str:
         lambda: [_entry("stopped", str(result["reason"]))] if result.get("reason") else [],
         lambda: _answers(run_dir),
     ):
-        # What an earlier owner of the directory left in its files costs a section, not the end of the command.
+        # Malformed files in the directory cost a section of the page, not the command.
         with suppress(TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             lines += section()
     lines += ["", *_paths(run_dir, result)]
@@ -44,7 +44,7 @@ def summary(run_dir: Path, *, commands: bool = True) -> str:
 
 
 def _of_the_weights(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `result` with the metrics of the weights that were exported, where those are not the last ones (`run.export=best`)."""
+    """Return `result` with the metrics of the exported weights, if these are not the last ones (`run.export=best`)."""
     step, last = result.get("weights_step"), result.get("steps")
     if step is None or step == last:
         return dict(result)
@@ -128,7 +128,7 @@ def _speed(result: Mapping[str, Any]) -> str:
 
 
 def _answers(run_dir: Path) -> list[str]:
-    """Return the first sample prompt with its answers at the first and at the last step."""
+    """Return the first sample prompt with its answers at the first and the last step."""
     rows = _rows(run_dir / "samples.jsonl")
     if not rows:
         return []
@@ -145,7 +145,7 @@ def _answers(run_dir: Path) -> list[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines that are objects; none where they cannot be read."""
+    """Read the JSON lines that are objects; none if the file cannot be read."""
     try:
         rows = [parse_json(line) for line in read_file(path, METRICS_BYTES).splitlines()]
     except (OSError, ValueError):
@@ -169,7 +169,7 @@ def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _next(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
-    """Return what can be done with the export, as one would type it."""
+    """Return commands that use the export, as a user would type them."""
     config = read_run_content(run_dir / "run.yaml")["config"]
     task, method = TASKS.classes()[config["task"]["name"]], METHODS.classes()[config["method"]["name"]]
     run = shlex.quote(_short(run_dir))

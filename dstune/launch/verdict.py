@@ -1,4 +1,4 @@
-"""Why a launch ended and with which exit code: a pure function of how its ranks ended."""
+"""Decides why a launch ended, and its exit code, as a pure function of how its ranks ended."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Ended:
 
     rank: int
     code: int
-    """Exit code, or minus the number of the signal that killed it."""
+    """Exit code, or the negative number of the signal that killed it."""
     order: int
-    """Place among the ranks in the order in which their ends were seen."""
+    """Position of the rank in the order in which the ends were noticed."""
     signalled_to_end: bool = False
     """Whether the launcher was ending it because another rank had died."""
 
@@ -27,9 +27,9 @@ class Verdict:
     exit_code: int
     reason: str
     culprit: Ended | None = None
-    """The rank that brought the run down; None when none did."""
+    """The rank that ended the run; None if none did."""
     error: DstuneError | None = None
-    """What the culprit itself said about it."""
+    """The error that the culprit reported."""
 
 
 def judge(
@@ -39,15 +39,15 @@ def judge(
     forced: bool,
     stopped: Collection[int] = (),
 ) -> Verdict:
-    """Return what the ends of all ranks mean.
+    """Return the verdict on the ends of all ranks.
 
     ended: every rank. errors: what ranks left in `logs/rank-N.error`. stop_signal: name of the signal that was
     forwarded to the ranks, if any. forced: a second signal ended them at once. stopped: ranks that the kernel did not let
     run (SIGSTOP) when the others stalled.
 
-    When one rank dies, the others soon fail in a collective with it, sometimes before its own end is seen. So the one
-    to blame is, in this order: a rank that found the user's mistake, one that a signal killed, one that left an error,
-    and the first that ended badly. One that waited in vain is to blame only where no other has anything to say.
+    When one rank dies, the others soon fail in a collective with it, sometimes before its own end is noticed. The culprit is
+    therefore, in this order: a rank that found a mistake of the user, one that a signal killed, one that left an error, and the
+    first that ended with a failure. A rank that waited in vain is the culprit only if no other rank reports anything.
     """
     if forced:
         return Verdict(EXIT_FAILED, "stopped at once by a second signal")

@@ -152,7 +152,7 @@ def require(program: str) -> None:
 
 
 def ask_to_stop(jobs: Sequence[str], run_dir: Path) -> None:
-    """Let a running job save and end, and take waiting ones out of the  Raises Unreachable."""
+    """Ask running jobs to save and end, and remove waiting ones from the queue. Raises Unreachable."""
     for job in alive(jobs):
         if job.is_waiting:
             cancel([job.id])
