@@ -1,7 +1,7 @@
-"""Defines a classifier on any body: pooled hidden states, dense layers, one output for each class.
+"""A classifier on any body: hidden states pooled in a way of one's choice, dense layers, one output for each class.
 
-Pooling and depth can be chosen; those of an architecture's own head cannot. Exports contain this file, so that transformers
-loads them without dstune (with `trust_remote_code=True`). It must therefore import nothing of dstune.
+An export carries this file, so that plain transformers loads it too (with `trust_remote_code=True`): it imports nothing of
+dstune. Architectures have heads of their own, with a pooling and a depth that cannot be chosen.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 @dataclass
 class PooledOutput(SequenceClassifierOutput):
     pooled: torch.Tensor | None = None
-    """The pooled hidden states that the classifier reads, [batch, hidden]."""
+    """What the classifier reads, [batch, hidden]."""
 
 
 class PooledForSequenceClassification(PreTrainedModel):
-    """A body with a pooled classification head.
-
-    config: the body's, with `dstune_head`: {"pooling": "cls", "mean" or "last", "layers": number of dense layers before the
-    output, "dropout": probability of the dropout before each layer and the output}.
-    """
+    """config: of the body, with `dstune_head`: {"pooling": "cls", "mean" or "last", "layers": dense layers in front of the
+    output, "dropout": before each of them}."""
 
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -36,7 +33,7 @@ class PooledForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         body = AutoModel._model_mapping[type(config)](config)
         if isinstance(getattr(body, "pooler", None), nn.Module):
-            body.pooler = None  # the architecture's own pooling, which nothing would read
+            body.pooler = None  # a pooling of the architecture's own that nothing would read
         # transformers looks for the body, and for its weights, under the architecture's own prefix.
         self.base_model_prefix = body.base_model_prefix
         setattr(self, self.base_model_prefix, body)
@@ -46,7 +43,7 @@ class PooledForSequenceClassification(PreTrainedModel):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any
     ) -> PooledOutput:
-        """Pool and classify rows. input_ids, attention_mask: [batch, sequence]. Returns logits [batch, classes]."""
+        """Classify pooled rows. input_ids, attention_mask: [batch, sequence]. logits: [batch, classes]."""
         inputs.pop("labels", None)
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -55,7 +52,7 @@ class PooledForSequenceClassification(PreTrainedModel):
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Return one vector for each row, [batch, hidden]: that of its first token, of its last one, or the mean of all.
+    """Pool one vector for each row, [batch, hidden]: of its first token, of its last one, or their mean.
 
     hidden: [batch, sequence, hidden]. mask: [batch, sequence], 1 for tokens and 0 for padding on either side.
     """
