@@ -1,4 +1,4 @@
-"""Rows of every kind that a run has, kept beside its samples, and their proof before the first step."""
+"""Keep rows of every kind beside a run's samples, and prove before the first step that they train what a server renders."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FILE = "train.evidence.json"
 
 ROWS_AT_ONCE = 2000
 MOST_KINDS = 200
-"""Arguments of a row are a part of its kind, and may be others in each: of further ones only the first of a kind is kept."""
+"""A row's arguments are part of its kind and may differ in every row. After this many kinds, further arguments count as one."""
 MOST_ARGUMENTS = 1000
-"""So many combinations of a row's own arguments are told apart."""
+"""Number of distinct combinations of rows' own arguments that are counted separately."""
 LONGEST_ROW = 100_000
-"""Characters of the longest row that is kept: rendering it again before each run takes time."""
+"""Limit of the extra long row that is kept, in characters: rendering it again before each run takes time."""
 
 LARGE_PIXELS = 2**25
-"""A row whose images have more is kept only where its kind has no other: all of them are decoded before each run."""
+"""A row whose images have more pixels is kept only if its kind has no other row: all images are decoded before each run."""
 
 KINDS = (
     '"images"',
@@ -46,31 +46,31 @@ KINDS = (
     '"tool"',
     '"weight"',
 )
-"""Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
+"""Strings in a row (JSON text) that determine its kind, together with the number of assistant turns and the arguments."""
 
 _ARGUMENTS = '{"chat_template_kwargs":'
-"""With which a row (JSON text, sorted keys) begins that has arguments of its own."""
+"""The beginning of a row (JSON text, sorted keys) that has its own arguments."""
 
 _CONVERSATION = re.compile(r'[{,](?:"desirable":\w+,)?"messages":\[')
-"""In front of the first message of a row (JSON text), at its beginning or behind its arguments."""
+"""The text before the first message of a row (JSON text), at its beginning or after its arguments."""
 
 REASONING = ('"reasoning', '"thinking"', "</think>")
-"""Strings without which a row (JSON text) has no reasoning."""
+"""A row (JSON text) with reasoning contains one of these strings."""
 
 TRAINED = ("messages", "chosen", "rejected", "completion", "target")
-"""Keys of a row under which the assistant speaks and is trained: messages, or a text."""
+"""Keys of a row whose values (messages, or a text) the assistant is trained on."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proven of a run's conversations."""
+    """The result of proving a run's conversations."""
 
     turns: int = 0
-    """Compared with what a server renders."""
+    """Number of turns that were compared with what a server renders."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of the chat template, where all conversations have the same: what a server has to give it."""
+    """Chat-template arguments that are the same in all conversations: a server has to pass them."""
     note: str = ""
-    """What is to be told."""
+    """Remarks for the user."""
 
 
 class Exchange(NamedTuple):
@@ -79,9 +79,9 @@ class Exchange(NamedTuple):
     row: dict[str, Any]
     """`messages`, `tools`, `chat_template_kwargs`."""
     prefix: str = ""
-    """Of the columns: `rejected_` of a pair's worse answer."""
+    """Prefix of the sample's columns: `rejected_` for a pair's worse answer."""
     sample: int | None = None
-    """Which of the row's samples it is, where each conversation has its own."""
+    """Index among the row's samples, if each conversation has its own sample."""
 
 
 class Kept(NamedTuple):
@@ -90,21 +90,21 @@ class Kept(NamedTuple):
     text: str
     number: int
     cut: bool
-    """`data.max_length` left out a part of it."""
+    """Whether `data.max_length` left out a part of the row."""
     is_large: bool
-    """Its images have more than LARGE_PIXELS."""
+    """Whether its images have more than LARGE_PIXELS."""
 
     def is_better_than(self, other: Kept) -> bool:
-        """Tell whether this row proves more than `other` of its kind, or as much for less."""
+        """Return whether this row proves more than `other` of its kind, or as much with less work."""
         return (self.cut, self.is_large) < (other.cut, other.is_large)
 
 
 def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, encode: Any, target: Path) -> None:
-    """Write a row of every kind, and a long one, with the places of their samples; and how the turns of all rows are rendered.
+    """Write a row of every kind and a long one, with the places of their samples, and how the turns of all rows are rendered.
 
-    rows: columns `row` and `number`. numbers: the row of each sample that is kept; truncated: rows of which a part is not.
-    encode: the `RowTokenizer` that made the samples. A row that writes control tokens cannot be compared: another one of its
-    kind is kept. So is a whole row where there is one, and else one that was cut.
+    rows: columns `row` and `number`. numbers: the row of each kept sample. truncated: sorted numbers of truncated rows.
+    encode: the `RowTokenizer` that made the samples. A row that contains control tokens cannot be compared, so another row of its
+    kind is kept. Complete rows are preferred to truncated ones.
     """
     with_samples = np.unique(numbers)
     row_by_kind: dict[tuple[str, str], Kept] = {}
@@ -149,7 +149,7 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
 
 
 def _pixels(text: str) -> int:
-    """Return how many pixels the images of a row (JSON text) have."""
+    """Return the number of pixels in all images of a row (JSON text)."""
     if '"images"' not in text:
         return 0
     sizes = (image["size"] for image in json.loads(text).get(COLUMN) or ())
@@ -157,19 +157,19 @@ def _pixels(text: str) -> int:
 
 
 def _among(sorted_numbers: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return which of `numbers` are in `sorted_numbers`, which is sorted."""
+    """Return for each of `numbers` whether it is in `sorted_numbers`."""
     places = np.searchsorted(sorted_numbers, numbers)
     return np.append(sorted_numbers, -1)[places] == numbers
 
 
 def _is_plain(row: Kept, encode: Any) -> bool:
-    """Return whether nobody wrote in the row what reads like a control token, which transformers would turn into one."""
+    """Return whether the row contains no text that reads like a control token: transformers would turn such text into one."""
     renderer = encode.for_row(row.number).renderer
     return renderer is not None and not renderer.holds_control_tokens(json.loads(row.text))
 
 
 def _hidden_turns(text: str, encode: Any) -> int:
-    """Return how many turns of a row are context since the template does not print their reasoning."""
+    """Return how many turns of a row serve only as context because the template does not print their reasoning."""
     renderer = encode.renderer
     if renderer is None or renderer.choice.whole or not any(mark in text for mark in REASONING):
         return 0
@@ -177,7 +177,7 @@ def _hidden_turns(text: str, encode: Any) -> int:
 
 
 def _own_arguments(text: str) -> str:
-    """Return the template's arguments of a row (JSON text, sorted keys), as JSON text."""
+    """Return the chat-template arguments of a row (JSON text, sorted keys) as JSON text."""
     if not text.startswith(_ARGUMENTS):
         return "{}"
     start = len(_ARGUMENTS)
@@ -185,27 +185,26 @@ def _own_arguments(text: str) -> str:
 
 
 def _as_others(arguments_text: str) -> str:
-    """Return arguments that count as different from those of the rows that are told apart."""
+    """Return arguments with the same names and a common value, for rows beyond the combinations that are counted separately."""
     return json.dumps({name: {"others": MOST_ARGUMENTS} for name in json.loads(arguments_text)})
 
 
 def _is_opened(text: str) -> bool:
-    """Return whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write
-    it."""
+    """Return whether the assistant begins the conversation of a row. Quotes inside strings are escaped, so no text of a row can
+    imitate this."""
     start = len(_ARGUMENTS) + len(_own_arguments(text)) if text.startswith(_ARGUMENTS) else 0
     match = _CONVERSATION.match(text, start)
     return match is not None and json.JSONDecoder().raw_decode(text, match.end())[0]["role"] == "assistant"
 
 
 def _reasoning(text: str) -> tuple[bool, bool, bool]:
-    """Return whether the assistant thinks in any trained turn of a row, in each, and in the last one."""
+    """Return whether the assistant thinks in any, in every, and in the last trained turn of a row."""
     thought = _reasoning_of_turns(text)
     return any(thought), bool(thought) and all(thought), bool(thought) and thought[-1]
 
 
 def _reasoning_of_turns(text: str) -> list[bool]:
-    """Return whether the assistant thinks in each turn of a row (JSON text) that is trained; empty where no turn can have
-    reasoning."""
+    """Return for each trained turn of a row (JSON text) whether the assistant thinks in it; empty if no turn can have reasoning."""
     if not any(mark in text for mark in REASONING):
         return []
     row = json.loads(text)
@@ -239,7 +238,7 @@ def _kind(text: str) -> str:
 def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> Proof:
     """Compare the samples of the rows in `file` with what a server renders.
 
-    encode: the `RowTokenizer` of the run. Raises UserError with the first turn that is trained otherwise.
+    encode: the `RowTokenizer` of the run. Raises UserError for the first turn that is trained differently.
     """
     record = json.loads(file.read_text(encoding="utf-8"))
     arguments, notes = _built_in(record["rendered"], encode)
@@ -259,7 +258,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     for entry in record["rows"]:
         row_encoder = encode.of_source(entry["source"])
         renderer = row_encoder.renderer
-        # A source that was cut is shortened in front of its target.
+        # A truncated source is shortened before its target, so it cannot be compared.
         if renderer is None or (entry["cut"] and row_encoder.sources is not None):
             continue
         stops = stops or frozenset(stop_token_ids(tokenizer, renderer.run_arguments))  # the run's, whatever the source
@@ -278,7 +277,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         if note := renderer.note_of_code(exchanges[0].row):
             notes.append(note)
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
-            continue  # one of them teaches nothing and is left out
+            continue  # one of them has no target and was left out
         for exchange in exchanges:
             places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
             samples = [_columns(table[place], exchange.prefix) for place in places]
@@ -287,7 +286,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                 "messages": renderer.prepare_messages(exchange.row["messages"], exchange.row.get("tools")),
             }
             try:
-                # The longest row may be kept as the first of its kind as well.
+                # The longest row may also be kept for its kind: count its turns once.
                 counts = Counter() if entry["number"] in counted_rows else marked
                 reason, count = _compared(server, row, samples, row_encoder, stops, counts)
             except REFUSALS as error:  # of the conversation that was rendered to make the samples
@@ -317,10 +316,10 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
 
 
 def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments with which all conversations are rendered, and what is to be told of those that differ.
+    """Return the arguments that are the same for all conversations, and notes about those that differ.
 
-    rendered: of rows with the same source, own arguments (JSON text) and reasoning in any, each, and the last turn: these, and
-    how many they are.
+    rendered: groups of rows as (source, their own arguments as JSON text, whether any, every and the last turn has reasoning,
+    number of rows).
     """
     arguments_of_kinds: list[dict[str, Any]] = []
     thinking: Counter[str] = Counter()
@@ -374,8 +373,8 @@ def _compared(
     stops: frozenset[int],
     marked_turns: Counter[bool],
 ) -> tuple[str | None, int]:
-    """Return what differs, and how many turns were compared. marked_turns: counts those that a template marks, and those that it
-    leaves out."""
+    """Return the first difference, or None, and the number of compared turns. marked_turns: is updated with the numbers of turns
+    that the template marks (True) and leaves out (False)."""
     renderer = encoder.renderer
     if renderer.choice.whole:
         expected = server.whole(row)

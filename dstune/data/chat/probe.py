@@ -1,6 +1,6 @@
-"""What a chat template prints and how it wants it: told from made-up conversations with a marker in every field.
+"""Find out what a chat template prints and which input it expects, by rendering made-up conversations with a marker in each field.
 
-A template is a program. Many print no tool calls or no reasoning, without a word; what they drop would not be trained.
+A template is a program. Many silently drop tool calls or reasoning, which then could not be trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dstune.data.chat.thoughts import inlined
 from dstune.data.message import REASONING_KEYS, content_start, with_start
 
 SWITCHES = ("enable_thinking", "thinking")
-"""Arguments with which templates are told whether the model is to think."""
+"""Template arguments that say whether the model should think."""
 
 _QUESTION = {"role": "user", "content": "qzquestion"}
 _ANSWER = {"role": "assistant", "content": "qzanswer"}
@@ -27,10 +27,10 @@ _RESULT = {"role": "tool", "content": "qzresult", "tool_call_id": "qzcall001", "
 
 
 _LONG_ID = "call_qz0123456789abcdefghij"
-"""As OpenAI writes ids of calls."""
+"""An id of a call in OpenAI's form."""
 
 _INLINE = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
-"""Reasoning at the start of a content, and the answer behind it."""
+"""Reasoning at the start of a content, and the answer after it."""
 
 
 def _call(name: str, arguments: Any, number: str) -> dict[str, Any]:
@@ -48,35 +48,35 @@ _TOOLS = [_schema("qzfirst"), _schema("qzsecond")]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a template makes of the fields that a conversation may have."""
+    """What a template does with the fields that a conversation may have."""
 
     reasoning_key: str | None
-    """The name under which it reads reasoning, if it prints any; `content` where it opens `<think>` in the prompt and
-    reads no field, so that reasoning has to begin the content; `part` where it is a part of the content (Ministral 3)."""
+    """The name under which the template reads reasoning; None if it prints none. `content`: it opens `<think>` in the prompt and
+    reads no field, so reasoning has to begin the content. `part`: reasoning is a part of the content (Ministral 3)."""
     switch: str | None
-    """The argument that tells it whether the model is to think."""
+    """The argument that tells the template whether the model should think."""
     prints_system: bool
     prints_tools: bool
-    """Names of the tools that may be called."""
+    """Whether it prints the names of the tools that may be called."""
     prints_schemas: bool
-    """What these tools do and take."""
+    """Whether it prints the descriptions and parameters of these tools."""
     prints_calls: bool
-    """Names and arguments of a call."""
+    """Whether it prints the names and arguments of calls."""
     prints_several_calls: bool
     prints_results: bool
     arguments_as_text: bool
     """Whether it concatenates arguments, which then have to be JSON text, instead of printing an object."""
     empty_content: bool
-    """Whether a message with calls needs a content, which is empty then."""
+    """Whether a message with calls needs a content, even an empty one."""
     call_ids: CallIds = CallIds.any
-    """The form of the ids of calls with which it prints them."""
+    """The form that call ids must have for the template to print the calls."""
     splits_reasoning: bool = True
-    """Whether it finds reasoning in the content by itself (`<think>...</think>`), or prints none at all."""
+    """Whether content with `<think>...</think>` may stay as it is: the template handles it like a field, or has no such field."""
     reasons_in: frozenset[bool] = frozenset()
-    """Of which turns it prints reasoning under that name: of those that call tools (True), of others (False)."""
+    """The kinds of turns whose reasoning it prints: turns that call tools (True), other turns (False)."""
 
     def adapted(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return `message` as the template reads it; equal to it where it does already."""
+        """Return `message` in the form that the template reads; equal to `message` if it has that form already."""
         changed, content = dict(message), message.get("content")
         split = not self.splits_reasoning and message["role"] == "assistant"
         if split and (inline := _INLINE.match(content_start(content))):
@@ -87,11 +87,11 @@ class Facts:
             changed["content"] = with_start(content, _inline(reasoning, content_start(content)))
         elif reasoning is not None and self.reasoning_key == "part":
             changed["content"] = [{"type": "thinking", "thinking": reasoning}, *_text_parts(changed.get("content"))]
-        elif reasoning is not None:  # under every name, as newer versions of transformers do by themselves
+        elif reasoning is not None:  # under every name, as newer versions of transformers do themselves
             absent = {key: reasoning for key in REASONING_KEYS if key not in changed}
             changed = {**changed, "reasoning_content": reasoning, **absent}
         calls = message.get("tool_calls")
-        if calls and not changed.get("content"):  # absent, null and empty say the same; transformers leaves null out
+        if calls and not changed.get("content"):  # absent, null and empty mean the same; transformers leaves out null
             changed.pop("content", None)
             if self.empty_content:
                 changed["content"] = ""
@@ -101,7 +101,7 @@ class Facts:
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str | None:
-    """Return what stands in a field of its own as the reasoning of a message."""
+    """Return the reasoning that a message has in a separate field; None if it has none."""
     reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
     return reasoning if reasoning.strip() else None
 
@@ -117,13 +117,13 @@ def _text_parts(content: Any) -> list[dict[str, str]]:
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call whose arguments are JSON text."""
+    """Return the tool call with its arguments as JSON text."""
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def facts_of(template: ChatTemplate) -> Facts:
-    """Render a few dozen short conversations."""
+    """Return the facts about a template, found by rendering a few dozen short conversations."""
     switch = _switch(template)
     thinking = {} if switch is None else {switch: True}
     as_text, empty, printed, call_ids = _calls(template)
@@ -168,8 +168,8 @@ def facts_of(template: ChatTemplate) -> Facts:
 def _reasoning(
     template: ChatTemplate, turns: Mapping[bool, dict[str, Any]], thinking: Mapping[str, Any]
 ) -> tuple[str | None, frozenset[bool]]:
-    """Return the name under which the template reads reasoning, and in which turns it prints it: `turns` by whether they call
-    tools."""
+    """Return the name under which the template reads reasoning, and the kinds of turns in which it prints it. turns: one of each
+    kind, by whether it calls tools."""
 
     def shows(turn: dict[str, Any], calls: bool) -> bool:
         options: dict[str, Any] = {"tools": _TOOLS} if calls else {}
@@ -196,7 +196,7 @@ def _reasoning(
 
 
 def _reads_thoughts(template: ChatTemplate, turn: dict[str, Any]) -> bool:
-    """Return whether the template prints a part of a content that is a thought, and not the list as Python writes it."""
+    """Return whether the template prints a content part that is a thought, instead of the Python form of the list."""
     try:
         text = template.text([_QUESTION, turn])
     except RenderError:
@@ -205,8 +205,8 @@ def _reads_thoughts(template: ChatTemplate, turn: dict[str, Any]) -> bool:
 
 
 def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) -> frozenset[bool]:
-    """Return in which turns the template prints reasoning that begins their content, between `marks`: in those that call tools
-    (True), in others (False)."""
+    """Return the kinds of turns in which the template prints reasoning at the beginning of the content, between `marks`: turns that
+    call tools (True), other turns (False)."""
     call_message = facts.adapted(
         {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
     )
@@ -222,14 +222,14 @@ def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) 
         except RenderError:
             continue
         text_before, printed, _ = text.partition("qzreasoning")
-        # Behind a thought of the template's (Kimi K2 Thinking) a client would send both back, and the template write a third one.
+        # If the template prints its own thought before (Kimi K2 Thinking), a client would send both back and get a third one.
         if printed and not text_before.rstrip().removesuffix(marks[0].strip()).rstrip().endswith(marks[1]):
             printing.add(calls)
     return frozenset(printing)
 
 
 def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
-    """Return whether the prompt ends with `<think>`, and an answer that begins with its reasoning goes on from there (QwQ)."""
+    """Return whether the prompt ends with `<think>` and an answer that begins with its reasoning continues from there (QwQ)."""
     answer = {**_ANSWER, "content": _inline("qzreasoning", "qzanswer")}
     try:
         prompt = template.text([_QUESTION], arguments=thinking, prompt=True)
@@ -240,7 +240,7 @@ def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool
 
 
 def _splits(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
-    """Return whether reasoning inside of the content is printed as reasoning in a field of its own is."""
+    """Return whether the template prints reasoning in the content the same way as in a separate field, or reads no such field."""
     apart = {**_ANSWER, "reasoning_content": "qzreasoning"}
     inline = {**_ANSWER, "content": _inline("qzreasoning", "qzanswer")}
     try:
@@ -260,7 +260,7 @@ def _prints(
     prompt: bool = False,
     refused: bool = True,
 ) -> bool:
-    """Return whether the template prints the marker, or `refused`: a template that refuses the conversation will refuse the row."""
+    """Return whether the template prints the marker; `refused` if it refuses the conversation, as it will then refuse the row."""
     try:
         return marker in template.text(messages, tools=tools, arguments=arguments, prompt=prompt)
     except RenderError:
@@ -286,8 +286,8 @@ def _switch(template: ChatTemplate) -> str | None:
 
 
 def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
-    """Return (arguments are to be text, a content is needed, calls are printed whole, the form of their ids): the first way in
-    which they are, in a conversation that goes on if there is one."""
+    """Return (arguments must be text, a content is needed, calls are printed, the form of their ids) for the first way in which the
+    template prints calls completely. Ways that also render when the conversation continues are preferred."""
     refused = False
     ways = ((False, False), (False, True), (True, False), (True, True))
     for goes_on, form, (as_text, empty) in product((True, False), CallIds, ways):
@@ -305,7 +305,7 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
             refused = True
             continue
         added = text[len(prompt) :] if text.startswith(prompt) else text
-        # An object that is concatenated comes out as Python writes it, and text that is printed as JSON is quoted twice.
+        # A concatenated object appears in Python's form, and a text printed as JSON is quoted twice.
         written = "qzfirst" in added and "qzvalue" in added and "'qzkey'" not in added and '\\"qzkey' not in added
         if written:
             return as_text, empty, True, form
@@ -316,12 +316,12 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
 def learn_stops(template: ChatTemplate, facts: Facts, known_tokens: frozenset[str]) -> Stops:
     """Find what ends a turn: `known_tokens` (of the tokenizer and the generation settings), and what the template prints.
 
-    Raises RuleError where nothing does, RenderError where the template refuses a question and its answer.
+    Raises RuleError if nothing does, RenderError if the template refuses a question and its answer.
     """
     special = alternatives(token.content for token in template.tokenizer.added_tokens_decoder.values())
     try:
         final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION])
-    except RenderError:  # a template for conversations with tools alone
+    except RenderError:  # a template for conversations with tools only
         final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION], tools=_TOOLS)
     tokens, supplied, plain = set(known_tokens), {}, ""
     if not alternatives(known_tokens).search(final):
@@ -347,7 +347,7 @@ def learn_stops(template: ChatTemplate, facts: Facts, known_tokens: frozenset[st
 def _stops_of_calls(
     template: ChatTemplate, facts: Facts, known_tokens: frozenset[str], special: Any
 ) -> Iterator[tuple[bool, str]]:
-    """Yield (whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
+    """Yield the token that ends a turn with calls if no known one does, as (whether the token must be supplied, token)."""
     first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
     second = _call("qzsecond", {"qzkey": "qzvalue"}, "qzcall002")
     call_message = facts.adapted({"role": "assistant", "tool_calls": [first]})
@@ -368,7 +368,7 @@ def _stops_of_calls(
             ) + template.text([_QUESTION], tools=_TOOLS, prompt=True).count(learnt)
         except (RenderError, RuleError):
             repeated = False
-        # What stands behind each of several calls ends a call, not the turn.
+        # A token after each of several calls ends a call, not the turn.
         if not repeated:
             yield False, learnt
             return
@@ -379,7 +379,7 @@ def _stops_of_calls(
 def _behind(
     template: ChatTemplate, messages: Messages, marker: str, following: Messages, *, tools: Tools | None = None
 ) -> tuple[str, str]:
-    """Return what the template prints behind the last marker of `messages`: at their end, and before the `following` ones."""
+    """Return what the template prints after the marker of `messages`: if they end the conversation, and before `following`."""
     final = template.text(messages, tools=tools)
     if marker not in final:
         raise RuleError("the template does not print what the assistant says")
@@ -395,6 +395,6 @@ def _behind(
 
 
 def _last(text: str, special: Any) -> str:
-    """Return the token with which `text` ends, white space apart."""
+    """Return the special token with which `text` ends, ignoring white space; empty if there is none."""
     matches = list(special.finditer(text))
     return matches[-1].group() if matches and not text[matches[-1].end() :].strip() else ""

@@ -1,8 +1,7 @@
-"""Where a conversation has a place for an image, and which image stands there: the conventions of several tools, one shape.
+"""Bring the image conventions of several tools into one form: which places of a conversation hold an image, and which image.
 
-A normalised row has parts `{type: image}` in the contents of its messages (of a pair of answers: of its prompt) and, as `images`,
-what each of them shows, in order.
-Imports neither torch nor Pillow: the launching process normalises rows too.
+A normalised row has parts `{type: image}` in the contents of its messages (for a pair of answers, of its prompt), and their images
+in order under `images`. This module imports neither torch nor Pillow: the launching process normalises rows too.
 """
 
 from __future__ import annotations
@@ -16,46 +15,46 @@ import xxhash
 from dstune.data.problems import RowError, format_value
 
 Reference = str | bytes
-"""What a row says an image is: a path, a data URL, or the bytes of its file."""
+"""An image as a row names it: a path, a data URL, or the bytes of its file."""
 
 PLACE = {"type": "image"}
 MARKER = "<image>"
-"""What LLaVA, LLaMA-Factory and ms-swift write into a text where an image of the column `images` stands."""
+"""The text that LLaVA, LLaMA-Factory and ms-swift write in place of an image from the column `images`."""
 COLUMN = "images"
 
 MAX_IMAGES = 256
-"""Of a row."""
+"""Maximum number of images in a row."""
 
 SPEAKERS = ("system", "user", "tool")
-"""Roles whose messages may hold images: models see images and write none."""
+"""Roles whose messages may hold images. The assistant is not among them: models see images and write none."""
 
 _OTHERS = ("prompt", "completion", "chosen", "rejected")
-"""Keys of a normalised row, beside `messages`, whose values may be messages."""
+"""Keys of a normalised row, apart from `messages`, whose values may be messages."""
 
 _INSIDE = ("bytes", "url", "path", "image", "image_url", "base64", "file_name", "value")
-"""Keys of an object that stands for an image: of `datasets`, OpenAI, transformers, LLaMA-Factory."""
+"""Keys under which an object holds an image: those of `datasets`, OpenAI, transformers and LLaMA-Factory."""
 _ADDRESS = re.compile(r"\s*(?:https?|ftp|s3|gs)://", re.I)
 
 
 def is_place(part: Any) -> bool:
-    """Return whether a part of a content stands for an image."""
+    """Return whether a content part is a place for an image."""
     return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def part_of_image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the part of a file's message as a place, with what it shows as `image` where it says so itself. Raises RowError."""
+    """Return a message part from a file as a place; if the part holds its image, that is under `image`. Raises RowError."""
     image_keys = {key: value for key, value in part.items() if key != "text"}
     reference = _reference(image_keys, where)
     return dict(PLACE) if reference is None else {**PLACE, "image": reference}
 
 
 def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any]:
-    """Return the normalised `row` with a place in its messages for each of its images, and these as `images` (`Reference`).
+    """Return the normalised `row` with a place in its messages for each of its images, and the images as `images` (`Reference`).
 
-    column: the value of the column `images`, which the places without an image of their own take in order. Where no message has a
-    place, each marker `<image>` becomes one; where there is none either, all images stand in front of the first question. Of a
-    pair of answers the prompt has them, which both answer.
-    sees: why the task reads no images; empty where it does. Raises RowError where places and images do not match.
+    column: the value of the column `images`. Places without their own image take these images in order. If no message has a
+    place, each marker `<image>` becomes one; without markers, all images go before the first question. In a pair of answers, only
+    the common prompt may have images.
+    sees: why the task reads no images; empty if it does. Raises RowError if places and images do not match.
     """
     entries = column if isinstance(column, (list, tuple)) else [column]
     references = [reference for value in entries if (reference := _reference(value, "column 'images'")) is not None]
@@ -80,7 +79,7 @@ def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any
 
 
 def _of_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with messages in place of texts."""
+    """Return the row with its texts turned into messages."""
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
     texts = {key: role for key, role in roles.items() if isinstance(row.get(key), str)}
     messages = {key: [{"role": role, "content": row[key]}] for key, role in texts.items()}
@@ -91,7 +90,7 @@ def _of_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the row as JSON can write it: images that are bytes by their digest."""
+    """Return the row in a form that JSON can hold: images given as bytes are replaced by their digests."""
     if COLUMN not in row:
         return row
     image_names = [xxhash.xxh3_128_hexdigest(image) if isinstance(image, bytes) else image for image in row[COLUMN]]
@@ -101,8 +100,7 @@ def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _filled(
     messages: Sequence[dict[str, Any]], references: Sequence[Reference]
 ) -> tuple[list[dict[str, Any]], list[Reference]]:
-    """Return the messages with bare places, and what each of these shows. Raises RowError where there are too few images or too
-    many."""
+    """Return the messages with bare places, and the images of these places. Raises RowError for too few or too many images."""
     remaining, shown, placed, places = list(references), [], [], 0
     for message in messages:
         parts = []
@@ -124,14 +122,13 @@ def _filled(
 
 
 def _marked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with a place for each marker; nothing where there is none."""
+    """Return the messages with a place for each marker; an empty list if there is no marker."""
     marked = [_split(message) if message["role"] in SPEAKERS else message for message in messages]
     return marked if any(is_place(part) for message in marked for part in _parts(message)) else []
 
 
 def _split(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with places for the markers in its texts. What LLaVA writes between a marker and the text, a line break,
-    goes."""
+    """Return a message with places for the markers in its texts. The line break that LLaVA writes after a marker is removed."""
     content = message.get("content")
     texts = [content] if isinstance(content, str) else [part["text"] for part in content or () if "text" in part]
     if not any(MARKER in text for text in texts):
@@ -148,7 +145,7 @@ def _split(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_front(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return the messages with `count` places in front of the first question, as TRL and ms-swift put them. Raises RowError."""
+    """Return the messages with `count` places before the first question, as TRL and ms-swift do. Raises RowError without one."""
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise RowError("the row has images and no question that could hold them")
@@ -164,7 +161,7 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _reference(value: Any, where: str) -> Reference | None:
-    """Return what an image of a file is; None where it says nothing. Raises RowError for an address and for anything else."""
+    """Return the image that a value of a file names; None if it names none. Raises RowError for an address and anything else."""
     if isinstance(value, Mapping):
         return next((inner for key in _INSIDE if (inner := _reference(value.get(key), where)) is not None), None)
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -1,4 +1,4 @@
-"""A model's own processor, held against one image at a time: the text that stands for it, and the tensors that the model gets."""
+"""Apply a model's own processor to one image at a time: get the text in place of the image, and the tensors for the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLANK = (32, 32)
-"""Width and height of the image that a micro-batch without any gets."""
+"""Width and height of the blank image for a micro-batch that has none."""
 
 Inputs = dict[str, "Tensor"]
 
@@ -33,11 +33,11 @@ class Family:
     images_along: int = 0
     """The dimension of `pixel_values` that counts images (or tiles, or patches)."""
     types: str = ""
-    """The input that tells the tokens of images from text."""
+    """The name of the input that marks which tokens belong to images; empty if there is none."""
     three_positions: bool = False
-    """Positions count time, height and width of an image apart (M-RoPE, arXiv:2409.12191)."""
+    """Whether positions count time, height and width of an image separately (M-RoPE, arXiv:2409.12191)."""
     unpackable: str = ""
-    """Why rows are not packed."""
+    """Why rows cannot be packed; empty if they can."""
 
 
 _LINEAR = "its linear attention carries what earlier samples of a row said on to later ones"
@@ -63,7 +63,7 @@ FAMILIES = {
     "qwen3_5_moe": Family(types="mm_token_type_ids", three_positions=True, unpackable=_LINEAR),
     "smolvlm": _TILES,
 }
-"""By `model_type`. Pixtral's checkpoints are of `llava`."""
+"""The families by `model_type`. Pixtral's checkpoints have the type `llava`."""
 
 INPUTS = (
     "pixel_values",
@@ -72,11 +72,11 @@ INPUTS = (
     "image_sizes",
     "image_position_ids",
 )
-"""What a processor makes of an image that a model takes; all else (rows, columns, crops) tells only of the text."""
+"""The outputs of a processor that a model takes; all others (rows, columns, crops) concern only the text."""
 
 
 def refusal(vision: VisionFiles | None, model: str) -> str:
-    """Return why the model is not trained on images; empty where it is. model: its name for the message."""
+    """Return why the model cannot be trained on images; empty if it can. model: its name for the message."""
     families = ", ".join(sorted(FAMILIES))
     if vision is None:
         return f"{model} {NO_TOWER} (models with one: {families})"
@@ -91,7 +91,7 @@ def refusal(vision: VisionFiles | None, model: str) -> str:
 
 @lru_cache(maxsize=2)
 def processor_of(vision: VisionFiles) -> ImageProcessor:
-    """Return the processor of a model, loaded once in a process. Raises UserError."""
+    """Return the processor of a model, loaded once per process. Raises UserError."""
     require_pillow("model.path")
     return ImageProcessor(vision)
 
@@ -113,7 +113,7 @@ class ImageProcessor:
         revision = {} if vision.revision is None else {"revision": vision.revision}
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         with files_of_others("model.path", vision.path, "its processor", "give a model with processor files"):
-            # One backend everywhere: those of Pillow and of torchvision differ by up to 0.03 in a pixel.
+            # The same backend everywhere: those of Pillow and torchvision differ by up to 0.03 in a pixel.
             self._processor: Any = AutoProcessor.from_pretrained(
                 vision.path,
                 backend="torchvision",
@@ -122,15 +122,15 @@ class ImageProcessor:
                 **revision,
             )
         self.placeholder: str = self._processor.image_token
-        """What a chat template prints where an image stands."""
+        """The text that a chat template prints in place of an image."""
         self.image_tokens = np.array(sorted(set(self._processor.image_token_ids)), dtype=np.int64)
-        """Ids of the tokens in whose places the model puts what it sees."""
+        """Ids of the tokens whose embeddings the model replaces with those of the image."""
 
-    @lru_cache(maxsize=4096)  # noqa: B019  (it lives as long as the process)
+    @lru_cache(maxsize=4096)  # noqa: B019  (the object lives as long as the process)
     def expansion(self, width: int, height: int) -> str:
-        """Return the text for an image of this size in place of `placeholder`. It depends on nothing else of the image.
+        """Return the text that replaces `placeholder` for an image of this size; it depends only on the size.
 
-        Raises RowError where the processor takes no image of this size.
+        Raises RowError if the processor refuses an image of this size.
         """
         from PIL import Image
 
@@ -150,8 +150,8 @@ class ImageProcessor:
         return text
 
     def inputs(self, images: Sequence[Any]) -> Inputs:
-        """Return what the model gets of `images` (of PIL, RGB), in their order, by the names of INPUTS. Each one is processed
-        alone, so that it does not depend on the others."""
+        """Return the model's inputs for `images` (of PIL, RGB), in their order, by the names of INPUTS. Each image is processed
+        alone, so that its inputs do not depend on the others."""
         return self.join([self._inputs_of(image) for image in images])
 
     def _inputs_of(self, image: Any) -> Inputs:
@@ -161,11 +161,11 @@ class ImageProcessor:
         return {name: processed[name] for name in INPUTS if name in processed}
 
     def join(self, of_images: Sequence[Inputs]) -> Inputs:
-        """Return the inputs of several images as those of one batch; smaller images are filled up with zeros, right and bottom."""
+        """Return the inputs of several images as one batch; smaller images are padded with zeros at the right and bottom."""
         return {name: _joined([each[name] for each in of_images], self._along(name)) for name in of_images[0]}
 
     def joined_bytes(self, of_images: Sequence[Inputs]) -> int:
-        """Return the size of what `join` makes of these."""
+        """Return the size in bytes of what `join` returns for these inputs."""
         total = 0
         for name in of_images[0] if of_images else ():
             tensors, along = [each[name] for each in of_images], self._along(name)
@@ -178,7 +178,7 @@ class ImageProcessor:
 
     @cached_property
     def blank(self) -> tuple[list[int], Inputs]:
-        """Tokens and inputs of a small image, for a micro-batch that has none."""
+        """Token ids and inputs of a small blank image, for a micro-batch that has none."""
         from PIL import Image
 
         ids: list[int] = self._processor.tokenizer(self.expansion(*BLANK), add_special_tokens=False)["input_ids"]
@@ -192,19 +192,19 @@ class ImageProcessor:
         return len(ids), tuple(self._inputs_of(Image.new("RGB", (width, height)))["pixel_values"].shape)
 
     def tokens(self, text: str, images: Sequence[Any], tokenizer: Any) -> list[int]:
-        """Return tokens of a rendered conversation as a server makes them: all by the processor itself, with another tokenizer
-        than that of its files."""
+        """Return the token ids of a rendered conversation as a server makes them: by the processor itself, but with `tokenizer`
+        instead of the one in its files."""
         if not images:
             ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
         processor = copy.copy(self._processor)
         processor.tokenizer = tokenizer
         token_ids = processor(text=[text], images=list(images), add_special_tokens=False)["input_ids"][0]
-        return [int(token) for token in token_ids]  # some processors give tensors
+        return [int(token) for token in token_ids]  # some processors return tensors
 
 
 def _joined(tensors: Sequence[Tensor], along: int) -> Tensor:
-    """Return the tensors put together in dimension `along`, padded with zeros to the largest size in every other one."""
+    """Return the tensors concatenated along dimension `along`, padded with zeros to the largest size in every other dimension."""
     import torch
     from torch.nn import functional
 

@@ -1,7 +1,8 @@
-"""The image files of a cache entry: a table with one line for each file (any of them may change later) and each distinct image
-that rows bring along, and one file with the latter.
+"""Store the images of a cache entry: a table with one line for each image file and each distinct image inside a row, and one file
+with the bytes of the latter.
 
-Rows and samples hold numbers of this table, never pixels: an image is decoded when a batch needs it.
+Rows and samples hold line numbers of this table, never pixels: an image is decoded when a batch needs it. Image files stay where
+they are and may change later.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from dstune.data.images.places import COLUMN, Reference
 from dstune.data.problems import RowError
 
 FILE, BYTES = "images.arrow", "images.bin"
-"""In the folder of a cache entry."""
+"""Names of the two files in the folder of a cache entry."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Of Pillow's many decoders, those that are needed: each one reads what a stranger wrote."""
+"""The formats that Pillow may decode. It has many more decoders, and each one is exposed to files of strangers."""
 MAX_PIXELS = 89_478_485
-"""Pillow's own bound, behind which it expects a decompression bomb (`Image.MAX_IMAGE_PIXELS`): 268 MB as RGB."""
+"""Pillow's own limit, above which it suspects a decompression bomb (`Image.MAX_IMAGE_PIXELS`): 268 MB as RGB."""
 MAX_PIXELS_OF_ROW = 2**29
-"""Of all images of a row or a request, which are in memory together: 1.6 GB as RGB, 256 pictures of 1920 x 1080."""
+"""Limit of all images of a row or request, which are in memory together: 1.6 GB as RGB, 256 pictures of 1920 x 1080."""
 MAX_BYTES = 256 * 2**20
-"""Of an image file."""
+"""Size limit of an image file."""
 
 SCHEMA = pa.schema(
     [
@@ -49,11 +50,11 @@ SCHEMA = pa.schema(
         ("changed", pa.int64()),
     ]
 )
-"""`path` is empty where the image is in BYTES at `offset`; `changed` is the modification time of `path`, ns."""
+"""`path` is empty if the image is in BYTES at `offset`; `changed` is the modification time of `path`, ns."""
 
 
 def require_pillow(where: str = "data.train") -> None:
-    """Raises UserError where Pillow is not installed."""
+    """Check that Pillow is installed. Raises UserError if it is not."""
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
@@ -71,10 +72,10 @@ def decode(content: bytes) -> Any:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _refuse_size(image.size)
-            # A palette may have an alpha channel, which `convert` alone would print as black or any other colour.
+            # A palette may have an alpha channel, which `convert` alone would turn into black or any other colour.
             _refuse_mode(image)
             rotated = ImageOps.exif_transpose(image)
-            if rotated.mode.startswith("I;16"):  # which `convert` would cut off at 255
+            if rotated.mode.startswith("I;16"):  # `convert` would clip its values at 255
                 rotated = Image.fromarray((np.asarray(rotated) >> 8).astype(np.uint8))
             if rotated.mode in ("RGBA", "LA", "PA") or "transparency" in rotated.info:
                 rotated = rotated.convert("RGBA")
@@ -88,7 +89,7 @@ def decode(content: bytes) -> Any:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Return width and height of the image in these bytes as `decode` gives it, without decoding it. Raises RowError."""
+    """Return the width and height that `decode` would return for these bytes, without decoding them. Raises RowError."""
     from PIL import Image
 
     try:
@@ -96,7 +97,7 @@ def size_of(content: bytes) -> tuple[int, int]:
             size = image.size
             _refuse_size(size)
             _refuse_mode(image)
-            # Pillow reports a TIFF's size as it is after the rotation.
+            # Pillow reports the size of a TIFF after its rotation.
             is_rotated = image.format != "TIFF" and _is_turned(image, content)
             # A phone's photo (a JPEG with an index, MPO) is followed by its preview and a depth map.
             is_animated = image.format != "MPO" and _has_second_frame(image)
@@ -110,17 +111,17 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _is_turned(image: Any, content: bytes) -> bool:
-    """Return whether EXIF data swap width and height. Pillow decodes all of a PNG whose head has none, to look for them behind
-    the pixels: that is left out where nothing can be there."""
+    """Return whether EXIF data swap width and height. For a PNG without EXIF data in its head, Pillow decodes everything to look
+    for them after the pixels; this is skipped if nothing can be there."""
     if image.format == "PNG" and not _may_have_exif(image.info, content):
         return False
     return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
 
 
 def _may_have_exif(head: Mapping[Any, Any], content: bytes) -> bool:
-    """Return whether a PNG has EXIF data in its `head`, as Pillow has read that, or chunks behind its pixels that may hold some.
+    """Return whether a PNG has EXIF data in its `head`, as read by Pillow, or chunks after its pixels that may hold some.
 
-    Also True if a chunk is cut off or its checksum is wrong (PNG 3, 5.3): decoding then reports what is wrong.
+    Also True if a chunk is truncated or its checksum is wrong (PNG 3, 5.3): decoding then reports the fault.
     """
     if any("exif" in str(key) or "xmp" in str(key) for key in head):
         return True
@@ -143,8 +144,8 @@ _MAY_HOLD_EXIF = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
 def _has_second_frame(image: Any) -> bool:
-    """Return whether there is one; nobody counts them, which would read a whole file of a stranger's. The image stays at the
-    second."""
+    """Return whether the image has a second frame, and leave it at that frame. Counting all frames would read a stranger's complete
+    file."""
     try:
         image.seek(1)
     except EOFError:
@@ -158,7 +159,7 @@ def _refuse_mode(image: Any) -> None:
 
 
 def refuse_many_pixels(sizes: Iterable[Sequence[int]]) -> None:
-    """Raises RowError where images of these sizes (width, height) are too much for a row or a request."""
+    """Check that images of these sizes (width, height) are not too large together for a row or a request. Raises RowError."""
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS_OF_ROW:
         raise RowError(f"the images have {pixels:,} pixels together, and at most {MAX_PIXELS_OF_ROW:,} are read")
@@ -173,15 +174,15 @@ def _refuse_size(size: tuple[int, int]) -> None:
 
 
 def root_of_images(image_folder: str | None, file: Path) -> Path:
-    """Return where relative paths of images begin in the rows of `file`."""
+    """Return the folder where relative paths of images in the rows of `file` begin."""
     return (Path(image_folder).expanduser() if image_folder else file.parent).resolve()
 
 
 class ImageWriter:
-    """Takes the images of rows into a cache entry.
+    """Adds the images of rows to a cache entry.
 
-    folder: of the entry. root: where relative paths begin; None for the folder of the rows' file. refused: why the model sees none,
-    empty where it does.
+    folder: of the entry. root: where relative paths begin; None for the folder of the rows' file. refused: why the model accepts no
+    images; empty if it does.
     """
 
     def __init__(self, folder: Path, root: str | None = None, refused: str = ""):
@@ -195,7 +196,7 @@ class ImageWriter:
         return len(self._lines)
 
     def take(self, row: dict[str, Any], file: Path) -> dict[str, Any]:
-        """Return `row` with `{digest, number, size}` for each of its images. file: that the row is from. Raises RowError."""
+        """Return `row` with `{digest, number, size}` for each of its images. file: the file of the row. Raises RowError."""
         if self._refused:
             raise RowError(f"the row holds an image; {self._refused}")
         require_pillow()
@@ -211,7 +212,7 @@ class ImageWriter:
         return {**row, COLUMN: entries}
 
     def finish(self) -> None:
-        """Write the table, where there are images."""
+        """Write the table if there are images."""
         if not self._lines:
             return
         columns = [
@@ -265,7 +266,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, folder: Path) -> ImageFiles | None:
-        """Open the images of an entry; None where it has none."""
+        """Open the images of an entry; None if it has none."""
         return cls(folder) if (folder / FILE).is_file() else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +285,7 @@ class ImageFiles:
         return {name: self._table[name][int(number)].as_py() for name in SCHEMA.names}
 
     def content(self, number: int) -> bytes:
-        """Return the bytes of an image's file. Raises RowError where its file is not what it was when the rows were prepared."""
+        """Return the bytes of an image. Raises RowError if its file changed since the rows were prepared."""
         line = self.line(number)
         if not line["path"]:
             with (self.folder / BYTES).open("rb") as stream:
@@ -296,16 +297,15 @@ class ImageFiles:
         return content
 
     def image(self, number: int) -> Any:
-        """Return an image as `decode` gives it. Raises RowError."""
+        """Return a decoded image; see `decode`. Raises RowError."""
         return decode(self.content(number))
 
     def digest(self) -> str:
-        """Return digest of what all images show, in order."""
+        """Return a digest of the contents of all images, in order."""
         return xxhash.xxh3_128_hexdigest(" ".join(self._table["digest"].to_pylist()).encode())
 
     def state(self) -> str:
-        """Return digest of what the file system says of the images that lie beside the rows: it changes as soon as one of them
-        does."""
+        """Return a digest of the sizes and modification times of all image files: it changes as soon as one of them does."""
         digest = xxhash.xxh3_64()
         for path in self._table["path"].to_pylist():
             if path:
@@ -313,7 +313,7 @@ class ImageFiles:
         return digest.hexdigest()
 
     def are_as_prepared(self) -> bool:
-        """Return whether all files still have the size and the time that they had."""
+        """Return whether all image files still have the size and the modification time that they had at preparation."""
         columns = (self._table[name].to_pylist() for name in ("path", "bytes", "changed"))
         return all(
             not path or _stat(path) == f"{size} {changed}".encode()
@@ -330,8 +330,8 @@ def _stat(path: str) -> bytes:
 
 
 def path_within(reference: str, root: Path) -> Path:
-    """Return the file that a path of a row names. Raises RowError where it lies outside of `root`: rows may be a stranger's, and
-    could have any file of this machine read."""
+    """Return the file that a path in a row names. Raises RowError if it is outside of `root`: rows may come from a stranger and
+    could otherwise have any file of this machine read."""
     text = unquote(reference[7:]) if reference.startswith("file://") else reference
     try:
         path = (root / Path(text).expanduser()).resolve() if "\0" not in text else None
@@ -347,8 +347,8 @@ def path_within(reference: str, root: Path) -> Path:
 
 
 def _blobs_of(root: Path) -> Path | None:
-    """Return the folder that the links of a data set lead to, where `root` is in one of the cache of Hugging Face:
-    `REPOSITORY/snapshots/REVISION`."""
+    """Return the folder that the links of a data set lead to if `root` is in the cache of Hugging Face
+    (`REPOSITORY/snapshots/REVISION`), else None."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
             return blobs
@@ -368,7 +368,7 @@ def read_file(path: Path) -> bytes:
 
 
 def content_of(reference: Reference, root: Path | None) -> bytes:
-    """Return the bytes of an image of a request. root: where paths begin; None where a client has none. Raises RowError."""
+    """Return the bytes of an image in a request. root: where paths begin; None if clients may not send paths. Raises RowError."""
     if isinstance(reference, bytes):
         return reference
     if _is_data(reference):
