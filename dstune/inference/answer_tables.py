@@ -1,4 +1,4 @@
-"""Answers as a table: CSV or Parquet, made of the JSON lines that a command has written."""
+"""Converts the JSON lines of answers to a table in CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _rows(lines: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_csv(lines: Path, target: Path, ending: str) -> None:
-    """Write a column for each key of any row; lists and objects are JSON text, and what a row does not have is empty."""
+    """Write a column for each key of any row. Lists and objects become JSON text; missing values are empty."""
     columns = dict.fromkeys(name for row in _rows(lines) for name in row)
     with target.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t" if ending == ".tsv" else ",", lineterminator="\n")
@@ -53,7 +53,7 @@ def _cell(value: Any) -> Any:
 
 
 def _write_parquet(lines: Path, target: Path, ending: str) -> None:
-    """Write columns with the types of their values; one whose rows hold values of several types is JSON text."""
+    """Write columns with the types of their values; columns with values of several types become JSON text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -79,7 +79,7 @@ def _batches(lines: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _common_type(earlier_type: Any, values: list[Any]) -> Any:
-    """Return the Arrow type of values that are all of one type, and of `earlier_type`; None where there is none."""
+    """Return the Arrow type that all values and `earlier_type` share; None if there is none."""
     import pyarrow as pa
 
     if earlier_type is None:

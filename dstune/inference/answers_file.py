@@ -1,6 +1,6 @@
-"""A file of answers that a killed command leaves usable: it goes on behind the last whole batch.
+"""A file of answers that survives a killed command: the next one continues after the last complete batch.
 
-While it is written it is called `NAME.part`, and its first line tells what was asked and how; at the end it gets its name.
+While it is being written it is called `NAME.part`, and its first line records the request; when complete, it gets its final name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dstune.protocols.data_source import WritesAddresses
 
 
 def add_flags(parser: argparse.ArgumentParser, unit: str, batch_size: int) -> None:
-    """Add the flags of a command that answers rows. unit: what is computed together."""
+    """Add the flags of a command that answers rows. unit: the name of what a batch consists of."""
     parser.add_argument(
         "--output",
         type=_place,
@@ -51,7 +51,7 @@ def _place(text: str) -> Path | str:
 
 
 def answers_file(place: Path | str, request: dict[str, Any], batch_size: int, *, force: bool) -> AnswersFile:
-    """Open the answers of a file, or of a table. Raises UserError: see `AnswersFile`; no such table."""
+    """Open a file or a table for answers. Raises UserError as `AnswersFile` does, or if there is no such table."""
     if isinstance(place, Path):
         if not refused_operations(place):
             return AnswersFile(place, request, batch_size, force=force)
@@ -82,15 +82,15 @@ def answers_file(place: Path | str, request: dict[str, Any], batch_size: int, *,
 
 
 class AnswersFile:
-    """Rows of JSON, appended batch by batch; a file whose name ends as that of a table becomes one at the end."""
+    """Rows of JSON, appended batch by batch. A file with the ending of a table is converted at the end."""
 
     written: str
-    """Where they are in the end."""
+    """The final place of the answers."""
 
     def __init__(self, path: Path, request: dict[str, Any], batch_size: int, *, force: bool = False):
-        """request: everything that the answers depend on; a part that was begun with another request is refused.
+        """request: everything that the answers depend on; a partial file of another request is refused.
 
-        Raises UserError where `path` exists, or a part of other answers does; with `force` it starts over.
+        Raises UserError if `path` or a partial file with other answers exists; with `force`, starts over instead.
         """
         self.path, self._part = path, path.with_name(f"{path.name}.part")
         self.written = str(path)
@@ -103,7 +103,7 @@ class AnswersFile:
             self._part.write_text(head + "\n", encoding="utf-8")
 
     def _resume(self, head: str, batch_size: int) -> None:
-        ends = [0]  # where whole batches end, and the first line
+        ends = [0]  # where the first line and complete batches end
         with self._part.open("rb") as stream:
             if stream.readline().decode("utf-8", "replace") != head + "\n":
                 reason = f"{self._part} was begun with other rows, another model or other settings"
@@ -119,14 +119,14 @@ class AnswersFile:
         os.truncate(self._part, ends[-1])
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write a whole batch to the disk."""
+        """Append a complete batch, and write it to the disk."""
         with self._part.open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             stream.flush()
             os.fsync(stream.fileno())
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Give the file its final name."""
         whole = self.path.with_name(f"{self.path.name}.whole")
         with self._part.open("rb") as source, whole.open("wb") as target:
             source.readline()
@@ -138,8 +138,8 @@ class AnswersFile:
 
 
 class AnswersElsewhere(AnswersFile):
-    """Rows of JSON, kept in the cache until all of them are there, then brought to their place: a table, in one transaction, or
-    a file where nothing can be appended."""
+    """Rows of JSON that are collected in the cache until they are complete, and then brought to their place: a table (in one
+    transaction), or a file system that cannot append to files."""
 
     def __init__(
         self,
@@ -150,12 +150,12 @@ class AnswersElsewhere(AnswersFile):
         *,
         force: bool = False,
     ):
-        """bring: writes the whole file to `place`; a line on what was done."""
+        """bring: writes the complete file to `place`, and returns a line that says what was done."""
         self._bring, self.written = bring, place
         identity = xxhash.xxh3_128_hexdigest(json.dumps([place, request], sort_keys=True).encode())
         file = cache_root() / "answers" / f"{identity}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._whole = file.exists() and not force  # of a former time, when they could not be brought
+        self._whole = file.exists() and not force  # from an earlier command that could not bring it to its place
         if not self._whole:
             super().__init__(file, request, batch_size, force=force)
             self.written = place

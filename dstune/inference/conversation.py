@@ -1,4 +1,4 @@
-"""A conversation in the terminal: answers appear while they are written, Ctrl-C ends an answer, not the program."""
+"""A conversation in the terminal: answers appear while they are being written; Ctrl-C ends an answer, not the program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMANDS = "/reset begins another conversation, /adapter NAME lets another one a
 
 
 def converse(writer: Writer) -> None:
-    """Answer what is typed until the end of input. A chat model remembers the conversation, adapters may change in it."""
+    """Answer typed prompts until the end of input. A chat model remembers the conversation, during which adapters can change."""
     import readline  # noqa: F401  (gives input() a history and editing)
 
     print(f"{COMMANDS}; Ctrl-C ends an answer")
@@ -41,7 +41,7 @@ def converse(writer: Writer) -> None:
 
 
 def _turn(writer: Writer, history: Messages, text: str) -> Messages:
-    """Answer `text`; the conversation afterwards."""
+    """Answer `text`, and return the conversation with question and answer."""
     history = [*history, {"role": "user", "content": text}]
     request = Request(text, "input", list(history) if writer.is_chat(writer.active) else None)
     try:
@@ -65,7 +65,7 @@ def _switch(writer: Writer, name: str) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C only, within the block; a second one ends the program."""
+    """Record the first Ctrl-C within the block instead of ending the program; a second one ends it."""
     noted = False
 
     def note(number: int, frame: object) -> None:

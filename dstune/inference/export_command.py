@@ -1,4 +1,4 @@
-"""The verb `dstune export`: a checkpoint as a folder, with a reference to hold servers against."""
+"""The verb `dstune export`: writes a checkpoint as a folder, with a reference to compare servers with."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dstune.protocols import MODEL_REGISTRIES, ModelRegistry, method_of
 
 
 def main(argv: list[str], measure: Measure | None = None) -> int:
-    """Run `dstune export RUN`. measure: of `--quantize`, what tells the losses. Raises UserError; returns the exit code."""
+    """Run `dstune export RUN`. measure: for `--quantize`, measures the losses. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.rollback:
         _refuse_other_options(arguments, "rollback")
@@ -175,14 +175,14 @@ def _renew_reference(arguments: Namespace, run_dir: Path) -> int:
 
 
 def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
-    """Return whether the run's own export is that of the checkpoint already."""
+    """Return whether the run's own export already is that of the checkpoint."""
     if arguments.out is not None or arguments.merge or arguments.quantize:
         return False
     return current_export(run_dir, which=arguments.checkpoint) == out
 
 
 def _check_push(arguments: Namespace) -> None:
-    """Raises UserError where the hub would refuse the upload, before any work."""
+    """Raise UserError if the hub would refuse the upload, before any work."""
     if arguments.push is None:
         if arguments.public:
             raise UserError(Problem("--public", "nothing is uploaded", "add --push OWNER/NAME, or leave it out"))
@@ -205,7 +205,7 @@ def _publish(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -
 
 
 def _register(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
-    """Register the export in `out` where `--register` says, and print the version that it became. Return the exit code."""
+    """Register the export in `out` at the address of `--register`, and print its version. Returns the exit code."""
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     address = arguments.register
     done = _registry_of(address).register(address, out, run_dir, config, _message)
@@ -218,7 +218,7 @@ def _register(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) 
 
 
 def _registry_of(address: str) -> ModelRegistry:
-    """Return the model registry whose scheme the address has. Raises UserError where there is none."""
+    """Return the model registry for the scheme of an address. Raises UserError if there is none."""
     registry = MODEL_REGISTRIES.find(address.partition(":/")[0])
     if registry is None:
         addresses = ", ".join(other.addresses for other in MODEL_REGISTRIES.classes().values())
@@ -232,7 +232,7 @@ def _message(text: str) -> None:
 
 
 def _refuse_other_options(arguments: Namespace, mode: str, allowed: Sequence[str] = ()) -> None:
-    """Raises UserError for options of an export beside `--mode`, which would not obey them."""
+    """Raise UserError for options of an export that `--mode` would ignore."""
     default = vars(_parser().parse_args(["RUN"]))
     problems = [
         Problem(
@@ -278,7 +278,7 @@ def _roll_back(arguments: Namespace) -> int:
 
 
 def _reference(folder: Path, run_dir: Path) -> str:
-    """Return why the export gets no reference; empty where it has one."""
+    """Return why the export gets no reference; empty if it has one."""
     from dstune.inference.reference import add_reference
 
     note = add_reference(folder, run_dir)

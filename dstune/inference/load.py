@@ -1,4 +1,4 @@
-"""From what a command line names to a predictor: a run, one of its checkpoints, an export, an adapter or any model."""
+"""Loads the predictor that a command line names by a run, one of its checkpoints, an export, an adapter or any model."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What to load, known before anything large is read or written."""
+    """The model to load, determined before any large file is read or written."""
 
     config: RunConfig
     labels: tuple[str, ...]
-    """In the model's order; empty where the task has none."""
+    """The labels in the model's order; empty if the task has none."""
     identity: list[Any]
-    """Changes with the weights, JSON."""
+    """An identity of the weights, as JSON, which changes with them."""
     run: Path | None = None
     step: str = ""
     """Of a run: a step, or `last` where the export is all that was kept."""
     adapter: Path | None = None
-    """The folder of an adapter of peft, whose base is the configuration's model."""
+    """The folder of a peft adapter, whose base is the configuration's model."""
 
 
 def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelRequest:
-    """Return what `model.path` means. which: a step of a run, `best` or `last`.
+    """Return the model that `model.path` names. which: a step of a run, `best` or `last`.
 
-    Raises UserError where it cannot be had, or its task is to write text.
+    Raises UserError if the model is not available, or its task is to write text.
     """
     model = replace(model, path=local_path(model.path, "MODEL"))
     path = Path(model.path)
@@ -126,7 +126,7 @@ def _of_model(model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
 
 
 def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
-    """Return a whole model, which has its labels in its own configuration."""
+    """Return a request for a complete model, whose configuration contains its labels."""
     from dstune.checkpoint.own_labels import with_labels
     from dstune.models.load import load_config
 
@@ -162,7 +162,7 @@ def _files_of(folder: Path) -> list[Any]:
 def load(request: ModelRequest, scratch: Path) -> Predictor:
     """Load the predictor. scratch: an empty folder, where a run's adapter may be merged into its base.
 
-    Raises UserError where files are damaged, or weights are missing.
+    Raises UserError if files are damaged or weights are missing.
     """
     from transformers.utils import logging
 
@@ -194,7 +194,7 @@ def _load_whole(request: ModelRequest) -> Predictor:
 
 
 def _load_beside(request: ModelRequest, checkpoint: Path) -> Predictor:
-    """Load a model whose trained part stands in front of each row (a prompt): it is built as in training."""
+    """Load a model with a trained prompt in front of each row, which is built as in training."""
     from dstune.checkpoint.adapters import load_trained
 
     assert request.run is not None
@@ -237,7 +237,7 @@ def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
 
 
 def _body(request: ModelRequest) -> tuple[Any, Any]:
-    """Return the model of transformers, and its tokenizer: an adapter's own, where it has one."""
+    """Return the transformers model and its tokenizer: the adapter's, if it has one."""
     from dstune.models.load import load_config, load_model, load_tokenizer, with_padding
 
     model, folder = request.config.model, request.adapter
@@ -251,7 +251,7 @@ def _body(request: ModelRequest) -> tuple[Any, Any]:
 
 
 def _predictor(request: ModelRequest, module: Any, body: Any, tokenizer: Any) -> Predictor:
-    """Make the predictor. module: `body`, or what wraps it."""
+    """Build the predictor. module: `body`, or the module that wraps it."""
 
     from dstune.zero import accelerator
 

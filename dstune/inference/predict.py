@@ -1,4 +1,4 @@
-"""The verb `dstune predict`: labels, tags, answers, scores or vectors of rows that have none, from a trained model."""
+"""The verb `dstune predict`: predicts labels, tags, answers, scores or vectors for rows, with a trained model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dstune.inference.rows import Query, Rows
 
 BLOCK = 512
-"""Rows that are sorted by length, and written at once."""
+"""Number of rows that are sorted by length and written together."""
 
 
 def main(argv: list[str]) -> int:
@@ -144,7 +144,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _files(data: DataConfig, spec: str) -> list[DataFile]:
-    """Return the files that `--input` names, fetched where they are not on this machine, read as those of the training."""
+    """Return the files that `--input` names, to be read like those of the training; files that are not on this machine are
+    fetched."""
     from dstune.config.data_schema import DataConfig
     from dstune.data import sources
     from dstune.launch import preflight
@@ -180,8 +181,8 @@ def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows
 
 
 def _row(query: Query, answer: Answer, answer_columns: Set[str]) -> dict[str, Any]:
-    """Return where the row is, its own columns, and its answer. answer_columns: names of the answer, which replace
-    columns of the row."""
+    """Return the place of a row, its columns and its answer. answer_columns: names of the answer, which replace columns of the
+    row."""
     columns = {name: value for name, value in query.fields.items() if name not in answer_columns}
     row: dict[str, Any] = _plain({"row": query.place, **columns, **answer})
     return row
@@ -214,7 +215,7 @@ def _print(block: Sequence[Query], answers: Sequence[Answer], answer_columns: Se
 
 
 def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
-    """Yield one line a row: the answer, then as much of the row as there is room for."""
+    """Yield one line per row: the answer, then as much of the row as fits."""
     room = shutil.get_terminal_size().columns
     for query, answer in zip(block, answers, strict=True):
         answer_text = _answer_line(answer)
@@ -228,7 +229,7 @@ def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
 
 
 def _answer_line(answer: Mapping[str, Any]) -> str:
-    """Return any task's answer as one line, a plugin's included."""
+    """Return an answer of any task, including those of plugins, as one line."""
     match answer:
         case {"problem": problem}:
             return f"no answer: {problem}"

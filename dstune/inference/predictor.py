@@ -29,7 +29,7 @@ from dstune.protocols import task_of
 from dstune.trainer.measure import Row
 
 Answer = dict[str, Any]
-"""What a row gets: `predicted` and what the task adds, see docs/export.md."""
+"""The answer to a row: `predicted`, and further keys of the task (docs/export.md)."""
 
 ANSWERS = (
     "predicted",
@@ -47,10 +47,10 @@ ANSWERS = (
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model that answers rows. Tasks say in `answers_from` what an answer is.
+    """A trained model that answers rows. Tasks define the answers in `answers_from`.
 
-    config: task and data settings, as the model was trained. model: what is called, on its device, in evaluation mode.
-    head: of the task, on that model. labels: of the model, in their order.
+    config: task and data settings, as the model was trained. model: the module to call, on its device and in
+    evaluation mode. head: the task's head on that model. labels: the model's labels by index.
     """
 
     config: RunConfig
@@ -62,20 +62,20 @@ class Predictor:
     question_class: ClassVar[type[Question]] = Question
     """The class that reads a row."""
     reads_columns: ClassVar[bool] = True
-    """Whether batches hold more of a sample than its tokens."""
+    """Whether batches need more columns of a sample than its tokens."""
 
     def answers(self, queries: Sequence[Query], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
-        """Return the answer to each row, or the `problem` that it has none for. Rows of about the same length are computed
+        """Return the answer to each row, or the `problem` because of which there is none. Rows of similar length are computed
         together, at most `batch_size` at a time.
 
-        all_labels: the probability of every label, not only of those that were predicted.
+        all_labels: whether answers contain the probability of every label, or only of the predicted ones.
         """
         return self.answers_of(self.samples(queries), queries, batch_size, all_labels=all_labels)
 
     def answers_of(
         self, samples: list[Sample], queries: Sequence[Query], batch_size: int, *, all_labels: bool = False
     ) -> list[Answer]:
-        """Return the same, of rows that are samples already."""
+        """Return the same for rows that are already tokenized samples."""
         problems = {sample.row: sample.problem for sample in samples if sample.problem}
         good = [number for number in range(len(queries)) if number not in problems]
         samples = [sample for sample in samples if sample.row not in problems]
@@ -112,7 +112,7 @@ class Predictor:
 
     @cached_property
     def pads_rows(self) -> bool:
-        """Whether rows of different lengths are computed together: a model that reads padding gets those of one length."""
+        """Whether rows of different lengths are computed together. A model that would read the padding gets rows of one length."""
         data = self.config.data
         model: Any = self.model
         if data.padding is not Padding.checked:
@@ -129,7 +129,7 @@ class Predictor:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of a row: as in training, and no more than the model has positions for."""
+        """Maximum tokens of a row: as in training, and at most the model's positions."""
         model: Any = self.model
         limit, longest = row_limit(model.config.to_dict()), self.config.data.max_length
         adapter = getattr(model, "peft_config", {}).get("default")
@@ -137,12 +137,12 @@ class Predictor:
         return longest if limit is None else min(longest, limit - trained_prompt)
 
     def samples(self, queries: Sequence[Query]) -> list[Sample]:
-        """Make samples of all rows, in their order; a row may have several."""
+        """Return the samples of all rows, in order; a row may have several."""
         encode = RowTokenizer(self.tokenizer, self.config.task, AUTOMATIC, self.longest, self.labels)
         return encode.samples([query.row for query in queries], list(range(len(queries))))
 
     def _split(self, samples: Sequence[Sample], queries: Sequence[Query]) -> Split:
-        """Return the samples as what `collate` and the metrics of evaluations read."""
+        """Return the samples as a `Split`, which `collate` and the metrics of evaluations read."""
         columns = {"input_ids": [sample.input_ids for sample in samples]}
         if self.reads_columns:
             names = dict.fromkeys(name for sample in samples for name in sample.columns)
@@ -161,20 +161,20 @@ class Predictor:
 
     @staticmethod
     def _column(sample: Sample, name: str) -> Any:
-        """Return a column of a sample. Where texts and pairs are answered together, texts have no column of segments: all of their
-        tokens are in the first one, 0."""
+        """Return a column of a sample. If texts and pairs are answered together, texts have no column of segments: all of their
+        tokens are in segment 0."""
         return sample.columns.get(name, np.zeros(len(sample.input_ids), dtype=np.int32))
 
     # -- samples to answers
 
     def computed(self, batch: Batch) -> Mapping[str, Any]:
-        """Return what the answers need of each sample of a batch, by name."""
+        """Return the outputs that the answers need for each sample of a batch, by name."""
         return self.head(self.model, batch).rows
 
     def answers_from(
         self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
-        """Yield the answer to each row. outputs: of each sample what `computed` gave."""
+        """Yield the answer to each row. outputs: the outputs of `computed` for each sample."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model in memory: several at a time, or one that is shown while it is being written."""
+"""Generates answers with a model in memory: several at a time, or one that is shown while it is being written."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen."""
+    """Settings of how tokens are chosen."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 takes the most probable token."""
+    """Temperature; 0 always takes the most probable token."""
     top_p: float = 1.0
-    """Sample from the most probable tokens that have this share together."""
+    """Sample from the most probable tokens whose probabilities add up to this share."""
     top_k: int = 0
-    """Sample from this many tokens; 0 from all."""
+    """Sample from this many of the most probable tokens; 0 for all."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the model's own end."""
+    """Texts that end an answer, in addition to the model's end token."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Answer:
 
 
 class Writer:
-    """Draws answers from a model's voices."""
+    """Generates answers with a model's voices."""
 
     def __init__(self, speaker: Speaker, sampling: Sampling, *, plain: bool = False, system: str | None = None):
-        """plain: go on with the text as it is, without the chat template. system: first message of conversations."""
+        """plain: continue the text as it is, without the chat template. system: first message of conversations."""
         self._model, self._voices = speaker.model, speaker.voices
         self._sampling, self._plain, self._system = sampling, plain, system
         self._prompts: dict[str, ChatPrompts] = {}
@@ -61,18 +61,18 @@ class Writer:
 
     @property
     def names(self) -> list[str]:
-        """The adapters, and `base` for the model without any."""
+        """The names of the adapters, and `base` for the model without one."""
         return list(self._voices)
 
     def is_chat(self, name: str) -> bool:
         return self._voices[name].chat and not self._plain
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """Return the tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
+        """Return the token ids of the prompt. Raises UserError if the template refuses the conversation."""
         return self._prompt(request)[0]
 
     def _prompt(self, request: Request) -> tuple[list[int], PromptImages | None]:
-        """Return the tokens that the model goes on from, and the images in them. Raises UserError."""
+        """Return the token ids of the prompt, and its images. Raises UserError."""
         name = request.adapter or self.active
         if request.images and self.is_chat(name) and self._voices[name].task is None:
             return self._prompt_with_images(request, name)
@@ -111,7 +111,7 @@ class Writer:
             raise UserError(Problem(request.where, str(error))) from error
 
     def _prompt_with_images(self, request: Request, name: str) -> tuple[list[int], PromptImages]:
-        """Return the same of a request that shows images. Raises UserError."""
+        """Return the same for a request with images. Raises UserError."""
         from dstune.config.architectures import vision_of
         from dstune.data.chat.template import RenderError
         from dstune.data.images.processor import processor_of, refusal
@@ -138,7 +138,7 @@ class Writer:
         return ids, images
 
     def _seen(self, request: Request, ids: Sequence[int], images: PromptImages | None) -> dict[str, Any] | None:
-        """Return what the model gets of the images of a prompt; None where it shows none. Raises UserError."""
+        """Return the model's inputs for the images of a prompt; None if it has none. Raises UserError."""
         from dstune.data.problems import RowError
 
         try:
@@ -149,8 +149,8 @@ class Writer:
     def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
         """Return the answers to `requests`, computed together, in their order.
 
-        number: of this batch; with the seed it decides what is drawn. Requests of one adapter share a forward pass, padded on
-        the left; one whose answer the model's length cuts shorter than asked has a pass of its own.
+        number: the batch's number, which determines the random draws together with the seed. Requests for one adapter share a
+        forward pass, padded on the left. A request whose answer the model's limit makes shorter than asked is computed alone.
         """
         import torch
 
@@ -180,7 +180,7 @@ class Writer:
     def stream(
         self, request: Request, show: Callable[[str], None], interrupted: Callable[[], bool] = lambda: False
     ) -> Answer:
-        """Return the answer to one request; `show` gets its text piece by piece. interrupted: asked after every token."""
+        """Return the answer to one request; `show` gets its text piece by piece. interrupted: called after every token."""
         name = request.adapter or self.active
         prompt, shown = self._prompt(request)
         room = self._room(len(prompt), request)
@@ -239,15 +239,15 @@ class Writer:
         return answers
 
     def _says_stop(self, voice: Voice, written: list[int]) -> bool:
-        """Return whether the last tokens hold a stop text (transformers' own `stop_strings` fails on vocabularies of whole
-        words)."""
-        # A token is a character at least, but a character may take several tokens of one byte.
+        """Return whether the last tokens contain a stop text. transformers' own `stop_strings` fails with vocabularies of complete
+        words."""
+        # A token has at least one character, but a character may consist of several tokens of one byte.
         reach = max(map(len, self._sampling.stop)) + 8
         text = voice.tokenizer.decode(written[-reach:], skip_special_tokens=True)
         return any(stop in text for stop in self._sampling.stop)
 
     def _speaking(self, name: str) -> Any:
-        """Return a context in which the model is that adapter, or none."""
+        """Return a context in which the model uses that adapter, or none."""
         if not hasattr(self._model, "peft_config"):
             return nullcontext()
         if name == BASE:
@@ -311,13 +311,13 @@ class Writer:
 
 
 class _EveryRow:
-    """A stopping criterion of transformers that asks about each row by itself."""
+    """A stopping criterion of transformers that decides for each row separately."""
 
     def __init__(self, stops: Callable[[list[int]], bool]):
         self._stops = stops
 
     def __call__(self, tokens: Any, scores: Any, **unused: Any) -> Any:
-        """Return which rows are done: bool [batch]. tokens: [batch, sequence]."""
+        """Return whether each row is done, bool [batch]. tokens: [batch, sequence]."""
         import torch
 
         return torch.tensor([self._stops(row) for row in tokens.tolist()], device=tokens.device)
