@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def ask(argv: list[str]) -> int:
-    """Run as `main`, with EXIT_PREEMPTED where a signal ended it."""
+    """Run like `main`, but return EXIT_PREEMPTED if a signal ended the ranks."""
     arguments = parse(argv)
     console = Console(sys.stderr if arguments.json else sys.stdout)
     if arguments.harness:
@@ -67,7 +67,7 @@ def ask(argv: list[str]) -> int:
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[str, Any] | None]:
-    """Return the exit code of the ranks, and what they measured. Raises UserError."""
+    """Return the exit code of the ranks, and their measurements. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)
@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
 
 
 def measure_weights(run: Path, folder: Path) -> dict[str, Any] | None:
-    """Measure the whole model in `folder` on the rows that `run` held out; None where it held none out. Raises UserError and
+    """Measure the complete model in `folder` on the rows that `run` held out; return None if it held none out. Raises UserError and
     TrainingFailed."""
     data = _read(run, []).data
     if not (data.validation or data.split.holds_out):
@@ -278,7 +278,7 @@ def _read(run: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _with_rows(config: RunConfig, run: Path) -> RunConfig:
-    """Return `config` of `run`, with the rows of a micro-batch that it has measured in place of `auto`."""
+    """Return `config` of `run`, with the micro-batch size that the run measured instead of `auto`."""
     if config.trainer.micro_batch_size is not Automatic.auto:
         return config
     micro_batch = (records.read_result(run) or {}).get("micro_batch") or {}
@@ -288,7 +288,8 @@ def _with_rows(config: RunConfig, run: Path) -> RunConfig:
 
 
 def _with_graders(task: TaskConfig, files: list[str]) -> TaskConfig:
-    """Return `task` with these graders beside its rewards. Raises UserError where the model's answers are not scored."""
+    """Return `task` with these graders in addition to its rewards. Raises UserError if the task does not score the model's
+    answers."""
     if not hasattr(task, "graders"):
         reason = f"task={task.name} does not let the model answer prompts to be scored"
         fix = "dstune evaluate MODEL task=reinforcement data.validation=PROMPTS --grader FILE; of a run give RUN/export"
@@ -304,7 +305,7 @@ def _for_evaluation(config: RunConfig) -> TaskConfig:
 
 
 def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[[str], None]) -> RunConfig:
-    """Return what the ranks ask: the untuned model, and training rows for the examples. Raises UserError."""
+    """Return the configuration for prompting the untuned model, with training rows for the examples. Raises UserError."""
     problems = []
     if not config.data.train and not config.data.mixture and any(arguments.shots):
         reason = "worked examples are drawn from training rows"
@@ -364,7 +365,7 @@ def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print one line a name; columns are all values that any of them has."""
+    """Print one line per name, with a column for each value that any of them has."""
     columns = list(dict.fromkeys(column for values in rows.values() for column in values))
     _print_cells(
         [

@@ -1,6 +1,6 @@
 """`dstune evaluate --harness TASKS`: the public benchmarks of lm-evaluation-harness, in one process.
 
-Tasks are asked as plain text, as published tables do, not through a chat template.
+Tasks are prompted as plain text, as in published tables, without a chat template.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dstune.core.parsing import object_in
 
 
 def require() -> None:
-    """Raises UserError where lm-eval is not installed."""
+    """Raise UserError if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         fix = "pip install '.[harness]' in a clone of dstune"
         raise UserError(Problem("--harness", "the package lm-eval is not installed", fix))
@@ -72,7 +72,7 @@ def run(
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return numbers by metric; the filter in a name is left out where it is none."""
+    """Return the numbers by metric; names omit the filter `none`."""
     return {
         key.removesuffix(",none"): value
         for key, value in metrics.items()

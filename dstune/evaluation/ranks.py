@@ -1,9 +1,9 @@
-"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluation.ranks DIR OPTIONS`.
+"""The program of each rank of `dstune evaluate`: `python -m dstune.evaluation.ranks DIR OPTIONS`.
 
 OPTIONS is JSON: split, shots, rows, safety, checkpoint.
 
-As in training, but there is no optimizer and nothing is saved: at ZeRO-3 the weights stay partitioned, else every rank
-holds the model.
+It works as in training, but without an optimizer, and saves nothing. ZeRO-3 partitions the weights; otherwise every rank holds the
+complete model.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def _rows_of(data: PreparedData, split: str) -> Split:
-    """Return the rows to evaluate. Raises UserError where there are none."""
+    """Return the rows to evaluate. Raises UserError if there are none."""
     part: Split | None = getattr(data, split)
     if part is None:
         fix = f"give data.{split}=FILE"

@@ -52,7 +52,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def ask(arguments: argparse.Namespace, console: Console, configure: Configure) -> int:
-    """Measure both models, print what changed, and leave it in the run. Raises UserError; returns the exit code."""
+    """Measure both models, print the changes, and store them in the run. Raises UserError; returns the exit code."""
     run = Path(arguments.target)
     is_run = (run / "run.yaml").is_file()
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
@@ -107,7 +107,7 @@ def _measured(
 
 
 def _alone(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rates of a model that is compared with no other."""
+    """Return the rates of a model that is not compared with another one."""
     probes = [
         {
             "name": name,
