@@ -16,7 +16,7 @@ from dstune.grading.paired import interval_of_gains, paired_change
 NAME = "safety.json"
 FORMAT = 1
 EXAMPLES = 3
-"""Answers of a probe that are shown, of those whose score changed."""
+"""Most answers of a probe that are shown, among those whose score changed."""
 ROW_KINDS = ("training", "held-out", "planted")
 
 Measured = Mapping[str, Any]
@@ -25,7 +25,7 @@ the share of each row's rest that was recited)."""
 
 
 def remember(run_dir: Path, moment: str, measured: Measured) -> dict[str, Any] | None:
-    """Write what was measured `before` or `after` (`moment`), and what changed as soon as both are there; return the changes."""
+    """Store a measurement `before` or `after` training (`moment`). Once both exist, store and return the changes."""
     content: dict[str, Any] = {key: value for key, value in read(run_dir).items() if key in ("before", "after")}
     content = {"format": FORMAT, **content, moment: measured}
     if "before" in content and "after" in content:
@@ -40,7 +40,7 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 
 def compare(before: Measured, after: Measured) -> dict[str, Any]:
-    """Return the changes of all probes and kinds of rows that both have."""
+    """Return the changes of all probes and kinds of rows that both measurements have."""
     probes = [
         {"name": name, **_of_probe(before["probes"][name], of_after)}
         for name, of_after in after["probes"].items()
@@ -78,7 +78,7 @@ def _of_rows(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 
 
 def _beyond_held_out(shares: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any] | None:
-    """Measure how much more was gained on training rows than on rows that were never trained on: what is memory and not skill."""
+    """Measure how much more was gained on training rows than on rows that were never trained on, which is memory and not skill."""
     if "training" not in shares or "held-out" not in shares:
         return None
     gains = [after - before for before, after in (shares["training"], shares["held-out"])]
@@ -88,7 +88,7 @@ def _beyond_held_out(shares: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dic
 
 
 def worse(changes: Mapping[str, Any]) -> list[str]:
-    """Return what became worse, in words: probes that went down, and rows that are known by heart."""
+    """Return descriptions of what became worse: probes with lower scores, and memorized rows."""
     names = [probe["title"] for probe in changes["probes"] if probe["verdict"] == "down"]
     beyond = changes["beyond_held_out"]
     if beyond is not None and beyond["verdict"] == "up":
@@ -97,12 +97,13 @@ def worse(changes: Mapping[str, Any]) -> list[str]:
 
 
 def is_planted_known(row: Mapping[str, Any]) -> bool:
-    """Return whether planted rows are recited whole that were not before: nobody guesses one, so a single one is proof."""
+    """Return whether the model recites complete planted rows that it did not recite before. Nobody guesses one, so a single one is
+    proof."""
     return bool(row["kind"] == "planted" and row["recited_after"] > row["recited_before"])
 
 
 def in_one_line(changes: Mapping[str, Any]) -> str:
-    """Return each share before and after, and what became worse."""
+    """Return one line with each share before and after, and what became worse."""
     shares = [f"{probe['title']} {probe['before']:.0%} -> {probe['after']:.0%}" for probe in changes["probes"]]
     rows = [f"{row['recited_after']} of {row['rows']} {row['kind']} rows recited" for row in changes["rows"]]
     worse_names = worse(changes)

@@ -1,6 +1,6 @@
 """Formulas over the names of graders: numbers, `+ - * / ^`, parentheses and eight functions.
 
-A parser of its own, which knows nothing else: there is no name, attribute or call in it that could reach Python.
+Its own parser knows nothing else, so no name, attribute or call in a formula can reach Python.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FUNCTIONS: dict[str, tuple[Callable[..., float], int | None]] = {
     "sqrt": (math.sqrt, 1),
     "log": (math.log, 1),
 }
-"""Each with the number of its arguments; None for one or more."""
+"""Functions with their number of arguments; None for one or more."""
 
 Node = Callable[[Mapping[str, float]], float]
 Operation = Callable[[float, float], float]
@@ -37,12 +37,12 @@ _OPERATIONS: dict[str, Operation] = {"+": add, "-": subtract, "*": multiply, "/"
 
 
 class FormulaError(ValueError):
-    """This is no formula, or its value is no number."""
+    """Raised for a text that is not a formula, or a formula whose value is not a number."""
 
 
 @dataclass
 class Formula:
-    """Raises FormulaError where `text` is none over these names."""
+    """A parsed formula. Raises FormulaError if `text` is not a formula over these names."""
 
     text: str
     names: Collection[str]
@@ -57,7 +57,7 @@ class Formula:
             raise FormulaError(f"{self._tokens[self._at]!r} is not expected here")
 
     def __call__(self, values: Mapping[str, float]) -> float:
-        """Return the value of the formula. Raises FormulaError where it has no value, or one that is no number."""
+        """Return the value of the formula. Raises FormulaError if it has none, or if the value is not a number."""
         try:
             value = float(self._value(values))
         except (ArithmeticError, ValueError):
@@ -66,7 +66,7 @@ class Formula:
             raise FormulaError("has no finite value for these scores")
         return value
 
-    # -- one method a rule of the grammar
+    # -- one method per rule of the grammar
 
     def _sum(self) -> Node:
         return self._chain("+-", self._product)
@@ -75,7 +75,7 @@ class Formula:
         return self._chain("*/", self._signed)
 
     def _chain(self, signs: str, operand: Callable[[], Node]) -> Node:
-        """Parse operands of one rank, from left to right: in a loop, since a long chain would be a deep recursion."""
+        """Parse operands of equal precedence from left to right, in a loop, since a long chain would recurse deeply."""
         first = operand()
         others: list[tuple[Operation, Node]] = []
         while (sign := self._take(*signs)) is not None:
@@ -103,7 +103,7 @@ class Formula:
         return value
 
     def _power(self) -> Node:
-        """Parse a power, which binds closer than a sign before it, and to the right."""
+        """Parse a power, which binds tighter than a sign before it and is right-associative."""
         base = self._atom()
         if self._take("^") is None:
             return base

@@ -1,4 +1,4 @@
-"""Graders as OpenAI's fine-tuning API writes them: checked, and run over a sample of a model and an item of a data set."""
+"""Checks graders in the format of OpenAI's fine-tuning API, and runs them on a model's sample and an item of a data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstune.grading.similarity import FUZZY_CHARACTERS, METRICS, MOST_CHARACTERS
 
 OPERATIONS = ("eq", "ne", "neq", "like", "ilike")
 ABSENT: Mapping[str, str] = {"label_model": "score_model gives a number, which a label would have to become"}
-"""Types that OpenAI has and dstune has not, with the reason."""
+"""Types of OpenAI that dstune does not support, with the reason."""
 MOST_GRADERS = 32
 MOST_SOURCE = 256_000
 """Bytes of a program."""
@@ -51,7 +51,7 @@ DETAILS = (
 
 
 class GraderError(ValueError):
-    """A grader of a wrong form. param: the field; code: of the API."""
+    """Raised for a malformed grader. param: the field; code: the API's error code."""
 
     def __init__(self, message: str, param: str, code: str = "invalid_grader"):
         super().__init__(message)
@@ -59,7 +59,7 @@ class GraderError(ValueError):
 
 
 class GraderFailed(Exception):
-    """A grader has no score; `kind` is one of `ERRORS`."""
+    """Raised if a grader cannot compute a score; `kind` is one of `ERRORS`."""
 
     def __init__(self, kind: str, details: str = ""):
         super().__init__(f"{kind}: {details}" if details else kind)
@@ -82,7 +82,7 @@ class Sample:
 
     @cached_property
     def written(self) -> dict[str, str]:
-        """The texts of variables that were asked for already."""
+        """The texts of variables that were already rendered."""
         return {}
 
 
@@ -97,18 +97,19 @@ class Graded:
 
 @dataclass(frozen=True)
 class Services:
-    """What graders need beside the sample, where it is there."""
+    """What graders need in addition to the sample, if it is available."""
 
     run_python: Callable[[str, Sample], float] | None = None
-    """The score by a program's `grade(sample, item)`. Raises GraderFailed."""
+    """Returns the score of a program's `grade(sample, item)`. Raises GraderFailed."""
     ask_model: Callable[[Mapping[str, Any], list[dict[str, str]]], float] | None = None
-    """The score by a grader's model that was given these messages. Raises GraderFailed."""
+    """Returns the score that a grader's model gives for these messages. Raises GraderFailed."""
 
 
 def check_grader(grader: Any, at: str = "grader", *, absent: Mapping[str, str] = ABSENT, inside: bool = False) -> None:
-    """Refuse a grader of a wrong form.
+    """Refuse a malformed grader.
 
-    absent: types that are refused, with the reason. inside: of a `multi`. Raises GraderError that names the field.
+    absent: types that are refused, with the reason. inside: whether the grader is part of a `multi`. Raises a GraderError that
+    names the field.
     """
     if not isinstance(grader, dict):
         raise _wrong(at, "must be an object")
@@ -135,14 +136,14 @@ def grade(grader: Mapping[str, Any], sample: Sample, services: Services) -> Grad
 
 
 def kinds_in(grader: Mapping[str, Any]) -> set[str]:
-    """Return the types of a grader and of those inside of it."""
+    """Return the types of a grader and of the graders inside it."""
     if grader["type"] != "multi":
         return {grader["type"]}
     return {"multi"} | {inner["type"] for _, inner in named_graders(grader["graders"], "").values()}
 
 
 def render(template: str, sample: Sample) -> str:
-    """Return a template with its variables replaced; a value that is no text as JSON. Raises GraderFailed."""
+    """Return a template with its variables replaced; values that are not texts become JSON. Raises GraderFailed."""
     values, characters_left = sample.values, MOST_RENDERED - len(template)
 
     def value_of(match: re.Match[str]) -> str:
@@ -367,7 +368,7 @@ def _score(grader: Mapping[str, Any], sample: Sample, services: Services) -> flo
 def _grade_multi(grader: Mapping[str, Any], sample: Sample, services: Services) -> Graded:
     graded, ends = Graded(), time.monotonic() + MOST_SECONDS
     for name, (_, inner) in named_graders(grader["graders"], "").items():
-        # Only what is computed here is hurried: programs and models have limits of their own.
+        # Only computations in this process are limited here: programs and models have their own limits.
         waits = inner["type"] in ("python", "score_model")
         late = Graded(errors={"unresponsive_reward_error": ""})
         inner_grade = _grade_one(inner, sample, services) if waits or time.monotonic() < ends else late

@@ -9,11 +9,11 @@ import numpy as np
 
 RESAMPLES = 2000
 _BLOCK = 200
-"""Resamples that are drawn together."""
+"""Number of resamples that are drawn together."""
 
 
 def bootstrap_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Return means [resamples] of values [rows] drawn with replacement; always the same ones."""
+    """Return the means [resamples] of values [rows] that are drawn with replacement; the same ones for the same seed."""
     generator = np.random.default_rng(seed)
     return np.concatenate(
         [
@@ -49,9 +49,10 @@ def sign_test(difference: np.ndarray) -> float:
 
 
 def paired_change(before: Any, after: Any) -> dict[str, Any]:
-    """Return what changed between scores [rows] of the same rows.
+    """Return the change between two sets of scores [rows] of the same rows.
 
-    `verdict` is `up` or `down` where the whole interval lies on one side of 0 and the sign test says so at 5%, else `none`.
+    `verdict` is `up` or `down` if the whole interval lies on one side of 0 and the sign test is significant at 5%, otherwise
+    `none`.
     """
     first, second = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     low, high = paired_interval(first, second)

@@ -1,4 +1,4 @@
-"""Whether an answer refuses what was asked, by how it begins."""
+"""Detects whether an answer refuses a request, by its beginning."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ _REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IG
 
 
 def is_refusal(answer: str) -> bool:
-    """Return whether the beginning of `answer` refuses, in English, German, French, Spanish, Italian or Portuguese."""
+    """Return whether `answer` begins with a refusal in English, German, French, Spanish, Italian or Portuguese."""
     beginning = answer.strip()[:BEGINNING_CHARACTERS].replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return _REFUSAL.search(beginning) is not None
