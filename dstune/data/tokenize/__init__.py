@@ -1,4 +1,4 @@
-"""Rows to token ids and targets: what one process of `datasets.map` runs on a batch of rows."""
+"""Turn rows into token ids and targets; the processes of `datasets.map` run this on batches of rows."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ COUNTED = {
     "length": datasets.Value("int64"),
     "problem": datasets.Value("string"),
 }
-"""Columns of `RowTokenizer` that serve to count and are not kept with the samples."""
+"""Columns of `RowTokenizer` that are only counted and not stored with the samples."""
 
 
 class RowTokenizer:
-    """Tokenizes rows for one task; picklable, so that it travels to the processes of `datasets.map`.
+    """Tokenizes the rows of a run; picklable, so that it can be sent to the processes of `datasets.map`.
 
-    tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification);
-    class_weights: what a row of each counts in the loss, where they differ. several: task and format of each source of a
-    mixture, where a run has several tasks; sources: the number of each row's source.
-    Control tokens in what a row says are encoded as text (see `control`).
-    Raises UserError (at creation) if the tokenizer lacks what task and format need.
+    tokenizer: of transformers. max_length: number of tokens kept of a row. labels: label names by index (classification).
+    class_weights: weight of a row of each label in the loss; empty if all count the same. several: task and format of each
+    source of a mixture, if a run has several tasks. sources: the index of each row's source.
+    Control tokens in the text of a row are encoded as text (see `control`).
+    Raises UserError (at creation) if the tokenizer lacks something that task and format need.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RowTokenizer:
         refuse_unknown_columns(self._task, self._encoder.columns)
 
     def use_images(self, images: ImageFiles | None) -> None:
-        """Set where rows find the images that they name by number; samples have a column `images` then."""
+        """Set the files of the images that rows name by number. With images, samples have a column `images`."""
         for tokenizer in (self, *self._of_source):
             tokenizer._encoder.images = images
         refuse_unknown_columns(self._task, self._encoder.columns)
@@ -93,54 +93,54 @@ class RowTokenizer:
 
     @property
     def later_columns(self) -> frozenset[str]:
-        """Columns that do not count in the content of rows where no row has any."""
+        """Columns that are ignored when the content of rows is identified, if no row has a value in them."""
         return self._encoder.later_columns
 
     def for_row(self, number: int) -> RowTokenizer:
-        """Return the tokenizer of the row of that number: that of its source in a run of several tasks, else this one."""
+        """Return the tokenizer of row `number`: in a run of several tasks that of the row's source, otherwise this one."""
         return self if self._sources is None or not self._of_source else self._of_source[self._sources[number]]
 
     def source_of(self, number: int) -> int:
-        """Return the number of the source of a row; 0 without a mixture."""
+        """Return the index of the source of row `number`; 0 without a mixture."""
         return 0 if self._sources is None else int(self._sources[number])
 
     def of_source(self, number: int) -> RowTokenizer:
-        """Return the tokenizer of a source: its own in a run of several tasks, else this one."""
+        """Return the tokenizer of source `number`: its own in a run of several tasks, otherwise this one."""
         return self._of_source[number] if self._of_source else self
 
     @property
     def renderer(self) -> ChatRenderer | None:
-        """What renders conversations, where there is a template."""
+        """The renderer of conversations; None if there is no chat template."""
         return self._encoder.renderer
 
     @property
     def has_conversations(self) -> bool:
-        """Whether rows are conversations whose turns a chat template renders, at least of one task."""
+        """Whether the rows of at least one task are conversations with trained turns that a chat template renders."""
         return any(
             tokenizer.renderer is not None and not tokenizer._encoder.only_prompts
             for tokenizer in self._of_source or [self]
         )
 
     def images_of(self, row: dict[str, Any]) -> list[Any]:
-        """Return the images that a row shows, in order: of PIL. Raises RowError."""
+        """Return the images of a row as PIL images, in order. Raises RowError."""
         return self._encoder.images_of(row)
 
     @property
     def trains_on_prompt(self) -> bool:
-        """Whether every token of a conversation counts."""
+        """Whether the tokens of prompts are trained too."""
         return self._encoder.trains_on_prompt
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        """Return the conversations of a row, to be compared with its samples."""
+        """Return the conversations of a row, for comparison with its samples."""
         return self._encoder.exchanges(row)
 
     @property
     def sources(self) -> SourcePrompts | None:
-        """What asks for the target of a source, where the rows are of that kind."""
+        """Makes the prompts for sources, if rows have a source and a target; otherwise None."""
         return self._encoder.sources
 
     def plain_prompt_ids(self, text: str) -> list[int]:
-        """Return tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        """Return the token ids of a text for the model to continue: with the first special tokens, without an end token."""
         return self._encoder.plain_prompt_ids(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -148,11 +148,11 @@ class RowTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def samples(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        """Make samples of normalised `rows`, in order; `numbers` is how their rows are called."""
+        """Return the samples of normalised `rows`, in order. numbers: the number of each row."""
         return self._encoder(rows, numbers)
 
     def table_of(self, samples: list[Sample]) -> pa.Table:
-        """Return `samples` as columns: `input_ids`, what the task's encoder adds, and those of COUNTED."""
+        """Return `samples` as a table with the columns `input_ids`, those of the task's encoder, and those of COUNTED."""
         columns: dict[str, list[Any]] = {
             "input_ids": [sample.input_ids for sample in samples],
             **{name: [sample.columns[name] for sample in samples] for name in self._encoder.columns},

@@ -1,4 +1,4 @@
-"""Samples of language models: every token has a label, the token itself or none."""
+"""Encode samples of language models: every token has a label, usually the token itself or none."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NUMBERS = datasets.List(datasets.Value("int32"))
 
 
 class Language(Encoder):
-    """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token.
+    """Common base of the encoders of chats and documents. Raises UserError (at creation) without an end-of-sequence token.
 
-    `bytes` is the length in UTF-8 of the text that a sample's targets stand for, special tokens apart; 0 where the tokenizer
-    cannot tell.
+    The column `bytes` is the UTF-8 length of the text of a sample's targets, not counting special tokens; 0 if the tokenizer
+    gives no offsets.
     """
 
     def __init__(self, tokenizer: Any, max_length: int):
@@ -48,7 +48,7 @@ class Language(Encoder):
 
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
-        """Return the token behind a text."""
+        """Return the id of the token that ends a text."""
         if tokenizer.eos_token_id is None:
             raise UserError(
                 Problem(
@@ -65,11 +65,11 @@ class Language(Encoder):
 
     @property
     def image_columns(self) -> Mapping[str, Any]:
-        """Numbers of a sample's images, where any row has some."""
+        """The column with the numbers of a sample's images; empty if no row has images."""
         return {COLUMN: NUMBERS} if self.images else {}
 
     def plain_prompt_ids(self, text: str) -> list[int]:
-        """Return tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        """Return the token ids of a text for the model to continue: with the first special tokens, without an end token."""
         ids = self._control.ids(text, self._own_tokens(text, end=None))
         return [*self._missing_prefix(ids), *ids]
 
@@ -83,8 +83,8 @@ class Language(Encoder):
         labels: np.ndarray | None = None,
         images: Sequence[tuple[int, int, int]] = (),
     ) -> Sample:
-        """Make a sample. sizes: bytes of text that each token stands for. labels: where a target is another token than the
-        input. images: first token, the one behind the last, and number of each."""
+        """Make a sample. targets: whether each token is trained. sizes: bytes of text that each token stands for. labels: the token
+        ids to predict, if they differ from the inputs. images: (first token, token after the last, number) of each image."""
         targets[:1] = False  # nothing precedes the first token, so nothing predicts it
         labels = np.where(targets, input_ids if labels is None else labels, NO_TARGET).astype(np.int32)
         if not problem and not targets.any():
@@ -104,7 +104,7 @@ class Language(Encoder):
         return Sample(number, input_ids[span], columns, weight, length > self._max_length, problem, length)
 
     def _sizes(self, ids: np.ndarray, offsets: Any, text: str) -> np.ndarray:
-        """Return bytes of `text` that each token stands for: those behind the token before it, to its own end."""
+        """Return the bytes of `text` that each token stands for, int64 [tokens]: from the end of the token before it to its own."""
         if not len(ids) or len(offsets) != len(ids):
             return np.zeros(len(ids), dtype=np.int64)
         byte_at = np.zeros(len(text) + 1, dtype=np.int64)
@@ -117,45 +117,46 @@ class Language(Encoder):
         return sizes
 
     def _own_tokens(self, text: str, end: str | None) -> list[int]:
-        """Return where a document has a first special token, or an `end`, that it would get anyway: there they are no text."""
+        """Return where a document starts with the first special token or stops with `end`, which it would get anyway: there they
+        are control tokens and not text."""
         first = [0] if self._prefix and text.startswith(self._tokenizer.decode(self._prefix)) else []
         return [*first, *([len(text) - len(end)] if end and text.endswith(end) else [])]
 
     def _missing_prefix(self, ids: list[int]) -> list[int]:
-        """Return the first special tokens, unless the text brought them itself."""
+        """Return the first special tokens, unless the text already begins with them."""
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
 
 NOTHING = np.empty(0, dtype=np.int32), np.empty((0, 2), dtype=np.int64)
-"""The tokens of no text, and their characters."""
+"""Token ids and offsets of an empty text."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A text to tokenize, with what of it counts."""
+    """A text to tokenize, and which parts of it are trained."""
 
     text: str = ""
     places: tuple[Place, ...] = ()
     untrained: list[Span] | None = None
-    """With `train_on_prompt`: what does not count, all else does."""
+    """With `train_on_prompt`: the spans that are not trained; everything else is."""
     own: list[int] | None = None
-    """Where control tokens begin that are the template's, if the row holds such strings."""
+    """Where the template's own control tokens begin, if the row contains such strings."""
     images: tuple[tuple[int, int, int], ...] = ()
-    """First character, the one behind the last, and number of each image."""
+    """(first character, character after the last, number) of each image."""
     problem: str = ""
 
 
 class ChatEncoder(Language):
-    """Prompts and completions go through the chat template if the model has one, else one follows the other.
+    """Encodes conversations. Prompts and completions go through the chat template if there is one, otherwise they are concatenated.
 
-    A conversation whose history the template rewrites gives several samples, one behind the other.
+    If the template rewrites the history of a conversation, its row gives several consecutive samples.
     """
 
     scores = False
-    """Whether the model scores conversations, and writes none."""
+    """Whether the model scores conversations instead of writing them."""
 
     one_sample = False
-    """Whether a row has to give one sample."""
+    """Whether a row must give exactly one sample."""
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class ChatEncoder(Language):
         return samples
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        """Return the conversations of a row, to be compared with its samples."""
+        """Return the conversations of a row, for comparison with its samples."""
         return [self._exchange(row)]
 
     def _exchange(self, row: dict[str, Any], prefix: str = "", sample: int | None = None) -> Exchange:
@@ -209,10 +210,10 @@ class ChatEncoder(Language):
     def _samples(
         self, number: int, text: _Text, ids: list[int], places: list[tuple[int, int]], earlier: list[np.ndarray]
     ) -> list[Sample]:
-        """Return the sample of a text, and those of its turns whose first token is one with the end of the prompt, or whose end (of
-        a template that ends turns with text) is one with what follows: a server tokenizes neither together.
+        """Return the sample of a text, and separate samples of turns that a server would tokenize differently: their first token
+        merges with the end of the prompt, or (if the template ends turns with text) their end merges with what follows.
 
-        earlier: tokens of the row's samples so far, to which these are added.
+        earlier: token ids of the row's samples so far; with `train_on_prompt`, those of this sample are appended.
         """
         offsets = np.array(places, dtype=np.int64).reshape(-1, 2)
         if text.own is not None:
@@ -254,8 +255,8 @@ class ChatEncoder(Language):
     def _of_tokens(
         self, number: int, text: _Text, input_ids: np.ndarray, offsets: np.ndarray, within: np.ndarray | None = None
     ) -> Sample:
-        """Return the sample of these tokens. Targets are those of `text.places` that lie `within`; where places have no spans, all
-        that lie `within`."""
+        """Return the sample of these tokens. Targets are the tokens of `text.places` that are also in `within`, bool [tokens]; if
+        the places have no spans, all tokens in `within`."""
         sizes = self._sizes(input_ids, offsets, text.text)
         labels = input_ids.copy()
         spans = [span for place in text.places for span in place.spans]
@@ -276,11 +277,11 @@ class ChatEncoder(Language):
             sizes = np.concatenate([np.zeros(len(prefix), dtype=np.int64), sizes, [0]])
         images = _tokens_of(text.images, offsets)
         for start, behind, _ in images:
-            targets[start:behind] = False  # the model is given what it sees there, and writes none of it
+            targets[start:behind] = False  # images are inputs, which the model never writes
         return self._sample(number, input_ids, targets, sizes, text.problem, labels, images)
 
     def _texts(self, row: dict[str, Any]) -> list[_Text]:
-        """Return the texts of a row, or one with what is wrong with the row."""
+        """Return the texts of a row, or a single one with the row's problem."""
         defused: Defused | None = None
         try:
             self._control.refuse_across_parts(row)
@@ -302,8 +303,8 @@ class ChatEncoder(Language):
         return [replace(text, text=written, own=control_starts) for text, written, control_starts in restored]
 
     def _expanded(self, texts: list[_Text], row: dict[str, Any]) -> list[_Text]:
-        """Return `texts` with what stands for each image in its place. Raises RowError for an image that cannot be decoded, and
-        where the template prints other places than the row has."""
+        """Return `texts` with the placeholders of each image expanded. Raises RowError for an image that cannot be decoded, and if
+        the places that the template prints differ from the row's."""
         vision = vision_of(self._tokenizer)
         assert self.images is not None and vision is not None, "ingest refuses images that nobody sees"
         if self.renderer is None:
@@ -342,7 +343,7 @@ class ChatEncoder(Language):
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages of a chat row; a prompt and its completion are one exchange. Of a pair those of the better answer."""
+    """Return the messages of a chat row: a prompt and its completion are two messages; a pair gives those of the better answer."""
     if "chosen" in row:
         row = as_chat(row, "chosen")
     if "messages" in row:
@@ -351,7 +352,7 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tokens_of(images: Sequence[tuple[int, int, int]], offsets: np.ndarray) -> list[tuple[int, int, int]]:
-    """Return first token, the one behind the last, and number of each image that stands in the text of these tokens."""
+    """Return (first token, token after the last, number) of each image in the text of these tokens."""
     end = int(offsets[-1, 1]) if len(offsets) else 0
     starts = offsets[:, 0]
     return [
@@ -362,7 +363,7 @@ def _tokens_of(images: Sequence[tuple[int, int, int]], offsets: np.ndarray) -> l
 
 
 def _moved(text: _Text, expanded: Expanded, numbers: Sequence[int]) -> _Text:
-    """Return `text` with images in it: all that it says of characters is about the longer text."""
+    """Return `text` with its images expanded; all its character positions refer to the longer text."""
 
     def span(old_span: Span) -> Span:
         return expanded.moved(old_span[0]), expanded.moved(old_span[1])
@@ -384,13 +385,13 @@ def _moved(text: _Text, expanded: Expanded, numbers: Sequence[int]) -> _Text:
 
 
 def _in_common(first: np.ndarray, second: np.ndarray) -> int:
-    """Return how many tokens the two have in common at the start."""
+    """Return how many tokens the two sequences have in common at the start."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length
 
 
 def _between(spans: list[Span], length: int) -> list[Span]:
-    """Return what `spans` leave of a text of `length` characters, a token without characters at its end included."""
+    """Return the parts of a text of `length` characters outside of `spans`, including a token without characters at its end."""
     edges = [0, *(edge for span in spans for edge in span), length + 1]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]

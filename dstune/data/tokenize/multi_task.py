@@ -1,4 +1,4 @@
-"""Samples of several tasks of one language model, each row encoded as its own task says."""
+"""Encode rows of several tasks of one language model, each row by its own task."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dstune.data.tokenize.sample import Encoder, Rows, Sample
 class MultiTaskEncoder(Encoder):
     """Encodes each row by the task of its source.
 
-    encoders: of each source, in the order of `data.mixture`. sources: the number of each row's source, int16 [rows].
+    encoders: one for each source, in the order of `data.mixture`. sources: the index of each row's source, int16 [rows].
     """
 
     def __init__(self, encoders: Sequence[Encoder], sources: np.ndarray):
         self._encoders, self._numbers = encoders, sources
-        # A row without a source and a target has none to generate.
+        # Rows of tasks without sources and targets get empty texts in these columns.
         self._absent = {name: "" for name in TEXTS if name in self.columns}
 
     @property

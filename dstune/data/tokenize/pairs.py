@@ -1,4 +1,4 @@
-"""Samples of compared answers: a prompt with two of them."""
+"""Encode compared answers: a prompt with two of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dstune.data.tokenize.sample import Rows, Sample
 
 
 class PairEncoder(ChatEncoder):
-    """The prompt with its better answer, and with its worse one; `input_ids` are the better one's.
+    """Encodes the prompt with its better answer and with its worse one; `input_ids` are those of the better one.
 
-    Both have to have a target within `max_length`, and differ there, else the pair has the weight 0.
+    A pair has the weight 0 unless both have a target within `max_length` and differ there.
     """
 
     one_sample = True
@@ -43,13 +43,13 @@ class PairEncoder(ChatEncoder):
         return better
 
     def _difference(self, chosen: Sample, rejected: Sample) -> str:
-        """Return why the two do not answer the same images; empty where they do."""
+        """Return the problem if the two samples show different images, else an empty text."""
         images = [sample.columns.get(COLUMN, ()) for sample in (chosen, rejected)]
         return "" if np.array_equal(*images) else "chosen and rejected show different images"
 
     def _with_common_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the row with one prompt for both answers: where one begins with reasoning and the other does not, the model is
-        to think. A score is of a conversation alone, so nothing is common there."""
+        """Return the row with the same prompt for both answers: if only one of them begins with reasoning, the thinking switch is
+        on for both. Scored conversations stay unchanged, because each is scored alone."""
         template_arguments = row.get("chat_template_kwargs") or {}
         if (
             self.scores
