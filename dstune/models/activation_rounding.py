@@ -1,4 +1,4 @@
-"""Inputs of linear layers rounded as a server with FP8 activations rounds them."""
+"""Rounds inputs of linear layers as a server with FP8 activations does."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LARGEST = torch.finfo(FP8).max
 
 
 def round_activations(model: nn.Module, settings: Any) -> int:
-    """Let `model` round the inputs of its linear layers where `settings` (`quantization_config` of compressed-tensors) say that
-    servers do, in FP8 with a scale for each token. Returns how many layers do; inputs of stacked experts stay as they are."""
+    """Let `model` round the inputs of its linear layers to FP8 with a scale for each token, if `settings` (`quantization_config` of
+    compressed-tensors) say that servers do. Return the number of these layers. Inputs of stacked experts are not rounded."""
     if not _round_tokens(settings):
         return 0
     ignored = settings.get("ignore") or []
@@ -39,7 +39,7 @@ def _round_tokens(settings: Any) -> bool:
 
 
 def _is_named(name: str, pattern: str) -> bool:
-    """As compressed-tensors compares names: whole, or by a regular expression behind `re:`."""
+    """Return whether `pattern` matches, as in compressed-tensors: the complete name, or a regular expression after `re:`."""
     return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name == pattern
 
 

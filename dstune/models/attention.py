@@ -1,4 +1,4 @@
-"""Attention of each sample on its own: packed rows without a mask of all their positions with all others, padding left out."""
+"""Computes attention for each sample separately: packed rows need no mask of all pairs of positions, and padding is left out."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from dstune.zero import accelerator
 
 
 class SpanAttention:
-    """An attention function of a model that computes samples one by one, where a forward pass tells their spans."""
+    """Attention function of a model that computes samples one by one if the forward pass gets their spans."""
 
     NAME: ClassVar[str]
-    """Of the function in transformers' registry."""
+    """Name of the function in transformers' registry."""
     title: str
-    """For `environment.json` and `dstune doctor`."""
+    """Name in `environment.json` and `dstune doctor`."""
     whole: bool = True
     """Whether a rank has all positions of its rows."""
 
     def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int] | None:
-        """Return where samples begin, for an attention that is told so by tensors."""
+        """Return the boundaries of samples as tensors if this attention uses them; None otherwise."""
         return None
 
     def install(self, model: PreTrainedModel) -> None:
-        """Let `model` attend so."""
+        """Let `model` use this attention."""
         AttentionInterface.register(self.NAME, self._attention)
-        AttentionMaskInterface.register(self.NAME, sdpa_mask)  # where no spans are told: samples that are generated
+        AttentionMaskInterface.register(self.NAME, sdpa_mask)  # for forward passes without spans, as in generation
         self._model, self._original = model, model.config._attn_implementation
         model.set_attn_implementation(self.NAME)
 
@@ -66,15 +66,15 @@ class SpanAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """See `attend`. spans: where the samples of each row begin and end."""
+        """Compute attention; see `attend`. spans: start and end of each sample in each row."""
         return attend(query, key, value, spans, dropout=dropout, scale=scale, window=window)
 
     def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return query, key and value [rows, heads, positions, size] as this rank attends with them."""
+        """Return query, key and value, [rows, heads, positions, size], for the heads and positions that this rank computes."""
         return states
 
     def redistribute_outputs(self, attended: torch.Tensor) -> torch.Tensor:
-        """Return what is attended, [rows, heads, positions, size], as the layer goes on with it."""
+        """Return the output of attention, [rows, heads, positions, size], for the positions that the layer continues with."""
         return attended
 
     def _attention(
@@ -88,10 +88,10 @@ class SpanAttention:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attend as transformers calls it: query [rows, heads, positions, size], key and value with their own number of heads.
-        Returns [rows, positions, heads, size]."""
+        """Compute attention for transformers: [rows, positions, heads, size]. query: [rows, heads, positions, size]; key and
+        value may have fewer heads."""
         spans = pop_spans(module, attention_mask, options)
-        if spans is None:  # whole rows
+        if spans is None:  # rows without spans
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
         refuse_unknown(module, options)
         query, key, value = self.redistribute_inputs(query, key, value)
@@ -104,24 +104,24 @@ class SpanAttention:
 
 
 class SamplesApart(SpanAttention):
-    """What the head of a language model tells its attention of the samples in a row."""
+    """Attention that computes samples one by one. The head of the language model passes it their spans."""
 
     NAME = "dstune_samples"
     title = "samples one by one"
 
     @classmethod
     def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
-        """Install it where `model.attention=auto` computes samples one by one, else return None: on a CPU, for models and methods
-        that it fits.
+        """Install it if `model.attention=auto` should compute samples one by one: on a CPU, for models and methods that support it.
+        Otherwise return None.
 
-        GPUs have kernels for packed rows (`models.packed_attention`), and would wait for the launch of one after the other here.
+        GPUs have kernels for packed rows (`models.packed_attention`); here they would wait for one kernel launch after another.
         """
         is_auto_on_cpu = config.model.attention is Attention.auto and not accelerator.present()
         language = task_of(config.task).language
         is_supported = not (
             method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model)
         )
-        # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
+        # With dropout, torch's attention keeps all probabilities, so computing samples one by one would save nothing.
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
         if not (is_auto_on_cpu and language and is_supported) or dropout:
             return None
@@ -133,7 +133,7 @@ class SamplesApart(SpanAttention):
     def model_inputs(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return the model's inputs and the labels. See `spans_of`; boundaries are of another attention."""
+        """Return the model's inputs and the labels. See `spans_of`; this attention ignores boundaries."""
         return with_spans(inputs, labels, spans_of(inputs)), labels
 
     def refuse(self, reason: str) -> str:
@@ -154,10 +154,10 @@ def attend(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Attend causally within each sample on its own, [rows, heads, positions, size]; zeros behind the last one.
+    """Compute causal attention within each sample separately, [rows, heads, positions, size]; zeros after the last sample.
 
-    window: how far back a position looks, itself included. A longer sample goes in pieces of so many positions, each of which
-    sees as many again before it, so that a mask has at most 2 x window^2 elements.
+    window: how many positions each one sees, including itself. A longer sample is computed in pieces of `window` positions, each
+    of which sees fewer than `window` earlier ones, so that a mask has at most 2 x window^2 elements.
     """
     if not dropout and computes(query, value):
         return CausalAttention.apply(query, key, value, spans, scale, window)
@@ -166,13 +166,15 @@ def attend(
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
 
     def piece(rows: slice, first: int, end: int, start: int) -> torch.Tensor:
-        """Attend from the positions from `first` to `end` of a sample that begins at `start`."""
+        """Compute attention for positions `first` to `end` of a sample that begins at `start`."""
         first_key = start if window is None else max(start, first - window + 1)
         q, k, v = query[rows, :, first:end], key[rows, :, first_key:end], value[rows, :, first_key:end]
         mask = None
         if window is not None and first_key < first:
-            behind = torch.arange(first, end, device=q.device)[:, None] - torch.arange(first_key, end, device=q.device)
-            mask = (behind >= 0) & (behind < window)
+            distance = torch.arange(first, end, device=q.device)[:, None] - torch.arange(
+                first_key, end, device=q.device
+            )
+            mask = (distance >= 0) & (distance < window)
         return functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
         )

@@ -1,8 +1,8 @@
-"""Causal attention of each sample on its own, on a CPU: nothing is computed between samples of a packed row, or for padding.
+"""Computes causal attention for each sample separately on a CPU, and nothing between samples of a packed row or for padding.
 
-The forward pass is torch's fused kernel, called for one sample after the other. Its backward kernel takes several times as long
-as the products of matrices that it consists of, so those are made here (Dao et al. 2022, arXiv:2205.14135, section 3.1):
-probabilities come again from the queries, the keys and the sum that the forward kernel keeps for each row.
+The forward pass calls torch's fused kernel for one sample after another. torch's backward kernel takes several times as long as
+its matrix products alone, so they are computed here (Dao et al. 2022, arXiv:2205.14135, section 3.1): probabilities are computed
+again from the queries, the keys and the sum that the forward kernel keeps for each query.
 `benchmarks/attention.py` measures it.
 """
 
@@ -16,23 +16,23 @@ import torch
 from dstune.models.spans import Spans
 
 QUERIES, SCORES = 128, 2**20
-"""Positions, and scores of all heads, that the backward pass has at once at most; in fp32 these are 4 MB. More positions are fewer
-products, but more scores of keys that lie ahead of them."""
+"""Most positions, and most scores of all heads (4 MB in fp32), that the backward pass computes at once. With more positions there
+are fewer products, but more useless scores of later keys."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def computes(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether the kernel takes these states."""
+    """Return whether the kernel supports these states."""
     formats = (torch.bfloat16, torch.float32, torch.float64)
     return query.device.type == "cpu" and query.dtype in formats and query.shape[-1] == value.shape[-1]
 
 
 class CausalAttention(torch.autograd.Function):
-    """(query [rows, heads, positions, size], key and value [rows, key heads, positions, size], spans, scale, window)
-    -> [rows, heads, positions, size], zero outside of the spans. Heads of keys divide those of queries, and are not repeated.
+    """Maps (query [rows, heads, positions, size], key and value [rows, key heads, positions, size], spans, scale, window) to
+    [rows, heads, positions, size], zero outside of the spans. The number of key heads divides that of the query heads.
 
-    window: how far back a position looks, itself included; None for all of its sample.
+    window: how many positions each one sees, including itself; None for the entire sample.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class CausalAttention(torch.autograd.Function):
         accurate = torch.float64 if query.dtype is torch.float64 else torch.float32
         sums = torch.zeros(rows, heads, positions, dtype=accurate)
         for row, first, end, first_key, _ in _pieces(spans, window):
-            # Heads of keys stand in place of a batch: a head of queries reads its own without a copy of it.
+            # Key heads take the place of a batch, so that query heads read them without a copy.
             states = (part[row, :, first_key:end].unsqueeze(1).expand(*groups, -1, -1) for part in (key, value))
             mask = None
             if first_key < first:
@@ -73,16 +73,16 @@ class CausalAttention(torch.autograd.Function):
         query, key, value, output, sums = context.saved_tensors
         (gradient,) = gradients
         grad_query = torch.zeros_like(query)
-        # In full: a key is read by several blocks of queries.
+        # In the exact format: several blocks of queries add to the gradient of a key.
         grad_key, grad_value = (torch.zeros_like(part, dtype=sums.dtype) for part in (key, value))
         products = (gradient.to(sums.dtype) * output).sum(dim=-1)
         heads, key_heads = query.shape[1], key.shape[1]
-        for row, first, end, start, behind in _pieces(context.spans, context.window):
+        for row, first, end, start, window in _pieces(context.spans, context.window):
             step = max(16, min(QUERIES, SCORES // (heads * (end - start))))
             for low in range(first, end, step):
                 high = min(low + step, end)
-                # What this block sees, and how many of its own positions are seen by its first one.
-                first_key = start if behind is None else max(start, low - behind + 1)
+                # The first key that this block sees.
+                first_key = start if window is None else max(start, low - window + 1)
                 query_span, key_span = (row, slice(None), slice(low, high)), (row, slice(None), slice(first_key, high))
                 block = (heads // key_heads, high - low)
                 queries, grad_outputs = (
@@ -95,7 +95,7 @@ class CausalAttention(torch.autograd.Function):
                 )
                 exact = sums.dtype
                 shares = torch.baddbmm(minus_sum, queries.to(exact), keys.to(exact).mT, alpha=context.scale).exp_()
-                _visible(shares.unflatten(1, block), low - first_key, behind)
+                _visible(shares.unflatten(1, block), low - first_key, window)
                 scores = torch.baddbmm(minus_product, grad_outputs.to(exact), values.to(exact).mT).mul_(shares)
                 shares, scores = shares.to(query.dtype), scores.to(query.dtype)
                 grad_query[query_span] = torch.bmm(scores, keys).mul_(context.scale).view(heads, high - low, -1)
@@ -105,8 +105,8 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _pieces(spans: Spans, window: int | None) -> Iterator[tuple[int, int, int, int, int | None]]:
-    """Yield (row, first position, position behind the last, first position that they see, window) of what is computed at once: a
-    sample, or so much of a longer one as its window is, so that a mask has at most 2 x window^2 elements."""
+    """Yield (row, first position, end, first position that they see, window) of each piece computed at once: a sample, or `window`
+    positions of a longer one, so that a mask has at most 2 x window^2 elements."""
     for row, of_row in enumerate(spans):
         for start, end in of_row:
             if window is None or end - start <= window:
@@ -117,9 +117,10 @@ def _pieces(spans: Spans, window: int | None) -> Iterator[tuple[int, int, int, i
 
 
 def _visible(scores: torch.Tensor, seen_before: int, window: int | None) -> torch.Tensor:
-    """Return `scores` [..., positions, what they see] with zeros for what lies ahead of a position or behind its window.
+    """Set the scores of keys after a position, or before its window, to zero, in place; return `scores` [..., positions, keys].
 
-    seen_before: how many positions are seen that stand before the first one. Changed in place."""
-    # Zeros, and not products with them: of what lies ahead the exponential may be infinite.
+    seen_before: number of keys before the first position.
+    """
+    # Not by a product with zeros: the exponential for later keys may be infinite.
     scores[..., seen_before:].tril_() if window is None else scores.tril_(seen_before)
     return scores if window is None else scores.triu_(seen_before - window + 1)

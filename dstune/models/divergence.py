@@ -1,7 +1,7 @@
-"""Divergence of a student's next-token distribution from its teacher's, over the whole vocabulary and without whole logits.
+"""Divergence of a student's next-token distribution from its teacher's over the entire vocabulary, a chunk of logits at a time.
 
-The teacher is there as hidden states of the targets. A chunk of targets at a time, both projections are computed, and the
-gradient takes the place of the student's logits, as for the cross entropy (`models.cross_entropy`). Hidden states of 4,096
+The teacher is given by its hidden states at the targets. Both projections are computed for one chunk of targets at a time, and
+the gradient replaces the student's logits, as for the cross entropy (`models.cross_entropy`). Hidden states of 4,096
 numbers in bf16 take 8 KB a target, logits of 152,064 tokens 304 KB.
 
 With s and t the distributions of student and teacher at a temperature, and M = beta * t + (1 - beta) * s, the divergence is the
@@ -24,7 +24,7 @@ from dstune.models.logit_transform import LogitTransform
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is trained on at each target."""
+    """Loss that a student is trained with at each target."""
 
     beta: float
     temperature: float
@@ -48,7 +48,7 @@ class BlockDivergence:
 
     objective: Objective
     transform: LogitTransform
-    """Of the student's logits."""
+    """Transforms the student's logits."""
     taught: Callable[[slice], Tensor]
     """The teacher's logits of some targets, fp32 [targets, vocabulary]; the first of its tokens are the student's."""
     targets: Tensor
@@ -66,7 +66,7 @@ class BlockDivergence:
             loss = (1 - self.objective.text_weight) * loss + self.objective.text_weight * text_loss
             gradient.add_(logps.exp_(), alpha=self.objective.text_weight)
             gradient.scatter_add_(1, target_ids, gradient.new_full(target_ids.shape, -self.objective.text_weight))
-        if count < student_logits.shape[-1]:  # rows that stand for no token
+        if count < student_logits.shape[-1]:  # entries that represent no token
             gradient = nn.functional.pad(gradient, (0, student_logits.shape[-1] - count))
         return loss, self.transform.before(gradient, student_logits)
 
@@ -82,16 +82,16 @@ def divergence_and_gradient(student_logits: Tensor, taught: Tensor, objective: O
         loss = (t * (log_t - log_s)).sum()
         return loss, (s - t).div_(temperature)
     if beta == 1.0:
-        apart = log_s - log_t
-        each = (s * apart).sum(dim=-1, keepdim=True)
-        return each.sum(), s.mul_(apart.sub_(each)).div_(temperature)
-    # log(M / s) by what t exceeds s: near the end of training logarithms of M itself would leave nothing but their rounding.
+        difference = log_s - log_t
+        each = (s * difference).sum(dim=-1, keepdim=True)
+        return each.sum(), s.mul_(difference.sub_(each)).div_(temperature)
+    # log(M / s) from log(t / s): near the end of training, a difference of logarithms of M and s would be only rounding.
     exceeds = log_t - log_s
     share = torch.where(exceeds > 0, 1 - beta, beta)
-    apart = torch.expm1(-exceeds.abs()).mul_(share).log1p_().add_(exceeds.clamp(min=0)).neg_()
-    each = (s * apart).sum(dim=-1, keepdim=True)
-    loss = beta * (log_t.exp_() * exceeds.add_(apart)).sum() + (1 - beta) * each.sum()
-    return loss, s.mul_(apart.sub_(each)).mul_((1 - beta) / temperature)
+    difference = torch.expm1(-exceeds.abs()).mul_(share).log1p_().add_(exceeds.clamp(min=0)).neg_()
+    each = (s * difference).sum(dim=-1, keepdim=True)
+    loss = beta * (log_t.exp_() * exceeds.add_(difference)).sum() + (1 - beta) * each.sum()
+    return loss, s.mul_(difference.sub_(each)).mul_((1 - beta) / temperature)
 
 
 class _OfLogits(torch.autograd.Function):
@@ -102,7 +102,7 @@ class _OfLogits(torch.autograd.Function):
         context: torch.autograd.function.FunctionCtx, logits: Tensor, block_loss: BlockDivergence, first: int
     ) -> Tensor:
         loss, gradient = block_loss(logits, slice(first, first + len(logits)))
-        context.save_for_backward(gradient)  # in fp32: a loss scale comes in the backward pass only
+        context.save_for_backward(gradient)  # in fp32: a loss scale is applied only in the backward pass
         context.dtype = logits.dtype  # type: ignore[attr-defined]
         return loss
 
@@ -115,7 +115,7 @@ class _OfLogits(torch.autograd.Function):
 def projected_divergence(
     projection: nn.Module, project: Project, hidden: Tensor, block_loss: BlockDivergence
 ) -> Tensor:
-    """Return the sum of the losses of `project(hidden)`, scalar fp32, to be called inside the forward pass of `projection` (see
+    """Return the sum of the losses of `project(hidden)`, scalar fp32. Call it inside the forward pass of `projection` (see
     `cross_entropy.projected_cross_entropy`). hidden: [targets, hidden size]."""
     rows = rows_at_once(projection, hidden) or max(1, len(hidden))
     if torch.is_grad_enabled() and is_multiplied_once(projection, hidden.dtype):
@@ -123,7 +123,7 @@ def projected_divergence(
         return loss_sum
     loss_sum = hidden.new_zeros((), dtype=torch.float32)
     first = 0
-    for some in hidden.split(rows):  # without targets one chunk of no rows, which gives all weights a gradient of zeros
+    for some in hidden.split(rows):  # no targets make one empty chunk, which gives all weights a gradient of zeros
         if torch.is_grad_enabled():
             loss = checkpoint(_projected, project, some, block_loss, first, use_reentrant=False)
         else:
@@ -146,7 +146,7 @@ def divergence_of_logits(logits: Tensor, block_loss: BlockDivergence, first: int
 def measured_divergence(
     project: Project, hidden: Tensor, block_loss: BlockDivergence, rows: int
 ) -> tuple[Tensor, Measured]:
-    """Return the sum of the losses without gradients, and what an evaluation reports beside it. rows: of a chunk."""
+    """Return the sum of the losses without gradients, and the other sums that an evaluation reports. rows: targets per chunk."""
     loss_sum = hidden.new_zeros((), dtype=torch.float32)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     first = 0
@@ -160,7 +160,7 @@ def measured_divergence(
 
 
 def _text_sums(student_logits: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
-    """Sum cross entropy of the student, hits, cross entropy of the teacher, float64 [3]."""
+    """Return the sums of the student's cross entropy, its correct targets and the teacher's cross entropy, float64 [3]."""
     target_ids = targets[:, None]
     losses = [-torch.log_softmax(logits, dim=-1).gather(1, target_ids).sum() for logits in (student_logits, taught)]
     correct = (student_logits.argmax(dim=-1) == targets).sum()

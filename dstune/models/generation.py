@@ -15,7 +15,7 @@ from dstune.core.errors import Problem, UserError
 
 def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
     """Return the tokens that end a text: those of the model's generation settings, and `stops`. Raises UserError if the settings
-    have something else than token ids."""
+    have anything other than token ids."""
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
     tokens = {token for token in [*several, *stops] if token is not None}
@@ -36,15 +36,15 @@ def generation_inputs(
     under transformers 5, and the answers are other ones from the first token on.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    disabled = "generate" in vars(model)  # how peft switches a trained prompt off
-    if model.config.is_encoder_decoder:  # whose answer begins with one token of its own, not with the prompt
+    disabled = "generate" in vars(model)  # peft switches a trained prompt off in this way
+    if model.config.is_encoder_decoder:  # its output starts with one token of its own, not with the prompt
         return model, inputs, 1
     if not hasattr(model, "prompt_encoder") or disabled:
         return model, inputs, input_ids.shape[1]
     batch, count = len(input_ids), model.active_peft_config.num_virtual_tokens
     mask = functional.pad(attention_mask, (count, 0), value=1)
     prompt = model.get_prompt(batch)
-    if not isinstance(prompt, torch.Tensor):  # keys and values: as if so many tokens had been read already
+    if not isinstance(prompt, torch.Tensor):  # keys and values count as tokens that have been read already
         rows = functional.pad(input_ids, (count, 0))
         return (
             model.get_base_model(),
@@ -94,7 +94,7 @@ def generate_answers(
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                # A model's own sampling settings (SmolLM2: temperature 0.2) would be warned about and not used.
+                # Without these, transformers would warn that it ignores a model's sampling settings (SmolLM2: temperature 0.2).
                 temperature=None,
                 top_p=None,
                 top_k=None,

@@ -76,8 +76,8 @@ def _adapted(kind: str) -> dict[str, Any]:
 
 
 def _config(values: Mapping[str, Any]) -> PretrainedConfig:
-    """Read the configuration as transformers reads it from a file, which writes infinity and the like in a way of its own."""
-    # What is stored in few bits is trained, and counted, as what it stands for; code of a model's own is not run.
+    """Read the configuration as transformers does from a file, since it has its own notation for infinity and similar values."""
+    # Weights stored in few bits are trained and counted as the values that they represent. A model's own code is not run.
     plain = {key: value for key, value in values.items() if key not in ("quantization_config", "auto_map")}
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(plain), encoding="utf-8")
@@ -110,7 +110,7 @@ def main() -> None:
     for values in request["configs"]:
         try:
             answers.append(inventory(values, request["head"], request["labels"]))
-        except Exception as error:  # of a stranger's file: any kind
+        except Exception as error:  # a stranger's file can cause any error
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
             answers.append({"error": f"{type(error).__name__}: {lines[0][:200]}"})
     json.dump(answers, sys.stdout)

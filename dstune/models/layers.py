@@ -14,8 +14,8 @@ from dstune.zero.parts import full_count
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of a model's parameters by depth. Each parameter is in one part, a tied one by its first name; parameters that no row
-    reaches (`models.unreached`) are in none."""
+    """Names of a model's parameters by depth. Each parameter is in one part, a tied one by its first name; parameters that
+    rows never reach (`models.unreached`) are in none."""
 
     embeddings: tuple[str, ...]
     """Parameters before the first block: embeddings of tokens and positions. A tied vocabulary projection is the same weight."""

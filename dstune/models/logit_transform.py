@@ -1,4 +1,4 @@
-"""What a model does with the logits of its vocabulary projection: Gemma caps them, Cohere and Granite scale them."""
+"""Transforms logits as a model does after its vocabulary projection: Gemma caps them, Cohere and Granite scale them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 CAPS = ("final_logit_softcapping",)
 """Settings of transformers whose value is a cap."""
 SCALES = ("logit_scale", "logits_scaling")
-"""Settings that logits are multiplied with, or divided by: a probe tells which."""
+"""Settings by which a model multiplies or divides its logits. Only a probe can tell which."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LogitTransform:
     scale: float = 1.0
     cap: float | None = None
     switches: tuple[tuple[Any, str, Any], ...] = ()
-    """(object, attribute, value with which it does nothing) of the settings that the model reads."""
+    """(object, attribute, value without effect) of each setting that the model reads."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -31,14 +31,14 @@ class LogitTransform:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def before(self, gradient: Tensor, transformed: Tensor) -> Tensor:
-        """Return the gradient for what goes in, of that for what comes out."""
+        """Return the gradient with respect to the input. gradient: with respect to the output, which is `transformed`."""
         if self.cap is not None:
             gradient = gradient * (1 - (transformed / self.cap).square())
         return gradient * self.scale if self.scale != 1.0 else gradient
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Hand out the logits of the projection as they are, within the block."""
+        """Let the model return untransformed logits within the block."""
         values = [(owner, name, getattr(owner, name)) for owner, name, _ in self.switches]
         for owner, name, neutral in self.switches:
             setattr(owner, name, neutral)
@@ -50,7 +50,7 @@ class LogitTransform:
 
 
 def possible_transforms(model: Any) -> list[LogitTransform]:
-    """Return what the settings of `model` may mean; only a probe can tell which of them holds."""
+    """Return the transforms that the settings of `model` may mean; only a probe can tell which one is right."""
     config = model.config
     text = config.get_text_config(decoder=True)
     owners = [model, config] if text is config else [model, config, text]

@@ -1,13 +1,13 @@
-"""Root mean square norms (Zhang and Sennrich 2019, arXiv:1910.07467) that keep their input for the backward pass and nothing else.
+"""Root mean square norms (Zhang and Sennrich 2019, arXiv:1910.07467) that keep little more than their input for the backward pass.
 
-transformers writes them as a chain of operations, of which autograd keeps the input in fp32 and the normed input: 6 bytes for
-an element in bf16, where 2 are enough, since all of it follows from the input and one number for each row. Rows are
-worked on in blocks that stay in a CPU's cache: forward and backward pass of 1,024 rows of 576 in bf16 took 3.8 ms on one
-core in place of 7.3 (`benchmarks/norms.py`). The output is that of the chain, to the bit.
+transformers computes them by a chain of operations, for which autograd keeps the input in fp32 and the normed input: 6 bytes for
+an element in bf16. 2 bytes are enough, since everything follows from the input and one number for each row. Rows are computed
+in blocks that stay in a CPU's cache: a forward and backward pass of 1,024 rows of 576 in bf16 took 3.8 ms on one core instead
+of 7.3 ms (`benchmarks/norms.py`). The output equals that of the chain to the bit.
 
-On an accelerator torch has one kernel for all of it (`torch.nn.functional.rms_norm`), which rounds once where Llama's chain rounds
-twice: other bits in a quarter of the entries. It is taken in half precision where a proof on the device finds it no further
-away from fp64 than the model's own norm (`model.fused_norms`).
+On an accelerator, torch has one kernel for the norm (`torch.nn.functional.rms_norm`). It rounds once where Llama's chain rounds
+twice, so a quarter of the entries have other bits. It is used in half precision if a test on the device finds it no further from
+fp64 than the model's own norm (`model.fused_norms`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK_ELEMENTS = 2**17
 
 
 class Kind(Enum):
-    """What becomes of the normed input, which is in fp32."""
+    """What happens to the normed input, which is in fp32."""
 
     rounded = "rounded"
     """It is rounded to the input's format, then multiplied by the weight: Llama, Mistral, Qwen, SmolLM, T5."""
@@ -42,11 +42,11 @@ class Kind(Enum):
 
 
 def use_lean_norms(module: nn.Module, *, fused: bool = False) -> int:
-    """Let every norm of `module` that is one of `Kind` compute as here; returns how many do. fused: by torch's kernel, where the
-    proof allows.
+    """Replace the forward of every norm in `module` that is of a `Kind`; return the number of replaced norms. fused: use torch's
+    kernel if it is exact enough.
 
-    A norm is recognised by what it computes: one whose output on random rows is not met to the bit stays as it is. Call it
-    before DeepSpeed puts hooks on the modules, and after peft has copied those that it trains beside adapters.
+    A norm is recognized by its results: it is replaced only if its output on random rows equals that of a kind to the bit. Call
+    this before DeepSpeed installs hooks on the modules, and after peft has copied the modules that it trains beside adapters.
     """
     count = 0
     kinds: dict[Any, Kind | None] = {}
@@ -67,9 +67,9 @@ def use_lean_norms(module: nn.Module, *, fused: bool = False) -> int:
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """Return what a norm of transformers adds to the mean square; None for a module that looks like no such norm."""
+    """Return the epsilon that a norm of transformers adds to the mean square; None if the module does not look like such a norm."""
     parameters = dict(module.named_parameters())
-    if len(inspect.signature(type(module).forward).parameters) != 2:  # a gate beside the rows, which may be left out
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # a second input, such as an optional gate
         return None
     if type(module).__module__.startswith("torch.") or list(parameters) != ["weight"]:
         return None
@@ -80,18 +80,18 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _kind(norm: nn.Module, epsilon: float) -> Kind | None:
-    """Return the kind of arithmetic whose results are those of `norm` to the bit, found by trying; None if there is none."""
+    """Try all kinds of arithmetic; return the one whose results equal those of `norm` to the bit, or None."""
     generator = torch.Generator().manual_seed(0)
     norm_weight: Any = norm.weight
     dtype, (width,) = norm_weight.dtype, full_shape(norm_weight)
     weight = torch.randn(width, generator=generator).to(dtype)
-    # From rows whose mean square is below epsilon to large ones.
+    # Rows from very small ones, with a mean square below epsilon, to large ones.
     rows = torch.randn(16, width, generator=generator) * torch.logspace(-4, 2, 16)[:, None]
     rows = rows.to(dtype)
     with torch.no_grad():
         try:
             expected = functional_call(norm, {"weight": weight}, (rows,))
-        except Exception:  # it wants something else than rows
+        except Exception:  # it takes something other than rows
             return None
         for kind in Kind:
             output = lean_norm(rows, weight, epsilon, kind)
@@ -101,7 +101,7 @@ def _kind(norm: nn.Module, epsilon: float) -> Kind | None:
 
 
 def norms_computed_here(module: nn.Module) -> tuple[int, int, set[Kind]]:
-    """Count the norms that torch's kernel computes, and those computed in blocks of rows; also the kinds of the latter."""
+    """Return the number of norms that torch's kernel computes, the number computed in blocks, and the kinds of the latter."""
     forwards = [layer.forward for layer in module.modules() if isinstance(layer.forward, partial)]
     ours = [(forward.args[2], bool(forward.args[3])) for forward in forwards if forward.func is _forward]
     by_kernel = sum(kernel for _, kernel in ours)
@@ -109,15 +109,15 @@ def norms_computed_here(module: nn.Module) -> tuple[int, int, set[Kind]]:
 
 
 NO_KERNEL = {Kind.shifted: "torch's kernel would round 1 + weight"}
-"""Why torch's kernel never computes a kind of norm: it takes the factor in the input's format, and 1 + weight rounded to bf16
-is off by up to 2**-9, as much again as the rounding of the output."""
+"""Kinds that torch's kernel never computes, and why: it takes the factor in the input's format, and rounding 1 + weight to bf16
+adds an error of up to 2**-9, as much as the rounding of the output."""
 CLOSE = 1.05
-"""The kernel's error may be this many times the model's own: both are rounding."""
+"""Largest accepted ratio of the kernel's error to that of the model's norm: both are rounding errors."""
 
 
 @cache
 def is_as_exact(kind: Kind, epsilon: float, width: int, dtype: torch.dtype) -> bool:
-    """Return whether torch's kernel on this accelerator is no further away from fp64 than the model's norm, in its output and in
+    """Return whether torch's kernel on this accelerator is as close to fp64 as the model's norm (within `CLOSE`), in its output and
     both gradients."""
     if kind in NO_KERNEL or dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -145,22 +145,22 @@ def is_as_exact(kind: Kind, epsilon: float, width: int, dtype: torch.dtype) -> b
 
 
 def _forward(norm: nn.Module, epsilon: float, kind: Kind, kernel: bool, hidden_states: torch.Tensor) -> torch.Tensor:
-    weight: Any = norm.weight  # at each call: ZeRO-3 and trials of other weights put another tensor there
+    weight: Any = norm.weight  # read at each call: ZeRO-3 and trials of other weights replace the tensor
     if kernel and hidden_states.dtype is weight.dtype and not hidden_states.is_cpu:
         return functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
     return lean_norm(hidden_states, weight, epsilon, kind)
 
 
 def lean_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
-    """Return the norm of the last dimension of `rows`, [..., width], by `weight`, [width]."""
-    if not torch.is_grad_enabled():  # while text is generated, where what autograd notes down takes as long as the norm
+    """Return `rows`, [..., width], normed over the last dimension and multiplied by the factor of `weight`, [width]."""
+    if not torch.is_grad_enabled():  # in generation, the bookkeeping of autograd would take as long as the norm
         return _norm(rows, weight, epsilon, kind)[0]
     output: torch.Tensor = _LeanNorm.apply(rows, weight, epsilon, kind)
     return output
 
 
 def _norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the normed rows, and 1 / root of the mean square of each, fp32 [all rows, 1]."""
+    """Return the normed rows, and 1 / root mean square of each row, fp32 [all rows, 1]."""
     flat = rows.reshape(-1, rows.shape[-1])
     rounded = kind is Kind.rounded
     output = torch.empty_like(flat, dtype=torch.promote_types(rows.dtype, weight.dtype) if rounded else rows.dtype)
@@ -215,12 +215,12 @@ class _LeanNorm(torch.autograd.Function):
 
 
 def _factor(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Return what a normed row is multiplied by, in fp32."""
+    """Return the factor of normed rows, fp32 [width]."""
     return 1.0 + weight.float() if kind is Kind.shifted else weight.float()
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the same rows of all tensors, as many at a time as fit a CPU's cache; on a GPU all of them."""
+    """Yield the same block of rows of all tensors, small enough for a CPU's cache; on an accelerator, all rows at once."""
     count = max(1, len(tensors[0]))
     if tensors[0].device.type == "cpu":
         count = max(1, BLOCK_ELEMENTS // tensors[0].shape[-1])
