@@ -144,7 +144,10 @@ def story(folder: Path, say: Say) -> dict[str, Any]:
     ]
     topics.write(folder / "canaries.jsonl", canaries)
     gates = {"tests": ["frozen.jsonl"], "slices": ["topic"], "canaries": "canaries.jsonl", "margin": 0.03}
-    config = place.configure("first", "serving", share=0.25, gates=gates, least_rows=100)
+    # At the rate of a first training, and half of the rows old ones, the candidate loses what it knew, and is refused.
+    steps = [*(word for word in TRAINING if "lr=" not in word), "optimizer.lr=1e-3", "trainer.max_steps=200"]
+    settings = {"share": 0.25, "gates": gates, "least_rows": 100, "replay": 0.8, "overrides": steps}
+    config = place.configure("first", "serving", **settings)
     monitor = ("monitor", str(run), "--data", "serving", "--window", "1h", "--fail-on-drift", "--json", "--checks", "2")
 
     with server(place, "assistant=first", "--log-requests") as url:
