@@ -1,6 +1,6 @@
-"""The proof that a run trains what a server would make the model write: samples against transformers' own rendering.
+"""Prove that a run trains what a server would make the model write: compare samples with transformers' own rendering.
 
-Nothing here shares code with the way in which samples are made, apart from the list of tokens that end a turn.
+This module shares no code with the making of samples, apart from the list of tokens that end a turn.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PROOF_SECONDS = 5.0
 
 
 _FOLLOWS = "qzfollows"
-"""What a made-up message says."""
+"""The text of a made-up message."""
 
 _EMPTY_THOUGHT = re.compile(r"[<\[\u25c1].*(?:think|thought|reason).*[>\]\u25b7]", re.S | re.I)
-"""What a prompt may print beyond the conversation, apart from white space."""
+"""What a prompt may contain beyond the conversation, apart from white space."""
 
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
-"""What a template raises that refuses a conversation."""
+"""Errors that a template may raise to refuse a conversation."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Served:
     """A turn as a server sees it, in tokens."""
 
     number: int
-    """Of the message."""
+    """Index of the message."""
     prompt: list[int]
-    """What the model reads."""
+    """The tokens that the model reads."""
     target: list[int]
-    """What it is to write, without the token that ends it."""
+    """The tokens that the model should write, without the one that ends the turn."""
     stop: int | None
-    """The token that ends it: the template's, else the one that opens the next message."""
+    """The token that ends the turn: the template's, otherwise the one that opens the next message."""
     by_text: bool = False
-    """It ends with text, which is a part of the target."""
+    """Whether the turn ends with text, which is then part of the target."""
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of what is to be written."""
+        """Number of tokens in the prompt, the target and the stop."""
         return len(self.prompt) + len(self.target) + (not self.by_text)
 
 
@@ -102,8 +102,8 @@ class Server:
         return [self.facts.adapted(message) for message in unweighted]
 
     def marks(self, row: Mapping[str, Any], ids: list[int], max_length: int) -> list[bool] | None:
-        """Return which tokens of a sample the template marks (`{% generation %}`), where it is the conversation or a beginning
-        of it."""
+        """Return whether the template marks each token of a sample (`{% generation %}`); None if the sample is neither the
+        conversation nor a beginning of it."""
         messages = self._messages(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         for end in dict.fromkeys([len(messages), *(number + 1 for number in answers)]):
@@ -133,8 +133,8 @@ class Server:
         return None
 
     def counted(self, turn: Served, marks: list[bool]) -> list[bool]:
-        """Return which tokens of the target and of the stop behind it count. Marks that leave out nothing but tags and white
-        space at the end mean the stop as well."""
+        """Return whether each token of the target and the stop after it counts. If marks leave out only tags and white space at the
+        end, the stop counts as well."""
         start, length = len(turn.prompt), len(turn.target) + 1
         inside = [*marks[start : start + length], *[False] * length][:length]
         if True not in inside:

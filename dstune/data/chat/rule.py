@@ -32,7 +32,7 @@ _TAGS = re.compile(r"<[^<>]*>|\s")
 
 
 class RuleError(ValueError):
-    """The target of a turn cannot be told; the text says why."""
+    """The target of a turn cannot be determined; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Stops:
     """What ends a turn."""
 
     tokens: frozenset[str]
-    """Tokens at which a server stops: of the generation settings, of the tokenizer, and those that the template prints."""
+    """Tokens at which a server stops: those of the generation settings, of the tokenizer, and those that the template prints."""
     plain: str = ""
-    """Text behind every turn, of a template that ends turns with no token."""
+    """The text after every turn, if the template ends turns without a token."""
     trailing: str = ""
-    """What F prints behind the answer in that case; it starts with `plain`."""
+    """What F prints after the answer in that case; it starts with `plain`."""
     supplied: Mapping[bool, str] = field(default_factory=dict)
-    """By whether a turn calls tools: the token that opens the next message, where F prints no end."""
+    """By whether a turn calls tools: the token that opens the next message, if F prints no end."""
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -62,12 +62,13 @@ class Turn:
     prompt: str
     """P."""
     answered: str
-    """F, with the stop behind it where the template prints none."""
+    """F, followed by the stop if the template prints none."""
     body: str
     """What the model writes before it stops."""
     stop: str
     moved: int | None = None
-    """Where P does not begin F, and `answered` is P with what F adds: by how many characters that is further back than in F."""
+    """If P does not begin F, `answered` is P with what F adds; this is the number of characters by which that text is later than in
+    F."""
 
     @property
     def start(self) -> int:
@@ -90,7 +91,7 @@ class Place:
     """Where the stop is."""
     end: int
     spans: tuple[Span, ...]
-    """The characters that count in the loss, within [start, end); all of them unless the template marks fewer."""
+    """The characters that count in the loss, within [start, end): all of them unless the template marks fewer."""
     label: tuple[int, str] | None = None
     """Where the text goes on with another token than the stop: its first character, and the stop."""
 
@@ -104,7 +105,7 @@ class Passage:
 
 
 def alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern of any of `tokens`, the longest first; of none, one that never matches."""
+    """Return a pattern that matches any of `tokens`, the longest first; without tokens, one that never matches."""
     ordered = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
