@@ -18,7 +18,7 @@ from dstune.tracking.trials import FINISHED, SWEEP_FILE, Record, ranked
 
 
 def best_commands(sweep: Path, records: Sequence[Record], objective: str) -> list[str]:
-    """Return what trains the best trial again by itself, and what exports it; empty where none has come to its end."""
+    """Return the commands that train the best trial again on its own and export it; empty if no trial has completed."""
     ended = [
         record
         for record in ranked(records, objective)
@@ -33,7 +33,7 @@ def best_commands(sweep: Path, records: Sequence[Record], objective: str) -> lis
         values = [f"{key}={literal(value)}" for key, value in best.values.items()]
     except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError, KeyError, UserError):
         return []
-    folder = sweep / "best"  # what the trial exported at its end is in the way of another export there
+    folder = sweep / "best"  # the trial's own export folder already contains an export
     export = ["dstune", "export", str(sweep / best.name), "--out", str(folder)]
     return [redact(shlex.join(["dstune", "train", *fixed, *values])), shlex.join(export)]
 

@@ -1,4 +1,4 @@
-"""What fine-tuning changed: answers to probes and recited rows before and after, from a run's `safety.json`."""
+"""Shows what fine-tuning changed: answers to probes and recited rows before and after, from a run's `safety.json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Line:
     difference: str
     verdict: str
     is_good: bool | None = None
-    """Whether the verdict is one for the better; None where there is none."""
+    """Whether the verdict is an improvement; None without a verdict."""
     remark: str = ""
 
 
@@ -61,7 +61,7 @@ def changed(run: RunFiles) -> Changed | None:
         return _unmeasured(run)
     try:
         return _section(changes_of_run)
-    except (TypeError, LookupError, ValueError, AttributeError):  # somebody else's file may hold anything
+    except (TypeError, LookupError, ValueError, AttributeError):  # a stranger's file may contain anything
         return None
 
 

@@ -1,8 +1,8 @@
 """Line charts as numbers for the template: an SVG that stretches to any width, with axis labels beside it in HTML.
 
-Drawn here and not in the browser, so that the page shows its curves without scripts, on paper and in a test. (A chart
-library that draws on a canvas, uPlot's 50 kB for one, would need its script for all of that and draw again for each
-theme.) The script of the page only adds the values under the pointer.
+Charts are drawn here and not in the browser, so that the page shows its curves without scripts, on paper and in tests. (A library
+that draws on a canvas, such as uPlot with 50 kB, would need its script for all of that, and redraw for each theme.) The script of
+the page only adds the values under the pointer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dstune.report.series import Series, thinned
 SIZE = 1000
 """The drawing is SIZE by SIZE units, stretched to the plot's real width and height."""
 DOTS_UP_TO = 24
-"""A curve of so few points shows each."""
+"""Curves with at most this many points show each point."""
 LOG_RATIO = 200.0
 """Positive values that span more than this are drawn on a logarithmic axis: one spike would flatten all others."""
 COLOURS = 8
@@ -59,7 +59,7 @@ class Chart:
     hover: dict[str, Any]
     """Steps, and each curve's values and heights, for the script."""
     summary: str
-    """What the picture says, for readers that do not see it."""
+    """The content of the chart as text, for readers who cannot see it."""
     metric: str = ""
 
 
@@ -71,7 +71,7 @@ class _Axis:
     ticks: list[tuple[float, str]] = field(default_factory=list)
 
     def at(self, value: float) -> float:
-        """Return share of the axis below `value`, from 0 to 1."""
+        """Return the share of the axis below `value`, from 0 to 1."""
         low, high = self.low, self.high
         if self.logarithmic:
             value, low, high = math.log10(value), math.log10(low), math.log10(high)
@@ -91,8 +91,8 @@ def draw(
 ) -> Chart:
     """Return the chart of `lines`. span: first and last step of the page, so that its charts stand above each other.
 
-    from_zero: the axis begins at 0 (quantities whose size is the point: memory, tokens per second). tall: there is room
-    for more ticks.
+    from_zero: whether the axis starts at 0, for quantities whose absolute size matters (memory, tokens per second). tall: whether
+    there is room for more ticks.
     """
     across = _Axis(span[0], max(span[1], span[0] + 1))
     up = _vertical([value for line in lines for value in line.series.finite], from_zero, 7 if tall else 4)
@@ -162,7 +162,7 @@ def _drawn(line: Line, across: _Axis, up: _Axis) -> dict[str, Any]:
         "colour": line.colour % COLOURS,
         "dashed": line.colour >= COLOURS,
         "faint": line.faint,
-        # A line of one point has no length; a point between two gaps neither.
+        # A line of one point has no length, nor has a point between two gaps.
         "dots": points if not line.faint and len(points) <= DOTS_UP_TO else [],
     }
 

@@ -68,7 +68,7 @@ def _default_target(folders: list[Path], runs: list[Path]) -> Path:
 
 
 def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:
-    """Write the report of a run, or a sweep, that has ended. Whatever goes wrong here is told and costs the run nothing."""
+    """Write the report of a run or sweep that has ended. Any failure is only reported, since it must not fail the run."""
     try:
         if is_sweep(run_dir):
             sweep_page.write(run_dir, run_dir / REPORT_FILE)

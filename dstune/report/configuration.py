@@ -1,4 +1,4 @@
-"""The configuration of runs as rows: what was given, what differs from the defaults, what differs between runs."""
+"""Lists the configuration of runs: overridden keys, differences from the defaults, and differences between runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Entry:
     changed: bool
     """Whether it differs from the schema's default (an experiment or a group's choice may have set it)."""
     reference: bool
-    """Whether the value is taken from the environment; only its name is known here."""
+    """Whether the value comes from an environment variable, of which only the name is known here."""
     meaning: str
 
 
@@ -34,7 +34,7 @@ class Entry:
 class Section:
     name: str
     choice: str
-    """The group's choice (`lora`) where it has several; else empty."""
+    """The group's choice (`lora`) if it has several; otherwise empty."""
     given: bool
     """Whether an override chose it."""
     entries: list[Entry]
@@ -78,12 +78,12 @@ def flatten(value: Any, key: str) -> dict[str, str]:
 
 
 def _is_given(key: str, given_keys: set[str]) -> bool:
-    """Return whether a key is given, also where an override set the whole mapping that `key` is in (`data.columns={...}`)."""
+    """Return whether a key was overridden, by itself or with the whole mapping that contains it (`data.columns={...}`)."""
     return any(key == name or (key.startswith(f"{name}.") and "." in name) for name in given_keys)
 
 
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """Return the keys in which `runs` differ, each with its value in every run (an empty text where a run lacks it)."""
+    """Return the keys in which `runs` differ, each with its value in every run (empty if a run lacks the key)."""
     flat = [flatten(run.config, "") for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     rows = []
@@ -95,7 +95,7 @@ def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def one_line(run: RunFiles) -> str:
-    """Return what was trained how, in a few words: `sample://smollm2 · full · ZeRO-3`."""
+    """Return a short description of model and method: `sample://smollm2 · full · ZeRO-3`."""
     model, task, method, zero = (run.config.get(name) or {} for name in ("model", "task", "method", "zero"))
     facts = [model.get("path"), task.get("name"), method.get("name")]
     stage = f"ZeRO-{zero['stage']}" if "stage" in zero else None

@@ -1,4 +1,4 @@
-"""Which charts a report has, from the metrics that its runs logged."""
+"""Chooses the charts of a report from the metrics that its runs logged."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ NOT_DRAWN = frozenset(
     | {"data_seconds", "forward_seconds", "backward_seconds", "update_seconds"}
     | {"positions_per_second", "targets_per_second"}
 )
-"""Counters that say where a run is, not how it goes. Seconds a step are the inverse of tokens per second."""
+"""Counters that show the progress of a run, not its quality. Seconds per step are the inverse of tokens per second."""
 
 FROM_ZERO = frozenset({"lr", "tokens_per_second", "utilization", "peak_memory_gib"})
 SMOOTHED = frozenset({"loss", "grad_norm", "tokens_per_second", "utilization"})
 
 
 def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[str]) -> list[Chart]:
-    """Draw one chart a metric with one line a run. With one run, its held-out loss is drawn on its training loss, where the
-    distance of the two shows overfitting."""
+    """Draw one chart per metric, with one line per run. With a single run, held-out and training loss share a chart, where their
+    distance shows overfitting."""
     names = dict.fromkeys(name for name in TITLES if any(name in run_curves for run_curves in curves))
     names |= dict.fromkeys(name for run_curves in curves for name in run_curves if name not in NOT_DRAWN)
     steps = [

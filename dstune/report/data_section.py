@@ -1,4 +1,4 @@
-"""What happened to the rows, from `data_report.json`: counts, cleaning, lengths and sources of each part."""
+"""Shows what happened to the rows, from `data_report.json`: counts, cleaning, lengths and sources of each part."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _changes(augment: Mapping[str, Any]) -> str:
 
 
 def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:
-    """Return the lengths of a part's rows before they are cut; None where they were not counted."""
+    """Return the histogram of a part's row lengths before truncation; None if they were not counted."""
     from dstune.data import statistics
 
     try:
@@ -178,7 +178,7 @@ def _share(count: Any, total: Any) -> str:
 
 
 def _steps(counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the steps of cleaning that did something."""
+    """Return the steps of cleaning that had an effect."""
     steps = section(dict(counts), "clean")
     return {name: entry for name, entry in steps.items() if isinstance(entry, dict) and any(entry.values())}
 

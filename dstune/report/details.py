@@ -1,4 +1,4 @@
-"""Tables of what evaluations tell beside their metrics: types of entities, slices, watched rows, swapped terms."""
+"""Tables of evaluation results beyond plain metrics: entity types, slices, watched rows, swapped terms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each key of a sweep matters to what its trials reached."""
+"""Estimates how much each key of a sweep matters for the results of its trials."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 LEAST_TRIALS = 3
 """For each key: fewer say more about chance than about the keys."""
 MOST_LEVELS = 16
-"""Of a key with more values so many quantiles are looked at."""
+"""Number of quantiles that are used for a key with more values."""
 LOG_RATIO = 20.0
-"""Positive numbers that span more than this are compared by their logarithm."""
+"""Positive numbers whose largest exceeds the smallest by more than this factor are compared by their logarithm."""
 
 
 def shares(values: Sequence[Mapping[str, Any]], reached: Sequence[float]) -> dict[str, float]:
-    """Return for each key the share of the variance of the objective that it alone explains, the largest first; empty for too few
-    trials or where all reached the same.
+    """Return, for each key, the share of the objective's variance that it explains alone, the largest first; empty if there are too
+    few trials or all reached the same value.
 
-    A forest of extremely randomised trees is fitted to the trials. For each value of a key the prediction is averaged over all
-    trials with that value put into them; the variance of these averages, over that of the predictions, is the key's share:
-    the first-order part of functional ANOVA (Hutter et al. 2014) with the means of partial dependence (Greenwell et al. 2018,
-    arXiv:1805.04755). Of a full grid these are the main effects. What keys do together is in no share.
+    A forest of extremely randomized trees is fitted to the trials. For each value of a key, the prediction is averaged over all
+    trials with that value inserted. The key's share is the variance of these averages divided by that of the predictions: the
+    first-order part of functional ANOVA (Hutter et al. 2014) with the means of partial dependence (Greenwell et al. 2018,
+    arXiv:1805.04755). For a full grid these are the main effects. Interactions of keys are part of no share.
     """
     keys = list(dict.fromkeys(key for trial_values in values for key in trial_values))
     if not keys or len(values) < max(4, LEAST_TRIALS * len(keys)):

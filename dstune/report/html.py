@@ -1,4 +1,4 @@
-"""The templates as HTML: everything escaped, style and script inside the page, nothing from outside."""
+"""Renders the templates as HTML: everything is escaped, style and script are part of the page, nothing is loaded from outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `method=importance` found: tensors by score, and the ranks by gradients beside those by ablation."""
+"""Shows the results of `method=importance`: tensors by score, and their ranks by gradients compared with those by ablation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Importance:
 
 
 def importance(run_dir: Path) -> Importance | None:
-    """Return the section of a run; None where there is no whole importance.json."""
+    """Return the section of a run; None if it has no complete importance.json."""
     try:
         return _section(parse_json(read_file(run_dir / "importance.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""How the report writes numbers, and which numbers stand at an axis."""
+"""Formats the numbers of the report, and chooses the ticks of its axes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ THIN_SPACE = "\u2009"
 MINUS = "\u2212"
 TIMES = "\u00d7"
 NONE = "\u2013"
-"""Stands for a number that there is not."""
+"""Shown instead of a missing number."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -27,7 +27,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def short(value: float | None) -> str:
-    """Write large counts as people say them: 812, 12.4k, 3.1M, 2.0B."""
+    """Return a count in short form: 812, 12.4k, 3.1M, 2.0B."""
     if value is None:
         return NONE
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):

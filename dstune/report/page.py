@@ -1,4 +1,4 @@
-"""The page: what of the runs is shown, in which order, and the HTML of it."""
+"""Builds the page: selects and orders the content about its runs, and renders the HTML."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunView:
 
 
 def write(runs: Sequence[Path], target: Path) -> None:
-    """Write the report of `runs` (directories of runs) to `target`, whole or not at all.
+    """Write the report of `runs` (directories of runs) to `target` atomically.
 
     Raises:
         UserError: a `run.yaml` that cannot be read.
@@ -59,7 +59,8 @@ def write(runs: Sequence[Path], target: Path) -> None:
 
 
 def of_foreign(make: Callable[[], str], where: str) -> str:
-    """Return a page of files that somebody else may have written. Raises UserError where they hold what dstune does not write."""
+    """Return a page about files that a stranger may have written. Raises UserError if they contain anything that dstune does not
+    write."""
     try:
         return make()
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
@@ -112,7 +113,7 @@ def _run_view(run: RunFiles, label: str, position: int, metrics: Mapping[str, Se
 
 
 def _labels(runs: Sequence[RunFiles]) -> list[str]:
-    """Return a name for each run that no other has: `run.name`, else as much of the path as it takes."""
+    """Return a unique name for each run: `run.name`, or as much of its path as is needed."""
     for names in ([run.name for run in runs], [run.path.name for run in runs]):
         if len(set(names)) == len(runs):
             return names
@@ -142,7 +143,7 @@ def _hardware(run: RunFiles) -> str:
 
 
 def _confusion(run: RunFiles) -> dict[str, Any] | None:
-    """Return the confusion matrix of the last evaluation with the share of each true class; None where there is none."""
+    """Return the confusion matrix of the last evaluation, with shares of each true class; None if there is none."""
     counts = run.result.get("confusion")
     if not counts:
         return None

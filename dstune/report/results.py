@@ -1,4 +1,4 @@
-"""The figures of a run: what it reached, and what that cost."""
+"""The figures of a run: its results and their cost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAMES = {
 
 
 def plain_name(metric: str) -> str:
-    """Return a metric as people call it."""
+    """Return the usual name of a metric, for readers."""
     return NAMES.get(metric) or metric.replace("_", " ")
 
 
