@@ -1,1 +1,1 @@
-"""`dstune import`: configurations of axolotl, LLaMA-Factory, ms-swift and TRL as experiments. One table for each tool."""
+"""`dstune import`: configurations of axolotl, LLaMA-Factory, ms-swift and TRL as experiments. Each tool has a table of its keys."""

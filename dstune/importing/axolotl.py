@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "dataset_exact_deduplication": False,
     "seed": 42,
 }
-"""What axolotl does where its file is silent and dstune would do something else."""
+"""Defaults of axolotl that differ from those of dstune."""
 
 
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
@@ -38,7 +38,7 @@ DEFAULTS_BY_LOSS: dict[str, dict[str, Any]] = {
     "simpo": {"rl_beta": 0.1, "simpo_gamma": 0.5},
     **{loss: {"rl_beta": 0.1} for loss in ("dpo", "ipo", "kto")},
 }
-"""What it does besides with a value of `rl`."""
+"""Further such defaults by the value of `rl`."""
 PAIR_COLUMNS = {
     "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
     "intel": {"prompt": "question"},
@@ -51,7 +51,7 @@ JUDGED_COLUMNS = {"argilla": {"prompt": "instruction"}, "intel": {"prompt": "que
 
 
 def defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what axolotl does where the file is silent."""
+    """Return the defaults of axolotl that matter for the kind of training in the file."""
     return {**DEFAULTS, **DEFAULTS_BY_LOSS.get(str(raw.get("rl")), {})}
 
 
@@ -60,7 +60,7 @@ def recognised(raw: Mapping[str, Any]) -> bool:
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of training that is not imported."""
+    """Raise UserError for a kind of training that is not imported."""
     if (loss := raw.get("rl")) and loss not in (*LOSSES, POLICY):
         raise UserError(Problem("rl", f"{loss} is not supported", f"one of {', '.join((*LOSSES, POLICY))}", str(loss)))
     if raw.get("process_reward_model"):
@@ -318,7 +318,7 @@ def validation(imported: Import, value: Any) -> None:
     pair = _source(imported, value[0])
     if pair:
         imported.put("data.validation", pair[0].path)
-        temporary = Import(imported.raw, imported.ranks)  # what is wrong with the training sources is told with them
+        temporary = Import(imported.raw, imported.ranks)  # problems of the training sources are reported with them
         training = [_source(temporary, entry) for entry in imported.get("datasets", [])]
         report_lost_settings(imported, pair[0], [other[0] for other in training if other])
     if len(value) > 1:
@@ -359,7 +359,7 @@ def tiled_mlp(imported: Import, value: Any) -> None:
 
 
 TILES = 8
-"""Where the file gives no number: axolotl derives one from the lengths of rows."""
+"""Used if the file gives no number: axolotl derives one from the lengths of rows."""
 
 
 def number_of_tiles(imported: Import, value: Any) -> None:

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check_output(output: Path, force: bool) -> None:
-    """Raises UserError for a file that would not be found as `experiment=NAME`, or that exists."""
+    """Raise UserError for a file that `experiment=NAME` would not find, or that exists."""
     if output.suffix != ".yaml":
         fix = "give a name that ends in .yaml"
         raise UserError(Problem("--output", "an experiment is found in a .yaml file only", fix, str(output)))
@@ -91,7 +91,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def report(experiment: Experiment, output: Path | None) -> str:
-    """Return what was carried, what not and why, what was assumed, and how to go on."""
+    """Return which keys were converted, which were not and why, the assumptions, and the next steps."""
     lines = [
         f"{experiment.tool}: {len(experiment.carried)} keys carried, {len(experiment.dropped)} not or not to the letter"
     ]

@@ -76,7 +76,7 @@ def method_of_lora(
     switches: Mapping[str, str],
     four_bits: bool,
 ) -> None:
-    """Carry the settings of LoRA. switches: keys of the other tool that say the same as one of ours."""
+    """Convert the settings of LoRA. switches: keys of the other tool that have the meaning of one of ours."""
     imported.choose("method", "qlora" if four_bits else "lora")
     imported.put("method.rank", int(imported.get(rank, 16)))
     imported.put("method.alpha", float(imported.get("lora_alpha", 2 * int(imported.get(rank, 16)))))
@@ -97,7 +97,7 @@ def method_of_lora(
 
 
 def four_bits(imported: Import, value: Any) -> None:
-    """Note a key that is looked at together with the adapter."""
+    """Note a key that is evaluated together with the adapter."""
     adapters = imported.get("use_peft") or imported.get("adapter") or imported.get("finetuning_type") == "lora"
     if value and adapters:
         imported.note("method")
@@ -114,7 +114,7 @@ def quantized(imported: Import, value: Any) -> None:
 
 
 def global_batch(imported: Import, micro: str, accumulation: str) -> None:
-    """Count the rows of a step: the tools multiply what a rank does by the number of ranks; dstune's number stays."""
+    """Compute the rows of a step: the tools multiply the rows of a rank by the number of ranks; dstune's number is the total."""
     rows, steps = int(imported.get(micro, 1)), int(imported.get(accumulation, 1))
     imported.values["trainer.micro_batch_size"] = "auto" if imported.get("auto_find_batch_size", False) else rows
     imported.values["trainer.global_batch_size"] = rows * steps * imported.ranks
@@ -218,7 +218,7 @@ def min_lr_ratio(imported: Import, value: Any) -> None:
 
 
 def warmup(imported: Import, value: Any) -> None:
-    """Carry the warm-up: `warmup_steps` wins over `warmup_ratio`; a number below 1 is a ratio."""
+    """Convert the warm-up: `warmup_steps` takes precedence over `warmup_ratio`; a number below 1 is a ratio."""
     if imported.get("lr_scheduler_type", imported.get("lr_scheduler")) == "constant":
         imported.drop("a constant rate has no warm-up in that tool", MEANINGLESS)
     elif imported.current == "warmup_ratio" and imported.get("warmup_steps"):
@@ -262,7 +262,7 @@ def fsdp(imported: Import, value: Any) -> None:
 
 
 def steps_between(key: str, strategy: str) -> Rule:
-    """Return optimizer steps, or below 1 a share of the run, unless the key `strategy` says otherwise."""
+    """Return a number of optimizer steps or, below 1, a share of the run, unless the key `strategy` says otherwise."""
 
     def rule(imported: Import, value: Any) -> None:
         if imported.get(strategy) not in (None, "steps"):
@@ -410,7 +410,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "use_liger_kernel": missing(LIGER),
     "include_num_input_tokens_seen": own_way("tokens are in metrics.jsonl"),
 }
-"""Arguments of the Hugging Face Trainer, which TRL and LLaMA-Factory take as they are."""
+"""Arguments of the Hugging Face Trainer, which TRL and LLaMA-Factory accept unchanged."""
 
 HUGGING_FACE_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -423,4 +423,4 @@ HUGGING_FACE_DEFAULTS: dict[str, Any] = {
     "group_by_length": False,
     "seed": 42,
 }
-"""What the Hugging Face Trainer does where its file is silent and dstune would do something else."""
+"""Defaults of the Hugging Face Trainer that differ from those of dstune."""

@@ -1,4 +1,4 @@
-"""From the keys of another tool to an experiment that composes."""
+"""Converts the keys of another tool to an experiment that composes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import
 from dstune.importing.rules import apply
 
 USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "auto"}
-"""What `conf/train.yaml` chooses by itself."""
+"""The default choices of `conf/train.yaml`."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an import comes to."""
+    """The result of an import."""
 
     tool: str
     text: str
@@ -34,19 +34,19 @@ class Experiment:
     carried: dict[str, list[str]]
     dropped: dict[str, Dropped]
     off: list[str]
-    """Keys that ask for nothing: empty, or a feature that is switched off."""
+    """Keys without effect: empty, or a feature that is switched off."""
     assumed: list[str]
     problems: list[Problem]
-    """What is wrong with the experiment when it is composed."""
+    """Problems that composing the experiment reports."""
 
 
 def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = None) -> Experiment:
     """Return the experiment for the keys `raw` of `tool`, read from `source`.
 
-    ranks: by which batches of one rank are multiplied; what the file says, else one.
+    ranks: the number by which the batch of one rank is multiplied; by default, that of the file, otherwise 1.
 
     Raises:
-        UserError: the file is for a kind of training that dstune does not have, or its number of ranks is none.
+        UserError: dstune does not have the kind of training, or the file's number of ranks is invalid.
     """
     module = TOOLS[tool]
     module.check(raw)
@@ -78,7 +78,7 @@ def _ranks(processes: Any) -> int:
 
 
 def _without_references(imported: Import) -> None:
-    """Leave out what an experiment would resolve: `${oc.env:HF_TOKEN}` of somebody's file would be this user's token."""
+    """Drop values that an experiment would resolve: `${oc.env:HF_TOKEN}` in a stranger's file would become this user's token."""
     for key, value in list(imported.values.items()):
         if "${" in str(value):
             del imported.values[key]
@@ -86,7 +86,7 @@ def _without_references(imported: Import) -> None:
 
 
 def _finish(imported: Import) -> None:
-    """Carry what several keys together allow or ask for."""
+    """Convert settings that depend on several keys together."""
     values = imported.values
     if "zero" not in imported.choices:
         imported.choices["zero"] = "stage1"
@@ -113,7 +113,7 @@ def _finish(imported: Import) -> None:
 
 
 def _undo(imported: Import, key: str, reason: str, kind: str = MEANINGLESS) -> None:
-    """Take back a value that cannot stay: the keys that it came from are dropped."""
+    """Remove an invalid value: the keys that it came from count as dropped."""
     for foreign_key in [foreign_key for foreign_key, ours in imported.carried.items() if key in ours]:
         imported.drop(reason, kind, key=foreign_key)
 
@@ -128,7 +128,7 @@ def _text(imported: Import, tool: str, source: Path) -> str:
     lines += ["defaults:", *chosen, "  - _self_"]
     tree: dict[str, Any] = {}
     for key in sorted(imported.values, key=list(all_keys()).index):
-        if key == RATE or imported.values[key] != _usual(imported, key):  # left out, the rate would be the method's
+        if key == RATE or imported.values[key] != _usual(imported, key):  # else: the method's rate
             _nest(tree, key.split("."), imported.values[key])
     return "\n".join(lines) + "\n" + (dump(tree) if tree else "")
 
@@ -138,7 +138,7 @@ def _differs(imported: Import, group: str) -> bool:
 
 
 def _usual(imported: Import, key: str) -> Any:
-    """Return the default of a key, which an experiment need not repeat."""
+    """Return the default of a key, which an experiment does not need to repeat."""
     section, *names = key.split(".")
     classes = classes_of(section)
     value: Any = to_dict(classes.get(imported.choices.get(section, ""), next(iter(classes.values())))())
@@ -154,7 +154,7 @@ def _nest(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def problems_of(text: str) -> list[Problem]:
-    """Return what is wrong with an experiment, found by composing it."""
+    """Return the problems of an experiment, found by composing it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "experiment"
         place.mkdir()

@@ -1,4 +1,4 @@
-"""Reading the file of another tool, and telling which tool it is of."""
+"""Reads the file of another tool, and recognizes the tool."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TOOLS: dict[str, ModuleType] = {
     "ms-swift": ms_swift,
     "trl": trl,
 }
-"""The order in which a file is tried: TRL's keys are a part of LLaMA-Factory's."""
+"""The order in which tools are tried: TRL's keys are a subset of LLaMA-Factory's."""
 
 
 class Variable(str):
-    """A word with a variable of the shell in it, whose value the script need not say."""
+    """A word with a shell variable, whose value the script does not necessarily set."""
 
 
 FLAG = re.compile(r"use_|do_|load_in_|bf16|fp16|tf32|(packing|gradient_checkpointing|group_by_length|push_to_hub)$")
-"""Arguments that stand alone: a variable behind one is no value of it."""
+"""Arguments without a value: a variable after one is not its value."""
 MARK = "\0"
 """Stands for a `$` that the shell would replace, since `shlex` does not say what was quoted."""
 TRAINER_KEY = "trainer"
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return the keys of a YAML file, or of the command line in a shell script.
 
     Raises:
-        UserError: the file cannot be read, or holds neither.
+        UserError: the file cannot be read, or contains neither.
     """
     text = _text_of(path, "FILE")
     if path.suffix == ".sh" or text.lstrip().startswith(("accelerate ", "trl ", "torchrun ", "python ", "swift ")):
@@ -61,11 +61,11 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def _with_configuration(arguments: dict[str, Any], script: Path) -> dict[str, Any]:
-    """Return the arguments of `trl NAME --config FILE` with the keys of FILE, which they override; FILE is looked for from here and
-    from the script's folder.
+    """Return the arguments of `trl NAME --config FILE` with the keys of FILE; the arguments take precedence. FILE may be relative
+    to the working directory or the script's folder.
 
     Raises:
-        UserError: the file cannot be read, or holds no keys.
+        UserError: the file cannot be read, or contains no keys.
     """
     name = arguments.get("config")
     if not isinstance(name, str) or isinstance(name, Variable) or TRAINER_KEY not in arguments:
@@ -104,7 +104,7 @@ def of_command(text: str, where: str) -> dict[str, Any]:
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_").replace(MARK, "$")
             value_by_key[key] = _value(value) if equals else True
-        # The script stands behind accelerate's own arguments, and those of the shell behind all.
+        # The script follows accelerate's own arguments, and the shell's arguments follow all others.
         elif key and not word.endswith((".py", f"{MARK}@", f"{MARK}*", "[@]}", "[*]}")):
             value_before, next_value = value_by_key[key], _value(word)
             if isinstance(next_value, Variable) and (value_before is not True or FLAG.match(key)):
@@ -152,7 +152,7 @@ def _marked(quoted: re.Match[str]) -> str:
     text = quoted[0]
     if text == "$":
         return MARK
-    if text == "#":  # inside of a word it begins no comment, which `shlex` does not know
+    if text == "#":  # `#` starts no comment inside a word, which `shlex` does not know
         return "\\#"
     return re.sub(rf"(\\.)|{EXPANDED}", lambda match: match[1] or MARK, text) if text.startswith('"') else text
 
@@ -172,10 +172,10 @@ def _value(word: str) -> Any:
 
 
 def tool_of(raw: dict[str, Any], tool_name: str | None, where: str) -> str:
-    """Return the name of the tool whose keys these are.
+    """Return the name of the tool that these keys belong to.
 
     Raises:
-        UserError: no tool is known by these keys, or `tool_name` is none.
+        UserError: no tool has these keys, or `tool_name` is not a known tool.
     """
     if tool_name is not None:
         if tool_name not in TOOLS:

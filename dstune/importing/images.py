@@ -1,4 +1,4 @@
-"""Rules for what the tools say of images."""
+"""Rules for the settings of the tools about images."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ DEFAULTS: dict[str, Any] = {
     "val_size": 0.0,
     "disable_gradient_checkpointing": False,
 }
-"""What LLaMA-Factory does where its file is silent and dstune would do something else."""
+"""Defaults of LLaMA-Factory that differ from those of dstune."""
 
 
 DEFAULTS_BY_STAGE: dict[str, dict[str, Any]] = {
     "dpo": {"pref_beta": 0.1, "pref_loss": "sigmoid"},
     "kto": {"pref_beta": 0.1},
 }
-"""What it does besides in a stage."""
+"""Further such defaults by stage."""
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 """`pref_loss`, and `task.loss` for it."""
 TASKS = {"sft": "chat", "pt": "causal_lm", "dpo": "preference", "kto": "preference", "rm": "reward"}
@@ -39,7 +39,7 @@ TASKS = {"sft": "chat", "pt": "causal_lm", "dpo": "preference", "kto": "preferen
 
 
 def defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what LLaMA-Factory does where the file is silent."""
+    """Return the defaults of LLaMA-Factory that matter for the kind of training in the file."""
     return {**DEFAULTS, **DEFAULTS_BY_STAGE.get(str(raw.get("stage")), {})}
 
 
@@ -48,7 +48,7 @@ def recognised(raw: Mapping[str, Any]) -> bool:
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of training that is not imported."""
+    """Raise UserError for a kind of training that is not imported."""
     stage = raw.get("stage") or "sft"
     if stage not in TASKS:
         fix = f"a configuration with stage: {', '.join(TASKS)}"
@@ -238,7 +238,7 @@ def eval_dataset(imported: Import, value: Any) -> None:
         imported.put("data.validation", source.path)
         if source.max_rows:
             imported.put("evaluate.max_rows", source.max_rows)
-        temporary = Import(imported.raw, imported.ranks)  # what is wrong with the training sources is told with them
+        temporary = Import(imported.raw, imported.ranks)  # problems of the training sources are reported with them
         training = [_source(temporary, name, info) for name in _names(imported.get("dataset", []))]
         report_lost_settings(imported, source, [other for other in training if other])
     if len(names) > 1:

@@ -15,7 +15,7 @@ from dstune.importing.rules import Rule, missing, own_code, own_way, same, with_
 from dstune.importing.sources import Source, put_sources
 
 COMMAND = "swift"
-"""The key under which a script's command (`swift sft`) is given."""
+"""The key that holds a script's command (`swift sft`)."""
 DEFAULTS: dict[str, Any] = {
     **HUGGING_FACE_DEFAULTS,
     "per_device_train_batch_size": 1,
@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "packing": False,
     "split_dataset_ratio": 0.0,
 }
-"""What ms-swift 3.9 does where its file is silent and dstune would do something else."""
+"""Defaults of ms-swift 3.9 that differ from those of dstune."""
 ROWS = 16
 """Of a step, where nothing is said of accumulation."""
 LOSSES = ("dpo", "kto", "orpo", "simpo")
