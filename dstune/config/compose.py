@@ -1,4 +1,4 @@
-"""From `key=value` overrides to the frozen `RunConfig` (`run_file.py` keeps it).
+"""Composes the frozen `RunConfig` from `key=value` overrides (`run_file.py` stores it).
 
 Only this folder uses Hydra; nothing outside of it sees a DictConfig.
 """
@@ -100,16 +100,16 @@ def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> No
     before, after = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides)))
     for section in (name for name in before if after[name] != before[name]):
         if after[section].get("name") != before[section].get("name"):
-            composed[section] = after[section]  # another choice, which has other keys
+            composed[section] = after[section]  # another choice with other keys
             continue
-        # Key by key: the others stay as they are written, with their references.
+        # Key by key, so that all others stay as written, with their references.
         for key, value in after[section].items():
             if value != before[section][key]:
                 composed[section][key] = value
 
 
 def frozen_at_start() -> tuple[str, ...]:
-    """Return keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
+    """Return the keys that the first start of a run fills in (today's date, the hub's commit) and later starts adopt."""
     of_tasks = dict.fromkeys(f"task.{key}" for cls in TASKS.classes().values() for key in cls.frozen_keys)
     return ("model.revision", *of_tasks)
 
@@ -194,7 +194,7 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
         return action(texts)
     except UserError:
         raise
-    except Exception as error:  # Hydra and OmegaConf raise kinds of their own, ValueError, YAMLError, ...
+    except Exception as error:  # Hydra and OmegaConf raise their own exceptions, ValueError, YAMLError, ...
         problems = mistakes() or [problem_of(error, hydra)]
     raise UserError(problems)
 

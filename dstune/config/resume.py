@@ -1,4 +1,4 @@
-"""With which configuration a run goes on, and which of its settings may differ."""
+"""Decides with which configuration a run continues, and which settings may differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MAY_CHANGE_KEYS = (
     "model.trust_remote_code",
 )
 LENGTHS = ("trainer.max_steps", "trainer.epochs")
-"""Keys that may grow."""
+"""Keys whose values may increase."""
 
 
 ANEW = "begin a new run from its weights (another run.dir with model.path=RUN/export; of adapters method.adapter=RUN)"
@@ -69,7 +69,7 @@ def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
         value = attrgetter(key)
         try:
             return bool(value(config) == value(stored.config))
-        except AttributeError:  # of another choice
+        except AttributeError:  # a key of another choice
             return False
 
     # Keys of a stranger's run.yaml may be any text.
@@ -83,7 +83,7 @@ OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")
 def _from_stored(
     stored: dict[str, Any], composed: dict[str, Any], prefix: str, given: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """Return `composed` with the stored value of every key that is not given."""
+    """Return `composed` with the stored value of every key that the command does not set."""
     result = dict(composed)
     for name, value in stored.items():
         key = f"{prefix}{name}"

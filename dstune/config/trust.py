@@ -1,4 +1,4 @@
-"""Whether a stored run may do what its `run.yaml` says: a run directory may come from somebody else.
+"""Decides whether a stored run may do what its `run.yaml` says, since a run directory may come from a stranger.
 
 What runs code or reaches out is signed (`core/signing.py`) when a launching process writes `run.yaml`: keys whose field is
 declared `setting(..., signed=...)`, plugins, and every text that resolves a variable of the environment. All other keys may be
@@ -51,14 +51,14 @@ class Use(Enum):
     weights = (*rows, "data", "evaluate", "forgetting", "run")
 
 
-# ---- what a command trusts by name ----
+# ---- keys that a command trusts by name ----
 
 _named: dict[str, set[str]] = {}
 """Keys by the run that they are believed of; those of the whole command under the empty name."""
 
 
 def believe(keys: Sequence[str], run: Path) -> None:
-    """Let these keys of `run` count as if they were signed, from now on."""
+    """Treat these keys of `run` as signed from now on."""
     _named.setdefault(str(run.resolve()), set()).update(keys)
 
 
@@ -99,7 +99,7 @@ def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def is_believed_by_command(key: str) -> bool:
-    """Return whether `--trust` of this command names the key."""
+    """Return whether this command's `--trust` names the key."""
     return key in _named.get("", set())
 
 
@@ -113,7 +113,7 @@ def believed(run: Path) -> set[str]:
     return _named.get("", set()) | _named.get(str(run.resolve()), set())
 
 
-# ---- what is signed ----
+# ---- signed values ----
 
 
 def statement(content: Mapping[str, Any]) -> dict[str, str]:
@@ -156,7 +156,7 @@ def _leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Field[Any] | No
     for section, values in tree.items():
         cls = None
         if section in sections():
-            with suppress(UserError):  # a plugin's, which is not loaded yet
+            with suppress(UserError):  # of a plugin that is not loaded yet
                 cls = chosen_class(section, values, "")
         yield from _below(cls, values, _name(section), None)
 
@@ -254,7 +254,7 @@ def _is_harmless(text: str, signed: set[str]) -> bool:
     return is_known and key != plugins.KEY and key not in signed and not may_refer(value)
 
 
-# ---- what is believed ----
+# ---- accepted values ----
 
 
 def cleared(

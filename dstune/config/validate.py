@@ -1,4 +1,4 @@
-"""What a configuration may not say: ranges of single values and rules between several, all problems reported at once.
+"""Validates a configuration: ranges of single values and rules between several; all problems are reported at once.
 
 Pure: no file, no network, no hardware is looked at. What only a machine or the data can tell is checked where they are.
 """
@@ -68,7 +68,7 @@ def validate(config: RunConfig) -> None:
 
 
 def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Problem]:
-    """Return everything that is wrong with `config`.
+    """Return all problems of `config`.
 
     doubtful: keys, or sections, whose values are not those that the user meant, because what was written for them is
     wrong in itself. A rule's finding counts only if the rule has looked at none of them before. Of `zero.stage=auto` the
@@ -119,7 +119,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
 
 
 def permits(config: RunConfig, changed: RunConfig) -> bool:
-    """Return whether nothing is wrong with `changed` that is not wrong with `config`."""
+    """Return whether `changed` has no problem that `config` does not have."""
     problems_before = find_problems(config)
     return all(problem in problems_before for problem in find_problems(changed))
 
@@ -129,7 +129,7 @@ def at_stage(config: RunConfig, stage: int) -> RunConfig:
 
 
 def allowed_stages(config: RunConfig) -> list[int]:
-    """Return the stages that nothing else in `config` speaks against; what is wrong at every stage does not count."""
+    """Return the stages that cause no problem in `config`; problems at every stage do not count."""
     count_by_stage = {stage: len(find_problems(at_stage(config, stage))) for stage in STAGES}
     return [stage for stage, problems in count_by_stage.items() if problems == min(count_by_stage.values())]
 
@@ -189,7 +189,7 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
 def check_mixture(config: RunConfig) -> Iterator[Problem]:
     for name, source in config.data.mixture.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            # It becomes part of a metric's name and of a key.
+            # The name becomes part of a metric's name and of a key.
             yield Problem(
                 "data.mixture", "a source's name has letters, digits, - and _", "rename it", format_value(name)
             )
@@ -327,7 +327,7 @@ TILED = ("gate_proj", "up_proj", "down_proj")
 
 
 def tiles_problem(model: str, tiles: int) -> Problem:
-    """Return what is wrong where a model without such a layer is to compute it in pieces."""
+    """Return the problem that a model without such layers cannot compute them in pieces."""
     reason = f"{model} has no feed-forward layer with {', '.join(TILED)}"
     return Problem("trainer.mlp_tiles", reason, "trainer.mlp_tiles=1", str(tiles))
 
@@ -420,7 +420,7 @@ def answers_no_questions(config: RunConfig) -> str:
 
 
 def _check_what_needs_evaluations(config: RunConfig, held_out: bool) -> Iterator[Problem]:
-    """Yield problems of settings for which rows have to be held out, or evaluated during training."""
+    """Yield problems of settings that need held-out rows, or evaluations during training."""
     evaluate, stopping = config.evaluate, config.trainer.early_stopping
     every = "evaluate.every=25%, or a number of optimizer steps"
     requested = (
