@@ -107,7 +107,7 @@ def end_of_json(text: str, start: int) -> int | None:
 
 
 class _LimitedLoader(yaml.SafeLoader):
-    """A SafeLoader that limits the depth, and the number of values including those behind aliases."""
+    """A SafeLoader that limits the depth, and the number of values, including those of aliases."""
 
     def __init__(self, stream: str, max_nodes: int = MAX_NODES):
         super().__init__(stream)

@@ -323,7 +323,7 @@ def load_installed() -> None:
 
 def load_built_ins() -> None:
     """Load the built-in members before any plugin, so that of two members of one name the plugin's is refused."""
-    importlib.import_module("dstune.protocols")  # here, since it stands on this module
+    importlib.import_module("dstune.protocols")  # not at the top, since it depends on this module
     for kind in registry.kinds():
         kind.load()
 
@@ -441,7 +441,7 @@ def _import(name: str, *, again: bool) -> ModuleType:
 
 
 def _execute(source: Source) -> ModuleType:
-    """Run the file as `dstune_plugins.NAME`: the bytes that were hashed, whatever the file holds by now."""
+    """Run the file as `dstune_plugins.NAME`: the bytes that were hashed, even if the file has changed since."""
     package = importlib.import_module(PACKAGE)
     path = str(Path(source.file).expanduser().absolute())
     folder = os.path.dirname(path)
