@@ -28,6 +28,7 @@ def is_of_base(folder: Path, base: ModelConfig) -> bool:
     places = {name.partition("--")[0] for file in folder.glob("*.json") for name in _maps(file) if "--" in name}
     if not carried and places <= {base.path}:
         return True
+    # Exports have a copy of this file, so any change to it makes earlier exports look like a stranger's code.
     own_code = Path(pooled.__file__).read_bytes()
     try:
         base_code = [file.read_bytes() for file in model_folder(base).rglob("*.py")]
