@@ -19,11 +19,11 @@ def check_sizes(settings: Mapping[str, Any], folder: Path, where: str) -> None:
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        return  # which is refused elsewhere
+        return  # refused elsewhere
     try:
         with safe_open(file, "np") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError):  # which names it where it is read
+    except (OSError, SafetensorError):  # reported where the tensors are read
         return
     largest = max((max(shape, default=1) for shape in shapes), default=1)
     ranks = settings.get("rank_pattern")

@@ -16,12 +16,12 @@ SPANS = "dstune_spans"
 recomputed in the backward pass."""
 
 Spans = tuple[tuple[tuple[int, int], ...], ...]
-"""(first position, position behind the last) of each sample, for each row; they do not overlap."""
+"""(first position, end) of each sample, for each row; samples do not overlap."""
 
 
 def spans_of(inputs: Mapping[str, torch.Tensor]) -> Spans:
     """Find the spans of samples. inputs: input_ids [rows, width] with position_ids of packed rows, which restart at 0 with each
-    sample, or with attention_mask, whose padding is behind the tokens and belongs to no sample."""
+    sample, or with attention_mask, whose padding comes after the tokens and belongs to no sample."""
     rows, width = inputs["input_ids"].shape
     if "position_ids" not in inputs:
         return tuple(((0, length),) for length in inputs["attention_mask"].sum(dim=1).tolist())

@@ -33,7 +33,7 @@ class CausalLmHead:
     """
 
     def __init__(self, model: PreTrainedModel, rows: Rows | None = None):
-        """rows: how they are handed to the model, where not as they are. Raises UserError for a model that names no projection."""
+        """rows: converts rows for the attention; None leaves them unchanged. Raises UserError if the model names no projection."""
         self.rows = rows
         projection = model.get_output_embeddings()
         # FSMT names the table of its decoder.
@@ -85,7 +85,7 @@ class CausalLmHead:
         return {"input_ids": tokens}
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run in place of the projection's own forward pass. Raises UserError where it gets no state for each position (ProphetNet
+        """Replace the projection's forward pass. Raises UserError if it does not get one state for each position (ProphetNet
         projects several predictions of a position at once)."""
         if hidden.dim() > HIDDEN_DIMENSIONS:
             reason = f"{self._name} projects states of {hidden.dim()} dimensions to logits, in place of [rows, positions, width]"
@@ -103,13 +103,13 @@ class CausalLmHead:
         return self._projected(hidden, self._targets)
 
     def _projected(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the projection's output in place of logits, the loss. hidden: [targets, hidden size]; targets: [targets]."""
+        """Return the loss as the projection's output, instead of logits. hidden: [targets, hidden size]; targets: [targets]."""
         self._cross_entropy = projected_cross_entropy(self._projection, self._project, hidden, targets)
         return self._cross_entropy.loss_sum
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """Compute the loss. batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed
-        rows. With `index` (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
+        rows. With `index` (an evaluation that reports single rows) the loss of each row is kept, which needs all logits."""
         labels, inputs = self.labels_of(batch), inputs_of(batch, next(self._projection.parameters()).dtype)
         if self.rows is not None:
             boundaries = (batch[STARTS], int(batch[LONGEST])) if STARTS in batch else None
@@ -121,8 +121,8 @@ class CausalLmHead:
         return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def indexed(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Add the positions with a target, and where samples begin, to a batch in host memory: on a device the host would have to
-        wait for them."""
+        """Add the positions with a target and the boundaries of samples to a batch in host memory: if it were on a device, the host
+        would have to wait for them."""
         if self.rows is not None and not self.rows.whole:
             return dict(batch)
         labels = self.labels_of(batch)
@@ -134,14 +134,14 @@ class CausalLmHead:
         return dict(batch) | indices
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, batch: Batch) -> HeadOutput:
-        """Compute the loss. labels: what each position of the projected sequence is to predict, [batch, sequence]."""
+        """Compute the loss. labels: the target of each position of the projected sequence, [batch, sequence]."""
         positions = batch[KEPT] if KEPT in batch else positions_with_target(labels)
         targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, positions)
         by_row = "index" in batch and not torch.is_grad_enabled()
         self._projected_positions = positions, labels.shape[1]
         self._targets = targets if self._examined and not by_row else None
         try:
-            # Packed rows are told apart only without a cache; with it they contaminate each other silently.
+            # Without a cache, packed samples stay apart; with one, they would silently see each other.
             output = forward(**inputs, use_cache=False).logits
         finally:
             # Reset also if the forward pass fails after the projection, so that the next pass does not use the old values.
@@ -153,7 +153,7 @@ class CausalLmHead:
         else:
             # The model's output, not the loss stored by the projection: ZeRO-3's hooks for the backward pass are on outputs.
             loss_sum, correct = output.float(), projected.correct
-        # A row behind those that are counted has no target (`data.images.batch.blank_sample`).
+        # A filler row after the counted ones has no target (`data.images.batch.blank_sample`).
         rows = _by_row(positions // labels.shape[1], len(batch["index"]), output, targets) if by_row else {}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
 
