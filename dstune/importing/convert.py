@@ -128,7 +128,8 @@ def _text(imported: Import, tool: str, source: Path) -> str:
     lines += ["defaults:", *chosen, "  - _self_"]
     tree: dict[str, Any] = {}
     for key in sorted(imported.values, key=list(all_keys()).index):
-        if key == RATE or imported.values[key] != _usual(imported, key):  # else: the method's rate
+        # Always write the rate: an experiment without it would get the method's rate.
+        if key == RATE or imported.values[key] != _usual(imported, key):
             _nest(tree, key.split("."), imported.values[key])
     return "\n".join(lines) + "\n" + (dump(tree) if tree else "")
 
