@@ -95,7 +95,7 @@ def weight_files(config: ModelConfig, names: Sequence[str]) -> list[str]:
 
 
 def page(config: ModelConfig) -> str:
-    """Return where a person looks the model up."""
+    """Return the address of the model's page."""
     return f"https://huggingface.co/{config.path}"
 
 
@@ -127,7 +127,7 @@ def _cached(config: ModelConfig, why: str) -> Path:
 
 @dataclass(frozen=True)
 class HubRequest:
-    """What the hub was asked for, and the keys that asked."""
+    """What was requested from the hub, and the keys that requested it."""
 
     kind: str
     """`model` or `data set`."""
@@ -144,7 +144,7 @@ class HubRequest:
 
 
 def refusal(request: HubRequest, error: Exception) -> Problem | None:
-    """Return the hub's answer as something to do; None if it gave none."""
+    """Return a problem with a fix if the hub refused the request or its cache cannot be written; None for other errors."""
     from huggingface_hub import errors
 
     key, kind, page = request.key, request.kind, request.page

@@ -1,4 +1,4 @@
-"""Which directory a run lives in, and whether there is a run in it to continue."""
+"""Chooses and prepares the directory of a run, and decides whether it contains a run to continue."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from dstune.launch.mirror import Mirror
 
 REPLACED = (RUN_FILE, "result.json", "launch.json")
-"""What every start writes anew."""
+"""Files that every start writes again."""
 KEYWORDS = ("auto", "never")
 """Values of `run.resume` that are no path."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """A run directory as it was before a launch, so that one which the ranks refuse leaves it as it was."""
+    """The state of a run directory before a launch, to restore it if the ranks refuse to start."""
 
     path: Path
     created: tuple[Path, ...]
@@ -58,7 +58,7 @@ class Before:
         return cls(path, tuple(created), files, _begun(path))
 
     def restore(self) -> bool:
-        """Undo the launch, unless training began; whether it was undone."""
+        """Undo the launch unless training has begun. Returns whether it was undone."""
         if _begun(self.path) != self.began:
             return False
         if self.path in self.created:
@@ -117,7 +117,7 @@ class Prepared:
     continues: Path | None
     """The checkpoint that the ranks start from; None for a start at step 0."""
     nothing_to_do: bool = False
-    """The directory holds a run that was completed, and the configuration asks for no more steps."""
+    """Whether the directory contains a completed run, and the configuration asks for no further steps."""
     mirror: Mirror | None = None
     """Where the run's own place cannot be worked in: what copies `run_dir` there."""
 
@@ -358,7 +358,7 @@ def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:
 
 
 def _foreign(path: Path) -> bool:
-    """Return whether the folder holds anything but traces of a launch that ended before it wrote its `run.yaml`."""
+    """Return whether the folder contains more than traces of a launch that ended before it wrote its `run.yaml`."""
     if (path / records.LEASE).exists():
         return False
     return any(entry.name != records.LOCK and not entry.name.endswith(INCOMPLETE) for entry in path.iterdir())

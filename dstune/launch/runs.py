@@ -28,7 +28,7 @@ class Listed:
     reason: str
     step: int
     metrics: dict[str, float]
-    """Those of the last evaluation; `training loss` where there was none."""
+    """Metrics of the last evaluation; `training loss` if there was none."""
     measured: int | None
     """The step of that evaluation."""
     seconds: float | None
@@ -108,7 +108,7 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
 
 
 def _seconds(value: Any) -> float | None:
-    """Return a number of seconds that a clock can show."""
+    """Return `value` if it is a number of seconds that a clock can show, otherwise None."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 <= value < MAX_SECONDS else None
 
@@ -160,7 +160,7 @@ def cell(value: object) -> str:
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
-    """Return columns as wide as their widest cell."""
+    """Return a table as text, with columns as wide as their widest cell."""
     widths = [max(len(row[at]) for row in (heading, *rows)) for at in range(len(heading))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (heading, *rows))
     return "\n".join(line.rstrip() for line in lines)
