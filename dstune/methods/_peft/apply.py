@@ -74,7 +74,16 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
     elif targets == "all-linear" and model.config.model_type in STATE_SPACES:
         names = _reached_targets(method, targets, whole, model, parts)
         targets = {name for name in names if not name.endswith("out_proj")}
+    elif targets == "all-linear" and (beside := _named_like_head(model)):
+        targets = _reached_targets(method, targets, whole, model, parts) - beside
     return {"target_modules": targets, "modules_to_save": whole or None, "task_type": kind}
+
+
+def _named_like_head(model: PreTrainedModel) -> set[str]:
+    """Return the linear layers whose names end like a head without being one: the `pre_classifier` of DistilBERT. peft trains them
+    whole with the head, and fails to copy them if they also get an adapter."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name for name in linear if name.endswith(tuple(HEADS)) and not HEADS & {*name.split(".")}}
 
 
 def _reached_targets(
