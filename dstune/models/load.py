@@ -385,6 +385,12 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
             _reset(model, module, owned)
 
 
+def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:
+    """Return the innermost model of transformers that contains `module`, whose configuration is that of its part."""
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in models if any(inner is module for inner in part.modules())][-1]
+
+
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
     """Initialize the weights of `module` anew, always on the CPU: a GPU's generator draws other numbers."""
     in_place = [parameter.data for parameter in owned]
@@ -394,7 +400,10 @@ def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter])
         parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
         # transformers skips parameters with this mark, and sets it on all that it has initialized.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
-    model._init_weights(module)
+    try:
+        model._init_weights(module)
+    except AttributeError:  # Qwen 3.5 MoE looks in the configuration of the whole model for a key of its text's
+        _owner(model, module)._init_weights(module)
     for parameter, data in zip(owned, in_place, strict=True):
         if data.device.type != "cpu":
             data.copy_(parameter.data)
