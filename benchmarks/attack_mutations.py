@@ -9,7 +9,7 @@ _PLAIN = "flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)"
 _VISIBLE = "return _OBEYED.sub(written, text)"
 _CHECKED = "return requested, _checked(requested, named)"
 _PRINTED = "stdout, sys.stdout = sys.stdout, Filtered(sys.stdout, visible_but_colours)"
-_OF_BASE = "return places <= {base.path} and all(code in base_code or code == own_code for code in carried)"
+_OF_BASE = "return places <= {base.path} and {hashlib.sha256(code).hexdigest() for code in unknown} <= trusted"
 
 _BY_ATTACK: dict[str, Mutation] = {
     # Ranks and processes.
