@@ -382,13 +382,17 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
             continue
         with gathered(owned, modified_by_rank=0), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed * 2**32 + crc32(module_name.encode()))
-            _reset(model, module, owned)
+            _reset(_owner(model, module_name), module, owned)
 
 
-def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:
-    """Return the innermost model of transformers that contains `module`, whose configuration is that of its part."""
-    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return [part for part in models if any(inner is module for inner in part.modules())][-1]
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return the innermost model of transformers on the way to the module `name`. As in transformers, it initializes that module:
+    the configuration of Qwen 3.5 MoE as a whole lacks a key that its text's has."""
+    owner = module = model
+    for part in filter(None, name.split(".")):
+        module = getattr(module, part)
+        owner = module if isinstance(module, PreTrainedModel) else owner
+    return owner
 
 
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
@@ -400,10 +404,7 @@ def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter])
         parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
         # transformers skips parameters with this mark, and sets it on all that it has initialized.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
-    try:
-        model._init_weights(module)
-    except AttributeError:  # Qwen 3.5 MoE looks in the configuration of the whole model for a key of its text's
-        _owner(model, module)._init_weights(module)
+    model._init_weights(module)
     for parameter, data in zip(owned, in_place, strict=True):
         if data.device.type != "cpu":
             data.copy_(parameter.data)

@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny import save_decoder, save_tokenizer
-from transformers import AutoModelForCausalLM, IBertConfig, IBertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    IBertConfig,
+    IBertForSequenceClassification,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
-from dstune.models.load import _refuse_erased_padding, load_model, load_tokenizer
+from dstune.models.load import _refuse_erased_padding, initialize_weights, load_model, load_tokenizer
+from dstune.protocols import method_of
 
 
 @pytest.mark.parametrize(
@@ -54,3 +63,58 @@ def test_a_table_that_cannot_grow_is_refused_where_it_would_have_to(tmp_path: Pa
     tokenizer.add_tokens([f"new{number}" for number in range(64)])
     with pytest.raises(UserError, match="QuantEmbedding of IBertForSequenceClassification has 128 and cannot grow"):
         load_model(run, tokenizer, ("left", "right"), torch.float32)
+
+
+def test_new_weights_are_drawn_by_the_part_of_the_model_that_they_belong_to() -> None:
+    """Each part has its own `initializer_range`. The whole of Qwen 3.5 MoE cannot initialize the experts of its text."""
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "initializer_range": 0.5,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "initializer_range": 0.01,
+    }
+    model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=text, vision_config=vision))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    initialize_weights(model, [name for name, _ in model.named_parameters()], seed=0)
+    layer, block = model.model.language_model.layers[0], model.model.visual.blocks[0]
+    for weight, spread in [
+        (layer.mlp.experts.down_proj, 0.5),
+        (layer.self_attn.q_proj.weight, 0.5),
+        (model.lm_head.weight, 0.5),
+        (block.attn.qkv.weight, 0.01),
+    ]:
+        assert weight.std().item() == pytest.approx(spread, rel=0.1)
+
+
+def test_a_layer_named_like_a_head_is_trained_whole_and_gets_no_adapter(tmp_path: Path) -> None:
+    """DistilBERT has a `pre_classifier` before its `classifier`."""
+    config = DistilBertConfig(vocab_size=128, dim=32, n_layers=1, n_heads=4, hidden_dim=48, max_position_embeddings=64)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    words = [f"model.path={tmp_path}", "data=files", "data.train=rows.jsonl", "task=classification", "method=lora"]
+    run = compose(words).config
+    model = method_of(run.method).apply(
+        load_model(run, load_tokenizer(run.model), ("left", "right"), torch.float32), run
+    )
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    for head in ("pre_classifier", "classifier"):
+        assert any(f".{head}.modules_to_save." in name for name in trained), head
+        assert not any(f".{head}." in name and "lora_" in name for name in trained), head
+    assert any(".q_lin." in name and "lora_" in name for name in trained)
