@@ -210,7 +210,7 @@ def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
     from safetensors import safe_open
 
     from dstune.models.load import new_weights
-    from dstune.models.peft_import import peft
+    from dstune.models.peft_load import load_peft_adapter
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -229,7 +229,7 @@ def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
         raise UserError(Problem("MODEL", reason, "train it with its head", str(folder)))
     check_adapter(folder, body, "MODEL")
     try:
-        module = peft.PeftModel.from_pretrained(body, folder)
+        module = load_peft_adapter(body, folder)
     except (RuntimeError, ValueError) as error:
         reason = f"does not fit its base: {first_line(error)}"
         raise UserError(Problem("MODEL", reason, "give the folder of another adapter", str(folder))) from error

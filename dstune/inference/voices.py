@@ -152,7 +152,7 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
 
 def _load(main_model: _Found, others: Mapping[str, _Found]) -> Speaker:
     from dstune.models.load import vision_files
-    from dstune.models.peft_import import peft
+    from dstune.models.peft_load import load_peft_adapter
 
     main_adapter = main_model.adapter_folder
     base = main_model.config if main_adapter is None else base_of(main_adapter, main_model.config)
@@ -186,10 +186,7 @@ def _load(main_model: _Found, others: Mapping[str, _Found]) -> Speaker:
         assert folder is not None
         check_adapter(folder, model, _key(name))
         try:
-            if isinstance(model, peft.PeftModel):
-                model.load_adapter(folder, adapter_name=name)
-            else:
-                model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
+            model = load_peft_adapter(model, folder, name)
         except (RuntimeError, ValueError) as error:
             reason = f"does not fit the model: {first_line(error)}"
             raise UserError(Problem(_key(name), reason, "give an adapter of this model", str(folder))) from error

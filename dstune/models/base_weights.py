@@ -108,6 +108,25 @@ class BaseWeights(Mapping[str, Tensor]):
         return self._files.dtype(self._keys[name])
 
 
+def name_in_model(
+    key: str,
+    renamings: list[WeightRenaming],
+    converters: list[WeightConverter],
+    base_model_prefix: str | None = None,
+    meta_state_dict: dict[str, Any] | None = None,
+) -> tuple[str, str | None]:
+    """Return the name in the model of the tensor `key` of its files, and the pattern of the converter that joins it to others.
+
+    A name that the model has stays as it is, whatever the renamings match: the `model.norm.weight` that transformers saves of
+    DeepSeek V4. Has the signature of `rename_source_key`, which lacks this; transformers 5.24 adds it, except at ZeRO-3.
+    """
+    name, pattern = rename_source_key(key, renamings, converters, base_model_prefix, meta_state_dict)
+    state = meta_state_dict or {}
+    if name not in state and key in state:
+        return rename_source_key(key, [], [], base_model_prefix, meta_state_dict)
+    return name, pattern
+
+
 @dataclass(frozen=True)
 class Loading:
     """How transformers loads the tensors of a model's files."""
@@ -129,7 +148,7 @@ class Loading:
         converters = [change for change in changes if isinstance(change, WeightConverter)]
         key_by_name, dropped = {}, []
         for key in keys:
-            name, joined = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(state))
+            name, joined = name_in_model(key, renamings, converters, model.base_model_prefix, dict(state))
             if name not in state:
                 dropped.append(key)
             elif joined is None:

@@ -31,7 +31,7 @@ from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
 from dstune.models.unreached import count_by_part, find_unreached, is_within, whole_class
-from dstune.planning.adapters import STATE_SPACES
+from dstune.planning.adapters import UNADAPTED
 from dstune.planning.architectures.tensors import CLASSIFIER, LANGUAGE_MODEL, TOKEN_CLASSIFIER
 
 CLASSES = {CLASSIFIER: AutoModelForSequenceClassification, TOKEN_CLASSIFIER: AutoModelForTokenClassification}
@@ -71,7 +71,7 @@ def _adapted(kind: str) -> dict[str, Any]:
     type."""
     return {
         "expert_pattern": _MODEL_TO_CONVERSION_PATTERN.get(kind) or "",
-        "unadapted": ["out_proj"] if kind in STATE_SPACES else [],
+        "unadapted": list(UNADAPTED.get(kind, ())),
     }
 
 

@@ -17,7 +17,8 @@ def linear_modules(model: Architecture, targets: list[str]) -> Iterator[tuple[st
         module = tensor.name.removesuffix(".weight")
         leaf = module.rpartition(".")[2]
         if targets == ["all-linear"]:
-            is_target = leaf not in ("lm_head", "score", "classifier", *model.unadapted) and "classifier." not in module
+            is_head = leaf in ("lm_head", "score", "classifier") or "classifier." in module
+            is_target = not is_head and not module.endswith(model.unadapted)
         else:
             is_target = any(module == ending or module.endswith(f".{ending}") for ending in targets)
         if tensor.linear and is_target and leaf not in of_experts:
@@ -60,6 +61,14 @@ def low_rank(
 
 STATE_SPACES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Kinds whose `out_proj` peft refuses an adapter on: the fused kernel of a state space reads its weight and never calls it."""
+UNADAPTED = dict.fromkeys(STATE_SPACES, ("out_proj",)) | {
+    "deepseek_v4": ("o_a_proj",),  # a block-diagonal layer, whose input is not that of a linear layer of its shape
+    # peft 0.21 renames these when it loads an adapter, and leaves them out (`dstune/models/peft_load.py`).
+    "laguna": ("shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
+    "inkling2_text": ("sconv.weight_proj",),
+    "inkling2_loop_text": ("sconv.weight_proj",),
+}
+"""Endings of the linear layers that `all-linear` leaves without an adapter, by model type."""
 QWEN_EXPERTS = {"gate.weight": ("gate",), "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERT_TARGETS = {
     "mixtral": {"gate.weight": ("gate",), "gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},

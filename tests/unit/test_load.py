@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from support.tiny import save_decoder, save_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     IBertConfig,
     IBertForSequenceClassification,
+    LagunaConfig,
+    LagunaForCausalLM,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
 )
 
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
+from dstune.models.base_weights import Loading
 from dstune.models.load import _refuse_erased_padding, initialize_weights, load_model, load_tokenizer
+from dstune.models.peft_load import load_peft_adapter
 from dstune.protocols import method_of
 
 
@@ -118,3 +125,73 @@ def test_a_layer_named_like_a_head_is_trained_whole_and_gets_no_adapter(tmp_path
         assert any(f".{head}.modules_to_save." in name for name in trained), head
         assert not any(f".{head}." in name and "lora_" in name for name in trained), head
     assert any(".q_lin." in name and "lora_" in name for name in trained)
+
+
+def test_adapters_that_peft_could_not_load_again_are_refused(tmp_path: Path) -> None:
+    """transformers 5.24 renames `mlp.shared_expert.` of Laguna's files by a pattern that `mlp.shared_experts` matches too."""
+    config = LagunaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["full_attention"] * 2,
+        mlp_layer_types=["dense", "sparse"],
+        num_attention_heads_per_layer=[4, 4],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    LagunaForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    words = [f"model.path={tmp_path}", "data=chitchat", "method=lora", "method.target_modules="]
+
+    def adapted(modules: str) -> set[str]:
+        run = compose([*words[:-1], words[-1] + modules]).config
+        module = method_of(run.method).apply(load_model(run, load_tokenizer(run.model), ("", ""), torch.float32), run)
+        return {name.split(".")[-4] for name, _ in module.named_parameters() if ".lora_A." in name}
+
+    with pytest.raises(UserError, match=r"cannot load adapters of model\.layers\.1\.mlp\.shared_experts") as refused:
+        adapted("[q_proj,up_proj]")
+    assert refused.value.problems[0].fix == "method.target_modules=[q_proj]"
+    assert adapted("[q_proj]") == {"q_proj"}
+    assert adapted("[all-linear]") == {
+        "g_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+
+    model = peft.get_peft_model(LagunaForCausalLM(config), peft.LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"does not load all of its weights: .*shared_experts"):
+        load_peft_adapter(LagunaForCausalLM(config), tmp_path / "adapter")
+
+
+def test_a_name_that_the_model_has_is_not_renamed() -> None:
+    """transformers 5.24 renames `.norm.` in the files of DeepSeek V4, and saves the last norm as `model.norm.weight`."""
+    config = DeepseekV4Config(
+        vocab_size=64,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    )
+    with torch.device("meta"):
+        model = DeepseekV4ForCausalLM(config)
+    loading = Loading.of(
+        model, model.state_dict(), ["model.norm.weight", "norm.weight", "model.layers.0.attn.norm.weight"]
+    )
+    assert loading.dropped == ()
+    assert loading.keys["model.norm.weight"] in ("model.norm.weight", "norm.weight")
+    assert loading.keys["model.layers.0.self_attn.kv_norm.weight"] == "model.layers.0.attn.norm.weight"

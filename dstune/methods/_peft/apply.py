@@ -15,8 +15,9 @@ from dstune.core.errors import Problem, UserError, first_line
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import HEADS, tensors_of
 from dstune.models.load import NewWeights, new_weights
+from dstune.models.peft_load import unloadable_weights
 from dstune.models.unreached import is_within, unreached_parts
-from dstune.planning.adapters import STATE_SPACES
+from dstune.planning.adapters import UNADAPTED
 from dstune.protocols import task_of
 from dstune.zero.parts import gathered
 
@@ -71,9 +72,9 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
     if parts:
         _refuse_unreached(whole, model)
         targets = _reached_targets(method, targets, whole, model, parts)
-    elif targets == "all-linear" and model.config.model_type in STATE_SPACES:
+    elif targets == "all-linear" and (endings := UNADAPTED.get(model.config.model_type)):
         names = _reached_targets(method, targets, whole, model, parts)
-        targets = {name for name in names if not name.endswith("out_proj")}
+        targets = {name for name in names if not name.endswith(endings)}
     elif targets == "all-linear" and (beside := _named_like_head(model)):
         targets = _reached_targets(method, targets, whole, model, parts) - beside
     return {"target_modules": targets, "modules_to_save": whole or None, "task_type": kind}
@@ -128,7 +129,9 @@ def adapt(
     whole: list[nn.Parameter],
     config: RunConfig,
 ) -> Any:
-    """Return the model with peft's adapters on its modules. Raises UserError if it has no such modules.
+    """Return the model with peft's adapters on its modules.
+
+    Raises UserError if it has no such modules, or if peft could not load one of the adapters again.
 
     refused: makes a problem from peft's error message. whole: parameters that must not be partitioned while peft copies them.
     """
@@ -139,10 +142,26 @@ def adapt(
             adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(refused(first_line(error))) from error
+    _refuse_unloadable(adapted)
     if config.trainer.activation_checkpointing:
         # A frozen embedding's output has no gradient, and checkpointing would not differentiate a block whose input has none.
         model.enable_input_require_grads()
     return adapted
+
+
+def _refuse_unloadable(adapted: Any) -> None:
+    """Raises UserError if peft could not load the adapter again: a server would answer with parts of it."""
+    weights = unloadable_weights(adapted)
+    if not weights:
+        return
+    lost = sorted({name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in weights})
+    every = {name.removeprefix("base_model.model.") for name in adapted.base_model.targeted_module_names}
+    endings = {name.rpartition(".")[2] for name in every} - {name.rpartition(".")[2] for name in lost}
+    reason = (
+        f"peft cannot load adapters of {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''} again: it renames them"
+    )
+    fix = f"method.target_modules=[{','.join(sorted(endings))}]" if endings else "method=full"
+    raise UserError(Problem("method.target_modules", reason, fix, adapted.config.model_type))
 
 
 def task_type(config: RunConfig, model: PreTrainedModel) -> Any:

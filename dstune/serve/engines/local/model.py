@@ -25,6 +25,7 @@ from dstune.data.stopping import stop_token_ids
 from dstune.inference.resolve_model import check_adapter
 from dstune.inference.voices import BASE, OWN, Speaker, Voice, voice_of
 from dstune.models.generation import end_tokens, placed_images
+from dstune.models.peft_load import load_peft_adapter
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,6 @@ class LocalModel:
 
     def load(self, name: str, folder: Path) -> None:
         """Load the adapter in `folder` under `name`. Raises UserError if it does not fit the model."""
-        from dstune.models.peft_import import peft
-
         voice = voice_of(folder, self._base)
         if (vision := vision_of(self._base)) is not None:
             mark_vision(voice.tokenizer, vision)
@@ -134,12 +133,9 @@ class LocalModel:
         adapter = f"adapter_{next(self._numbers)}"
         self._active = None
         try:
-            if self._peft is None:
-                self.damaged = True  # peft inserts its layers before it reads the weights
-                self._peft = peft.PeftModel.from_pretrained(self.model, folder, adapter_name=adapter)
-                self.damaged = False
-            else:
-                self._peft.load_adapter(folder, adapter_name=adapter)
+            self.damaged = self._peft is None  # peft inserts its layers before it reads the weights
+            self._peft = load_peft_adapter(self._peft or self.model, folder, adapter)
+            self.damaged = False
         except (RuntimeError, ValueError, KeyError) as error:
             if self._peft is not None:
                 with suppress(RuntimeError, ValueError, KeyError):
