@@ -137,15 +137,15 @@ def page(outcomes: list[Outcome], soaks: list[str], commit: str) -> str:
     return f"""# What a run survives
 
 Made by `python benchmarks/reliability.py` at {commit}: real runs of {STEPS} steps on two
-ranks with a tiny model, a save every {EVERY} steps, a fault after step {AT}. How a run is protected, and the settings for it,
-is in [survival.md](survival.md).
+ranks with a tiny model, a save every {EVERY} steps, a fault after step {AT}.
+[Checkpoints, resuming and restarts](survival.md) explains how a run is protected and which settings there are.
 
-- **s to exit**: from the fault to the end of the command; empty where the run went on by itself.
-- **left**: processes of the run that were there afterwards.
-- **steps lost**: trained, and trained again by `dstune train RUN`.
+- **s to exit**: from the fault to the end of the command; empty if the run went on without ending.
+- **left**: processes of the run that still existed afterwards.
+- **steps lost**: steps that `dstune train RUN` had to train again.
 - **s to go on**: from that command to its first new step; most of it is Python importing torch and DeepSpeed.
-- **equal**: every metric of every step and evaluation of the continued run is that of the undisturbed one: to the bit, and
-  within 1e-5 after a move to another layout.
+- **equal**: whether every metric of every step and evaluation of the continued run equals that of the undisturbed run: to the bit,
+  or within 1e-5 after a move to another layout.
 
 Machine: {os.cpu_count()} cores ({platform.machine()}) shared with other work, no GPU; {packages}.
 
