@@ -35,7 +35,9 @@ _BY_ATTACK: dict[str, Mutation] = {
         "os.O_WRONLY | os.O_CREAT | os.O_TRUNC",
     ),
     "agents.test_a_stranger_is_hung_up_on_before_a_message_counts": undo(
-        "launch/agents/wire.py", "if not hmac.compare_digest(code, self._code(self._peer_role, text)):", "if False:"
+        "launch/agents/wire.py",
+        "if not hmac.compare_digest(code, self._authentication_code(self._peer_role, text)):",
+        "if False:",
     ),
     "spark.test_what_a_stranger_sends_does_not_end_the_driver": undo(
         "lakehouse/spark/task.py", "except (OSError, ValueError, RecursionError):", "except OSError:"

@@ -14,7 +14,7 @@ from dstune.core import handoff
 from dstune.core.errors import UserError
 from dstune.launch import hosts
 from dstune.launch.agents.ranks import node_plan
-from dstune.launch.agents.task import task_of
+from dstune.launch.agents.task import task_from_json
 from dstune.launch.hostfile.commands import host_tasks
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.hosts import Answer, Ssh
@@ -65,7 +65,7 @@ def test_each_host_gets_its_ranks_and_devices():
 
 def test_a_task_survives_its_way_over_ssh():
     for task in tasks(min_nodes=1, restarts=1):
-        assert task_of(json.loads(json.dumps(asdict(task)))) == task
+        assert task_from_json(json.loads(json.dumps(asdict(task)))) == task
 
 
 def test_no_command_line_shows_a_secret():

@@ -1,9 +1,9 @@
-"""The process of a node: `python -m dstune.launch.agents`, started by SLURM's srun or over ssh.
+"""The keeper of a node's agent: `python -m dstune.launch.agents`, started by SLURM's srun or over ssh.
 
     ... -m dstune.launch.agents RUN_DIR SETTINGS RANKS MODULE [ARGUMENT ...]   in a step of a SLURM job
-    ... -m dstune.launch.agents                                               a task on standard input, which stays open
+    ... -m dstune.launch.agents                                               with a task on standard input, which stays open
 
-It starts the agent, and starts it again when it is killed. Without standard input's other end, the agent ends its ranks.
+It starts the agent, and restarts it when it is killed. Over ssh, the agent ends its ranks once standard input is closed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from dstune.core.rank_env import FORK_SERVER
 from dstune.core.rendezvous import SECRET_FILE
 from dstune.launch.agents import AGENT, BATCH_NODE, ORDER
 from dstune.launch.agents.agent import Agent
-from dstune.launch.agents.task import Settings, Task, task_of
+from dstune.launch.agents.task import Settings, Task, task_from_json
 from dstune.launch.local import warm
 from dstune.launch.verdict import exit_reason
 
 POLL_SECONDS = 0.2
 STARTS, PER_SECONDS = 5, 30.0
-"""An agent that is killed so often in so long a time is not started again."""
+"""An agent that ends STARTS times within PER_SECONDS is not restarted."""
 WITHOUT_SCRIPT = 100
-"""Added to the exit code of the run, which is below it, where the node with the script of the SLURM job is lost."""
+"""Added to the exit code of the run, which is smaller, if the node that runs the script of the SLURM job was lost."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def main(argv: Sequence[str]) -> int:
     if argv:
-        task = task_in_step(argv)
+        task = slurm_task(argv)
         dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
         if (code := keep(task, dead_holder=dead_holder)) >= WITHOUT_SCRIPT:
             from dstune.launch.slurm.job import end_without_script
@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         return code
     line = sys.stdin.buffer.readline()
-    task = task_of(json.loads(line))
+    task = task_from_json(json.loads(line))
     dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
     print("ready", flush=True)
     return keep(task, standard_input=sys.stdin.fileno(), dead_holder=dead_holder)
 
 
-def task_in_step(argv: Sequence[str]) -> Task:
-    """Return the task of an agent that srun started; each node of the step has one."""
+def slurm_task(argv: Sequence[str]) -> Task:
+    """Return the task of an agent that srun started on one node of a job step."""
     run_dir, settings, ranks, *command = argv
     secret = files.read_own(Path(run_dir) / SECRET_FILE).decode()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -80,12 +80,13 @@ def task_in_step(argv: Sequence[str]) -> Task:
 
 
 def end_earlier(task: Task, mark: str) -> str:
-    """End the agent of this node that an earlier connection or step started, and its ranks: it has not noticed that the network
-    broke.
+    """End the agent that an earlier connection or job step started on this node, and its ranks.
 
-    Returns its identity as the holder of the lease, if it is that.
+    Such an agent may still run because it has not noticed that the network broke. mark: value of `AGENT` for this node.
+    Returns the holder of the lease if that agent was it; else an empty string.
     """
-    own_pids = {os.getpid(), *(process.pid for process in psutil.Process().parents())}  # such as a container's starter
+    # Parents, such as the process that starts a container, carry the mark too.
+    own_pids = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     for process in psutil.process_iter() if mark else ():
         with suppress(psutil.Error, OSError):
             if process.pid not in own_pids and process.environ().get(AGENT) == mark:
@@ -96,13 +97,14 @@ def end_earlier(task: Task, mark: str) -> str:
 
 
 def keep(task: Task, standard_input: int | None = None, dead_holder: str = "") -> int:
-    """Run an agent until it ends by itself. standard_input: when it is closed, the agent leaves."""
+    """Run an agent until it ends by itself, and return its exit code. standard_input: a descriptor; once it is closed, the agent
+    leaves."""
     if task.folder is not None:
         os.chdir(task.folder)
-    os.environ.pop(FORK_SERVER, None)  # that of a command on another machine
+    os.environ.pop(FORK_SERVER, None)  # it may name a folder of another machine
     with ExitStack() as stack:
         if task.settings.warm and task.settings.restarts:
-            # Here, so that the server outlives an agent that is killed.
+            # The keeper offers the server, so that it outlives an agent that is killed.
             os.environ.update(stack.enter_context(warm.offer()))
         return _keep(task, standard_input, dead_holder)
 
@@ -110,7 +112,7 @@ def keep(task: Task, standard_input: int | None = None, dead_holder: str = "") -
 def _keep(task: Task, standard_input: int | None, dead_holder: str) -> int:
     holder, starts, is_leaving = new_holder(), [time.monotonic()], False
     for name in {*PREEMPTION_SIGNALS, *task.settings.signals, "SIGTERM", "SIGINT", "SIGHUP"}:
-        signal.signal(signal.Signals[name], signal.SIG_IGN)  # they are the agent's, which a queue signals too
+        signal.signal(signal.Signals[name], signal.SIG_IGN)  # the agent gets the signals of a queue too, and obeys them
     child = _fork(task, holder, dead_holder)
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -143,7 +145,7 @@ def _fork(task: Task, holder: str, dead_holder: str) -> int:
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         for name in {*PREEMPTION_SIGNALS, *task.settings.signals, "SIGTERM", "SIGINT", "SIGHUP"}:
-            signal.signal(signal.Signals[name], signal.SIG_DFL)  # one that is ignored would not be caught
+            signal.signal(signal.Signals[name], signal.SIG_DFL)  # `caught_signals` leaves ignored signals alone
         agent = Agent(task, holder, dead_holder)
         agent.run()
         code = 0 if agent.left_alone is None else WITHOUT_SCRIPT + agent.left_alone

@@ -1,5 +1,5 @@
-"""The agent of one node: starts the node's ranks when the leader says so, ends them when the leader is gone, and becomes the
-leader where nobody else holds the lease."""
+"""The agent of one node. It starts the node's ranks when the leader says so, ends them when the leader is gone, and becomes the
+leader itself if nobody else holds the lease."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from dstune.launch.signals import caught_signals
 POLL_SECONDS = 0.05
 CONNECT_SECONDS = 3.0
 RETRY_SECONDS = 0.5
-"""Between two attempts to reach the leader."""
+"""Time between two attempts to reach the leader."""
 LEAVING_SECONDS = 5.0
-"""How long the leader waits for the other agents to hear that the run is over."""
+"""How long the leader waits until the other agents have heard that the run is over."""
 DOUBT_SECONDS = 3 * BEAT_SECONDS
-"""After so long a silence of the leader, an agent looks at the lease too, so as to know how long that has not changed."""
+"""Once the leader has been silent for this long, an agent watches the lease too, to know how long that stays unchanged."""
 TURN_SECONDS = 2.0
-"""By so much later than the node before it, a node takes a lease that nobody holds."""
+"""Delay between one node's attempt to take a lease that nobody holds and that of the next node in order."""
 
 
 class Agent:
-    """One node of a run.
+    """Takes part in a run for one node.
 
-    holder: identity of the process that starts this agent again when it is killed. dead_holder: identity of one that is known
-    to have ended, whose lease this agent may take at once.
+    holder: identity of the process that restarts this agent when it is killed. dead_holder: identity of such a process that is
+    known to have ended; this agent may take over its lease at once.
     """
 
     def __init__(self, task: Task, holder: str, dead_holder: str = ""):
@@ -51,31 +51,31 @@ class Agent:
         self.leader: Leader | None = None
         self.is_over = False
         self.left_alone: int | None = None
-        """The exit code of the run, where this node has led it to its end without the node of the job's script."""
+        """Exit code of the run if this node led it to its end after the node that runs the job's script was lost; else None."""
         self.silence_seconds = task.settings.silence_seconds
         self._link: Link | None = None
         self._last_heard = self._last_beat = 0.0
-        self._ticked = time.monotonic()
-        self._tried = 0.0
+        self._last_tick = time.monotonic()
+        self._last_search = 0.0
         self._server: ForkServer | None = None
         self._launch: NodeLaunch | None = None
         self._thread: threading.Thread | None = None
         self._generation = 0
         self._has_reported_failure = False
         self._stops: list[str] = []
-        """Requests to stop for the ranks that run now."""
+        """Signals that ask the running ranks to stop."""
         self._last_lease: tuple[int, LeaseRecord | None, int] = (-1, None, 0)
-        self._lease_changed_at = self._ticked
+        self._lease_changed_at = self._last_tick
         self._signals_sent = 0
         self._complaint = ""
         self._waiting_since: float | None = None
-        """Since when this node waits for others, after it let them lead; None once ranks have started."""
+        """When this node began to wait for the others, after it let them lead; None once ranks have started."""
         self._lead_not_before = 0.0
 
     # -- the life of an agent -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Take part until the run is over, or this node is told to leave (SIGHUP)."""
+        """Take part until the run is over or SIGHUP asks this node to leave."""
         self._end_predecessors()
         settings = self.task.settings
         with (
@@ -86,7 +86,7 @@ class Agent:
             while not self.is_over and "SIGHUP" not in received:
                 self.tick(time.monotonic(), received)
                 self._wait()
-            self._end_ranks(now=True)
+            self._end_ranks()
         if self.leader is not None:
             if self.leader.outcome is not None:
                 if self.task.batch_node and self.task.batch_node not in self.leader.group.members:
@@ -99,9 +99,9 @@ class Agent:
             self._link.close("it has left")
 
     def tick(self, now: float, received: Sequence[str] = ()) -> None:
-        """Do what is due. received: names of signals, filled by a handler."""
-        gap, self._ticked = now - self._ticked, now
-        if gap > PAUSE_SECONDS:  # this process was stopped: what others said meanwhile is still to be read
+        """Handle everything that is due at `now`. received: names of signals; a handler appends to it."""
+        gap, self._last_tick = now - self._last_tick, now
+        if gap > PAUSE_SECONDS:  # this process was suspended, and the messages of that time are still unread
             self._last_heard += gap
             self._lease_changed_at += gap
         if self.leader is not None:
@@ -113,8 +113,8 @@ class Agent:
                 self.leader = None
         link = self._link
         is_doubtful = link is None or not link.is_proven or now - self._last_heard > DOUBT_SECONDS
-        if is_doubtful and self.leader is None and now - self._tried >= RETRY_SECONDS:
-            self._tried = now
+        if is_doubtful and self.leader is None and now - self._last_search >= RETRY_SECONDS:
+            self._last_search = now
             self._look_for_leader(now)
         if self._link is not None:
             self._receive(self._link, now, received)
@@ -146,7 +146,7 @@ class Agent:
             link.send({"alive": True})
         if link.closed and not self.is_over:
             self._link = None
-            self._end_ranks(now=True)
+            self._end_ranks()
             self._message(f"dstune: {self.task.node} has lost the leader ({link.closed}), and has ended its ranks")
 
     def _follow(self, message: Message) -> None:
@@ -163,7 +163,8 @@ class Agent:
     def _look_for_leader(self, now: float) -> None:
         """Connect to the holder of the lease, or take the lease if its holder is gone.
 
-        A process that was stopped still has its sockets, so a connection proves nothing: only its messages and its lease do.
+        A suspended process keeps its sockets, so an open connection does not prove that the leader is alive; only its messages
+        and its lease do.
         """
         try:
             generation = self.lease.newest()
@@ -181,7 +182,7 @@ class Agent:
             return
         elif self._may_lead(generation, record, now):
             if self._link is not None:
-                self._link.close("it says nothing")
+                self._link.close("it sent no message")
             self._lead(generation, record, now)
         elif self._link is None and record is not None and not record.is_released:
             try:
@@ -189,7 +190,8 @@ class Agent:
             except OSError:
                 return
             finally:
-                self._ticked = time.monotonic()  # a node that does not answer takes as long as a pause of this process
+                # Waiting for a node that does not answer must not look like a suspension of this process.
+                self._last_tick = time.monotonic()
             self._introduce(link)
 
     def _may_lead(self, generation: int, record: LeaseRecord | None, now: float) -> bool:
@@ -200,7 +202,7 @@ class Agent:
         if generation == 0 or (record is not None and record.is_released):
             return unchanged >= turn
         if record is not None and record.holder in (self.holder, self._dead_holder):
-            return True  # the agent before this one, which has been seen to end
+            return True  # an earlier agent of this node held the lease, and is known to have ended
         return unchanged >= self.silence_seconds + turn
 
     def _lead(self, generation: int, former: LeaseRecord | None, now: float) -> None:
@@ -212,18 +214,18 @@ class Agent:
         port = server.getsockname()[1]
         record = LeaseRecord(self.holder, self.task.node, address, port, "-", self.task.launch, attempts)
         try:
-            taken = self.lease.take(generation, record)
+            own_generation = self.lease.take(generation, record)
         except OSError as error:
             self._complain(f"dstune: the lease of the run cannot be taken: {error}")
-            taken = None
-        if taken is None:
+            own_generation = None
+        if own_generation is None:
             server.close()
             return
         self._complaint = ""
-        keeper = LeaseKeeper(self.lease, taken, record)
+        keeper = LeaseKeeper(self.lease, own_generation, record)
         keeper.start()
         settings, secret = self.task.settings, self.task.secret
-        # A leader that has yielded is not lost, and where it leads again it goes on waiting.
+        # A leader that yielded is not lost; if it leads again, it continues to wait for nodes.
         waiting_since = self._waiting_since
         lost_leader = earlier_term.node if earlier_term is not None and waiting_since is None else ""
         self.leader = Leader(
@@ -256,7 +258,7 @@ class Agent:
     # -- the ranks ----------------------------------------------------------------------------------------------------
 
     def _start(self, order: Message) -> None:
-        self._end_ranks(now=True)
+        self._end_ranks()
         self._generation, self._has_reported_failure, self._stops = order["start"], False, []
         self._waiting_since = None
         file = self.lease.file(self._generation)
@@ -274,7 +276,7 @@ class Agent:
             self._message(f"dstune: the ranks of {self.task.node} cannot be started: {error}")
 
     def _report(self) -> None:
-        """Tell the leader how the ranks ended."""
+        """Report to the leader that a rank failed, and how the ranks ended once all have."""
         launch, thread, link = self._launch, self._thread, self._link
         if launch is None or thread is None:
             return
@@ -287,8 +289,8 @@ class Agent:
             if link is not None:
                 link.send({"ended": ends, "stopped": sorted(launch.stopped), "generation": self._generation})
 
-    def _end_ranks(self, *, now: bool) -> None:
-        """End the ranks that run, and wait until they have ended."""
+    def _end_ranks(self) -> None:
+        """End the running ranks, and wait until they are gone."""
         if self._launch is None or self._thread is None:
             return
         self._stops.extend(["the end of the run"] * 2)  # a second request ends them at once
@@ -296,20 +298,20 @@ class Agent:
         self._launch = self._thread = None
 
     def _end_predecessors(self) -> None:
-        """End what an agent that was killed has left of its ranks on this node."""
+        """End the ranks that a killed agent has left on this node."""
         with suppress(OSError):
             record = self.lease.read(self.lease.newest())
             if record is not None and len(record.mark) > 8:
                 end_all(record.mark)
 
     def _complain(self, text: str) -> None:
-        """Say what is tried twice a second once."""
+        """Report a problem once, although the attempt is repeated twice a second."""
         if text != self._complaint:
             self._complaint = text
             self._message(text)
 
     def _message(self, text: str) -> None:
-        """Say `text` in the log of this agent, and in the one that the command shows."""
+        """Write `text` to the log of this agent and to the one that the command shows."""
         print(text, flush=True)
         with suppress(OSError, DstuneError), files.append(self.run_dir / "logs" / MESSAGES) as log:
             log.write(f"{text}\n".encode())

@@ -1,5 +1,5 @@
-"""What the leader decides: which nodes train together, when an attempt has failed, and what follows. No socket, file or clock
-is touched here: events and the time come in, orders for agents go out."""
+"""The decisions of the leader: which nodes train together, when an attempt has failed, and what happens next. This module touches
+no socket, file or clock: events and the time come in, orders for agents go out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED
 from dstune.launch.verdict import Ended
 
 REJOIN_SECONDS = 3.0
-"""How long an attempt waits for an agent that has just gone: one that was killed is started again by its keeper at once."""
+"""How long the next attempt waits for an agent that has just gone; the keeper of a killed agent restarts it at once."""
 JOIN_SECONDS = 300.0
-"""How long an attempt waits for the nodes that it cannot start without."""
+"""How long an attempt waits for nodes without which it cannot start."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Member:
 
     node: str
     order: int
-    """Place among all nodes of the run: the first ones train, later ones are spares."""
+    """Position among all nodes of the run: the first ones train, later ones are spares."""
     ranks: int
-    """Ranks that the node has room for."""
+    """Number of ranks that the node runs when it trains."""
 
 
 @dataclass
@@ -41,15 +41,15 @@ class Attempt:
 
     shares: list[Share]
     ended: list[Ended] = field(default_factory=list)
-    """In the order in which the ends were reported."""
+    """How ranks ended, in the order of the reports."""
     running: set[str] = field(default_factory=set)
     """Nodes whose ranks may still run."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Nodes that went away during the attempt, with the cause."""
+    """Nodes that were lost during the attempt, with the cause."""
     stopped: set[int] = field(default_factory=set)
-    """Ranks that the kernel did not let run (SIGSTOP)."""
+    """Ranks that were suspended (SIGSTOP)."""
     is_ending: bool = False
-    """Whether the nodes have been told that the others are gone."""
+    """Whether the running nodes have been ordered to end their ranks."""
 
     @property
     def size(self) -> int:
@@ -60,34 +60,34 @@ class Attempt:
 
 
 class Orders:
-    """What the group asks for: the leader sends it to the agents."""
+    """The orders that a group gives; the leader sends them to the agents."""
 
     def start(self, attempt: Attempt) -> None:
         """Start the ranks of `attempt` on its nodes."""
         raise NotImplementedError
 
     def end(self, node: str) -> None:
-        """End the ranks of `node`: others are gone."""
+        """End the ranks of `node`, because others are gone."""
         raise NotImplementedError
 
     def stop(self, node: str, signal_name: str) -> None:
-        """Ask the ranks of `node` to save and leave; the second time, end them at once."""
+        """Ask the ranks of `node` to save and exit; the second time, end them at once."""
         raise NotImplementedError
 
     def after(self, attempt: Attempt, stop_signal: str | None, *, forced: bool) -> float | None:
-        """Judge an attempt that is over: seconds until the next one starts, or None if the run is over."""
+        """Judge an attempt that has ended. Return the seconds until the next one starts, or None if the run is over."""
         raise NotImplementedError
 
     def give_up(self, reason: str, *, stopped: bool) -> None:
-        """End the run while no rank runs: somebody asked for it (`stopped`), or too few nodes are there."""
+        """End the run while no rank runs, because a signal asked for it (`stopped`) or because nodes are missing."""
         raise NotImplementedError
 
 
 class Group:
     """The nodes of one run, as their leader sees them.
 
-    expected: nodes that have agents, spares included. target_nodes: nodes that train together if all are there. min_nodes:
-    the fewest that go on. rejoin_seconds: how long too few nodes wait for lost ones.
+    target_nodes: nodes that train together if all are there. min_nodes: the fewest that training continues with.
+    rejoin_seconds: how long too few nodes wait for lost ones. expected: nodes that start an agent, spares included.
     """
 
     def __init__(
@@ -109,29 +109,30 @@ class Group:
         self.forced = False
         self._orders, self._message = orders, message
         self.waiting_since = now
-        """Since when no rank runs."""
+        """When the ranks last stopped running."""
         self._not_before = now
         self._settle_seconds = self._give_up_seconds = JOIN_SECONDS
-        """After so long an attempt starts with fewer nodes than `target_nodes`; with fewer than `min_nodes` the run ends."""
+        """How long to wait before an attempt starts with fewer nodes than `target_nodes`; before the run ends with fewer than
+        `min_nodes`."""
         self._rejoin_seconds = rejoin_seconds
         self._expected = expected
-        """Nodes that the next attempt waits for a moment, so that spares do not begin in the place of others."""
+        """Nodes that the next attempt waits for briefly, so that a spare that connects early does not replace a slower node."""
         self._announced = ""
         self._expects_return = False
 
     def expect_soon(self) -> None:
-        """Expect the nodes that have been there before: those that do not come back in a moment are lost."""
+        """Wait only briefly for the nodes that were connected before; those that do not return soon count as lost."""
         self._expects_return = True
         self._settle_seconds, self._give_up_seconds, self._expected = REJOIN_SECONDS, self._rejoin_seconds, 0
 
     def join(self, member: Member) -> None:
-        """Note that an agent has connected; its node runs no rank."""
+        """Record that an agent has connected; its node runs no rank yet."""
         if self.attempt is not None and member.node in self.attempt.running:
             self.lose(member.node, "its agent was started again")
         self.members[member.node] = member
 
     def lose(self, node: str, cause: str) -> None:
-        """Record that the agent of `node` is gone. cause: its connection was closed, or it is silent."""
+        """Record that the agent of `node` is gone. cause: why, such as a closed connection or silence."""
         self.members.pop(node, None)
         if self.attempt is not None and node in self.attempt.running:
             self.attempt.running.discard(node)
@@ -139,7 +140,7 @@ class Group:
             self._message(f"dstune: {node} was lost ({cause})")
 
     def report(self, node: str, ended: Sequence[Ended], stopped: Sequence[int]) -> None:
-        """Note that all ranks of `node` have ended."""
+        """Record that all ranks of `node` have ended."""
         if self.attempt is None or node not in self.attempt.running:
             return
         for end in ended:
@@ -148,19 +149,19 @@ class Group:
         self.attempt.running.discard(node)
 
     def fail(self, node: str) -> None:
-        """Note that a rank of `node` ended badly; its others are being ended."""
+        """End the ranks of all nodes, because one of `node` failed."""
         if self.attempt is not None and node in self.attempt.running:
             self._end_nodes()
 
     def stop(self, signal_name: str) -> None:
-        """Ask the run to stop: the first time to save and leave, the second time at once."""
+        """Ask the run to stop: the first time to save and exit, the second time to end at once."""
         self.forced = self.stop_signal is not None
         self.stop_signal = self.stop_signal or signal_name
         for node in sorted(self.attempt.running) if self.attempt is not None else ():
             self._orders.stop(node, signal_name)
 
     def tick(self, now: float) -> None:
-        """Go on from what has happened until `now`."""
+        """Act on what has happened until `now`: start, end or judge an attempt."""
         if self.is_over:
             return
         if self.attempt is None:
@@ -180,11 +181,11 @@ class Group:
         self.expect_soon()
 
     def lacks_nodes(self, now: float, seconds: float) -> bool:
-        """Return whether too few of the nodes that were there before have been there for `seconds`."""
+        """Return whether, for at least `seconds`, fewer than `min_nodes` of the nodes that were connected before have returned."""
         is_waiting = self.attempt is None and not self.is_over and self.stop_signal is None
         waited = now - self.waiting_since
-        lacks = self._expects_return and len(self.members) < self.min_nodes
-        return is_waiting and lacks and seconds <= waited < self._give_up_seconds
+        are_missing = self._expects_return and len(self.members) < self.min_nodes
+        return is_waiting and are_missing and seconds <= waited < self._give_up_seconds
 
     def _end_nodes(self) -> None:
         assert self.attempt is not None
@@ -194,22 +195,21 @@ class Group:
                 self._orders.end(node)
 
     def _start_if_ready(self, now: float) -> None:
-        ready = sorted(self.members.values(), key=lambda member: member.order)
+        members = sorted(self.members.values(), key=lambda member: member.order)
         waited = now - self.waiting_since
         if self.stop_signal is not None:
             self._give_up(f"received {self.stop_signal} while no rank was running", stopped=True)
-        elif len(ready) < self.min_nodes and waited >= self._give_up_seconds:
-            waited_for = f"{self._give_up_seconds:.0f} s"
-            count = f"{len(ready)} of {self.target_nodes} nodes are there after {waited_for}"
+        elif len(members) < self.min_nodes and waited >= self._give_up_seconds:
+            count = f"{len(members)} of {self.target_nodes} nodes are there after {self._give_up_seconds:.0f} s"
             self._give_up(f"{count}, and {self.min_nodes} are needed", stopped=False)
         elif now >= self._not_before and (
-            len(ready) >= max(self.target_nodes, self._expected)
-            or (len(ready) >= self.target_nodes and waited >= REJOIN_SECONDS)
-            or (len(ready) >= self.min_nodes and waited >= self._settle_seconds)
+            len(members) >= max(self.target_nodes, self._expected)
+            or (len(members) >= self.target_nodes and waited >= REJOIN_SECONDS)
+            or (len(members) >= self.min_nodes and waited >= self._settle_seconds)
         ):
-            self._start(ready[: self.target_nodes])
-        elif waited >= REJOIN_SECONDS and len(ready) < self.min_nodes:
-            self._announce(f"dstune: waiting for nodes: {len(ready)} of {self.target_nodes} are there")
+            self._start(members[: self.target_nodes])
+        elif waited >= REJOIN_SECONDS and len(members) < self.min_nodes:
+            self._announce(f"dstune: waiting for nodes: {len(members)} of {self.target_nodes} are there")
 
     def _start(self, members: Sequence[Member]) -> None:
         shares: list[Share] = []

@@ -1,4 +1,4 @@
-"""The leader of a run on several nodes: the agent that holds the run's lease. It hears from the agents of all nodes, and starts,
+"""The leader of a run on several nodes: the agent that holds the run's lease. Agents of all nodes report to it, and it starts,
 ends and restarts their ranks together."""
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from dstune.launch.local.restarts import Restarts
 from dstune.launch.verdict import Ended, Verdict, judge
 
 BEAT_SECONDS = 1.0
-"""Between two signs of life, of agents, of the leader and of the lease."""
+"""Time between two heartbeats of an agent, of the leader and of the lease."""
 PAUSE_SECONDS = 3.0
-"""A longer gap between two ticks means that this process was stopped: the silence of others is not theirs then."""
+"""A longer gap between two ticks means that this process was suspended, so the other agents were not silent during it."""
 PROOF_SECONDS = 10.0
-"""How long a stranger may stay connected."""
+"""How long a peer may stay connected without introducing itself."""
 MOST_STRANGERS = 256
-"""Connections of peers that have not introduced themselves; a further one takes the place of the oldest."""
+"""Most connections of peers that have not introduced themselves; a further one replaces the oldest."""
 YIELD_SECONDS = 5.0
-"""A leader that has been without enough nodes for so long lets another one lead, once."""
+"""A leader that has lacked nodes for this long lets another agent lead, once."""
 SAME_REQUEST_SECONDS = 5.0
-"""A queue sends the same signal to all nodes of a job."""
+"""Reports of a signal within this time are one request: a queue sends a signal to all nodes of a job."""
 SILENT = "it was silent"
 MESSAGES = "launch.log"
-"""In `logs/`: what the leader says; the command that started the run shows it."""
+"""File in `logs/` with the messages of the leader, which the command that started the run shows."""
 
 
 class MessageConsole(Console):
-    """A console that only says what the leader says."""
+    """A console that passes messages to a function, and shows nothing else."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, show: Callable[[str], None]):
         super().__init__()
-        self._say = say
+        self._show = show
 
     def message(self, text: str) -> None:
-        self._say(text)
+        self._show(text)
 
 
 @dataclass
@@ -59,19 +59,22 @@ class Peer:
     """A connection to an agent."""
 
     link: Link
-    heard: float
+    last_heard: float
     node: str = ""
     """Empty until its agent has introduced itself."""
 
 
 class LeaseKeeper(threading.Thread):
-    """Shows that the holder of the lease is alive. A thread, since a file system of a network may not answer for minutes."""
+    """Renews the lease to show that its holder is alive.
+
+    It is a thread because a network file system may not answer for minutes.
+    """
 
     def __init__(self, lease: Lease, generation: int, record: LeaseRecord):
         super().__init__(name="lease", daemon=True)
         self.lease, self.generation, self.record = lease, generation, record
         self.renewed = time.monotonic()
-        """When the last renewal that succeeded began."""
+        """When the last successful renewal began."""
         self.is_superseded = False
         self.ended = threading.Event()
         self._lock = threading.Lock()
@@ -82,7 +85,7 @@ class LeaseKeeper(threading.Thread):
                 self.renew()
 
     def renew(self) -> None:
-        """Show a sign of life, and look for a newer generation. Raises OSError."""
+        """Renew the lease, unless a newer generation of it exists. Raises OSError."""
         with self._lock:
             began = time.monotonic()
             if self.lease.newest() > self.generation:
@@ -94,7 +97,7 @@ class LeaseKeeper(threading.Thread):
             self.renewed = began
 
     def advance(self, mark: str) -> bool:
-        """Begin the next generation, for ranks with `mark`. Returns whether the lease is still held. Raises OSError."""
+        """Begin the next generation, for ranks with `mark`; return whether this agent still holds the lease. Raises OSError."""
         with self._lock:
             began = time.monotonic()
             record = replace(self.record, mark=mark, beat=0, attempts=self.record.attempts + 1)
@@ -106,7 +109,7 @@ class LeaseKeeper(threading.Thread):
             return True
 
     def release(self, *, is_over: bool = False) -> None:
-        """Give the lease back: no rank of its generation is left. is_over: nor does any agent of this launch go on."""
+        """Give the lease back, once no rank of its generation is left. is_over: whether all agents of this launch end too."""
         self.ended.set()
         with self._lock, suppress(OSError):
             if not self.is_superseded and self.lease.newest() == self.generation:
@@ -116,9 +119,9 @@ class LeaseKeeper(threading.Thread):
 class Leader(Orders):
     """Leads the agents of a run until it is over, or until another agent holds the lease.
 
-    keeper: of the lease that this process has just taken. server: where agents connect. now: since when nodes are waited for.
-    lost_leader: the node that led this launch before and is gone, if there is one. may_yield: whether it gives the lease back
-    when too few nodes reach it.
+    keeper: keeps the lease that this process has just taken. server: socket that agents connect to. now: when the wait for
+    nodes began. lost_leader: the lost node that led this launch before; empty if there is none. may_yield: whether this leader
+    gives the lease back when too few nodes reach it.
     """
 
     def __init__(
@@ -164,25 +167,25 @@ class Leader(Orders):
         self.peers: list[Peer] = []
         self._log_starts: dict[int, int] = {}
         self._signals: dict[str, dict[str, float]] = {}
-        """When each node has reported a signal, by its name."""
-        self._ticked = self._last_beat = now
+        """When each node reported a signal, by name of the signal and node."""
+        self._last_tick = self._last_beat = now
         self._size = 1
-        self._written: GroupStatus | None = None
-        self._first_step = self._step()
+        self._written_status: GroupStatus | None = None
+        self._first_step = self._last_step()
         server.setblocking(False)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Hear the agents and go on."""
+        """Handle the messages of the agents, and act on what has happened until `now`."""
         if self.outcome is not None or self.is_deposed:
             return
-        gap, self._ticked = now - self._ticked, now
+        gap, self._last_tick = now - self._last_tick, now
         if gap > PAUSE_SECONDS:
             with suppress(OSError):
-                self.keeper.renew()  # first of all: another agent may lead by now
+                self.keeper.renew()  # before anything else: another agent may lead by now
             for peer in self.peers:
-                peer.heard += gap
+                peer.last_heard += gap
         if self.keeper.is_superseded:
             self._depose("another agent leads this run now")
             return
@@ -208,15 +211,15 @@ class Leader(Orders):
 
     @property
     def waiting_since(self) -> float:
-        """Since when nodes are waited for."""
+        """When the wait for nodes began."""
         return self.group.waiting_since
 
     def sockets(self) -> list[Any]:
-        """Return what to wait on for events."""
+        """Return the sockets on which events arrive."""
         return [self._server, *(peer.link for peer in self.peers if not peer.link.closed)]
 
     def close(self) -> None:
-        """Leave all agents. They end their ranks, and look for another leader, unless the run is over."""
+        """Disconnect from all agents. Unless the run is over, they end their ranks and look for another leader."""
         for peer in self.peers:
             peer.link.close("the leader has left")
         self.peers = []
@@ -238,18 +241,18 @@ class Leader(Orders):
 
     def _receive(self, peer: Peer, now: float) -> None:
         for message in peer.link.receive():
-            peer.heard = now
+            peer.last_heard = now
             self._follow(peer, message, now)
-        silent = now - peer.heard
-        if silent > (self.settings.silence_seconds if peer.node else PROOF_SECONDS):
-            peer.link.close(f"{SILENT} for {silent:.0f} s")
+        silence = now - peer.last_heard
+        if silence > (self.settings.silence_seconds if peer.node else PROOF_SECONDS):
+            peer.link.close(f"{SILENT} for {silence:.0f} s")
         if peer.link.closed:
             self.peers.remove(peer)
             if peer.node and all(other.node != peer.node for other in self.peers):
                 self.group.lose(peer.node, peer.link.closed)
 
     def _follow(self, peer: Peer, message: Message, now: float) -> None:
-        """Act on what an agent says. All agents know the secret; what they say is well-formed."""
+        """Act on a message. Its sender has proven that it knows the secret, so it is an agent and its messages are well-formed."""
         if "hello" in message:
             peer.node = message["hello"]
             for other in list(self.peers):  # an earlier connection of the same node
@@ -267,17 +270,20 @@ class Leader(Orders):
             self._note_signal(message["signal"], peer.node, now)
 
     def _note_signal(self, name: str, node: str, now: float) -> None:
-        """Note a signal. A queue that asks a job to stop signals all its nodes; on a single one, it only takes this node away."""
-        earlier = self._signals.get(name, {})
-        fresh = {other: when for other, when in earlier.items() if now - when < SAME_REQUEST_SECONDS}
-        self._signals[name] = {node: now} | fresh
-        # Once for all nodes, however many report it.
-        if node not in fresh and len(fresh) + 1 == min(2, len(self.group.members)):
+        """Record a signal, and stop the run if a second node reports it too.
+
+        A queue that wants the job to stop signals all its nodes; a signal to a single one of several only removes that node.
+        """
+        times = self._signals.get(name, {})
+        recent_times = {other: time_of for other, time_of in times.items() if now - time_of < SAME_REQUEST_SECONDS}
+        self._signals[name] = {node: now} | recent_times
+        # Further nodes that report the same signal do not stop the run again.
+        if node not in recent_times and len(recent_times) + 1 == min(2, len(self.group.members)):
             self._received.append(name)
             self.group.stop(name)
 
     def _obey_stop_file(self) -> None:
-        """Obey the stop file: while no rank runs, nobody else looks for it."""
+        """Obey the stop file while no rank runs; otherwise the ranks look for it."""
         if self.group.attempt is None and not self.group.is_over and (self.run_dir / STOP_FILE).exists():
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
             self._received.append(STOP_REASON)
@@ -285,11 +291,11 @@ class Leader(Orders):
 
     def _depose(self, reason: str) -> None:
         self.is_deposed = True
-        self.close()  # first of all: where the file system does not answer, the next line waits for it
+        self.close()  # before the message, which waits for a file system that may not answer
         self._message(f"dstune: {self.node} does not lead any more: {reason}")
 
     def _yield(self) -> None:
-        """Let another node lead: a partition may have left this one alone, while its file system is still there."""
+        """Let another node lead: the network may have cut this one off, although it still reaches the file system."""
         self.has_yielded = True
         self.keeper.release()
         self._depose("too few nodes can reach it")
@@ -309,8 +315,8 @@ class Leader(Orders):
         self._size = attempt.size
         ranks = range(attempt.size)
         self._log_starts = {rank: attempts.size(attempts.log_path(self.run_dir, rank)) for rank in ranks}
-        places = ", ".join(f"{share.node} ({share.ranks})" for share in attempt.shares)
-        self._message(f"dstune: starting {attempt.size} rank{'s' * (attempt.size > 1)} on {places}")
+        nodes = ", ".join(f"{share.node} ({share.ranks})" for share in attempt.shares)
+        self._message(f"dstune: starting {attempt.size} rank{'s' * (attempt.size > 1)} on {nodes}")
         for share in attempt.shares:
             order = {"first": share.first_rank, "size": attempt.size, "mark": mark}
             self._send(share.node, {"start": self.keeper.generation, **order})
@@ -324,67 +330,68 @@ class Leader(Orders):
     def after(self, attempt: Attempt, stop_signal: str | None, *, forced: bool) -> float | None:
         verdict = self._judge(attempt, stop_signal, forced)
         decision = self._restarts.decide(verdict, self, is_external=bool(attempt.lost))
-        if decision.wait is None:
-            ended = decision.verdict
-            if ended.exit_code == EXIT_FAILED and attempt.lost and self._goes_back_to_queue(attempt):
-                ended = Verdict(EXIT_PREEMPTED, f"{verdict.reason}: the job goes back to the queue")
-            self._finish(ended, attempt)
-            return None
-        return decision.wait
+        if decision.wait is not None:
+            return decision.wait
+        final_verdict = decision.verdict
+        if final_verdict.exit_code == EXIT_FAILED and attempt.lost and self._goes_back_to_queue(attempt):
+            final_verdict = Verdict(EXIT_PREEMPTED, f"{verdict.reason}: the job goes back to the queue")
+        self._finish(final_verdict, attempt)
+        return None
 
     def give_up(self, reason: str, *, stopped: bool) -> None:
-        if stopped or self._goes_back_to_queue(None):
-            self._finish(Verdict(EXIT_PREEMPTED, reason))
-        else:
-            self._finish(Verdict(EXIT_FAILED, reason))
+        is_resumable = stopped or self._goes_back_to_queue(None)
+        self._finish(Verdict(EXIT_PREEMPTED if is_resumable else EXIT_FAILED, reason))
 
     def _goes_back_to_queue(self, attempt: Attempt | None) -> bool:
-        """Return whether a job that lost nodes asks the queue for others: a node is dead, or the job has trained at all. One
-        whose agents end as soon as they start would come again for ever."""
-        is_dead = attempt is not None and any(SILENT in cause for cause in attempt.lost.values())
-        return self.settings.requeues and (is_dead or self._step() > self._first_step)
+        """Return whether a job that lost nodes asks the queue for others.
 
-    def _step(self) -> int:
+        It does so if a node fell silent or if training has made progress. A job whose agents end as soon as they start must not
+        return to the queue, since it would do so forever.
+        """
+        has_silent_node = attempt is not None and any(SILENT in cause for cause in attempt.lost.values())
+        return self.settings.requeues and (has_silent_node or self._last_step() > self._first_step)
+
+    def _last_step(self) -> int:
         return int(records.read_metrics(self.run_dir).last.get("step", 0))
 
     def last_lines(self, rank: int, count: int = attempts.TAIL_LINES) -> list[str]:
-        """Return the end of what `rank` wrote during this attempt."""
+        """Return the last lines that `rank` wrote during this attempt."""
         return attempts.last_lines(attempts.log_path(self.run_dir, rank), self._log_starts.get(rank, 0), count)
 
     def _judge(self, attempt: Attempt, stop_signal: str | None, forced: bool) -> Verdict:
         errors = attempts.read_errors(self.run_dir, attempt.size)
         result = records.read_result(self.run_dir)
         if attempt.lost and not forced:
-            mistake = next((error for error in errors.values() if isinstance(error, UserError)), None)
-            if mistake is not None:
-                return Verdict(mistake.exit_code, str(mistake), None, mistake)
+            user_error = next((error for error in errors.values() if isinstance(error, UserError)), None)
+            if user_error is not None:
+                return Verdict(user_error.exit_code, str(user_error), None, user_error)
             if result is None or result.get("status") not in ("completed", "stopped", "pruned"):
-                lost = "; ".join(f"{node} was lost ({cause})" for node, cause in sorted(attempt.lost.items()))
-                return Verdict(EXIT_FAILED, lost)
+                losses = "; ".join(f"{node} was lost ({cause})" for node, cause in sorted(attempt.lost.items()))
+                return Verdict(EXIT_FAILED, losses)
         verdict = judge(attempt.ended, errors, stop_signal, forced, attempt.stopped)
         if verdict.exit_code == EXIT_DONE and result is None:
             return Verdict(EXIT_FAILED, "the ranks ended without a result")
         if verdict.culprit is not None and not isinstance(verdict.error, UserError):
             rank = verdict.culprit.rank
-            place = f"rank {rank} on {attempt.node_of(rank)}"
+            culprit = f"rank {rank} on {attempt.node_of(rank)}"
             reason = verdict.reason.removeprefix(f"rank {rank} ")
-            joined = f"{place}: {reason}" if reason == verdict.reason else f"{place} {reason}"
-            return replace(verdict, reason=joined)
+            separator = ": " if reason == verdict.reason else " "
+            return replace(verdict, reason=f"{culprit}{separator}{reason}")
         return verdict
 
     def _finish(self, verdict: Verdict, attempt: Attempt | None = None) -> None:
         failure = None
         if verdict.exit_code == EXIT_FAILED:
             culprit = verdict.culprit
-            node = attempt.node_of(culprit.rank) if attempt and culprit else None
-            lost = sorted(attempt.lost) if attempt else []
+            culprit_node = attempt.node_of(culprit.rank) if attempt and culprit else None
+            lost_nodes = sorted(attempt.lost) if attempt else []
             failure = {
                 "rank": culprit and culprit.rank,
-                "node": node or next(iter(lost), None),
+                "node": culprit_node or next(iter(lost_nodes), None),
                 "cause": verdict.reason,
             }
         with suppress(OSError):
-            if failure is not None:  # a rank that was told to end may have said that it was asked to stop
+            if failure is not None:  # a rank that was ended because of the failure may have recorded a requested stop
                 records.result_path(self.run_dir).unlink(missing_ok=True)
             attempts.record(self.run_dir, verdict, self._size, failure)
         if verdict.reason:
@@ -412,7 +419,7 @@ class Leader(Orders):
             restarts=max(0, self.keeper.record.attempts - 1),
             is_over=self.outcome is not None,
         )
-        if status != self._written:
+        if status != self._written_status:
             with suppress(OSError):
                 records.write_json(self.run_dir / GROUP_FILE, asdict(status))
-                self._written = status
+                self._written_status = status

@@ -1,4 +1,4 @@
-"""The ranks of one node: started, watched and ended as those of `launch=local` are."""
+"""The ranks of one node, which are started, watched and ended as those of `launch=local` are."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from dstune.launch.local.warm import ForkServer
 from dstune.launch.verdict import Ended
 
 ENDING_SECONDS = 2.0
-"""Time for the last words of ranks that wait for one that is gone."""
-OF_ONE_START = ("MASTER_ADDR", "MASTER_PORT", STORE, GROUP_SECRET, LAUNCH_ID, LEASE)
-"""Variables that belong to one start of the ranks: rank 0 says each time where the ranks meet."""
+"""How long ranks that wait for a lost rank may take to end by themselves."""
+START_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", STORE, GROUP_SECRET, LAUNCH_ID, LEASE)
+"""Variables that hold for one start of the ranks only: rank 0 announces a new meeting point each time."""
 
 
 class NodeLaunch(Launch):
     """One start of the ranks of this node.
 
-    mark: `DSTUNE_LAUNCH_ID` of all ranks of the attempt. lease: the file of its generation. server: what forks the ranks;
-    None for processes that import everything themselves.
+    mark: `DSTUNE_LAUNCH_ID` of all ranks of the attempt. lease: the lease file of its generation. server: forks the ranks; if
+    None, each rank is a new process that does its own imports.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class NodeLaunch(Launch):
 
     @property
     def has_failed(self) -> bool:
-        """Whether a rank has ended badly, so that those of other nodes wait in vain."""
+        """Whether a rank has failed, so that the ranks of other nodes would wait for it forever."""
         return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in self.ended)
 
     def end_soon(self) -> None:
-        """End the launch from another thread: ranks elsewhere are gone."""
+        """Ask, from another thread, that the ranks end because ranks of other nodes are gone."""
         self.grace_seconds = min(self.grace_seconds, ENDING_SECONDS)
         self.ends_others = True
 
     def all_ends(self) -> list[Ended]:
-        """Return the ends of all ranks of this node, also where starting them failed."""
+        """Return how each rank of this node ended; one that could not be started counts as killed."""
         ended = {end.rank for end in self.ended}
         ranks = range(self.first_rank, self.first_rank + self.plan.size)
         return [*self.ended, *(Ended(rank, -signal.SIGKILL, 0) for rank in ranks if rank not in ended)]
@@ -81,7 +81,7 @@ class NodeLaunch(Launch):
 
 def node_plan(task: Task, parent: Mapping[str, str], first_rank: int, world_size: int) -> LaunchPlan:
     """Return the command lines and environments of this node's ranks."""
-    dropped = {*OF_ONE_START, FORK_SERVER, *task.unset}
+    dropped = {*START_VARIABLES, FORK_SERVER, *task.unset}
     shared = {name: value for name, value in parent.items() if name not in dropped} | task.variables
     shared |= {
         "WORLD_SIZE": str(world_size),

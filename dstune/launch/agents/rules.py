@@ -9,7 +9,7 @@ from dstune.launch.agents.config import AgentsConfig
 
 
 def check_agents(launch: AgentsConfig) -> Iterator[Problem]:
-    """Yield problems of the keys by themselves."""
+    """Yield problems that the keys have whatever the number of nodes is."""
     for key in ("min_nodes", "spares"):
         if (value := getattr(launch, key)) and not launch.restarts:
             reason = "without launch.restarts a run ends when it loses a node"

@@ -1,4 +1,4 @@
-"""Where the nodes of a run stand, as its leader wrote it down."""
+"""The state of a run's nodes, which its leader writes to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GROUP_FILE = Path("launch") / "agents.json"
 
 @dataclass(frozen=True)
 class GroupStatus:
-    """The nodes of a run, and how often all ranks have started again."""
+    """Which nodes train, wait as spares or are lost, and how often all ranks have been restarted."""
 
     generation: int
     leader: str
@@ -34,7 +34,7 @@ class GroupStatus:
 
 
 def read_group(run_dir: Path) -> GroupStatus | None:
-    """Return what the leader of the run in `run_dir` wrote last; None if the run has no agents or the file is malformed."""
+    """Return the state that the leader wrote last; None if the run has no agents or the file is malformed."""
     values: dict[str, Any] = read_object(run_dir / GROUP_FILE) or {}
     try:
         status = GroupStatus(**values)
@@ -42,10 +42,8 @@ def read_group(run_dir: Path) -> GroupStatus | None:
         return None
     lists = (status.training, status.spare, status.lost)
     nodes = [node for nodes in lists if isinstance(nodes, list) for node in nodes]
-    valid = all(isinstance(nodes, list) for nodes in lists) and all(
-        isinstance(text, str) for text in (*nodes, status.leader)
-    )
-    numbers = type(status.generation) is int and type(status.restarts) is int and isinstance(status.is_over, bool)
-    if not (valid and numbers) or any(one_line(text) != text for text in (*nodes, status.leader)):
-        return None
-    return status
+    names = [*nodes, status.leader]
+    has_names = all(isinstance(nodes, list) for nodes in lists) and all(isinstance(name, str) for name in names)
+    has_numbers = type(status.generation) is int and type(status.restarts) is int and isinstance(status.is_over, bool)
+    is_valid = has_names and has_numbers and all(one_line(name) == name for name in names)
+    return status if is_valid else None

@@ -1,4 +1,5 @@
-"""What an agent is told when it starts: by the script of a SLURM job on its command line, by `launch=hostfile` over ssh."""
+"""The task that an agent receives when it starts: on its command line from the script of a SLURM job, or over ssh from
+`launch=hostfile`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 REQUEUED_REJOIN_SECONDS = 30.0
-"""How long too few nodes of a job wait for lost ones, where the queue can give it others."""
+"""How long a job with too few nodes waits for lost ones, if the queue can replace them."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all agents of a run: the keys `launch.restarts` and so on, see `dstune.launch.agents.config`."""
+    """Settings that all agents of a run share: `launch.restarts` and the other keys of `dstune.launch.agents.config`."""
 
     nodes: int
     """Nodes that train together."""
@@ -22,16 +23,16 @@ class Settings:
     silence_seconds: float
     grace_seconds: float
     requeues: bool = False
-    """Whether a run that has too few nodes goes back into a queue, which gives it others."""
+    """Whether a run with too few nodes goes back to a queue, which replaces the lost ones."""
     interface: str | None = None
     signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
-    """Those that ask the run to save and leave (`run.signals`)."""
+    """Signals that ask the run to save and exit (`run.signals`)."""
     saves: bool = True
     """Whether ranks that are asked to stop have something to save."""
     warm: bool = True
-    """Whether ranks are forked from a process that has done their imports (`launch.warm`)."""
+    """Whether ranks are forked from a process that has already done their imports (`launch.warm`)."""
     imports: list[str] = field(default_factory=list)
-    """Modules that such a process imports beside those of every rank."""
+    """Modules that this process imports in addition to those of every rank."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,24 +48,24 @@ class Task:
     settings: Settings
     node: str
     order: int
-    """Place among the nodes: the first one leads, the last ones are spares."""
+    """Position among the nodes: the first one leads, the last ones are spares."""
     ranks: int
     launch: str
-    """Identity of this start of all agents."""
+    """Identity of this launch, the same for all its agents."""
     secret: str
-    """What all agents of the run know and nobody else."""
+    """Secret that only the agents of the run know."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Of every rank, beside the agent's own environment."""
+    """Environment variables of every rank, in addition to the agent's own environment."""
     first_variables: dict[str, str] = field(default_factory=dict)
-    """Of rank 0 alone."""
+    """Environment variables of rank 0 alone."""
     folder: str | None = None
-    """Where relative paths of the configuration begin; the agent's own folder when not given."""
+    """Folder that relative paths of the configuration start from; the agent's own when not given."""
     batch_node: str = ""
-    """Of a SLURM job, the node that runs its script."""
+    """Node that runs the script of a SLURM job."""
     unset: list[str] = field(default_factory=list)
-    """Variables of the agent that no rank gets."""
+    """Environment variables of the agent that no rank inherits."""
 
 
-def task_of(values: dict[str, Any]) -> Task:
-    """Return the task in the object that a launch sent."""
+def task_from_json(values: dict[str, Any]) -> Task:
+    """Return the task that `asdict` turned into the JSON object `values`."""
     return Task(**{**values, "settings": Settings(**values["settings"])})

@@ -1,5 +1,5 @@
-"""Messages between agents: JSON objects, one a line, over a TCP connection whose both ends prove that they know the secret of
-the run. Every line carries a code that nobody else can compute, so a stranger can neither join nor change a message."""
+"""Messages between agents: one JSON object per line, over a TCP connection. Both ends prove that they know the secret of the
+run, and every line carries an authentication code (HMAC), so a stranger can neither join nor alter a message."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ LONGEST_LINE = 1 << 20
 LONGEST_GREETING = 200
 """Bytes that a peer may send before it has proven anything."""
 LEADER, AGENT = b"leader", b"agent"
+MALFORMED = "it sent something that is not a message of an agent"
 
 
 class Link:
-    """One end of a connection. Never blocks: `receive` returns what has arrived, `send` queues what cannot go out yet.
+    """One end of a connection. It never blocks: `receive` returns what has arrived, `send` queues what cannot go out yet.
 
-    role: of this end, `LEADER` or `AGENT`. `closed` is empty while the connection is open, then the reason.
+    role: `LEADER` or `AGENT`, the role of this end. `closed` is empty while the connection is open, then holds the reason.
     """
 
     def __init__(self, sock: socket.socket, secret: str, role: bytes):
@@ -49,32 +50,32 @@ class Link:
             self._waiting.append(message)
             return
         text = json.dumps(message).encode()
-        self._write(self._code(self._role, text) + b" " + text + b"\n")
+        self._write(self._authentication_code(self._role, text) + b" " + text + b"\n")
 
     def receive(self) -> list[Message]:
-        """Return the messages that have arrived since the last call; sets `closed` at the end of the connection."""
+        """Return the messages that have arrived since the last call; set `closed` once the connection has ended."""
         self._write(b"")
-        ended = ""
+        end_reason = ""
         while not self.closed:
             try:
                 data = self._sock.recv(65536)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
-                ended = error.strerror or str(error)
+                end_reason = error.strerror or str(error)
                 break
             if not data:
-                ended = "its connection was closed"
+                end_reason = "its connection was closed"
                 break
             self._received += data
             if len(self._received) > (LONGEST_LINE if self.is_proven else LONGEST_GREETING):
                 break
-        messages = self._messages()
+        messages = self._parse_lines()
         limit = LONGEST_LINE if self.is_proven else LONGEST_GREETING
         if len(self._received) > limit:
-            ended = "it sends what no agent sends"
-        if ended:
-            self.close(ended)
+            end_reason = MALFORMED
+        if end_reason:
+            self.close(end_reason)
         return messages
 
     def close(self, reason: str) -> None:
@@ -82,7 +83,8 @@ class Link:
         with suppress(OSError):
             self._sock.close()
 
-    def _messages(self) -> list[Message]:
+    def _parse_lines(self) -> list[Message]:
+        """Take the complete lines from what was received; return their messages."""
         messages: list[Message] = []
         while not self.closed and b"\n" in self._received:
             line, _, self._received = self._received.partition(b"\n")
@@ -90,24 +92,24 @@ class Link:
                 self._greet(line)
                 continue
             code, _, text = line.partition(b" ")
-            if not hmac.compare_digest(code, self._code(self._peer_role, text)):
+            if not hmac.compare_digest(code, self._authentication_code(self._peer_role, text)):
                 self.close("it does not know the secret of this run")
                 break
             self.is_proven = True
             try:
                 message = json.loads(text)
             except ValueError:
-                self.close("it sends what no agent sends")
+                self.close(MALFORMED)
                 break
             if isinstance(message, dict) and message:
                 messages.append(message)
         return messages
 
     def _greet(self, line: bytes) -> None:
-        """Make the key of this connection from the nonces of both ends, and prove it with an empty message."""
+        """Derive the key of this connection from the nonces of both ends, and send an empty message to prove the key."""
         own_nonce = self._nonce.encode()
         if len(line) != len(own_nonce):
-            self.close("it sends what no agent sends")
+            self.close(MALFORMED)
             return
         nonces = own_nonce + line if self._role == LEADER else line + own_nonce
         self._key = hmac.digest(self._secret, b"dstune agents " + nonces, hashlib.sha256)
@@ -115,7 +117,8 @@ class Link:
         for message in ({}, *waiting):
             self.send(message)
 
-    def _code(self, sender: bytes, text: bytes) -> bytes:
+    def _authentication_code(self, sender: bytes, text: bytes) -> bytes:
+        """Return the code of the next message of `sender`. Messages are counted, so that none can be repeated or dropped."""
         self._counts[sender] += 1
         content = sender + b" %d " % self._counts[sender] + text
         return hmac.new(self._key, content, hashlib.sha256).hexdigest().encode()
