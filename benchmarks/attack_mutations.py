@@ -17,7 +17,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/distributed.py", "if not hmac.compare_digest(received_proof, proof(other)):", "if False:"
     ),
     "groups.test_a_local_launch_meets_in_a_folder_of_its_own": undo(
-        "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
+        "launch/local/supervise.py", 'STORE: str(Path(folder) / "store")', 'STORE: str(self.run_dir / "store")'
     ),
     "forked_ranks.test_another_user_gets_no_fork": undo(
         "launch/local/fork_server.py", "if peer_user(connection) != os.getuid():", "if False:"
@@ -351,7 +351,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/messages.py", "return unpacked(json.loads(message[8:end]))", 'return __import__("pickle").loads(message)'
     ),
     "two_users.test_the_second_user_gets_nothing_of_a_running_launch": undo(
-        "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
+        "launch/local/supervise.py", 'STORE: str(Path(folder) / "store")', 'STORE: str(self.run_dir / "store")'
     ),
     "two_users.test_the_second_user_redirects_nothing_by_being_first": undo(
         "core/rendezvous.py", "content = json.loads(files.read_own(place))", "content = json.loads(place.read_bytes())"

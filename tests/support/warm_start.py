@@ -250,7 +250,7 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
     for fd, number in zip(high, request["numbers"], strict=True):
         os.dup2(fd, number)
     os.closerange(HIGH, 2 * HIGH)
-    forking.take_over(request)
+    forking.apply_request(request)
     words: list[str] = request["words"]
     if not (request["unbuffered"] or "PYTHONUNBUFFERED" in request["env"]):
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115

@@ -27,4 +27,4 @@ class SparkConfig(LaunchConfig):
     interface: str | None = None
     """Network interface that the ranks talk over, such as ib0; the one that leads to rank 0 when not given."""
     grace_seconds: float = setting(10.0, above=0.0, at_most=20.0)
-    """How long the other ranks may take to end after one of them died; then they are killed."""
+    """Seconds that the other ranks get to end by themselves after one died; then they are killed."""

@@ -23,11 +23,11 @@ class Local(Launcher):
             return
         if self.config.processes != 1:
             processes = self.config.processes
-            reason = "one process can hold one rank only"
-            value = "as many as there are GPUs, or two" if processes is None else str(processes)
+            reason = "one process can run only one rank"
+            value = "one per GPU, or two without GPUs" if processes is None else str(processes)
             yield Problem("launch.in_process", reason, "launch.processes=1", f"launch.processes: {value}")
         if self.config.restarts:
-            reason = "the process that failed is the one that would start it again"
+            reason = "a process that fails cannot restart itself"
             yield Problem("launch.in_process", reason, "launch.restarts=0", f"launch.restarts={self.config.restarts}")
 
     @property
@@ -51,8 +51,8 @@ class Local(Launcher):
 
         plan = local_plan(run, run_dir, console=console.kind)
         if request.command is not None:
-            words = (*plan.argv[0][: plan.argv[0].index("dstune.worker")], *request.command)
-            plan = replace(plan, argv=(words,) * plan.size)
+            argv = (*plan.argv[0][: plan.argv[0].index("dstune.worker")], *request.command)
+            plan = replace(plan, argv=(argv,) * plan.size)
         return supervise.run(
             run, run_dir, self.config, plan=plan, console=console, lock=request.lock, saves=request.saves
         )

@@ -16,14 +16,14 @@ class LocalConfig(LaunchConfig):
     absent_keys = MappingProxyType(dict.fromkeys(("min_nodes", "spares"), "all its ranks are on this machine"))
     name: str = "local"
     processes: int | None = setting(None, at_least=1)
-    """Ranks; every GPU when not given, else two (one on a single core)."""
+    """Number of ranks; by default one per GPU, or two without GPUs (one on a single core)."""
     restarts: int = setting(0, at_least=0)
-    """How often a run that failed starts again from its newest whole checkpoint; the same failure at the same step twice
-    ends it."""
+    """How often a failed run is restarted from its newest complete checkpoint; the same failure at the same step twice ends
+    the run."""
     grace_seconds: float = setting(5.0, above=0.0, at_most=8.0)
-    """How long the other ranks may take to end after one of them died; then they are killed."""
+    """Seconds that the other ranks get to end by themselves after one died; then they are killed."""
     warm: bool = True
-    """Where a run may start more than once (`launch.restarts`, a sweep, jobs of the fine-tuning API), fork its ranks from a process
-    that has done their imports; `false` starts each rank anew."""
+    """If ranks may start more than once (`launch.restarts`, a sweep, jobs of the fine-tuning API), fork them from a process that
+    has already done their imports; `false` starts each rank as a new process."""
     in_process: bool = False
-    """Run the rank in the process that was started, so that breakpoints work: with `launch.processes=1` only."""
+    """Run the rank in the process that you started, so that breakpoints work. Needs `launch.processes=1`."""

@@ -1,15 +1,16 @@
-"""A process that imports what ranks import, once, and forks them: `-m dstune.launch.local.fork_server FOLDER SOCKET OWNER IMPORTS`.
+"""A process that does the imports of ranks once, and forks ranks: `-m dstune.launch.local.fork_server FOLDER SOCKET OWNER IMPORTS`.
 
-SOCKET is the descriptor of a listening Unix socket in FOLDER. OWNER is `PID SECONDS`: this process ends when that one does, and
-after so many seconds without a request (0: never). IMPORTS names modules beside those of every rank, with commas between.
-`dstune.launch.local.warm` starts it and asks it.
+SOCKET is the descriptor of a listening Unix socket in FOLDER. OWNER is `PID SECONDS`: the server ends when the process PID does,
+or after SECONDS without a request (0: never). IMPORTS names further modules besides those of every rank, separated by commas.
+`dstune.launch.local.warm` starts the server and sends it requests.
 
-The server itself only forks. For each request it makes a keeper, which forks the rank, reports its pid and later how it ended,
-and kills it when the asking process goes. So a server that is killed costs no run that it has started. A rank has no secret of
-another one: this process has the variables alone that imports may read (`warm.import_environment`), and keeps no request.
+The server itself only forks. For each request it forks a keeper, which forks the rank, reports the rank's pid and later how it
+ended, and kills it when the client (the requesting process) goes. So killing the server ends no run that it has started. No
+rank sees a secret of another one: the server has only the variables that imports may read (`warm.import_environment`), and keeps
+no request.
 
-There is no CUDA context, process group or thread here. That is checked before every fork; a request that cannot be served as a
-cold start would be is declined with the reason, and the asking process starts its rank cold.
+The server must have no CUDA context, process group or thread, which it checks before every fork. If a forked rank would differ
+from one that starts cold, the server declines with the reason, and the client starts its rank cold.
 """
 
 from __future__ import annotations
@@ -36,47 +37,50 @@ from dstune.launch.local import forking
 
 SOCKET = "socket"
 EVERY_RANK = ("dstune.rank.worker", "deepspeed.runtime.engine", "transformers.models.auto.modeling_auto")
-"""What a rank imports whatever it trains. Not wandb: it makes a folder when it is imported, which the first fork that ends
-removes for all others."""
+"""Modules that every rank imports. wandb is not among them: it creates a folder on import, and the first fork that ends would
+remove that folder for all others."""
 MOST_BYTES = 1 << 20
-"""Of a request: arguments and environment."""
+"""Largest size of a request, which holds arguments and environment."""
 REQUEST_SECONDS = 5.0
-"""Between a connection and its request."""
+"""How long a client may take to send its request after it has connected."""
 VARIABLES = {
-    # `is_available` otherwise initializes CUDA, and no fork of this process could use a GPU.
+    # Otherwise `is_available` initializes CUDA, and no fork of this process could use a GPU.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    # The allocator of pyarrow otherwise has a thread that frees memory.
+    # Otherwise the allocator of pyarrow runs a thread that frees memory.
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
-"""Of this process alone; its forks have the variables of their requests."""
-REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""A scheduler sends them to every process of a job. The server and the keepers end when nobody needs them any more."""
+"""Variables of the server alone; its forks get the variables of their requests."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a scheduler sends to every process of a job. The server and the keepers ignore them: they end once nobody needs
+them."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 class Declined(Exception):
-    """Why a rank has to start cold."""
+    """Raised with the reason why a rank must start cold."""
 
 
 class Server:
-    """What the process was like when its imports were done; a request is compared with it."""
+    """Answers requests, after comparing each with the state of this process at the end of its imports."""
 
     def __init__(
         self, server_descriptors: Sequence[int], places: forking.Places, variables: Mapping[str, str], started: int
     ):
-        """server_descriptors: those that no fork keeps. variables: the environment that the process was started with.
+        """server_descriptors: descriptors that forks close. variables: the environment that the process was started with.
         started: the time before the imports, in nanoseconds."""
         self._server_descriptors, self._places, self._variables = server_descriptors, places, variables
-        self._added = {name: value for name, value in os.environ.items() if name not in variables}
+        self._variables_of_imports = {name: value for name, value in os.environ.items() if name not in variables}
         self._context = forking.context()
-        self._sources = sources()
-        now = time.time_ns()  # what has a time in the future was not written during the imports
-        self._late = [name for name, (_, changed) in self._sources.items() if started < changed <= now]
-        self._descriptors = descriptors()
+        self._sources = source_states()
+        now = time.time_ns()  # a file with a time in the future was not written during the imports
+        self._changed_during_imports = [
+            name for name, (_, changed) in self._sources.items() if started < changed <= now
+        ]
+        self._descriptors = open_descriptors()
 
     def answer(self, connection: socket.socket) -> bool:
-        """Serve one request. Returns whether the server is of use to later ones."""
-        if peer_user(connection) != os.getuid():  # the folder of the socket keeps others away already
+        """Serve one request, and return whether the server can serve later ones too."""
+        if peer_user(connection) != os.getuid():  # a second barrier: the folder of the socket is closed to other users
             return True
         streams: list[int] = []
         try:
@@ -89,8 +93,8 @@ class Server:
                 self._check_sources()
                 self._check(request, {*streams, connection.fileno()})
                 self._fork(connection, request, streams)
-        except (Declined, OSError, ValueError, KeyError, TypeError) as error:  # the last three: no request
-            with contextlib.suppress(OSError):  # nobody may wait for an answer any more
+        except (Declined, OSError, ValueError, KeyError, TypeError) as error:  # the last three: a malformed request
+            with contextlib.suppress(OSError):  # the client may be gone
                 send(connection, {"cold": str(error)})
             return not isinstance(error, Stale)
         finally:
@@ -99,44 +103,44 @@ class Server:
         return True
 
     def _check_sources(self) -> None:
-        """Raises Stale."""
-        now = sources()
-        if self._late:
-            raise Stale(f"{self._late[0]} has changed while it was imported")
-        changed = [name for name, state in self._sources.items() if now.get(name) != state]
-        packages = [name for name in now.keys() - self._sources.keys() if not name.endswith(".py")]
+        """Raise Stale if an imported file or the set of installed packages has changed since the imports began."""
+        current = source_states()
+        if self._changed_during_imports:
+            raise Stale(f"{self._changed_during_imports[0]} has changed while it was imported")
+        changed = [name for name, state in self._sources.items() if current.get(name) != state]
+        packages = [name for name in current.keys() - self._sources.keys() if not name.endswith(".py")]
         if changed or packages:
             raise Stale(f"{min(changed + packages)} has changed since it was imported")
 
-    def _check(self, request: Mapping[str, Any], of_request: set[int]) -> None:
-        """Raises Declined where a fork would differ from a process that starts now."""
+    def _check(self, request: Mapping[str, Any], request_descriptors: set[int]) -> None:
+        """Raise Declined if a fork would differ from a process that starts now."""
         variables = request["imports"]
         compared = {*variables, *self._variables} - VARIABLES.keys()
-        names = {name for name in compared if variables.get(name) != self._variables.get(name)}
-        if names:
-            raise Declined(f"the environment of the imports differs: {', '.join(sorted(names)[:4])}")
+        differing = {name for name in compared if variables.get(name) != self._variables.get(name)}
+        if differing:
+            raise Declined(f"the environment of the imports differs: {', '.join(sorted(differing)[:4])}")
         for name, value in self._context.items():
             if json.loads(json.dumps(value)) != request["context"][name]:
-                raise Declined(f"the {name} is another one")
+                raise Declined(f"the {name} is different")
         for name in forking.MEMORY_LIMITS:
             if request["limits"][name][0] != -1:
                 raise Declined(f"{name} limits the memory of this run")
         if (threads := len(os.listdir("/proc/self/task"))) != 1:
             raise Declined(f"the process with the imports has {threads} threads")
-        leaked = descriptors().keys() - self._descriptors.keys() - of_request
+        leaked = open_descriptors().keys() - self._descriptors.keys() - request_descriptors
         if leaked:
-            raise Declined(f"the process with the imports holds {len(leaked)} further descriptor(s)")
+            raise Declined(f"the process with the imports has {len(leaked)} leaked descriptor(s)")
         torch = sys.modules.get("torch")
         if torch is not None and (torch.cuda.is_initialized() or torch.distributed.is_initialized()):
             raise Declined("an import has begun to use a GPU or a process group")
 
     def _fork(self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]) -> None:
-        """Make the keeper of a rank."""
+        """Fork the keeper of a rank."""
         if os.fork() == 0:
             try:
                 for descriptor in self._server_descriptors:
                     os.close(descriptor)
-                request["env"] = self._added | request["env"]
+                request["env"] = self._variables_of_imports | request["env"]
                 keep(connection, request, streams, self._places)
             except BaseException as error:
                 with contextlib.suppress(OSError):
@@ -146,11 +150,11 @@ class Server:
 
 
 class Stale(Declined):
-    """What was imported is not what a process would import now."""
+    """Raised if a process that starts now would import other files than this one did."""
 
 
 def keep(connection: socket.socket, request: Mapping[str, Any], streams: Sequence[int], places: forking.Places) -> None:
-    """Fork the rank, report it, wait for it, report its end; end it when the asking process goes."""
+    """Fork the rank, report its pid, wait for it, and report how it ended; kill it if the client goes."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.settimeout(None)
     os.setsid()
@@ -166,13 +170,13 @@ def keep(connection: socket.socket, request: Mapping[str, Any], streams: Sequenc
         os.close(descriptor)
     places.show(["dstune: keeper of rank process", str(pid)], {})
     process = os.pidfd_open(pid)
-    problem = b"".join(iter(lambda: os.read(reading, 4096), b"")).decode()
+    start_report = b"".join(iter(lambda: os.read(reading, 4096), b"")).decode()
     os.close(reading)
-    if problem != READY:
+    if start_report != READY:
         os.waitpid(pid, 0)
-        send(connection, {"cold": problem or "the fork ended before it was a rank"})
+        send(connection, {"cold": start_report or "the fork ended before it became a rank"})
         os._exit(0)
-    # The descriptor names this very process, also when its number belongs to another one.
+    # Unlike the pid, the descriptor never refers to another process.
     socket.send_fds(connection, [json.dumps({"pid": pid}).encode()], [process])
     waiting = select.poll()
     waiting.register(process, select.POLLIN)
@@ -191,17 +195,18 @@ READY = "ready"
 def start_rank(
     request: Mapping[str, Any], streams: Sequence[int], places: forking.Places, keeper: int, report: int
 ) -> None:
-    """Become the rank in the forked process, say so, run the module, end."""
+    """Turn the forked process into the rank, write READY or the problem to the pipe `report`, run the module, and end."""
     try:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != keeper:
             os._exit(1)
         rank_env.forked_by = keeper
         os.set_inheritable(report, False)
-        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64) for descriptor in streams]
+        # `become` overwrites the descriptors 0 to 2, so the streams move out of their way first.
+        moved_streams = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64) for descriptor in streams]
         for descriptor in streams:
             os.close(descriptor)
-        forking.become(request, high, places)
+        forking.become(request, moved_streams, places)
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda._is_in_bad_fork():
             raise Declined("an import has begun to use a GPU")
@@ -214,7 +219,7 @@ def start_rank(
 
 
 def run_module(argv: Sequence[str]) -> None:
-    """Run as `python -u -m MODULE ARGUMENT...`, and end this process without freeing what was imported."""
+    """Run the command `python -u -m MODULE ARGUMENT...`, and end this process without the cost of freeing its modules."""
     module = argv[argv.index("-m") + 1]
     sys.argv[:] = argv[argv.index("-m") + 1 :]
     sys.orig_argv[:] = argv
@@ -236,6 +241,7 @@ def run_module(argv: Sequence[str]) -> None:
 
 
 def import_modules(further: Sequence[str]) -> None:
+    """Import DeepSpeed, the modules of every rank and those in `further`."""
     from dstune.zero.start import import_deepspeed
 
     import_deepspeed()
@@ -243,9 +249,12 @@ def import_modules(further: Sequence[str]) -> None:
         importlib.import_module(module)
 
 
-def sources() -> dict[str, tuple[int, int]]:
-    """Return size and time of the files of dstune and of other imported code outside installed packages, and the times of what
-    says which packages are installed."""
+def source_states() -> dict[str, tuple[int, int]]:
+    """Return (size in bytes, time of change in ns) by path, from which a change of the imported code shows.
+
+    Covers files of dstune, other imported files outside installed packages, and the metadata that says which packages are
+    installed (with size 0).
+    """
     states: dict[str, tuple[int, int]] = {}
     installed = tuple(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
     library = os.path.dirname(os.__file__)
@@ -265,17 +274,17 @@ def sources() -> dict[str, tuple[int, int]]:
     return states
 
 
-def descriptors() -> dict[int, str]:
-    """Return the open descriptors of this process, and what each one leads to."""
+def open_descriptors() -> dict[int, str]:
+    """Return the open descriptors of this process with their targets."""
     targets = {}
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that of the listing itself
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
             targets[int(name)] = os.readlink(f"/proc/self/fd/{name}")
     return targets
 
 
 def peer_user(connection: socket.socket) -> int:
-    """Return the number of the user at the other end."""
+    """Return the user id of the process at the other end."""
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
 
@@ -285,37 +294,40 @@ def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Do the imports, then serve requests until the owner ends, no request has come for too long, or the code has changed."""
     folder, listening = argv[0], socket.socket(fileno=int(argv[1]))
     owner, idle_seconds = map(int, argv[2].split())
     started = time.time_ns()
     listening.set_inheritable(False)
-    process = os.pidfd_open(owner)
+    owner_process = os.pidfd_open(owner)
     if os.getppid() == owner:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     places = forking.Places()
-    variables = forking.initial_environment()  # to which the interpreter may add LC_CTYPE, as it does in each rank
+    variables = (
+        forking.initial_environment()
+    )  # os.environ may also have LC_CTYPE, which the interpreter adds in each rank too
     places.show(["dstune: fork server of process", str(owner)], {})
     for environment in (variables, os.environ):
         del environment[forking.ROOM_VARIABLE]
-    for number in REQUESTS_TO_STOP:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are nobody's business
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers, so that they must not become zombies
     os.chdir("/")
     import_modules(argv[3].split(","))
-    # OpenBLAS ends its threads before a fork and starts them again when they are needed.
+    # A first fork makes OpenBLAS end its threads, which it starts again when they are needed.
     if os.fork() == 0:
         os._exit(0)
-    server = Server([listening.fileno(), process], places, variables, started)
+    server = Server([listening.fileno(), owner_process], places, variables, started)
     gc.collect()
-    gc.freeze()  # what a fork alone collects needs no copy of the rest
+    gc.freeze()  # so that a garbage collection in a fork does not copy the pages of the imports
     waiting = select.poll()
     waiting.register(listening, select.POLLIN)
-    waiting.register(process, select.POLLIN)
+    waiting.register(owner_process, select.POLLIN)
     while True:
         ready = {descriptor for descriptor, _ in waiting.poll(idle_seconds * 1000 or None)}
         if not ready:
-            os.unlink(os.path.join(folder, SOCKET))  # the next launch starts another one
-        if process in ready or not ready:
+            os.unlink(os.path.join(folder, SOCKET))  # the next launch starts another server
+        if owner_process in ready or not ready:
             return
         connection, _ = listening.accept()
         with connection:
@@ -324,6 +336,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # One module, by whatever name it is known.
+    # Otherwise importing this module by its name would load it a second time.
     sys.modules[__spec__.name] = sys.modules["__main__"]
     main(sys.argv[1:])

@@ -1,8 +1,8 @@
-"""What a fork of a process with everything imported takes over, so that it is the process that was requested.
+"""Turns a fork of a process that has done all imports into the process that was requested.
 
-`describe` lists, in the process that asks, what a child that it started itself would have of it. `become` gives that to a fork.
-Descriptors of the asking process, variables, limits and signal handling of an earlier request never reach a later one:
-each fork comes from a process that has done nothing but imports (`fork_server`).
+In the requesting process, `describe` lists what a child that it started itself would inherit. In the fork, `become` applies that.
+Descriptors, variables, limits and signal handling of one request never reach another one, because each fork comes from a process
+that has done nothing but imports (`fork_server`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENT_ROOM, ENVIRONMENT_ROOM = 4_000, 32_000
-"""Bytes for the command line and the environment of a fork, where /proc shows them."""
+"""Bytes reserved for the command line and the environment that /proc shows of a fork."""
 ROOM_VARIABLE = "DSTUNE_FORK_ROOM"
 LIMITS = {name: value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")}
 MEMORY_LIMITS = ("RLIMIT_AS", "RLIMIT_DATA")
 PYTHON_SIGNALS = {signal.SIGPIPE, signal.SIGXFSZ}
 """Signals that every Python process ignores."""
 C_SIGNALS = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
-"""They have handlers in C (`PYTHONFAULTHANDLER`)."""
+"""Signals that have handlers in C (`PYTHONFAULTHANDLER`)."""
 SIGNALS = sorted(signal.valid_signals() - PYTHON_SIGNALS - C_SIGNALS - {signal.SIGKILL, signal.SIGSTOP})
 
 
 def describe(cwd: str | None = None) -> dict[str, Any]:
-    """Return what a child of this process would inherit, as JSON has it."""
+    """Return what a child of this process would inherit, in values that JSON can hold."""
     return {
         "cwd": os.path.abspath(cwd or os.getcwd()),
         "umask": _umask(),
@@ -44,7 +44,7 @@ def describe(cwd: str | None = None) -> dict[str, Any]:
 
 
 def context() -> dict[str, Any]:
-    """Return what a fork has in common with the process that it comes from, whatever was requested."""
+    """Return properties that a fork keeps from its parent and no request can change, such as user and namespaces."""
     return {
         "user": [os.getresuid(), os.getresgid(), sorted(os.getgroups())],
         "control group": Path("/proc/self/cgroup").read_text(),
@@ -67,24 +67,24 @@ def _umask() -> int:
 
 
 def become(request: Mapping[str, Any], streams: Sequence[int], places: Places) -> None:
-    """Turn this fork into the requested process: a session of its own, and everything that `describe` lists.
+    """Turn this fork into the requested process, with a session of its own and everything that `describe` lists.
 
-    request: what `describe` returned, with `argv` and `env`. streams: descriptors for stdin, stdout and stderr, all above 2.
+    request: the dictionary of `describe`, with `argv` and `env`. streams: descriptors for stdin, stdout and stderr, all above 2.
 
     Raises:
-        OSError, ValueError: something cannot be taken over, such as a limit above the hard limit of this process.
+        OSError, ValueError: something cannot be applied, such as a limit above the hard limit of this process.
     """
     os.setsid()
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    take_over(request)
+    apply_request(request)
     places.show(request["argv"], request["env"])
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
 
 
-def take_over(request: Mapping[str, Any]) -> None:
-    """Give this process the variables (`env`) and what `describe` lists, but for blocked signals. Raises as `become`."""
+def apply_request(request: Mapping[str, Any]) -> None:
+    """Give this process the variables (`env`) and everything that `describe` lists except blocked signals. Raises as `become`."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
     if signal.SIGINT not in request["ignored"]:
@@ -100,11 +100,11 @@ def take_over(request: Mapping[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
-    _forget()
+    _reset_modules()
 
 
-def _forget() -> None:
-    """Draw anew what each process draws for itself, and drop what was looked up in the environment before."""
+def _reset_modules() -> None:
+    """Renew random state that each process has for itself, and drop values that modules cached from the environment."""
     tempfile.tempdir = None  # Python itself seeds `random` after a fork
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
@@ -113,10 +113,10 @@ def _forget() -> None:
 
 
 class Places:
-    """Where the kernel finds the command line and the environment that /proc shows of this process and its forks.
+    """The memory from which /proc shows the command line and the environment of this process and its forks.
 
-    `ps` shows a fork as what it is, and `dstune.launch.processes` finds it by the mark in its environment. The process was
-    started with `padding()`: its own variables, which C libraries may still point to, lie behind that room and stay.
+    Overwriting it lets `ps` show a fork as what it is, and `dstune.launch.processes` find it by the mark in its environment. The
+    process was started with `padding()`: its own variables, which C libraries may still point to, lie after it and stay.
     """
 
     def __init__(self) -> None:
@@ -129,8 +129,10 @@ class Places:
         self._variables = (variables, ENVIRONMENT_ROOM if name == ROOM_VARIABLE.encode() else 0)
 
     def show(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Write the command line and the environment that `ps` shows, each cut to the space it has. dstune's variables come
-        first: they mark the process as one of a launch."""
+        """Write the command line and the environment that `ps` shows, each cut to its space.
+
+        dstune's variables come first, because they mark the process as one of a launch.
+        """
         entries = [f"{name}={env[name]}" for name in sorted(env, key=lambda name: not name.startswith("DSTUNE_"))]
         for (start, size), texts in ((self._arguments, argv), (self._variables, entries)):
             if size:
@@ -139,5 +141,5 @@ class Places:
 
 
 def padding() -> dict[str, str]:
-    """Return the variable that goes in front of all others in the environment of the process that is forked."""
+    """Return the variable that must come first in the environment of the process that is forked later."""
     return {ROOM_VARIABLE: "x" * ENVIRONMENT_ROOM}

@@ -25,7 +25,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
 
     Raises:
-        UserError: what is wrong with the run or its plugins, as it is raised where ranks are processes.
+        UserError: the run or one of its plugins is wrong, as with ranks in their own processes.
     """
     from dstune.rank.worker import main_inside
 
@@ -41,10 +41,12 @@ def run(config: RunConfig, run_dir: Path) -> int:
 
 
 def call(config: RunConfig, directory: Path, command: Sequence[str], console: Console) -> int:
-    """Run another module than training in the rank; see `dstune/rank/process.py`. Its output goes where that of ranks goes.
+    """Run a module other than training in the rank (see `dstune/rank/process.py`), and return the exit code.
+
+    Its output goes to the console, as that of ranks does.
 
     Raises:
-        DstuneError: what the rank raised.
+        DstuneError: the rank raised it.
     """
     module, _, *arguments = command
     with _as_rank(config, directory), redirect_stdout(console.out):
@@ -52,7 +54,7 @@ def call(config: RunConfig, directory: Path, command: Sequence[str], console: Co
             importlib.import_module(module).run(directory, RANK, *arguments)
         except DstuneError:
             raise
-        except Exception:  # as the end of a rank that is a process of its own
+        except Exception:  # any other exception ends a rank in its own process with a traceback and this code
             traceback.print_exc()
             return EXIT_FAILED
     return EXIT_DONE
@@ -60,7 +62,7 @@ def call(config: RunConfig, directory: Path, command: Sequence[str], console: Co
 
 @contextmanager
 def _as_rank(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """Set the environment that the rank would have as a process of its own, within the block; restore this process's after it."""
+    """Give this process the environment of a rank within the block, and restore its own environment afterwards."""
     (variables,) = local_plan(config, run_dir).env
     environment_before = dict(os.environ)
     records.begin(run_dir, uuid.uuid4().hex, 1)

@@ -1,4 +1,4 @@
-"""Whether a launch that failed is tried again from the newest checkpoint (`launch.restarts`)."""
+"""Decides whether a failed launch is restarted from the newest checkpoint (`launch.restarts`)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from dstune.launch.verdict import Verdict
 
 SECOND_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 300.0
-"""The first restart after training made progress waits for nothing: most often a process has died. Then each wait is twice the
-one before: what broke a node or a file system takes a while to pass."""
+"""The first restart after training made progress is immediate, because most often a process has simply died. Each further wait is
+twice as long as the previous one, because a fault of a node or a file system takes a while to pass."""
 
 
 class HasLog(Protocol):
-    """What is needed of a launch that ended."""
+    """A launch whose ranks' last lines can be read."""
 
     def last_lines(self, rank: int, count: int = ...) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows an attempt."""
+    """Whether and how a run continues after an attempt."""
 
     verdict: Verdict
-    """Why it ended, with the diagnosis where failures repeat."""
+    """Why the attempt ended, with a diagnosis if the same failure came twice."""
     wait: float | None = None
     """Seconds until the next attempt starts; None if there is none."""
     checkpoint: Path | None = None
-    """What the next attempt continues from."""
+    """Checkpoint that the next attempt continues from; None for the beginning."""
 
 
 class Restarts:
-    """Decides after each launch. received: signals asking to stop, filled by a handler."""
+    """Decides after each launch whether another one follows.
+
+    allowed: `launch.restarts`. received: signals that ask the run to stop; a handler appends to it.
+    """
 
     def __init__(self, allowed: int, run_dir: Path, console: Console, received: Sequence[str]):
         self._allowed, self._run_dir, self._console, self._received = allowed, run_dir, console, received
@@ -50,7 +53,7 @@ class Restarts:
         """The newest complete checkpoint at the last failure."""
 
     def consider(self, verdict: Verdict, launch: HasLog) -> tuple[Verdict, bool]:
-        """Return the verdict, with the diagnosis where failures repeat, and whether to start again (after the wait)."""
+        """Return the verdict, with a diagnosis if the same failure came twice, and whether to start again; wait until then."""
         decision = self.decide(verdict, launch)
         if decision.wait is None:
             return decision.verdict, False
@@ -64,13 +67,13 @@ class Restarts:
         return verdict, True
 
     def decide(self, verdict: Verdict, launch: HasLog, *, is_external: bool = False) -> Decision:
-        """Decide whether an attempt that ended is followed by another one, say so, and return at once.
+        """Decide whether another attempt follows one that ended, announce it, and return at once.
 
-        is_external: the run itself did not cause the failure (a node was lost), so it may come twice at the same step.
+        is_external: whether something other than the run caused the failure (a node was lost), so that it may recur at a step.
         """
         if verdict.exit_code != EXIT_FAILED or self._received or not self._allowed:
             return Decision(verdict)
-        # A run with a stage before its own has its progress in a folder of that stage until it is done.
+        # While an earlier stage of a run trains, its progress is in the folder of that stage.
         stage_folders = sorted(file.parent for file in self._run_dir.glob("*/metrics.jsonl"))
         stages = [records.read_metrics(folder).last for folder in (*stage_folders, self._run_dir)]
         step = int(next((row["step"] for row in reversed(stages) if "step" in row), 0))
@@ -81,8 +84,8 @@ class Restarts:
         self._failures.append(failure)
         number = len(self._failures)
         if number > self._allowed:
-            tried = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
-            return Decision(replace(verdict, reason=f"{verdict.reason}; {tried}"))
+            restarts = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
+            return Decision(replace(verdict, reason=f"{verdict.reason}; {restarts}"))
         checkpoint = next(filter(None, map(store.resumable, (self._run_dir, *reversed(stage_folders)))), None)
         wait = self._next_wait(checkpoint)
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
@@ -94,9 +97,9 @@ class Restarts:
         return Decision(verdict, wait, checkpoint)
 
     def _next_wait(self, checkpoint: Path | None) -> float:
-        """Return seconds until the next start. checkpoint: the newest complete one; a new one ends the row of failures."""
+        """Return the seconds until the next start. checkpoint: the newest complete one; a new one resets the count of failures."""
         former, self._checkpoint = self._checkpoint, checkpoint
-        # An older one is the newest where others were found damaged.
+        # The checkpoint may be older than the former one, if newer ones turned out to be damaged.
         if checkpoint and (former is None or checkpoint.parent != former.parent or checkpoint > former):
             self._failures_in_a_row = 0
         self._failures_in_a_row += 1
@@ -106,7 +109,7 @@ class Restarts:
 
 
 def cause(verdict: Verdict, launch: HasLog) -> str:
-    """Return what tells one failure from another: the exception, or the signal that killed the rank."""
+    """Return what identifies a failure: the exception, or the signal that killed the rank."""
     if verdict.error is not None or verdict.culprit is None or verdict.culprit.code < 0:
         return verdict.reason
     lines = [line.strip() for line in launch.last_lines(verdict.culprit.rank) if line.strip()]

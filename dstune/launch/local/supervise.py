@@ -1,7 +1,7 @@
-"""Starts the ranks of a run on this machine, watches them, and ends with the exit code of the public contract.
+"""Starts the ranks of a run on this machine, watches them, and returns the exit code of the public contract.
 
-Every rank has a session of its own, so the terminal's Ctrl-C reaches this process alone, which asks the ranks once to
-save. When one rank dies the others are ended; whatever happens, no process of the launch is left behind.
+Every rank has its own session, so Ctrl-C in the terminal reaches only this process, which then asks the ranks once to save. When
+one rank dies, this process ends the others. Whatever happens, no process of the launch is left behind.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0
-"""Time that processes which outlive their rank (W&B's service) get to end by themselves."""
+"""How long processes that outlive their rank (W&B's service) may take to end by themselves."""
 STACKS_SECONDS = 0.5
-"""Time that the other ranks get to print their stacks after one of them stalled."""
+"""How long the other ranks may take to print their stacks after one of them stalled."""
 
 
 def run(
@@ -55,12 +55,11 @@ def run(
 ) -> int:
     """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
 
-    plan: what to start. lock: descriptor of the run directory's lock,
-    which stays held until the last rank has gone even when this process is killed. saves: whether ranks that are asked to stop
-    have something to save.
+    plan: command lines and environments of the ranks. lock: descriptor of the run directory's lock, which stays held until the
+    last rank has ended even if this process is killed. saves: whether ranks that are asked to stop have something to save.
 
     Raises:
-        UserError: the ranks found the user's mistake.
+        UserError: a rank raised one.
     """
     grace = launch.grace_seconds
     with (
@@ -71,33 +70,33 @@ def run(
     ):
         restarts = Restarts(launch.restarts, run_dir, console, received)
         while True:
-            attempted = Launch(plan, run_dir, grace, console, received, lock, saves, server)
-            verdict = attempted.run()
+            current_launch = Launch(plan, run_dir, grace, console, received, lock, saves, server)
+            verdict = current_launch.run()
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
-                verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", attempted.ended[0])
-            verdict, again = restarts.consider(verdict, attempted)
-            if not again:
+                verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", current_launch.ended[0])
+            verdict, starts_again = restarts.consider(verdict, current_launch)
+            if not starts_again:
                 break
         try:
             attempt.record(run_dir, verdict, plan.size)
-        except OSError as error:  # what the ranks said is worth more than where it could not be written
+        except OSError as error:  # the verdict below matters more than this
             console.message(f"dstune: the result cannot be written: {error}")
             if verdict.exit_code == EXIT_DONE:
                 verdict = Verdict(EXIT_FAILED, "the run directory cannot be written to")
-    attempt.explain(run_dir, verdict, console, attempted.log_starts)
+    attempt.explain(run_dir, verdict, console, current_launch.log_starts)
     return verdict.exit_code
 
 
 class Launch:
-    """One start of the ranks of this machine, from the first process to the last one's end.
+    """One start of the ranks on this machine, from the start of the first process to the end of the last.
 
-    Here they are all ranks of the run; `dstune.launch.agents.ranks` starts those of one node among several.
+    These are all ranks of the run; the subclass in `dstune.launch.agents.ranks` starts those of one node among several.
     """
 
     first_rank = 0
     """Number of the first rank on this machine."""
     ends_others = False
-    """Set from another thread when a rank or node elsewhere is gone: the ranks here wait for it in vain."""
+    """Whether a rank or node elsewhere is gone, so that the ranks here would wait for it forever; set from another thread."""
 
     def __init__(
         self,
@@ -110,7 +109,8 @@ class Launch:
         saves: bool = True,
         server: warm.ForkServer | None = None,
     ):
-        """server: what forks the ranks; None for processes that import everything themselves."""
+        """received: signals that ask the run to stop; a handler appends to it. server: forks the ranks; if None, each rank is a new
+        process that does its own imports. The other parameters are those of `run`."""
         self.id = uuid.uuid4().hex
         self.plan = plan
         self.run_dir = run_dir
@@ -131,7 +131,7 @@ class Launch:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run on all machines."""
+        """Number of ranks on all machines."""
         return self.plan.size
 
     def run(self) -> Verdict:
@@ -139,7 +139,7 @@ class Launch:
         return self.run_ranks()
 
     def run_ranks(self) -> Verdict:
-        """Start the ranks of this machine, wait until all of them have ended, and judge how they did."""
+        """Start the ranks of this machine, wait until all of them have ended, and return the verdict."""
         self._forget_signal()
         with ExitStack() as stack:
             stack.callback(self._forget_signal)
@@ -150,7 +150,7 @@ class Launch:
             except BaseException:
                 self._kill()
                 raise
-            self._end_leftovers()  # whoever else holds rank 0's output open has ended now
+            self._end_leftovers()  # first, so that no other process holds rank 0's output open
             if output is not None:
                 output.join(timeout=5.0)
         self.console.close()
@@ -158,21 +158,22 @@ class Launch:
         return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped)
 
     def _forget_signal(self) -> None:
-        with contextlib.suppress(OSError):  # the directory may have become read-only, which is not what is to be told
+        with contextlib.suppress(OSError):  # such as in a read-only directory; the verdict must still be reported
             (self.logs / SIGNAL_FILE).unlink()
 
     def variables(self, stack: ExitStack) -> dict[str, str]:
-        """Return what all ranks of this start share: its mark, where they meet, and what proves that they belong to it."""
-        # mkdtemp's mode is 0700: nobody else can take a rank's place, or read who is there.
-        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
-        return {LAUNCH_ID: self.id, STORE: str(Path(meeting) / "store"), GROUP_SECRET: secrets.token_hex(32)}
+        """Return the variables that all ranks of this start share: its mark, the file of the store where they meet, and the secret
+        that proves that they belong together."""
+        # The folder's mode is 0700: no other user can pose as a rank, or read which ranks have joined.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
+        return {LAUNCH_ID: self.id, STORE: str(Path(folder) / "store"), GROUP_SECRET: secrets.token_hex(32)}
 
     def shows_output(self, rank: int) -> bool:
         """Return whether the output of `rank` goes to the console too."""
         return rank == 0
 
     def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread | None:
-        """Start every rank; returns the thread that passes rank 0's output on."""
+        """Start every rank; return the thread that copies rank 0's output to the console, if that is shown."""
         self.console.stage(f"starting {self.plan.size} rank{'s' * (self.plan.size > 1)}")
         output: threading.Thread | None = None
         shared = self.variables(stack)
@@ -225,36 +226,40 @@ class Launch:
         """Act on the first request to stop (ask the ranks to save) and on the second (end them at once)."""
         if len(self.received) == 1 and self.stop_signal is None:
             self.stop_signal = self.received[0]
-            with contextlib.suppress(OSError):  # a full disk: the ranks say SIGTERM then
+            with contextlib.suppress(OSError):  # such as on a full disk; the ranks then report SIGTERM
                 files.write(self.logs / SIGNAL_FILE, self.stop_signal)
             for process in self.ranks:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
-            then = "saving at the end of this step; again to stop at once without saving" if self.saves else "stopping"
-            self.console.message(f"dstune: received {self.stop_signal}: {then}")
+            action = (
+                "saving at the end of this step; again to stop at once without saving" if self.saves else "stopping"
+            )
+            self.console.message(f"dstune: received {self.stop_signal}: {action}")
         if len(self.received) > 1 and not self.forced:
             self.stop_signal, self.forced = self.received[0], True
-            self._kill()  # the first of all: where the disk does not answer, nothing else would be reached
+            self._kill()  # before anything that writes, which would block if the disk does not answer
             self.console.message("dstune: received a second signal: stopping at once")
 
     def _note_ends(self, signalled_to_end: bool = False) -> bool:
-        """Record ranks that ended since the last look; whether one of them ended badly."""
+        """Record the ranks that have ended since the last call, and return whether one of them failed."""
         noted_ranks = {end.rank for end in self.ended}
-        new = [
+        new_ends = [
             Ended(rank, code, len(self.ended), signalled_to_end)
             for rank, process in enumerate(self.ranks, self.first_rank)
             if rank not in noted_ranks and (code := process.poll()) is not None
         ]
-        self.ended += new
-        return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in new)
+        self.ended += new_ends
+        return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in new_ends)
 
     def _end_others(self) -> None:
-        """End the other ranks when one died: they wait for it in a collective. They get a moment for their last words, then
-        SIGKILL."""
+        """End the other ranks after one died, since they wait for it in a collective.
+
+        They get SIGTERM and `grace_seconds` to end by themselves, then SIGKILL.
+        """
         self._note_ends()
         if any(isinstance(error, Stalled) for error in attempt.read_errors(self.run_dir, self.world_size).values()):
             self._ask_for_stacks()
-            self._kill()  # they wait for each other: none of them ends by itself
+            self._kill()  # they wait for each other, so none of them ends by itself
             return
         for process in self.ranks:
             if process.poll() is None:
@@ -268,14 +273,13 @@ class Launch:
             self._kill()
 
     def _ask_for_stacks(self) -> None:
-        """Ask the other ranks of a stalled one to print where they are (`trainer/callbacks/watchdog.py`), one that was stopped
-        too."""
+        """Ask all ranks to print their stacks after one stalled (`trainer/callbacks/watchdog.py`); wake suspended ones for it."""
         for rank, process in enumerate(self.ranks, self.first_rank):
             if process.poll() is None:
                 process.send_signal(signal.SIGQUIT)
                 if is_stopped(process.pid):
                     self.stopped.add(rank)
-                    process.send_signal(signal.SIGCONT)  # the signal above is delivered first
+                    process.send_signal(signal.SIGCONT)  # SIGQUIT is delivered before the process continues
         time.sleep(STACKS_SECONDS)
         self._note_ends(signalled_to_end=True)
 
@@ -301,5 +305,5 @@ class Launch:
         return attempt.log_path(self.run_dir, rank)
 
     def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
-        """Return the end of what `rank` wrote during this launch."""
+        """Return the last lines that `rank` wrote during this launch."""
         return attempt.last_lines(self._log_path(rank), self.log_starts[rank], count)

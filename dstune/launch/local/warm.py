@@ -1,8 +1,9 @@
-"""Ranks that start without imports: forks of a process that has done them (`launch.warm`).
+"""Warm starts (`launch.warm`): ranks are forked from a process that has already done their imports.
 
 A command that may start ranks more than once (`launch.restarts`, a sweep, the fine-tuning API) offers a fork server to itself
-and to what it starts, by the folder in `FORK_SERVER`: the first launch there starts the server, and its ranks are the first
-forks. So the imports happen once for all ranks and all starts. Whatever is wrong with a server costs a line and a cold start.
+and to its child processes, through the folder in the variable `FORK_SERVER`. The first launch that uses the folder starts the
+server, and its ranks are the first forks. So the imports happen once for all ranks and all starts. If anything is wrong with a
+server, the rank starts cold and one line says why.
 """
 
 from __future__ import annotations
@@ -37,20 +38,23 @@ if TYPE_CHECKING:
 SERVER = "dstune.launch.local.fork_server"
 LOCK, OWNER, OUTPUT = "lock", "owner", "output"
 IMPORT_SECONDS = 180.0
-"""How long a rank waits for the imports: a busy machine takes a minute."""
+"""How long a rank waits for the imports, which take a minute on a busy machine."""
 POLL_SECONDS = 0.05
-OF_ONE_RANK = {
+NOT_FOR_IMPORTS = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DSTUNE_CONSOLE"),
     *(GROUP_SECRET, LAUNCHER_PID, LAUNCH_ID, LEASE, RUN_SHA256, STORE, "DSTUNE_PLUGINS", "DSTUNE_CACHE"),
 }
-"""Variables that a rank reads when it needs them, after its imports."""
+"""Variables that differ between ranks or runs, and that no import reads: a rank reads them later, when it needs them."""
 COLD = "dstune: the rank starts cold (launch.warm)"
 SUPPORTED = sys.platform.startswith("linux") and hasattr(os, "pidfd_open")
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class ForkedProcess:
-    """A rank, as `subprocess.Popen` has it; its parent is a keeper, which tells how it ended."""
+    """A rank with the interface of `subprocess.Popen`. Its parent is a keeper, which reports how it ended.
+
+    process: pidfd of the rank. connection: leads to the keeper. stdout: the rank's output if that is a pipe.
+    """
 
     def __init__(self, pid: int, process: int, connection: socket.socket, stdout: IO[bytes] | None):
         self.pid, self.stdout = pid, stdout
@@ -60,7 +64,7 @@ class ForkedProcess:
     def poll(self) -> int | None:
         if self.returncode is None and _is_readable(self._connection.fileno()):
             message = _receive(self._connection)
-            if message is None:  # the keeper was killed, which kills the rank
+            if message is None:  # the keeper was killed, and the kernel then kills the rank
                 self._signal(signal.SIGKILL)
                 if not _is_readable(self._process):
                     return None
@@ -74,12 +78,15 @@ class ForkedProcess:
             self._signal(number)
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the rank may have ended meanwhile
             signal.pidfd_send_signal(self._process, number)
 
 
 class ForkServer:
-    """The server in `folder`, which another process may have started. Every failure to use it goes to `message`, in a line."""
+    """Client of the server in `folder`, which another process may have started.
+
+    imports: modules that the server imports besides those of every rank. message: gets one line for each failure to use the server.
+    """
 
     def __init__(self, folder: Path, imports: Sequence[str], message: Callable[[str], None]):
         self._folder, self._imports, self._message = folder, imports, message
@@ -94,9 +101,9 @@ class ForkServer:
         stderr: IO[bytes],
         interrupted: Callable[[], bool] = lambda: False,
     ) -> ForkedProcess | None:
-        """Fork a process that runs `argv` with `env`; None where it has to start cold.
+        """Fork a process that runs `argv` with `env`; return None if it must start cold.
 
-        stdout: None for a pipe. interrupted: whether nobody wants to wait for the imports any more.
+        stdout: None for a pipe. interrupted: returns whether to stop waiting for the imports, since the command is ending.
         """
         if not _is_module(argv):
             return None
@@ -124,29 +131,30 @@ class ForkServer:
             stack.callback(connection.close)
             reading, writing = os.pipe() if stdout is None else (None, stdout.fileno())
             output = None if reading is None else stack.enter_context(os.fdopen(reading, "rb", buffering=0))
-            unused = stack.enter_context(open(os.devnull, "rb"))
+            stdin = stack.enter_context(open(os.devnull, "rb"))
             try:
                 data = json.dumps(request | forking.describe()).encode()
-                socket.send_fds(connection, [data], [unused.fileno(), writing, stderr.fileno()])
+                socket.send_fds(connection, [data], [stdin.fileno(), writing, stderr.fileno()])
             finally:
                 if reading is not None:
                     os.close(writing)
             pid, process = self._wait(connection, interrupted)
-            unused.close()
-            stack.pop_all()
+            stdin.close()
+            stack.pop_all()  # the rank keeps the connection and the output
         return ForkedProcess(pid, process, connection, output)
 
     def _wait(self, connection: socket.socket, interrupted: Callable[[], bool]) -> tuple[int, int]:
+        """Wait for the answer to a request; return the pid and the pidfd of the rank. Raises _Unusable."""
         deadline = time.monotonic() + IMPORT_SECONDS
         while not _is_readable(connection.fileno(), POLL_SECONDS):
             if interrupted():
-                raise _Unusable("the command is to stop")
+                raise _Unusable("the command was asked to stop")
             if time.monotonic() > deadline:
                 raise _Unusable(f"the imports were not done after {IMPORT_SECONDS:.0f} s")
         descriptors: list[int] = []
         message = _receive(connection, descriptors)
         if message is None:
-            raise _Unusable(f"the process with the imports has ended{self._last_words()}")
+            raise _Unusable(f"the process with the imports has ended{self._last_line()}")
         if "cold" in message:
             raise _Unusable(str(message["cold"]))
         return int(message["pid"]), descriptors[0]
@@ -159,14 +167,13 @@ class ForkServer:
             state = os.fstat(folder)
             if state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o077:
                 raise _Unusable(f"{self._folder} is open to other users")
-            # An address has 107 characters at most, and a folder of temporary files may have a longer name.
+            # An address has at most 107 characters, and the path of a temporary folder may be longer.
             yield f"/proc/self/fd/{folder}/{SOCKET}"
         finally:
             os.close(folder)
 
     def _connect(self, imports: Mapping[str, str]) -> socket.socket:
-        """Return a connection to the server of warm processes. Raises _Unusable, OSError. Starts the server where there has been
-        none."""
+        """Connect to the server, after starting it if no launch has done so yet. Raises _Unusable, OSError."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with self._open() as address, (self._folder / LOCK).open("w") as lock:
@@ -177,7 +184,7 @@ class ForkServer:
                     self._launch(address, imports)
                     connection.connect(address)
                 except ConnectionRefusedError:
-                    os.unlink(address)  # the next launch starts another
+                    os.unlink(address)  # so that the next launch starts another server
                     raise _Unusable("the process with the imports has ended") from None
         except BaseException:
             connection.close()
@@ -201,14 +208,15 @@ class ForkServer:
                     start_new_session=True,
                 )
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
+        """Return the last line that the server printed, with a colon before it; empty if there is none."""
         with contextlib.suppress(OSError):
             lines = (self._folder / OUTPUT).read_text(errors="replace").strip().splitlines()
             return f": {lines[-1][:200]}" if lines else ""
         return ""
 
     def stop(self) -> None:
-        """End the server, whichever process has started it; one that still imports ends after that."""
+        """End the server, even if another process has started it. A server that is still importing ends after its imports."""
         if self._server is not None:
             self._server.kill()
             self._server.wait()
@@ -221,22 +229,25 @@ class ForkServer:
 
 
 class _Unusable(Exception):
-    """Why a rank starts cold."""
+    """Raised with the reason why a rank starts cold."""
 
 
 @contextmanager
 def offer(idle_seconds: int = 0) -> Iterator[dict[str, str]]:
-    """Offer a fork server that lives as long as this context, and no longer than this process, to what is started with the
-    variables that this yields: none where it is not possible. One that is offered to this process already is passed on.
+    """Offer a fork server within the block, and yield the variables through which child processes use it.
 
-    idle_seconds: without a request after which it ends and makes room; 0 for never. The next request starts another one.
+    Yields no variables if a fork server is not possible here, or if this process was offered one already: children inherit that
+    offer. The server never outlives this process.
+
+    idle_seconds: the server ends after this long without a request, to free its memory; the next request starts another one.
+    0: it never ends for this reason.
     """
     if FORK_SERVER in os.environ or not SUPPORTED:
         yield {}
         return
     with contextlib.ExitStack() as stack:
         try:
-            # Its mode is 0700.
+            # The folder has mode 0700.
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
             Path(folder, OWNER).write_text(f"{os.getpid()} {idle_seconds}")
         except OSError:
@@ -247,7 +258,7 @@ def offer(idle_seconds: int = 0) -> Iterator[dict[str, str]]:
 
 
 def rank_imports(config: RunConfig) -> tuple[str, ...]:
-    """Return the modules that ranks of this run import beside those of every rank."""
+    """Return the modules that ranks of this run import besides those of every rank."""
     return ("peft",) if method_of(config.method).adapter else ()
 
 
@@ -255,11 +266,12 @@ def rank_imports(config: RunConfig) -> tuple[str, ...]:
 def fork_server(
     imports: Sequence[str], message: Callable[[str], None], *, warm: bool, restarts: int
 ) -> Iterator[ForkServer | None]:
-    """Yield what forks the ranks of a run: the server that is offered to this process, or its own where the run may start again;
-    None for cold starts.
+    """Yield the server that forks the ranks of a run; None if they start cold.
 
-    imports: modules beside those of every rank. message: gets a line why a rank starts cold. warm, restarts: the keys of
-    the launcher.
+    It is the one that was offered to this process, or else a new one if the run may be restarted.
+
+    imports: modules besides those of every rank. message: gets one line whenever a rank starts cold. warm, restarts: keys of the
+    launcher.
     """
     folder = os.environ.get(FORK_SERVER)
     if not (warm and SUPPORTED and (folder or restarts)):
@@ -268,7 +280,7 @@ def fork_server(
     with offer() as variables:
         folder = folder or variables.get(FORK_SERVER)
         if folder is None:
-            message(f"{COLD}: no private folder can be made in {tempfile.gettempdir()}")
+            message(f"{COLD}: cannot create a private folder in {tempfile.gettempdir()}")
             yield None
             return
         server = ForkServer(Path(folder), imports, message)
@@ -280,15 +292,16 @@ def fork_server(
 
 
 def import_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the part of a rank's environment that imports may read: not what is its own, its trackers' or a secret.
+    """Return the variables of a rank that imports may read: none of that rank alone, none of trackers, and no secret.
 
-    Which GPUs it sees is read when the first one is used; whether it sees any, by imports too.
+    CUDA_VISIBLE_DEVICES is reduced to whether the rank sees a GPU: imports read only that, and the GPUs themselves are looked up
+    when the first one is used.
     """
-    prefixes = tuple(prefix for room in TRACKERS.classes().values() for prefix in room.variables)
+    prefixes = tuple(prefix for tracker in TRACKERS.classes().values() for prefix in tracker.variables)
     variables = {
         name: value
         for name, value in env.items()
-        if name not in OF_ONE_RANK and not (prefixes and name.startswith(prefixes)) and not is_secret(name, value)
+        if name not in NOT_FOR_IMPORTS and not (prefixes and name.startswith(prefixes)) and not is_secret(name, value)
     }
     if variables.get(DEVICES):
         variables[DEVICES] = "0"
@@ -296,7 +309,7 @@ def import_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_module(argv: Sequence[str]) -> bool:
-    """Return whether the command is `python -u -m MODULE ...`, as for all ranks that dstune starts."""
+    """Return whether the command is `python -u -m MODULE ...`, the form of all ranks that dstune starts."""
     return list(argv[:3]) == [sys.executable, "-u", "-m"]
 
 
@@ -307,7 +320,7 @@ def _is_readable(descriptor: int, seconds: float = 0.0) -> bool:
 
 
 def _receive(connection: socket.socket, descriptors: list[int] | None = None) -> dict[str, Any] | None:
-    """Return the next message; None where the other end is gone. Its descriptors are added to `descriptors`."""
+    """Return the next message, or None if the other end is gone; add the descriptors it carries to `descriptors`."""
     try:
         data, received, _, _ = socket.recv_fds(connection, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
     except OSError:

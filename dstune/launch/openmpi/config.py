@@ -18,19 +18,18 @@ class OpenMpiConfig(OnHostsConfig):
     )
     name: str = "openmpi"
     restarts: int = setting(0, at_least=0)
-    """How often mpirun is started again after a failure, on the same hosts; the same failure at the same step twice ends
-    the run."""
+    """How often mpirun is restarted after a failure, on the same hosts; the same failure at the same step twice ends the run."""
     processes: int | None = setting(None, at_least=1)
-    """Ranks on this machine; every GPU when not given, else two. With a hostfile its slots are the ranks."""
+    """Number of ranks on this machine; by default one per GPU, or two without GPUs. A hostfile's slots replace this."""
     hostfile: str | None = setting(None, signed=True)
-    """File with one `HOST slots=N` a line; this machine alone when not given."""
+    """File with one `HOST slots=N` per line; by default all ranks run on this machine."""
     user: str | None = setting(None, signed=True)
-    """Name to log in with."""
+    """User name to log in with."""
     interface: str | None = None
-    """Network interface that mpirun and the ranks talk over, such as ib0."""
+    """Network interface that mpirun and the ranks communicate over, such as ib0."""
     mpirun: str = setting("mpirun", signed=True)
-    """The program, where it is not the first of that name."""
+    """Path of mpirun, if it is not the first program of that name on PATH."""
     mpirun_options: list[str] = setting([], signed=True)
-    """Further options of mpirun."""
+    """Additional options of mpirun."""
     grace_seconds: float = setting(10.0, above=0.0)
-    """How long the ranks may take to end after one of them died; then they are killed."""
+    """Seconds that the other ranks get to end by themselves after one died; then they are killed."""

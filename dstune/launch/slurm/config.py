@@ -16,19 +16,19 @@ class ContainerRuntime(Enum):
 
 @dataclass(frozen=True)
 class SlurmConfig(AgentsConfig):
-    """A SLURM job, whose script is kept in the run directory."""
+    """A SLURM job; its script is kept in the run directory."""
 
     name: str = "slurm"
     nodes: int = setting(1, at_least=1)
-    """Nodes that train; `launch.spares` further ones wait."""
+    """Nodes that train; `launch.spares` additional ones wait."""
     processes: int | None = setting(None, at_least=1)
-    """Ranks on each node; `launch.gpus` when not given, else 1."""
+    """Ranks on each node; by default one per GPU (`launch.gpus`), or 1 without GPUs."""
     gpus: int = setting(0, at_least=0)
     """GPUs on each node (`--gres=gpu:N`); 0 trains on CPUs."""
     cpus: int | None = setting(None, at_least=1)
     """CPU cores for each rank (`--cpus-per-task`)."""
     memory: str | None = None
-    """Memory of each node (`--mem`), such as 64G; 0 is all of it."""
+    """Memory of each node (`--mem`), such as 64G; 0 requests all of it."""
     partition: str | None = None
     """Partition (`--partition`)."""
     account: str | None = None
@@ -38,33 +38,34 @@ class SlurmConfig(AgentsConfig):
     constraint: str | None = None
     """Features that the nodes need (`--constraint`)."""
     time: str | None = None
-    """Time limit (`--time`) such as 30, 1:30:00 or 2-12; the partition's own when not given."""
+    """Time limit (`--time`), such as 30, 1:30:00 or 2-12; by default that of the partition."""
     signal_seconds: int = setting(120, at_least=1)
-    """How long before the time limit the ranks are told to save."""
+    """Seconds before the time limit at which the ranks are asked to save."""
     requeue: bool = True
-    """Put a job that ran out of time back into the queue to continue; SLURM does so itself when a node fails."""
+    """Return a job that ran out of time to the queue, to continue there; if a node fails, SLURM requeues the job itself."""
     chain: int = setting(1, at_least=1)
-    """Jobs submitted at once, each of which waits for the one before and continues: for clusters that forbid requeueing."""
+    """Number of jobs to submit at once, each continuing after the previous one; for clusters that forbid requeueing."""
     container: str | None = setting(None, signed=True)
-    """Image in which the ranks run."""
+    """Container image that the ranks run in."""
     container_runtime: ContainerRuntime = ContainerRuntime.pyxis
     """`pyxis` (Enroot, through srun) or `apptainer`."""
     container_mounts: list[str] = setting([], signed=True)
-    """Folders that the container sees beside the run directory, as FOLDER or FOLDER:THERE."""
+    """Folders to mount in the container besides the run directory, as FOLDER or FOLDER:FOLDER_IN_CONTAINER."""
     container_python: str = setting("python3", signed=True)
-    """The interpreter inside the container that has dstune."""
+    """Python interpreter inside the container that has dstune installed."""
     directives: list[str] = setting([], signed=True)
-    """Further options of sbatch, such as [--exclusive, --mail-type=END]."""
+    """Additional options of sbatch, such as [--exclusive, --mail-type=END]."""
     setup: list[str] = setting([], signed=True)
-    """Shell lines before the ranks start, such as [module load cuda]."""
+    """Shell commands to run before the ranks start, such as [module load cuda]."""
     srun_options: list[str] = setting([], signed=True)
-    """Further options of srun, such as [--cpu-bind=cores]."""
+    """Additional options of srun, such as [--cpu-bind=cores]."""
     interface: str | None = None
-    """Network interface that the ranks talk over, such as ib0; the one of the node's name when not given."""
+    """Network interface that the ranks communicate over, such as ib0; by default the one that the node's name resolves to."""
     grace_seconds: float = setting(10.0, above=0.0)
-    """How long the other ranks may take to end after one of them died; then they are killed."""
+    """Seconds that the other ranks get to end by themselves after one died; then they are killed."""
     wait: bool = True
-    """Show rank 0's output and wait for the end; else return once the job is submitted (`dstune status`, `dstune cancel`)."""
+    """Show rank 0's output and wait for the end. If `false`, return once the job is submitted (see `dstune status`, `dstune
+    cancel`)."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -72,5 +73,5 @@ class SlurmConfig(AgentsConfig):
 
     @property
     def size(self) -> int:
-        """Ranks of the job."""
+        """Number of ranks of the job."""
         return self.nodes * self.ranks_per_node
