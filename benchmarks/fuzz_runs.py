@@ -66,12 +66,11 @@ def deepspeed(name: str) -> Callable[[bytes, Path], None]:
 
 
 def hostfile(content: bytes, folder: Path) -> None:
-    from dstune.launch.host_slots import chosen, read
 
     (folder / "hostfile").write_bytes(content)
     text = content.decode("utf-8", "replace")
-    hosts = read(str(folder / "hostfile"))
-    chosen(hosts, text[:60] or None, None)
+    hosts = read_hostfile(str(folder / "hostfile"))
+    select_slots(hosts, text[:60] or None, None)
 
 
 @cache

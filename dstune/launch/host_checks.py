@@ -1,4 +1,4 @@
-"""What `dstune doctor` finds on the hosts of a hostfile."""
+"""The checks of `dstune doctor` on the hosts of a hostfile."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from dstune.core.errors import UserError
 from dstune.launch import hosts
-from dstune.launch.host_slots import chosen, read
+from dstune.launch.host_slots import read_hostfile, select_slots
 from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.remote_commands import ssh_of
 from dstune.protocols.launcher import FAIL, PASS, WARN, Check
 
 
 def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
-    """Yield each host: reached, the same versions and files, the clock."""
+    """Yield for each host whether it is reachable, with the same versions and files and a synchronised clock."""
     assert launch.hostfile is not None
     try:
-        names = list(chosen(read(launch.hostfile), launch.include, launch.exclude))
+        names = list(select_slots(read_hostfile(launch.hostfile), launch.include, launch.exclude))
     except UserError as error:
         for problem in error.problems:
             yield Check("hostfile", FAIL, f"{problem.value}: {problem.reason}", problem.fix)

@@ -1,7 +1,7 @@
-"""A hostfile: one `HOST slots=N` a line, and which of its slots a run takes. Pure functions.
+"""Reads a hostfile, with one `HOST slots=N` per line, and selects the slots that a run uses.
 
-The forms of lines and of include and exclude are those of DeepSpeed's launcher (`HOST`, `HOST:0,2`, joined by `@`). Everything
-that is wrong is found at once and before anything starts.
+The forms of lines and of include and exclude are those of DeepSpeed's launcher (`HOST`, `HOST:0,2`, joined by `@`). All errors
+are reported together, before anything starts.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dstune.core.errors import Problem, UserError
 
 LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})\s*(#.*)?")
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
-"""What may stand on a command line of ssh and mpirun: `-oProxyCommand=...` would be an option, `a[1-9]` nine hosts."""
+"""Host names that are safe on a command line of ssh and mpirun: `-oProxyCommand=...` would be an option, `a[1-9]` nine hosts."""
 
 
-def read(path: str) -> dict[str, int]:
-    """Read slots by host, in the order of the file.
+def read_hostfile(path: str) -> dict[str, int]:
+    """Read the number of slots by host, in the order of the file.
 
     Raises:
-        UserError: no such file, or every line that is wrong.
+        UserError: the file cannot be read, or lists every wrong line.
     """
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        fix = "one `HOST slots=N` a line, as in launch/hostfile.example"
+        fix = "give a file with one `HOST slots=N` per line, as in launch/hostfile.example"
         raise UserError(Problem("launch.hostfile", reason, fix, path)) from None
     hosts: dict[str, int] = {}
     problems = []
@@ -37,25 +37,25 @@ def read(path: str) -> dict[str, int]:
         if match is None:
             problems.append(Problem(place, "this is not `HOST slots=N`", "node1 slots=8", text.strip()))
         elif not HOST.fullmatch(match[1]):
-            problems.append(Problem(place, "this is no name or address of a host", "node1 slots=8", match[1]))
+            problems.append(Problem(place, "this is not a host name or address", "node1 slots=8", match[1]))
         elif match[1] in hosts:
-            problems.append(Problem(place, "this host stands here twice", "one line for each host", match[1]))
+            problems.append(Problem(place, "this host is listed twice", "give each host one line", match[1]))
         elif int(match[2]) < 1:
             problems.append(Problem(place, "a host without slots runs no rank", "leave the line out", text.strip()))
         else:
             hosts[match[1]] = int(match[2])
     if not hosts and not problems:
-        problems.append(Problem("launch.hostfile", "there is no host in it", "node1 slots=8", path))
+        problems.append(Problem("launch.hostfile", "it lists no host", "node1 slots=8", path))
     if problems:
         raise UserError(problems)
     return hosts
 
 
-def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> dict[str, list[int]]:
-    """Return the numbers of the slots that the run takes, by host in the order of the file.
+def select_slots(hosts: dict[str, int], include: str | None, exclude: str | None) -> dict[str, list[int]]:
+    """Return the numbers of the slots that the run uses, by host in the order of the file.
 
     Raises:
-        UserError: a host or slot that the file does not have, or nothing is left.
+        UserError: include or exclude names a host or slot that the file does not have, or leaves no slot.
     """
     slots = {host: list(range(count)) for host, count in hosts.items()}
     key, text = ("launch.include", include) if include else ("launch.exclude", exclude)
@@ -75,7 +75,9 @@ def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> d
         absent = [number for number in listed or [] if number not in slots[host]]
         if absent:
             reason = f"{host} has {hosts[host]} slots, numbered from 0"
-            problems.append(Problem(key, reason, "name slots that it has", f"{host}:{','.join(map(str, absent))}"))
+            problems.append(
+                Problem(key, reason, "give only slots in this range", f"{host}:{','.join(map(str, absent))}")
+            )
         slots_listed[host] = sorted({*slots_listed.get(host, []), *(slots[host] if listed is None else listed)})
     if problems:
         raise UserError(problems)
@@ -87,5 +89,5 @@ def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> d
         }
         chosen_slots = {host: host_slots for host, host_slots in chosen_slots.items() if host_slots}
     if not chosen_slots:
-        raise UserError(Problem(key, "no slot is left", "exclude less", text))
+        raise UserError(Problem(key, "no slot is left for the run", "exclude fewer hosts or slots", text))
     return chosen_slots

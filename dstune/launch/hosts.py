@@ -1,4 +1,4 @@
-"""Other machines over ssh: what they have, and whether they can run ranks beside each other."""
+"""Asks other machines over ssh for their software and hardware, and checks that they can run ranks together."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizer
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 60
 SKEW_SECONDS = 5.0
-"""Clocks that differ by more make time-outs and the order of files hard to understand."""
+"""Largest difference of clocks without a warning; a larger one makes time-outs and times of files confusing."""
 
 
 @dataclass(frozen=True)
 class Ssh:
-    """How to reach hosts: user, port and further options of ssh."""
+    """User and port with which ssh reaches all hosts."""
 
     user: str | None = None
     port: int | None = None
 
     def options(self) -> list[str]:
-        """Return options of ssh: it asks nothing, and a host that goes silent is given up after 15 s."""
+        """Return options with which ssh asks no questions and gives up a silent host after 15 s."""
         settings = {
             "BatchMode": "yes",
             "ConnectTimeout": CONNECT_SECONDS,
@@ -51,26 +51,26 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said, or why it did not."""
+    """The facts that a host reported (`probe.py`), or why it did not."""
 
     host: str
     facts: Mapping[str, Any] | None
     seconds: float
-    """How long the question took."""
+    """Time from the question to the answer."""
     skew: float
-    """Its clock minus this one, in seconds; exact to half of `seconds`."""
+    """Clock of the host minus this machine's, in seconds; accurate to half of `seconds`."""
     problem: str = ""
     fix: str = ""
 
 
 def ask(hosts: Sequence[str], ssh: Ssh, paths: Sequence[str]) -> list[Answer]:
-    """Ask all hosts at once, in this order. paths: files and folders whose content is to be compared."""
+    """Ask all hosts at the same time; return their answers in the order of `hosts`. paths: files and folders to compare."""
     with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
         return list(pool.map(lambda host: _ask(host, ssh, paths), hosts))
 
 
 def here(paths: Sequence[str]) -> dict[str, Any]:
-    """Return the same facts of this machine."""
+    """Return the facts of this machine that hosts are compared with."""
     variables = {"DSTUNE_PROBE": _question(paths), **SAFE_PATH}
     done = subprocess.run([sys.executable, "-"], input=_probe(), capture_output=True, text=True, env=variables)
     return _facts(done.stdout) or {}
@@ -86,8 +86,8 @@ def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
     except FileNotFoundError:
         return Answer(host, None, 0.0, 0.0, "there is no ssh on this machine", "install openssh-client")
     except subprocess.TimeoutExpired:
-        reason = f"it took the connection and said nothing for {ANSWER_SECONDS} s"
-        return Answer(host, None, ANSWER_SECONDS, 0.0, reason, f"look at it: ssh {host}")
+        reason = f"it accepted the connection but did not answer for {ANSWER_SECONDS} s"
+        return Answer(host, None, ANSWER_SECONDS, 0.0, reason, f"log in and look at it: ssh {host}")
     ended = time.time()
     facts = _facts(done.stdout)
     if facts is not None:
@@ -97,7 +97,7 @@ def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
 
 
 def explain(host: str, code: int, stderr: str) -> tuple[str, str]:
-    """Return (reason, fix) for a failure of ssh or of the remote shell. code: of ssh."""
+    """Return (reason, fix) for a failure of ssh or of the remote shell. code: exit code of ssh."""
     text = stderr.lower()
     last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), f"exit code {code}")
     if "could not resolve" in text or "name or service not known" in text:
@@ -120,28 +120,28 @@ def explain(host: str, code: int, stderr: str) -> tuple[str, str]:
 
 
 def compare(answers: Sequence[Answer], paths: Sequence[str]) -> list[Problem]:
-    """Return what keeps the hosts from running one program together: each thing once, with the hosts that it is about."""
+    """Return everything that prevents the hosts from running one program together: no answer, other versions, other files."""
     problems = [
         Problem("launch.hostfile", answer.problem, answer.fix, answer.host)
         for answer in answers
         if answer.facts is None
     ]
-    good = [answer for answer in answers if answer.facts is not None]
+    answers_with_facts = [answer for answer in answers if answer.facts is not None]
     local_facts = here(paths)
-    problems += _versions(good, local_facts)
+    problems += _version_problems(answers_with_facts, local_facts)
     for path in paths:
-        for answer in good:
+        for answer in answers_with_facts:
             assert answer.facts is not None
             remote_digest, local_digest = answer.facts["files"].get(path), local_facts["files"].get(path)
             if remote_digest == local_digest:
                 continue
-            difference = "is not there" if remote_digest is None else "is another one than here"
-            fix = "use a file system that all nodes share, or bring the same files to every node"
+            difference = "does not exist there" if remote_digest is None else "differs from the one on this machine"
+            fix = "use a file system that all nodes share, or copy the same files to every node"
             problems.append(Problem("launch.hostfile", f"{path} {difference}", fix, answer.host))
     return problems
 
 
-def _versions(answers: Sequence[Answer], local_facts: Mapping[str, Any]) -> list[Problem]:
+def _version_problems(answers: Sequence[Answer], local_facts: Mapping[str, Any]) -> list[Problem]:
     problems = []
     for answer in answers:
         assert answer.facts is not None
@@ -154,7 +154,8 @@ def _versions(answers: Sequence[Answer], local_facts: Mapping[str, Any]) -> list
         ]
         if differing:
             fix = "install the same environment on every node"
-            problems.append(Problem("launch.hostfile", f"other versions: {', '.join(differing)}", fix, answer.host))
+            reason = f"its versions differ: {', '.join(differing)}"
+            problems.append(Problem("launch.hostfile", reason, fix, answer.host))
     return problems
 
 
@@ -177,9 +178,7 @@ def check_shared_folder(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Pr
                 return Problem("run.dir", reason, f"look at its file system: ssh {host} ls {folder.absolute()}", host)
             if done.returncode == 0:
                 return None
-            reason = (
-                f"{folder.absolute()} is not there, or is another folder: checkpoints and logs of all ranks go into one"
-            )
+            reason = f"this host does not share {folder.absolute()}, into which all ranks write checkpoints and logs"
             return Problem("run.dir", reason, "give a run.dir on a file system that all nodes share", host)
 
         with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
@@ -189,7 +188,7 @@ def check_shared_folder(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Pr
 
 
 def common_skew(answers: Sequence[Answer]) -> dict[str, float]:
-    """Return seconds by which clocks of hosts are off, where it is more than the measurement can be wrong."""
+    """Return the seconds by which a host's clock is off, where that exceeds `SKEW_SECONDS` and the error of measurement."""
     return {
         answer.host: answer.skew
         for answer in answers
@@ -206,7 +205,7 @@ def _question(paths: Sequence[str]) -> str:
 
 
 def _facts(output: str) -> dict[str, Any] | None:
-    """Return the line of the probe among what login scripts print."""
+    """Return the facts that the probe printed, ignoring lines that login scripts print; None if there are none."""
     for line in output.splitlines():
         if line.startswith("DSTUNE_PROBE "):
             try:

@@ -24,7 +24,7 @@ class OnHosts(Launcher, ChecksMachines):
 
     def check(self) -> Iterator[Problem]:
         if self.config.include and self.config.exclude:
-            reason = "it cannot stand beside launch.include"
+            reason = "it cannot be combined with launch.include"
             yield Problem("launch.exclude", reason, "leave one of them out", self.config.exclude)
 
     @property
@@ -32,15 +32,15 @@ class OnHosts(Launcher, ChecksMachines):
         return bool(self.config.hostfile)
 
     def slots(self) -> dict[str, list[int]]:
-        """Return the slots that the hostfile, include and exclude give, by host. Raises UserError."""
+        """Return the slots that the run uses, by host: those of the hostfile, after include and exclude. Raises UserError."""
         config = self.config
-        return host_slots.chosen(host_slots.read(config.hostfile), config.include, config.exclude)
+        return host_slots.select_slots(host_slots.read_hostfile(config.hostfile), config.include, config.exclude)
 
     def nodes(self) -> int:
         return 1 if self.config.hostfile is None else len(self.slots())
 
     def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
-        """Look at the hosts, and decide what is started. Raises UserError."""
+        """Check the hosts, and return what to start on them. Raises UserError."""
         raise NotImplementedError
 
     def start(self, request: LaunchRequest) -> int:
@@ -57,7 +57,7 @@ class OnHosts(Launcher, ChecksMachines):
         return remote.run(run, run_dir, self.config, plan_attempt, console, self.restarts)
 
     def checks(self) -> Iterator[Check]:
-        """Yield each host: reached, the same versions and files, the clock."""
+        """Yield for each host whether it is reachable, with the same versions and files and a synchronised clock."""
         if self.config.hostfile is None:
             return
         from dstune.launch.host_checks import host_checks

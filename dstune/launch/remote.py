@@ -1,7 +1,7 @@
-"""A launch on hosts through another launcher: checks the nodes, starts the launcher, and watches nodes and ranks.
+"""A launch on hosts through another launcher, such as mpirun: checks the nodes, starts the launcher, and watches nodes and ranks.
 
-An ssh to every node stays open (`node.py`). When it breaks, the node is lost; when this process ends, however it ends,
-the nodes end their ranks. A run is asked to save through its directory.
+An ssh connection to every node stays open (`node.py`). When it breaks, the node is lost; when this process ends, however it
+ends, the nodes end their ranks. A stop file in the run directory asks the ranks to save.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dstune.launch.verdict import Verdict, exit_reason
 POLL_SECONDS = 0.1
 READY_SECONDS = 60.0
 LEAVING_SECONDS = 30.0
-"""How long a launcher may take to end after the run's result is there."""
+"""How long the launcher may take to end after the run has written its result."""
 LAUNCHER_LOG = "launcher.log"
 LOCALHOST = "localhost"
 
@@ -50,34 +50,38 @@ def run(
     console: Console,
     restarts: int = 0,
 ) -> int:
-    """Start what `plan` returns for the mark of an attempt, and wait for its ranks; the exit code of the public contract.
+    """Start the ranks, wait for them, and return the exit code of the public contract. Raises UserError.
 
-    Raises UserError.
+    plan: returns what to start, given the id of an attempt. restarts: how often a failed attempt is followed by another.
     """
     with caught_signals(config.run.signals) as received:
-        decide = Restarts(restarts, run_dir, console, received)
+        restart_policy = Restarts(restarts, run_dir, console, received)
         while True:
             launch_id = uuid.uuid4().hex
             remote = RemoteLaunch(plan(launch_id), ssh_of(launch), run_dir, launch_id, launch.grace_seconds, console)
-            verdict, again = decide.consider(remote.run(received), remote)
-            if not again:
+            verdict, starts_again = restart_policy.consider(remote.run(received), remote)
+            if not starts_again:
                 break
     attempt.record(run_dir, verdict, remote.plan.size)
     attempt.explain(run_dir, verdict, console, remote.starts)
     if verdict.exit_code == EXIT_FAILED and verdict.error is None:
-        remote.show_launcher()
+        remote.show_launcher_log()
     return verdict.exit_code
 
 
 def on_cpu(answers: Sequence[Answer]) -> bool:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    return hidden or not any(answer.facts and answer.facts["gpus"] for answer in answers)
+    """Return whether ranks train on CPUs: GPUs are hidden here, or no host has one."""
+    are_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return are_hidden or not any(answer.facts and answer.facts["gpus"] for answer in answers)
 
 
 def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None, console: Console) -> list[Answer]:
-    """Ask every host for its versions, GPUs and interfaces. Raises UserError with everything that keeps them from running ranks
-    together."""
-    console.stage(f"looking at {', '.join(names)}")
+    """Ask every host for its versions, GPUs and interfaces; warn about clocks that differ.
+
+    Raises:
+        UserError: everything that prevents the hosts from running ranks together.
+    """
+    console.stage(f"checking {', '.join(names)}")
     paths = [hosts.package_folder()]
     answers = hosts.ask(names, ssh, paths)
     problems = hosts.compare(answers, paths)
@@ -133,7 +137,7 @@ class RemoteLaunch:
             try:
                 self._watch(launcher, follower, received)
             finally:
-                # Its whole session at once: no handler of its runs, and ssh's ends take the ranks' output with them.
+                # SIGKILL to its session: no handler of the launcher runs, and no ssh keeps the output of ranks open.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(launcher.pid, signal.SIGKILL)
                 launcher.wait()
@@ -144,11 +148,11 @@ class RemoteLaunch:
         return self._judge(launcher.returncode)
 
     def _open_nodes(self) -> None:
-        """Open an ssh to each node, which ends the node's ranks when it breaks. Raises UserError where one does not come up."""
+        """Open an ssh connection to each node, whose end makes the node end its ranks. Raises UserError if one does not open."""
         environment = [f"PYTHONPATH={python_path('')}", "PYTHONSAFEPATH=1"]
         words = ["env", *environment, sys.executable, "-u", "-m", "dstune.launch.node", self.id]
         for host in self.plan.slots:
-            # No host file: this machine itself, where the same program runs without an ssh.
+            # Without a hostfile the node is this machine, and the program runs without ssh.
             command = words if host == LOCALHOST else self.ssh.command(host, words)
             with files.append(self.log) as log:
                 node = subprocess.Popen(
@@ -162,12 +166,12 @@ class RemoteLaunch:
             assert node.stdout is not None
             if not readable(node.stdout, READY_SECONDS) or b"ready" not in node.stdout.readline():
                 last = next(iter(attempt.last_lines(self.log, self._log_start, 1)), "no reason given")
-                raise UserError(
-                    Problem("launch.hostfile", f"it does not start dstune: {last}", "look at its environment", host)
-                )
+                reason = f"dstune does not start on this host: {last}"
+                fix = f"try this on that host: {sys.executable} -m dstune --version"
+                raise UserError(Problem("launch.hostfile", reason, fix, host))
 
     def _watch(self, launcher: subprocess.Popen[bytes], follower: Follower, received: Sequence[str]) -> None:
-        """Wait until the launcher has ended, or has to be ended: a host is lost, or the run is over and the launcher stays."""
+        """Wait until the launcher has ended or must be ended, because a host was lost or because it outlives the run."""
         deadline: float | None = None
         while launcher.poll() is None:
             follower.look()
@@ -176,18 +180,18 @@ class RemoteLaunch:
             if self.lost or self.stop.forced:
                 return
             if deadline is None and self._is_over():
-                finished = records.read_result(self.run_dir) is not None
-                deadline = time.monotonic() + (LEAVING_SECONDS if finished else self.grace_seconds)
+                has_result = records.read_result(self.run_dir) is not None
+                deadline = time.monotonic() + (LEAVING_SECONDS if has_result else self.grace_seconds)
             if deadline is not None and time.monotonic() > deadline:
                 return
             time.sleep(POLL_SECONDS)
 
     def _is_over(self) -> bool:
-        """Return whether the ranks are through, or one of them died, so that the others wait for it in vain."""
+        """Return whether the run has a result, or a rank failed, so that the others would wait for it forever."""
         return records.read_result(self.run_dir) is not None or bool(attempt.read_errors(self.run_dir, self.plan.size))
 
     def _close_nodes(self) -> None:
-        """Let every node end what is left of the launch there."""
+        """Ask every node to end its remaining processes of the launch, and wait for it."""
         for node in self.nodes.values():
             assert node.stdin is not None
             with contextlib.suppress(OSError):
@@ -205,17 +209,16 @@ class RemoteLaunch:
             return Verdict(EXIT_FAILED, "stopped at once by a second signal")
         if self.lost and records.read_result(self.run_dir) is None:
             names = ", ".join(self.lost)
-            return Verdict(
-                EXIT_FAILED, f"{names} was lost: the connection to it broke, and the ranks elsewhere were ended"
-            )
+            reason = f"{names} was lost: the connection to it broke, and the ranks elsewhere were ended"
+            return Verdict(EXIT_FAILED, reason)
         return attempt.of_files(self.run_dir, self.plan.size, f"the launcher {exit_reason(code)}")
 
     def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
-        """Return the end of what `rank` wrote during this launch."""
+        """Return the last lines that `rank` wrote during this launch."""
         return attempt.last_lines(log_path(self.run_dir, rank), self.starts.get(rank, 0), count)
 
-    def show_launcher(self) -> None:
-        """Show the last lines of what the launcher itself said."""
+    def show_launcher_log(self) -> None:
+        """Show the last lines that the launcher itself wrote."""
         self.console.message(f"last lines of {self.log}:")
         for line in attempt.last_lines(self.log, self._log_start) or ["(it wrote nothing)"]:
             self.console.message(f"  | {line}")

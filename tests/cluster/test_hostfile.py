@@ -131,7 +131,7 @@ def test_what_is_wrong_with_hosts_is_named_before_anything_starts(login, hosts, 
     assert done.returncode == 2
     assert "launch.hostfile=node9: no machine has this name" in done.stderr
     assert "launch.hostfile=10.77.0.77: it does not answer" in done.stderr
-    assert f"launch.hostfile=node2: {package} is another one than here" in done.stderr
+    assert f"launch.hostfile=node2: {package} differs from the one on this machine" in done.stderr
     assert "run.dir=node2:" in done.stderr
     assert "node1" not in done.stderr.split("problems", 1)[1]
     assert not (login.folder / "wrong").exists()
@@ -246,7 +246,7 @@ def test_an_mpi_of_another_kind_is_refused(login: Login, tmp_path):
     foreign.chmod(0o755)
     done = login.run("train", *overrides("foreign", "launch=openmpi", f"launch.mpirun={foreign}"))
     assert done.returncode == 2
-    assert "this is not Open MPI's (HYDRA build details" in done.stderr
+    assert "this is not Open MPI's mpirun (HYDRA build details" in done.stderr
     alone = login.call("env", "PMIX_RANK=1", sys.executable, "-m", "dstune", "train", *overrides("alone"))
     assert alone.returncode == 2
     assert "does not say how many ranks there are" in alone.stderr

@@ -65,8 +65,8 @@ def test_a_reference_to_a_password_passes(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_host_is_no_option_and_no_list(host: str, tmp_path: Path) -> None:
     file = tmp_path / "hostfile"
     file.write_text(f"node1 slots=1\n{host} slots=1\n")
-    with pytest.raises(UserError, match="no name or address of a host"):
-        host_slots.read(str(file))
+    with pytest.raises(UserError, match="not a host name or address"):
+        host_slots.read_hostfile(str(file))
 
 
 def test_options_of_ssh_end_before_the_host() -> None:

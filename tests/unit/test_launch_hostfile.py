@@ -30,31 +30,31 @@ def test_slots_are_those_that_deepspeed_takes(file, include, exclude):
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
     expected = parse_inclusion_exclusion(fetch_hostfile(str(file)), include or "", exclude or "")
-    assert hostfile.chosen(hostfile.read(str(file)), include, exclude) == dict(expected)
+    assert hostfile.select_slots(hostfile.read_hostfile(str(file)), include, exclude) == dict(expected)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("node1\n", "hosts:1=node1: this is not `HOST slots=N`"),
-        ("node1 slots=2\nnode1 slots=2\n", "hosts:2=node1: this host stands here twice"),
+        ("node1 slots=2\nnode1 slots=2\n", "hosts:2=node1: this host is listed twice"),
         ("node1 slots=0\n", "a host without slots"),
-        ("# nothing\n", "there is no host in it"),
+        ("# nothing\n", "it lists no host"),
     ],
 )
 def test_bad_lines(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError) as caught:
-        hostfile.read(str(tmp_path / "hosts"))
+        hostfile.read_hostfile(str(tmp_path / "hosts"))
     assert message in str(caught.value)
 
 
 def test_all_wrong_lines_at_once(tmp_path):
     (tmp_path / "hosts").write_text("node1 slots=x\nnode2 slots=1\nnode3 4\n")
     with pytest.raises(UserError, match=r"hosts:1[\s\S]*hosts:3"):
-        hostfile.read(str(tmp_path / "hosts"))
+        hostfile.read_hostfile(str(tmp_path / "hosts"))
     with pytest.raises(UserError, match="cannot be read"):
-        hostfile.read(str(tmp_path / "absent"))
+        hostfile.read_hostfile(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize(
@@ -68,5 +68,5 @@ def test_all_wrong_lines_at_once(tmp_path):
 )
 def test_bad_choices(file, include, exclude, message):
     with pytest.raises(UserError) as caught:
-        hostfile.chosen(hostfile.read(str(file)), include, exclude)
+        hostfile.select_slots(hostfile.read_hostfile(str(file)), include, exclude)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""What the agent of each host is told: a pure function."""
+"""A pure function from a run and its hosts to the tasks of their agents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.launch.local.warm import rank_imports
 from dstune.launch.remote_commands import path_of, variables_of
 
 OF_OTHER_LAUNCHERS = (LAUNCH_ID, RANK_LOGS, FOLDER, HANDOFF_FILE, GROUP_SECRET)
-"""What ranks get by other ways here: from the agent that starts them."""
+"""Variables that other launchers set and that ranks get from their agent here."""
 
 
 def host_tasks(
@@ -28,7 +28,7 @@ def host_tasks(
     command: Sequence[str] = ("dstune.worker",),
     saves: bool = True,
 ) -> list[Task]:
-    """Return the tasks of the hosts in `slots`, the last `launch.spares` of which wait.
+    """Return one task for each host in `slots`; the last `launch.spares` hosts wait as spares.
 
     on_cpu: the hosts have no GPU. command: the module that each rank runs, and its arguments before the run directory's.
 

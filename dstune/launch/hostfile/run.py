@@ -1,7 +1,7 @@
-"""A launch on hosts: checks them, keeps an agent running on each over ssh, and shows what rank 0 and the leader say.
+"""A launch on hosts: checks them, keeps an agent running on each over ssh, and shows the output of rank 0 and the leader.
 
-The ssh to a host stays open. When it ends, the agent there ends its ranks, so when this process ends, however it ends, all do.
-A run is asked to save through its directory.
+The ssh connection to each host stays open. When it breaks, the agent there ends its ranks; so all ranks end when this process
+ends, however it ends. A stop file in the run directory asks the ranks to save.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.1
 READY_SECONDS = 60.0
 REOPEN_SECONDS = 3.0
-"""Between two attempts to reach a host that was lost."""
+"""Time between two attempts to reach a lost host."""
 LEAVING_SECONDS = 15.0
-"""How long agents may take to leave after the run is over; that of a lost host never does."""
+"""How long agents may take to exit after the run is over; the agent of a lost host never does."""
 ENDING_SECONDS = 35.0
-"""How long they may take to end their ranks when they are told to leave."""
+"""How long agents may take to end their ranks when they are asked to exit."""
 
 
 def run(launcher: Hostfile, request: LaunchRequest, launch_id: str) -> int:
@@ -77,7 +77,7 @@ def run(launcher: Hostfile, request: LaunchRequest, launch_id: str) -> int:
 
 
 class AgentsOnHosts:
-    """The agents of one launch, from the first ssh to the last one's end."""
+    """The agents of one launch, from the first ssh connection to the end of the last agent."""
 
     def __init__(self, tasks: Sequence[Task], ssh: Ssh, run_dir: Path, console: Console):
         self.tasks, self.ssh, self.run_dir, self.console = tasks, ssh, run_dir, console
@@ -112,7 +112,7 @@ class AgentsOnHosts:
         return attempt.of_files(self.run_dir, self.size, f"the agents ended without a result; see {self._log}")
 
     def _open_all(self) -> None:
-        """Raises UserError where a host does not start its agent."""
+        """Start the agents of all hosts and wait until they are ready. Raises UserError if a host does not start its agent."""
         log_start = attempt.size(self._log)
         for task in self.tasks:
             self._open(task)
@@ -120,9 +120,9 @@ class AgentsOnHosts:
             assert agent.stdout is not None
             if not readable(agent.stdout, READY_SECONDS) or b"ready" not in agent.stdout.readline():
                 last = next(iter(attempt.last_lines(self._log, log_start, 1)), "no reason given")
-                raise UserError(
-                    Problem("launch.hostfile", f"it does not start dstune: {last}", "look at its environment", host)
-                )
+                reason = f"dstune does not start on this host: {last}"
+                fix = f"try this on that host: {sys.executable} -m dstune --version"
+                raise UserError(Problem("launch.hostfile", reason, fix, host))
 
     def _open(self, task: Task) -> None:
         environment = [f"PYTHONPATH={python_path('')}", "PYTHONSAFEPATH=1", f"{AGENT}={task.launch}:{task.node}"]
@@ -136,7 +136,7 @@ class AgentsOnHosts:
                 start_new_session=True,
             )
         assert agent.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended by now, which is seen where it is waited for
+        with contextlib.suppress(OSError):  # ssh may have ended already, which whoever waits for the agent notices
             agent.stdin.write(f"{json.dumps(asdict(task))}\n".encode())
             agent.stdin.flush()
         self._agents[task.node], self._opened[task.node] = agent, time.monotonic()
@@ -162,12 +162,12 @@ class AgentsOnHosts:
             for task in ended if deadline is None else ():
                 agent = self._agents[task.node]
                 if agent.returncode != 0 and time.monotonic() - self._opened[task.node] > REOPEN_SECONDS:
-                    self._forget(agent)
+                    self._close_pipes(agent)
                     self._open(task)
             time.sleep(POLL_SECONDS)
 
     def _close(self) -> None:
-        """Let every agent end what is left of its ranks."""
+        """Ask every agent to end its remaining ranks and exit, and wait for it."""
         for agent in self._agents.values():
             assert agent.stdin is not None
             with contextlib.suppress(OSError):
@@ -179,9 +179,9 @@ class AgentsOnHosts:
             except subprocess.TimeoutExpired:
                 agent.kill()
                 agent.wait()
-            self._forget(agent)
+            self._close_pipes(agent)
 
-    def _forget(self, agent: subprocess.Popen[bytes]) -> None:
+    def _close_pipes(self, agent: subprocess.Popen[bytes]) -> None:
         for pipe in (agent.stdin, agent.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

@@ -49,8 +49,8 @@ class OpenMpi(OnHosts):
         for host, host_slots in slots_by_host.items():
             if host_slots != list(range(len(host_slots))):
                 key = "include" if self.config.include else "exclude"
-                reason = f"mpirun takes a host's first slots, whatever their numbers: not slots {host_slots} of {host}"
-                fix = "launch=hostfile, which starts ranks on the slots named; or give whole hosts, without numbers"
+                reason = f"mpirun always uses the first slots of a host, so it cannot use slots {host_slots} of {host}"
+                fix = "use launch=hostfile, which can choose slots, or give hosts without slot numbers"
                 raise UserError(Problem(f"launch.{key}", reason, fix, getattr(self.config, key)))
         return slots_by_host
 

@@ -1,4 +1,4 @@
-"""mpirun: its command line and environment, a pure function."""
+"""A pure function from a run to mpirun's command line and environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ def mpirun_plan(
     as_root: bool,
     on_cpu: bool,
 ) -> RemotePlan:
-    """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
+    """Return the command line and environment of Open MPI's mpirun.
+
+    slots: numbers of the slots by host; a single host `localhost` needs no ssh. program: path of mpirun. as_root: whether the
+    user is root, which mpirun refuses otherwise. on_cpu: whether the hosts have no GPU.
+
+    Raises:
+        UserError: an unset variable in `launch.export_env`.
+    """
     launch = config.launch
     assert isinstance(launch, OpenMpiConfig)
     visible_variables, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
@@ -37,7 +44,7 @@ def mpirun_plan(
         *(["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []),
         *(["--prtemca", "prte_if_include", launch.interface] if launch.interface else []),
         *launch.mpirun_options,
-        # Names alone: the values are in mpirun's environment.
+        # Only names, so that no value shows on a command line; the values are in mpirun's environment.
         *[word for name in sorted(visible_variables) for word in ("-x", name)],
         *(sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute())),
     ]

@@ -1,4 +1,4 @@
-"""What has to be known of this machine and the hosts before mpirun starts."""
+"""Checks mpirun, this machine and the hosts before mpirun starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dstune.protocols.launcher import FAIL, PASS, SKIP, Check
 
 
 def plan(launcher: OnHosts, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
-    """Look at the hosts, and decide what is started. Raises UserError."""
+    """Check the hosts, and return the command and variables of mpirun. Raises UserError."""
     launch = launcher.config
     program = mpirun_path(launch.mpirun)
     if launch.hostfile is None:
@@ -45,7 +45,7 @@ def plan(launcher: OnHosts, run: RunConfig, run_dir: Path, launch_id: str, conso
 
 
 def probe(*, needed: bool) -> Check:
-    """Check that mpirun and mpi4py are installed, for the same MPI. needed: their absence is a failure."""
+    """Check that mpirun and mpi4py are installed and use the same MPI. needed: whether their absence is a failure."""
     try:
         program = mpirun_path("mpirun")
     except UserError as error:
@@ -55,10 +55,10 @@ def probe(*, needed: bool) -> Check:
 
 
 def mpirun_path(mpirun: str) -> str:
-    """Return the path of mpirun, if it and mpi4py belong together.
+    """Return the path of mpirun, after checking that mpi4py uses the same MPI.
 
     Raises:
-        UserError: either is missing, or they are of different MPIs, where every rank would be alone.
+        UserError: either is missing, or they use different MPIs, so that every rank would be in a world of its own.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     program = shutil.which(mpirun, path=path)
@@ -67,17 +67,17 @@ def mpirun_path(mpirun: str) -> str:
         raise UserError(Problem("launch.mpirun", "there is no such program", fix, mpirun))
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     if "Open MPI" not in version and "OpenRTE" not in version:
-        first = version.strip().splitlines()[0] if version.strip() else "it says nothing"
-        fix = "launch.mpirun=/path/to/mpirun of Open MPI; other MPIs: mpiexec -n N dstune train ..."
-        raise UserError(Problem("launch.mpirun", f"this is not Open MPI's ({first})", fix, program))
+        first_line = version.strip().splitlines()[0] if version.strip() else "it prints no version"
+        fix = "set launch.mpirun to Open MPI's mpirun; with another MPI, run mpiexec -n N dstune train ..."
+        raise UserError(Problem("launch.mpirun", f"this is not Open MPI's mpirun ({first_line})", fix, program))
     code = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     library = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True)
     if library.returncode != 0:
         last = library.stderr.strip().splitlines()[-1] if library.stderr.strip() else "no reason given"
-        fix = "pip install '.[mpi]' in a clone of dstune, with the MPI that mpirun is of"
+        fix = "pip install '.[mpi]' in a clone of dstune, built with the MPI that mpirun belongs to"
         raise UserError(Problem("launch=openmpi", f"mpi4py cannot be used here: {last}", fix))
     if "Open MPI" not in library.stdout:
-        first = library.stdout.strip().splitlines()[0]
-        reason = f"mpi4py uses another MPI ({first}) than {program}: each rank would be alone"
-        raise UserError(Problem("launch=openmpi", reason, "one MPI for both: reinstall mpi4py, or set launch.mpirun"))
+        first_line = library.stdout.strip().splitlines()[0]
+        reason = f"mpi4py uses another MPI ({first_line}) than {program}, so no rank would see the others"
+        raise UserError(Problem("launch=openmpi", reason, "use one MPI: reinstall mpi4py, or set launch.mpirun"))
     return program
