@@ -66,6 +66,7 @@ def deepspeed(name: str) -> Callable[[bytes, Path], None]:
 
 
 def hostfile(content: bytes, folder: Path) -> None:
+    from dstune.launch.host_slots import read_hostfile, select_slots
 
     (folder / "hostfile").write_bytes(content)
     text = content.decode("utf-8", "replace")

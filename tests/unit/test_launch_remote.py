@@ -134,7 +134,7 @@ def test_mpirun_is_given_no_slots_by_their_numbers(tmp_path):
         return OpenMpi(OpenMpiConfig(hostfile=str(tmp_path / "hosts"), **keys)).slots()
 
     for key, value in (("exclude", "node1:0"), ("include", "node2:0,2")):
-        with pytest.raises(UserError, match="mpirun takes a host's first slots") as error:
+        with pytest.raises(UserError, match="mpirun always uses the first slots") as error:
             slots(**{key: value})
         assert error.value.problems[0].where == f"launch.{key}"
     assert slots(include="node1@node2:0,1") == {"node1": [0, 1, 2, 3], "node2": [0, 1]}

@@ -1,4 +1,4 @@
-"""launch=slurm: a job of SLURM's."""
+"""launch=slurm: a SLURM job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep as one array of SLURM jobs: a task of the array runs the job script of one run."""
+"""Submits the runs of a sweep as one array of SLURM jobs, whose tasks each run the job script of one run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARRAY = Path("launch") / "array.sbatch"
 def submit(
     base: RunConfig, launch: SlurmConfig, folder: Path, runs: Sequence[tuple[RunConfig, Path]], console: Console
 ) -> list[str]:
-    """Write the scripts of `runs` and of their array, and submit it; the job of each run. Raises UserError."""
+    """Write the scripts of `runs` and of their array, submit the array, and return the job id of each run. Raises UserError."""
     launch_id = uuid.uuid4().hex
     for config, run_dir in runs:
         assert isinstance(config.launch, SlurmConfig)
@@ -32,8 +32,8 @@ def submit(
         files.write(script, job_script(config, config.launch, run_dir, os.environ), mode=0o777)
         records.begin(run_dir, launch_id, launch.size)
     file = folder / ARRAY
-    for needed in (file.parent, folder / "logs"):
-        needed.mkdir(exist_ok=True)
+    for parent in (file.parent, folder / "logs"):
+        parent.mkdir(exist_ok=True)
     content = array_script(base, launch, folder, [run_dir for _, run_dir in runs], os.environ)
     files.write(file, content, mode=0o777)
     job = jobs.submit(file, content, {**os.environ, **inherited(base, os.environ)})
@@ -47,13 +47,13 @@ def submit(
 def array_script(
     base: RunConfig, launch: SlurmConfig, sweep: Path, runs: Sequence[Path], env: Mapping[str, str]
 ) -> str:
-    """Return the script of the array: its tasks run the scripts of the trials in `runs`."""
-    whole = sweep.absolute()
-    log = str(whole / "logs" / "slurm-%A_%a.log")
+    """Return the script of the array, whose tasks run the scripts of the trials in `runs`."""
+    sweep = sweep.absolute()
+    log = str(sweep / "logs" / "slurm-%A_%a.log")
     array_options = [
         *(
             option
-            for option in options(base, launch, whole, sorted(inherited(base, env)))
+            for option in options(base, launch, sweep, sorted(inherited(base, env)))
             if not option.startswith("--output=")
         ),
         f"--output={shlex.quote(log)}",

@@ -1,4 +1,4 @@
-"""Rules of `launch` for SLURM: what its keys may say, and what fits together among them."""
+"""Checks the keys of `launch=slurm`, each by itself and together."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ OWNED = {
     "array": "sweeps",
 }
 """Options of sbatch that the script sets itself, and what decides them."""
-OF_TASKS = {
+SRUN_OWNED = {
     *("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "cpus-per-task", "gpus-per-task", "gpu-bind"),
     *("kill-on-bad-exit", "wait", "output", "error"),
 }
-"""Options of srun that the script sets itself, or that would give an agent a part of its node."""
+"""Options of srun that the script sets itself, or that would give an agent only a part of its node."""
 
 
 def check(launch: SlurmConfig) -> Iterator[Problem]:
+    """Yield everything that is wrong with the keys of `launch`."""
     for key in ("partition", "account", "qos", "constraint", "memory", "time"):
         yield from quote_problems(f"launch.{key}", getattr(launch, key) or "")
     if launch.gpus and launch.processes and launch.processes > launch.gpus:
@@ -52,11 +53,11 @@ def check(launch: SlurmConfig) -> Iterator[Problem]:
     yield from check_agents(launch)
     yield from check_nodes(launch, launch.nodes, "launch.nodes")
     if launch.chain > 1 and launch.requeue:
-        reason = "a chain is for clusters that forbid requeueing: a job that is requeued continues by itself"
-        yield Problem("launch.chain", reason, "launch.requeue=false with it, or launch.chain=1", str(launch.chain))
+        reason = "a chain is only for clusters that forbid requeueing; a requeued job continues without one"
+        yield Problem("launch.chain", reason, "add launch.requeue=false, or set launch.chain=1", str(launch.chain))
     if launch.time is not None and not TIME.fullmatch(launch.time):
         fix = "minutes, H:MM:SS, or D-HH:MM:SS"
-        yield Problem("launch.time", "sbatch has no such form of a time", fix, format_value(launch.time))
+        yield Problem("launch.time", "sbatch does not accept this as a time", fix, format_value(launch.time))
     for text in launch.directives:
         name = text.removeprefix("--").partition("=")[0].split(" ")[0]
         if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]*)?", text):
@@ -66,9 +67,9 @@ def check(launch: SlurmConfig) -> Iterator[Problem]:
             yield Problem("launch.directives", f"{OWNED[name]} decides this", "leave it out here", format_value(text))
     for text in launch.srun_options:
         name = text.removeprefix("--").partition("=")[0].split(" ")[0]
-        if name in OF_TASKS:
-            reason = "srun starts one agent on each node, which starts the ranks: it has no task for each rank"
-            fix = "leave it out; launch.processes, launch.gpus and launch.cpus are about ranks"
+        if name in SRUN_OWNED:
+            reason = "srun starts only one agent per node, and the agent starts the ranks"
+            fix = "leave it out; launch.processes, launch.gpus and launch.cpus decide about ranks"
             yield Problem("launch.srun_options", reason, fix, format_value(text))
     for key in ("partition", "account", "qos", "constraint", "memory", "container", "interface"):
         value = getattr(launch, key)

@@ -1,6 +1,6 @@
-"""From a `RunConfig` to the script of its SLURM job: a pure function.
+"""A pure function from a run to the script of its SLURM job.
 
-The script stays in the run directory. It can be read, and submitted by hand: a new job continues the run.
+The script stays in the run directory, where users can read it, or submit it by hand to continue the run in a new job.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 
 SCRIPT = Path("launch") / "job.sbatch"
 REQUEUE = 85
-"""Exit code of `slurm.job end` that asks the script to put the job back into the queue."""
+"""Exit code of `slurm.job end` that makes the script return the job to the queue."""
 NOTHING_LEFT = 10
-"""Exit code of `slurm.job begin` where an earlier job of the chain has ended the run."""
+"""Exit code of `slurm.job begin` if an earlier job of the chain has already ended the run."""
 
 
 def job_script(
     config: RunConfig, launch: SlurmConfig, run_dir: Path, parent_env: Mapping[str, str], module: str = "dstune.worker"
 ) -> str:
-    """Return the whole script. Values of variables that the ranks inherit are not in it, only their names.
+    """Return the script. It contains the names of variables that the ranks inherit, but not their values.
 
-    module: what each rank runs with the directory as its argument.
+    module: each rank runs it, with the run directory as its argument.
 
     Raises:
-        UserError: an unset variable in `launch.export_env`; a path that is not on one line.
+        UserError: an unset variable in `launch.export_env`; a path with a control character, such as a line break.
     """
     run = run_dir.absolute()
     for key, path in (("run.dir", str(run)), ("working directory", str(Path.cwd()))):
@@ -65,7 +65,7 @@ def job_script(
         "",
         '"$python" -m dstune.launch.slurm.job end "$run" $code; code=$?',
         f"if [[ $code -eq {REQUEUE} ]]; then",
-        *(_again(launch)),
+        *_requeue_lines(launch),
         "fi",
         "exit $code",
         "",
@@ -74,7 +74,7 @@ def job_script(
 
 
 def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str]) -> list[str]:
-    """Return options of sbatch, in the order of its manual."""
+    """Return the options of sbatch, in the order of its manual. names: variables that the job inherits."""
     log = str(run / "logs" / "slurm-%j.log")
     lines = [
         f"--job-name={_quoted(config.run.name)}",
@@ -123,12 +123,13 @@ def _srun(launch: SlurmConfig) -> list[str]:
         "--ntasks=1",
         "--ntasks-per-node=1",
         f"--cpus-per-task={(launch.cpus or 1) * launch.ranks_per_node}",
-        "--export=ALL",  # what this script sets too, not the names above alone
+        "--export=ALL",  # also variables that this script sets, which sbatch's --export does not name
     ]
     return words + [shlex.quote(option) for option in launch.srun_options]
 
 
 def settings_of(config: RunConfig, launch: SlurmConfig) -> Settings:
+    """Return the settings that all agents of the job share."""
     return Settings(
         nodes=launch.nodes,
         expected=launch.nodes + launch.spares,
@@ -165,7 +166,8 @@ def _agent(config: RunConfig, launch: SlurmConfig, run: Path, module: str) -> li
     return ["apptainer", "exec", *nvidia, *binds, '--pwd "$PWD"', image, python, *worker]
 
 
-def _again(launch: SlurmConfig) -> list[str]:
+def _requeue_lines(launch: SlurmConfig) -> list[str]:
+    """Return the lines that run when the run must continue in another job."""
     if not launch.requeue:
         return ["  code=75  # saved; the next job of the chain, or `dstune train`, continues"]
     return [
@@ -175,5 +177,5 @@ def _again(launch: SlurmConfig) -> list[str]:
 
 
 def _quoted(value: str) -> str:
-    """Quote a value in a line of sbatch's options, where `%` in a path of the user's would be a pattern."""
+    """Quote a value with spaces for an option line of sbatch."""
     return f'"{value}"' if any(character.isspace() for character in value) else value
