@@ -1,4 +1,4 @@
-"""`dstune plan --calibrate`: measure this machine with real ranks, and remember it for the plans to come."""
+"""`dstune plan --calibrate`: measures this machine with real ranks, and stores the speeds for later plans."""
 
 from __future__ import annotations
 

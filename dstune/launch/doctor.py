@@ -25,11 +25,11 @@ from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check, LaunchReque
 from dstune.protocols.launcher_options import ChecksMachines
 
 ENOUGH = 0.8
-"""Share of the published speed of a link below which something is wrong with it."""
+"""Share of a link's published speed; a link that reaches less than this gets a warning."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb. Raises UserError for what was asked; returns 1 where a check fails."""
+    """Run `dstune doctor`; return 1 if a check fails. Raises UserError for wrong arguments."""
     arguments = _parse(argv)
     config = compose(["data.train=none", *arguments.overrides]).config
     if problems := list(check_launch(config)):
@@ -75,54 +75,53 @@ def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]
         yield check
     if arguments.no_allreduce:
         return
-    measured = launcher.to_measure() if reachable else None
-    if measured is None:
-        yield Check("all-reduce", SKIP, "not measured: what is wrong above first")
+    launch = launcher.to_measure() if reachable else None
+    if launch is None:
+        yield Check("all-reduce", SKIP, "not measured: fix the problems above first")
     else:
-        yield allreduce(replace(config, launch=measured))
+        yield measure_allreduce(replace(config, launch=launch))
 
 
-def allreduce(config: RunConfig) -> Check:
+def measure_allreduce(config: RunConfig) -> Check:
     """Measure bus bandwidth and latency between all ranks, started as a run would start them."""
     launcher = launcher_of(config.launch)
-    quiet = Console(sys.stderr)
-    # Where the nodes look for it too: the folder of this command, when there are several.
-    inside = Path.cwd() if launcher.shared_folder else None
-    with tempfile.TemporaryDirectory(prefix=".dstune-doctor-", dir=inside) as scratch:
+    console = Console(sys.stderr)
+    # Several nodes need a folder that all of them see, which the working directory is.
+    parent = Path.cwd() if launcher.shared_folder else None
+    with tempfile.TemporaryDirectory(prefix=".dstune-doctor-", dir=parent) as scratch:
         folder = Path(scratch)
         (folder / "logs").mkdir()
         try:
             write_run(folder / "run.yaml", Composed(config, []))
             command = ("dstune.rank.doctor", str(folder))
-            code = launcher.start(LaunchRequest(config, folder, quiet, command=command, saves=False))
+            code = launcher.start(LaunchRequest(config, folder, console, command=command, saves=False))
         except DstuneError as error:
             return Check("all-reduce", FAIL, first_line(error), "fix this first")
         result = records.read_result(folder) or {}
     if code != EXIT_DONE or "allreduce" not in result:
-        return Check(
-            "all-reduce", FAIL, str(result.get("reason") or f"the ranks ended with {code}"), "see the lines above"
-        )
+        reason = str(result.get("reason") or f"the ranks ended with exit code {code}")
+        return Check("all-reduce", FAIL, reason, "see the lines above")
     return judge(result["allreduce"])
 
 
 def judge(measured: dict) -> Check:
-    """Return the figures against the published speed of the link."""
-    ranks, hosts_of = measured["ranks"], len(measured["hosts"])
+    """Compare the measured figures with the published speed of the link. measured: the result of `dstune.rank.doctor`."""
+    ranks, hosts = measured["ranks"], len(measured["hosts"])
     latency = f"latency {measured['latency_seconds'] * 1e6:,.0f} us (4 KiB)"
     best = max((row["bus_gb_per_second"] or 0.0 for row in measured["sizes"]), default=0.0)
-    where = f"{ranks} rank{'s' * (ranks > 1)} on {hosts_of} host{'s' * (hosts_of > 1)}"
+    where = f"{ranks} rank{'s' * (ranks > 1)} on {hosts} host{'s' * (hosts > 1)}"
     if ranks == 1:
         return Check("all-reduce", PASS, f"{where}: {latency}; nothing to measure between ranks")
     detail = f"{where}: bus bandwidth {best:.2f} GB/s, {latency}"
     if measured.get("nccl_over_sockets"):
-        fix = "is the fabric's driver there (ibv_devinfo), and launch.interface right? NCCL_DEBUG=INFO says more"
-        return Check("all-reduce", WARN, f"{detail}; NCCL goes over TCP sockets", fix)
+        fix = "check the fabric's driver (ibv_devinfo) and launch.interface; NCCL_DEBUG=INFO shows what NCCL tries"
+        return Check("all-reduce", WARN, f"{detail}; NCCL uses TCP sockets, not the fast fabric", fix)
     device = known_device(measured["device"])
-    if device is None or hosts_of > 1:  # between nodes the network decides, which nobody has told
+    if device is None or hosts > 1:  # between nodes the network decides, and its speed is not known
         return Check("all-reduce", PASS, detail)
     link = device.link
     if best < ENOUGH * link:
-        fix = "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO what NCCL makes of it"
+        fix = "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO shows which links NCCL uses"
         return Check("all-reduce", WARN, f"{detail}; the link of a {measured['device']} has {link:g} GB/s", fix)
     return Check("all-reduce", PASS, f"{detail} of {link:g} GB/s")
 

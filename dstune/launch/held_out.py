@@ -1,4 +1,4 @@
-"""`data.split.validation=auto`: how many rows are held out, decided once by the rows that are there when a run starts."""
+"""`data.split.validation=auto`: decides how many rows to hold out, once, from the rows that exist when a run starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from dstune.data.split import MANY, SHARE, automatic_share
 from dstune.protocols import task_of
 
 WHOLE_FILE_BYTES = 1 << 26
-"""A larger JSON array, which is read as a whole, is taken for many rows."""
+"""A larger JSON array, which would have to be read completely, is assumed to hold many rows."""
 
 
 def with_share(config: RunConfig) -> tuple[RunConfig, str]:
-    """Return `config` with a share in place of `auto`, and the reason; unchanged if no rows are held out by a share.
+    """Return `config` with a share in place of `auto`, and the reason.
 
-    Reads at most the first few hundred rows. Bad rows do not count.
+    Returns it unchanged, with an empty reason, if the key is not `auto` or the run has validation rows of its own. Reads at most
+    the first few hundred rows. Bad rows do not count.
     """
     data = config.data
     if not isinstance(data.split.validation, Automatic) or data.validation is not None:
@@ -44,7 +45,7 @@ def with_share(config: RunConfig) -> tuple[RunConfig, str]:
 
 
 def _hashes(config: RunConfig) -> Iterator[int]:
-    """Yield those of the rows that may be held out, in the order of the files."""
+    """Yield the hashes of the rows that may be held out, in the order of the files."""
     training = list(of_training(config).values())
     for key, source_config in training[:1] if mixes_in(config) else training:
         name: str | None = None

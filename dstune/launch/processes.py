@@ -1,10 +1,10 @@
-"""Finding and ending every process of a launch, and the guard that does it when the launcher itself is killed.
+"""Finds and ends every process of a launch; its guard does so when the launcher itself is killed.
 
-A rank may leave more behind than its children: `datasets` workers, W&B's service, anything that called `setsid` or
-whose parent is gone. All of them inherited the launch's mark in their environment, or a rank's session, so both are
-searched; parentage alone would miss orphans.
+A rank may leave more processes behind than its children: `datasets` workers, W&B's service, anything that called `setsid` or
+whose parent has ended. All of them have inherited the launch's mark in their environment, or a rank's session. A search by
+parentage alone would miss orphans, so both of these are searched.
 
-The guard runs this very file by its path, which works wherever the package lies: it imports psutil alone.
+The guard runs this file by its path, so the file imports only the standard library and psutil.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def end_all(launch_id: str, sessions: Iterable[int] = (), *, polite_seconds: float = 0.0, patience: float = 5.0) -> int:
-    """End every process of the launch: SIGTERM and `polite_seconds` of time first where asked, then SIGKILL.
+    """End every process of the launch with SIGKILL; if `polite_seconds` is given, after SIGTERM and that much time.
 
-    Searches again until nothing is found, since a process may fork while it is searched for. Returns how many are left
-    after `patience` seconds (processes stuck in the kernel cannot be killed).
+    Searches repeatedly until no process is left, since a process may fork during the search. Returns how many are left after
+    `patience` seconds (a process stuck in the kernel cannot be killed).
     """
     sessions = list(sessions)
     if polite_seconds > 0:
@@ -81,7 +81,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """Return whether the kernel does not let the process run: SIGSTOP, or a debugger."""
+    """Return whether SIGSTOP or a debugger has suspended the process."""
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:
@@ -95,11 +95,11 @@ def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None
 
 
 class Guard:
-    """A process that ends the launch when the one that made this object dies, even by SIGKILL.
+    """A process that ends all ranks when the launcher (the process that created this object) dies, even by SIGKILL.
 
-    It waits for the end of its standard input, whose other end only the launcher holds, and keeps the descriptors
-    `keep_open`: with the lock of the run directory among them, the directory stays locked until the last rank of a
-    killed launcher has gone. Leaving the context, once the ranks are gone, ends it in peace.
+    It waits for the end of its standard input, whose other end only the launcher holds. It keeps the descriptors `keep_open`
+    open; if the lock of the run directory is among them, the directory stays locked until the last rank of a killed launcher has
+    ended. The launcher leaves the context once all ranks have ended, which ends the guard too.
     """
 
     def __init__(self, launch_id: str, keep_open: Iterable[int] = ()):
@@ -116,7 +116,7 @@ class Guard:
     def watch(self, session: int) -> None:
         """Tell the guard the session (pid) of a rank."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the guard; the launcher can do without
+        with contextlib.suppress(BrokenPipeError):  # the guard was killed, and the launcher works without it
             self._process.stdin.write(f"{session}\n".encode())
 
     def __enter__(self) -> Guard:

@@ -1,4 +1,4 @@
-"""Tables that rows come from, before the ranks start: each address gets its version and the table's id, and its rows are copied
+"""Resolves the addresses of tables before the ranks start: each address gets the table's version and id, and the rows are copied
 to the cache."""
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from dstune.data.sources import data_source_of
 
 
 def resolve(config: RunConfig, stage: Callable[[str], None]) -> tuple[RunConfig, list[Problem]]:
-    """Return `config` with resolved addresses, and what keeps others from being resolved. stage: told what takes long."""
+    """Return `config` with resolved addresses, and the problems of addresses that cannot be resolved.
+
+    stage: gets a line before each step that takes long.
+    """
     problems: list[Problem] = []
     resolved: dict[str, str] = {}
-    """The same table is the same version everywhere, even if somebody writes to it meanwhile."""
+    """Resolved address by address, so that a table has one version in the run even if somebody writes to it meanwhile."""
 
-    def of(spec: Any, key: str) -> Any:
+    def resolve_address(spec: Any, key: str) -> Any:
         source = data_source_of(spec)
         if source is None:
             return spec
@@ -32,10 +35,11 @@ def resolve(config: RunConfig, stage: Callable[[str], None]) -> tuple[RunConfig,
             return spec
 
     data = config.data
-    parts: dict[str, Any] = {part: of(getattr(data, part), f"data.{part}") for part in PARTS}
+    parts: dict[str, Any] = {part: resolve_address(getattr(data, part), f"data.{part}") for part in PARTS}
     mixture = {
-        name: replace(source, path=of(source.path, f"data.mixture.{name}.path"))
+        name: replace(source, path=resolve_address(source.path, f"data.mixture.{name}.path"))
         for name, source in data.mixture.items()
     }
-    forgetting = replace(config.forgetting, general=of(config.forgetting.general, "forgetting.general"))
+    general = resolve_address(config.forgetting.general, "forgetting.general")
+    forgetting = replace(config.forgetting, general=general)
     return replace(config, data=replace(data, mixture=mixture, **parts), forgetting=forgetting), problems

@@ -1,6 +1,6 @@
-"""The verb `upgrade`: a run directory of an earlier format becomes one of the present format.
+"""`dstune upgrade`: converts a run directory of an earlier format to the current one.
 
-Every verb reads earlier formats as they are, so nobody has to upgrade; an upgraded run no longer depends on that.
+Every verb reads earlier formats, so nobody has to upgrade; an upgraded run no longer depends on that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dstune.trainer.state import FORMAT
 
 
 def main(argv: list[str]) -> int:
-    """Run `dstune upgrade RUN [--json]`. Raises UserError where a launch uses the run, or its format is not known here."""
-    parser = VerbParser(prog="dstune upgrade", description="Bring the files of a run to the present format.")
+    """Run `dstune upgrade RUN [--json]`. Raises UserError if a launch is using the run or this version cannot read its format."""
+    parser = VerbParser(prog="dstune upgrade", description="Convert the files of a run to the current format.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory, for example runs/NAME/DATE_TIME")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
@@ -36,21 +36,21 @@ def main(argv: list[str]) -> int:
         ]
         refuse_links(run_dir)
         for folder in stages:
-            read_run(folder / RUN_FILE)  # refused as a whole before anything is written
+            read_run(folder / RUN_FILE)  # so that a run that cannot be read is refused before anything is written
         upgraded = [line for folder in stages for line in upgrade(folder, run_dir)]
     finally:
         os.close(lock)
     if arguments.json:
         print(json.dumps({"run": str(run_dir), "upgraded": upgraded}))
     else:
-        print("\n".join(upgraded) or f"{run_dir} has the present format already")
+        print("\n".join(upgraded) or f"{run_dir} already has the current format")
     return EXIT_DONE
 
 
 def upgrade(folder: Path, run_dir: Path) -> Iterator[str]:
-    """Upgrade what is of an earlier format in `folder`, each file at once; yields what was done.
+    """Upgrade the files of an earlier format in `folder`, and yield a line about each. Every file is replaced atomically.
 
-    Checkpoints first: a crash in between leaves a run that is upgraded by the next call.
+    Checkpoints come first, so that the next call completes an upgrade that was interrupted.
     """
     store.repair(folder)
     for info in store.listing(folder):

@@ -34,7 +34,7 @@ def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400
             "2 ranks on 1 host: bus bandwidth 1.50 GB/s, latency 30 us",
         ),
         (figures(hosts=("a", "b"), bandwidth=40), PASS, "8 ranks on 2 hosts"),
-        (figures(hosts=("a", "b"), bandwidth=4, sockets=True), WARN, "NCCL goes over TCP sockets"),
+        (figures(hosts=("a", "b"), bandwidth=4, sockets=True), WARN, "NCCL uses TCP sockets"),
         (figures(ranks=1), PASS, "nothing to measure"),
     ],
 )

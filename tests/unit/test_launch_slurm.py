@@ -179,7 +179,7 @@ else while [ ! -s {run_dir / slurm_job.GROUP_FILE} ]; do sleep 0.1; done; fi
 """
     )
     (run_dir.parent / "bin" / "srun").chmod(0o755)
-    monkeypatch.setattr(slurm_job, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(slurm_job, "RESTART_SECONDS", 0.1)
     assert slurm_job.run_agents(run_dir, ["srun", "agent"]) == 0
     assert (run_dir / "starts-0").read_text().count("started") == 1
     assert (run_dir / "starts-1").read_text().count("started") == 3
@@ -202,7 +202,7 @@ echo '{status(["node2"], False)}' >{group}; sleep 0.5; echo '{status([], False)}
 """
     )
     (run_dir.parent / "bin" / "srun").chmod(0o755)
-    for name, seconds in (("LOST_SECONDS", 0.5), ("AGAIN_SECONDS", 0.1), ("AFTER_SECONDS", 0.3)):
+    for name, seconds in (("LOST_SECONDS", 0.5), ("RESTART_SECONDS", 0.1), ("AFTER_SECONDS", 0.3)):
         monkeypatch.setattr(slurm_job, name, seconds)
     assert slurm_job.run_agents(run_dir, ["srun", "agent"]) == 0
     assert (run_dir / "starts-0").read_text() == "7.0:node1\n"
