@@ -1,4 +1,5 @@
-"""The command `dstune`: finds the verb, turns errors into messages and exit codes. A file a verb, which registers itself.
+"""The command `dstune`: finds the verb and runs it, and turns errors into messages and exit codes. Each verb has a file here, and
+registers itself.
 
 Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
 """
@@ -39,7 +40,7 @@ ORDER = (
     "init",
     "completion",
 )
-"""In `dstune --help` these come first, in this order; those of wings and plugins follow."""
+"""The verbs that come first in `dstune --help`, in this order; those of wings and plugins follow."""
 
 EXAMPLES = """\
 examples:
@@ -57,14 +58,16 @@ exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune 
 
 
 UNUSABLE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
-"""What is wrong with a path, not with what is there: a folder of somebody else, a text that is none."""
+"""Errors of a path that the user gave: another user's folder, a loop of links, a text too long to be a path."""
 MAX_PATH_CHARACTERS = 200
+"""Longest path that an error shows completely."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code of the public contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # What a verb prints comes from rows, templates and files of runs as well. Errors are filtered where they are made.
+    # A verb also prints text from rows, templates and files of runs, which may hold control sequences of a terminal. Errors are
+    # filtered where they are created.
     stdout, sys.stdout = sys.stdout, Filtered(sys.stdout, visible_but_colours)
     try:
         return _exit_code(arguments)
@@ -79,16 +82,16 @@ def _exit_code(arguments: list[str]) -> int:
     except DstuneError as error:
         print_error(error, as_json="--json" in arguments)
         code = error.exit_code
-    except BrokenPipeError:  # an OSError too: it has to be caught before the others
+    except BrokenPipeError:  # before OSError, of which it is a subclass
         code = EXIT_FAILED
     except OSError as error:
         if error.errno not in UNUSABLE or not isinstance(error.filename, str | bytes | os.PathLike):
             raise
         name = os.fsdecode(error.filename)
-        where = name if len(name) < MAX_PATH_CHARACTERS else f"{name[:MAX_PATH_CHARACTERS]}..."
-        refusal = UserError(Problem(where, f"cannot be used: {error.strerror}", "give a path that you may use"))
-        print_error(refusal, as_json="--json" in arguments)
-        code = refusal.exit_code
+        path = name if len(name) < MAX_PATH_CHARACTERS else f"{name[:MAX_PATH_CHARACTERS]}..."
+        user_error = UserError(Problem(path, f"cannot be used: {error.strerror}", "give a path that you may use"))
+        print_error(user_error, as_json="--json" in arguments)
+        code = user_error.exit_code
     except KeyboardInterrupt:
         print("dstune: interrupted", file=sys.stderr)
         code = EXIT_FAILED
@@ -134,12 +137,12 @@ def _run_verb(name: str, words: list[str]) -> int:
 
 
 def find_verb(name: str) -> type[Verb] | None:
-    """Return the verb, or None. Plugins are loaded only for one that is not built in."""
+    """Return the verb of this name, or None. Loads plugins only if no built-in verb has the name."""
     return VERBS.without_installed().get(name) or all_verbs().get(name)
 
 
 def all_verbs() -> Mapping[str, type[Verb]]:
-    """Return the built-in verbs, and those of installed plugins and of `dstune.yaml` as far as the user trusts them."""
+    """Return the built-in verbs, and those of installed plugins and of plugins in `dstune.yaml` that the user trusts."""
     if os.path.lexists(PROJECT_FILE):
         from dstune.config.plugins import activate_requested
         from dstune.config.project import optional_plugins
@@ -169,7 +172,7 @@ def unknown_verb(word: str) -> Problem:
     if "=" in word:
         return Problem("command line", "the verb is missing", f"dstune train {word}", word)
     if word.startswith("-"):
-        return Problem("command line", "flags stand behind the verb", f"dstune VERB {word}", word)
+        return Problem("command line", "flags go after the verb", f"dstune VERB {word}", word)
     if word in (verb_by_other_name := other_names()):
         return Problem("verb", "there is no such verb", verb_by_other_name[word], word)
     nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
@@ -178,7 +181,7 @@ def unknown_verb(word: str) -> Problem:
 
 
 def print_error(error: DstuneError, *, as_json: bool) -> None:
-    """Say what is wrong: on stderr for people, on stdout as one JSON object for scripts."""
+    """Print an error: as text on stderr for people, or as one JSON object on stdout for scripts."""
     if as_json:
         print(json.dumps({"error": {**json.loads(to_json(error)), "exit_code": error.exit_code}}))
         return
@@ -191,7 +194,7 @@ def print_error(error: DstuneError, *, as_json: bool) -> None:
 
 
 def flush() -> None:
-    """Flush the output, so that a reader that went away (`| head`) does not become an error at the interpreter's end."""
+    """Flush the output; ignore a reader that has gone (`| head`), which would raise an error when the interpreter exits."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""What `dstune export` runs: the export, with the evaluation that measures what quantization costs."""
+"""Runs `dstune export`, and gives it the evaluation that measures the cost of quantization."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def main(argv: list[str]) -> int:
-    """Raises UserError; returns the exit code."""
+    """Export, and return the exit code. Raises UserError."""
     from dstune.inference import export_command
 
     return export_command.main(argv, _measure)

@@ -1,4 +1,4 @@
-"""Words of verbs that may begin with `hardware=NAME`."""
+"""Completion for verbs whose first word may be `hardware=NAME`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dstune.core.verb import Words
 
 
 def with_hardware(words: Words, words_before: Sequence[str]) -> Words:
-    """Return `words`, and the names of hardware where the first word behind the verb is asked for."""
+    """Return `words`; for the first word after the verb, add `hardware=NAME` for every known device."""
     if words_before:
         return words
     from dstune.planning.hardware import DEVICES

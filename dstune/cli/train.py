@@ -32,7 +32,7 @@ class Train(Verb):
         if arguments and not is_path(arguments[0]) and from_environment(os.environ) is None:
             from dstune.config.flags import hydra_flags, show
 
-            # Here, not only in `action`: what launches runs takes a tenth of a second to import.
+            # Here as well as in `action`, whose module takes a tenth of a second to import.
             flags = hydra_flags([word for word in arguments if word != "--json"])
             if flags.shows:
                 return show(flags)
@@ -43,6 +43,6 @@ class Train(Verb):
 
 
 def is_sweep(words: Sequence[str]) -> bool:
-    """Return whether `dstune train WORDS` is about several runs."""
-    flagged = any(word in ("-m", "--multirun") for word in words)
-    return flagged or any("=" not in word and os.path.isfile(os.path.join(word, "sweep.yaml")) for word in words[:1])
+    """Return whether `dstune train WORDS` starts or continues a sweep."""
+    has_flag = any(word in ("-m", "--multirun") for word in words)
+    return has_flag or any("=" not in word and os.path.isfile(os.path.join(word, "sweep.yaml")) for word in words[:1])

@@ -25,7 +25,7 @@ class Trust(Verb):
 
 
 def main(argv: list[str]) -> int:
-    """Run `dstune trust [FOLDER] [--yes | --list | --remove]`. Raises UserError; returns 1 where the user says no."""
+    """Run `dstune trust [FOLDER] [--yes | --list | --remove]`; return 1 if the user says no. Raises UserError."""
     from dstune.config import project
     from dstune.core.arguments import VerbParser
 
@@ -37,10 +37,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="the current one if absent"
     )
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--yes", action="store_true", help="do not ask, for scripts")
-    chosen.add_argument("--list", action="store_true", help="show the folders that you trust")
-    chosen.add_argument("--remove", action="store_true", help="trust FOLDER no longer")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--yes", action="store_true", help="do not ask, for scripts")
+    mode.add_argument("--list", action="store_true", help="show the folders that you trust")
+    mode.add_argument("--remove", action="store_true", help="stop trusting FOLDER")
     arguments = parser.parse_args(argv)
     if arguments.list:
         return _list()
@@ -86,8 +86,8 @@ def _line(place: str, digest: str) -> str:
 def _confirmed(arguments: argparse.Namespace) -> bool:
     if not sys.stdin.isatty():
         fix = f"dstune trust {arguments.folder} --yes"
-        raise UserError(Problem("trust", "there is no terminal to ask at", fix, str(arguments.folder)))
-    print("Run this code as you in every command that is given in this folder? [y/N] ", end="", flush=True)
+        raise UserError(Problem("trust", "there is no terminal to ask for confirmation", fix, str(arguments.folder)))
+    print("Let every command in this folder run this code as you? [y/N] ", end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -108,7 +108,9 @@ def _remove(folder: Path) -> int:
         record_file(folder).unlink()
     except (FileNotFoundError, RuntimeError):
         raise UserError(
-            Problem("FOLDER", "you do not trust this folder", "`dstune trust --list` shows those", str(folder))
+            Problem(
+                "FOLDER", "you do not trust this folder", "`dstune trust --list` shows the ones you do", str(folder)
+            )
         ) from None
     print(f"{one_line(str(folder.resolve()))} is not trusted any more.")
     return EXIT_DONE

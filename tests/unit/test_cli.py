@@ -89,7 +89,7 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
         (["trian"], "did you mean `dstune train`?"),
         (["zzz"], "the verbs are train, "),
         (["trainer.max_steps=3"], "fix: dstune train trainer.max_steps=3"),
-        (["--cfg", "job"], "flags stand behind the verb"),
+        (["--cfg", "job"], "flags go after the verb"),
         (["train", "quickstart"], "experiment=quickstart"),
         (["train", "runs/none"], "there is no such run directory"),
         (["plan", "-m", "trainer.seed=1,2"], "--multirun: a sweep"),
