@@ -1,4 +1,4 @@
-"""Measures the untuned model with worked examples in front of each row, in place of training on them."""
+"""Measures the untuned model with worked examples in its prompts, as the alternative to training on them."""
 
 from __future__ import annotations
 
@@ -66,11 +66,12 @@ def measure_prompted(
     progress: Callable[[int, int], None] | None = None,
     key: str = "--shots",
 ) -> list[FewShotResult]:
-    """Measure the metrics of `split` for each number of worked examples; the same examples for every row, drawn by the run's seed
-    from the shorter half of the training rows.
+    """Measure the metrics of `split` for each number of worked examples in `shots`.
 
-    Language models are judged by the loss of the row's targets, seq2seq by what they generate too (up to the first line
-    break where no target has one), classification by which label is the most likely answer.
+    Every row gets the same examples, drawn by the run's seed from the shorter half of the training rows. Language models are
+    judged by the loss of the row's targets; seq2seq also by the text that it generates, up to the first line break unless some
+    target has one; classification by which label is the most likely answer.
+
     engine: of a language model (`as_language_model`). key: the setting that errors name. Every rank must call it.
     Raises UserError if examples and rows are longer than the model's context, or the task has no prompts.
     """
@@ -82,7 +83,7 @@ def measure_prompted(
     for count in shots:
         chosen = draw(data.train, count, config.trainer.seed)
         if count and "target_ids" in data.train.sample(chosen[0]):
-            reason = "an encoder-decoder has not learnt to read worked examples"
+            reason = "encoder-decoders are not trained to read worked examples"
             raise UserError(Problem(key, reason, "0 examples only", str(count)))
         context = joined([data.train.sample(index)["input_ids"] for index in chosen], tokenizer)
         refuse_too_long(key, engine, config, count, len(context) + int(split.lengths.max()))
@@ -92,29 +93,31 @@ def measure_prompted(
 
 
 def draw(split: Split, count: int, seed: int, classes: np.ndarray | None = None) -> list[int]:
-    """Draw `count` sample numbers from the shorter half of `split`; with `classes` [samples] as many of each class as possible."""
+    """Draw the numbers of `count` samples from the shorter half of `split`. classes: of each sample [samples]; the draw is then
+    as balanced over the classes as possible."""
     if not count:
         return []
     half = np.flatnonzero(split.lengths <= np.median(split.lengths))
     order = half[np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, 1]))).permutation(len(half))]
     if classes is None:
         return order[:count].tolist()
-    by_class = [order[classes[order] == kind] for kind in np.unique(classes[order])]
-    turns = [index for turn in zip_longest(*by_class) for index in turn if index is not None]
-    return [int(index) for index in turns[:count]]
+    by_class = [order[classes[order] == label] for label in np.unique(classes[order])]
+    interleaved = [index for round_ in zip_longest(*by_class) for index in round_ if index is not None]
+    return [int(index) for index in interleaved[:count]]
 
 
 def joined(pieces: Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
-    """Concatenate the token ids of several samples, with the special tokens that begin a text only once."""
+    """Concatenate the token ids of several samples; the special tokens that begin a text come only once, at the start."""
     first = first_special_tokens(tokenizer)
-    joined: list[int] = []
+    token_ids: list[int] = []
     for piece in pieces:
         ids = list(map(int, piece))
-        joined += ids[len(first) :] if joined and ids[: len(first)] == first else ids
-    return joined
+        token_ids += ids[len(first) :] if token_ids and ids[: len(first)] == first else ids
+    return token_ids
 
 
 def refuse_too_long(key: str, engine: Engine, config: RunConfig, shots: int, longest: int) -> None:
+    """Raise UserError if `longest`, the tokens of the examples and the longest row, exceeds the model's positions."""
     model: Any = engine.module
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_positions is not None and longest > max_positions:

@@ -68,7 +68,7 @@ class CallbackList:
         return merge([_checked(callback, callback.on_step_end(run, step)) for callback in self._callbacks])
 
     def on_step_agreed(self, run: Training, step: Step) -> None:
-        """Merge what the callbacks ask for into `step.request`."""
+        """Merge the requests of the callbacks into `step.request`."""
         for callback in self._callbacks:
             step.request = merge([step.request, _checked(callback, callback.on_step_agreed(run, step))])
 
@@ -97,10 +97,10 @@ class CallbackList:
 
     def on_rewind(self, run: Training, earlier: TrainState | None) -> None:
         for callback in self._callbacks:
-            # The callback may have been added to the run after this checkpoint was written.
-            saved = (
-                None if earlier is None else earlier.callbacks.get(callback.name, self._initial.get(callback.name, {}))
-            )
+            saved = None
+            if earlier is not None:
+                # If the callback joined the run after this checkpoint was written, it goes back to its initial state.
+                saved = earlier.callbacks.get(callback.name, self._initial.get(callback.name, {}))
             callback.on_rewind(run, saved)
 
     def on_train_end(self, run: Training, request: Request) -> None:
@@ -140,27 +140,27 @@ class CallbackList:
         return [_of_type(Mapping, callback, "numbers", callback.numbers()) for callback in self._callbacks]
 
     def agreed(self, run: Training, local_numbers: list[Mapping[str, float]], gathered: np.ndarray) -> None:
-        """Give each callback its numbers of all ranks. local_numbers: what `numbers` returned. gathered: its values one after
-        another, [ranks, numbers]."""
+        """Give each callback its numbers from all ranks.
+
+        local_numbers: the result of `numbers` on this rank. gathered: its values in that order, [ranks, numbers].
+        """
         columns = iter(gathered.T.tolist())
         for callback, numbers in zip(self._callbacks, local_numbers, strict=True):
             if numbers:
                 callback.agreed(run, {name: next(columns) for name in numbers})
 
     def metrics(self, run: Training, step: Step, taken: Iterable[str]) -> dict[str, float | int | str]:
-        """Return the metrics of all callbacks. taken: the names that the loop uses itself.
+        """Return the metrics of all callbacks. taken: the names that the loop itself uses.
 
         Raises:
-            UserError: a name is taken, so that one value would hide the other; or a value is not JSON.
+            UserError: two metrics have the same name, so that one would hide the other; or a value is not JSON.
         """
         metrics: dict[str, float | int | str] = {}
         owners = dict.fromkeys(taken, "the training loop")
         for callback in self._callbacks:
             returned = _of_type(Mapping, callback, "metrics", callback.metrics(run, step))
             for name in filter(owners.get, returned):
-                reason = (
-                    f"the callback {callback.name} returned the metric {name}, which {owners[name]} has written already"
-                )
+                reason = f"the callback {callback.name} returned the metric {name}, which {owners[name]} already writes"
                 raise UserError(Problem(KEY, reason, f"rename it, for example to {callback.name}/{name}"))
             if not {type(value) for value in returned.values()} <= SCALARS and (
                 problem := _not_json(returned, numpy=True)
@@ -172,8 +172,11 @@ class CallbackList:
         return metrics
 
     def results(self, taken: Collection[str], warn: Callable[[str], None]) -> dict[str, Any]:
-        """Return the results of all callbacks. Entries that `result.json` cannot hold are left out with a warning: the training is
-        done, and a result that lacks an entry is better than a failed run. taken: the names that it has already."""
+        """Return the results of all callbacks. taken: the names that `result.json` already uses.
+
+        An entry that `result.json` cannot hold is left out with a warning: training is done by now, and losing the entry is
+        better than failing the run.
+        """
         results: dict[str, Any] = {}
         for callback in self._callbacks:
             returned: Any = callback.results()
@@ -184,7 +187,7 @@ class CallbackList:
                 continue
             for name, value in returned.items():
                 is_taken = name in taken or name in results
-                problem = "is there already" if is_taken else _not_json({name: value}, numpy=True)
+                problem = "has the name of another entry" if is_taken else _not_json({name: value}, numpy=True)
                 if problem:
                     warn(f"warning: result.json leaves out {name!r} of the callback {callback.name}: it {problem}")
                 else:
@@ -206,28 +209,30 @@ class CallbackList:
         """Load the state of each callback. Raises UserError for the state of an unknown callback: the next save would lose it."""
         names = {callback.name for callback in self._callbacks}
         if unknown := sorted(name for name in state.callbacks if name not in names and name not in CALLBACKS):
-            reason = f"the checkpoint has the state of {', '.join(unknown)}, and no callback has such a name"
-            raise UserError(Problem(KEY, reason, "add it to plugins again, or start another run with run.dir"))
+            reason = f"the checkpoint has the state of {', '.join(unknown)}, but the run has no callback of that name"
+            raise UserError(
+                Problem(KEY, reason, "add its plugin to `plugins` again, or start another run with run.dir")
+            )
         for callback in self._callbacks:
             if callback.name in state.callbacks:
                 callback.load_state_dict(state.callbacks[callback.name])
 
 
 def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
-    """Return what `callback` asks for: nothing if its hook returns None, as hooks of other trainers do. A request to stop gets
-    a default reason, since a run without one would count as completed.
+    """Return the request of `callback`, checked. None counts as an empty request, since hooks of other trainers return nothing. A
+    request to stop gets a default reason, since a run without one would count as completed.
 
     Raises:
-        UserError: the hook returned something else, or asks for an action that is `ignored` at this moment.
+        UserError: the hook returned something else, or asks for an action that would be `ignored` at this moment.
     """
     if request is None:
         return Request()
     if not isinstance(request, Request):
-        reason = f"the callback {callback.name} returned {type(request).__name__} where it asks for something"
+        reason = f"a hook of the callback {callback.name} returned {type(request).__name__} instead of a Request"
         raise UserError(Problem(KEY, reason, "end the hook with `return dstune.Request()`"))
     if wrong := request.action & ignored:
         names = " and ".join(str(action.name) for action in Action if action & wrong)
-        reason = f"the callback {callback.name} asks for {names} where there is no step to do it after"
+        reason = f"the callback {callback.name} asks for {names} in a hook that does not follow a step"
         raise UserError(Problem(KEY, reason, "ask for it in on_step_agreed"))
     if request.action & (Action.STOP | LEAVE) and not request.reason:
         return Request(request.action, f"the callback {callback.name} asked for it")
@@ -244,16 +249,14 @@ def _of_type(kind: type, callback: Callback, hook: str, returned: Any) -> Any:
 
 
 def _not_json(value: Any, *, numpy: bool = False) -> str:
-    """Return why `value` is not JSON; empty if it is.
-
-    numpy: scalars of numpy and torch are fine, since `tracking.jsonl.plain` converts them.
-    """
+    """Return why `value` is not JSON; empty if it is. numpy: accept scalars of numpy and torch, which `tracking.jsonl.plain`
+    converts."""
 
     def refuse(part: Any) -> Any:
         with suppress(ValueError, RuntimeError):  # more than one number
             if numpy and hasattr(part, "item"):
                 return part.item()
-        raise TypeError(f"holds a {type(part).__name__}, which JSON has no type for")
+        raise TypeError(f"holds a {type(part).__name__}, which JSON cannot represent")
 
     try:
         json.dumps(value, default=refuse)

@@ -19,10 +19,10 @@ EvaluatedRows = tuple[Split, Sequence[Row]]
 
 
 def compare(config: RunConfig, swapped: Swapped, before: EvaluatedRows, after: EvaluatedRows) -> dict[str, Any]:
-    """Compare answers over the rows that contain a term: how many answers flip and the mean change of a row's loss per target, in
-    total and for each swap. A regression has the mean change of the prediction instead of flips; a language model has neither.
+    """Compare answers over the rows that contain a swapped term; return the measures in total and for each term.
 
-    before, after: the unchanged and the swapped rows.
+    Measures: how many answers flip, and the mean change of a row's loss per target. A regression has the mean change of the
+    prediction instead of flips; a language model has neither. before, after: the unchanged and the swapped rows.
     """
     split, _ = after
     assert split.origins is not None and before[0].origins is not None
@@ -52,7 +52,7 @@ def _summary(changes: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
 
 
 def _losses(split: Split, outputs: Sequence[Row]) -> np.ndarray:
-    """Return mean loss of each row's targets."""
+    """Return the mean loss of each row's targets, float64 [rows]."""
     return np.array(
         [
             sum(float(chunk["loss"]) for chunk in chunks) / max(sum(float(chunk["weight"]) for chunk in chunks), 1e-9)
@@ -62,7 +62,7 @@ def _losses(split: Split, outputs: Sequence[Row]) -> np.ndarray:
 
 
 def predictions(split: Split, outputs: Sequence[Row]) -> list[list[Any]]:
-    """Return what the head predicts for each row, of all its chunks."""
+    """Return the head's predictions for each row, over all its chunks."""
     return [
         [value for chunk in chunks for value in np.atleast_1d(chunk["prediction"]).tolist()]
         for chunks in rows_of(split, outputs)

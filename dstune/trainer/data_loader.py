@@ -1,4 +1,4 @@
-"""Loads the global batches of the loop, from data that is completely prepared or from a stream of prepared blocks."""
+"""Loads the loop's global batches, either from completely prepared data or from a stream of prepared blocks."""
 
 from __future__ import annotations
 
@@ -30,33 +30,35 @@ class StepBatch:
 
 
 class DataLoader(Protocol):
-    """Loads the steps of the data, the same on every rank. They count from 0, and run ahead of the optimizer's steps after data
-    was left out (`TrainState.next_batch`)."""
+    """Loads the global batches, which are the same on every rank.
+
+    A `step` here is the number of a global batch, from 0 on. It is ahead of the optimizer's step once a rewind has left data out
+    (`TrainState.next_batch`).
+    """
 
     def steps(self, epochs: int) -> int:
         """Return the optimizer steps in `epochs` passes over the rows."""
 
     def rows(self) -> int | None:
-        """Count the rows of the first pass as the model sees them, several samples each where they are packed; None for a
-        stream."""
+        """Count the rows of the first pass as the model sees them: with packing, a row has several samples. None for a stream."""
 
     def load(self, step: int) -> StepBatch:
         """Load the global batch of `step`; requested in rising order, by one thread."""
 
     def may_wait(self, step: int) -> bool:
-        """Return whether `load(step)` may block for long; to be called when all earlier steps are loaded."""
+        """Return whether `load(step)` may block for long. Call it once all earlier steps are loaded."""
 
     def begin(self, step: int) -> None:
         """Release the steps before `step`, which all ranks have finished."""
 
     def cursor(self, step: int) -> dict[str, Any] | None:
-        """Return what a checkpoint has to store, beside the number of steps, to continue with `step`; None for nothing."""
+        """Return what a checkpoint must store, besides the number of steps, to continue with `step`; None if nothing."""
 
     def interrupt(self) -> None:
-        """Make a `load` that is waiting raise: no further step will be needed."""
+        """Make a waiting `load` raise, since no further step is needed."""
 
     def close(self, *, for_good: bool) -> None:
-        """Close the loader after the loop; `for_good` where the run will not be continued."""
+        """Close the loader after the loop. for_good: the run will not be resumed."""
 
 
 def order_of(config: RunConfig, split: Split) -> TrainingOrder:
@@ -81,7 +83,7 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
 
 
 class PreparedLoader:
-    """Loads completely prepared samples, in another order each epoch.
+    """Loads completely prepared samples, in a new order each epoch.
 
     Raises UserError if the weights of a mixture leave no sample in `trainer.epochs`.
     """
@@ -91,9 +93,8 @@ class PreparedLoader:
         self._order = order_of(config, data.train)
         if config.trainer.max_steps is None and self.steps(config.trainer.epochs) == 0:
             weights = {name: source.weight for name, source in config.data.mixture.items()}
-            reason = (
-                f"with these weights no sample comes in {config.trainer.epochs} epochs of {len(data.train.lengths)}"
-            )
+            size = len(data.train.lengths)
+            reason = f"with these weights, {config.trainer.epochs} epochs of {size} samples contain no sample at all"
             raise UserError(Problem("data.mixture", reason, "larger weights, or more trainer.epochs", str(weights)))
 
     def steps(self, epochs: int) -> int:
@@ -124,8 +125,8 @@ class PreparedLoader:
 class _Segment:
     """The steps that one block serves."""
 
-    passed: int
-    """Number of the first of the empty blocks before it, or of the block itself."""
+    first_block: int
+    """Number of the first of the empty blocks that precede the block; its own number if none do."""
     block: Block
     order: TrainingOrder
     first_step: int
@@ -137,10 +138,11 @@ class _Segment:
 
 
 class StreamingLoader:
-    """Loads the blocks of a stream one after the other; the number of the block seeds the order as that of the epoch does.
+    """Loads the blocks of a stream one after the other. A block's number seeds the order of its samples, as the epoch's number
+    does for prepared data.
 
-    `load` runs ahead of the loop, so the blocks in use are those from the loop's step to the drawn one.
-    cursor: from the checkpoint that the run continues. Raises UserError if its block has other rows now.
+    `load` runs ahead of the loop, so all blocks from the loop's step to the last loaded step are in use.
+    cursor: from the checkpoint that the run continues. Raises UserError if the rows of its block have changed.
     """
 
     def __init__(self, config: RunConfig, blocks: Blocks, cursor: dict[str, Any] | None):
@@ -150,22 +152,22 @@ class StreamingLoader:
         start = cursor or {"block": 0, "first_step": 0, "begin": None}
         block = blocks.get(start["block"], start["begin"])
         if start.get("digest", block.digest) != block.digest:
-            reason = f"the rows of block {block.number} are not those that the checkpoint was written with"
+            reason = f"the rows of block {block.number} have changed since the checkpoint was written"
             fix = "bring back the rows, or start another run with run.dir"
             raise UserError(Problem("data.train", reason, fix, str(config.data.train)))
         self._cursor = cursor
         self._total_steps: float = config.trainer.max_steps or 0
         if config.trainer.spike.action is SpikeAction.rollback:
-            self._total_steps = math.inf  # data that is left out is replaced by what comes after
+            self._total_steps = math.inf  # later data replaces what a rewind leaves out
         self._segments = [self._segment(block, start["first_step"])]
         self._announced: int | None = None
 
     def _segment(self, block: Block, first_step: int) -> _Segment:
-        passed = block.number
-        while not len(block.split.lengths):  # nothing but held-out, cleaned or bad rows
+        first_block = block.number
+        while not len(block.split.lengths):  # all of its rows are held out, cleaned away or bad
             block = self._blocks.get(block.number + 1, block.end)
         order = order_of(self._config, block.split)
-        return _Segment(passed, block, order, first_step, order.steps_in(block.number))
+        return _Segment(first_block, block, order, first_step, order.steps_in(block.number))
 
     def steps(self, epochs: int) -> int:
         raise AssertionError("a stream's length is trainer.max_steps")
@@ -179,7 +181,7 @@ class StreamingLoader:
             last = self._segment(self._blocks.get(last.block.number + 1, last.block.end), step)
             with self._lock:
                 self._segments.append(last)
-        assert last.first_step <= step < last.end, f"step {step} was asked for after {last.first_step}"
+        assert last.first_step <= step < last.end, f"step {step} was requested after {last.first_step}"
         done = (step + 1 - last.first_step) / last.steps
         begin, end = last.block.passes
         global_batch = last.order.global_batch(last.block.number, step - last.first_step)
@@ -192,18 +194,18 @@ class StreamingLoader:
     def begin(self, step: int) -> None:
         with self._lock:
             self._segments = [segment for segment in self._segments if segment.end > step]
-            passed, block = self._segments[0].passed, self._segments[0].block
+            first_block, block = self._segments[0].first_block, self._segments[0].block
         if block.number != self._announced:
             self._announced = block.number
-            # The block after the run's last one is not prepared. Another rank may still be skipping the empty ones.
-            self._blocks.keep_from(passed, block, ahead=self._segments[-1].end < self._total_steps)
+            # Empty blocks are kept too, since another rank may still be skipping them. No block is prepared after the run's last.
+            self._blocks.keep_from(first_block, block, ahead=self._segments[-1].end < self._total_steps)
 
     def cursor(self, step: int) -> dict[str, Any] | None:
         with self._lock:
             segment = next(
                 (candidate for candidate in self._segments if candidate.first_step < step <= candidate.end), None
             )
-        if segment is None:  # no step was done since the checkpoint
+        if segment is None:  # no step was done since the checkpoint was loaded
             return self._cursor
         block = segment.block
         if step == segment.end:

@@ -89,10 +89,10 @@ class Evaluator:
         one_line: bool = False,
         slices: bool = True,
     ) -> Evaluation:
-        """Return the task's metrics over the rows of `split`, and those of its slices where `slices` says so.
+        """Return the task's metrics over the rows of `split`, and with `slices` also those of its slices.
 
-        context: tokens in front of every row (worked examples; without packing). one_line: a generated target ends with its
-        line, where no target of the rows has a second one.
+        context: tokens in front of every row (worked examples; without packing). one_line: cut generated targets at the first
+        line break, unless some target of the rows has several lines.
         """
         split = limited(split, self.config.evaluate.max_rows, self.config.task)
         if tasks := tasks_of(self.config):
@@ -151,7 +151,8 @@ class Evaluator:
         return Evaluation(language_model_metrics(loss_sum, weight, correct) | metrics, generated=generated)
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:
-        """Measure how the answers change when terms are swapped (`evaluate.counterfactual`); None if no row of `split` has one."""
+        """Measure how the answers change when terms are swapped (`evaluate.counterfactual`); None if no row of `split` contains
+        such a term."""
         swapped = self.data.swapped.get(split.name)
         if swapped is None:
             return None
@@ -170,7 +171,7 @@ class Evaluator:
         """Run the head over all rows on all ranks; return the sums, and the head's values of each sample in order."""
         evaluate = self.config.evaluate
         by_sample = bool(evaluate.slices or evaluate.counterfactual)
-        # Values of single samples need an unpacked row for each; the sums are the same (checked at the start).
+        # Values of single samples need a row for each sample. The sums are the same as with packing (checked at the start).
         packing = self.config.data.packing and not by_sample
         batches = evaluation_batches(
             split.lengths,
@@ -185,9 +186,9 @@ class Evaluator:
         rows = RowCollector()
         by_sample = by_sample or not task_of(self.config.task).language
         self.engine.train(False)
-        shares = None
+        whole_batch_inputs = None
         if isinstance(self.head, GlobalBatchHead) and self.head.join_evaluation:
-            shares = joined(
+            whole_batch_inputs = joined(
                 self.head,
                 self.engine,
                 (self._batch(split, part, packing, by_sample) for part in local_batches),
@@ -195,7 +196,8 @@ class Evaluator:
             )
         for number, micro_batch in enumerate(local_batches):
             batch = self._batch(split, micro_batch, packing, by_sample)
-            output = self.engine.evaluate(self.head, batch | (shares[number] if shares else {}))
+            extra_inputs = whole_batch_inputs[number] if whole_batch_inputs else {}
+            output = self.engine.evaluate(self.head, batch | extra_inputs)
             for name, value in sums_of(output).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
             if by_sample and output.rows and self.world.counts and not micro_batch.filler:
@@ -209,14 +211,14 @@ class Evaluator:
         )
         numbered_rows = [
             row
-            for of_rank in self.world.gather(rows.read())
-            for indices, columns in of_rank
+            for rank_batches in self.world.gather(rows.read())
+            for indices, columns in rank_batches
             for row in zip(indices, _by_row(columns), strict=True)
         ]
         return totals, [row_outputs for _, row_outputs in sorted(numbered_rows, key=itemgetter(0))]
 
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, by_sample: bool) -> dict[str, torch.Tensor]:
-        """Build a batch. by_sample: include the numbers of the samples, so that the head returns values of each."""
+        """Build a batch. by_sample: include the numbers of the samples, so that the head returns values for each of them."""
         config = replace(self.config, data=replace(self.config.data, packing=packing))
         batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=by_sample)
         return on_device(indexed(self.head, batch), self.engine.device)
@@ -238,7 +240,7 @@ class RowCollector:
             self.read()
 
     def read(self) -> list[tuple[list[int], dict[str, Column]]]:
-        """Return the numbers of the rows of each batch, and its columns."""
+        """Return, for each batch, the numbers of its rows and its columns."""
         self._on_host += [(indices.tolist(), _columns(columns)) for indices, columns in self._on_device]
         self._on_device.clear()
         return self._on_host

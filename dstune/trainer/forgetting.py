@@ -1,8 +1,8 @@
-"""Penalties against forgetting: the distance of the weights from where they started, plain or weighted by Fisher information.
+"""Penalties against forgetting: the weights' distance from their start, plain (L2-SP) or weighted by Fisher information (EWC).
 
-A penalty's gradient is added once a step, to the gradient that the optimizer is about to use, by the rank that
-updates the entry. So it is the same on any number of ranks and at every ZeRO stage, costs a copy of the rank's own share,
-and is neither clipped nor part of `grad_norm`, which are those of the loss of the data.
+Once per step, the rank that updates a weight adds the penalty's gradient to the gradient that the optimizer is about to use. So
+the penalty is the same on any number of ranks and at every ZeRO stage, and costs a copy of the rank's own share. It is neither
+clipped nor part of `grad_norm`: both concern the loss of the data alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Fisher = dict[str, torch.Tensor]
 
 
 class Penalties:
-    """Penalties on the distance from the start weights; to be built while the model still has them. New weights (a head) have no
-    penalty.
+    """Penalties on the distance from the start weights. Build it while the model still has these weights. New weights (a head)
+    have no penalty.
 
     The loss of a step is the data's loss + sum over entries of (l2sp + ewc * fisher) / 2 * (weight - start)^2.
     """
@@ -77,7 +77,7 @@ def general_fisher(
     world: World,
     restrict: Restrict | None = None,
 ) -> Fisher:
-    """Compute `fisher_information` of the rows of `forgetting.general`; empty without `forgetting.ewc`. Every rank must call it."""
+    """Compute `fisher_information` over `forgetting.general`; empty without `forgetting.ewc`. Every rank must call it."""
     if not config.forgetting.ewc:
         return {}
     rows = general_rows(config)
@@ -95,13 +95,13 @@ def fisher_information(
     world: World,
     restrict: Restrict | None = None,
 ) -> Fisher:
-    """Compute the mean squared gradient of each row's loss over `forgetting.ewc_rows` rows, at the start weights, without dropout
-    (the empirical Fisher information: of the rows' own targets). Rows without a finite gradient are left out of the mean.
+    """Compute the empirical Fisher information at the start weights: the mean, over `forgetting.ewc_rows` rows, of the squared
+    gradient of a row's loss on its own targets, without dropout. Rows without a finite gradient do not count.
 
-    restrict: leaves the parameters that the run trains, so that a rank has the same fragments in both. Raises TrainingFailed
-    where no row has a finite gradient.
+    restrict: freezes all parameters that the run does not train, so that a rank has the same fragments in both engines.
+    Raises TrainingFailed if no row has a finite gradient.
     """
-    # One row makes a global batch, so that the gradient that is squared is that of a single row on any number of ranks.
+    # A global batch of one row, so that the squared gradient is that of a single row on any number of ranks.
     trainer = replace(config.trainer, micro_batch_size=1, global_batch_size=1)
     data = replace(general_rows(config).data, packing=False)
     fisher: Fisher = {}
@@ -116,6 +116,6 @@ def fisher_information(
         probe.engine.train(False)
         rows = probe.train(config.forgetting.ewc_rows, add, rate=0.0)
     if not rows:
-        reason = "loss or gradient was not finite in any row of forgetting.general, so nothing is known of the weights"
+        reason = "loss or gradient is not finite for any row of forgetting.general, so there is no Fisher information"
         raise TrainingFailed(f"{reason} (forgetting.ewc): look at the rows, or set trainer.precision=fp32")
     return {name: total / rows for name, total in fisher.items()}

@@ -33,11 +33,11 @@ class Generated:
 
 @contextmanager
 def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
-    """Yield the module to generate with, and whether all ranks have to call it in step.
+    """Yield the module to generate with, in evaluation mode, and whether all ranks must call it in step.
 
-    If the complete weights fit into memory twice on every rank, they are gathered once, each rank generates independently, and
-    the ranks wait for each other at the end. Otherwise as many layers as fit are gathered once, the others stay partitioned,
-    and every forward pass is a collective.
+    If the complete weights fit into half of the free memory of every rank, they are gathered once, each rank generates
+    independently, and the ranks wait for each other at the end. Otherwise as many layers as fit are gathered once, the others
+    stay partitioned, and every forward pass is a collective.
     """
     engine.train(False)
     if engine.slices is not None:  # no rank has all weights
@@ -77,10 +77,10 @@ def answers_on_all_ranks(
     images: Sequence[Mapping[str, torch.Tensor]] = (),
     batch_size: int = 1,
 ) -> list[str]:
-    """Generate the greedy answers to `prompts` (token ids), on rank 0. images, batch_size: see `generate_answers`.
+    """Generate the greedy answers to `prompts` (token ids); rank 0 returns all of them. images, batch_size: see `generate_answers`.
 
-    Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank; else the
-    ranks share the prompts, in step, through ZeRO-3's hooks. Ranks that have slices of layers generate the same text.
+    If every rank has room for the complete weights, rank 0 generates alone while the others wait. Otherwise the ranks share the
+    prompts and generate in step through ZeRO-3's hooks. Ranks that hold slices of layers all generate the same text.
     """
     answers: list[str] = []
     with speaking(engine, world) as (module, in_step):
@@ -104,6 +104,6 @@ def answers_on_all_ranks(
 
 
 def _dealt(prompts: Sequence[T], world: World) -> list[T]:
-    """Return this rank's share, every `world.size`th prompt. All ranks get the same number; the last prompts may be repeats."""
+    """Return this rank's share: every `world.size`th prompt. All ranks get the same number, so the last ones may be repeats."""
     rows = -(-len(prompts) // world.size)
     return [prompts[(row * world.size + world.rank) % len(prompts)] for row in range(rows)]

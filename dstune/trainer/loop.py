@@ -133,7 +133,7 @@ class Step:
     @property
     def loss_sum(self) -> float:
         if "loss_sum" not in self.sums:
-            raise RuntimeError("the loss of a step is there from on_step_end on")
+            raise RuntimeError("the loss of a step is not known before on_step_end: read it there, or in a later hook")
         return self.sums["loss_sum"]
 
     @property
@@ -187,9 +187,9 @@ def train(run: Training) -> Request:
             request, _ = synchronize(run, run.callbacks.while_waiting(run))
         else:
             try:
-                with refused_by_model(run):
+                with refuse_untrainable_model(run):
                     train_step(run, step)
-            except RolloutsUnavailable as error:  # on all ranks alike, with everything as the step before left it
+            except RolloutsUnavailable as error:  # on all ranks alike; the state is still that of the previous step
                 return save_if_requested(run, Request(Action.PREEMPT, str(error)))
             synchronize_step(run, step)
             run.callbacks.on_step_agreed(run, step)
@@ -202,9 +202,12 @@ def train(run: Training) -> Request:
     return Request(Action.STOP)
 
 
-def refused_by_model(run: Training) -> AbstractContextManager[None]:
-    """Raises UserError within the first step where the model itself says that it is not trained like this, as Reformer does of rows
-    that its positions do not fill: in evaluation mode it takes them."""
+def refuse_untrainable_model(run: Training) -> AbstractContextManager[None]:
+    """Raise UserError if the model's code refuses the first training step.
+
+    The check before training runs in evaluation mode, in which some models accept more: in training, Reformer refuses rows that
+    do not fill its positions.
+    """
     if run.state.step:
         return nullcontext()
     return refuse_failing_model(run.config.model.path, type(run.engine.module).__name__, raised_there=True)
@@ -214,12 +217,12 @@ def steps(run: Training) -> Iterator[Step | None]:
     """Yield the remaining steps, each as soon as its rows are loaded; yield None, on all ranks alike, while any rank waits for
     rows."""
     state, first_step = run.state, run.state.step
-    # Later global batches replace those that a rewind leaves out.
-    endless = run.config.trainer.spike.action is SpikeAction.rollback
-    end = sys.maxsize if endless else run.total_steps + state.left_out_batches
-    numbers = range(state.next_batch, end if first_step < run.total_steps else state.next_batch)
+    # A rewind leaves out global batches, and later ones replace them: how many the run will need is not known in advance.
+    may_rewind = run.config.trainer.spike.action is SpikeAction.rollback
+    end = sys.maxsize if may_rewind else run.total_steps + state.left_out_batches
+    batch_numbers = range(state.next_batch, end if first_step < run.total_steps else state.next_batch)
     run.step_timer.start()
-    for batch in prefetched_steps(run.config, run.data_loader, run.world, run.pad_token_id, numbers, run.head):
+    for batch in prefetched_steps(run.config, run.data_loader, run.world, run.pad_token_id, batch_numbers, run.head):
         if batch is None:
             yield None
             continue
@@ -291,14 +294,14 @@ def update_weights(run: Training, step: Step, extra_inputs: Sequence[Mapping[str
 
 
 def learning_rate(run: Training, step: Step) -> float:
-    """Return the rate of `step`: `optimizer.lr` by the schedule's factor."""
+    """Return the learning rate of `step`: `optimizer.lr` times the schedule's factor."""
     return run.config.optimizer.lr * schedule_of(run.config.schedule).factor(step.number - 1, run.total_steps)
 
 
 def dropout_seeds(run: Training, step: Step) -> list[int]:
     """Return the seed of each micro-batch. It depends on (run seed, step, micro-batch) alone, so it is the same on any number of
     ranks and after a resume."""
-    # Ranks that share a row have different positions of it, and need different random numbers for them.
+    # Ranks that share a row hold different positions of it, so they need different random numbers.
     seed, place = run.config.trainer.seed, run.world.place_in_group
     return [dropout_seed(seed, step.number - 1, part.index, place) for part, _ in step.batch.batches]
 
@@ -322,29 +325,38 @@ def synchronize_step(run: Training, step: Step) -> None:
 def synchronize(
     run: Training, local_request: Request, sums: Mapping[str, float] | None = None
 ) -> tuple[Request, dict[str, float]]:
-    """Merge the requests of all ranks and add up their `sums`; the result is the same on every rank. One small collective a
-    step."""
-    sums, numbers = sums or {}, run.callbacks.numbers()
-    flat = [value for of_callback in numbers for value in of_callback.values()]
+    """Merge the requests of all ranks and add up their `sums`; the result is the same on every rank.
+
+    Costs one small collective per step: action, numbers of callbacks and sums travel together.
+    """
+    sums, callback_numbers = sums or {}, run.callbacks.numbers()
+    flat = [value for numbers_by_name in callback_numbers for value in numbers_by_name.values()]
     gathered = run.world.gather_numbers([float(local_request.action), *flat, *sums.values()])
-    run.callbacks.agreed(run, numbers, gathered[:, 1 : 1 + len(flat)])
+    run.callbacks.agreed(run, callback_numbers, gathered[:, 1 : 1 + len(flat)])
     action = Action.CONTINUE
     for requested in gathered[:, 0]:
         action |= Action(int(requested))
     reason = local_request.reason
     if action & (Action.STOP | LEAVE):
-        reasons = run.world.gather(local_request.reason)
-        rank_by_reason = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
-        reason = "; ".join(
-            text if len(rank_by_reason) == 1 else f"rank {rank}: {text}" for text, rank in rank_by_reason.items()
-        )
+        reason = join_reasons(run.world.gather(local_request.reason))
     return Request(action, reason), dict(zip(sums, gathered[:, 1 + len(flat) :].sum(axis=0).tolist(), strict=True))
 
 
+def join_reasons(reasons: Sequence[str]) -> str:
+    """Join the reasons of all ranks, listed by rank; empty ones do not count. Equal reasons appear once, and a rank is named only
+    if reasons differ."""
+    rank_by_reason = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
+    if len(rank_by_reason) == 1:
+        return next(iter(rank_by_reason))
+    return "; ".join(f"rank {rank}: {text}" for text, rank in rank_by_reason.items())
+
+
 def report_step(run: Training, step: Step) -> None:
-    """Prepare the step's row of metrics.jsonl, and write it if the times of its parts are known. While the device still computes
-    the update, they are not, and the loop does not wait: it writes the row after the next step, or before an evaluation, save
-    or rewind in between."""
+    """Prepare the step's row of metrics.jsonl, and write it if the times of the step's parts are known.
+
+    They are not known while the device still computes the update. The loop does not wait for the device: it writes the row after
+    the next step, or earlier if an evaluation, save or rewind comes first.
+    """
     write_row(run)
     if run.log is None:
         return
@@ -376,7 +388,7 @@ def write_row(run: Training) -> None:
 def rewind_if_requested(run: Training, request: Request) -> Request:
     """Go back to the newest checkpoint if `request` asks for it; return the actions that still have to be done.
 
-    The run then has the state of that checkpoint, but continues with the data after the step that it was at.
+    The run then has the state of that checkpoint, but continues with the data that follows the undone steps.
 
     Raises:
         UserError: `trainer.spike.action` is not `rollback`. Raised on all ranks alike.
@@ -385,8 +397,8 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
         return request
     write_row(run)
     if run.config.trainer.spike.action is not SpikeAction.rollback:  # the data would end before the last step
-        reason = "a callback asks to go back to a checkpoint, for which nothing is prepared"
-        raise UserError(Problem("trainer.callbacks", reason, "trainer.spike.action=rollback"))
+        reason = "a callback asked for Action.REWIND, which works only with trainer.spike.action=rollback"
+        raise UserError(Problem("trainer.callbacks", reason, "set trainer.spike.action=rollback"))
     state = run.state
     run.callbacks.on_progress(f"going back from step {state.step}")
     with run.around("going back"):
@@ -395,18 +407,19 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
     if earlier is not None:
         earlier.left_out_batches = state.next_batch - earlier.step
         earlier.cursor = state.cursor
-        earlier.seconds, earlier.save_seconds = state.seconds, state.save_seconds  # this time was spent all the same
+        earlier.seconds, earlier.save_seconds = state.seconds, state.save_seconds  # a rewind gives no time back
         vars(state).update(vars(earlier))
         if run.log:
             run.log.rewind(state.step)
-        # That step is undone, so its evaluation and save are no longer due.
+        # The step is undone, so its evaluation and save are no longer due.
         request = Request(request.action & LEAVE, request.reason)
     run.callbacks.on_rewind(run, earlier)
     return request
 
 
 def evaluate_before_training(run: Training) -> Request:
-    """Evaluate the start weights, or make up for an evaluation that an earlier launch had no time for; then save if requested."""
+    """Evaluate the initial weights, or catch up on an evaluation that the previous launch skipped because it had to end; then
+    save if requested."""
     state = run.state
     if not (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
         return CONTINUE
@@ -414,8 +427,10 @@ def evaluate_before_training(run: Training) -> Request:
 
 
 def evaluate_if_requested(run: Training, request: Request) -> Request:
-    """Evaluate if `request` asks for it; return it merged with what callbacks ask for then. A run that is about to leave
-    evaluates when it continues instead."""
+    """Evaluate if `request` asks for it; return it merged with the requests that callbacks make on seeing the metrics.
+
+    A run that is about to leave does not evaluate now, but when it is resumed.
+    """
     if not request.action & Action.EVALUATE or run.data.validation is None:
         return request
     run.state.evaluation_due = bool(request.action & LEAVE)
@@ -431,7 +446,7 @@ def held_out_rows(run: Training) -> int | None:
 
 
 def evaluate(run: Training) -> Request:
-    """Evaluate the validation rows, store and report the metrics; return what the callbacks of all ranks then ask for."""
+    """Evaluate the validation rows, store and report the metrics; return the merged requests of all ranks' callbacks."""
     validation, state = run.data.validation, run.state
     if validation is None:
         return CONTINUE
@@ -445,7 +460,7 @@ def evaluate(run: Training) -> Request:
 
     progress(0, 0)
     evaluation = run.evaluator(validation, progress)
-    run.callbacks.on_progress(f"what follows the evaluation after step {state.step}")
+    run.callbacks.on_progress(f"the work that follows the evaluation after step {state.step}")
     metrics, seconds = evaluation.metrics, time.perf_counter() - began
     state.evaluation_due = False
     state.eval_last, state.eval_last_step = metrics, state.step
@@ -462,7 +477,7 @@ def evaluate(run: Training) -> Request:
 
 
 def save_if_requested(run: Training, request: Request) -> Request:
-    """Save if `request` asks for it; return `request`, or a failure if the run has to leave and cannot be saved."""
+    """Save if `request` asks for it; return `request`, or FAIL if the run has to leave but could not be saved."""
     if not request.action & (Action.SAVE | Action.PREEMPT) or request.action & UNSAVED:
         return request
     is_leaving = bool(request.action & Action.PREEMPT)

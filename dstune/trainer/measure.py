@@ -23,13 +23,13 @@ Row = dict[str, np.ndarray]
 class Evaluation:
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
-    """What is no single number, JSON: `confusion` (rows are true classes, columns predicted ones, in the order of the
-    labels); `by_type`, metrics of each type of entity or tag."""
+    """Results that are not single numbers, as JSON: `confusion` (rows are true classes, columns predicted ones, in the order of
+    the labels); `by_type`, metrics of each type of entity or tag."""
     generated: tuple[Generated, ...] = ()
-    """Seq2seq: rows with the target that the model wrote."""
+    """Rows with the text that the model generated (seq2seq)."""
     predictions: tuple[tuple[Any, Any], ...] = ()
-    """For each row what is true and what was predicted: of classification the index of the label, or with several a row lists
-    of 0 and 1; of a regression numbers; tags of the words; of a question the right answers and the one that was found."""
+    """The (target, prediction) of each row. Classification: indices of labels, or lists of 0 and 1 if a row may have several;
+    regression: numbers; tagging: tags of the words; question answering: the correct answers, and the predicted one."""
 
     def row_results(self, labels: Sequence[str]) -> list[dict[str, Any]]:
         """Return each row's target and prediction as JSON; empty if the task predicts nothing for single rows."""
@@ -81,12 +81,12 @@ def whole_rows(split: Split, task: TaskConfig) -> bool:
 
 
 def without_loss(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics of an evaluation that a training step reports, without loss and targets, which are reported anyway."""
+    """Drop loss and targets from an evaluation's metrics, since a training step reports them anyway."""
     return {name: value for name, value in metrics.items() if name not in ("loss", "targets")}
 
 
 def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...]) -> Evaluation:
-    """Return `evaluation` with the metrics that are registered for `task` beside its own (`dstune.protocols.Metric`)."""
+    """Add the metrics that plugins registered for `task` to `evaluation` (`dstune.protocols.Metric`)."""
     pairs = evaluation.predictions or tuple((row.target, row.answer) for row in evaluation.generated)
     registered = [METRICS[name]() for name in registered_metrics(task)]
     if not (registered and pairs):
@@ -99,7 +99,7 @@ def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...])
 
 
 def _number(metric: Metric, value: Any) -> float:
-    """Convert `value`, which the `compute` of `metric` returned, to a float. Raises UserError if it is no number."""
+    """Convert `value`, the result of `metric.compute`, to a float. Raises UserError if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The peak of this rank's memory, as the public contract defines it."""
+"""Measures the peak of this rank's memory, as the public contract defines it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def resident_bytes() -> int:
-    """Return the anonymous plus shared resident memory of this process, bytes: pages of mapped files (weights, data) do not
+    """Return the anonymous plus shared resident memory of this process, bytes. Pages of mapped files (weights, data) do not
     count."""
     kilobytes = 0
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -26,7 +26,7 @@ def resident_bytes() -> int:
 
 
 def give_back() -> None:
-    """Return freed memory that glibc holds to the system, which still counts it as used. Other C libraries hold less."""
+    """Return to the system the freed memory that glibc holds and the system still counts as used. Other C libraries hold less."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -61,7 +61,7 @@ TUNABLES = {-1: "glibc.malloc.trim_threshold", -3: "glibc.malloc.mmap_threshold"
 class PeakMemory:
     """GPU: the allocator's peak. CPU: resident memory above the level at construction, sampled 20 times a second.
 
-    Build it after the imports and before the model, and `close()` it in the end.
+    Build it after the imports and before the model, and `close()` it at the end.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class PeakMemory:
 
     @contextmanager
     def apart(self) -> Iterator[Callable[[], float]]:
-        """Measure a separate peak within the block, which does not count as the run's. The yielded function returns it, in GiB."""
+        """Measure a separate peak within the block, which does not count as the run's. Yield a function that returns it, in GiB."""
         if self._on_gpu:
             self._earlier = max(self._earlier, accelerator.module().max_memory_allocated())
             accelerator.module().reset_peak_memory_stats()

@@ -1,8 +1,8 @@
 """`trainer.micro_batch_size=auto`: measures, before the first step, how many rows a micro-batch should have.
 
-It runs training steps of the heaviest rows in sizes that double, and vetoes them like the step of a loss spike, so that weights,
-optimizer and the order of the data do not change. A size is only tried if the memory of the previous size bounds it below the
-limit, so that no trial is expected to run out of memory.
+Each trial is a training step over the heaviest rows, with twice as many rows as the trial before. It is vetoed like the step of
+a loss spike, so weights, optimizer and the order of the data do not change. The peak of one size bounds the peak of the next
+(`bound_peak_gib`); a size is tried only if that bound is below the limit, so no trial should run out of memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEFT_FREE = 0.1
 GAIN = 1.03
 """A size has to be faster than the best smaller one by this factor; less is noise."""
 PATIENCE = 2
-"""The search ends after so many sizes without a gain: a single measurement may have been disturbed."""
+"""The search ends after this many sizes without a gain. One is not enough, since something else may have disturbed it."""
 NAME = "micro_batch"
 """Key of the choice in `TrainState.results` and `result.json`."""
 
@@ -62,31 +62,31 @@ class Choice:
 
 
 def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, headroom_gib: float) -> Choice:
-    """Choose the fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
+    """Choose the fastest size that fits, at most `share` (a rank's rows of a step). One row is always accepted.
 
     trial: returns None for a size that ran out of memory. held_gib: memory in use when a micro-batch begins. headroom_gib: limit
     of a rank's peak.
     """
     first = trial(1)
-    assert first is not None, "one row's own error is raised"
+    assert first is not None, "an error with one row is raised, not returned"
     best = last = first
     trials, size, without_gain = [best], 1, 0
     while True:
         if size >= share:
-            end_reason = "a rank has no more in a step"
+            end_reason = "a rank has no more rows in a step"
             break
         size = min(2 * size, share)
-        if (expected_gib := at_most(last, size, held_gib)) > headroom_gib:
+        if (expected_gib := bound_peak_gib(last, size, held_gib)) > headroom_gib:
             end_reason = f"{size} might take {expected_gib:.1f} GiB"
             break
         measured = trial(size)
         if measured is None:
-            end_reason = f"{size} run out of memory, though {expected_gib:.1f} GiB were expected"
+            end_reason = f"{size} ran out of memory, though at most {expected_gib:.1f} GiB were expected"
             break
         last = measured
         trials.append(last)
         if last.gib > headroom_gib:
-            end_reason = f"{size} take {last.gib:.1f} GiB"
+            end_reason = f"{size} took {last.gib:.1f} GiB"
             break
         if last.rows_per_second >= GAIN * best.rows_per_second:
             best, without_gain = last, 0
@@ -95,17 +95,17 @@ def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, he
         if without_gain == PATIENCE:
             end_reason = "larger ones are hardly faster"
             break
-    # Keep the number of micro-batches that `best` gives, but with equal sizes: 12 rows make two of 6, not one of 8 and one of 4.
+    # Keep the number of micro-batches that `best` needs, but make them equally large: 12 rows are two of 6, not 8 and 4.
     count = -(-share // best.rows)
     return Choice(-(-share // count), tuple(trials), end_reason)
 
 
-def at_most(last: Trial, rows: int, held_gib: float) -> float:
-    """Return an upper bound of the peak with `rows`, more than in the `last` trial, GiB.
+def bound_peak_gib(last: Trial, rows: int, held_gib: float) -> float:
+    """Return an upper bound of the peak with `rows`, which are more than in the `last` trial, GiB.
 
-    The peak is the largest of several moments (the loss, the backward pass, a reduction), each a constant of at least
-    `held_gib` and a part that grows with the rows. None of them was above the last peak, so none of them grows by more than
-    (last peak - held) for so many rows.
+    Memory peaks at one of several moments (the loss, the backward pass, a reduction). Each moment takes a constant of at least
+    `held_gib`, plus a part in proportion to the rows. No moment of the last trial was above its peak, so no moment's second part
+    was above (last peak - held).
     """
     return held_gib + (last.gib - held_gib) / last.rows * rows
 
@@ -142,15 +142,17 @@ class Trials:
         if trainer.micro_batch_size is not Automatic.auto:
             return self.config, None
         if remembered is None:
-            room = float(self.world.gather_numbers([headroom_gib(self.engine.device, self.world, self.memory)]).min())
-            choice = choose(self.run_or_none, self.share, self.held_gib(), room)
+            limit_gib = float(
+                self.world.gather_numbers([headroom_gib(self.engine.device, self.world, self.memory)]).min()
+            )
+            choice = choose(self.run_or_none, self.share, self.held_gib(), limit_gib)
             remembered = {
                 "rows": choice.rows,
                 "world_size": self.world.size,
                 "trials": [asdict(trial) for trial in choice.trials],
             }
             rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
-            self.message(f"taken: micro-batches of {rows}, since {choice.end_reason} (a rank may take {room:.1f} GiB)")
+            self.message(f"chose micro-batches of {rows}: {choice.end_reason} (limit of a rank: {limit_gib:.1f} GiB)")
         return replace(self.config, trainer=replace(trainer, micro_batch_size=int(remembered["rows"]))), remembered
 
     @property
@@ -175,14 +177,17 @@ class Trials:
         return float(self.world.gather_numbers([held[0] + self.engine.unallocated_state_bytes / GIB]).max())
 
     def run_or_none(self, rows: int) -> Trial | None:
-        """Call `run`; return None if memory ran out. With several ranks, or at stage 3, the error ends the run instead: the other
-        ranks would wait in a collective, and weights would be left half gathered."""
+        """Call `run`; return None if memory ran out.
+
+        With several ranks the error ends the run instead, since the other ranks wait in a collective; so it does at stage 3, where
+        weights are left half gathered.
+        """
         try:
             return self.run(rows)
         except Exception as error:  # see `accelerator.out_of_memory`
             if rows == 1 or self.world.size > 1 or self.engine.stage == 3 or not accelerator.out_of_memory(error):
                 raise
-        # Outside of the handler, since the exception's traceback refers to the tensors.
+        # After the handler: until it ends, the exception's traceback keeps the tensors alive.
         self.engine.forget_micro_batch()
         self._timed_step([self._batch([self.lightest])])
         gc.collect()
@@ -191,10 +196,10 @@ class Trials:
         return None
 
     def run(self, rows: int) -> Trial:
-        # Rows are repeated if the data has too few.
+        """Measure micro-batches of `rows` rows. Rows are repeated if the data has too few."""
         heavy = self._batch([self.heaviest[place % len(self.heaviest)] for place in range(rows)])
-        # The first one fills caches and leaves gradients. The last one ends the step, at ZeRO 0 and 1 with all communication,
-        # which comes once a step for any size, so it is not timed.
+        # Only the middle two are timed. The first one fills caches and allocates gradients. The last one ends the step: at ZeRO 0
+        # and 1 it has all of the communication, which happens once a step whatever the size.
         batches = [heavy, heavy, heavy, self._batch([self.lightest])]
         with self.memory.apart() as peak:
             times = self._timed_step(batches)
@@ -202,8 +207,8 @@ class Trials:
         numbers = self.world.gather_numbers([gib, min(times[1:3])])
         speed = rows / float(numbers[:, 1].max()) * self._without_padding(rows)
         trial = Trial(rows, round(float(numbers[:, 0].max()), 4), round(speed, 4))
-        at_once = f"{rows} row{'s' * (rows > 1)} at once"
-        self.message(f"trying micro-batches: {at_once} {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
+        size = f"{rows} row{'s' * (rows > 1)}"
+        self.message(f"trying micro-batches of {size}: {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
         return trial
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -220,46 +225,46 @@ class Trials:
     ) -> list[float]:
         """Run a step that is vetoed; return the seconds of the forward and backward pass of each batch."""
         seeds, times = list(range(len(batches))), []
-        shares = joined(self.head, self.engine, batches, self.world, seeds)
+        whole_batch_inputs = joined(self.head, self.engine, batches, self.world, seeds)
         for position, batch in enumerate(batches):
             is_last = position == len(batches) - 1
             torch.manual_seed(seeds[position])
-            self._wait()
+            self._synchronize()
             began = time.perf_counter()
             self.engine.accumulate(
                 self.head,
-                batch | (shares[position] if shares else {}),
+                batch | (whole_batch_inputs[position] if whole_batch_inputs else {}),
                 batch_weight=1.0,
                 last=is_last,
-                veto=always if is_last else None,
+                veto=veto_always if is_last else None,
             )
-            self._wait()
+            self._synchronize()
             times.append(time.perf_counter() - began)
             if position == 0 and after_first is not None:
                 after_first()
         self.engine.update()
         return times
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.engine.device.type != "cpu":
             accelerator.synchronize()
 
     def _without_padding(self, rows: int) -> float:
-        """Return the share of positions that are no padding, in the micro-batches of an epoch with this size."""
+        """Return the fraction of positions that are not padding, over the micro-batches of an epoch with this size."""
         if self.config.data.packing:
-            return 1.0  # packed rows are about full with any size
+            return 1.0  # packed rows are nearly full at any size
         resized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))
         order = order_of(resized, self.split)
         return order.efficiency() if order.steps_in(0) else 1.0
 
 
-def always(loss_sum: torch.Tensor) -> bool:
+def veto_always(loss_sum: torch.Tensor) -> bool:
     return True
 
 
 def heaviest_rows(config: RunConfig, split: Split, count: int) -> list[Row]:
-    """Return at most `count` rows that need the most memory together: the longest in each column of tokens, to which a batch pads
-    the others, then those with the most targets."""
+    """Return at most `count` rows that together need the most memory: the longest row in each column of tokens, to whose length
+    a batch pads the others, then the rows with the most targets."""
     samples = np.arange(len(split.lengths))
     starts = np.arange(len(samples) + 1)
     if config.data.packing:

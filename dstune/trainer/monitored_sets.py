@@ -1,16 +1,16 @@
-"""What training does to rows that are not its own: `data.guard` and `data.ood`, evaluated before and after."""
+"""Measures what training does to rows that it does not train on: evaluates `data.guard` and `data.ood` before and after."""
 
 from __future__ import annotations
 
 from dstune.trainer.loop import Training
 
-MONITORED = {"guard": "what is not to be forgotten", "ood": "another domain"}
+MONITORED = {"guard": "abilities to retain", "ood": "another domain"}
 """Splits of the data, and what the console calls them."""
 
 
 def evaluate_monitored_sets(run: Training, moment: str) -> None:
-    """Evaluate the monitored sets and remember their metrics in the state, as `before` or `after` (`moment`). Every rank must
-    call it."""
+    """Evaluate the monitored sets and store their metrics in the state under `moment`, which is `before` or `after`. Every rank
+    must call it."""
     for name, meaning in MONITORED.items():
         split = getattr(run.data, name)
         if split is None:
@@ -26,7 +26,7 @@ def evaluate_monitored_sets(run: Training, moment: str) -> None:
 
 
 def format_change(metrics_by_moment: dict[str, dict[str, float]]) -> str:
-    """Write `loss 2.1 -> 2.4, ...`. A run that began without the set has no moment `before`."""
+    """Format the change as `loss 2.1 -> 2.4, ...`. If the run began without the set, there are no metrics `before`."""
     metrics_before = metrics_by_moment.get("before", {})
     changes = []
     for name, value in metrics_by_moment["after"].items():

@@ -1,4 +1,4 @@
-"""A device that has no room left: a message that names what frees most, in place of torch's own."""
+"""Replaces torch's out-of-memory error by a message that lists the settings that free the most memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dstune.zero import accelerator
 
 
 def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Yield what of a run can be changed to take less memory, as overrides, and the run with it."""
+    """Yield changes of a run that take less memory: each as an override, with the changed run."""
     trainer, zero, rows = config.trainer, config.zero, config.trainer.rows
     if rows > 1:
         half = replace(trainer, micro_batch_size=rows // 2)
@@ -37,8 +37,8 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int, ranks_per_node: int) -> list[str]:
-    """Return overrides that can be trained with, in the order of what they free by the plan; empty where the planner does not
-    know the model. values: its `config.json`."""
+    """Return the valid overrides that free memory, ordered by how much they free according to the planner; empty if the planner
+    does not know the model. values: the model's `config.json`."""
 
     def total(run: RunConfig) -> float:
         model = architecture(values, head_of(run), labels_of(run))
@@ -67,15 +67,15 @@ def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int
 
 @contextmanager
 def explained(place: Callable[[], str], advise: Callable[[], list[str]]) -> Iterator[None]:
-    """Raises TrainingFailed in place of what torch raises where memory ran out within. place: what was going on."""
+    """Raise TrainingFailed in place of an out-of-memory error within the block. place: describes what the run was doing."""
     try:
         yield
-    except Exception as error:  # torch, a driver and DeepSpeed have kinds of their own
+    except Exception as error:  # torch, drivers and DeepSpeed raise different types
         if not accelerator.out_of_memory(error):
             raise
         fixes = advise()
         fix = ", ".join(fixes) or "a smaller trainer.micro_batch_size or data.max_length, or a higher zero.stage"
-        message = f"out of memory in {place()} ({first_line(error)}). By the plan, most first: {fix}"
+        message = f"out of memory in {place()} ({first_line(error)}). Estimated to help most, in this order: {fix}"
         raise TrainingFailed(
-            f"{message}. `trainer.micro_batch_size={Automatic.auto.value}` finds what fits."
+            f"{message}. `trainer.micro_batch_size={Automatic.auto.value}` finds the micro-batch size that fits."
         ) from error

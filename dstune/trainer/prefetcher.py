@@ -1,4 +1,4 @@
-"""Collated micro-batches of the coming steps, prepared in a thread while the model computes."""
+"""Prepares the micro-batches of the coming steps in a thread, while the model computes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dstune.zero import accelerator
 T = TypeVar("T")
 
 WAIT_SECONDS = 0.5
-"""While any rank waits for a block of a stream, how often all of them see whether to go on waiting."""
+"""While any rank waits for a block of a stream, all ranks agree this often on whether to go on waiting."""
 AHEAD = 2
-"""Steps that are prepared before their use, and wait in memory."""
+"""How many prepared steps wait in memory until they are used."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class RankBatch:
     tokens: int
     """Tokens of the global batch, without padding."""
     epoch: float
-    """Passes over the training rows that are done after it."""
+    """Passes over the training rows up to the end of the step."""
     batches: tuple[tuple[MicroBatch, dict[str, torch.Tensor]], ...]
     """This rank's micro-batches and their tensors."""
     counted: Counted = field(default_factory=Counted)
-    """Of `batches`; in the thread that makes them, so that no step waits for it."""
+    """Counts over `batches`, made in the thread that prepares them, so that no step waits for it."""
 
 
 def prefetched_steps(
     config: RunConfig, data_loader: DataLoader, world: World, pad_token_id: int, steps: range, head: Head
 ) -> Iterator[RankBatch | None]:
-    """Yield the steps of `steps` in order, two steps ahead of their use.
+    """Yield the steps of `steps` in order, prepared up to `AHEAD` steps ahead.
 
-    None comes, on all ranks alike, while any of them waits for a block of a stream: then they may agree on what to do.
-    What one rank raises in preparing the first step of a block, all of them raise.
+    While any rank waits for a block of a stream, yield None on all ranks, so that they can agree on what to do. If preparing the
+    first step of a block fails on one rank, all ranks raise its error.
     """
 
     def prepare(step: int) -> RankBatch:
@@ -68,30 +68,30 @@ def prefetched_steps(
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return RankBatch(whole.weight, whole.tokens, loaded.epoch, tuple(batches), counted(config, split, batches))
 
-    feeds = Prefetcher(prepare, steps)
+    prefetcher = Prefetcher(prepare, steps)
     try:
         for step in steps:
-            while data_loader.may_wait(step) and not _all_have_it(feeds, world):
+            while data_loader.may_wait(step) and not _all_ranks_are_ready(prefetcher, world):
                 yield None
-            feed = next(feeds)
-            data_loader.begin(step)  # the ranks agree after every step, so all of them are done with the one before
-            yield feed
+            batch = next(prefetcher)
+            data_loader.begin(step)  # ranks synchronize after every step, so all of them are done with the previous one
+            yield batch
     finally:
         data_loader.interrupt()
-        feeds.close()
+        prefetcher.close()
 
 
 def needs_images(config: RunConfig, world: World) -> bool:
-    """Return whether every micro-batch of a step with images has to have one: a tower that is trained then has gradients on
-    every rank, and one whose weights are partitioned is gathered on all ranks at once."""
+    """Return whether every micro-batch of a step with images must have one. A trained vision tower needs gradients on every rank,
+    and all ranks must gather a partitioned one together."""
     return config.model.train_vision or (stage_of(config.zero) == 3 and world.size > 1)
 
 
-def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:
-    """Return whether every rank has its next step. A collective of at most about `WAIT_SECONDS`."""
-    item = feeds.peek(WAIT_SECONDS)
+def _all_ranks_are_ready(prefetcher: Prefetcher[RankBatch], world: World) -> bool:
+    """Return whether every rank has prepared its next step. A collective that takes at most about `WAIT_SECONDS`."""
+    item = prefetcher.peek(WAIT_SECONDS)
     if isinstance(item, BaseException) and not isinstance(item, DstuneError):
-        raise item  # a fault of this rank alone, whose end is that of the others
+        raise item  # an unexpected error of this rank alone; when it ends, the launcher ends the others
     error = item if isinstance(item, DstuneError) else None
     waiting, failed = world.sum([item is None, error is not None])
     if failed:
@@ -103,12 +103,12 @@ def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:
 def dropout_seed(seed: int, step: int, index: int, part: int = 0) -> int:
     """Return one of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed.
 
-    part: of the row's positions, where several ranks share them."""
+    part: which part of the row's positions this rank has, if ranks share rows."""
     return (seed * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03 + (step << 20) + index) % 2**63
 
 
 class Prefetcher(Generic[T]):
-    """`prepare(step)` for each step, computed in one background thread; its exceptions are raised at their step."""
+    """Iterates over `prepare(step)` for each step, computed in a background thread. Its exceptions are raised at their step."""
 
     def __init__(self, prepare: Callable[[int], T], steps: range):
         self._prepare, self._steps = prepare, steps
@@ -119,7 +119,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def peek(self, seconds: float | None) -> T | BaseException | None:
-        """Return what comes next; None if it is not there within `seconds`."""
+        """Return the next item without consuming it; None if it is not ready within `seconds`."""
         if self._next is None:
             try:
                 self._next = self._ready.get(timeout=seconds)

@@ -1,7 +1,7 @@
-"""The progress of a run: everything that a checkpoint stores beside weights and optimizer states.
+"""The progress of a run: everything that a checkpoint stores besides weights and optimizer states.
 
-Generators are not here: every micro-batch seeds them from (seed, step, index), so there is nothing to remember. Where the
-data is follows from the number of optimizer steps, except in a stream.
+It has no states of random generators, since every micro-batch seeds them from (seed, step, index). The position in the data
+follows from the number of optimizer steps, except in a stream.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from dstune.core.errors import Problem, UserError
 
 FORMAT = 2
-"""Of `state.json`. 1, which is not written in it, kept the states of callbacks as fields of the training state."""
+"""Format of `state.json`. Format 1, whose number is not in the file, kept the states of callbacks as fields of TrainState."""
 
 
 @dataclass
@@ -26,40 +26,44 @@ class Best:
 @dataclass
 class TrainState:
     step: int = 0
-    """Optimizer steps that are done, skipped ones included."""
+    """Optimizer steps so far, including skipped ones."""
     planned_steps: int = 0
-    """How many the run was to have, which its schedule depends on."""
+    """Optimizer steps that the run was planned with; the schedule depends on it."""
     left_out_batches: int = 0
-    """Global batches of the data that were left out when the run went back to a checkpoint because of them."""
+    """Global batches that rewinds to a checkpoint have left out of the data."""
     tokens: int = 0
     """Non-padding tokens seen, over all ranks."""
     targets: float = 0
     """Tokens (or rows) that counted in the loss, over all ranks."""
     seconds: float = 0.0
-    """Time in the command's ranks so far, over all launches."""
+    """Time that the ranks have run so far, over all launches."""
     save_seconds: float = 0.0
     """Time that the last save took."""
     best: Best | None = None
     """The best evaluation of trained weights."""
     evaluation_due: bool = False
-    """The last step was one to evaluate after, but the run was stopped before."""
+    """An evaluation was due after the last step, but the run had to end first."""
     eval_initial: dict[str, float] | None = None
     eval_last: dict[str, float] | None = None
     eval_last_step: int = -1
     cursor: dict[str, Any] | None = None
     """Where the next step begins in a stream (`StreamingLoader`); None for other data."""
     results: dict[str, Any] = field(default_factory=dict)
-    """What `result.json` reports beside the metrics, by its name there."""
+    """Entries of `result.json` besides the metrics, by their names there."""
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The states of callbacks by their names, also of those that this launch does without."""
+    """The states of callbacks by name, including those that this launch does not use."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Return the state whose `to_dict` gave `values`. Raises UserError where `values` has a field that this version does not
-        know: dropping it would lose something; or a value of another type."""
+        """Rebuild a state from its `to_dict`.
+
+        Raises:
+            UserError: `values` has a field that this version does not know, since dropping it would lose something; or a value
+                of the wrong type.
+        """
         _refuse_unknown(values, {f.name for f in fields(cls)})
         remaining = dict(values)
         best = remaining.pop("best", None)
@@ -85,11 +89,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("results", "callbacks"), (dict,)),
     "evaluation_due": (bool,),
 }
-"""What a field of TrainState holds in `state.json`."""
+"""Types of the fields of TrainState in `state.json`."""
 
 
 def _wrong_type(name: str) -> UserError:
-    reason = f"the checkpoint's state.json is not of dstune: {name} has a value of another type"
+    reason = (
+        f"the checkpoint's state.json is damaged or was not written by dstune: {name} has a value of the wrong type"
+    )
     return UserError(Problem("run.dir", reason, "continue from another checkpoint"))
 
 
@@ -102,7 +108,7 @@ def _refuse_unknown(values: Mapping[str, Any], field_names: set[str]) -> None:
 def upgrade_state(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the content of a `state.json` of any format to the present one.
 
-    Raises UserError where the format is newer, or a field is unknown.
+    Raises UserError if the format is newer, or a field is unknown.
     """
     version = saved.get("format", 1)
     if version == FORMAT:
@@ -143,7 +149,7 @@ def _from_format_1(train: Mapping[str, Any]) -> dict[str, Any]:
     results = dict(train.get("extra", {}))
     callbacks: dict[str, dict[str, Any]] = {}
     for old, (callback, name) in _MOVED.items():
-        callbacks.setdefault(callback, {})[name] = train.get(old, 0)  # a field that came later
+        callbacks.setdefault(callback, {})[name] = train.get(old, 0)  # 0: the run is older than the field
     if "spikes" in results:
         callbacks["spikes"] = results.pop("spikes")
     return upgraded | {"results": results, "callbacks": callbacks}

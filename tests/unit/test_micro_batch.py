@@ -19,7 +19,7 @@ from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
 from dstune.evaluation.command import _with_rows
 from dstune.trainer.memory import PeakMemory, give_back
-from dstune.trainer.micro_batch import Trial, at_most, choose, heaviest_rows
+from dstune.trainer.micro_batch import Trial, bound_peak_gib, choose, heaviest_rows
 from dstune.zero.engine import Engine
 
 
@@ -65,7 +65,7 @@ def test_no_line_of_a_peak_lies_above_the_bound() -> None:
             return max(constant + slope * rows for constant, slope in lines)
 
         for rows in (1, 2, 4, 8):
-            assert at_most(Trial(rows, peak(rows), 1), 2 * rows, held) >= peak(2 * rows) - 1e-9
+            assert bound_peak_gib(Trial(rows, peak(rows), 1), 2 * rows, held) >= peak(2 * rows) - 1e-9
 
 
 def test_what_gradients_and_states_take_is_not_taken_for_rows() -> None:
@@ -88,7 +88,7 @@ def test_one_disturbed_time_does_not_end_the_search() -> None:
 
 def test_a_size_that_took_more_than_there_may_be_is_not_chosen() -> None:
     found = choose(machine(lambda rows: {1: 2.0, 2: 3.0, 4: 9.0}[rows], constant), 64, 1, 8)
-    assert (found.rows, found.end_reason) == (2, "4 take 9.0 GiB")
+    assert (found.rows, found.end_reason) == (2, "4 took 9.0 GiB")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Cadence(Callback):
         self._can_evaluate, self._total_steps = can_evaluate, total_steps
         self._evaluate, self._save = cadence(config.evaluate.every), cadence(config.checkpoint.every)
         self._epoch: float | None = 0.0 if begins else None
-        """Passes over the rows that are done; None until a step is, in a continued run whose checkpoint does not say."""
+        """Passes over the rows so far. None before the first step of a resumed run whose checkpoint does not have them."""
 
     @classmethod
     def for_run(cls, run: Any) -> Cadence:

@@ -1,4 +1,4 @@
-"""Keeps the best evaluation, and stops when there is none better for long."""
+"""Saves the best evaluation, and stops the run if evaluations no longer improve."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EarlyStopping(Callback):
 
     def on_evaluate(self, run: Run, evaluation: Evaluation) -> Request:
         state, metrics, metric = run.state, evaluation.metrics, self._settings.metric
-        if state.step == 0:  # untrained weights are no result: there is no checkpoint of them to go back to
+        if state.step == 0:  # untrained weights have no checkpoint to go back to
             return CONTINUE
         if metric not in metrics:  # on all ranks alike
             reason = "these rows and labels have no such metric"

@@ -1,4 +1,4 @@
-"""How much of a run's time its evaluations take."""
+"""Reports how much of a run's time its evaluations take."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dstune.config.schema import RunConfig
 from dstune.protocols import callback, task_of
 from dstune.protocols.callback import CONTINUE, Callback, Evaluation, Request, Run, Step
 
-MUCH = 0.1
-"""A fraction of the time above which the console suggests to evaluate less."""
+MAX_FRACTION = 0.1
+"""Above this fraction of the run's time, the console suggests evaluating less."""
 
 
 def evaluations(config: RunConfig, total_steps: int, epochs: float | None) -> int:
-    """Count the evaluations of a whole run of so many steps and passes over the rows, the one before the first step and the one
-    at the end included."""
+    """Count the evaluations of a complete run of `total_steps` steps and `epochs` passes over the rows, including those before
+    the first step and at the end."""
     return int(config.evaluate.at_start) + (cadence(config.evaluate.every).times(total_steps, epochs) or 1)
 
 
 def fraction(count: int, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
-    """Return the fraction of the time of the whole run that its `count` evaluations take. Saving and start-up are left out.
+    """Return the fraction of the run's time that its `count` evaluations take. Saving and start-up do not count.
 
     Example: 100 steps of 1 s, an evaluation of 5 s every 50 steps and one at the start, 3 in all: 15 / 115 = 0.13.
     """
@@ -28,16 +28,18 @@ def fraction(count: int, total_steps: int, evaluation_seconds: float, step_secon
     return evaluating / (evaluating + total_steps * step_seconds)
 
 
-def described(
+def describe_cost(
     config: RunConfig, total_steps: int, epochs: float | None, evaluation_seconds: float, step_seconds: float
 ) -> str:
-    """Describe the cost of evaluations in one line, with what to do where it is much."""
+    """Describe the cost of evaluations in one line; if it is high, name the settings that lower it."""
     count = evaluations(config, total_steps, epochs)
     share = fraction(count, total_steps, evaluation_seconds, step_seconds)
-    several = f"{count} evaluations" if count > 1 else "the evaluation"
-    several = f"{several} of {evaluation_seconds:.1f} s"
-    line = f"{several}: about {100 * share:.0f}% of the run's time ({total_steps:,} steps of {step_seconds:.2f} s)"
-    if share <= MUCH:
+    subject = f"{count} evaluations" if count > 1 else "the evaluation"
+    line = (
+        f"{subject} of {evaluation_seconds:.1f} s: about {100 * share:.0f}% of the run's time "
+        f"({total_steps:,} steps of {step_seconds:.2f} s)"
+    )
+    if share <= MAX_FRACTION:
         return line
     fewer = "evaluate.max_rows=N" if config.evaluate.every == 0 else "evaluate.max_rows=N or a larger evaluate.every"
     generated = (
@@ -50,13 +52,13 @@ def described(
 
 @callback
 class EvaluationCost(Callback):
-    """Reports it once, as soon as an evaluation and a few steps have been timed."""
+    """Reports the cost of evaluations once, as soon as an evaluation and `STEPS` steps have been timed."""
 
     name = "evaluation_cost"
     order = 80
 
     STEPS = 3
-    """Timed steps that it takes to know what a step takes."""
+    """How many timed steps it takes to estimate the duration of a step."""
 
     def __init__(self, config: RunConfig, total_steps: int, epochs: float | None):
         self._config, self._total_steps, self._epochs = config, total_steps, epochs
@@ -94,4 +96,4 @@ class EvaluationCost(Callback):
             return None
         self._reported = True
         step_seconds = sum(self._step_seconds) / len(self._step_seconds)
-        return described(self._config, self._total_steps, self._epochs, self._evaluation_seconds, step_seconds)
+        return describe_cost(self._config, self._total_steps, self._epochs, self._evaluation_seconds, step_seconds)

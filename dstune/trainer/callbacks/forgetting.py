@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @callback
 class Forgetting(Callback):
-    """`forgetting.l2sp` and `forgetting.ewc`."""
+    """Applies `forgetting.l2sp` and `forgetting.ewc`."""
 
     name = "forgetting"
     order = 64

@@ -1,4 +1,4 @@
-"""The peak of memory over all ranks."""
+"""Reports the peak of memory over all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @callback
 class Memory(Callback):
-    """`peak_memory_gib` of the largest rank, over all launches."""
+    """Reports `peak_memory_gib`: the highest peak of any rank, over all launches."""
 
     name = "memory"
     order = 74
@@ -39,7 +39,7 @@ class Memory(Callback):
         return {"peak_memory_gib": round(self._peak, 4)}
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """Keep the peak: memory was taken all the same."""
+        """Keep the peak: undone steps took memory, too."""
 
     def close(self) -> None:
         self._memory.close()

@@ -1,4 +1,4 @@
-"""Stops a run whose loss or gradients are not finite again and again."""
+"""Stops a run whose loss or gradients are repeatedly not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.protocols.callback import CONTINUE, Action, Callback, Request, Run, 
 class NonFinite(Callback):
     """Counts skipped steps and gives up after `trainer.max_nonfinite_steps`.
 
-    An overflow of the fp16 loss scale is part of finding the scale, not a fault, unless the scale cannot fall further.
+    An overflow in fp16 is a normal part of finding the loss scale, and does not count, unless the scale cannot fall further.
     """
 
     name = "nonfinite"
@@ -26,7 +26,7 @@ class NonFinite(Callback):
         self.nonfinite_steps = 0
         """Steps skipped because a loss or gradient was not finite."""
         self.overflow_steps = 0
-        """fp16 steps skipped while the loss scale was found."""
+        """fp16 steps skipped while searching for the loss scale."""
 
     @classmethod
     def for_run(cls, run: Any) -> NonFinite:

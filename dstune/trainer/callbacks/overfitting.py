@@ -1,4 +1,4 @@
-"""Compares the held-out loss with that of training."""
+"""Compares the held-out loss with the training loss."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dstune.protocols import callback, task_of
 from dstune.protocols.callback import CONTINUE, Action, Callback, Evaluation, Request, Run, Step
 
 OVERFITTING = "overfitting"
-"""Where the state's results have `training_loss` (the mean since the evaluation before), `held_out_loss` and `gap`."""
+"""Key in the state's results of `training_loss` (the mean since the previous evaluation), `held_out_loss` and `gap`."""
 
 
 @callback
 class Overfitting(Callback):
-    """Stops where held-out rows have fallen too far behind those that are trained on (`trainer.early_stopping.max_gap`).
+    """Stops the run if the held-out loss is too far above the training loss (`trainer.early_stopping.max_gap`).
 
-    Dropout, and that the weights were still on their way, let the training loss be higher than it would be in evaluation.
+    The training loss is higher than an evaluation of the same rows would be: dropout is on, and earlier weights computed it.
     """
 
     name = "overfitting"
@@ -26,10 +26,10 @@ class Overfitting(Callback):
 
     def __init__(self, config: RunConfig):
         self._limit = config.trainer.early_stopping.max_gap
-        # The loss of embeddings depends on how many texts are compared at once.
+        # Not for embeddings, whose loss depends on how many texts are compared at once.
         self._comparable = task_of(config.task).comparable_loss
         self._loss_sum = self._weight = 0.0
-        """Of training, since the last evaluation."""
+        """Sums over the training steps since the last evaluation."""
 
     @classmethod
     def for_run(cls, run: Any) -> Overfitting:

@@ -1,4 +1,4 @@
-"""Saves and leaves when somebody asks for it: by a signal, a file in the run directory, or the end of the time."""
+"""Saves and ends the launch on request: by a signal, by a file in the run directory, or at the time limit."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from dstune.protocols.callback import CONTINUE, Action, Callback, Request, Run, 
 SAVES_BEFORE_DEADLINE = 3.0
 
 SAME_REQUEST_SECONDS = 1.0
-"""A signal to a whole process group or cgroup reaches a rank twice: directly, and through its launcher."""
+"""Signals within this time count as one: a signal to a process group or cgroup reaches a rank directly and through its launcher."""
 
 
 @callback
 class Preemption(Callback):
-    """A signal (`run.signals`), the end of the time or a file named STOP in the run directory asks for a save after this
-    step and exit 75; a file named SAVE for a save alone, one named PRUNE for the end without a save. A second signal ends
-    at once, unless it comes within `SAME_REQUEST_SECONDS` of the first.
+    """Handles requests to save or to end the run:
 
-    The time is `run.time_limit`, or what SLURM says (SLURM_JOB_END_TIME); the save begins early enough to take
+    - a signal of `run.signals`, the time limit, or a file STOP in the run directory: save after this step, exit with 75;
+    - a file SAVE: save and go on;
+    - a file PRUNE: end without saving;
+    - a second signal: end at once, unless it comes within `SAME_REQUEST_SECONDS` of the first.
+
+    The time limit is `run.time_limit` or SLURM's (SLURM_JOB_END_TIME), whichever comes first. The save begins early enough to take
     `SAVES_BEFORE_DEADLINE` times as long as the last one.
     """
 
@@ -40,7 +43,7 @@ class Preemption(Callback):
     order = 50
 
     def __init__(self, config: RunConfig, started: float, run_dir: Path, *, is_main: bool):
-        """started: by `time.monotonic`, which no change of the clock moves. is_main: the rank that looks for the files
+        """started: by `time.monotonic`, which does not follow changes of the clock. is_main: whether this rank looks for the files
         and removes them."""
         minutes = config.run.time_limit
         self._limits: list[tuple[Callable[[], float], float, str]] = []
@@ -56,7 +59,7 @@ class Preemption(Callback):
         self._received_at = 0.0
         self._was_forwarded = False
         if threading.current_thread() is threading.main_thread():
-            # SIGTERM in any case: that is how the launcher forwards a signal.
+            # Always SIGTERM too, since the launcher forwards every signal as SIGTERM.
             for name in {*config.run.signals, "SIGTERM"}:
                 signal.signal(signal.Signals[name], self._receive)
             take_notices()
@@ -91,12 +94,12 @@ class Preemption(Callback):
 
     def while_waiting(self, run: Run) -> Request:
         self._last_checked = time.monotonic()
-        if self._files:  # the rank that writes what the run leaves behind
+        if self._files:  # only the main rank, which writes the run directory
             refuse_if_superseded()
         if self._received is not None:
             return Request(Action.PREEMPT, f"received {self._first_received(self._received)}")
         for clock, deadline, reason in self._limits:
-            # The next chance is a step away.
+            # The next check comes only after another step.
             if clock() + self._step_seconds + SAVES_BEFORE_DEADLINE * run.state.save_seconds >= deadline:
                 return Request(Action.PREEMPT, reason)
         for file in self._files:
@@ -109,7 +112,7 @@ class Preemption(Callback):
         return CONTINUE
 
     def _first_received(self, name: str) -> str:
-        """Return what the user or the scheduler sent, where the launching process forwarded it."""
+        """Return the name of the signal that the user or scheduler sent, if the launcher forwarded it as SIGTERM; else `name`."""
         try:
             return self._forwarded.read_text() if name == "SIGTERM" else name
         except OSError:

@@ -1,4 +1,4 @@
-"""`trainer.profile_steps`: torch's profiler around some optimizer steps of a launch."""
+"""`trainer.profile_steps`: runs torch's profiler around some optimizer steps of a launch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ROWS = 25
 
 @callback
 class StepProfiler(Callback):
-    """`trainer.profile_steps`: records so many steps of this launch, on every rank, so that none of them waits for one that is
-    slower for being watched.
+    """Records `trainer.profile_steps` steps of this launch. All ranks record the same steps: profiling slows a rank down, and
+    ranks that did not record would wait for it.
 
-    Evaluations and saves are no steps: the recording ends before them and goes on after them with a trace of its own.
-    folder: of the run. message: shows a line; called on rank 0 alone.
+    Evaluations and saves are not recorded: the recording ends before them, and a new trace begins after them.
+    folder: of the run. message: prints a line; called only on rank 0.
     """
 
     name = "profiler"
@@ -44,7 +44,7 @@ class StepProfiler(Callback):
         self._mark: record_function | None = None
         self._steps: list[int] = []
         self._done: profile | None = None
-        """Recorded and not written yet."""
+        """A recording that is not written yet."""
         self._written = self._waits = False
 
     @classmethod
@@ -59,7 +59,7 @@ class StepProfiler(Callback):
             step.timed = False
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
-        # What follows a step after which something was asked for is no step.
+        # If the step has a request, an evaluation, save or the end comes next, not a step.
         self._after_step(pause=bool(step.request.action) or step.number >= run.total_steps)
         return CONTINUE
 
@@ -70,11 +70,11 @@ class StepProfiler(Callback):
 
     @property
     def disturbs(self) -> bool:
-        """Whether the present step is slower for being recorded, or for waiting for a rank that still writes."""
+        """Whether this step is slowed down, by the recording or by waiting for a rank that still writes its trace."""
         return self._recording is not None or self._waits
 
     def _before_step(self, step: int) -> None:
-        """Begin to record before a step. step: from 1, as it is shown."""
+        """Start recording the step with this number, which counts from 1."""
         self._waits, self._written = self._written, False
         if not self._steps_left:
             return
@@ -91,7 +91,7 @@ class StepProfiler(Callback):
         self._mark.__enter__()
 
     def _after_step(self, *, pause: bool) -> None:
-        """Stop after a step. pause: what comes next is none."""
+        """Finish a recorded step; stop recording if it was the last one. pause: no step follows immediately."""
         if self._recording is None or self._mark is None:
             return
         self._mark.__exit__(None, None, None)
@@ -101,7 +101,7 @@ class StepProfiler(Callback):
             self._stop()
 
     def close(self) -> None:
-        """Stop recording, also where the run ends in the middle of what was to be recorded."""
+        """Stop recording and write the trace, even if the run ends before all requested steps were recorded."""
         self._steps_left = 0
         self._stop()
         self.write()
@@ -112,7 +112,7 @@ class StepProfiler(Callback):
             self._recording, self._done = None, recorded
 
     def write(self) -> None:
-        """Write what was recorded, if there is something: a trace and a table for this rank."""
+        """Write the trace and the table of this rank's finished recording, if there is one."""
         recorded, self._done = self._done, None
         if recorded is not None:
             self._written = True
@@ -132,7 +132,8 @@ class StepProfiler(Callback):
             self._message(f"profile of {steps}: {self._folder} (tables, and traces for https://ui.perfetto.dev)")
 
     def _survives(self, action: Callable[[], object]) -> bool:
-        """Return whether `action` is done; a profiler or a disk that fails costs the run its profile and nothing else."""
+        """Run `action`; return whether it succeeded. If the profiler or the disk fails, the run loses its profile and nothing
+        else."""
         try:
             action()
             return True
@@ -144,7 +145,8 @@ class StepProfiler(Callback):
 
 
 def as_table(operations: Iterable[Any], title: str, *, on_gpu: bool) -> str:
-    """Return the most expensive operations as a table, by the time of what they start on the GPU, else by their own on the CPU.
+    """Return the most expensive operations as a table: by the time of the GPU work that they start, or without a GPU by the CPU
+    time that they take themselves.
 
     operations: torch's `FunctionEventAvg`, times in microseconds.
     """

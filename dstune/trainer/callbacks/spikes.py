@@ -1,7 +1,7 @@
-"""A guard against steps whose loss leaps: reported, left out, or undone together with the data that led there.
+"""Guards against steps whose loss spikes: reports them, skips them, or goes back to a checkpoint and skips the data since.
 
 The score is the robust z-score (Iglewicz and Hoaglin 1993): (loss - median) / (1.4826 * median absolute deviation) over the
-losses of the last steps. Mean and standard deviation would be moved by the very spike that they are to find.
+losses of the last steps. Mean and standard deviation would be moved by the very spikes that the score is to find.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Request, Run, Step
 
 SMALLEST_SPREAD = 1e-3
-"""Fraction of the median below which the spread of the losses counts as this: a loss that hardly moves is no reason to act."""
+"""Lower bound of the losses' spread, as a fraction of their median: when losses hardly vary, a small change is no spike."""
 
 DONE = {SpikeAction.warn: "warned", SpikeAction.skip: "skipped", SpikeAction.rollback: "rolled back"}
 
 
 @callback
 class Spikes(Callback):
-    """`trainer.spike`. The same on every rank, since it sees the loss of the global batch only."""
+    """Applies `trainer.spike`. All ranks decide alike, since the loss is that of the global batch."""
 
     name = "spikes"
     order = 60
@@ -61,11 +61,12 @@ class Spikes(Callback):
         return Request(action | Action.FAIL, reason) if reason else Request(action)
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """Keep what was counted: a run that is killed meanwhile comes to the same spike again and does the same."""
+        """Restore the losses of the checkpoint, keep the events, and report what the rewind did about the spike. If the run is
+        killed now and resumed, it meets the same spike again and does the same."""
         event = self._event
         if saved is not None:
-            self._losses = list(saved["losses"])  # the events are still what happened
-        if event is None:  # another callback has asked for it
+            self._losses = list(saved["losses"])  # but not the events: they did happen
+        if event is None:  # another callback asked for the rewind
             return
         if saved is None:
             event["action"] = "skipped"
@@ -80,7 +81,7 @@ class Spikes(Callback):
         return {} if self._event is None else {"spike_z_score": self._event["z_score"]}
 
     def results(self) -> Mapping[str, Any]:
-        """Return how many spikes there were by what was done about them, and each of them."""
+        """Return the number of spikes for each action (warned, skipped, rolled back), and the list of spikes."""
         actions = [event["action"] for event in self.events]
         counts = {name.replace(" ", "_"): actions.count(name) for name in DONE.values()}
         return {"spikes": {**counts, "events": self.events}}
@@ -92,8 +93,8 @@ class Spikes(Callback):
         self._losses, self.events = list(state["losses"]), [dict(event) for event in state["events"]]
 
     def score(self, loss: float) -> float | None:
-        """Return how far `loss` lies above the losses of the steps before, in robust standard deviations; None where there are
-        too few of them, or it is not finite (`NonFinite` counts those)."""
+        """Return how far `loss` lies above the losses of the previous steps, in robust standard deviations; None if there are too
+        few of them, or if `loss` is not finite (`NonFinite` counts those)."""
         if len(self._losses) < self._settings.window // 2 or not math.isfinite(loss):
             return None
         median = statistics.median(self._losses)
@@ -107,7 +108,7 @@ class Spikes(Callback):
         return score is not None and score > self._settings.z_score
 
     def note(self, step: int, loss: float) -> dict[str, Any] | None:
-        """Remember the loss of a step; returns the event where it was a spike."""
+        """Remember the loss of a step; return the event if it was a spike."""
         if self._action is SpikeAction.none:
             return None
         score, spike = self.score(loss), self.is_spike(loss)

@@ -1,4 +1,4 @@
-"""Where the time from the command to the end of the first step goes."""
+"""Measures where the time from the command to the end of the first step goes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ COMMAND, IMPORTS = "command", "imports"
 
 @callback
 class StartupTimer(Callback):
-    """Seconds of this rank since its command was started, by what they were spent on.
+    """Divides the start-up time of this rank into named parts, seconds.
 
-    `command`: until this process was started (composing, checks, the launch; known where dstune started the ranks itself),
-    `imports`: from there to this object, Python's libraries and the meeting with the other ranks. The rest is what `mark` names.
+    `command`: from the start of the command to the start of this process (composition, checks, launch); only known if dstune
+    itself started the ranks. `imports`: from there to the construction of this object (Python's libraries, and joining the other
+    ranks). `mark` names the parts that follow.
     """
 
     name = "startup_timer"
     order = 12
 
     def __init__(self, env: Mapping[str, str] | None = None):
-        """Of this process, from its start on. env: with the process that was the command; None to count from now."""
+        """Start timing at the start of this process. env: names the process of the command. None: start timing now."""
         self._parts: dict[str, float] = {}
         self._over = False
         self._last = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -59,7 +60,7 @@ class StartupTimer(Callback):
         return {"start_seconds": self.seconds}
 
     def mark(self, part: str) -> None:
-        """Add the time since the last mark to this part; parts of one name add up."""
+        """Add the time since the last mark to `part`; parts with the same name add up."""
         if self._over:
             return
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -67,7 +68,7 @@ class StartupTimer(Callback):
         self._last = now
 
     def end(self, part: str) -> None:
-        """Close the timer with the part of the first step, which is done; whatever is marked later does not count."""
+        """Mark the last part, and ignore all later marks."""
         self.mark(part)
         self._over = True
 
@@ -77,11 +78,11 @@ class StartupTimer(Callback):
 
 
 def _started(process: str) -> float | None:
-    """Return when a process of this machine began, in seconds since the machine did; None where that is not known."""
+    """Return when a process of this machine started, in seconds since the machine booted; None if that is not known."""
     if process != "self" and not process.isdigit():
         return None
     try:
-        # Behind the command's name, which may hold anything: the 20th field, in ticks (proc(5), field 22).
+        # proc(5), field 22, in clock ticks. The command's name, field 2, may hold anything, so fields are counted after its ")".
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):

@@ -1,8 +1,9 @@
-"""Which rank is slow. In a step all ranks take equally long, since they wait for each other; so what a rank does without
-the others is timed: the wait for its rows, and the matrix products of one forward pass.
+"""Finds slow ranks.
 
-The products lie between the collectives of every ZeRO stage: hooks on the model's linear layers, put on after DeepSpeed's,
-begin when the weights are there. On GPUs events of the stream are timed, which nobody waits for.
+All ranks take equally long for a step, since they wait for each other in collectives. So this times only what a rank does alone:
+the wait for its rows, and the matrix products of one forward pass. The products contain no collective at any ZeRO stage: the hooks
+that time the linear layers are registered after DeepSpeed's, so they start once the weights are gathered. On GPUs they record
+events in the stream, and no one waits for these.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 SMOOTHING = 0.9
-"""Weight of the past in the running mean: about ten steps, whose rows differ in length from rank to rank."""
+"""Weight of the past in the running mean, which averages over about ten steps: the rows of a single step differ in length from
+rank to rank."""
 RATIO = 1.5
-"""Slowest rank to the median from which on it is worth a word ..."""
+"""A warning is due when the slowest rank takes this many times as long as the median rank ..."""
 PATIENCE = 20
-"""... when it lasted so many steps."""
+"""... for this many steps in a row."""
 
 
 class OwnTime:
-    """Seconds per row element of this rank's own work, as a running mean."""
+    """Measures this rank's own work: seconds per element of its rows (padding included), as a running mean."""
 
     def __init__(self) -> None:
         from dstune.zero import accelerator
@@ -42,7 +44,7 @@ class OwnTime:
         self.mean: float | None = None
 
     def attach(self, module: nn.Module, without: nn.Module | None = None) -> None:
-        """Put the hooks on, behind those that are there. without: a layer whose work differs from rank to rank by design."""
+        """Register the hooks, after those that exist. without: a layer whose work differs from rank to rank by design."""
         from torch import nn
 
         for hook in self._hooks:
@@ -52,16 +54,17 @@ class OwnTime:
                 self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
 
     def start(self, elements: int, waited: float) -> None:
-        """Start timing at the first micro-batch of a step, with its number of elements, padding included, and the time that the
-        step waited for its rows."""
+        """Start timing the first micro-batch of a step. elements: its size, padding included. waited: seconds that the step waited
+        for its rows."""
         self._spans, self._elements, self._waited, self._timing = [], elements, waited, True
 
     def stop(self) -> None:
-        """Stop timing: forward and backward pass are done. (Under activation checkpointing both count.)"""
+        """Stop timing after the backward pass. (Activation checkpointing repeats the forward pass in it; both count.)"""
         self._timing = False
 
     def collect(self) -> float:
-        """Return the running mean after the step that ends; 0.0 where there is none. Waits for nothing: the step is over."""
+        """Return the running mean, including the step that ends now; 0.0 if nothing was timed yet. The step's events are done by
+        now, so this does not wait for the device."""
         if self._spans and self._elements:
             if self._on_gpu:
                 seconds = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
@@ -84,7 +87,7 @@ class OwnTime:
             self._began = self._moment()
 
     def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        # A checkpoint's second forward pass stops at its last saved tensor: a layer may begin and never end.
+        # Activation checkpointing ends its second forward pass at the last tensor that it needs: a layer may begin and never end.
         if self._timing and self._began is not None:
             self._spans.append((self._began, self._moment()))
             self._began = None
@@ -92,7 +95,7 @@ class OwnTime:
 
 @callback
 class Stragglers(Callback):
-    """Compares the ranks after each step; the same on all of them."""
+    """Compares the ranks after each step. Every rank has the same result."""
 
     name = "stragglers"
     order = 76
@@ -100,7 +103,7 @@ class Stragglers(Callback):
     def __init__(self, own: OwnTime | None = None) -> None:
         self._own = own or OwnTime()
         self.ratio, self.rank = 1.0, 0
-        """Slowest rank to the median now, and which one it is."""
+        """How many times as long the slowest rank takes as the median rank, and its number."""
         self._steps = 0
         self._reported = False
 
@@ -109,7 +112,7 @@ class Stragglers(Callback):
         return cls()
 
     def on_train_begin(self, run: Run) -> None:
-        # Where ranks share rows, those with the ends of answers have the targets, and the projection makes the whole loss.
+        # If ranks share rows, the targets are on the ranks with the ends of answers, and so is all the work of the projection.
         shared = run.world.data_parallel_size < run.world.size
         self._own.attach(run.engine.module, without=_projection(run.engine.module) if shared else None)
 
@@ -136,7 +139,7 @@ class Stragglers(Callback):
         return {"slowest_rank": {"rank": self.rank, "to_median": round(self.ratio, 3)}}
 
     def compare(self, means: Sequence[float]) -> str:
-        """Compare the `means` of all ranks; return a warning, once, where one has been slow for long."""
+        """Compare the `means` of all ranks; return a warning, only once, if one rank has been slow for `PATIENCE` steps."""
         median = statistics.median(means)
         if not median:
             return ""
@@ -152,6 +155,6 @@ class Stragglers(Callback):
 
 
 def _projection(module: nn.Module) -> nn.Module | None:
-    """Return the vocabulary projection of a model, or of the one that adapters are on."""
+    """Return the model's vocabulary projection; if it has an adapter, the layer inside of the adapter."""
     projection = getattr(module, "get_output_embeddings", lambda: None)()
     return getattr(projection, "base_layer", projection)

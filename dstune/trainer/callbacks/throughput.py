@@ -1,4 +1,4 @@
-"""How fast a run is: tokens, positions and targets a second, and the utilization of its devices."""
+"""Measures how fast a run is: tokens, positions and targets per second, and the utilization of its devices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from dstune.trainer.utilization import Utilization
 
 POSITIONS, TARGETS, FLOPS = "positions", "targets", "flops"
-"""Of a step: positions computed, tokens that count in the loss, floating-point operations needed."""
+"""Names of a step's counts: positions computed, tokens that count in the loss, floating-point operations needed."""
 
 
 @callback
 class Throughput(Callback):
-    """Of each step, and of all timed ones: without evaluation, saving, profiled steps and each launch's first two."""
+    """Reports the speed of each step, and of all timed steps together: those without evaluation, saving and profiling, except the
+    first two of each launch."""
 
     name = "throughput"
     needs_loss_at_step_end = False
@@ -26,13 +27,13 @@ class Throughput(Callback):
     def __init__(self, utilization: Utilization):
         self._utilization = utilization
         self._local: dict[str, float] = {}
-        """This rank's use of the present step."""
+        """This rank's counts of the current step."""
         self._used: dict[str, float] = {}
-        """Of all ranks."""
+        """Counts of the current step over all ranks."""
         self._capacity = 0.0
         self.timed = {"tokens": 0, "seconds": 0.0, "flops": 0.0, "capacity": 0.0}
-        """Of the timed steps; of those among them whose utilization is known, the operations that they needed and that the
-        ranks could have done. Not the rate, since a launch may have other devices than the one before."""
+        """Sums over the timed steps. `flops` (operations needed) and `capacity` (operations that the ranks could have done) are of
+        the steps whose utilization is known. Sums, not a rate, since the next launch may have other devices."""
 
     @classmethod
     def for_run(cls, run: Any) -> Throughput:
@@ -42,7 +43,7 @@ class Throughput(Callback):
         counted = step.batch.counted
         flops = self._utilization.flops(counted, run.engine.frozen_groups)
         used = {POSITIONS: counted.positions, TARGETS: counted.targets, FLOPS: flops}
-        # Ranks that share rows have counted the same ones.
+        # Ranks that share rows have all counted the same rows.
         world = run.world
         self._local = {name: value * world.data_parallel_size / world.size for name, value in used.items()}
         return CONTINUE
@@ -73,16 +74,16 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None where no step was timed."""
+        """Tokens per second over the timed steps; None if no step was timed."""
         return self.timed["tokens"] / self.timed["seconds"] if self.timed["seconds"] else None
 
     @property
     def utilization(self) -> float | None:
-        """None where it is known of no timed step."""
+        """Fraction of the devices' capacity that the timed steps used; None if it is not known for any of them."""
         return self.timed["flops"] / self.timed["capacity"] if self.timed["capacity"] else None
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """Keep the counts: the time was spent all the same."""
+        """Keep the counts: undone steps took time, too."""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.timed)
@@ -92,7 +93,7 @@ class Throughput(Callback):
 
 
 def rates(used: Mapping[str, float], seconds: float, capacity: float) -> dict[str, float]:
-    """Return the metrics of a step that needed `used` over all ranks; without those that are not known."""
+    """Return the metrics of a step with the counts `used` over all ranks, except those that are not known."""
     metrics = {"positions_per_second": used[POSITIONS] / seconds, "targets_per_second": used[TARGETS] / seconds}
     if capacity:
         metrics["utilization"] = used[FLOPS] / capacity

@@ -1,4 +1,4 @@
-"""Lets more and more parts of a model train."""
+"""Unfreezes the layers of a model step by step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @callback
 class GradualUnfreezing(Callback):
-    """Of a method whose parts begin to train one after another."""
+    """Runs the schedule of a method that unfreezes one group of layers after another."""
 
     name = "unfreezing"
     order = 62

@@ -1,7 +1,7 @@
-"""Ends a rank that makes no progress, with its Python stacks in the log, instead of a silent wait for a time-out.
+"""Ends a rank that makes no progress, with its Python stacks in the log, instead of waiting silently for a time-out.
 
-One rank that hangs makes all of them wait, and the launcher gets the stacks of those that are not asked in time, or cannot
-run at all, by a signal (`answer_with_stacks`).
+If one rank hangs, all others wait for it. The launcher uses a signal (`answer_with_stacks`) to get the stacks of the ranks whose
+watchdog does not end them in time, or cannot run at all.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
 
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-"""Parts of the paths of the files in which a rank waits for others."""
+"""Parts of file paths: a rank with such a file on its stack waits for other ranks."""
 
 LAST_WORDS_SECONDS = 2.0
-"""Between the stacks and the end: the other ranks stall at about the same time, and shall get to print theirs."""
+"""Pause between printing the stacks and exiting. The other ranks stall at about the same time, and get to print theirs."""
 
 
 def position() -> str:
-    """Return where the main thread is: the collective that it waits in, or the line of its program."""
+    """Describe where the main thread is: the collective that it waits in, or its line in dstune's code."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         name = frame.f_code.co_name
@@ -46,31 +46,33 @@ def position() -> str:
 
 
 PATIENCE = 10
-"""How many times longer a phase without steps may take: saving, going back to a checkpoint, measuring a split."""
+"""A phase without steps (saving, going back to a checkpoint, measuring a split) may take this many times longer."""
 AUTO_SECONDS = 1800.0
-"""With `trainer.stall_seconds=auto`, the limit of what is not measured: evaluations, generation, the first steps."""
+"""With `trainer.stall_seconds=auto`, the limit of everything whose duration is unknown: evaluation, generation, the first steps."""
 AUTO_STEPS, AUTO_LEAST_SECONDS, AUTO_FACTOR = 100, 120.0, 20.0
-"""A step that is measured may take AUTO_FACTOR times the slowest of the last AUTO_STEPS steps."""
+"""With `auto`, a step may take AUTO_FACTOR times as long as the slowest of the last AUTO_STEPS steps, at least
+AUTO_LEAST_SECONDS."""
 AUTO_AFTER_STEPS = 3
-"""Steps of a launch that are slow for their own reasons: the first collectives, compiled kernels, allocators."""
+"""The first steps of a launch do not count: first collectives, compilation and allocators slow them down."""
 
 
 @dataclass(frozen=True)
 class _Watched:
-    """One object, so that the watching thread never holds the wait of one thing against the limit of another."""
+    """The activity that is watched. Replaced as one object, so that the watching thread never compares the start of one activity
+    with the limit of another."""
 
     since: float
     limit: float
     doing: str
     setting: str
-    """Where the limit comes from."""
+    """The setting that the limit comes from, for the error."""
 
 
 @callback
 class Watchdog(Callback):
-    """A thread that ends this process when nothing was reported for `seconds`; 0 never does.
+    """Ends this process, from a thread, if it has reported no progress for `seconds`; 0 turns it off.
 
-    It sleeps until the training begins, and is patient in phases that have no steps.
+    It does nothing before the first report, and allows more time in phases that have no steps.
     """
 
     name = "watchdog"
@@ -84,8 +86,8 @@ class Watchdog(Callback):
         *,
         measures: bool = True,
     ):
-        """seconds: None follows the time of steps, unless a debugger may hold them (not `measures`). report: hands the reason
-        to whoever started the rank."""
+        """seconds: None derives the limit from the duration of steps, if `measures`; a debugger, which may pause a step, needs it
+        off. report: passes the error on to the process that started the rank."""
         self._seconds, self._rank, self._report = AUTO_SECONDS if seconds is None else seconds, rank, report
         self._setting = "trainer.stall_seconds" + "=auto" * (seconds is None)
         self._steps: deque[float] | None = deque(maxlen=AUTO_STEPS) if seconds is None and measures else None
@@ -139,7 +141,7 @@ class Watchdog(Callback):
 
     @contextmanager
     def around(self, phase: str) -> Iterator[None]:
-        """Allow PATIENCE times as long: a rank that hangs in it is found all the same."""
+        """Allow the phase PATIENCE times the limit, so that a rank that hangs in it is ended too."""
         watched_before = self._watched
         limit, setting = self._seconds * PATIENCE, f"{PATIENCE} times {self._setting}"
         self._watched = _Watched(time.monotonic(), limit, phase, setting)
@@ -190,5 +192,5 @@ def _files(frame: FrameType, depth: int = 6) -> list[str]:
 
 
 def answer_with_stacks() -> None:
-    """Let SIGQUIT print the stacks of this process from now on, even while it waits in native code."""
+    """Make SIGQUIT print the stacks of this process, even while it waits in native code."""
     faulthandler.register(signal.SIGQUIT, file=sys.__stderr__ or sys.stderr, all_threads=True)
