@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
 
 RECORD = "pruning.json"
-"""Beside the model: what it was cut from, and how."""
+"""File beside the pruned model that records its origin and what was removed."""
 TOLERANCE = 1e-3
-"""Of logits of the saved model against those of the one in memory, relative to the largest."""
+"""Largest accepted difference between the logits of the saved model and of the one in memory, relative to the largest logit."""
 
 DESCRIPTION = """\
 Cut a smaller model from a decoder: --layers keeps so many of its layers, --feed-forward so many neurons of each feed-forward block.
@@ -73,7 +73,7 @@ def _needs_rows(arguments: argparse.Namespace) -> bool:
 
 
 def _configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
-    """Compose model and rows, in place. Raises UserError."""
+    """Compose the configuration of the model and the rows that choose layers or neurons. Raises UserError."""
     from dstune.config.compose import compose
     from dstune.config.validate import validate
     from dstune.launch import preflight
@@ -83,7 +83,7 @@ def _configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> R
             [*overrides, "data=chitchat"] if not any(word.startswith("data") for word in overrides) else overrides
         )
     elif not any(word.startswith("data") for word in overrides):
-        reason = "what rows make of the model decides what stays"
+        reason = "choosing by influence or by neurons needs rows to run the model on"
         raise UserError(Problem("data.train", reason, "data.train=FILE, with task=causal_lm for plain texts"))
     composed = compose([f"model.path={arguments.model}", "data.packing=false", *overrides])
     validate(composed.config)
@@ -99,7 +99,7 @@ def _silent(text: str) -> None:
 
 
 def prune(config: RunConfig, arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """Write the smaller model; what `pruning.json` says of it. Raises UserError."""
+    """Write the smaller model; return the content of its `pruning.json`. Raises UserError."""
     import torch
 
     from dstune.compression import cut
@@ -151,7 +151,7 @@ def _kept_layers(arguments: argparse.Namespace, layers: int) -> list[int]:
 
 
 def _samples(config: RunConfig, tokenizer: Any, count: int) -> Iterator[torch.Tensor]:
-    """Yield token ids of so many training rows, evenly spaced."""
+    """Yield the token ids of `count` evenly spaced training rows, int64 [tokens]."""
     import numpy as np
     import torch
 
@@ -165,7 +165,7 @@ def _samples(config: RunConfig, tokenizer: Any, count: int) -> Iterator[torch.Te
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Write the model, and read it back: the folder is there only if it answers as the model in memory does."""
+    """Write the model and read it back; `folder` appears only if the written model computes the same as the one in memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -181,9 +181,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> N
         ).logits
     difference = float((expected - reloaded_logits).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
-        reason = f"the saved model does not compute what the one in memory does (logits differ by {difference:.1%})"
+        reason = f"the saved model computes other logits than the one in memory (they differ by {difference:.1%})"
         raise UserError(
-            Problem("MODEL", reason, "another model: what its layers are is not known here", record["model"])
+            Problem("MODEL", reason, "another model: dstune cannot prune this architecture", record["model"])
         )
     temporary.rename(folder)
 

@@ -1,4 +1,4 @@
-"""Which layers and neurons of a decoder to keep, and the model without the others."""
+"""Chooses the layers and neurons of a decoder to keep, and removes the others."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def evenly_spaced(layers: int, count: int) -> list[int]:
-    """Return numbers of `count` of the layers, the first and the last among them."""
+    """Return the numbers of `count` evenly spaced layers, including the first and the last."""
     if count == 1:
         return [0]
     return [round(number * (layers - 1) / (count - 1)) for number in range(count)]
 
 
 def most_influential(influences: Sequence[float], count: int) -> list[int]:
-    """Return numbers of the `count` layers that change their input most, in order."""
+    """Return the numbers of the `count` layers that change their input most, in ascending order."""
     return sorted(sorted(range(len(influences)), key=lambda layer: -influences[layer])[:count])
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder's layers. Raises UserError where the model is no plain decoder."""
+    """Return the decoder's layers. Raises UserError if the model is not a plain decoder."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if len(lists) != 1 or model.config.is_encoder_decoder:
-        reason = f"{type(model).__name__} is no decoder with one list of layers"
+        reason = f"{type(model).__name__} is not a decoder with a single list of layers"
         raise UserError(Problem("MODEL", reason, "a causal language model"))
     return lists[0]
 
 
 @torch.no_grad()
 def influences_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[float]:
-    """Return how much each layer turns the hidden states of the samples: 1 - the mean cosine of what goes in and what comes out
-    (block influence: Men et al. 2024, arXiv:2403.03853, equation 1). samples: token ids [tokens]."""
+    """Return the block influence of each layer: 1 - the mean cosine of its input and its output, over the tokens of the samples
+    (Men et al. 2024, arXiv:2403.03853, equation 1). samples: token ids [tokens]."""
     blocks = blocks_of(model)
     turned, count = torch.zeros(len(blocks), dtype=torch.float64), 0
 
@@ -66,8 +66,8 @@ def influences_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[flo
 
 @torch.no_grad()
 def activations_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[Tensor]:
-    """Return for each layer the mean magnitude of each feed-forward neuron over the samples (Muralidharan et al. 2024,
-    arXiv:2407.14679, section 2.2), fp64 [neurons].
+    """Return, for each layer, the mean magnitude of each feed-forward neuron over the tokens of the samples, fp64 [neurons]
+    (Muralidharan et al. 2024, arXiv:2407.14679, section 2.2).
 
     Raises:
         UserError: a layer has no gated feed-forward block.
@@ -88,7 +88,7 @@ def activations_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[Te
 
 
 def feed_forward_of(block: nn.Module) -> Any:
-    """Return the one gated feed-forward block of a layer. Raises UserError."""
+    """Return the gated feed-forward block of a layer. Raises UserError if the layer does not have exactly one."""
     blocks = [
         module
         for module in block.modules()
@@ -96,12 +96,14 @@ def feed_forward_of(block: nn.Module) -> Any:
     ]
     if len(blocks) != 1:
         reason = f"a layer has {len(blocks)} feed-forward blocks with {', '.join(GATED)}"
-        raise UserError(Problem("--feed-forward", reason, "leave it out, or a model as Llama, Qwen, Gemma or Mistral"))
+        raise UserError(
+            Problem("--feed-forward", reason, "leave it out, or use a model like Llama, Qwen, Gemma or Mistral")
+        )
     return blocks[0]
 
 
 def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> None:
-    """Leave only the layers of these numbers, and what its configuration says of each layer."""
+    """Remove all layers except those with these numbers, also from the lists in the configuration that have an entry per layer."""
     blocks = blocks_of(model)
     layer_count = len(blocks)
     remaining = [blocks[number] for number in numbers]
@@ -115,7 +117,8 @@ def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> None:
 
 
 def keep_neurons(model: PreTrainedModel, activations: Sequence[Tensor], count: int) -> None:
-    """Leave the `count` most active neurons of each feed-forward block. activations: of the layers that there are."""
+    """Remove all but the `count` most active neurons of each feed-forward block. activations: of each remaining layer, as from
+    `activations_of`."""
     for block, active in zip(blocks_of(model), activations, strict=True):
         indices = active.topk(count).indices.sort().values
         feed_forward = feed_forward_of(block)

@@ -18,7 +18,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
 
 NOT_TRAINED_ON = ("mps", "mtia", "meta")
-"""Accelerators on which DeepSpeed does not partition: runs on a Mac train on its CPU."""
+"""Accelerators on which DeepSpeed cannot partition: on a Mac, runs train on the CPU."""
 
 
 def kind() -> str:

@@ -39,9 +39,11 @@ Loss = Callable[[Callable[..., Any], Batch], Any]
 
 
 def _announce_borrowed_weights(model: nn.Module) -> None:
-    """Register with ZeRO-3 the modules that read another module's weight without calling that module: peft's
-    `TrainableTokensLayer`, which trains rows of a vocabulary, reads the weight of its base layer, which would still be
-    partitioned. DeepSpeed detects such a read by itself the first time only."""
+    """Register with ZeRO-3 the modules that read another module's weight without calling that module.
+
+    peft's `TrainableTokensLayer`, which trains rows of a vocabulary, reads the weight of its base layer, which would still be
+    partitioned. DeepSpeed itself detects such a read only the first time.
+    """
     import deepspeed
 
     for module in model.modules():
@@ -64,8 +66,9 @@ def _without_overflow_message() -> Iterator[None]:
 
 
 def _aliases_of_frozen(model: nn.Module) -> list[str]:
-    """Return the further names of frozen parameters in the module's state: a vocabulary projection that is tied to the embedding.
-    DeepSpeed leaves out frozen parameters by their first name alone, so a save of SmolLM2 would be 57 MB larger."""
+    """Return the second names of tied frozen parameters in the module's state, for example of a vocabulary projection that is tied
+    to the embedding. DeepSpeed leaves out frozen parameters only under their first name: a save of SmolLM2 would be 57 MB
+    larger."""
     parameter_by_name = dict(model.named_parameters())
     frozen = {id(parameter) for parameter in parameter_by_name.values() if not parameter.requires_grad}
     state = model.state_dict(keep_vars=True)
@@ -135,10 +138,8 @@ class Engine:
                 handle_layers_whole(model)
         self.swaps = swap.device(settings) == "nvme"
         """Whether optimizer states are on a disk, with only a part of them in memory at a time."""
-        shares = [
-            -(-full_count(parameter) // world.size) for parameter in model.parameters() if parameter.requires_grad
-        ]
-        swap.check_disk_space(settings, shares, self._moments, world)
+        trained_counts = [full_count(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        swap.check_disk_space(settings, [-(-count // world.size) for count in trained_counts], self._moments, world)
         self._engine = self._initialize(model, groups or [], settings)
         if self.stage == 3 and optimizer is not None:
             gather_persistent_together(self._engine.optimizer)
@@ -157,9 +158,9 @@ class Engine:
         self._frozen_groups: set[int] = set()
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._has_checked_swap = not self.swaps
-        """Whether it has been checked that the disk took all states."""
-        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._first_gradients = swap.FirstGradients(trained) if self.swaps else None
+        """Whether the first update has been checked to have written all states to the disk."""
+        trained_by_name = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._first_gradients = swap.FirstGradients(trained_by_name) if self.swaps else None
         self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
 
     def _initialize(self, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
@@ -171,8 +172,8 @@ class Engine:
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=self.slices)
         if self.stage == 0 and engine.dp_world_size == 1:
-            # To average over one rank, DeepSpeed would copy all gradients into one buffer and back: 0.4 of the 1.4 s of a backward
-            # pass of SmolLM2-135M over 102 tokens. The step before it, which fills in zeros for missing gradients, stays.
+            # To average over a single rank, DeepSpeed copies all gradients into one buffer and back: 0.4 of the 1.4 s of a backward
+            # pass of SmolLM2-135M over 102 tokens. Its preceding step, which fills missing gradients with zeros, stays.
             engine._reduce_non_expert_gradients = lambda grads, elements_per_buffer: None
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
@@ -260,7 +261,7 @@ class Engine:
         if scaler:  # a veto is no overflow: it must not lower the loss scale
             vars(self._engine.optimizer.loss_scaler).update(scaler)
         applied = self._engine.was_step_applied()
-        norm_read = None if self._fp16 or not applied else reads.last  # with fp16 it still has the loss scale in it
+        norm_read = None if self._fp16 or not applied else reads.last  # in fp16, the loss scale is still in that norm
         norm = float(self._engine.get_global_grad_norm()) if norm_read is None else norm_read
         if applied and not self._has_checked_swap:
             swap.check_written(self._engine.optimizer, self._world)
@@ -303,8 +304,8 @@ class Engine:
         return len(self._frozen_groups)
 
     def freeze(self, names: Collection[str]) -> None:
-        """Keep the named parameters unchanged, to the bit, until `unfreeze`. They have to make up complete groups of the
-        optimizer. (They cannot be frozen before the engine is built: DeepSpeed would never train them.)"""
+        """Keep the named parameters unchanged, to the bit, until `unfreeze`. They must make up complete groups of the optimizer.
+        (Freezing them before the engine is built would not do: DeepSpeed would never train them.)"""
         for number in self._groups_with(names):
             self._frozen_groups.add(number)
             self._require_gradients(number, False)
@@ -312,8 +313,8 @@ class Engine:
     def unfreeze(self, names: Collection[str], *, fresh: bool) -> None:
         """Train the named parameters from the next update on.
 
-        fresh: restart the optimizer's step count for them. It ran on while they were frozen and had no moments, so AdamW would
-        not correct the bias of their first moments: its first step would be a third as large.
+        fresh: restart the optimizer's step count for them. It ran on while they were frozen and got no moments, so AdamW would not
+        correct the bias of their first moments: its first step would be a third as large.
         """
         for number in self._groups_with(names):
             self._frozen_groups.discard(number)
@@ -325,7 +326,7 @@ class Engine:
         chosen_names = set(names)
         numbers = [number for number, group in enumerate(self._group_names) if chosen_names & set(group)]
         assert chosen_names == {name for number in numbers for name in self._group_names[number]}, (
-            "only a part of a group"
+            "parameters can only be frozen and unfrozen in complete groups"
         )
         return numbers
 
@@ -335,7 +336,7 @@ class Engine:
 
     @contextmanager
     def _all_trained(self) -> Iterator[None]:
-        """Mark all parameters as trained: DeepSpeed saves one that needs no gradient as never trained."""
+        """Mark all parameters as trained within the block: DeepSpeed saves one that needs no gradient as if never trained."""
         for number in self._frozen_groups:
             self._require_gradients(number, True)
         try:
@@ -350,8 +351,8 @@ class Engine:
         """Call `change(partition, gradient, group)` for each partition that this rank updates, before every optimizer step.
 
         gradient: of the step's mean loss, after clipping; a vector of the size of `partition.elements` that may be changed in
-        place. group: the optimizer's parameter group, with `lr` and `weight_decay`. Each element of each trained parameter
-        comes once over all ranks; at stage 0 once on every rank.
+        place. group: the optimizer's parameter group, with `lr` and `weight_decay`. Over all ranks, each element of each trained
+        parameter is passed once; at stage 0, once on every rank.
         """
         partitions = {id(partition.key): partition for partition in self.partitions()}
 
@@ -384,7 +385,7 @@ class Engine:
     def assemble(self, name: str, fragment: tuple[int, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
         """Assemble a parameter-sized tensor, as a vector that is the same on every rank, from the fragments of all ranks.
 
-        fragment: this rank's (first element, values); None if it has nothing of it. Every rank must call this.
+        fragment: this rank's (first element, values); None if the rank has none of its elements. Every rank must call this.
         """
         whole = torch.zeros(full_count(self._parameters[name]), dtype=dtype, device=self.device)
         if fragment is not None and (self.stage > 0 or self._world.is_main):
@@ -397,8 +398,8 @@ class Engine:
         """Train only those entries of these parameters whose mask is true; all other entries keep every bit.
 
         masks: bool tensors of the parameters' full size, by name. Gradients of masked-out entries are zeroed before the
-        reduction, so these have no moments and no share in the norm; weight decay is taken from the optimizer and applied
-        here. Masks cost one bit an entry on every rank.
+        reduction, so these entries have no moments and no share in the norm. Weight decay is turned off in the optimizer and
+        applied here. Masks take one bit per entry on every rank.
         """
         zero_gradients(self._parameters, masks, self.device)
         assert self._optimizer is not None
@@ -472,19 +473,19 @@ class Engine:
 
     def checkpoint_bytes(self, *, weights_only: bool = False) -> int:
         """Estimate how many bytes `save` writes over all ranks: fp32 weights, optimizer states and the module's weights.
-        weights_only: how many `save_weights` writes."""
-        elements = self.trained_count * (1 if self.slices is None else self.slices.parts)
+        weights_only: estimate for `save_weights` instead."""
+        parts = 1 if self.slices is None else self.slices.parts
+        elements = self.trained_count * parts
         if weights_only:
             return 4 * elements
         in_module = 0 if self.stage == 3 else next(iter(self._trained)).element_size()
-        parts = 1 if self.slices is None else self.slices.parts
         return elements * (in_module + (0 if self.stage == 0 else 4)) + round(parts * self._state_bytes)
 
     def save(self, directory: Path, tag: str, *, background: bool = False) -> Save:
         """Write this rank's shards into `directory/tag`, which must exist. Every rank must call it.
 
-        An error of the disk is in the returned save's `error`. background: the caller has a thread `work_off` the returned
-        save; the next `update` waits until that has copied the states.
+        If the disk fails, the reason is in the returned save's `error`. background: the caller must run `work_off` of the returned
+        save in a thread; the next `update` waits until it has copied the states.
         """
         if self.swaps:
             assert not background, "states on a disk are never all in memory"
@@ -504,7 +505,7 @@ class Engine:
         return save
 
     def save_weights(self, directory: Path, tag: str, *, background: bool = False) -> Save:
-        """Save like `save`, but only the trained weights and the buffers, as safetensors. No rank waits for another one."""
+        """Save like `save`, but only the trained weights and the buffers, as safetensors. No rank waits for another."""
         return self._save_pieces(directory, tag, background=background)
 
     def _save_pieces(self, directory: Path, tag: str, *, states: bool = False, background: bool = False) -> Save:
@@ -552,8 +553,8 @@ class Engine:
         self._files.read_ahead([])
 
     def restore(self, source: Source) -> None:
-        """Load a checkpoint that another number of ranks wrote, or another stage, or with other slices. The optimizer's states
-        are left out if they depend on the layout (`why_no_other_layout`). Every rank must call it."""
+        """Load a checkpoint that was written by another number of ranks, at another stage or with other slices. Optimizer states
+        that depend on the layout are not loaded (`why_no_other_layout`). Every rank must call it."""
         self._files.read_ahead([])
         rank_source = source if self.slices is None else SlicedSource(source, self.slices)
         states = self._optimizer is None or not self._optimizer.why_no_other_layout

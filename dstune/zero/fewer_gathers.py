@@ -13,12 +13,12 @@ SEQUENTIAL_DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", 
 
 
 def handle_layers_whole(model: nn.Module) -> None:
-    """Let ZeRO-3 gather and release each decoder layer at once, not module by module. With these fewer, larger messages a step of
-    SmolLM2-135M on two CPU ranks is up to a sixth shorter (docs/performance.md).
+    """Let ZeRO-3 gather and release each decoder layer as a unit, not module by module. Fewer, larger messages make a step of
+    SmolLM2-135M on two CPU ranks up to a sixth shorter (docs/performance.md).
 
-    DeepSpeed reduces such a layer's gradients when that of its input is there, and takes those that are not there by then for
-    zeros. torch says so too early of a layer whose input has no gradient: the first one above a frozen embedding, which gets one
-    here. Only for decoders of `SEQUENTIAL_DECODERS` whose layers all train something.
+    DeepSpeed reduces such a layer's gradients as soon as the gradient of its input is known, and takes missing ones for zeros. If
+    the input needs no gradient, torch reports it too early. That is the case for the first layer above a frozen embedding, whose
+    input is made to need a gradient here. Only for decoders of `SEQUENTIAL_DECODERS` whose layers all train something.
     """
     from deepspeed.utils import set_z3_leaf_module
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,13 +29,16 @@ def handle_layers_whole(model: nn.Module) -> None:
     if kind not in SEQUENTIAL_DECODERS or not layers or not all(train):
         return
     for layer in layers:
-        layer.register_forward_pre_hook(_give_input_a_gradient)
+        layer.register_forward_pre_hook(_require_input_gradient)
         set_z3_leaf_module(layer, True)
 
 
 def gather_persistent_together(optimizer: Any) -> None:
-    """Let what ZeRO-3 leaves whole on every rank come in one message after an update, in place of one for each parameter: 420 of
-    them for LoRA on SmolLM2-135M, 0.26 s of a step of 4.2 on two CPU ranks. optimizer: DeepSpeed's of stage 3."""
+    """Gather the persistent parameters, which ZeRO-3 keeps complete on every rank, in one message after an update.
+
+    DeepSpeed sends one message per parameter: 420 for LoRA on SmolLM2-135M, 0.26 s of a step of 4.2 s on two CPU ranks.
+    optimizer: DeepSpeed's of stage 3.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     persistent = optimizer.persistent_parameters
@@ -56,8 +59,8 @@ def gather_persistent_together(optimizer: Any) -> None:
 
 
 def wait_for_copies_only() -> None:
-    """Let a single rank wait for copies from the host's memory only: what DeepSpeed gathers there is a view of whole weights,
-    and yet it waits for the device in each layer. Does nothing the second time."""
+    """Let a single rank wait only for copies from host memory. On one rank DeepSpeed "gathers" views of complete weights, but still
+    waits for the device in each layer. Does nothing the second time."""
     from deepspeed.runtime.zero import partition_parameters
 
     for name in ("NoGatherHandle", "NoGatherCoalescedHandle"):
@@ -86,7 +89,7 @@ def _waits_for_copies(original: Callable[..., None], name: str, available: Any) 
     return wait
 
 
-def _give_input_a_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _require_input_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
     hidden = inputs[0]
     if torch.is_grad_enabled() and not hidden.requires_grad:
         hidden.requires_grad_()

@@ -1,10 +1,10 @@
 """Makes DeepSpeed read the norm of a step's gradient from the device only once, together with other scalars of the step.
 
-DeepSpeed itself reads it again for every group of the optimizer, and each time the host waits for the device. Marking a norm that
-is not finite also needs no copy from the host here.
+DeepSpeed itself reads the norm again for every group of the optimizer, and each time the host waits for the device. The
+replacement also marks a norm that is not finite without a copy from the host.
 
-What is computed is the same to the bit. The functions are replaced in DeepSpeed's modules where they are called; a version that
-has other ones is left as it is, and waits more often (`tests/placement` counts).
+Results are the same to the bit. The two functions are replaced in all of DeepSpeed's modules that call them. A version of
+DeepSpeed without these functions is not changed, and waits more often (`tests/placement` counts).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class NormReads:
         """Values of `begin_step`'s scalars that are on the same device as the norm."""
 
     def begin_step(self, scalars: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Forget the norm of the previous step. scalars: to read together with the norm, which waits for the device anyway."""
+        """Forget the norm of the previous step. scalars: read together with the norm, which waits for the device anyway."""
         self._norm = self._value = None
         self._scalars, self.beside = scalars or {}, {}
 
     def value(self, norm: torch.Tensor) -> float:
-        """Return the value of `norm`; it is read from the device only if it is another tensor than last time, or has changed."""
+        """Return the value of `norm`, reading it from the device only if the tensor is a different one than last time or has
+        changed."""
         if self._norm is not norm or self._version != norm._version:
             self._norm, self._version, self._value = norm, norm._version, self._read(norm)
         assert self._value is not None

@@ -21,7 +21,7 @@ def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
     parameters: list[Any] = list(module.parameters())
     for parameter in parameters:
         parameter.ds_active_sub_modules.clear()
-    # The first of them begins a pass, and compares with the other ranks where none was recorded yet.
+    # `fwd_pre_hook` begins a pass; as long as none is recorded, it compares with the other ranks.
     for hook in [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]:
         hook.remove()
     offload.forward_hooks, offload.backward_hooks = [], []

@@ -21,7 +21,8 @@ class UsesMatrices(Protocol):
 
 
 class Matrices:
-    """The complete matrices behind partitions. Every rank builds one, and calls `change` for the same partitions in turn."""
+    """Assembles the complete matrices of partitions. Every rank builds one, and calls `change` for the same partitions in the same
+    order."""
 
     def __init__(
         self, partitions: Sequence[Partition], shapes: Mapping[str, torch.Size], world: World, device: torch.device
@@ -34,9 +35,10 @@ class Matrices:
         """For each rank, how many elements it has of each parameter, in the order of the ranks."""
 
     def change(self, key: Tensor, values: Tensor, of_matrix: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return `of_matrix` of each complete matrix, of which `values` has this rank's elements, in the layout of `key`.
+        """Apply `of_matrix` to each complete matrix; return this rank's elements of the results, in the layout of `key`.
 
-        Works on as many matrices at a time as there are ranks: each matrix is sent in pieces to one rank, and comes back in pieces.
+        values: this rank's elements of the matrices. As many matrices are processed at a time as there are ranks: the ranks send
+        their pieces of each matrix to one rank, which computes and sends the pieces back.
         """
         partition, size = self._partitions[id(key)], self._world.size
         changed = torch.zeros_like(values)

@@ -55,7 +55,7 @@ def resolve(config: RunConfig) -> Precision:
 
 
 def set_arithmetic(trainer: TrainerConfig) -> None:
-    """Apply `trainer.tf32` and `trainer.deterministic` to this process, before its first product of matrices."""
+    """Apply `trainer.tf32` and `trainer.deterministic` to this process. Call it before the first matrix product."""
     if trainer.tf32 and accelerator.present():
         torch.set_float32_matmul_precision("high")
     if trainer.deterministic:

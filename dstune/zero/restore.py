@@ -1,8 +1,8 @@
 """Restores complete parameters and their optimizer states into the partitions of a running engine.
 
 This is how a run continues on another number of ranks or at another ZeRO stage. Every rank reads the elements of its own
-partitions by parameter name, so there is no converted copy of the checkpoint, and no rank holds more than its share and
-one parameter. DeepSpeed's universal checkpoints need such a copy, share one step counter between all sub-groups at stage 3,
+partitions by parameter name. So there is no converted copy of the checkpoint, and no rank holds more than its share and one
+parameter. DeepSpeed's universal checkpoints need such a copy, share one step counter between all sub-groups at stage 3,
 give every group the first group's hyperparameters, and cannot go from stage 2 to stage 3 or back.
 """
 
@@ -65,7 +65,7 @@ class Partition:
     elements: Tensor
     """The memory of `key` as a vector."""
     like: str
-    """A parameter of the group, whose counters (`step`) are also the partition's."""
+    """Name of a parameter of the group; its counters (`step`) are also the partition's."""
     fragments: list[Fragment]
     names: list[str]
     """Names of all parameters of its group or sub-group, in the same order on every rank."""
@@ -83,7 +83,7 @@ def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool 
         wrapper.checkpoint_event_prologue()
     inner: torch.optim.Optimizer = wrapper if stage == 0 else wrapper.optimizer
     with torch.no_grad():
-        # One after the other: if states are on a disk, a partition is in memory only until the next one.
+        # Strictly one after the other: if states are on a disk, a partition is in memory only until the next one is requested.
         for number, partition in enumerate(_partitions(wrapper, stage, names, rank, write=True)):
             _fill(partition.elements, partition.fragments, source, WEIGHT)
             if states:
@@ -149,8 +149,8 @@ def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Itera
 def _partitions(
     wrapper: Any, stage: int, names: dict[int, str], rank: int, *, write: bool = False
 ) -> Iterator[Partition]:
-    """Yield the partitions that this rank's optimizer updates, at any stage. write: write changes of a partition that is on a disk
-    back to the disk."""
+    """Yield the partitions that this rank's optimizer updates, at any stage. write: if a partition is on a disk, write its changes
+    back."""
     if stage == 0:
         for group in wrapper.param_groups:
             for parameter in group["params"]:
@@ -209,8 +209,8 @@ def _overlaps(
 
 
 def _shares(parameters: list[nn.Parameter], names: dict[int, str], rank: int) -> list[Fragment]:
-    """Return a rank's fragments at stage 3: an equal share of every parameter; the last rank's share may be shorter, and is
-    padded."""
+    """Return a rank's fragments at stage 3: an equal share of every parameter. The last shares may have fewer elements, or none,
+    and are padded."""
     fragments, offset = [], 0
     for parameter in parameters:
         share = parameter.partition_numel()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Writes DeepSpeed's shards: hashed while they are written, synced, read back; at once or in the background.
+"""Writes DeepSpeed's shards, at once or in the background: hashes them while writing, syncs them, and reads them back.
 
 Importing this module imports DeepSpeed. `benchmarks/saving.py` measured why a thread of this process writes in the background.
 """
@@ -60,8 +60,8 @@ class Save:
     copied: threading.Event = field(default_factory=threading.Event)
 
     def write(self, state: Any, path: Path) -> None:
-        """Write a file of this save. An error of the disk is stored, not raised: the ranks of a save still have collectives to
-        do, after which all of them learn of the error."""
+        """Write a file of this save. An error of the disk is stored in `error`, not raised: the ranks must still do the collectives
+        of the save, after which all of them learn of the error."""
         if self.error:
             return
         try:
@@ -157,12 +157,14 @@ class ShardFiles(CheckpointEngine):
         self._save.queue.append((SafeTensors(copied, metadata), path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        read = self._read_ahead.get(Path(path))  # DeepSpeed loads a weights file twice, at first only for its keys
-        if read is None:
+        hashed_state = self._read_ahead.get(
+            Path(path)
+        )  # kept: DeepSpeed loads a weights file twice, first only for its keys
+        if hashed_state is None:
             return load(Path(path), map_location)
-        if read.error is not None:
-            raise read.error
-        return read.state
+        if hashed_state.error is not None:
+            raise hashed_state.error
+        return hashed_state.state
 
     def commit(self, info: Any) -> bool:
         return True

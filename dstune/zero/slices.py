@@ -43,8 +43,8 @@ class Slices:
 
     @classmethod
     def of(cls, parts: int, world: World) -> Slices | None:
-        """Make slices for groups of `parts` ranks, and let the ranks of a group read the same rows; None if each rank has all
-        weights."""
+        """Build the slices for groups of `parts` ranks, and make the ranks of a group read the same rows. None if parts is 1: each
+        rank has all weights."""
         if parts == 1:
             return None
         slices = cls(world, parts)

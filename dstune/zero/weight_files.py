@@ -1,4 +1,4 @@
-"""Files of the pieces of weights that ranks write: their names, and the buffers beside the weights."""
+"""Names of the weights files that ranks write, and the buffers that these files hold besides weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 BUFFER = "buffer:"
-"""Begins the names of buffers in the files of `Engine.save_weights`."""
+"""Prefix of the names of buffers in the files of `Engine.save_weights`."""
 
 
 def weights_file(rank: int | str, part: int = 0) -> str:
-    """Return the name of a rank's file of pieces of weights, or a pattern for the files of all ranks. part: its number, of an
-    engine that `swaps`."""
+    """Return the name of a rank's weights file; with `*` as the rank, a pattern for the files of all ranks. part: number of the
+    file, if an engine that `swaps` writes several."""
     return (
         f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}{f'.{part:05d}' if part else ''}.safetensors"
     )

@@ -66,7 +66,7 @@ def test_states_in_memory_need_no_folder(tmp_path):
         assert same is zero
 
 
-@pytest.mark.parametrize(("place", "reason"), [("nowhere", "no such folder"), ("/dev/shm", "lies in memory")])
+@pytest.mark.parametrize(("place", "reason"), [("nowhere", "no such folder"), ("/dev/shm", "keeps files in memory")])
 def test_a_place_that_is_none_is_refused(place, reason, tmp_path):
     with (
         pytest.raises(UserError, match=reason) as caught,
@@ -99,7 +99,7 @@ def settings(place: Path) -> dict:
 
 def test_a_disk_without_room_is_refused(tmp_path):
     swap.check_disk_space(settings(tmp_path), [1000], 2, Alone())
-    with pytest.raises(UserError, match=r"optimizer states take .* GiB of a node's disk"):
+    with pytest.raises(UserError, match=r"optimizer states need .* GiB on each node's disk"):
         swap.check_disk_space(settings(tmp_path), [10**15], 2, Alone())
 
 
@@ -108,7 +108,7 @@ def test_memory_that_may_not_be_locked_is_reported_before_a_buffer_is(tmp_path, 
     monkeypatch.setattr(swap.resource, "getrlimit", lambda which: (2**23, 2**23))
     # A part has 1,024 + 100 elements, of four times 4 bytes.
     swap.check_disk_space(settings(tmp_path), [2**10] * 100, 2, Alone())
-    with pytest.raises(UserError, match=r"(?s)34 MiB of locked memory, and 8 are allowed.*ulimit -l"):
+    with pytest.raises(UserError, match=r"(?s)34 MiB of locked memory, but 8 are allowed.*ulimit -l"):
         swap.check_disk_space(settings(tmp_path), [2**21 + 2**17], 2, Alone())
     swap.check_disk_space(settings(tmp_path), [2**19], 2, Alone())
     with pytest.raises(UserError, match="10 MiB of locked memory"):
@@ -142,5 +142,5 @@ def test_a_trained_tensor_without_a_gradient_is_named():
 
 def test_a_disk_that_took_less_than_all_ends_the_run(monkeypatch):
     monkeypatch.setattr(swap, "unwritten", lambda wrapper: 2**21)
-    with pytest.raises(UserError, match="did not take 2 MiB"):
+    with pytest.raises(UserError, match="2 MiB of the optimizer states could not be written"):
         swap.check_written(None, Alone())
