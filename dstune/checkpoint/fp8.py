@@ -1,7 +1,7 @@
-"""A whole model with its linear layers in FP8, as compressed-tensors stores them and vLLM reads them.
+"""Writes a complete model with its linear layers in FP8, in the format of compressed-tensors, which vLLM reads.
 
-Weights are E4M3 with a scale for each output; activations are rounded while a server computes, with a scale for each token, so no
-rows are needed to choose scales. llm-compressor calls it FP8_DYNAMIC.
+Weights are E4M3 with a scale for each output. A server rounds activations as it computes, with a scale for each token, so no rows
+are needed to choose scales. llm-compressor calls this scheme FP8_DYNAMIC.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 SCHEME = "FP8_DYNAMIC"
 FORMAT = "float-quantized"
 EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
-"""End of the module of an expert's matrix, as published checkpoints call it: one for each expert."""
+"""Matches the module of a single expert's matrix, as published checkpoints name it."""
 
 
 def write_fp8(whole: Path, folder: Path, model: PreTrainedModel) -> None:
-    """Write the whole model in `whole` to `folder`, its other files too.
+    """Write the complete model in `whole`, with all its other files, to `folder`.
 
-    model: of its class, on the meta device. Memory: one file of weights.
+    model: a model of the same class on the meta device. Needs memory for one file of weights.
     """
     import shutil
 
@@ -36,7 +36,7 @@ def write_fp8(whole: Path, folder: Path, model: PreTrainedModel) -> None:
 
     index: dict[str, str] = {}
     sizes = 0
-    left_alone: set[str] = set()
+    unrounded_modules: set[str] = set()
     for file in sorted(whole.iterdir()):
         if file.suffix != ".safetensors":
             if file.is_file() and file.name != INDEX:
@@ -49,7 +49,7 @@ def write_fp8(whole: Path, folder: Path, model: PreTrainedModel) -> None:
                 tensors |= {f"{module}.{leaf}": value for leaf, value in _compressed(tensor).items()}
             else:
                 tensors[name] = tensor
-                left_alone |= {module} if tensor.ndim == 2 else set()
+                unrounded_modules |= {module} if tensor.ndim == 2 else set()
         save_file(tensors, folder / file.name, {"format": "pt"})
         index |= dict.fromkeys(tensors, file.name)
         sizes += sum(tensor.nbytes for tensor in tensors.values())
@@ -57,13 +57,14 @@ def write_fp8(whole: Path, folder: Path, model: PreTrainedModel) -> None:
         text = json.dumps({"metadata": {"total_size": sizes}, "weight_map": index}, indent=2, sort_keys=True)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
     config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
-    settings = _settings(sorted(_ignored(left_alone, model)))
+    settings = _settings(sorted(_ignored(unrounded_modules, model)))
     config["quantization_config"] = {"version": compressed_tensors.__version__, **settings}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def is_rounded(module: str, weight: Tensor, model: PreTrainedModel) -> bool:
-    """Return whether `weight` is stored in FP8: the matrix of a linear layer other than the vocabulary's, or of an expert."""
+    """Return whether `weight` is stored in FP8: the matrix of an expert, or of a linear layer other than the vocabulary
+    projection."""
     from torch import nn
 
     if weight.ndim != 2:
@@ -77,17 +78,18 @@ def is_rounded(module: str, weight: Tensor, model: PreTrainedModel) -> bool:
     return isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings()
 
 
-def _ignored(left_alone: set[str], model: PreTrainedModel) -> Iterator[str]:
-    """Yield the names of matrices that a server would take for rounded linear layers: the head, also a tied one, and routers."""
+def _ignored(unrounded_modules: set[str], model: PreTrainedModel) -> Iterator[str]:
+    """Yield the names of the matrices that a server would otherwise take for rounded linear layers: routers, and the vocabulary
+    projection, even if it is tied."""
     embeddings = model.get_input_embeddings()
     names = dict(model.named_modules())
-    yield from (name for name in left_alone if names.get(name) is not embeddings)
+    yield from (name for name in unrounded_modules if names.get(name) is not embeddings)
     head = model.get_output_embeddings()
-    yield from (name for name, module in names.items() if module is head and name not in left_alone)
+    yield from (name for name, module in names.items() if module is head and name not in unrounded_modules)
 
 
 def _compressed(weight: Tensor) -> dict[str, Tensor]:
-    """Round `weight` [out, in] to FP8; returns it with its `weight_scale` [out, 1], which has the dtype of the weight."""
+    """Round `weight` [out, in] to FP8; return it with its `weight_scale` [out, 1], which has the original dtype of the weight."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
 

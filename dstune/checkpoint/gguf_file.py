@@ -1,6 +1,6 @@
-"""A whole model in one GGUF file for llama.cpp and what stands on it, with tokenizer, chat template and end of turn.
+"""Writes a complete model as one GGUF file for llama.cpp and its users, with tokenizer, chat template and end of turn.
 
-Names of tensors come from the `gguf` package. What llama.cpp expects to be changed is changed here: rows of query and key
+The `gguf` package maps the names of tensors. This module makes the two changes that llama.cpp expects: rows of the query and key
 projections of Llama and Mistral are in the order of Meta's rotary embedding, and Gemma's norms have 1 added.
 """
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
-"""Model types of transformers that are written, and what llama.cpp calls them."""
+"""Supported model types of transformers, and llama.cpp's names for them."""
 
 BLOCK = 32
-"""Numbers of a row that have a scale of their own in all types of fewer than 16 bits."""
+"""In all types with fewer than 16 bits, this many neighbouring elements of a row share a scale."""
 
 
 def check_architecture(config: Any) -> None:
-    """Raises UserError where a model with this configuration cannot be written, before any work is done."""
+    """Raise UserError if a model with this configuration cannot be written as GGUF."""
     name = config.model_type
     if name not in ARCHITECTURES:
         fix = f"GGUF is written for {', '.join(ARCHITECTURES)}; others export without --gguf"
@@ -40,10 +40,11 @@ def check_architecture(config: Any) -> None:
 
 
 def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
-    """Write the whole model in `folder` (of Hugging Face) to `file`.
+    """Write the complete model in `folder`, which is in Hugging Face's format, to `file`.
 
-    kind: one of `NUMPY_TYPES` for matrices (those whose rows are no multiple of 32 long stay f16); vectors are f32.
-    Memory: the largest tensor, twice. Raises UserError where the architecture or tokenizer has no GGUF form.
+    kind: type of the matrices, one of `NUMPY_TYPES`; a matrix whose row length is not a multiple of 32 is f16 instead. Vectors are
+    f32. name: of the model, in the metadata. Needs memory for the largest tensor twice. Raises UserError if GGUF does not support
+    the architecture or the tokenizer.
     """
     import gguf
     from safetensors import safe_open
@@ -74,9 +75,9 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
         size = _bytes(gguf, shape, stored)
         writer.add_tensor_info(mapped, shape, _plain_type(stored), size, gguf.GGMLQuantizationType[stored])
         plan.append((tensor, stored))
-    extra = _rope_factors(config)
-    if extra is not None:
-        writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
+    rope_factors = _rope_factors(config)
+    if rope_factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", rope_factors.shape, rope_factors.dtype, rope_factors.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -84,13 +85,13 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     for tensor, stored in plan:
         array = _arranged(opened[places[tensor]].get_tensor(tensor).float().numpy(), tensor, config)
         writer.write_tensor_data(gguf.quantize(array, gguf.GGMLQuantizationType[stored]))
-    if extra is not None:
-        writer.write_tensor_data(extra)
+    if rope_factors is not None:
+        writer.write_tensor_data(rope_factors)
     writer.close()
 
 
 def file_type(kind: str) -> int:
-    """Return llama.cpp's number of a file whose matrices are mostly `kind`."""
+    """Return llama.cpp's number for files whose matrices are mostly of the type `kind`."""
     import gguf
 
     return int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
@@ -114,7 +115,7 @@ def _bytes(gguf: Any, shape: list[int], stored: str) -> int:
 
 
 def _arranged(weight: np.ndarray, name: str, config: Any) -> np.ndarray:
-    """Return `weight` as llama.cpp has it."""
+    """Return `weight` changed to what llama.cpp expects."""
     if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
         return weight + 1
     if ARCHITECTURES[config.model_type] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -126,13 +127,13 @@ def _arranged(weight: np.ndarray, name: str, config: Any) -> np.ndarray:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Return the rotary embedding's parameters; of several kinds of layers those of full attention."""
+    """Return the parameters of the rotary embedding; if kinds of layers differ, those of layers with full attention."""
     parameters: dict[str, Any] = config.rope_parameters or {}
     return parameters.get("full_attention", parameters)
 
 
 def _rope_factors(config: Any) -> np.ndarray | None:
-    """Return by what Llama 3 divides each frequency of the rotary embedding: float32 [head size / 2]; None for other models."""
+    """Return the divisors of the rotary embedding's frequencies in Llama 3, float32 [head size / 2]; None for other models."""
     if _rope(config).get("rope_type") != "llama3":
         return None
     import torch
@@ -184,7 +185,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         getattr(writer, f"add_{which}_token_id")(index)
     other_ends = [index for index in stop_token_ids(tokenizer) if index != tokenizer.eos_token_id]
     if other_ends:
-        writer.add_eot_token_id(other_ends[0])  # where the turn ends with another token than the text
+        writer.add_eot_token_id(other_ends[0])  # the token that ends a turn, if another one ends the text
     first = tokenizer("a")["input_ids"][:1]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
     if template := tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF metadata: tokens, their kinds, merges, and how text is split before they apply."""
+"""Converts a tokenizer to GGUF metadata: tokens, their kinds, merges, and how text is split before merging."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
-"""Regular expressions that split text, and what llama.cpp calls them."""
+"""Regular expressions that split text, and llama.cpp's names for them."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     kind: str
-    """`gpt2`: byte-level pairs with their merges; `llama`: SentencePiece, whose merges follow from the scores."""
+    """`gpt2`: byte-level BPE with merges; `llama`: SentencePiece, whose merges follow from the scores."""
     pre: str
-    """llama.cpp's name of the way in which text is split before the merges."""
+    """llama.cpp's name for how text is split before merging."""
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
     scores: list[float]
     space_prefix: bool = False
-    """Whether SentencePiece puts a space in front of a text: Llama 2 and Mistral do, Gemma does not."""
+    """Whether the tokenizer prepends a space to a text (SentencePiece only): Llama 2's and Mistral's do, Gemma's does not."""
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Return the vocabulary of a fast tokenizer, filled up to the `size` rows that the model has.
+    """Return the vocabulary of a fast tokenizer, padded to `size`, the number of rows in the model's embedding.
 
-    Raises UserError where GGUF has no name for how the tokenizer works.
+    Raises UserError if the tokenizer works in a way that GGUF cannot describe.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -57,7 +57,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
             kinds.append(BYTE if is_sentencepiece and token.startswith("<0x") and len(token) == 6 else NORMAL)
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
     if is_sentencepiece:
-        # The order of the vocabulary is the order of the merges, which is what scores stand for.
+        # Scores express the order of the merges, which is the order of the vocabulary.
         scores = [-float(index) for index in range(size)]
         return Vocabulary("llama", "default", tokens, kinds, [], scores, _space_prefix(state))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -69,14 +69,14 @@ _PREPENDED = {"type": "Prepend", "prepend": "▁"}
 
 
 def _space_prefix(state: dict[str, Any]) -> bool:
-    """Return whether a tokenizer of SentencePiece's kind puts a space in front of a text.
+    """Return whether a SentencePiece tokenizer prepends a space to a text.
 
-    Spaces become ▁ in the normalizer, with a ▁ prepended (Llama 2) or not (Gemma); or in the pre-tokenizer Metaspace, which
-    says when it prepends. `first` and `always` differ behind a control token only, where llama.cpp always prepends.
+    Spaces become ▁ either in the normalizer, which prepends a ▁ (Llama 2) or does not (Gemma), or in the pre-tokenizer Metaspace,
+    which has a setting for it. Its values `first` and `always` differ only after a control token, where llama.cpp always prepends.
     """
     normalizer, pre_tokenizer = state["normalizer"] or {}, state["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    # A split at spaces, of which the normalizer has left none, does nothing.
+    # A split at spaces does nothing, since the normalizer has replaced all of them.
     splits = pre_tokenizer and not (pre_tokenizer["type"] == "Split" and pre_tokenizer["pattern"] == {"String": " "})
     if steps in ([_TO_PIECES], [_PREPENDED, _TO_PIECES]) and not splits:
         return len(steps) == 2
@@ -108,4 +108,4 @@ def _split_name(state: dict[str, Any]) -> str:
 
 def _unknown(feature: str) -> UserError:
     fix = "export without --gguf, and convert the folder with llama.cpp's own converter"
-    return UserError(Problem("--gguf", f"the model has {feature}, for which GGUF files are not written here", fix))
+    return UserError(Problem("--gguf", f"the model has {feature}, which dstune cannot write as GGUF", fix))

@@ -1,6 +1,6 @@
-"""K types of GGUF, by llama.cpp itself: `python -m dstune.checkpoint.llama_quantize FROM TO NUMBER`.
+"""Lets llama.cpp write the K types of GGUF: `python -m dstune.checkpoint.llama_quantize FROM TO NUMBER`.
 
-In a process of its own, since llama.cpp aborts the process that it is in where it does not like a file.
+This runs in a separate process, since llama.cpp aborts its process if it cannot handle a file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dstune.core.errors import Problem, UserError
 
 
 def write_k_type(plain: Path, file: Path, kind: str) -> None:
-    """Write the GGUF file `plain`, of full width, to `file` in the K type `kind`. Raises UserError where llama.cpp refuses."""
+    """Quantize the unquantized GGUF file `plain` to `file` in the K type `kind`. Raises UserError if llama.cpp refuses."""
     from dstune.checkpoint.gguf_file import file_type
 
     command = [sys.executable, "-m", __name__, str(plain), str(file), str(file_type(kind))]
@@ -24,11 +24,11 @@ def write_k_type(plain: Path, file: Path, kind: str) -> None:
     if done.returncode or not file.is_file():
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "assert" in line.lower()]
         reason = lines[-1].strip() if lines else f"it ended with exit code {done.returncode}"
-        raise UserError(Problem("--quantize", f"llama.cpp does not write this type: {reason}", "another type", kind))
+        raise UserError(Problem("--quantize", f"llama.cpp cannot write this type: {reason}", "another type", kind))
 
 
 def main(plain: str, file: str, number: str) -> int:
-    """Quantize `plain` to `file` in llama.cpp's type `number`; returns llama.cpp's code: 0 where the file was written."""
+    """Quantize `plain` to `file` in llama.cpp's type `number`; return llama.cpp's exit code, 0 if it wrote the file."""
     import ctypes
 
     import llama_cpp

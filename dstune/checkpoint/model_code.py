@@ -1,4 +1,4 @@
-"""Checks the Python code in an export: only that of its base model and dstune's own head is trusted."""
+"""Checks the Python code in an export: only the code of its base model and of dstune's own head is trusted."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EARLIER_HEADS = (
 
 
 def is_of_base(folder: Path, base: ModelConfig) -> bool:
-    """Return whether the model in `folder` runs only dstune's code and that of its base model, which must be on this machine.
+    """Return whether the model in `folder` runs only the code of dstune and of its base model, which must be on this machine.
 
-    `model.trust_remote_code` of a run only allows the code of its base model. An adapter names its base itself.
+    A run's `model.trust_remote_code` covers only the code of its base model. An adapter names its base itself.
     """
     from dstune.checkpoint.model_folder import base_name
     from dstune.models import pooled
@@ -45,7 +45,7 @@ def is_of_base(folder: Path, base: ModelConfig) -> bool:
 
 
 def _maps(file: Path) -> Iterator[str]:
-    """Yield what a `config.json` or `tokenizer_config.json` names as classes of its own: `module.Class` or
+    """Yield the custom classes that a `config.json` or `tokenizer_config.json` names: `module.Class` or
     `OWNER/NAME--module.Class`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,8 +1,7 @@
-"""A checkpoint's weights as the folder that transformers or peft reads: built like the trained model, written by streaming.
+"""Writes a checkpoint's weights as a folder that transformers or peft can load, one tensor at a time.
 
-The model is built by the same two functions as for training, so names, head, labels and adapters are the run's own; but on
-the meta device, without memory. Weights come from the shards, and from the base model's files where the run did not train
-them, one at a time.
+The model is built by the same two functions as for training, so names, head, labels and adapters are those of the run; but it is
+built on the meta device, without memory. Trained weights come from the shards, all others from the base model's files.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLASSIFIER_CODE = "modeling_dstune"
-"""The module beside an exported classifier with a head of dstune's own."""
+"""The module that is exported along with a classifier that has dstune's own head."""
 
 
 def write_model(
@@ -65,13 +64,12 @@ def write_model(
     max_shard_size: int | str,
     with_dropped: bool = True,
 ) -> PretrainedConfig:
-    """Write weights, configuration, generation settings, tokenizer and processor files of `checkpoint` to the empty `folder`;
-    the model's configuration is returned, which an adapter's folder lacks.
+    """Write weights, configuration, generation settings, tokenizer and processor files of `checkpoint` to the empty `folder`.
 
-    A LoRA run gives an adapter; with `merge`, or where the base has random weights and so exists nowhere else, a whole
-    model.
+    A run with an adapter writes the adapter. With `merge`, or if the base has random weights and so exists nowhere else, it writes
+    a complete model. with_dropped: include in a complete model the tensors of the base's files that transformers does not load.
 
-    with_dropped: a whole model has what transformers drops of the base's files, too.
+    Returns the model's configuration, which an adapter's folder does not contain.
     """
     from transformers.utils import logging
 
@@ -111,8 +109,8 @@ def write_model(
             model.generation_config = built.model.generation_config
             model.config.get_text_config().tie_word_embeddings = built.model.config.tie_word_embeddings
         dropped = dropped_sources(config.model, model, model_state) if with_dropped else {}
-        # Training has no use for the cache of past keys and values; generation has.
-        # Two joined encoders have no such setting of their own.
+        # Training turned the cache of past keys and values off; generation needs it. Encoder-decoders made of two models lack the
+        # setting.
         model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
         _save_whole(model, built.dtype, sources, dropped, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
@@ -125,8 +123,8 @@ def write_model(
 
 
 def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:
-    """Raises UserError where a method without an adapter trains parameters that the plain model does not have: the export
-    would be a model without them. model: names of all its parameters."""
+    """Raise UserError if a method without an adapter trains parameters that the plain model does not have, since the export would
+    lack them. model: names of all of the plain model's parameters."""
     if added := sorted(set(trained) - model):
         listed = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
         reason = f"it trains parameters that the exported model does not have: {listed}"
@@ -135,19 +133,21 @@ def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:
 
 
 def refuse_rows_beside(trained: Iterable[str], method: str) -> None:
-    """Raises UserError where rows of new tokens were trained beside another adapter on the vocabulary."""
+    """Raise UserError if rows of new tokens were trained along with another adapter on the vocabulary."""
     if any("trainable_tokens_delta" in name for name in trained):
-        reason = "rows of new tokens were trained beside another adapter on the vocabulary: no merged weight has both"
+        reason = (
+            "rows of new tokens were trained along with another adapter on the vocabulary, and a merge cannot keep both"
+        )
         raise UserError(Problem("--merge", reason, "export the adapter, without --merge", method))
 
 
 def parameter_names(model: Any) -> set[str]:
-    """Return every name of every parameter: at stage 0 a checkpoint has a tied weight under each."""
+    """Return all names of all parameters. A tied weight has several, and at stage 0 a checkpoint contains it under each."""
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _build_in(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
-    """Let the chat template render as in training wherever it is not told otherwise."""
+    """Make the arguments of training the defaults of the chat template."""
     template = tokenizer.chat_template
     if isinstance(template, str):
         tokenizer.chat_template = with_arguments(template, arguments)
@@ -160,17 +160,17 @@ class _Built:
     """The model on the meta device."""
 
     module: Any
-    """As in training, adapters included."""
+    """The module as in training, including adapters."""
     model: Any
-    """Of transformers; with adapters it is the one inside of `module`."""
+    """The model of transformers; with adapters, the one inside of `module`."""
     names: Mapping[str, Tensor]
-    """What the model saves by itself, without adapters."""
+    """The tensors that the model saves without adapters, by name."""
     state: Mapping[str, Tensor]
-    """Its `state_dict` without adapters, which has tied weights under each of their names."""
+    """The model's `state_dict` without adapters, which has tied weights under each of their names."""
     tied: Mapping[str, str]
-    """Further names of tied weights, each with the name under which it is saved."""
+    """Additional names of tied weights, each with the name under which the weight is saved."""
     dtype: torch.dtype
-    """In which the model is stored: that of its config.json."""
+    """The dtype of the stored model, from its config.json."""
 
     @property
     def adapted(self) -> bool:
@@ -188,7 +188,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         method = method_of(config.method)
         if not method.adapter:
             return _Built(model, model, names, state, tied, dtype)
-        # Which weights were new is known only where the base is loaded; the checkpoint has them as modules of their own.
+        # Only loading the base would tell which weights are new. The checkpoint stores them as complete modules, so it tells too.
         saved = (name.split(".modules_to_save.default.") for name in trained)
         parts = {f"{owner[0].removeprefix(ADAPTED)}.{owner[1]}" for owner in saved if len(owner) == 2}
         parts &= set(names)
@@ -198,8 +198,8 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
 
 
 def plain(config: RunConfig) -> RunConfig:
-    """Return `config` with eager attention, which every model has, without a GPU too, and whose weights are those of any other;
-    and without activation checkpointing."""
+    """Return `config` with eager attention and without activation checkpointing. Every model has eager attention, also without a
+    GPU, and its weights are the same as with any other kind."""
     return replace(
         config,
         model=replace(config.model, attention=Attention.eager),
@@ -208,7 +208,7 @@ def plain(config: RunConfig) -> RunConfig:
 
 
 class _Sources:
-    """Where the tensors of the whole model are: in the shards, in the base model's files, or a sum of both."""
+    """Finds the source of each tensor of the complete model: the shards, the base model's files, or a sum of both."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class _Sources:
             self._trained_on = method.trained_on(built.model, trained)
         apart = {owner for name, owner in built.tied.items() if self._has_own(name) or self._has_own(owner)}
         self.untied = {name: owner for name, owner in built.tied.items() if built.adapted and owner in apart}
-        """Names of tied weights that have adapters of their own: in the merged model each is a tensor of its own."""
+        """Names of tied weights that have separate adapters, so that each becomes a separate tensor in the merged model."""
         whole = {name: self._trained_name(name) for name in (*built.names, *self.untied)}
         frozen = {self._saved(name) for name, key in whole.items() if not key}
         missing = {name: built.names[name].shape for name in built.names if name in frozen}
@@ -247,14 +247,14 @@ class _Sources:
         }
 
     def _stored_dtype(self, name: str) -> torch.dtype | None:
-        """Return the type in the base's file where the run left the tensor as it is there."""
+        """Return the dtype of the tensor in the base's file if the run did not change the tensor; else None."""
         saved = self._saved(name)
         if self._changes(name) or not isinstance(self._base, _Base):
             return None
         return self._base.stored_dtype(saved)
 
     def _changes(self, name: str) -> bool:
-        """Return whether the exported tensor `name` is not the base's."""
+        """Return whether the exported tensor `name` differs from the base's."""
         if name in self._whole or name in self.untied:
             return True
         owner, _, leaf = name.rpartition(".")
@@ -267,13 +267,13 @@ class _Sources:
         return self._built.tied.get(name, name)
 
     def _has_own(self, name: str) -> bool:
-        """Return whether the run trained more of `name` than rows of new tokens, which peft trains for all names of a tied
-        weight."""
+        """Return whether the run trained `name` itself, and not only rows of new tokens, which peft trains under all names of a
+        tied weight."""
         owner = name.rpartition(".")[0]
         return bool(self._trained_name(name)) or owner in self._adapters or owner in self._trained_on
 
     def _trained_name(self, name: str) -> str:
-        """Return the name under which the run trained the whole tensor `name`; empty where it did not."""
+        """Return the name under which the run trained the complete tensor `name`; empty if it did not."""
         if not self._built.adapted:
             return name if name in self._trained else ""
         parts = name.split(".")
@@ -312,7 +312,7 @@ class _Sources:
         return weight if self._merging is None else self._merging.merged_bias(layer, weight)
 
     def _filled(self, place: str) -> Any:
-        """Return the adapted module with all that its adapter computes with in memory."""
+        """Return the adapted module at `place`, with all tensors of its adapter loaded into memory."""
         layer = self._built.model.get_submodule(place)
         fill(layer, f"{ADAPTED}{place}.", self._adapters[place], self._trained)
         if self._merging is not None:
@@ -320,8 +320,8 @@ class _Sources:
         return layer
 
     def _around(self, owner: str, leaf: str) -> str | None:
-        """Return where the adapter of the parameter `owner.leaf` is, if it has one of its own: peft puts one wrapper around
-        another where a module has several such parameters."""
+        """Return the place of the adapter of the parameter `owner.leaf`; None if that parameter has no separate adapter. peft nests
+        one wrapper in another if a module has several such parameters."""
         place = owner
         while place in self._adapters:
             layer = self._built.model.get_submodule(place)
@@ -344,14 +344,14 @@ class _Sources:
             return drawn
         files = _in_files(config.model, self._built, missing)
         loaded: dict[str, Tensor] = {}
-        # Joined tensors or an enlarged vocabulary: transformers knows how to load them.
+        # Only transformers can load tensors that it joins from several, or an enlarged vocabulary.
         if missing.keys() - files.keys():
             loaded = load_model(config, tokenizer, labels, self._built.dtype).state_dict()
         return _Base(files, loaded)
 
 
 class _Base(Mapping[str, Tensor]):
-    """The weights of the base: in its files, and those that transformers has to make of several tensors."""
+    """The weights of the base: read from its files, or if transformers makes them of several tensors, from the loaded model."""
 
     def __init__(self, files: Mapping[str, Tensor], loaded: Mapping[str, Tensor]):
         self._files, self._loaded = files, loaded
@@ -366,12 +366,12 @@ class _Base(Mapping[str, Tensor]):
         return len(self._files.keys() | self._loaded.keys())
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
-        """Return the type of the tensor in the files; None where it is not there as it is."""
+        """Return the dtype of the tensor in the files; None if the files do not contain it in this form."""
         return self._files.dtype(name) if isinstance(self._files, BaseWeights) and name in self._files else None
 
 
 def _in_files(config: ModelConfig, built: _Built, shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
-    """Return the tensors of these names and shapes that the base's files hold as they are."""
+    """Return the tensors with these names and shapes that the base's files contain in the same form."""
     try:
         keys = Loading.of(built.model, built.state, BaseFiles(config)).keys
         return BaseWeights(config, built.model.base_model_prefix, shapes, keys, partial=True)
@@ -382,9 +382,8 @@ def _in_files(config: ModelConfig, built: _Built, shapes: Mapping[str, torch.Siz
 def dropped_sources(config: ModelConfig, model: Any, state: Mapping[str, Tensor]) -> dict[str, Source]:
     """Return the tensors of the base's files that transformers does not load into `model`, by their keys in the files.
 
-    state: its `state_dict` without adapters.
-
-    Only of a base of the model's own class: what a classifier leaves of a language model is another model's head.
+    Empty unless the base has the same class as the model: what a classifier drops of a language model is that model's head.
+    state: the `state_dict` of `model` without adapters.
     """
     if config.weights is InitialWeights.random:
         return {}
@@ -399,11 +398,11 @@ def dropped_sources(config: ModelConfig, model: Any, state: Mapping[str, Tensor]
 
 
 PROCESSOR_TEMPLATE = "chat_template.json"
-"""Of a processor in older folders. It would hide the template that the run trained with."""
+"""The template of a processor in older folders. It would take precedence over the template that the run trained with."""
 
 
 def copy_processor_files(config: ModelConfig, folder: Path, *, has_template: bool) -> None:
-    """Copy what the base's processor is made of to `folder`. has_template: the tokenizer has a chat template."""
+    """Copy the files of the base's processor to `folder`. has_template: the tokenizer has a chat template."""
     base = model_folder(config)
     for name in (*PROCESSOR_FILES, *(() if has_template else (PROCESSOR_TEMPLATE,))):
         if (base / name).is_file():
@@ -411,26 +410,27 @@ def copy_processor_files(config: ModelConfig, folder: Path, *, has_template: boo
 
 
 def _untie(model: Any, names: Mapping[str, str], method: str) -> None:
-    """Let `model`, which is on the meta device, be saved with a tensor under each of `names`.
+    """Untie `names` in the configuration of `model`, which is on the meta device, so that each is saved as a separate tensor.
 
-    Raises UserError where its architecture ties them whatever its configuration says.
+    Raises UserError if the architecture ties them whatever the configuration says.
     """
     settings = model.config.get_text_config(decoder=True)
     model.config.tie_word_embeddings = settings.tie_word_embeddings = False
     with torch.device("meta"):
         still = tied_names(type(model)(deepcopy(model.config)))
     if both := sorted(names.keys() & still.keys()):
-        reason = f"{both[0]} and {names[both[0]]} are one tensor in {type(model).__name__}, and the adapter changes each otherwise"
+        tied = f"{both[0]} and {names[both[0]]} are one tensor in {type(model).__name__}"
+        reason = f"{tied}, but the adapter changes each of them differently"
         raise UserError(Problem("--merge", reason, "export the adapter, without --merge", method))
 
 
 def _save_adapter(
     config: RunConfig, built: _Built, trained: Weights, folder: Path, surroundings: Surroundings | None
 ) -> None:
-    """Save the adapter in fp32: adapters are small, and peft computes them in fp32."""
+    """Save the adapter in fp32, since adapters are small and peft computes them in fp32."""
     method = method_of(config.method)
     plain = method.plain_adapter(built.module, trained) if isinstance(method, ShiftsFrozenWeights) else {}
-    if method.in_front:  # what is saved is what the encoder gives
+    if method.in_front:  # save the output of the prompt encoder, not the encoder
         tokens = built.module.prompt_tokens
         tokens["default"] = torch.arange(len(tokens["default"]))
         fill(built.module, "", [name for name in trained if name.startswith("prompt_encoder.")], trained)
@@ -438,9 +438,9 @@ def _save_adapter(
     settings.base_model_name_or_path, settings.revision = base_name(config.model), base_revision(config.model)
     if surroundings is not None:
         surroundings.rename_settings(settings, built.module)
-    # Asked explicitly, since peft would ask the hub otherwise. Rows of added tokens are the adapter's own.
+    # Set explicitly, since peft would otherwise ask the hub. (Trained rows of added tokens are part of the adapter.)
     built.module.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
-    if plain:  # peft saves the modules that were trained, and finished adapters may be on others too
+    if plain:  # peft saves only the trained modules, but the finished adapter may be on others too
         replace_tensors(folder / "adapter_model.safetensors", plain)
     if surroundings is not None:
         surroundings.rename_adapter(folder / "adapter_model.safetensors")
@@ -456,14 +456,14 @@ def _save_whole(
     folder: Path,
     max_shard_size: int | str,
 ) -> None:
-    """Save a whole model. sources: of the model's tensors, by their names in it. dropped: of others, by their names in the
-    files."""
+    """Save a complete model. sources: of the model's tensors, by their names in the model. dropped: of tensors that transformers
+    does not load, by their names in the files."""
     from transformers.dynamic_module_utils import custom_object_save
 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     if getattr(model.config, "dstune_head", None):
-        # For plain transformers; dstune knows the class by `dstune_head`.
+        # Plain transformers finds the class by `auto_map`, dstune by `dstune_head`.
         model.config.auto_map = {"AutoModelForSequenceClassification": f"{CLASSIFIER_CODE}.{type(model).__name__}"}
         shutil.copyfile(pooled.__file__, folder / f"{CLASSIFIER_CODE}.py")
     if model.is_remote_code():
@@ -475,7 +475,7 @@ def _save_whole(
 
 
 def _as_stored(model: Any, sources: Mapping[str, Source]) -> Mapping[str, Source]:
-    """Return `sources` under the names, and in the form, in which transformers saves the architecture."""
+    """Return `sources` under the names and in the form in which transformers saves this architecture."""
     from transformers.core_model_loading import revert_weight_conversion
 
     marks = {name: torch.empty(source.shape, device="meta") for name, source in sources.items()}
@@ -483,13 +483,13 @@ def _as_stored(model: Any, sources: Mapping[str, Source]) -> Mapping[str, Source
     reverted = revert_weight_conversion(model, dict(marks))
     if all(id(mark) in name_of for mark in reverted.values()):
         return {key: sources[name_of[id(mark)]] for key, mark in reverted.items()}
-    # Some architectures (mixtures of experts) are stored otherwise than they are computed; that takes all at once.
+    # Some architectures (mixtures of experts) are stored in another form than they compute in; converting needs all tensors.
     state = revert_weight_conversion(model, {name: source.read().to(source.dtype) for name, source in sources.items()})
     return {key: Source(tensor.shape, tensor.dtype, partial(state.__getitem__, key)) for key, tensor in state.items()}
 
 
 def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token_id: int | None) -> None:
-    """Give the model the generation settings of its base, with `stops` added to what ends an answer."""
+    """Give the model the generation settings of its base, and add `stops` to the tokens that end an answer."""
     from transformers import GenerationConfig
 
     if not model.can_generate():
@@ -514,9 +514,10 @@ def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token
 
 
 def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
-    """Return `generation` as transformers agrees to save it, and the settings that it lacks.
+    """Return `generation` without the settings that transformers refuses to save, and the names of these settings.
 
-    Some published models have a temperature and do not sample. Sampling stays off then: the export answers like its base.
+    For example, some published models set a temperature but do not sample. Sampling stays off then, so that the export answers like
+    its base.
     """
     from transformers import GenerationConfig
 
@@ -524,7 +525,7 @@ def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, lis
     with suppress(TypeError, ValueError):
         generation.validate(strict=True)
         return generation, []
-    # Whether another setting has an effect depends on these.
+    # Set first, since they decide which of the other settings are valid.
     modes = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
     settings = {name: value for name, value in vars(generation).items() if not name.startswith("_")}
     for name in sorted(settings, key=lambda name: name not in modes):
@@ -540,8 +541,8 @@ def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, lis
 
 
 def base_name(config: ModelConfig) -> str:
-    """Return the base model as others find it: a folder's whole path, the hub id (also of a folder in the hub's cache), or what
-    stands for a value of the environment, which `generate` resolves again."""
+    """Return a name under which others can find the base model: the absolute path of a folder, a hub id (also for a folder in the
+    hub's cache), or a reference to an environment variable, which `generate` resolves again."""
     if isinstance(config.path, EnvironmentText):
         return config.path.reference
     local = local_path(config.path)
@@ -559,7 +560,7 @@ def base_revision(config: ModelConfig) -> str | None:
 
 
 def _snapshot(folder: Path) -> tuple[str, str] | None:
-    """Return the hub id and the commit of a folder in the hub's cache, which other machines have elsewhere; None for other
+    """Return the hub id and the commit of a folder in the hub's cache, whose path differs on other machines; None for other
     folders."""
     from huggingface_hub import constants
 

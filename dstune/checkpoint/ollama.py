@@ -1,7 +1,7 @@
-"""The `Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`.
+"""Writes the `Modelfile` that accompanies a GGUF file, for `ollama create NAME -f Modelfile`.
 
-Ollama renders with a template of its own, in Go's language. It is derived from the model's chat template by rendering made-up
-conversations; one whose turns do not all look alike gets none, and Ollama's guess is not the template of the training then.
+Ollama uses Go templates. This module derives one from the model's chat template by rendering made-up conversations. If the turns of
+a conversation do not all look alike, it derives none, and Ollama's guess may differ from the template of training.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ _SYSTEM, _USER, _ANSWER, _AGAIN = "zqsystem", "zquser", "zqanswer", "zqagain"
 
 
 def modelfile(gguf: str, tokenizer: Any, stops: list[int], date: str | None) -> str:
-    """Write Ollama's Modelfile. stops: tokens that end an answer. date: what the template takes for today."""
+    """Return the text of Ollama's Modelfile. stops: tokens that end an answer. date: what the chat template takes as today."""
     lines = [f"FROM ./{gguf}"]
     template = go_template(tokenizer, date) if tokenizer.chat_template else None
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
     else:
         lines.append(
-            "# The chat template is not one that Ollama's language can say turn by turn, so Ollama guesses one."
+            "# The chat template cannot be expressed turn by turn in Ollama's template language, so Ollama guesses one."
         )
     lines += [f"PARAMETER stop {_quoted(tokenizer.decode([token]))}" for token in stops]
     return "\n".join([*lines, ""])
 
 
 def go_template(tokenizer: Any, date: str | None) -> str | None:
-    """Translate the chat template into Ollama's; None where the turns do not all look alike, or hold what ends a text of this
-    file. Raises UserError where the chat template does not end."""
+    """Translate the chat template into Ollama's. None if the turns do not all look alike, or contain a sequence that is special in
+    the Modelfile. Raises UserError if rendering the chat template does not end."""
     template = ChatTemplate(tokenizer, date)
 
     def render(*turns: tuple[str, str], prompt: bool = False) -> str:
@@ -48,10 +48,10 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
         head = requested.partition(_USER)[0].removesuffix(before_user)
         before_system, _, text_behind = instructed.partition(_SYSTEM)
         after_system = text_behind.partition(_USER)[0].removesuffix(before_user)
-    except RenderError:  # it may refuse any of these
+    except RenderError:  # a template may refuse any of these conversations
         return None
     bos = tokenizer.bos_token or ""
-    first = head.removeprefix(bos) if bos else head  # llama.cpp puts it there itself
+    first = head.removeprefix(bos) if bos else head  # llama.cpp itself adds the token that begins a text
     begin = bos if bos and requested.startswith(bos) else ""
     turn = f"{before_user}{_USER}{after_user}"
     written = f"{begin}{first}{turn}{before_answer}{_ANSWER}{after_answer}{before_user}{_AGAIN}{after_user}"

@@ -1,4 +1,4 @@
-"""What `dstune export --quantize` takes: formats of a smaller copy of a model, and what each needs installed."""
+"""The formats of `dstune export --quantize`, and the packages that each of them needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GGUF_TYPES = (*NUMPY_TYPES, *K_TYPES)
 FORMATS = ("fp8", "awq", *(f"gguf:{kind}" for kind in GGUF_TYPES))
 
 Measure = Callable[[Path, Path], "Mapping[str, Any] | None"]
-"""(run, folder of a whole model) -> `rows`, `split` and `metrics` on the run's held-out rows; None where it holds none out."""
+"""(run, folder of a complete model) -> `rows`, `split` and `metrics` on the run's held-out rows; None if the run has none."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Quantization:
     format: str
     """`fp8`, `awq` or `gguf`."""
     type: str = ""
-    """Of GGUF: `q8_0`, `q4_k_m`, ..."""
+    """GGUF only: `q8_0`, `q4_k_m`, ..."""
 
     def __str__(self) -> str:
         return f"{self.format}:{self.type}" if self.type else self.format
@@ -39,7 +39,7 @@ PACKAGES = {
     "awq": (("accelerate", "auto_round", "compressed_tensors"), "awq"),
     "k": (("llama_cpp",), "kquants"),
 }
-"""Modules and extra of dstune by format; `k` is the K types of GGUF."""
+"""For each format the modules that it needs, and dstune's extra that installs them; `k` stands for the K types of GGUF."""
 
 
 def parse_quantization(text: str) -> Quantization:
@@ -52,11 +52,11 @@ def parse_quantization(text: str) -> Quantization:
 
 
 def require_package(quantization: Quantization) -> None:
-    """Raises UserError where a package that writes the format is not installed; it names the extra."""
+    """Raise UserError if a package that the format needs is not installed; the error names dstune's extra."""
     name = "k" if quantization.type in K_TYPES else quantization.format
     modules, extra = PACKAGES.get(name, ((), ""))
     missing = [module.replace("_", "-") for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        reason = f"takes packages that are not installed: {', '.join(missing)}"
+        reason = f"needs packages that are not installed: {', '.join(missing)}"
         fix = f"pip install '.[{extra}]' in a clone of dstune"
         raise UserError(Problem("--quantize", reason, fix, str(quantization)))

@@ -1,4 +1,4 @@
-"""`dstune export --quantize`: a smaller copy of a run's model for servers, with what it costs on held-out rows."""
+"""`dstune export --quantize`: writes a smaller copy of a run's model for servers, and measures its loss on held-out rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 QUANTIZATION = "quantization"
 """Key of `dstune.json`."""
 WHOLE, READABLE = "original", "read-back"
-"""Folders that are gone when the export is complete: the model before, and GGUF as transformers reads it."""
+"""Temporary folders within the export: the original model, and the GGUF model as transformers reads it."""
 
 
 def export_quantized(
@@ -49,18 +49,18 @@ def export_quantized(
     measure: Measure | None = None,
     force: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """Write the whole model of `checkpoint` (an adapter merged) to `out` in fewer bits.
+    """Write the complete model of `checkpoint` (with its adapter merged) to `out` in fewer bits.
 
-    measure: is asked for the original and for the written copy; both losses are in `dstune.json` and the card.
+    Needs disk space for three copies of the model. `out` appears complete or not at all. measure: called for the original and for
+    the quantized model; both losses are written to `dstune.json` and the card.
 
-    Returns the folder (the file, of GGUF) and what `dstune.json` says of it. Needs room on the disk for the model three times.
-    `out` appears complete or not at all. Raises UserError where `out` exists, a package is missing, or the format has no form
-    for the model: before any work.
+    Returns the folder (for GGUF, the file) and its description in `dstune.json`. Raises UserError, before any work, if `out`
+    exists, a package is missing, or the format does not support the model.
     """
     check_free(out, force)
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     with quietly():
-        _check_model(config, quantization)  # a model that no package could write is refused as such
+        _check_model(config, quantization)  # first: installing a package does not help if the model is not supported
     require_package(quantization)
     with quietly():
         blocks = _calibration(config) if quantization.format == "awq" else []
@@ -97,7 +97,7 @@ def export_quantized(
 
 
 def _check_model(config: RunConfig, quantization: Quantization) -> None:
-    """Raises UserError where the format has no form for the run's model."""
+    """Raise UserError if the format does not support the run's model."""
     from dstune.models.load import load_config
 
     architecture = load_config(config.model)
@@ -106,7 +106,7 @@ def _check_model(config: RunConfig, quantization: Quantization) -> None:
         return
 
     def refuse(reason: str) -> UserError:
-        fix = "dstune export RUN --merge, whose weights keep their width"
+        fix = "dstune export RUN --merge, which does not quantize"
         return UserError(Problem("--quantize", reason, fix, architecture.model_type))
 
     if not task_of(config.task).generates or architecture.is_encoder_decoder:
@@ -114,16 +114,16 @@ def _check_model(config: RunConfig, quantization: Quantization) -> None:
     if is_composite(architecture.to_dict()):
         raise refuse(f"{quantization} is not written for models with parts for images or sound")
     if not type(architecture).__module__.startswith("transformers."):
-        raise refuse(f"{quantization} is not written for a model whose code is not that of transformers")
+        raise refuse(f"{quantization} is only written for models whose code is part of transformers")
     from torch import nn
     from transformers import AutoModelForCausalLM
 
     with _meta():
         model = AutoModelForCausalLM.from_config(architecture)
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        raise refuse(f"{quantization} is not written for models whose layers carry a state along the row")
+        raise refuse(f"{quantization} is not written for models with recurrent (state-space) layers")
     if not any(isinstance(module, nn.Linear) for name, module in model.named_modules() if "." in name):
-        raise refuse(f"the model has no linear layers, and {quantization} rounds no others")
+        raise refuse(f"the model has no linear layers, and {quantization} quantizes no others")
     stacked = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
     if stacked and quantization.format == "awq":
         raise refuse("AWQ is not written for mixtures of experts")
@@ -138,7 +138,8 @@ def _check_model(config: RunConfig, quantization: Quantization) -> None:
 
 
 def _published_one_by_one(model_type: str) -> bool:
-    """Return whether checkpoints of the architecture have a matrix for each expert, which transformers stacks on loading."""
+    """Return whether published checkpoints of the architecture have a matrix for each expert, which transformers stacks when it
+    loads them."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     mapping = get_checkpoint_conversion_mapping(model_type) or []
@@ -171,7 +172,7 @@ def _meta() -> Any:
 
 
 def _read_gguf_back(file: Path, whole: Path, folder: Path) -> Path:
-    """Write the model in `file` as transformers reads it, with the other files of `whole`; returns its folder."""
+    """Load the GGUF model `file` with transformers and save it to `folder`, with the other files of `whole`; return `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -218,7 +219,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _describe(folder: Path, description: dict[str, Any]) -> None:
-    """Put `description` into the record and the card."""
+    """Add `description` to the record and to the model card."""
     record = object_in(folder / RECORD) | {QUANTIZATION: description}
     if (folder / "config.json").is_file():
         record[KEY] = describe_contents(folder)

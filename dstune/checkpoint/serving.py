@@ -1,7 +1,7 @@
-"""What vLLM asks of a folder before it serves it, checked by the files alone (vLLM need not be installed).
+"""Checks, from its files alone, whether vLLM can serve a folder. vLLM need not be installed.
 
-Read from vLLM's loader as of 0.11: models by `architectures`, safetensors and their index; adapters by `PEFTHelper` (rank,
-DoRA, bias, modules_to_save) and by the names of their tensors.
+The checks follow vLLM's loader as of 0.11: for models `architectures`, safetensors and their index; for adapters `PEFTHelper`
+(rank, DoRA, bias, modules_to_save) and the names of their tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADAPTER_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_e
 
 
 def vllm_problems(folder: Path) -> list[str]:
-    """Return why vLLM would not serve the model or adapter in `folder`; empty where nothing speaks against it."""
+    """Return the reasons why vLLM would not serve the model or adapter in `folder`; empty if there are none."""
     adapter = object_in(folder / "adapter_config.json")
     problems = _adapter_problems(folder, adapter) if adapter else _model_problems(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -88,16 +88,17 @@ def _stacked_problems(config: dict[str, Any], stacked: Any) -> list[str]:
 
 
 def _pattern_problems(config: dict[str, Any]) -> list[str]:
-    """Return the problem with patterns of ranks and alphas: vLLM scales every matrix by the adapter's own alpha and rank."""
+    """Return the problem with per-module ranks and alphas, if any: vLLM scales every matrix by the adapter's common alpha and
+    rank."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     root = 0.5 if config.get("use_rslora") else 1.0
     try:
         rank, alpha = float(config["r"]), float(config["lora_alpha"])
         scales = [alphas.get(name, alpha) / ranks.get(name, rank) ** root for name in {*ranks, *alphas}]
         other = any(abs(scale - alpha / rank**root) > 1e-6 * abs(scale) for scale in scales)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # an adapter of a stranger
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # a malformed adapter
         return []
-    return ["rank_pattern and alpha_pattern scale matrices differently, which it does not read"] if other else []
+    return ["rank_pattern and alpha_pattern scale matrices differently, which vLLM ignores"] if other else []
 
 
 def _has_template(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The parser of the verbs that take arguments of their own: its complaints are those of every other mistake."""
+"""Parses the arguments of verbs. Errors are reported like every other mistake: as a `UserError` with a fix."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
 
 def is_path(word: str) -> bool:
-    """Return whether the first word behind a verb is the PATH of a run, not an override or a flag. The directory of a sweep's
-    trial has `=` in its name."""
-    # Not by `Path.is_file`, which raises for a word that is too long for a name.
+    """Return whether `word`, the first after a verb, is the path of a run and not an override or a flag. (Directories of sweep
+    trials have `=` in their names.)"""
+    # Not `Path.is_file`, which raises if a word is too long for a file name.
     if is_configuration_file(word):
         return False
     return os.path.isfile(os.path.join(word, "run.yaml")) or ("=" not in word and not word.startswith(("-", "~", "+")))
@@ -32,12 +32,11 @@ def is_configuration_file(word: str) -> bool:
 
 
 def refuse_place(path: Path, force: bool, tables: Collection[str] = ()) -> None:
-    """Raises UserError where answers cannot be put. tables: endings of tables that can be written."""
+    """Raise UserError if answers cannot be written to `path`. tables: suffixes of the table formats that can be written."""
     if path.suffix.lower() in TABLES and path.suffix.lower() not in tables:
         fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
-        raise UserError(
-            Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))
-        )
+        reason = f"answers are written as JSON lines, not as {path.suffix.lower().removeprefix('.')}"
+        raise UserError(Problem("--output", reason, fix, str(path)))
     if path.is_dir():
         raise UserError(Problem("--output", "is a folder", f"--output {path / 'answers.jsonl'}", str(path)))
     if path.exists() and not force:
@@ -46,51 +45,53 @@ def refuse_place(path: Path, force: bool, tables: Collection[str] = ()) -> None:
         raise UserError(Problem("--output", "there is no such folder", f"mkdir -p {path.parent}", str(path)))
 
 
-class _FoundParser(Exception):
-    """Leaves a verb with the parser that it was about to use."""
+class _ParserCaptured(Exception):
+    """Aborts a verb, and carries the parser that it was about to use."""
 
     def __init__(self, parser: VerbParser):
         self.parser = parser
 
 
-_looking: ContextVar[bool] = ContextVar("looking", default=False)
+_is_capturing: ContextVar[bool] = ContextVar("is_capturing", default=False)
 
 
 def parser_of(verb: Callable[[list[str]], int], argv: list[str]) -> VerbParser | None:
-    """Return the parser that `verb` would read `argv` with; None where it reads it by other means."""
-    token = _looking.set(True)
+    """Return the parser that `verb` would parse `argv` with; None if it does not use a `VerbParser`."""
+    token = _is_capturing.set(True)
     try:
         verb(argv)
-    except _FoundParser as found:
-        return found.parser
+    except _ParserCaptured as captured:
+        return captured.parser
     finally:
-        _looking.reset(token)
+        _is_capturing.reset(token)
     return None
 
 
 class VerbParser(argparse.ArgumentParser):
-    """`argparse` whose errors are a `UserError` with what to type instead, also as JSON."""
+    """An `argparse` parser that raises `UserError` with what to type instead, which can also be printed as JSON."""
 
     _words: Sequence[str] = ()
-    """The words of the command, behind `prog`."""
+    """The words of the command line after `prog`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if _looking.get():
-            raise _FoundParser(self)
-        self._words = self._words or list(args or ())  # two passes read an intermixed command, the second a part of it
+        if _is_capturing.get():
+            raise _ParserCaptured(self)
+        self._words = self._words or list(
+            args or ()
+        )  # intermixed parsing calls this twice, the second time with a part
         return super().parse_known_args(args, namespace)
 
     def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Since Python 3.13 it does not come by `parse_known_args`.
-        if _looking.get():
-            raise _FoundParser(self)
+        # Since Python 3.13, argparse does not call `parse_known_args` here.
+        if _is_capturing.get():
+            raise _ParserCaptured(self)
         self._words = list(args or ())
         return super().parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
+        """Translate argparse's `message` into a UserError, and raise it."""
         if missing := re.search(r"the following arguments are required: (.+)", message):
-            names = [name for name in missing[1].split(", ") if name != "KEY=VALUE"]  # of which there may be none
+            names = [name for name in missing[1].split(", ") if name != "KEY=VALUE"]  # overrides are optional
             fix = f"{self.prog} {shlex.join(self._words)}".strip()
             raise UserError(Problem(", ".join(names), "this is missing", f"{fix} {' '.join(names)}"))
         if unknown := re.search(r"unrecognized arguments: (.+)", message):

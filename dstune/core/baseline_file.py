@@ -1,4 +1,4 @@
-"""What a prompted, untuned model reaches on a run's held-out rows: `baseline.json` in the run directory."""
+"""Reads and writes `baseline.json` in a run directory: the metrics of prompted, untuned models on the run's held-out rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NAME = "baseline.json"
 
 
 def remember(run_dir: Path, model: str, split: str, rows: int, prompted: Sequence[dict[str, Any]]) -> None:
-    """Add {"model", "split", "rows", "shots", "metrics"} for each of `prompted`, which have the last two, in place of what is
-    known of the same model, split and number of examples."""
+    """Add an entry {"model", "split", "rows", "shots", "metrics"} for each of `prompted`, which have `shots` and `metrics`. They
+    replace earlier entries of the same model, split and number of examples (`shots`)."""
     new = [{"model": model, "split": split, "rows": rows, **entry} for entry in prompted]
     keys = [(row["model"], row["split"], row["shots"]) for row in new]
     other_rows = [row for row in read(run_dir) if (row.get("model"), row.get("split"), row.get("shots")) not in keys]
@@ -22,7 +22,7 @@ def remember(run_dir: Path, model: str, split: str, rows: int, prompted: Sequenc
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of the file; none where there is no readable one."""
+    """Return the entries of the file; an empty list if it is missing or unreadable."""
     try:
         rows = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

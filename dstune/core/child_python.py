@@ -13,7 +13,7 @@ from pathlib import Path
 import dstune
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""Since Python 3.11: leaves the working directory, or the folder of a script, out of the import path."""
+"""Keeps the working directory, or the folder of a script, out of the import path (Python 3.11 and newer)."""
 
 
 def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -27,9 +27,10 @@ def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, s
 
 
 def python_path(inherited: str) -> str:
-    """Return `inherited` with the folder of this package in front where Python would not find it by itself (a checkout).
+    """Return `inherited` without empty entries; if dstune runs from a checkout, with the checkout's folder in front.
 
-    Empty entries are left out: they mean the working directory, and `PYTHONPATH=$PYTHONPATH:/x` makes one by mistake.
+    Python cannot find a checkout by itself. An empty entry means the working directory, and `PYTHONPATH=$PYTHONPATH:/x` makes one
+    by mistake.
     """
     home = Path(dstune.__file__).absolute().parent.parent
     places = [place for place in inherited.split(os.pathsep) if place]

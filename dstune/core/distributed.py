@@ -1,7 +1,7 @@
-"""Ranks talking to each other about control: small numbers and decisions, never tensors of the model.
+"""Exchanges control messages between ranks: small numbers and decisions, never tensors of the model.
 
-Control messages go over a gloo group of their own, on the CPU and in float64, so that agreeing on a decision does not
-wait for the GPU's stream and sums of token counts are exact (float64 counts exactly up to 2**53).
+They have their own gloo group, on the CPU and in float64. So agreeing on a decision does not wait for the GPU's stream, and sums
+of token counts are exact (float64 counts exactly up to 2**53).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dstune.core.rank_env import GROUP_SECRET, RankEnv
 
 T = TypeVar("T")
 
-# Rank 0 may write a checkpoint or an export while the others wait for it: hours of patience for control messages.
-# A rank that died is noticed by the process that started it, not by this time-out.
 CONTROL_TIMEOUT = timedelta(hours=12)
+"""Long enough for rank 0 to write a checkpoint or an export while the others wait. Dead ranks are found by the process that
+started them, not by this time-out."""
 
 
 class World:
-    """The ranks of this run. Needs `torch.distributed` initialised unless there is a single rank without a group."""
+    """The ranks of this run. `torch.distributed` must be initialised."""
 
     def __init__(self, env: RankEnv):
         self.env = env
@@ -38,18 +38,20 @@ class World:
         self.local_rank = env.local_rank
         self.local_size = env.local_size
         self.data_parallel_rank, self.data_parallel_size = env.rank, env.world_size
-        """Which of how many groups reads rows of its own; a group is one rank unless ranks share their rows."""
+        """Number of this rank's group, and how many groups there are. Each group reads different rows; it has one rank unless
+        ranks share rows."""
         self.place_in_group = 0
         self.counts = True
-        """Whether what this rank sums over rows counts. Of ranks that compute the same rows, the first one's does."""
+        """Whether this rank's sums over rows count. If several ranks compute the same rows, only those of the first one do."""
         prove(None, range(self.size), self.rank, "all")
         self._control: Any = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         prove(self._control, range(self.size), self.rank, "control")
 
     def read_in_groups(self, ranks: int, *, alike: bool = False) -> None:
-        """Let so many neighbouring ranks share the rows that they read.
+        """Form groups of `ranks` neighbouring ranks that read the same rows.
 
-        alike: each of them comes to the same numbers for every row, and draws the same random ones."""
+        alike: the ranks of a group compute the same values for every row, with the same random numbers.
+        """
         self.data_parallel_rank, self.data_parallel_size = self.rank // ranks, self.size // ranks
         place = self.rank % ranks
         self.place_in_group, self.counts = (0, place == 0) if alike else (place, True)
@@ -74,11 +76,11 @@ class World:
         return bool(self.gather_numbers([float(flag)]).any())
 
     def gather(self, value: T) -> list[T]:
-        """Gather one value of every rank, of a type that `messages.encode` takes, in rank order, on every rank."""
+        """Gather one value from each rank; return them in rank order on every rank. The type must be one for `messages.encode`."""
         return messages.gather(value, self._control)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, of what `messages.encode` takes, on every rank."""
+        """Return rank 0's value on every rank. The type must be one for `messages.encode`."""
         return cast(T, messages.broadcast(value, self._control))
 
     def barrier(self) -> None:
@@ -86,12 +88,12 @@ class World:
 
 
 def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
-    """Let all ranks of a new group prove to each other that they are of the same launch, before anything else is sent.
+    """Let all ranks of a new group prove to each other that they belong to the same launch, before anything else is sent.
 
-    Libraries send objects as pickles, which run code where they are read: a stranger who takes a rank's place on the network
-    would run code in the others. Each rank sends a random number, then HMAC-SHA256(secret, name | all numbers | rank). Does
-    nothing where the launcher, somebody else's, gave no secret. What it does not stop is a stranger who passes on
-    everything between two real ranks.
+    Libraries send objects as pickles, which run code when they are loaded: a stranger who takes a rank's place on the network could
+    run code in the others. Each rank sends a random number, then HMAC-SHA256(secret, name | all numbers | rank). Does nothing
+    under a launcher that provides no secret (other than dstune's). Does not stop a stranger who relays everything between two
+    real ranks.
 
     Raises:
         TrainingFailed: a rank does not know the secret.
@@ -109,17 +111,17 @@ def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
 
     numbers = b"".join(exchange(secrets.token_bytes(32)))
 
-    def proof(of_rank: int) -> bytes:
-        return hmac.digest(secret.encode(), b"|".join([name.encode(), numbers, str(of_rank).encode()]), "sha256")
+    def proof(prover: int) -> bytes:
+        return hmac.digest(secret.encode(), b"|".join([name.encode(), numbers, str(prover).encode()]), "sha256")
 
     for other, received_proof in zip(ranks, exchange(proof(rank)), strict=True):
         if not hmac.compare_digest(received_proof, proof(other)):
-            raise TrainingFailed(f"what answers as rank {other} is no rank of this launch: somebody took its place")
+            raise TrainingFailed(f"the process that answers as rank {other} does not belong to this launch")
 
 
 def own_group(groups: Sequence[Sequence[int]], rank: int) -> tuple[Any, list[int]]:
-    """Make all process groups, and return the one that `rank` is in, with its ranks. Every rank has to make every group, in the
-    same order."""
+    """Make all process groups; return the group that contains `rank`, and its ranks. Every rank must make every group, in the same
+    order."""
     group_of_rank = None
     for ranks in groups:
         group = torch_dist.new_group(list(ranks))

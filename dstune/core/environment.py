@@ -1,4 +1,4 @@
-"""What a run ran on, for `environment.json`."""
+"""Describes what a run ran on, for `environment.json`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def describe(hosts: list[str], devices: list[str], data_fingerprint: str, model:
 
 
 def launches(before: Path, step: int, ranks: int) -> list[dict[str, Any]]:
-    """Return the launches of a run, this one last: the step it went on from, when (UTC), and its ranks.
+    """Return the launches of a run, this one last: the step that each continued from, its time (UTC) and its number of ranks.
 
-    before: the `environment.json` of the launch before. A start at step 0 begins the list anew: nothing of an earlier
-    attempt is left in the run.
+    before: the `environment.json` of the previous launch. A start at step 0 begins a new list, since nothing of an earlier attempt
+    is left in the run.
     """
     earlier: list[dict[str, Any]] = []
     if step > 0:

@@ -1,6 +1,6 @@
-"""Files in folders that somebody else may have prepared: a link in the place of a file is never followed.
+"""Reads and writes files in folders that may come from strangers: links in the place of files are never followed.
 
-A run directory may come from a stranger. `run.yaml` that is a link to `~/.bashrc` would let the next start write there.
+If `run.yaml` in a stranger's run directory were a link to `~/.bashrc`, the next start would write there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ INCOMPLETE = ".incomplete"
 
 
 def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = False) -> None:
-    """Put `content` in the place of `path`, whole or not at all; a link there is replaced, its target stays as it is.
+    """Replace `path` by a file with `content`, completely or not at all. A link is replaced, and its target does not change.
 
-    mode: of the file, less the umask. sync: it has reached the disk when this returns. Raises OSError.
+    mode: of the file, less the umask. sync: wait until the content has reached the disk. Raises OSError.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{INCOMPLETE}")
@@ -39,7 +39,7 @@ def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = F
 
 
 def sync_path(path: Path) -> None:
-    """Wait until the file or the entries of the folder `path` have reached the disk. Raises OSError."""
+    """Wait until the file `path`, or the entries of the folder `path`, have reached the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +59,8 @@ def hash_file(path: Path, bits: int = 64) -> str:
 
 
 def try_lock(descriptor: int) -> int | None:
-    """Hold the file until `descriptor`, which is returned, is closed; None, and it is closed, where another process does."""
+    """Lock the file until `descriptor` is closed, and return `descriptor`. If another process has the lock, close it and return
+    None."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -69,7 +70,7 @@ def try_lock(descriptor: int) -> int | None:
 
 
 def _put(temporary: Path, path: Path, data: bytes, mode: int) -> None:
-    """Give `temporary` its name; where a file system renames nothing, write `path` itself."""
+    """Rename `temporary` to `path`; if the file system cannot rename, write `path` in place."""
     try:
         os.replace(temporary, path)
     except OSError as error:
@@ -84,20 +85,22 @@ def append(path: Path, *, mode: int = 0o666) -> IO[bytes]:
     """Open `path` for appending, unbuffered.
 
     Raises:
-        UserError: it is a link or no file. OSError: as `open`.
+        UserError: it is a link or not a regular file.
+        OSError: as `open`.
     """
     return os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode), "ab", buffering=0)
 
 
 def create_or_truncate(path: Path, *, mode: int = 0o666) -> IO[bytes]:
-    """Open `path` for writing, empty. Raises as `append`."""
+    """Open `path` for writing and truncate it. Raises like `append`."""
     return os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb")
 
 
 def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Return a descriptor of the plain file `path`. Raises UserError where it is a link or no file, OSError as `os.open`."""
+    """Return a descriptor of the regular file `path`. Raises UserError if it is a link or not a regular file, OSError like
+    `os.open`."""
     try:
-        # Not blocking: a pipe in the place of a file would wait for a reader for ever.
+        # O_NONBLOCK: opening a pipe in the place of the file would wait for a reader forever.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
@@ -110,21 +113,21 @@ def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def read_plain(path: Path) -> bytes:
-    """Return the content of the plain file `path`. Raises as `open_plain`."""
+    """Return the content of the regular file `path`. Raises like `open_plain`."""
     with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as stream:
         return stream.read()
 
 
 def _refused(path: Path) -> UserError:
-    reason = "this is a link or no plain file, and writing to it could change a file elsewhere"
+    reason = "this is a link or not a regular file, so writing to it could change a file elsewhere"
     return UserError(Problem(str(path), reason, f"look where it leads, then remove it: rm {path.name}"))
 
 
 def read_own(path: Path) -> bytes:
-    """Return the content of a file that only its owner, who must be this user, can have written or read.
+    """Return the content of a file that belongs to this user and that nobody else can read or write.
 
     Raises:
-        PermissionError: another user's file, a link, or one that others may read or write.
+        PermissionError: the file belongs to another user, is not regular, or others may read or write it.
         OSError: as `open`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)

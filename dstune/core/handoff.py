@@ -1,6 +1,6 @@
-"""What ranks on another node need of the launching process's environment and no command line may show.
+"""Hands secrets of the launching process's environment to ranks on other nodes, without showing them on a command line.
 
-The launch leaves it in a file of the node's memory that its owner alone can read (`dstune/launch/node.py`).
+The launch puts them into a file in each node's memory that only the user can read (`dstune/launch/node.py`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 
 HANDOFF_FILE = "DSTUNE_HANDED"
-"""The name of the file, set where something is handed over."""
+"""Environment variable with the name of the file; set only if something is handed over."""
 FOLDER = "DSTUNE_FOLDER"
-"""Where relative paths of the configuration begin; launchers of several nodes start ranks elsewhere."""
+"""Environment variable with the folder that relative paths of the configuration refer to: launchers of several nodes start ranks in
+another one."""
 RANK_LOGS = "DSTUNE_RANK_LOGS"
-"""Set for ranks that write their own logs, since what started them mixes the output of all."""
+"""Environment variable that makes ranks write their own logs; set if the launcher mixes the output of all ranks."""
 
 
 def handoff_file(name: str) -> Path:
-    """Return where a node keeps what is handed over. name: random, so that nobody can take the place before."""
+    """Return the path of the handed-over file on a node. name: random, so that nobody can create the file first."""
     memory = Path("/dev/shm")
     folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
     return folder / f"dstune-{os.getuid()}-{name}.json"
 
 
 def set_up_rank(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> None:
-    """Set up a rank that a launcher of several nodes started, before anything else: its folder, its log, what was handed over."""
+    """Set up a rank that a launcher of several nodes started: its folder, its log, its environment. Call it before all else."""
     if folder := variables.get(FOLDER):
         os.chdir(folder)
     if variables.get(RANK_LOGS):
@@ -50,10 +51,10 @@ def set_up_rank(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -
 
 
 def take(rank: int, variables: MutableMapping[str, str]) -> None:
-    """Add what was handed over: `all` for every rank, `first` for rank 0, which alone talks to trackers.
+    """Add the handed-over variables to `variables`: `all` on every rank, `first` on rank 0 alone, which talks to trackers.
 
     Raises:
-        UserError: the file is not there, or not one that this user alone can have written: `PATH` is among what it sets.
+        UserError: the file is missing, or somebody other than this user may have written it (it sets variables such as `PATH`).
     """
     name = variables.get(HANDOFF_FILE)
     if not name:
@@ -62,7 +63,7 @@ def take(rank: int, variables: MutableMapping[str, str]) -> None:
     try:
         handoff = json.loads(files.read_own(file))
     except (OSError, ValueError) as error:
-        reason = f"what the launching process handed over cannot be taken: {error}"
+        reason = f"cannot read the environment that the launching process handed over: {error}"
         raise UserError(Problem(str(file), reason, "start the run again; look at who owns the file")) from None
     variables.update(handoff.get("all", {}))
     if rank == 0:

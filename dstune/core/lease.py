@@ -1,8 +1,8 @@
-"""Which group of processes may train a run: the holder of the newest generation of its lease.
+"""Decides which group of processes may train a run: the holder of the newest generation of its lease.
 
-The lease is a folder of numbered files on the file system that all nodes share. A generation begins when somebody creates its
-file, which only one process can do, and no generation begins twice. Ranks know their generation: once a newer one exists,
-they may not save any more, so a group that a partition cut off can never overwrite what the other group does.
+The lease is a folder of numbered files on the file system that all nodes share. A generation begins when a process creates its
+file, which only one process can do, and no generation begins twice. Ranks know their generation. Once a newer one exists they may
+not save any more, so a group that is cut off by a network partition can never overwrite the other group's work.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dstune.core.parsing import read_object
 
 FOLDER = Path("launch") / "lease"
 LEASE = "DSTUNE_LEASE"
-"""For ranks: the file of the generation that they belong to."""
+"""Environment variable of ranks: the file of the generation that they belong to."""
 KEPT_FILES = 16
-"""Files of earlier generations that stay: they tell how a run came to where it is."""
+"""How many files of earlier generations are kept, as a history of the run."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LeaseRecord:
     is_released: bool = False
     """Whether the holder has ended its ranks and given the lease back."""
     is_over: bool = False
-    """Whether that was the end of the launch: no other agent of it goes on."""
+    """Whether the launch is over: none of its agents will continue the run."""
 
 
 class Lease:
@@ -57,7 +57,7 @@ class Lease:
         self.folder = run_dir / FOLDER
 
     def newest(self) -> int:
-        """Return the newest generation; 0 where there is none. Raises OSError."""
+        """Return the newest generation; 0 if there is none. Raises OSError."""
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
@@ -68,7 +68,7 @@ class Lease:
         return self.folder / f"{generation:08d}"
 
     def read(self, generation: int) -> LeaseRecord | None:
-        """Return the record of `generation`; None where its file is empty (just created), malformed or gone."""
+        """Return the record of `generation`; None if its file is empty (just created), malformed or gone."""
         values = read_object(self.file(generation)) or {}
         try:
             record = LeaseRecord(**values)
@@ -83,9 +83,9 @@ class Lease:
     def take(self, after: int, record: LeaseRecord) -> int | None:
         """Begin the generation that follows `after` for the holder of `record`.
 
-        Returns its number; None where another process was first. Raises OSError.
+        Return its number; None if another process was faster. Raises OSError.
         """
-        # Not its parents: without the run directory's file system there may be an empty folder in its place.
+        # Without parents: if the run directory's file system is not mounted, its mount point is an empty folder.
         self.folder.mkdir(exist_ok=True)
         generation = after + 1
         try:
@@ -105,22 +105,22 @@ class Lease:
         files.write(self.file(generation), json.dumps(asdict(record)), mode=0o600)
 
     def renew(self, generation: int, record: LeaseRecord) -> None:
-        """Show that the holder is alive: `record` has another `beat`. Raises OSError."""
+        """Show that the holder is alive by writing `record`, whose `beat` has grown. Raises OSError."""
         try:
             self.write(generation, record)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            os.utime(self.file(generation))  # training goes on without room for a checkpoint, so it needs none for this
+            os.utime(self.file(generation))  # a full disk must not end the lease: it does not end training either
 
     def renewed(self, generation: int) -> int:
-        """Return a number that differs after each `renew` of `generation`, whatever its record says; 0 where it is gone."""
+        """Return a number that changes with each `renew` of `generation`, whatever its record says; 0 if its file is gone."""
         try:
             descriptor = os.open(self.file(generation), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return 0
         try:
-            return os.fstat(descriptor).st_mtime_ns  # of an open file, which no client of NFS takes from its cache
+            return os.fstat(descriptor).st_mtime_ns  # of the open file: NFS clients do not answer that from their cache
         finally:
             os.close(descriptor)
 
@@ -131,14 +131,14 @@ def new_holder() -> str:
 
 
 def is_superseded(variables: Mapping[str, str] | None = None) -> bool:
-    """Return whether this rank's generation of the lease is no longer the newest. Ranks without a lease, on one machine or under
-    another launcher, are never superseded."""
+    """Return whether this rank's generation of the lease is no longer the newest. Ranks without a lease (on one machine, or under
+    another launcher) are never superseded."""
     path = (os.environ if variables is None else variables).get(LEASE)
     if not path:
         return False
     try:
         names = os.listdir(Path(path).parent)
-    except OSError:  # a file system that does not answer now: the save itself fails then
+    except OSError:  # the file system does not answer; then the save itself fails too
         return False
     return max((int(name) for name in names if name.isdecimal()), default=0) > int(Path(path).name)
 

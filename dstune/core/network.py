@@ -1,4 +1,4 @@
-"""What libraries would ask of the network by themselves."""
+"""Keeps libraries from network requests that nobody asked for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ METADATA_VARIABLE = "DSTUNE_CLOUD_METADATA"
 
 
 def ask_no_metadata_service() -> None:
-    """Keep the libraries of the clouds from looking for credentials at the machine's metadata address, which hangs where there
-    is none; unless `DSTUNE_CLOUD_METADATA` asks for it, or the user's own setting."""
+    """Keep cloud libraries from looking for credentials at the machine's metadata address: outside of a cloud, that request hangs.
+
+    `DSTUNE_CLOUD_METADATA`, and the user's own settings of these libraries, take precedence.
+    """
     if not os.environ.get(METADATA_VARIABLE):
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
         os.environ.setdefault("NO_GCE_CHECK", "true")

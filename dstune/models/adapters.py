@@ -1,4 +1,4 @@
-"""Adapters of peft below a model."""
+"""Switches the peft adapters of a model off."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Switch off the adapters of `model`, and dropout, within the block.
+    """Switch off the adapters and the dropout of `model` within the block.
 
-    The flags of peft's layers alone are set: its own `disable_adapter` sets `requires_grad` of what is trained as well,
-    which the optimizer of a running step must not see.
+    Sets only the flags of peft's layers. peft's own `disable_adapter` also changes `requires_grad` of the trained parameters, which
+    must not happen during a step.
     """
     adapted: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     assert adapted, "there is no adapter to switch off"

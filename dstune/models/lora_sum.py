@@ -1,8 +1,8 @@
-"""The sum of a layer and its low-rank adapter in one product of matrices.
+"""Computes a linear layer and its LoRA adapter with a fused multiply-add.
 
-peft computes `base(x) + B(A(x)) * scaling` with three tensors of the layer's output beside one another, and two passes over them
-in the backward pass. A product that is scaled and added to where it goes (BLAS's gemm with alpha and beta) makes one of it, rounded
-once in place of three times.
+peft computes `base(x) + B(A(x)) * scaling`, which holds three tensors of the output's size at once, and takes two passes over them
+in the backward pass. BLAS's gemm with alpha and beta scales the product and adds it to the layer's output: one tensor, rounded once
+instead of three times.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from dstune.zero.parts import is_partitioned
 
 
 def use_joint_sums(module: nn.Module) -> int:
-    """Let the linear layers with plain LoRA compute as here; returns how many do. Others stay as peft makes them: DoRA, biases,
-    4-bit weights, and adapters that ZeRO-3 partitions, which it gathers for calls of their own modules."""
+    """Let the linear layers with plain LoRA compute with a fused multiply-add; return how many do.
+
+    Other layers keep peft's computation: those with DoRA, biases or 4-bit weights, and partitioned adapters, since ZeRO-3 gathers
+    weights only when their own module is called.
+    """
     if not hasattr(module, "peft_config"):
         return 0
     from peft.tuners.lora.layer import Linear
@@ -39,16 +42,16 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward(
-    layer: Any, usual: Callable[..., torch.Tensor], x: torch.Tensor, *others: Any, **keywords: Any
+    layer: Any, peft_forward: Callable[..., torch.Tensor], x: torch.Tensor, *others: Any, **keywords: Any
 ) -> torch.Tensor:
-    """Run the layer. x: [..., inputs]. Without adapters, with several of them and after merging it is peft's own way."""
+    """Run the layer on x [..., inputs]; with peft's own forward if adapters are off or merged, or if several are active."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or others or keywords or len(names) != 1:
-        return usual(x, *others, **keywords)
+        return peft_forward(x, *others, **keywords)
     (name,) = names
     weight = layer.lora_B[name].weight
     if x.dtype != weight.dtype or x.dim() < 2:
-        return usual(x)
+        return peft_forward(x)
     result = layer.base_layer(x)
     low = layer.lora_A[name](layer.lora_dropout[name](x))
     joint = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), weight.t(), alpha=layer.scaling[name])

@@ -75,7 +75,7 @@ def explained(place: Callable[[], str], advise: Callable[[], list[str]]) -> Iter
             raise
         fixes = advise()
         fix = ", ".join(fixes) or "a smaller trainer.micro_batch_size or data.max_length, or a higher zero.stage"
-        message = f"out of memory in {place()} ({first_line(error)}). Estimated to help most, in this order: {fix}"
+        message = f"out of memory in {place()} ({first_line(error)}). Settings that free memory, most first: {fix}"
         raise TrainingFailed(
             f"{message}. `trainer.micro_batch_size={Automatic.auto.value}` finds the micro-batch size that fits."
         ) from error

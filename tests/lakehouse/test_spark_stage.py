@@ -268,7 +268,7 @@ def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path, monkeypatch):
     assert len(waited) == 1
     (tmp_path / "run" / records.DRIVER).unlink()
     os.mkfifo(tmp_path / "run" / records.DRIVER)
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         records.wait_for_former_ranks(tmp_path / "run", reported.append)
 
 

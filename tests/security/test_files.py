@@ -60,7 +60,7 @@ def test_logs_are_plain_files(kind: str, run_dir: Path, victim: Path) -> None:
         os.mkfifo(log)
     else:
         log.symlink_to(victim if kind == "link" else victim.with_name("new"))
-    with pytest.raises(UserError, match="link or no plain file"):
+    with pytest.raises(UserError, match="link or not a regular file"):
         files.append(log)
     assert victim.read_text() == VICTIM
     assert not victim.with_name("new").exists()

@@ -33,7 +33,7 @@ def test_ranks_of_one_launch_know_each_other(tmp_path: Path) -> None:
 def test_a_stranger_in_the_place_of_a_rank_is_refused_before_the_first_object(tmp_path: Path) -> None:
     (code, output), _ = start(tmp_path, ["s" * 32, "guessed"])
     assert code == 3
-    assert "no rank of this launch" in output
+    assert "does not belong to this launch" in output
     assert "received" not in output
 
 

@@ -306,11 +306,11 @@ def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
     os.mkfifo(run / "metrics.jsonl")
     (run / "launch.json").symlink_to("/dev/zero")
     assert records.read_metrics(run).last == {}
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         rewind(run / "metrics.jsonl", 2)
     assert records.read_result(run) is None
     assert records.read_launch(run) is None
-    with pytest.raises(OSError, match="no plain file"):
+    with pytest.raises(OSError, match="not a regular file"):
         read_file(Path("/dev/zero"))
 
 
@@ -322,7 +322,7 @@ def test_metrics_that_are_a_pipe_or_no_text(tmp_path: Path) -> None:
     assert run.metrics == [{"step": 1}]
     (tmp_path / "metrics.jsonl").unlink()
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match="is no plain file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         _ = run.metrics
 
 

@@ -59,5 +59,5 @@ def test_a_killed_command_goes_on_into_the_same_table(tmp_path):
 
 
 def test_no_spreadsheet_is_written(tmp_path):
-    with pytest.raises(UserError, match="answers are written as JSON lines, which this is no name for"):
+    with pytest.raises(UserError, match="answers are written as JSON lines, not as xlsx"):
         answers_file(tmp_path / "answers.xlsx", {}, 1, force=False)

@@ -1,7 +1,7 @@
-"""What a task computes from a batch: the sum of its losses and what its metrics need. `task_of(config.task).head` builds it.
+"""Heads: what a task computes from a batch, which is the sum of its losses and the inputs of its metrics.
 
-A head gets `forward` (DeepSpeed's engine, or a plain model in tests) and a batch; it never divides by anything, because
-the weight of a global batch is known to the trainer only.
+`task_of(config.task).head` builds a task's head. A head gets `forward` (DeepSpeed's engine, or a plain model in tests) and a
+batch. It never divides the sums, since only the trainer knows the weight of the global batch.
 """
 
 from __future__ import annotations
