@@ -46,11 +46,11 @@ class Prefix(TrainedPrompt):
     def check(self, run: RunConfig) -> Iterator[Problem]:
         yield from super().check(run)
         task = task_of(run.task)
-        if task.has_head and task.prefix_positions_ok:  # else refused already, with a fix that holds
-            reason = f"keys and values go in front of models that predict tokens, and task={run.task.name} has a head instead"
+        if task.has_head and task.prefix_positions_ok:  # other heads are already refused, with a fix that works
+            reason = f"a prefix only works with models that predict tokens, but task={run.task.name} has a head instead"
             yield Problem("method", reason, "method=prompt, p_tuning or lora", self.name)
         if run.trainer.activation_checkpointing:
-            reason = "the prefix stands in the cache of keys and values, which checkpointed layers do not have"
+            reason = "the prefix is in the cache of keys and values, which checkpointed layers do not use"
             value = format_value(run.trainer.activation_checkpointing)
             yield Problem("trainer.activation_checkpointing", reason, "false, or method=lora", value)
 

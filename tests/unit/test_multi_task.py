@@ -75,7 +75,7 @@ def test_only_what_is_measured_may_decide_and_less_of_a_loss_is_better() -> None
         (
             ["data.mixture.b.task=seq2seq", "data.mixture.b.prompt=Translate"],
             "data.mixture.b.prompt",
-            "one place in the prompt",
+            "must contain {source} exactly once",
         ),
         (["data.mixture.b.task=seq2seq", "data.validation=v.jsonl"], "data.validation", "which task its rows are of"),
         (["data.mixture.b.task=seq2seq", "evaluate.slices=[lang]"], "evaluate.slices", "metrics of its own"),

@@ -208,7 +208,7 @@ def test_impossible_settings_are_refused():
         return " ".join(str(problem) for problem in find_problems(run_config(**sections)))
 
     data = DataConfig(train="x", packing=False)
-    assert "one place in the prompt" in problems_of(task=Seq2SeqConfig(prompt="Translate"), data=data)
+    assert "must contain {source} exactly once" in problems_of(task=Seq2SeqConfig(prompt="Translate"), data=data)
     config = EvaluateConfig(baseline_shots=[0, 4])
     assert "--prompted MODEL" in problems_of(task=ClassificationConfig(), data=data, evaluate=config)
     assert "baseline_shots" not in problems_of(task=TASK, data=data, evaluate=config)

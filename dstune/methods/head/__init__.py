@@ -29,7 +29,7 @@ class Head(PooledHead):
         if config.pooling is Pooling.model:
             for key, value in (("layers", config.layers), ("dropout", config.dropout)):
                 if value:
-                    reason = "the head of the architecture has its own"
+                    reason = "method.pooling=model uses the architecture's own head, which this key does not change"
                     yield Problem(f"method.{key}", reason, "method.pooling=mean, cls or last", format_value(value))
         elif task.has_head and task.unpoolable:
             yield Problem("method.pooling", task.unpoolable, "method.pooling=model", config.pooling.name)

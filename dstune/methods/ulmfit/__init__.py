@@ -46,10 +46,12 @@ class Ulmfit(Method, TrainsInStages, UnfreezesLater):
     def _check_language_model_stage(self, run: RunConfig) -> Iterator[Problem]:
         key, epochs = "method.language_model_epochs", format_value(self.config.language_model_epochs)
         if task_of(run.task).unpoolable:
-            reason = f"the stage is one in front of a classifier, and task={run.task.name} trains on texts itself"
+            reason = f"the stage prepares a classifier, but task={run.task.name} itself trains on texts"
             yield Problem(key, reason, "method.language_model_epochs=0", epochs)
         if run.data.streaming or run.data.mixture or run.forgetting.replay:
-            reason = "the texts of a stream, a mixture or replayed rows are not read a second time"
+            reason = (
+                "the stage reads the texts a second time, which a stream, a mixture or replayed rows do not support"
+            )
             yield Problem(key, reason, "train task=causal_lm first, then model.path=RUN/export", epochs)
 
     def stages(self, run: RunConfig, run_dir: Path) -> list[RunConfig]:

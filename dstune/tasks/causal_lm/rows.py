@@ -1,4 +1,4 @@
-"""Row formats of plain text, and of text that is token ids already."""
+"""Row formats of plain text, and of text that is already tokenized."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Chat(LanguageTask):
         )
 
     def rewrite_template(self, tokenizer: Any) -> None:
-        """Let the chat template of an export write reasoning as the rows were trained."""
+        """Make the chat template of an export print reasoning in the form that the model was trained on."""
         from dstune.data.render import ChatRenderer
 
         if self.config.reasoning is Reasoning.inline:

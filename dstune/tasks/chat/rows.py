@@ -24,11 +24,11 @@ from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
 BESIDE = ("system", "tools", "parallel_tool_calls", "chat_template_kwargs", "images")
-"""Roles that may stand beside any conversation."""
+"""Optional roles of all conversation formats."""
 
 QUESTIONS = ("question", "problem", "input", "user", "human")
 ANSWERS = ("answer", "solution", "output", "assistant", "target")
-"""Names that files have for a prompt and its completion, which a message suggests: they may mean other things as well."""
+"""Common column names of a prompt and its completion. They are only suggested in a message, since they may mean other things."""
 
 JUDGED = (
     "task=preference task.loss=kto learns from good and bad answers, this task would learn the bad ones as well; a column that "
@@ -67,7 +67,7 @@ class Messages(ConversationFormat):
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the fields with `messages`: where no column has a usual name, the only one that is a list of messages."""
+        """Add the field `messages`: if no column has a usual name, it is the only column that is a list of messages."""
         if not fields.keys().isdisjoint(content_names()):
             return fields
         lists = [value for value in fields.values() if is_list_of_messages(value)]
@@ -165,7 +165,7 @@ class Xlam(ConversationFormat):
 
 
 def _question_and_answer(columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
-    """Return the columns that look like a question and its answer, where none is named."""
+    """Return the columns that look like a question and its answer, if the mapping names no columns."""
     columns_found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
     return columns_found if all(columns_found) and not mapping else []
 

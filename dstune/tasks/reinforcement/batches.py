@@ -1,4 +1,4 @@
-"""Micro-batches of completions: what `PolicyHead` gets."""
+"""Builds micro-batches of completions for `PolicyHead`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from dstune.data.collate import NO_TARGET
 
 class TrainedCompletion(NamedTuple):
     prompt: np.ndarray
-    """Tokens."""
+    """Token ids of the prompt."""
     ids: np.ndarray
+    """Token ids of the completion."""
     labels: np.ndarray
-    """`ids`, and `NO_TARGET` where they do not train."""
+    """`ids`, with `NO_TARGET` for tokens that do not train."""
     sampled: np.ndarray
-    """The sampler's log-probability of each of `ids`."""
+    """The sampler's log-probability of each token of `ids`."""
     advantage: float
 
 
@@ -38,11 +39,11 @@ def completion_batch(completions: Sequence[TrainedCompletion], pad: int) -> dict
 
 
 def shared_batch(completions: Sequence[TrainedCompletion]) -> dict[str, torch.Tensor]:
-    """Make one row in which the prompt of neighbouring completions stands once; see `models.shared_prompts`.
+    """Build one row in which neighbouring completions share their prompt; see `models.shared_prompts`.
 
-    `input_ids` [1, tokens]: the prompts, then the completions without their last tokens, which predict nothing. `prompt_lengths`,
-    `prompt_samples` (how many completions each has) [prompts]; `answer_lengths` [completions], in the row; `labels`, `sampled`
-    [completions, longest]; `advantages` [completions].
+    `input_ids` [1, tokens]: the prompts, then the completions without their last tokens, which predict nothing. `prompt_lengths`
+    and `prompt_samples` (completions of each prompt) [prompts]; `answer_lengths` (tokens of each completion in the row)
+    [completions]; `labels` and `sampled` [completions, longest]; `advantages` [completions].
     """
     groups = [list(group) for _, group in groupby(completions, key=lambda completion: completion.prompt.tobytes())]
     prompts = [group[0].prompt for group in groups]

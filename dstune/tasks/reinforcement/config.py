@@ -61,7 +61,7 @@ class ReinforcementConfig(TaskConfig):
 
     name: str = "reinforcement"
     rewards: list[str] = setting([])
-    """What scores a completion: `exact_answer`, `number`, `boxed_answer`, `pattern`, `json_object`, `json_schema`,
+    """Functions that score a completion: `exact_answer`, `number`, `boxed_answer`, `pattern`, `json_object`, `json_schema`,
     `reasoning_format`, `brevity`, `word_count`, `script`, `code_tests`, or the name of a plugin's `@dstune.reward`. The scores
     are added up."""
     graders: list[str] = setting([], signed=True)
@@ -74,21 +74,21 @@ class ReinforcementConfig(TaskConfig):
     """A factor for each of `rewards`, then of `graders`, then of `reward_models`, and for the environment's own reward last; 1
     for all when not given."""
     reward_seconds: float = setting(60.0, above=0.0)
-    """Time for one reward to score a micro-batch's completions, and for each four of them `program_seconds` more where it runs
-    programs. A reward that takes longer is ended; its completions do not train."""
+    """Time limit of one reward for the completions of a micro-batch; a reward that runs programs gets `program_seconds` more for
+    every four completions. A reward that takes longer is ended, and its completions do not train."""
     program_seconds: float = setting(10.0, above=0.0)
-    """Time for one program (a `python` grader, a completion under `code_tests`) or one answer of `judge`."""
+    """Time limit of one program (a `python` grader, a completion under `code_tests`) or one answer of `judge`."""
     program_memory_gib: float = setting(2.0, above=0.0)
-    """Address space of a process of such a program."""
+    """Limit of the address space of each process of such a program."""
     judge: str | None = setting(None, signed=True)
     """Address of a server with OpenAI's chat completions, which has the models of `score_model` graders (`http://HOST:PORT`);
     the variable `DSTUNE_JUDGE_API_KEY` may hold its key."""
     environment: str | None = None
     """The name of a plugin's `@dstune.environment`: its public methods are tools that the model may call, for several turns."""
     turns: int = setting(8, at_least=1)
-    """Answers of the model in one completion at most, where there is an environment."""
+    """With an environment, the largest number of the model's answers in one completion."""
     environment_seconds: float = setting(60.0, above=0.0)
-    """Time for the tool calls of a micro-batch's completions in one turn. An environment that takes longer is ended; its
+    """Time limit of the tool calls of a micro-batch's completions in one turn. An environment that takes longer is ended, and its
     completions do not train."""
     loss: PolicyLoss = PolicyLoss.dapo
     """`dapo` (mean over all tokens of a step; TRL's default too), `grpo` (mean over completions of the mean over tokens),
@@ -96,12 +96,12 @@ class ReinforcementConfig(TaskConfig):
     (truncated ratio as a weight), `rloo` (leave-one-out advantages, ratio of whole completions). All means are over the
     global batch, whatever the number of ranks."""
     samples: int = setting(8, at_least=2)
-    """Completions of a prompt, which are compared with each other (TRL: `num_generations`). A step has
-    `trainer.global_batch_size` prompts with so many completions each."""
+    """Completions of each prompt, which are compared with each other (TRL: `num_generations`). A step has
+    `trainer.global_batch_size` prompts."""
     max_new_tokens: int = setting(256, at_least=1)
-    """Tokens of a completion at most (TRL: `max_completion_length`)."""
+    """Longest completion, in tokens (TRL: `max_completion_length`)."""
     temperature: float = setting(1.0, above=0.0)
-    """Of sampling. The log-probabilities that train are those at this temperature."""
+    """Sampling temperature. The loss uses log-probabilities at the same temperature."""
     rollout: Rollout = Rollout.exact
     """`exact` writes the completions of a micro-batch of prompts side by side until the last one has ended: the same bits whenever
     it is repeated on as many ranks. `fast` keeps the batch full, a new completion in the place of one that has ended; the
@@ -113,18 +113,17 @@ class ReinforcementConfig(TaskConfig):
     """Where the server reads adapters or weights, under the same path on both machines, in a folder of this run; `sampler` of the
     run directory when not given."""
     rollout_seconds: float = setting(600.0, above=0.0)
-    """How long a server may take for an answer, with all attempts: a run whose server takes longer is saved and left, to be
-    continued (exit code 75)."""
+    """Time limit of a server's answer, over all attempts. If it is exceeded, the run saves and ends with exit code 75, and can be
+    resumed."""
     rollout_sleep: bool = False
     """Whether the server sleeps while this run trains, so that both have room on the same GPU (`vllm serve
     --enable-sleep-mode`)."""
     importance_cap: float | None = setting(None, above=0.0)
-    """Tokens count by how much more probable the model that trains makes them than the sampler did, up to this factor
-    (truncated importance sampling). 2 with `rollout=fast` and `vllm` when not given; with `exact` none, which multiplies by
-    nothing."""
+    """Weight each token by its probability under the model in training over that under the sampler, at most this (truncated
+    importance sampling). When not given, 2 with `rollout=fast` and `vllm`; with `exact` tokens are not weighted."""
     correction: Correction = Correction.truncate
-    """What tokens beyond `importance_cap` count: `truncate` lets them count that much, `mask` not at all, nor those that the
-    sampler made more probable by more than this factor."""
+    """Weight of tokens whose ratio is above `importance_cap`: `truncate` gives them the cap, `mask` gives 0 to them and to tokens
+    whose ratio is below 1 / `importance_cap`."""
     updates: int = setting(1, at_least=1)
     """Optimizer updates with the completions of one step (TRL: `num_iterations`). With 1, ratios are 1 and nothing is clipped."""
     clip_low: float | None = setting(None, at_least=0.0)
@@ -133,14 +132,14 @@ class ReinforcementConfig(TaskConfig):
     """Clip ratios at 1 plus this (TRL: `epsilon_high`); `clip_low` when not given, with `dapo` 0.28, with `gspo` 4e-4. With
     `cispo` the largest ratio itself, 5."""
     scale_rewards: RewardScale = RewardScale.auto
-    """What advantages are divided by: the standard deviation of their `group` (the completions of a prompt), of the `batch` (all
-    completions of a step), or `none`. `auto` is `group`, and `none` with `dr_grpo` and `rloo`, which are defined so."""
+    """Standard deviation that advantages are divided by: of the `group` (the completions of a prompt), of the `batch` (all
+    completions of a step), or `none`. `auto` is `none` with `dr_grpo` and `rloo`, as they are defined, and else `group`."""
     kl: KlConfig = field(default_factory=KlConfig)
     mask_truncated: bool = False
     """Whether completions that did not end within `max_new_tokens` are left out of the loss (their rewards still count in
     their group)."""
     replay: str | None = None
-    """The folder `rollouts` of another run: its completions and rewards are trained on, step by step, instead of new ones."""
+    """The folder `rollouts` of another run. Each step trains on that run's completions and rewards instead of new ones."""
     template_date: str | None = None
     """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
     chat_template_kwargs: dict[str, Any] = setting({})
@@ -148,7 +147,7 @@ class ReinforcementConfig(TaskConfig):
 
     @property
     def clip(self) -> tuple[float, float]:
-        """(how far below, how far above 1 a ratio counts); of `cispo` the second is the largest ratio."""
+        """How far ratios may be below and above 1; for `cispo`, the second number is the largest ratio itself."""
         low, high = DEFAULT_CLIP.get(self.loss, (0.2, 0.2))
         if self.clip_low is not None:
             low = self.clip_low
@@ -157,14 +156,14 @@ class ReinforcementConfig(TaskConfig):
 
     @property
     def cap(self) -> float | None:
-        """The largest factor by which a token counts; None where all count alike."""
+        """The largest weight of a token; None if tokens are not weighted."""
         if self.importance_cap is None and self.rollout is not Rollout.exact:
             return DEFAULT_CAP
         return self.importance_cap
 
     @property
     def scale(self) -> RewardScale:
-        """`scale_rewards`, or what the loss is defined with."""
+        """`scale_rewards` with `auto` resolved by the loss."""
         if self.scale_rewards is not RewardScale.auto:
             return self.scale_rewards
         return RewardScale.none if self.loss in (PolicyLoss.dr_grpo, PolicyLoss.rloo) else RewardScale.group
@@ -181,7 +180,7 @@ class ReinforcementConfig(TaskConfig):
 
     @property
     def reward_names(self) -> list[str]:
-        """What scores a completion, in the order of `weights`."""
+        """Names of everything that scores a completion, in the order of `weights`."""
         names = [*self.rewards, *self.grader_files, *self.model_paths]
         if self.environment is not None and hasattr(ENVIRONMENTS[self.environment], "get_reward"):
             names.append(self.environment)
@@ -194,10 +193,10 @@ class ReinforcementConfig(TaskConfig):
 
 
 DEFAULT_CAP = 2.0
-"""As verl has it (`rollout_is_threshold`); TRL truncates at 3."""
+"""The default of verl (`rollout_is_threshold`); TRL truncates at 3."""
 DEFAULT_CLIP = {
     PolicyLoss.dapo: (0.2, 0.28),  # Yu et al. 2025, arXiv:2503.14476
     PolicyLoss.gspo: (3e-4, 4e-4),  # Zheng et al. 2025, arXiv:2507.18071
     PolicyLoss.cispo: (0.0, 5.0),  # MiniMax-M1, arXiv:2506.13585, as TRL has it
 }
-"""By loss; 0.2 on both sides for the others."""
+"""Defaults of `clip` by loss; the others have 0.2 on both sides."""

@@ -1,4 +1,4 @@
-"""Samples and micro-batches of prompts."""
+"""Encodes prompts as samples, and builds micro-batches of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstune.data.tokenize.sample import Rows, Sample
 
 
 class PromptEncoder(ChatEncoder):
-    """A prompt as a server hands it to the model, the generation prompt included, and the columns for the rewards."""
+    """Encodes a prompt as a server gives it to the model, including the generation prompt; keeps the columns for the rewards."""
 
     only_prompts = True
 
@@ -46,13 +46,13 @@ class PromptEncoder(ChatEncoder):
                 row["messages"], tools=row.get("tools"), arguments=row.get("chat_template_kwargs")
             )
         if not row["plain"]:
-            raise RenderError("the model has no chat template, so a prompt is a text")
+            raise RenderError("the model has no chat template, so the prompt must be a text, not messages")
         return self.plain_prompt_ids(content_text(row["messages"][0]["content"]))
 
 
 def prompt_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
-    """Return `input_ids`, `attention_mask` [prompts, longest prompt], padded on the left, and `sample` [prompts], numbers in
-    `split`."""
+    """Return `input_ids` and `attention_mask` [prompts, longest prompt], padded on the left, and `sample` [prompts], the numbers
+    of the prompts in `split`."""
     prompts = [split.sample(index)["input_ids"] for index in micro_batch.samples]
     arrays = left_padded(prompts, pad)
     return {**arrays, "sample": np.array(micro_batch.samples, dtype=np.int64)}

@@ -1,4 +1,4 @@
-"""The environments that live in the child process, one for each completion."""
+"""Holds the environments in the child process, one for each completion."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dstune.core.parsing import whole_characters
 from dstune.protocols import ENVIRONMENTS
 
 LONGEST_RESULT = 100_000
-"""Characters of what a tool returns; the rest is cut off."""
+"""Results of tools are cut off after this many characters."""
 
 
 class EnvironmentHost:
     def __init__(self) -> None:
         self._instances: dict[str, Any] = {}
         self.name = ""
-        """Of the environments that are there."""
+        """Name of the environments that currently exist."""
 
     def reset(self, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Make an environment for each of `rows` (key, seed, columns), in place of all earlier ones; what each begins with."""
+        """Replace all environments by a new one for each of `rows` (key, seed, columns); return their first observations."""
         self._instances, self.name = {}, name
         observations = []
         for row in rows:
@@ -33,7 +33,7 @@ class EnvironmentHost:
         return observations
 
     def call(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return what the tool `name` of the environment `key` returns for its `arguments`, one after the other."""
+        """Run tool calls (key of the environment, name of the tool, arguments) one after the other; return their results."""
         return [self._call(**call) for call in calls]
 
     def rewards(self, keys: Sequence[str]) -> list[float | None]:
@@ -55,12 +55,12 @@ class EnvironmentHost:
 
 
 def shown(value: Any) -> str:
-    """Return what the model reads of `value`."""
+    """Return `value` as the text that the model reads."""
     return whole_characters(str(value)[:LONGEST_RESULT])
 
 
 def finished(value: Any) -> Any:
-    """Return `value`, or what it becomes where it is awaited."""
+    """Return `value`; if it is awaitable, wait for its result and return that."""
     return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
 
 

@@ -1,4 +1,4 @@
-"""What the rewards say of held-out prompts."""
+"""Evaluates the rewards on held-out prompts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from dstune.trainer.measure import Evaluation
 def evaluate_rewards(
     evaluator: Evaluator, task: ReinforcementConfig, split: Split, progress: Callable[[int, int], None] | None
 ) -> Evaluation:
-    """Return the rewards of one completion of each prompt of `split`, sampled as in training with noise of its own, the same in
-    every evaluation."""
+    """Return the rewards of one sampled completion for each prompt of `split`. Sampling is as in training; its random numbers are
+    different from training's, and the same in every evaluation."""
     config, world = evaluator.config, evaluator.world
     assert isinstance(evaluator.head, PolicyHead)
     stops = stop_token_ids(evaluator.tokenizer, task.chat_template_kwargs)
@@ -46,7 +46,7 @@ def evaluate_rewards(
     merged = [[_from_row(row)] for row in sorted(everyone, key=lambda row: int(row["prompt"]))]
     metrics = reinforcement_metrics(rollout_sums(task, merged))
     for name in ("reward_std", "frac_reward_zero_std"):
-        del metrics[name]  # of one completion of a prompt
+        del metrics[name]  # undefined for a single completion per prompt
     return Evaluation(metrics)
 
 

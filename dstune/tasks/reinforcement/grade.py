@@ -1,4 +1,4 @@
-"""Graders of the fine-tuning API as rewards: a JSON file each."""
+"""Uses graders of the fine-tuning API, each from a JSON file, as rewards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ JUDGED = {
 
 
 class Graders:
-    """The graders of a run by their names."""
+    """Scores completions with the graders of a run, which it knows by name."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Graders:
         judge: str | None = None,
         judge_key: str = "",
     ):
-        """seconds, memory_gib: of one program. judge: address of the server that has the models of `score_model`."""
+        """seconds, memory_gib: limits of one program. judge: address of the server with the models of `score_model` graders."""
         self._graders = graders
         self.limits = Limits(seconds=seconds, memory_bytes=int(memory_gib * 2**30))
         self._judge, self._judge_key = judge, judge_key
@@ -68,7 +68,7 @@ class Graders:
         return frozenset(self._graders)
 
     def score(self, name: str, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[float | None]:
-        """Return a grade for each completion; None where the grader failed."""
+        """Return a grade for each completion; None if the grader failed."""
         grader = self._graders[name]
         items = [{column: values[number] for column, values in columns.items()} for number in range(len(completions))]
         samples = [Sample(text, item) for text, item in zip(completions, items, strict=True)]
@@ -82,7 +82,7 @@ class Graders:
         return None if any(is_failure(kind, details) for kind, details in graded.errors.items()) else graded.reward
 
     def run_python(self, source: str, sample: Sample) -> float:
-        """Return the score that a Python grader gives. Raises GraderFailed."""
+        """Run a Python grader in the sandbox and return its score. Raises GraderFailed."""
         arguments = {"source": source, "sample": sample.values["sample"], "item": dict(sample.item)}
         try:
             outcome = run_program(PYTHON_GRADER, json.dumps(arguments), self.limits)
@@ -96,7 +96,7 @@ class Graders:
             raise GraderFailed("python_grader_runtime_error", "it returned no number") from None
 
     def ask_model(self, grader: Mapping[str, Any], messages: list[dict[str, str]]) -> float:
-        """Return the score that a model gives as the grader. Raises GraderFailed."""
+        """Ask a model for a score and return it. Raises GraderFailed."""
         if self._judge is None:
             raise GraderFailed("model_grader_server_error", "task.judge names no server")
         parameters = dict(grader.get("sampling_params", {}))
@@ -115,18 +115,18 @@ class Graders:
 
 
 def asks_others(grader: Mapping[str, Any]) -> bool:
-    """Return whether it, or one inside of it, runs a program or asks a model."""
+    """Return whether `grader`, or a grader inside of it, runs a program or asks a model."""
     return bool(kinds_in(grader) & {"python", "score_model"})
 
 
 def is_failure(kind: str, details: str) -> bool:
-    """Return whether an error leaves a completion without a grade. One that is the completion's fault makes its grade 0: it is
-    no JSON, or not with what the grader compares."""
+    """Return whether an error leaves a completion without a grade. Errors that are the completion's fault give the grade 0 instead:
+    it is not JSON, or lacks the fields that the grader compares."""
     return kind != "sample_parse_error" and not (kind == "invalid_variable_error" and details.startswith("sample"))
 
 
 def post(address: str, body: Mapping[str, Any], seconds: float, key: str = "") -> Any:
-    """Return the JSON that a server answers. Raises OSError or ValueError."""
+    """Post `body` as JSON and return the server's JSON answer. Raises OSError or ValueError."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=seconds) as answer:
@@ -134,7 +134,7 @@ def post(address: str, body: Mapping[str, Any], seconds: float, key: str = "") -
 
 
 def read_grader(path: str) -> dict[str, Any]:
-    """Return the grader in a file. Raises UserError."""
+    """Read and check the grader in the file `path`. Raises UserError."""
     fix = "a JSON file with one grader of the fine-tuning API: docs/reinforcement.md has examples"
     try:
         grader = json.loads(Path(path).read_text(encoding="utf-8"))

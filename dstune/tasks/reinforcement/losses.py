@@ -1,6 +1,6 @@
-"""Policy losses, of the log-probabilities of sampled tokens.
+"""Policy losses, computed from the log-probabilities of sampled tokens.
 
-Everything here is a function of one micro-batch; what it is divided by, a count over the global batch, is `denominator`.
+Everything here is a function of one micro-batch, except `denominator`: the count over the global batch that losses are divided by.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from dstune.tasks.reinforcement.config import KlEstimator, PolicyLoss, ReinforcementConfig, RewardScale
 
 EPSILON = 1e-4
-"""Beside a standard deviation of rewards, as TRL adds it."""
+"""Added to standard deviations of rewards before dividing by them, as in TRL."""
 
 BY_COMPLETION = (PolicyLoss.grpo, PolicyLoss.gspo, PolicyLoss.rloo)
 """Losses that are a mean over completions."""
@@ -25,17 +25,17 @@ WHOLE_RATIO = (PolicyLoss.gspo, PolicyLoss.rloo)
 @dataclass(frozen=True)
 class PolicyLossOutput:
     loss_sum: Tensor
-    """Scalar fp32 with a graph; divided by `denominator` of the step, summed over its micro-batches, it is the loss."""
+    """Scalar fp32 with a graph. Summed over the step's micro-batches and divided by its `denominator`, it is the loss."""
     clipped_low: Tensor
-    """Tokens (completions, where the ratio is theirs) whose ratio was clipped from below, scalar."""
+    """How many tokens had their ratio clipped from below, scalar."""
     clipped_high: Tensor
     kl: Tensor
     """Sum over tokens, scalar without a graph."""
 
 
 def denominator(config: ReinforcementConfig, lengths: Sequence[int]) -> float:
-    """Return what the losses of a step are divided by. lengths: trained tokens of each completion of the global batch, without
-    those that do not count."""
+    """Return the number that the loss sum of a step is divided by. lengths: trained tokens of each completion of the global batch
+    that counts."""
     if config.loss in BY_COMPLETION:
         return float(len(lengths))
     if config.loss is PolicyLoss.dr_grpo:  # Liu et al. 2025, arXiv:2503.20783
@@ -55,11 +55,10 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """Return the loss of the sampled tokens of a micro-batch.
 
-    correction: a factor of each token, [tokens], of `importance_factors`.
-
-    logps: log-probabilities by the model that trains, fp32 [tokens] with a graph; old: by the model that sampled; reference: by
-    the model that training started from, where there is a KL term; each [tokens]. advantages: of the completion of each token;
-    completion: its number, int64 [tokens], below `count`.
+    logps, old, reference: log-probabilities of the tokens under the model in training (fp32 [tokens] with a graph), under the model
+    that sampled them, and, if there is a KL term, under the model that training started from; each [tokens].
+    advantages [tokens]: of each token's completion. completion: number of each token's completion, int64 [tokens], below `count`.
+    correction: a factor for each token [tokens], from `importance_factors`.
 
     dapo, grpo: Shao et al. 2024 (arXiv:2402.03300), equation 3, clipped as in PPO (Schulman et al. 2017, arXiv:1707.06347,
     equation 7). gspo: Zheng et al. 2025 (arXiv:2507.18071), equation 5. cispo: MiniMax-M1 (arXiv:2506.13585), equation 4. rloo:
@@ -72,7 +71,7 @@ def policy_loss(
         summed = logps.new_zeros(count).index_add(0, completion, difference)
         if config.loss is PolicyLoss.gspo:
             summed = summed / lengths.clamp(min=1)
-        # Of each token the share of its completion: the sum over a completion's tokens is then the completion's loss.
+        # Every token gets the ratio of its completion; after the division by the length, the tokens' losses add up to one loss.
         ratios = summed.exp()[completion]
     else:
         ratios = difference.exp()
@@ -97,9 +96,12 @@ def policy_loss(
 
 
 def importance_factors(old: Tensor, sampled: Tensor, cap: float, *, masked: bool = False) -> Tensor:
-    """Return how much more probable the model that trains makes each token than the sampler did, at most `cap` (Yao et al. 2025,
-    truncated importance sampling). masked: 0 instead for tokens that are more than `cap` times more or less probable (as IcePop,
-    Ling Team 2025, arXiv:2510.18855). old, sampled: log-probabilities, [tokens]."""
+    """Return the importance ratio of each token: its probability under the model in training over that under the sampler, at most
+    `cap` (truncated importance sampling, Yao et al. 2025).
+
+    old, sampled: log-probabilities under these two models [tokens]. masked: return 0 for tokens whose ratio is above `cap` or below
+    1 / `cap` (as IcePop, Ling Team 2025, arXiv:2510.18855).
+    """
     ratios = (old - sampled).exp()
     if masked:
         return torch.where((ratios <= cap) & (ratios >= 1 / cap), ratios, 0.0)
@@ -119,8 +121,8 @@ def divergence(estimator: KlEstimator, logps: Tensor, reference: Tensor) -> Tens
 
 
 def advantages_of(config: ReinforcementConfig, rewards: Tensor) -> Tensor:
-    """Return advantages, float64 [prompts, samples]. rewards: the same shape; not a number where no reward could be computed,
-    which gives the advantage 0 and no share in the others."""
+    """Return the advantages, float64 [prompts, samples]. rewards: the same shape; NaN if no reward could be computed. Such a
+    completion gets the advantage 0 and does not affect the others."""
     has_reward = ~rewards.isnan()
     count = has_reward.sum(dim=1, keepdim=True)
     values = torch.where(has_reward, rewards, 0.0)

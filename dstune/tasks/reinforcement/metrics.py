@@ -1,4 +1,4 @@
-"""Metrics of rollouts, under the names that TRL gives them."""
+"""Computes the metrics of rollouts, under TRL's names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.records import Scored
 
 LOGGED = "logged/"
-"""In front of the names of what rewards log by TRL's `log_metric`."""
+"""Prefix of the metrics that rewards log with TRL's `log_metric`."""
 
 
 def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of a step or an evaluation. sums: of `rollout_sums`, and in training those of `PolicyHead`."""
+    """Return the metrics of a step or an evaluation. sums: from `rollout_sums`; in training, also those of `PolicyHead`."""
     completions, rewarded = sums["completions"], sums["rewarded"]
     ended, tokens = sums["ended"], sums["length_sum"]
     metrics = {
@@ -57,7 +57,7 @@ def _ratio(value: float, count: float) -> float:
 
 
 def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """Return what the metrics of a rollout are made of."""
+    """Return the sums from which `reinforcement_metrics` computes the metrics of a rollout."""
     completions = [scored for group in groups for scored in group]
     lengths = [len(scored.completion.ids) for scored in completions]
     ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
@@ -93,7 +93,7 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
 
 
 def weighted_reward(scores: Sequence[float | None], weights: Sequence[float]) -> float:
-    """Return the reward of a completion; not a number where nothing could score it."""
+    """Return the weighted sum of a completion's scores; NaN if no reward could score it."""
     weighted = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
     return sum(weighted) if weighted else math.nan
 

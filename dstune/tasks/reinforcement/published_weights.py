@@ -1,4 +1,4 @@
-"""The weights that train, written where a server reads them, under a name that says which they are."""
+"""Writes the weights in training to a folder that a server reads, under a name that identifies them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 
 PREFIX = "dstune-"
-"""Of the names of versions, which go on with a digest of the weights."""
+"""Prefix of the names of versions; a digest of the weights follows."""
 
 
 class PublishedWeights:
-    """Writes the adapter, or the whole model where there is none, into a folder of `folder` that is named by its content: the same
-    weights have the same name in every launch, and no other weights have it."""
+    """Writes the adapter, or without one the complete model, to a subfolder of `folder` that is named by a digest of the weights.
+    So the same weights have the same name in every launch, and no other weights have it."""
 
     def __init__(self, engine: Engine, world: World, folder: Path):
-        """Raises UserError for an adapter that a server does not load as it is; on all ranks alike."""
+        """Raise UserError, on all ranks alike, if a server could not load the adapter exactly."""
         self._engine, self._world, self._folder = engine, world, folder
         module: Any = engine.module
         self.is_adapter = hasattr(module, "peft_config")
@@ -39,7 +39,7 @@ class PublishedWeights:
         return self._folder / version
 
     def write(self) -> str:
-        """Write what the weights are now; returns the name of this version, on every rank. Every rank calls this."""
+        """Write the current weights; return the name of this version on every rank. Every rank must call it."""
         tensors = self._adapter() if self.is_adapter else self._whole_model()
         version = ""
         if self._world.is_main:
@@ -49,19 +49,19 @@ class PublishedWeights:
         return str(self._world.broadcast(version))
 
     def remove(self, version: str) -> None:
-        """Remove what was written of a version."""
+        """Remove the files of a version."""
         if self._world.is_main:
             shutil.rmtree(self.path_of(version), ignore_errors=True)
 
     def remove_earlier(self, version: str) -> None:
-        """Remove what earlier launches left beside this version, which can be a whole model for each."""
+        """Remove the versions that earlier launches left behind, each of which may be a complete model."""
         if self._world.is_main:
             for folder in self._folder.glob(f"{PREFIX}*"):
                 if folder.name != version:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _adapter(self) -> dict[str, Tensor]:
-        """Return the adapter on the main rank, nothing elsewhere."""
+        """Return the adapter's tensors on the main rank; an empty dictionary on the others."""
         from peft import get_peft_model_state_dict
 
         module = self._engine.module
@@ -72,7 +72,8 @@ class PublishedWeights:
             return {name: on_host(tensor) for name, tensor in get_peft_model_state_dict(module).items()}
 
     def _whole_model(self) -> dict[str, Tensor]:
-        """Return all weights likewise: one parameter at a time, so that no device has more of them than it holds anyway."""
+        """Return all weights on the main rank; an empty dictionary on the others. Gathers one parameter at a time, so that devices
+        need room for only one complete parameter."""
         module, tensors = self._engine.module, dict[str, Tensor]()
         for name, parameter in module.named_parameters():
             with gathered([parameter]):
@@ -116,26 +117,26 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def unservable(module: Any) -> str:
-    """Say why vLLM would not load the adapter as what it is; empty where it does."""
+    """Return why vLLM would not load the adapter exactly; empty if it would."""
     if len(module.peft_config) > 1:
         return "the model has several adapters, and a server takes one"
     config = next(iter(module.peft_config.values()))
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        return f"vLLM loads adapters of the kind LORA alone, and this one is {kind}"
+        return f"vLLM loads only adapters of the type LORA, and this one is {kind}"
     parts = {
         "use_dora": "it trains magnitudes (DoRA)",
         "rank_pattern": "its ranks differ by module, which vLLM does not read",
         "alpha_pattern": "its factors differ by module, which vLLM does not read",
-        "modules_to_save": "it trains whole modules beside the adapter",
+        "modules_to_save": "it trains whole modules besides the adapter",
         "trainable_token_indices": "it trains rows of new tokens",
-        "target_parameters": "it adapts parameters that are no linear layers",
+        "target_parameters": "it adapts parameters that are not linear layers",
     }
     for name, reason in parts.items():
         if getattr(config, name, None):
             return reason
     if getattr(config, "init_lora_weights", True) not in (True, "gaussian"):
-        return "it began with a part of the base's weights, which the server has whole"
+        return "its start took a part out of the base's weights, which the server's base still contains"
     if getattr(module.get_base_model(), "is_quantized", False):
-        return "the base is quantized here, and another model in the server"
+        return "the base is quantized in training, so the server's base is not the same model"
     return ""

@@ -1,4 +1,4 @@
-"""Completions that an earlier launch of a run, or another run, has written down."""
+"""Reads the completions that an earlier launch of this run, or another run, has recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dstune.tasks.reinforcement.records import FOLDER, Scored, from_record, iden
 
 
 def written_step(task: ReinforcementConfig, world: World, run_dir: Path | None, step: int) -> dict[str, Scored]:
-    """Return what an earlier launch of this run had scored at this step, by `identity_of`; the same on every rank."""
+    """Return the completions that an earlier launch of this run scored at this step, by `identity_of`; the same on every rank."""
     rows: list[dict[str, Any]] = []
     if world.is_main and run_dir is not None:
         rows = read_records(run_dir / FOLDER, step)
@@ -25,10 +25,10 @@ def written_step(task: ReinforcementConfig, world: World, run_dir: Path | None, 
 
 
 def recorded_step(task: ReinforcementConfig, world: World, step: int) -> dict[str, Scored] | None:
-    """Return the completions of the run that `task.replay` names, by prompt and sample; None without one.
+    """Return the step's completions from the run that `task.replay` names, by prompt and sample; None if it is not set.
 
     Raises:
-        UserError: it has none for this step, or they cannot be read. On all ranks alike.
+        UserError: that run has none for this step, or they cannot be read. Raised on all ranks alike.
     """
     if task.replay is None:
         return None
@@ -57,7 +57,7 @@ def replayed(
     prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]],
     recorded: Mapping[str, Scored],
 ) -> list[list[Scored]]:
-    """Return the recorded completions of this rank's prompts. Raises UserError where one is missing, on all ranks alike."""
+    """Return the recorded completions of this rank's prompts. Raises UserError, on all ranks alike, if one is missing."""
     by_batch = []
     missing: list[int] = []
     for _, batch in prompts:

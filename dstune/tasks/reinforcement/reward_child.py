@@ -1,7 +1,7 @@
-"""The process in which rewards run: `python -m dstune.tasks.reinforcement.reward_child`.
+"""Runs rewards in a separate process: `python -m dstune.tasks.reinforcement.reward_child`.
 
-It answers one JSON line with another. Two processes: the inner one runs the rewards, the outer one is the parent of whatever they
-leave behind, and kills it all when it is asked to end, when the rank ends, or when there are too many of them.
+It answers each line of JSON with another. There are two processes. The inner one runs the rewards. The outer one adopts all
+processes that rewards leave behind, and kills them when it is asked to end, when the rank ends, or when there are too many.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dstune.tasks.reinforcement.environment_host import EnvironmentHost
 from dstune.tasks.reinforcement.grade import Graders
 
 MEMORY_BYTES = 8 * 2**30
-"""Address space of a process."""
+"""Limit of a process's address space."""
 PRINTED_BYTES = 2**24
-"""What may be written to one file, what is printed included."""
+"""Limit of the bytes in one file, including the file that printed output goes to."""
 LONGEST_REASON = 500
-"""Characters of an error that are passed on."""
+"""Errors are cut off after this many characters."""
 MOST_PROCESSES = 256
 WATCHED_SECONDS = 0.1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -40,7 +40,7 @@ TOO_MANY_PROCESSES = 75
 
 
 def main() -> None:
-    if sys.platform == "linux":  # before there is anything to be left behind
+    if sys.platform == "linux":  # before any process can be left behind
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Kill every process below this one, also those in sessions of their own, and leave."""
+    """Kill all descendants of this process, even those in other sessions, and exit."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform != "linux":  # nothing tells who is left behind in sessions of its own
+    if sys.platform != "linux":  # descendants in other sessions cannot be found here
         os.killpg(0, signal.SIGKILL)
     while processes := descendants(os.getpid()):
-        for kind in (signal.SIGSTOP, signal.SIGKILL):  # a stopped one starts no other
+        for kind in (signal.SIGSTOP, signal.SIGKILL):  # stop all of them first, so that none starts another
             for process in processes:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(process, kind)
@@ -80,7 +80,7 @@ def end(code: int) -> NoReturn:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Return the living processes below `ancestor`; none where there is no /proc."""
+    """Return the living descendants of `ancestor`; none if there is no /proc."""
     if sys.platform != "linux":
         return []
     parents: dict[int, int] = {}
@@ -97,11 +97,11 @@ def descendants(ancestor: int) -> list[int]:
 
 
 def answer_requests() -> None:
-    """Answer requests until the rank closes its end."""
+    """Answer requests until the rank closes its end of the pipe."""
     for limit, amount in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, PRINTED_BYTES)):
         resource.setrlimit(limit, (amount, amount))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a reward prints is no answer
+    os.dup2(2, 1)  # output that a reward prints must not mix with the answers
     graders, host = Graders({}), EnvironmentHost()
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -123,8 +123,8 @@ def answer_requests() -> None:
 
 
 def import_members(modules: Sequence[Sequence[Any]]) -> None:
-    """Import the modules of members. modules: (name, module, file of a module that Python does not find by its name), as
-    `reward_process.module_of`."""
+    """Import the modules that register rewards and environments. modules: (name of the member, module, file of the module if Python
+    cannot find it by name), as from `reward_process.module_of`."""
     for name, module, file in modules:
         if module not in sys.modules:
             if file is None:
@@ -139,7 +139,7 @@ def import_members(modules: Sequence[Sequence[Any]]) -> None:
 
 
 def run_reward(request: Mapping[str, Any], graders: Graders, host: EnvironmentHost) -> dict[str, Any]:
-    """Return `scores`, and what the reward logged: `extra` (columns of the completions) and `metrics`."""
+    """Run a reward; return its `scores`, and what it logged: `extra` (columns of the completions) and `metrics`."""
     name, completions, columns = request["reward"], request["completions"], dict(request["columns"])
     if name in graders.names:
         return {"scores": graders.score(name, completions, columns)}
@@ -172,7 +172,7 @@ async def awaited(scores: Any) -> Any:
 
 
 def as_messages(prompt: Any, completion: Any) -> Any:
-    """Return the answer of a conversation as messages."""
+    """Return a completion as messages if its prompt is a conversation; else unchanged."""
     if isinstance(prompt, str) or not isinstance(completion, str):
         return completion
     return [{"role": "assistant", "content": completion}]

@@ -1,4 +1,4 @@
-"""Rows of prompts, with whatever columns the rewards read."""
+"""The row format of prompts, with any columns that the rewards read."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ class Prompt(RowFormat):
         row = conversation_row(with_system(messages, values.get("system")), values, needs_answer=False)
         if row["messages"][-1]["role"] == "assistant":
             raise RowError("the prompt ends with an answer of the assistant, so there is nothing left to answer")
-        # Whatever the data call it, rewards get it as `prompt`.
+        # Rewards get the prompt as `prompt`, whatever its column is called in the data.
         columns = {**values["columns"], "prompt": prompt}
         return {**row, "plain": isinstance(prompt, str) and len(row["messages"]) == 1, "columns": columns}

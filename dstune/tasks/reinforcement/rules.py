@@ -1,4 +1,4 @@
-"""Rules of task=reinforcement."""
+"""Checks the configuration of task=reinforcement."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
         )
     yield from _check_rollout(config, task)
     if config.data.streaming:
-        reason = "completions are told apart by the number of their prompt, which rows of a stream do not have"
+        reason = "completions are identified by the number of their prompt, which rows of a stream do not have"
         yield Problem("data.streaming", reason, "data.streaming=false", "true")
     if isinstance(config.trainer.micro_batch_size, Automatic):
-        reason = "it is measured with rows as they are, before the model has answered any prompt"
+        reason = "`auto` measures rows before training, but completions are only generated during training"
         yield Problem("trainer.micro_batch_size", reason, "trainer.micro_batch_size=8, or as many as fit", "auto")
     if (dropout := getattr(config.method, "dropout", 0.0)) > 0:
-        reason = "the model that samples has no dropout, and would not be the one that trains"
+        reason = "sampling has no dropout, so the sampler would not be the model in training"
         yield Problem("method.dropout", reason, "method.dropout=0", format_value(dropout))
     if task.replay is not None and not Path(task.replay).is_dir():
         reason = "there is no such folder"
@@ -58,13 +58,13 @@ def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
 def _check_rollout(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
     mode, parallel = task.rollout, parallelism_of(config.parallel)
     if mode is not Rollout.exact and task.environment is not None:
-        reason = "the turns of an environment are written side by side"
+        reason = "environments work only with task.rollout=exact, which generates all completions side by side"
         yield Problem("task.rollout", reason, "task.rollout=exact", mode.value)
     if mode is Rollout.fast and parallel.weight_ranks > 1:
-        reason = "each rank writes at its own pace, and these ranks share the weights of each layer"
+        reason = "each rank generates at its own pace, but these ranks share the weights of each layer"
         yield Problem("task.rollout", reason, "task.rollout=exact, or parallel=none", "fast")
     if mode is Rollout.vllm and parallel.size > 1:
-        reason = "each rank asks for completions of its own, and ranks that share rows or layers need the same"
+        reason = "each rank requests its own completions, but ranks that share rows or layers need the same ones"
         yield Problem("task.rollout", reason, "task.rollout=exact, or parallel=none", "vllm")
     if mode is Rollout.vllm and task.rollout_url is None and task.replay is None:
         yield Problem(
@@ -76,25 +76,26 @@ def _check_rollout(config: RunConfig, task: ReinforcementConfig) -> Iterator[Pro
         defaults = ReinforcementConfig()
         for key in ("rollout_url", "rollout_folder", "rollout_seconds", "rollout_sleep"):
             if (value := getattr(task, key)) != getattr(defaults, key):
-                reason = f"with task.rollout={mode.value} no server is asked"
+                reason = f"task.rollout={mode.value} does not use a server"
                 yield Problem(f"task.{key}", reason, "task.rollout=vllm, or leave it out", format_value(value))
     if task.correction is Correction.mask and task.cap is None:
-        reason = "with task.rollout=exact the sampler is not corrected for"
+        reason = "task.rollout=exact does not correct for the sampler"
         yield Problem("task.correction", reason, "task.importance_cap=2, or leave it out", "mask")
 
 
 def _wrong_address(url: str) -> str:
-    """Say why a server cannot be asked at this address, which may hold a password and is not repeated; empty where it can."""
+    """Return what is wrong with the address of a server; empty if nothing is. Does not repeat the address, which may contain a
+    password."""
     try:
         parts = urlsplit(url)
         has_place = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port that is no number
+    except ValueError:  # the port is not a number
         has_place = False
     if not has_place or not url.isprintable() or " " in url:
-        return "this is no address of a server"
+        return "this is not the address of a server"
     if "@" in parts.netloc:
-        return "its user and password would stand in the run's files: DSTUNE_ROLLOUT_API_KEY holds a key"
-    return "it goes on behind the path" if parts.query or parts.fragment else ""
+        return "its user and password would be written to the run's files; set DSTUNE_ROLLOUT_API_KEY instead"
+    return "the address has a query or a fragment after its path" if parts.query or parts.fragment else ""
 
 
 def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
@@ -126,27 +127,27 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
         reason = "a score_model grader asks a model, and no server is given"
         yield Problem("task.judge", reason, "task.judge=http://HOST:PORT, as of dstune serve", "null")
     if task.judge is not None and not task.judge.startswith(("http://", "https://")):
-        yield Problem("task.judge", "this is no address of a server", "http://HOST:PORT", task.judge)
+        yield Problem("task.judge", "this is not the address of a server", "http://HOST:PORT", task.judge)
     for address in task.reward_models:
         if address.startswith(("http://", "https://")) and "#" not in address:
             yield Problem("task.reward_models", "the address names no model", f"{address}#MODEL", address)
 
 
 def check_machine(task: ReinforcementConfig) -> Iterator[Problem]:
-    """Yield what this machine lacks to run programs."""
+    """Check that this machine has a sandbox, if graders or rewards run programs."""
     from dstune.grading.sandbox import missing_reason
 
     is_python = "python" in _kinds_of_graders(task)[0]
     runs_programs = any(REWARDS[name].runs_programs for name in task.rewards)
     if (is_python or runs_programs) and (missing := missing_reason()):
         key = "graders" if is_python else "rewards"
-        reason = f"programs run in a sandbox alone, and there is none: {missing}"
+        reason = f"programs run only in a sandbox, which this machine lacks: {missing}"
         fix = "another reward, or a machine (or container) in which users may make namespaces"
         yield Problem(f"task.{key}", reason, fix, format_value(list(getattr(task, key))))
 
 
 def _kinds_of_graders(task: ReinforcementConfig) -> tuple[set[str], list[Problem]]:
-    """Return the types of graders in `task.graders`, and what is wrong with the files."""
+    """Return the types of the graders in `task.graders`, and the problems of their files."""
     if not task.graders:
         return set(), []
     from dstune.grading.grader import kinds_in

@@ -1,5 +1,5 @@
-"""Whether the sampler is the model that trains, by the log-probability of every token that it drew; and what it looks like where it
-is not."""
+"""Checks, by the log-probability of every sampled token, that the sampler is the model in training; if not, names the likeliest
+cause."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ ALLOWED = {
     torch.bfloat16: (0.02, 0.1, 3.0),
     torch.float16: (0.02, 0.1, 3.0),
 }
-"""By the model's format, how far the sampler's log-probabilities may be from those of the training forward pass: absolute mean of
-the differences, mean of their absolute values, and the largest of these. Rounding alone gives 1.6e-5 at most and 2.5e-6 on
-average in fp32, 0.16 and 0.03 in bf16 (SmolLM2-135M, CPU); in bf16 its mean is near 0, while top-p 0.9 moves it by 0.1."""
+"""For each number format, how far the sampler's log-probabilities may be from those of the training forward pass: absolute value of
+the mean difference, mean absolute difference, and largest absolute difference. Rounding alone gives 1.6e-5 at most and 2.5e-6 on
+average in fp32, and 0.16 and 0.03 in bf16 (SmolLM2-135M, CPU). In bf16 the mean difference from rounding is near 0, while top-p 0.9
+shifts it by 0.1."""
 
 EXAMINED = 8
-"""Micro-batches that are computed again to find out what a difference looks like."""
+"""How many micro-batches are recomputed to find the cause of a difference."""
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 EXPLAINED = 0.35
-"""A cause explains a difference if at most this share of it remains once the cause is allowed for."""
+"""A cause explains a difference if at most this share of the difference remains once the cause is accounted for."""
 
 OTHER_WEIGHTS = "weights of an earlier step or of another model"
 OTHER_PROMPT = "another prompt, as of another chat template or tokenizer"
@@ -44,11 +45,11 @@ class Difference:
     tokens: Tensor
     """Log-probability in the training forward pass minus the sampler's, fp32 [tokens]."""
     places: Tensor
-    """The number of each in its completion, from 0, int64 [tokens]."""
+    """Position of each token in its completion, from 0, int64 [tokens]."""
     padded: Tensor
-    """Whether its prompt is shorter than the longest one beside it, bool [tokens]."""
+    """Whether the token's prompt is shorter than the longest prompt of its batch, bool [tokens]."""
     by_cause: Mapping[str, Tensor] = field(default_factory=dict)
-    """By a possible cause, what remains of `tokens` once it is allowed for, fp32 [tokens]."""
+    """For each possible cause, what remains of `tokens` once it is accounted for, fp32 [tokens]."""
 
 
 def allowed(dtype: torch.dtype) -> tuple[float, float, float]:
@@ -56,7 +57,7 @@ def allowed(dtype: torch.dtype) -> tuple[float, float, float]:
 
 
 def is_allowed(dtype: torch.dtype, signed: float, absolute: float, largest: float) -> bool:
-    """Compare with `ALLOWED`; what is no number is not allowed."""
+    """Return whether all three differences are within `ALLOWED`. NaN is not."""
     limits = zip((abs(signed), absolute, largest), allowed(dtype), strict=True)
     return all(value <= limit for value, limit in limits)
 
@@ -64,7 +65,7 @@ def is_allowed(dtype: torch.dtype, signed: float, absolute: float, largest: floa
 def problem_of(
     rollout: Rollout, dtype: torch.dtype, step: int, measured: tuple[float, float, float], looks: str
 ) -> Problem:
-    """Make the problem that the user reads. measured: the differences as in `ALLOWED`; looks: what `looks_like` returns."""
+    """Build the error message. measured: the differences in the order of `ALLOWED`. looks: the result of `looks_like`."""
     signed, absolute, largest = measured
     limits = allowed(dtype)
     reason = (
@@ -87,7 +88,7 @@ def problem_of(
 
 
 def looks_like(difference: Difference, temperature: float, limit: float) -> str:
-    """Name the likeliest cause. limit: mean of absolute differences that is allowed."""
+    """Name the likeliest cause. limit: the allowed mean absolute difference."""
     size = _size(difference.tokens)
     if not math.isfinite(size):
         return "a model whose log-probabilities are not finite"
@@ -95,7 +96,7 @@ def looks_like(difference: Difference, temperature: float, limit: float) -> str:
     if remaining and min(remaining.values()) <= EXPLAINED * size:
         cause = min(remaining, key=lambda name: remaining[name])
         return f"{cause} (task.temperature={temperature:g})" if cause.startswith("temperature") else cause
-    # Each token that is not cut off becomes more probable, by as much as is cut off.
+    # If a part of the distribution is cut off, the sampler makes every remaining token more probable.
     noise = max(limit / 10, 1e-4)
     if float((difference.tokens <= noise).double().mean()) >= 0.995:
         return CUT_OFF
@@ -114,8 +115,8 @@ def _size(values: Tensor) -> float:
 
 
 def examine(head: PolicyHead, forward: Forward, batches: Sequence[Batch], temperature: float) -> Difference:
-    """Compute the differences in the first `EXAMINED` of `batches` (see `PolicyHead`), as they are and with each possible cause
-    allowed for. Every rank calls this with as many batches."""
+    """Compute the differences over the first `EXAMINED` of `batches` (see `PolicyHead`), plain and with each possible cause
+    accounted for. Every rank must call it with the same number of batches."""
     tokens, places, padded = [], [], []
     by_cause: dict[str, list[Tensor]] = {}
     with torch.no_grad():
@@ -131,7 +132,7 @@ def examine(head: PolicyHead, forward: Forward, batches: Sequence[Batch], temper
                     with head.at_temperature(other):
                         values = head.log_probabilities(forward, targets) - targets.sampled
                     by_cause.setdefault(f"temperature {other:g}", []).append(values)
-            # Targets stand in the order of their completions.
+            # Targets are sorted by completion, so this is the index of each completion's first target.
             first = torch.searchsorted(targets.completion, targets.completion)
             places.append(torch.arange(len(first), device=first.device) - first)
             lengths = _prompt_lengths(batch)

@@ -1,7 +1,7 @@
-"""Completions of several turns: what the model writes, and what the tools of an environment answer.
+"""Generates completions of several turns, in which the model calls the tools of an environment.
 
-Tokens in, tokens out: what was sampled is never decoded and tokenized again. Behind a turn stand the tokens that the chat template
-adds for the results of tools; they are read, not trained.
+Sampled tokens are never decoded and tokenized again. After each turn come the tokens that the chat template prints for the results
+of the tools; the model reads them, but does not train on them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class Episode:
-    """A completion in its environment, as far as it has come."""
+    """A completion in its environment, so far."""
 
     completion: Completion
     history: Messages
     """The prompt's messages and all turns."""
     arguments: dict[str, Any]
-    """Of the chat template, from the row."""
+    """Arguments of the chat template, from the row."""
     first: int
-    """Messages of the prompt."""
+    """Number of messages in the prompt, and so the index of the model's first turn in `history`."""
     is_over: bool = False
     answers: int = 0
     calls: int = 0
@@ -53,7 +53,7 @@ class Environments:
     def __init__(
         self, task: ReinforcementConfig, tokenizer: Any, scorer: Scorer, max_length: int, ends: Collection[int]
     ):
-        """Raises UserError where the chat template shows no calls of tools."""
+        """Prepare the chat template and the tools. Raises UserError if the chat template does not support tool calls."""
         assert task.environment is not None
         self._task, self._tokenizer, self._scorer, self._ends = task, tokenizer, scorer, ends
         self._max_length = max_length
@@ -64,7 +64,7 @@ class Environments:
         self._template = ChatTemplate(tokenizer, task.template_date, task.chat_template_kwargs)
         form = form_of(self._template) if self.tools else None
         if self.tools and form is None:
-            reason = "the chat template shows the model no tools, or their calls in a form that cannot be read"
+            reason = "the chat template has no place for tools, or prints tool calls in a form that dstune cannot read"
             raise UserError(
                 Problem("task.environment", reason, "a model that calls tools, such as Qwen 3", task.environment)
             )
@@ -80,10 +80,11 @@ class Environments:
         *,
         in_step: bool,
     ) -> list[Scored]:
-        """Return `samples` completions of each of the prompts (numbers), on this rank. in_step: whether ranks compute together.
+        """Generate `samples` completions for each prompt of this rank. prompts: their numbers. in_step: whether ranks must call the
+        module together.
 
         Raises:
-            UserError: a prompt does not fit, or an environment cannot be made. On all ranks alike.
+            UserError: a prompt is too long, or an environment cannot be created. Raised on all ranks alike.
         """
         episodes, problem = self._begin(prompts, samples, keys)
         problems = [text for text in world.gather(problem) if text]
@@ -102,7 +103,7 @@ class Environments:
         return [self._scored(episode) for episode in episodes]
 
     def _begin(self, prompts: Sequence[int], samples: int, keys: tuple[int, int]) -> tuple[list[Episode], str]:
-        """Return an episode for each completion, and what is wrong with one."""
+        """Return an episode for each completion, and an empty text; if one cannot begin, no episodes and the reason."""
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(samples)]
         rows = [self._scorer.columns_of(completion.prompt) for completion in completions]
         requests = [
@@ -112,7 +113,7 @@ class Environments:
         request = {"kind": "reset", "environment": self._task.environment, "rows": requests}
         answer = self._ask(request)
         if "results" not in answer:
-            return [], f"the environment cannot begin: {answer['error']}"
+            return [], f"the environment cannot be reset: {answer['error']}"
         episodes = []
         for completion, row, observation in zip(completions, rows, answer["results"], strict=True):
             prompt, arguments = row["prompt"], row.get("chat_template_kwargs") or {}
@@ -129,7 +130,7 @@ class Environments:
             except RenderError as error:
                 return [], str(error)
             if len(ids) > self._max_length:
-                reason = f"with its tools and what the environment adds, a prompt has {len(ids):,} tokens"
+                reason = f"with the tools and the environment's observation, a prompt has {len(ids):,} tokens"
                 return [], f"{reason}; data.max_length is {self._max_length:,}"
             completion.prompt_ids = ids
             episodes.append(Episode(completion, messages, dict(arguments), len(messages)))
@@ -138,7 +139,7 @@ class Environments:
     def _write(
         self, module: nn.Module, active: Sequence[Episode], keys: tuple[int, int], goes_on: Callable[[bool], bool]
     ) -> None:
-        """Write the next answer of each."""
+        """Generate the next answer of each active episode."""
         turns, lengths_before = [], []
         for episode in active:
             completion = episode.completion
@@ -174,12 +175,12 @@ class Environments:
         reader = ToolText(self._form)
         visible = reader.push(text)
         last_text, calls = reader.finish()
-        for number, call in enumerate(calls):  # names of their own would be others in every launch
+        for number, call in enumerate(calls):  # ids made up by the reader would differ in every launch
             call["id"] = f"call{len(episode.history):04d}{number % 10}"
         return visible + last_text, calls
 
     def _act(self, active: Sequence[Episode], starts: int) -> None:
-        """Run the calls of each, and put the results behind its tokens."""
+        """Run the tool calls of each episode, and append the results to its tokens."""
         waiting = [episode for episode in active if not episode.is_over]
         calls, owners = [], []
         for episode in waiting:
@@ -192,7 +193,7 @@ class Environments:
             return
         answer = self._ask({"kind": "call", "calls": calls}) if self._scorer.process.starts == starts else {}
         results = answer.get("results")
-        if results is None:  # their environments are gone, so that nothing can score them
+        if results is None:  # the environments are gone, so nothing can score these episodes
             for episode in waiting:
                 episode.is_over, episode.completion.ended = True, False
             return
@@ -217,10 +218,10 @@ class Environments:
         episode.results = []
 
     def suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
-        """Return tokens between the end token of the last answer in `history` and the next answer, `results` in them.
+        """Return the tokens after the end token of the last answer in `history` and before the next answer; they contain `results`.
 
         Raises:
-            UserError: the template prints what came before in another way once there are results.
+            UserError: with results, the template prints earlier turns differently than without.
         """
         ids = self._renderer.prompt_ids([*history, *results], tools=self.tools or None, arguments=arguments)
         ends = sum(token in self._ends for token in self._plain_suffix(history, results, arguments))
@@ -228,7 +229,7 @@ class Environments:
         return ids[places[-1 - ends] + 1 :] if len(places) > ends else ids
 
     def _plain_suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
-        """Return the same with results in which nothing reads like the end of a turn."""
+        """Return the same tokens for harmless results, whose text cannot contain the end of a turn."""
         plain = [{**message, "content": "ok"} for message in results]
         options: dict[str, Any] = {"tools": self.tools or None, "arguments": arguments}
         text_before = self._template.text([*map(self._renderer.facts.adapted, history)], **options)
@@ -238,8 +239,8 @@ class Environments:
             (text_before.rfind(mark) + len(mark) for mark in marks if mark in text_before), default=len(text_before)
         )
         if not after.startswith(text_before[:end]):
-            reason = "the chat template prints earlier turns in another way once a tool has answered"
-            raise UserError(Problem("model.chat_template", reason, "a template that only adds to what it has printed"))
+            reason = "the chat template prints earlier turns differently once a tool has answered"
+            raise UserError(Problem("model.chat_template", reason, "a template that only appends to earlier turns"))
         ids: list[int] = self._tokenizer(after[end:], add_special_tokens=False)["input_ids"]
         return ids
 
@@ -270,14 +271,14 @@ def tool_schemas(name: str) -> list[dict[str, Any]]:
     for tool in environment.tool_names():
         try:
             schemas.append(get_json_schema(_unbound(getattr(environment, tool))))
-        except Exception as error:  # of several kinds in transformers
+        except Exception as error:  # transformers raises several types
             fix = "describe the tool and each argument: a summary, then `Args:` with `name: what it is` lines"
             raise UserError(Problem("task.environment", f"{name}.{tool}: {error}", fix, name)) from None
     return schemas
 
 
 def _unbound(method: Any) -> Any:
-    """Return `method` without `self`, which is no argument of the tool."""
+    """Return `method` without `self`, which is not an argument of the tool."""
     import functools
     import inspect
 
@@ -293,7 +294,7 @@ def _unbound(method: Any) -> Any:
 
 
 def _keywords(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns that `reset` gets: those with names that arguments may have."""
+    """Return the columns that `reset` gets as keyword arguments: those whose names are identifiers."""
     return {name: value for name, value in row.items() if name.isidentifier()}
 
 

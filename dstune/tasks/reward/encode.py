@@ -1,4 +1,4 @@
-"""Samples of compared answers that are scored."""
+"""Encodes pairs of answers whose scores are compared, and single answers to be scored."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dstune.data.tokenize.sample import Rows, Sample
 
 
 class RewardEncoder(PairEncoder):
-    """Both answers with their prompt, and by how much the better one has to win."""
+    """Encodes both answers of a pair with their prompt, and the margin by which the better one must win."""
 
     scores = True
 
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
-        """Return the token that ends a text: an encoder's separator where there is no end-of-sequence token, since nothing is
-        written after it. Raises UserError where there is neither."""
+        """Return the token that ends a text. Without an end-of-sequence token it is an encoder's separator, which serves as well,
+        since nothing is generated after it. Raises UserError if the tokenizer has neither."""
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
             reason = "the tokenizer has neither an end-of-sequence token nor a separator"
@@ -33,7 +33,8 @@ class RewardEncoder(PairEncoder):
         return {"rejected_input_ids": NUMBERS, "margin": datasets.Value("float64")}
 
     def of_answers(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        """Make samples of chat rows, each with one answer to be scored; of weight 0 where nothing of it is within `max_length`."""
+        """Make samples of chat rows, each with one answer to score. A sample has weight 0 if no token of the answer is within
+        `max_length`."""
         return ChatEncoder.__call__(self, rows, numbers)
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def reward_metrics(loss_sum: float, weight: float, correct: float, sums: Mapping[str, float]) -> dict[str, float]:
-    """Return mean loss of a pair, share of the pairs whose better answer has the higher score, and the mean scores."""
+    """Return the mean loss of a pair, the share of pairs whose better answer scores higher, and the mean scores."""
     better, worse = (sums[f"reward_{kind}"] / weight for kind in ("chosen", "rejected"))
     return {
         "loss": loss_sum / weight,

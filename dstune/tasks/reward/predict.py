@@ -1,4 +1,4 @@
-"""Scores of answers."""
+"""Scores answers with a reward model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RewardQuestion(Question):
             fmt = recognise(fields, self.mapping, AUTOMATIC, ChatConfig(), place)
         except UserError:
             expected = "'messages', or 'prompt' and 'completion'"
-            raise RowError(f"a reward is of {expected}; the columns here are {listing(fields)}") from None
+            raise RowError(f"a reward model scores {expected}; the columns here are {listing(fields)}") from None
         row = normalise(fields, fmt, self.mapping, ChatConfig())
         if COLUMN in row:
             raise RowError(f"the row holds an image; task=reward {SEES_NONE}")

@@ -29,7 +29,7 @@ SCORING_PACKAGES = {
     "sacrebleu": ("sacrebleu", ("bleu", "chrf", "ter")),
     "rouge-score": ("rouge_score", ("rouge1", "rouge2", "rougeL")),
 }
-"""By package, its module and the metrics of generated targets that it computes."""
+"""For each package, its module and the metrics of generated targets that it computes."""
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
 
@@ -86,7 +86,7 @@ class Seq2Seq(LanguageTask):
         one_line: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
-        """Return targets that the model generates, and their metrics."""
+        """Generate targets with the model; return them with their metrics."""
         if evaluator.config.evaluate.generate_rows == 0:
             return measured
         from dstune.tasks.seq2seq.metrics import generate_and_measure
@@ -95,14 +95,14 @@ class Seq2Seq(LanguageTask):
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         if self.config.prompt.count("{source}") != 1:
-            reason = "the source has to have one place in the prompt"
+            reason = "the prompt must contain {source} exactly once"
             yield Problem(
                 "task.prompt", reason, "task.prompt='\"Translate: {source}\"'", format_value(self.config.prompt)
             )
 
     def preflight(self, run: RunConfig) -> Iterator[Problem]:
-        """Yield what has to be installed first where the run is decided by a score of generated targets; other scores are left
-        out."""
+        """Check that the package of a score of generated targets is installed if the run depends on that score. Scores that it does
+        not depend on are left out."""
         deciding: dict[str, list[str | None]] = {
             "trainer.early_stopping.metric": [run.trainer.early_stopping.metric],
             "sweep.objective": list(run.sweep.objective),

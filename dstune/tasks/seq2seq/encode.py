@@ -1,4 +1,4 @@
-"""Samples of sources and targets, for encoder-decoders and for decoders."""
+"""Encodes sources and targets as samples, for encoder-decoders and for decoders."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class SourceTarget(RowFormat):
         return {**values, "chat_template_kwargs": arguments} if arguments else values
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the fields with those of a column `translation`, a text for each language (`{"en": ..., "es": ...}`)."""
+        """Add the fields of a column `translation`, which has a text for each language (`{"en": ..., "es": ...}`)."""
         texts = fields.get("translation")
         return {**texts, **fields} if isinstance(texts, Mapping) else fields
 

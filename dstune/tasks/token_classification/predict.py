@@ -1,4 +1,4 @@
-"""Tags of words, and the entities that they mark."""
+"""Predicts the tags of words, and the entities that they mark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TaggingQuestion(Question):
             column = self.mapping.get("text", "text")
         if column not in fields:
             raise RowError(self.missing("tokens", fields))
-        # Read twice: the words stand for their tags, of which there have to be as many.
+        # The format requires as many tags as words; the words themselves serve as placeholders.
         columns = {"tokens": column, "tags": column}
         row = normalise(fields, "tokens_tags", columns, replace(self.task, scheme=TagScheme.plain))
         tag = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
