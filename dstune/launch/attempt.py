@@ -1,4 +1,4 @@
-"""What ranks that other programs started have left in the run directory: logs, errors, a result."""
+"""Reads what the ranks of an attempt left in the run directory (logs, errors, a result), and explains why a run ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def log_path(run_dir: Path, rank: int) -> Path:
 
 
 def read_errors(run_dir: Path, size: int) -> dict[int, DstuneError]:
-    """Return what ranks said about their end, by rank."""
+    """Return by rank the error with which it ended, for ranks that wrote one."""
     errors: dict[int, DstuneError] = {}
     for rank in range(size):
         try:
@@ -32,12 +32,12 @@ def read_errors(run_dir: Path, size: int) -> dict[int, DstuneError]:
 
 
 def size(log: Path) -> int:
-    """Return bytes of a log; 0 where there is none yet."""
+    """Return the size of a log in bytes; 0 if it does not exist yet."""
     return log.stat().st_size if log.exists() else 0
 
 
 def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
-    """Return the end of `log` behind its byte `start`."""
+    """Return the last `count` lines of `log` after its byte `start`."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(start, stream.seek(0, os.SEEK_END) - 65536))
@@ -47,18 +47,21 @@ def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
     return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")][-count:] if text.strip() else []
 
 
-def of_files(run_dir: Path, size: int, otherwise: str) -> Verdict:
-    """Return why ranks ended that nobody here waited for. otherwise: the reason where they did not say any."""
+def judge_files(run_dir: Path, size: int, default_reason: str) -> Verdict:
+    """Return the verdict on ranks that were not child processes, from the files they left.
+
+    default_reason: the reason of the failure if no rank wrote one.
+    """
     errors = read_errors(run_dir, size)
     for rank, error in sorted(errors.items()):
         if isinstance(error, UserError):
             return Verdict(error.exit_code, str(error), Ended(rank, error.exit_code, 0), error)
     result = records.read_result(run_dir)
     if result is None:
-        blamed = next(iter(sorted(errors)), None)
-        if blamed is not None:
-            return Verdict(EXIT_FAILED, str(errors[blamed]), Ended(blamed, EXIT_FAILED, 0), errors[blamed])
-        return Verdict(EXIT_FAILED, otherwise)
+        culprit = min(errors, default=None)
+        if culprit is not None:
+            return Verdict(EXIT_FAILED, str(errors[culprit]), Ended(culprit, EXIT_FAILED, 0), errors[culprit])
+        return Verdict(EXIT_FAILED, default_reason)
     reason = str(result.get("reason") or "")
     status = result.get("status")
     if status in ("completed", "stopped", "pruned"):
@@ -73,16 +76,16 @@ def of_files(run_dir: Path, size: int, otherwise: str) -> Verdict:
 
 
 def record(run_dir: Path, verdict: Verdict, size: int, failure: dict[str, Any] | None = None) -> None:
-    """Write `result.json` where the ranks did not get to it. failure: see `records.write_result`."""
+    """Write `result.json` if the ranks have not. failure: see `records.write_result`."""
     if not records.result_path(run_dir).exists():
         status = "preempted" if verdict.exit_code == EXIT_PREEMPTED else "failed"
         records.write_result(run_dir, status, verdict.reason, size, failure)
 
 
 def explain(run_dir: Path, verdict: Verdict, console: Console, starts: Mapping[int, int]) -> None:
-    """Say on stderr why the run did not complete; a user's mistake is raised instead.
+    """Print on stderr why the run did not complete. Raises UserError if that is why.
 
-    starts: where this launch began in the log of each rank, in bytes.
+    starts: by rank, the byte of its log at which this launch began.
     """
     if verdict.exit_code == EXIT_DONE:
         return
@@ -104,9 +107,9 @@ STALLED = re.compile(
 
 
 def stalled(run_dir: Path, size: int, starts: Mapping[int, int]) -> str:
-    """Say who waited for whom, from the last words of ranks that made no progress; empty where none of them says so.
+    """Return which ranks waited in which collective, and which did not come to it; empty if no log says so.
 
-    starts: where this launch began in the log of each rank, in bytes.
+    starts: by rank, the byte of its log at which this launch began.
     """
     waiting: dict[str, list[int]] = {}
     elsewhere, silent = [], []
@@ -132,29 +135,30 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 class Follower:
-    """Passes on what is appended to a log that another process, maybe on another machine, writes."""
+    """Shows the lines that another process, perhaps on another machine, appends to a log."""
 
     def __init__(self, log: Path, console: Console):
         self._log, self._console = log, console
-        self._at = log.stat().st_size if log.exists() else 0
-        self._rest = b""
+        self._offset = log.stat().st_size if log.exists() else 0
+        self._partial_line = b""
 
     def look(self) -> None:
-        """Show the lines that came since the last look."""
+        """Show the lines that were appended since the last call."""
         try:
             with self._log.open("rb") as stream:
-                stream.seek(self._at)
+                stream.seek(self._offset)
                 data = stream.read()
         except OSError:
             return
-        self._at += len(data)
-        whole, newline, self._rest = (self._rest + data).rpartition(b"\n")
-        lines = [line for line in whole.split(b"\n") if not line.startswith(b"=== rank ")] if newline else []
+        self._offset += len(data)
+        complete_lines, newline, self._partial_line = (self._partial_line + data).rpartition(b"\n")
+        lines = [line for line in complete_lines.split(b"\n") if not line.startswith(b"=== rank ")] if newline else []
         if lines:
             self._console.forward(b"\n".join(lines) + b"\n")
 
     def end(self) -> None:
+        """Show everything that is left; an unfinished last line counts as a line."""
         self.look()
-        if self._rest:
-            self._console.forward(self._rest + b"\n")
-            self._rest = b""
+        if self._partial_line:
+            self._console.forward(self._partial_line + b"\n")
+            self._partial_line = b""

@@ -21,8 +21,8 @@ SEGMENT = re.compile(rb"[^\r\n]*(?:\r?\n|\r(?!\n))")
 class Console:
     """Writes to the user from two threads: the launcher's own messages and rank 0's output.
 
-    out: where rank 0's output goes (stdout, or stderr when stdout has to stay machine-readable). Messages go to stderr.
-    A reader that went away (`| head`, a closed terminal) costs the run its console and nothing else.
+    out: where rank 0's output goes: stdout, or stderr if stdout must stay machine-readable. Messages go to stderr. If the reader
+    goes away (`| head`, a closed terminal), the run continues without a console.
     """
 
     def __init__(self, out: TextIO | None = None):
@@ -30,7 +30,7 @@ class Console:
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._transient_line: bytes | None = None
-        """The transient line on the terminal now; a shorter line would not cover all of it."""
+        """The transient line that the terminal shows now; it is erased first, since a shorter line would not cover all of it."""
 
     @property
     def out(self) -> TextIO:
@@ -52,7 +52,7 @@ class Console:
             self._write(sys.stderr, f"{text}\n".encode())
 
     def forward(self, data: bytes) -> None:
-        """Forward whole segments of rank 0's output: a line, or a transient line that a terminal alone shows."""
+        """Forward complete lines of rank 0's output; transient ones only to a terminal."""
         with self._lock:
             for segment in SEGMENT.findall(data):
                 transient = segment.endswith(b"\r")
@@ -96,8 +96,10 @@ class Console:
 
 
 def width(terminal: TextIO) -> int:
-    """Return columns of this very terminal. An exported COLUMNS may be that of another one, or of before a resize, so it counts
-    only where the terminal does not know."""
+    """Return the columns of this terminal.
+
+    An exported COLUMNS may belong to another terminal or predate a resize, so it counts only if the terminal reports no width.
+    """
     with contextlib.suppress(OSError, ValueError):
         if columns := os.get_terminal_size(terminal.fileno()).columns:
             return columns
@@ -105,42 +107,42 @@ def width(terminal: TextIO) -> int:
 
 
 def mute(stream: TextIO) -> None:
-    """Send what is still to come, and what is buffered, nowhere: the reader has gone."""
+    """Discard buffered and future output of `stream`, because its reader has gone."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
 
 
 class Splitter:
-    """Cuts rank 0's output into segments and copies all but the transient ones into the rank's log."""
+    """Splits rank 0's output into lines, and copies all but the transient ones into the rank's log."""
 
     def __init__(self, console: Console, log: BinaryIO):
         self._console = console
         self._log = log
-        self._rest = b""
+        self._partial_line = b""
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes, cut anywhere."""
-        data = self._rest + data
+        """Process the next bytes, which may end anywhere in a line."""
+        data = self._partial_line + data
         segments = SEGMENT.findall(data)
-        whole = b"".join(segments)
-        self._rest = data[len(whole) :]
+        complete_lines = b"".join(segments)
+        self._partial_line = data[len(complete_lines) :]
         try:
             self._log.write(b"".join(segment for segment in segments if not segment.endswith(b"\r")))
             self._log.flush()
         except (OSError, ValueError):
             pass  # a full disk loses log lines; rank 0 must not block on a pipe that nobody reads
-        self._console.forward(whole)
+        self._console.forward(complete_lines)
 
     def end(self) -> None:
-        """Flush the output, which is over: an unfinished last line counts as a line."""
-        if self._rest:
+        """Forward an unfinished last line, once the output has ended."""
+        if self._partial_line:
             self.feed(b"\n")
 
 
 def copy(descriptor: int, console: Console, log: BinaryIO) -> None:
-    """Pass on everything from `descriptor` until its other end is closed everywhere."""
+    """Copy everything from `descriptor` to the console and the log, until every process has closed the other end."""
     splitter = Splitter(console, log)
     while data := os.read(descriptor, 65536):
         splitter.feed(data)

@@ -1,7 +1,7 @@
-"""A node's share of a launch from another machine: `python -m dstune.launch.node LAUNCH_ID`, over an ssh that stays open.
+"""A node's helper for a launch from another machine: `python -m dstune.launch.node LAUNCH_ID`, over an ssh that stays open.
 
-It stores the secrets that the ranks of this node need, which no command line may show, and ends every process of the launch
-when the connection ends: with the launch, with the machine that started it, or on request.
+It stores the secrets that the ranks of this node need, which no command line may show. When the connection ends, for whatever
+reason, it ends every process of the launch on this node.
 """
 
 from __future__ import annotations

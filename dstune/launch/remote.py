@@ -211,7 +211,7 @@ class RemoteLaunch:
             names = ", ".join(self.lost)
             reason = f"{names} was lost: the connection to it broke, and the ranks elsewhere were ended"
             return Verdict(EXIT_FAILED, reason)
-        return attempt.of_files(self.run_dir, self.plan.size, f"the launcher {exit_reason(code)}")
+        return attempt.judge_files(self.run_dir, self.plan.size, f"the launcher {exit_reason(code)}")
 
     def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
         """Return the last lines that `rank` wrote during this launch."""

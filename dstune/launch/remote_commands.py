@@ -1,6 +1,4 @@
-"""From a `RunConfig` to the command line and environment of a launcher that starts ranks on several nodes: pure
-functions.
-"""
+"""Pure functions from a run to the variables of its ranks on several nodes."""
 
 from __future__ import annotations
 
@@ -40,20 +38,20 @@ OF_THIS_MACHINE = {
     "XDG_RUNTIME_DIR",
     "CUDA_VISIBLE_DEVICES",
 }
-"""What another machine has its own of."""
+"""Variables that do not travel, because every machine has its own."""
 PLAIN = re.compile(r"[^\"$`\\\n\r]*")
 """Values that no shell between a launcher and its ranks can change."""
 
 
 @dataclass(frozen=True)
 class RemotePlan:
-    """A launcher's command line, and what its ranks get."""
+    """A launcher's command line and environment, and the variables and slots of its ranks."""
 
     argv: tuple[str, ...]
     env: dict[str, str]
-    """Of the launcher itself."""
+    """Environment of the launcher itself."""
     handoff: dict[str, dict[str, str]]
-    """Variables that no command line may show: `all`, and `first` for rank 0; `file` has the name of what keeps them."""
+    """Variables that no command line may show: `all` for every rank, `first` for rank 0; `file` holds the name of their file."""
     slots: dict[str, list[int]]
     """The slots that run a rank, by host."""
 
@@ -63,7 +61,7 @@ class RemotePlan:
 
 
 class HasInterface(Protocol):
-    """What is needed of the configuration of a launcher of several nodes."""
+    """The keys that `variables_of` needs of a launcher's configuration."""
 
     @property
     def export_env(self) -> list[str]: ...
@@ -76,7 +74,7 @@ def ssh_of(launch: OnHostsConfig) -> Ssh:
 
 
 def path_of(parent: Mapping[str, str]) -> str:
-    """Return `PATH` with the programs beside this Python in front."""
+    """Return `PATH` with the folder of this Python interpreter in front."""
     return f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
 
 
@@ -93,7 +91,7 @@ def variables_of(
     }
     referenced_names = referenced(config, parent)  # run.yaml keeps only their names too
     visible_variables = {name: value for name, value in UNLESS_SET.items() if name not in variables}
-    # The cores of the nodes are not known here: launch.export_env, or their shells, set more.
+    # The cores of the nodes are not known here; launch.export_env, or the nodes' shells, can set more.
     visible_variables |= {"OMP_NUM_THREADS": "1"}
     if python := python_path(variables.get("PYTHONPATH", "")):
         variables["PYTHONPATH"] = python

@@ -384,7 +384,7 @@ class Stage:
         if self._lost and records.read_result(self._run_dir) is None:
             then = f"Spark did not bring it back within {RETURN_SECONDS:.0f} s" if self._gave_up else self._failure
             return Verdict(EXIT_FAILED, "; ".join(filter(None, [self._lost, then])))
-        return attempt.of_files(self._run_dir, self.size, self._failure or "the ranks ended without a result")
+        return attempt.judge_files(self._run_dir, self.size, self._failure or "the ranks ended without a result")
 
 
 def _listening(conf: Any) -> tuple[socket.socket, str]:

@@ -109,7 +109,7 @@ class AgentsOnHosts:
         self.stop.remove()
         if self.stop.forced:
             return Verdict(EXIT_FAILED, "stopped at once by a second signal")
-        return attempt.of_files(self.run_dir, self.size, f"the agents ended without a result; see {self._log}")
+        return attempt.judge_files(self.run_dir, self.size, f"the agents ended without a result; see {self._log}")
 
     def _open_all(self) -> None:
         """Start the agents of all hosts and wait until they are ready. Raises UserError if a host does not start its agent."""

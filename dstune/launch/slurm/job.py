@@ -152,7 +152,7 @@ def end(run_dir: Path, code: int) -> int:
 
     launch = records.read_launch(run_dir)
     reason = f"srun ended with exit code {code}"
-    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, reason)
+    verdict = attempt.judge_files(run_dir, launch.processes if launch else 1, reason)
     if verdict.reason == reason and (name := _early_signal(code)):
         verdict = Verdict(EXIT_PREEMPTED, f"received {name} before training began")
     attempt.record(run_dir, verdict, launch.processes if launch else 1)

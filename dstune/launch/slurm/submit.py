@@ -133,7 +133,7 @@ def wait(
 
 
 def _judge(run_dir: Path, size: int, end_text: str, jobs: Sequence[str], received: Sequence[str]) -> Verdict:
-    verdict = attempt.of_files(run_dir, size, f"{end_text}; its output is in {run_dir}/logs/slurm-{jobs[-1]}.log")
+    verdict = attempt.judge_files(run_dir, size, f"{end_text}; its output is in {run_dir}/logs/slurm-{jobs[-1]}.log")
     if records.read_result(run_dir) is None and received and verdict.error is None:
         return Verdict(EXIT_PREEMPTED, f"received {received[0]} before training began")
     return verdict
