@@ -355,7 +355,7 @@ def _sampling(options: Mapping[str, Any]) -> Any:
         fix = "top_p=1 samples from all tokens"
         problems.append(Problem("top_p", "must be more than 0 and at most 1", fix, str(sampling.top_p)))
     if not sampling.temperature and (sampling.top_p != 1 or sampling.top_k):
-        problems.append(Problem("temperature", "greedy answers draw nothing", "temperature=0.7", "0"))
+        problems.append(Problem("temperature", "top_p and top_k need a temperature above 0", "temperature=0.7", "0"))
     if problems:
         raise UserError(problems)
     return sampling

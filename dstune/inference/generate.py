@@ -1,4 +1,4 @@
-"""The verb `dstune generate`: text from a run, a checkpoint, an export, an adapter or any model."""
+"""The verb `dstune generate`: writes text with a run, a checkpoint, an export, an adapter or any model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def main(argv: list[str]) -> int:
     """Run `dstune generate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     adapters = _check(arguments)
-    asks = bool(arguments.prompt) or arguments.input is not None
-    interactive = not asks and sys.stdin.isatty() and not arguments.json and arguments.output is None
+    has_prompts = bool(arguments.prompt) or arguments.input is not None
+    is_interactive = not has_prompts and sys.stdin.isatty() and not arguments.json and arguments.output is None
     # Bad input is refused before a model is loaded.
-    requests = [] if interactive else _requests(arguments)
+    requests = [] if is_interactive else _read_requests(arguments)
     check_adapters(requests, [*adapters, OWN, BASE])
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -37,14 +37,14 @@ def main(argv: list[str]) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
-    output = _output(arguments, requests, sampling, adapters) if arguments.output else None
+    output = _open_answers_file(arguments, requests, sampling, adapters) if arguments.output else None
     model = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
     with open_speaker(model, arguments.checkpoint, adapters) as speaker:
         writer = Writer(speaker, sampling, plain=arguments.plain, system=arguments.system)
         check_adapters(requests, writer.names)
-        if interactive:
+        if is_interactive:
             converse(writer)
         elif output is not None:
             _write_all(writer, requests, output, arguments.batch_size)
@@ -67,7 +67,7 @@ def _parser() -> VerbParser:
         "--file",
         type=Path,
         metavar="FILE",
-        help="prompts: a .jsonl with `prompt` or `messages` in each row, or a text with one a line",
+        help="prompts: a .jsonl file with `prompt` or `messages` in each row, or a text file with one prompt per line",
     )
     add_flags(parser, "answers", 8)
     parser.add_argument(
@@ -75,16 +75,24 @@ def _parser() -> VerbParser:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a LoRA run or export by a name, several at will: rows with `adapter`, and /adapter NAME, choose",
+        help="name a LoRA run or export (may be given several times); `adapter` in a row, or /adapter NAME, chooses it",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message in front of each conversation")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens (default 256)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest share P")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens of total probability P",
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling with a temperature")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
-    parser.add_argument("--plain", action="store_true", help="go on with the text as it is, without the chat template")
+    parser.add_argument("--plain", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: prompt, answer, tokens, ended")
@@ -92,16 +100,18 @@ def _parser() -> VerbParser:
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the adapters by name. Raises UserError with all that is wrong."""
+    """Return the path of each adapter by name. Raises UserError with everything that is wrong with the flags."""
     problems = []
     for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
         value = getattr(arguments, flag)
-        if not value >= least:
+        if not value >= least:  # also refuses NaN
             problems.append(Problem(f"--{flag.replace('_', '-')}", f"must be at least {least}", value=str(value)))
     if not 0 < arguments.top_p <= 1:
         problems.append(Problem("--top-p", "must be more than 0 and at most 1", value=str(arguments.top_p)))
     if not arguments.temperature and (arguments.top_p != 1 or arguments.top_k):
-        problems.append(Problem("--temperature", "greedy answers draw nothing", "--temperature 0.7", "0"))
+        problems.append(
+            Problem("--temperature", "--top-p and --top-k need a temperature above 0", "--temperature 0.7", "0")
+        )
     adapters: dict[str, str] = {}
     for text in arguments.adapter:
         name, equals, path = text.partition("=")
@@ -115,7 +125,8 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
     return adapters
 
 
-def _requests(arguments: argparse.Namespace) -> list[Request]:
+def _read_requests(arguments: argparse.Namespace) -> list[Request]:
+    """Return the prompts of the flags and the file, else of standard input. Raises UserError with every empty one."""
     requests = [Request(text, f"--prompt {number}") for number, text in enumerate(arguments.prompt, 1)]
     if arguments.input is not None:
         requests += read_file(arguments.input)
@@ -127,9 +138,10 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
     return requests
 
 
-def _output(
+def _open_answers_file(
     arguments: argparse.Namespace, requests: list[Request], sampling: Sampling, adapters: dict[str, str]
 ) -> AnswersFile:
+    """Open `--output`. Its identity covers everything that the answers depend on, so that the same command continues it."""
     import xxhash
 
     from dstune.checkpoint import store
@@ -140,7 +152,8 @@ def _output(
             request.text,
             request.messages,
             request.adapter,
-            *filter(None, (request.tools, request.arguments, _digests(request))),
+            # Only those in use, so that the identity of a file without them stays what it was.
+            *filter(None, (request.tools, request.arguments, _image_digests(request))),
         ]
         for request in requests
     ]
@@ -155,12 +168,12 @@ def _output(
     return answers_file(arguments.output, identity, arguments.batch_size, force=arguments.force)
 
 
-def _digests(request: Request) -> list[Any]:
-    """Return what tells the images of a request."""
+def _image_digests(request: Request) -> list[Any]:
+    """Return what identifies the images of a request."""
     return list(for_hash({COLUMN: request.images})[COLUMN]) if request.images else []
 
 
-def _row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:
+def _answer_row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:
     row = {"prompt": request.messages or request.text, "answer": answer.text, "tokens": answer.tokens}
     adapter = {"adapter": request.adapter or writer.active} if len(writer.names) > 1 else {}
     return {**row, "ended": answer.ended, **adapter}
@@ -172,7 +185,7 @@ def _write_all(writer: Writer, requests: list[Request], output: AnswersFile, bat
     for start in range(output.done, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         answers = writer.answer(batch, start // batch_size)
-        output.append([_row(writer, request, answer) for request, answer in zip(batch, answers, strict=True)])
+        output.append([_answer_row(writer, request, answer) for request, answer in zip(batch, answers, strict=True)])
         print(f"dstune: {start + len(batch)} of {len(requests)} answers", file=sys.stderr, flush=True)
     output.finish()
     print(output.written)
@@ -190,7 +203,7 @@ def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_j
         batch = requests[start : start + batch_size]
         for request, answer in zip(batch, writer.answer(batch, start // batch_size), strict=True):
             if as_json:
-                print(json.dumps(_row(writer, request, answer), ensure_ascii=False), flush=True)
+                print(json.dumps(_answer_row(writer, request, answer), ensure_ascii=False), flush=True)
                 continue
             if len(requests) > 1:
                 print(f"> {request.text}")

@@ -1,4 +1,4 @@
-"""What is to be answered: prompts and conversations of the command line, a file, or standard input."""
+"""Reads prompts and conversations from the command line, a file, or standard input."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ TABLES = (".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Request:
-    """What to answer: a conversation, or with `messages` None a text to go on with (a chat model's first message)."""
+    """A prompt: a conversation or, if `messages` is None, a text that is continued (by a chat model: its first message)."""
 
     text: str
     where: str
-    """How errors call it: `--prompt 1`, `prompts.jsonl:7`."""
+    """Its name in error messages: `--prompt 1`, `prompts.jsonl:7`."""
     messages: Messages | None = None
     adapter: str | None = None
-    """Name of the adapter that is to answer; None leaves it to the command."""
+    """Name of the adapter that answers; None leaves the choice to the command."""
     tools: list[dict[str, Any]] | None = None
     arguments: dict[str, Any] | None = None
-    """Of the chat template (`chat_template_kwargs`)."""
+    """Extra arguments of the chat template (`chat_template_kwargs`)."""
     images: tuple[str | bytes, ...] = ()
-    """What the places in `messages` show, in order: paths, data URLs or bytes."""
+    """The images at the placeholders in `messages`, in order: paths, data URLs or bytes."""
     root: Path | None = None
-    """The folder that paths of images begin in and must not leave."""
+    """The folder that relative image paths start from; no path may leave it."""
 
 
 def read_file(path: Path, key: str = "--input") -> list[Request]:
-    """Return the prompts of a file, one for each line that is not blank: text, or in a `.jsonl` file rows with `prompt` or
-    `messages` (and `adapter`, `tools`, `chat_template_kwargs`). Raises UserError with every bad line."""
+    """Return the prompts of a file, one for each line that is not blank.
+
+    A line is a text or, in a `.jsonl` file, a row with `prompt` or `messages` (and `adapter`, `tools`, `chat_template_kwargs`).
+    Raises UserError with every bad line.
+    """
     try:
-        # A line ends with a line feed: Python's splitlines would also end it within a text, at U+2028 for example.
+        # Only a line feed ends a line: Python's splitlines would also split a text at U+2028, for example.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
@@ -71,34 +74,37 @@ def _from_row(line: str, where: str, root: Path) -> Request:
     prompt, messages, adapter = row.get("prompt"), row.get("messages"), row.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise ValueError("has an `adapter` that is no name")
-    beside = {"adapter": adapter, **_of_template(row)}
+    options = {"adapter": adapter, **_template_options(row)}
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("has an empty `prompt`")
-        return Request(prompt, where, **beside)
+        return Request(prompt, where, **options)
     if not isinstance(messages, list) or not messages:
         raise ValueError("has neither a `prompt` nor `messages`")
     column = row.get("images", row.get("image"))
-    return request_of(messages, where, column=column, root=root, **beside)
+    return request_of(messages, where, column=column, root=root, **options)
 
 
-def request_of(messages: Any, where: str, *, column: Any = None, **beside: Any) -> Request:
-    """Return what to answer in a conversation, which is read as rows of a training file are. column: images for its places.
-    Raises ValueError."""
+def request_of(messages: Any, where: str, *, column: Any = None, **options: Any) -> Request:
+    """Return the request that a conversation makes; the messages are read as in a training file.
+
+    column: images for the placeholders. options: further fields of the request. Raises ValueError.
+    """
     from dstune.data.images.places import COLUMN, with_images
     from dstune.data.message import content_text
     from dstune.data.messages import conversation_of
 
-    read = conversation_of(messages, "messages")
-    if read[-1]["role"] == "assistant":
+    conversation = conversation_of(messages, "messages")
+    last_message = conversation[-1]
+    if last_message["role"] == "assistant":
         raise ValueError("ends with the assistant's message, so there is nothing to answer")
-    row = with_images({"messages": read}, column, sees="")
+    row = with_images({"messages": conversation}, column, sees="")
     images = tuple(row.get(COLUMN, ()))
-    return Request(content_text(read[-1].get("content")), where, row["messages"], images=images, **beside)
+    return Request(content_text(last_message.get("content")), where, row["messages"], images=images, **options)
 
 
-def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the chat template is given beside the messages. Raises ValueError."""
+def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the chat template gets besides the messages. Raises ValueError."""
     from dstune.data.messages import template_arguments, tools_of
 
     tools = row.get("tools", row.get("functions"))
@@ -109,7 +115,7 @@ def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_system(request: Request, system: str | None) -> Request:
-    """Return `request` as a conversation that begins with the system message `system`, unless it has one of its own."""
+    """Return `request` as a conversation that begins with the system message `system`, unless it has one already."""
     messages = request.messages or [{"role": "user", "content": request.text}]
     if not system or messages[0]["role"] == "system":
         return request
@@ -117,7 +123,7 @@ def with_system(request: Request, system: str | None) -> Request:
 
 
 def check_adapters(requests: Sequence[Request], names: Sequence[str]) -> None:
-    """Raises UserError with every row that names an adapter which was not given."""
+    """Check that `names` has the adapter of every request. Raises UserError with every row that names another one."""
     unknown = [request for request in requests if request.adapter is not None and request.adapter not in names]
     if unknown:
         adapter_names = f"the adapters are {', '.join(names)}" if names else "give --adapter NAME=PATH"

@@ -1,4 +1,4 @@
-"""The images in rows of a reference: a few rows, whose files it holds, so that any engine is asked what training saw."""
+"""Images in the rows of a reference. The reference holds the image files themselves, so that any engine gets what training saw."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dstune.data.prepared import Split
 from dstune.data.problems import RowError
 
 MOST_ROWS = 8
-"""With images, in a reference."""
+"""Rows with images in a reference."""
 MOST_BYTES = 24 << 20
-"""Of the images of a reference together: as base64 they are a third larger, and an engine reads 64 MiB."""
+"""Bytes of all images of a reference: base64 makes them a third larger, and an engine reads 64 MiB at most."""
 
 
 class RowImages:
-    """Those that the messages of one row show, in their order, by their numbers in `files`."""
+    """The images in the messages of one row, in order, by their numbers in `files`."""
 
     def __init__(self, files: ImageFiles | None, numbers: Sequence[int] = ()):
         self.files, self.numbers = files, list(numbers)
 
     @classmethod
     def of(cls, split: Split, sample: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> RowImages:
-        """Find those of the first messages of a sample. Raises RowError where the sample was cut before they end."""
+        """Return the images in `messages`, the first ones of `sample`. Raises RowError if the sample was cut before they end."""
         count = sum(is_place(part) for message in messages for part in _parts(message))
         numbers = np.asarray(sample[COLUMN]).tolist()[:count] if count else []
         if len(numbers) < count:
@@ -42,7 +42,7 @@ class RowImages:
         return bool(self.numbers)
 
     def entries(self) -> dict[str, Any]:
-        """Return the column of a row that is tokenized; none where it has no images."""
+        """Return the image column with which the row is tokenized; empty if it has no images."""
         lines = [(number, self._files.line(number)) for number in self.numbers]
         column = [
             {"digest": line["digest"], "number": number, "size": [line["width"], line["height"]]}
@@ -55,7 +55,7 @@ class RowImages:
         return sum(self._files.line(number)["bytes"] for number in self.numbers)
 
     def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return `messages` with the images in their places, as clients send them. Raises RowError where one is gone."""
+        """Return `messages` with the images in their places, as clients send them. Raises RowError if a file is gone."""
         contents = iter([url_of(self._files.content(number)) for number in self.numbers])
         return [
             {**message, "content": [_image(next(contents)) if is_place(part) else part for part in parts]}
@@ -84,7 +84,7 @@ class Allowance:
         self._rows, self._bytes = MOST_ROWS, MOST_BYTES
 
     def take(self, images: RowImages) -> bool:
-        """Return whether a row with these may be in the reference, and count it if so."""
+        """Return whether the reference has room for a row with these images; if so, count it."""
         if not images:
             return True
         if not self._rows or images.bytes > self._bytes:
@@ -95,15 +95,17 @@ class Allowance:
 
 
 def drawn_row(tokenizer: Any, date: str | None, question: str, answer: Answer) -> dict[str, Any] | None:
-    """Make a row that shows a drawn image, with `inputs` beside it; None for a model that sees none, or whose template has no
-    place for images. date: what the template takes for today."""
+    """Make a row with a drawn image, and what the model gets of it as `inputs`.
+
+    Returns None if the model sees no images, or its template has no place for them. date: the date that the template writes.
+    """
     from dstune.data.chat.prompt import ChatPrompts
     from dstune.data.chat.template import RenderError
 
     vision = vision_of(tokenizer)
     if vision is None or refusal(vision, "the model"):
         return None
-    content = _drawn()
+    content = _draw_picture()
     with_place = [{"role": "user", "content": [dict(PLACE), {"type": "text", "text": question}]}]
     images = PromptImages(processor_of(vision), [content])
     try:
@@ -121,8 +123,8 @@ def drawn_row(tokenizer: Any, date: str | None, question: str, answer: Answer) -
     }
 
 
-def _drawn() -> bytes:
-    """Draw a PNG of two colours that fade into each other, broader than high."""
+def _draw_picture() -> bytes:
+    """Return a PNG of colour gradients, 96 pixels wide and 64 high."""
     from PIL import Image
 
     across, down = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 64))
@@ -133,7 +135,7 @@ def _drawn() -> bytes:
 
 
 def url_of(content: bytes) -> str:
-    """Return the data URL of an image file; what decodes it looks at its bytes, not at the type in the URL."""
+    """Return the data URL of an image file. It always says PNG: decoders look at the bytes, not at the type in the URL."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""Where the weights are that a verb is told to use: of a run, of one of its checkpoints, of an adapter, of any model."""
+"""Finds the files of a model that a command names, and checks adapters before peft loads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """Return what peft wrote of an adapter. Raises UserError."""
+    """Return the `adapter_config.json` that peft wrote to `folder`. Raises UserError."""
     file = folder / "adapter_config.json"
     try:
         settings = parse_json(read_file(file))
@@ -36,8 +36,10 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_adapter(folder: Path, model: Any, where: str) -> None:
-    """Check the adapter in `folder` before peft puts it into `model`. Raises UserError where its patterns do not end, or where
-    it asks for larger matrices than it has."""
+    """Check the adapter in `folder` before peft puts it into `model`; the file may come from a stranger.
+
+    Raises UserError if matching its patterns would not end, or if it asks for larger matrices than it has.
+    """
     settings = adapter_settings(folder)
     check_patterns(settings, [name for name, _ in model.named_modules()], where, str(folder))
     check_sizes(settings, folder, where)
@@ -47,7 +49,7 @@ _ADAPTED = re.compile(r"base_model\.model\.(.+?)\.(?:lora_|ia3_|oft_|vera_|token
 
 
 def adapted_modules(folder: Path) -> set[str]:
-    """Return names of the modules that the adapter in `folder` changes, by its tensors; empty where there are none to be read."""
+    """Return the names of the modules that the tensors of the adapter in `folder` change; empty if they cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -59,23 +61,23 @@ def adapted_modules(folder: Path) -> set[str]:
 
 
 def base_of(folder: Path, model: ModelConfig) -> ModelConfig:
-    """Return `model` with the model that the adapter in `folder` stands on as its path."""
+    """Return `model` with the path and revision of the base model of the adapter in `folder`. Raises UserError."""
     settings = adapter_settings(folder)
     path = settings.get("base_model_name_or_path")
     if not isinstance(path, str):
         fix = "write the hub id or the folder of its base into base_model_name_or_path"
-        raise UserError(Problem(str(folder / "adapter_config.json"), "does not name the model that it stands on", fix))
-    if refers(path):  # saved without the value, as everything is
+        raise UserError(Problem(str(folder / "adapter_config.json"), "does not name its base model", fix))
+    if refers(path):  # exports keep references to variables unresolved
         check_reference(path, read_record(folder).get(SIGNATURE), folder)
         path = resolve_text(path, str(folder / "adapter_config.json"))
     recorded = read_record(folder).get("base_model")
     if isinstance(recorded, str) and registry_of(recorded) is not None and not Path(path).is_dir():
-        path = recorded  # of another machine, whose cache had the base
+        path = recorded  # exported on another machine, whose cache held the base
     return replace(model, path=path, revision=settings.get("revision"))
 
 
 def with_local_files(model: ModelConfig) -> ModelConfig:
-    """Return `model` with its files on this machine; problems name the words of a command line. Raises UserError."""
+    """Return `model` with its files on this machine. Raises UserError, whose problems name flags instead of configuration keys."""
     from dstune.launch.preflight import resolve_model
 
     flags = {"model.path": "MODEL", "model.revision": "--revision", "model.trust_remote_code": "--trust-remote-code"}
@@ -87,7 +89,7 @@ def with_local_files(model: ModelConfig) -> ModelConfig:
 
 
 def local_pretrained_options(model: ModelConfig) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
+    """Bring the model to this machine and return the arguments of `from_pretrained` for it. Raises UserError."""
     from dstune.models.load import local_path
 
     local_model = with_local_files(model)
@@ -101,7 +103,8 @@ def local_pretrained_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def computing_dtype(architecture: Any) -> torch.dtype:
-    """Return the number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
+    """Return the dtype to compute in: the stored one on a GPU; on a CPU bf16 if it is fast there and the weights are
+    not fp32, else fp32."""
     import torch
 
     from dstune.zero import accelerator

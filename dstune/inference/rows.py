@@ -1,4 +1,4 @@
-"""Rows without labels: texts of the command line, of standard input or of files, each checked before a model is loaded."""
+"""Rows to predict, from the command line, standard input or files. All of them are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from dstune.data.rows import RowError, canonical_json, normalise
 from dstune.protocols import ROW_FORMATS, formats_for, task_of
 
 MAX_LISTED_BAD_ROWS = 10
-"""Bad rows that are named; the others are counted."""
+"""Bad rows that the error lists; further ones are only counted."""
 
 ReadRow = tuple[str, Mapping[str, Any] | None, str]
-"""Place (FILE:LINE, or which `--text` it is), columns, and what is wrong where they could not be read."""
+"""Place (FILE:LINE, or which `--text`), columns (None if they could not be read), and what is wrong with them."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """One row to be answered."""
+    """One row to predict."""
 
     place: str
     fields: Mapping[str, Any]
-    """The row as it was given."""
+    """The row as the user wrote it."""
     row: dict[str, Any]
-    """As the task's encoder reads it, with a label that means nothing where it needs one."""
+    """The row as the task's encoder reads it, with a meaningless label if the encoder needs one."""
 
 
 class Question:
-    """What a task reads of a row to predict: everything that training rows have but the answer. As it stands, a text.
+    """Reads what a task needs of a row to predict: everything that training rows have except the answer. This class reads a text;
+    tasks that need more derive from it.
 
-    labels: of the model, in their order. data: `columns` and `format` as in training.
+    labels: the model's, in order. data: `columns` and `format` as in training.
     """
 
     role = "text"
-    """What `data.columns` calls what a row is about."""
+    """Key in `data.columns` of the column that a row is about."""
 
     def __init__(self, task: Any, labels: Sequence[str], data: DataConfig):
         self.task = task
@@ -52,40 +53,41 @@ class Question:
 
     @property
     def text_column(self) -> str | None:
-        """The column that a bare text is; None where a row is more than a text."""
+        """The column that holds a bare text; None if a row of this task is more than a text."""
         return self.mapping.get("text", "text")
 
     def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """Return what the task's encoder reads, with a label that means nothing where it needs one. Raises RowError."""
+        """Return the row as the task's encoder reads it, with a meaningless label if the encoder needs one. Raises RowError."""
         return {"text": self.text(fields)}
 
     def query(self, fields: Mapping[str, Any], place: str) -> Query:
-        """Return the query that a row is. place: what a message calls the row. Raises RowError."""
-        form = self._form(fields)
-        row = self._shaped(form, fields, place) if form else self.row(fields, place)
-        canonical_json(row)  # what UTF-8 cannot hold, a tokenizer cannot read
+        """Return the query for a row. place: the row's name in error messages. Raises RowError."""
+        plugin_format = self._plugin_format(fields)
+        row = self._row_of_format(plugin_format, fields, place) if plugin_format else self.row(fields, place)
+        canonical_json(row)  # raises RowError for text that UTF-8 cannot hold: a tokenizer could not read it
         return Query(place, fields, row)
 
-    def _form(self, fields: Mapping[str, Any]) -> str:
-        """Return the row format of a plugin that reads these columns without answers; empty where the task reads them itself."""
+    def _plugin_format(self, fields: Mapping[str, Any]) -> str:
+        """Return the row format of a plugin that reads these columns without answers; empty if the task reads them itself."""
         if self.format == AUTOMATIC and (self.text_column or self.mapping.get(self.role, self.role)) in fields:
             return ""
         for name in formats_for(task_of(self.task)):
-            form = ROW_FORMATS[name]
-            needed = [role for role in form.required if role not in form.answers]
-            has_columns = all(column_of(form, role, self.mapping, fields) in fields for role in needed)
-            if has_columns and form.answers and self.format in (AUTOMATIC, name):
+            row_format = ROW_FORMATS[name]
+            needed = [role for role in row_format.required if role not in row_format.answers]
+            has_columns = all(column_of(row_format, role, self.mapping, fields) in fields for role in needed)
+            if has_columns and row_format.answers and self.format in (AUTOMATIC, name):
                 return name
         return ""
 
-    def _shaped(self, form: str, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """Shape as `row`, of a row in a plugin's format. Raises RowError."""
-        shape = copy.copy(self)
-        shape.mapping, shape.format = {}, ROW_FORMATS[form].shape
-        return shape.row(normalise(fields, form, self.mapping, self.task, answered=False), place)
+    def _row_of_format(self, format_name: str, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Return `row` of a row in a plugin's format: the plugin normalises it to a built-in one first. Raises RowError."""
+        question = copy.copy(self)
+        question.mapping, question.format = {}, ROW_FORMATS[format_name].shape
+        return question.row(normalise(fields, format_name, self.mapping, self.task, answered=False), place)
 
     def text(self, fields: Mapping[str, Any], *roles: str) -> str:
-        """Return the text in the first column that a row has of `roles` (default: `text`)."""
+        """Return the text in the first of the columns for `roles` (default: `text`) that the row has. Raises RowError if it has
+        none of them."""
         roles = roles or ("text",)
         column = next((column_name for role in roles if (column_name := self.mapping.get(role, role)) in fields), None)
         if column is None:
@@ -94,14 +96,15 @@ class Question:
         return text
 
     def missing(self, role: str, fields: Mapping[str, Any]) -> str:
+        """Return the reason of a RowError for a row without the column for `role`."""
         return f"missing column {self.mapping.get(role, role)!r}, the columns here are {listing(fields)}"
 
 
 class Rows:
-    """The rows to be answered, in order; read anew at each pass, so that they need not fit into memory.
+    """The rows to predict, in order. Each pass reads them again, so they need not fit into memory.
 
-    Raises UserError (at creation) with every row that cannot be answered, the first MAX_LISTED_BAD_ROWS by name; with
-    `data.on_bad_row=skip` these are left out and counted in `bad`.
+    Creation checks all rows. It raises UserError if some are bad, and lists the first MAX_LISTED_BAD_ROWS; with
+    `data.on_bad_row=skip` it leaves bad rows out and counts them in `bad`.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Rows:
         files: Sequence[sources.DataFile],
         on_bad: OnBadRow,
     ):
-        """texts: place and text, columns, or what is wrong with them, of those that are in no file."""
+        """texts: rows that are in no file: place, and a text, columns, or the error from reading them."""
         if question.text_column is None and any(isinstance(text, str) for _, text in texts):
             reason = "a row of this task is more than a text"
             fix = "--input FILE with the columns of the training rows, without the answers"
@@ -128,27 +131,27 @@ class Rows:
         self.count, self.bad = self._check(skips=on_bad is OnBadRow.skip)
 
     def blocks(self, size: int, skip: int = 0) -> Iterator[list[Query]]:
-        """Yield the rows behind the first `skip` ones, `size` at a time."""
+        """Yield the rows after the first `skip` ones, `size` at a time."""
         rows = islice((query for query, _ in self._queries() if query is not None), skip, None)
         while block := list(islice(rows, size)):
             yield block
 
     def bad_rows(self) -> Iterator[Problem]:
-        """Yield what is wrong with rows that are left out."""
+        """Yield what is wrong with each row that is left out."""
         return (problem for _, problem in self._queries() if problem is not None)
 
     def columns(self) -> list[str]:
-        """Return columns of the first row."""
+        """Return the columns of the first row."""
         return next((list(fields) for _, fields, _ in self._read() if fields is not None), [])
 
     def _read(self) -> Iterator[ReadRow]:
         yield from self._texts
         for file in self._files:
             for raw in sources.read(file):
-                yield raw.place, self._of_text(file, raw.fields), raw.error
+                yield raw.place, self._with_text_column(file, raw.fields), raw.error
 
-    def _of_text(self, file: sources.DataFile, fields: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Return the fields of a row; a line of plain text under the name of the run's text column, whatever that is."""
+    def _with_text_column(self, file: sources.DataFile, fields: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return the fields of a row; a line of plain text goes into the run's text column, whatever its name."""
         column = self._question.text_column
         if fields is None or column is None or set(fields) != {"text"} or file.ending not in DOCUMENTS:
             return fields
@@ -165,7 +168,7 @@ class Rows:
                 yield None, Problem(place, str(problem))
 
     def _check(self, *, skips: bool) -> tuple[int, int]:
-        """Count good and bad rows."""
+        """Return the numbers of good and bad rows. Raises UserError if no row is good, or bad rows may not be skipped."""
         count, bad = 0, 0
         problems: list[Problem] = []
         for query, problem in self._queries():
@@ -173,7 +176,9 @@ class Rows:
             bad += problem is not None
             if problem is not None and len(problems) < MAX_LISTED_BAD_ROWS:
                 problems.append(problem)
-        if bad and not count and len({problem.reason for problem in problems}) == 1:  # the same with all: told once
+        if (
+            bad and not count and len({problem.reason for problem in problems}) == 1
+        ):  # one problem in all rows is listed once
             missing = "missing column" in problems[0].reason
             fix = f"'data.columns={{{self._question.role}: NAME}}' with the column's name" if missing else ""
             raise UserError(replace(problems[0], fix=fix))
@@ -184,6 +189,6 @@ class Rows:
             raise UserError(problems)
         if not count:
             raise UserError(
-                Problem("--input", "there are no rows in it", "give a file with a row a line, or --text TEXT")
+                Problem("--input", "there are no rows in it", "give a file with one row per line, or --text TEXT")
             )
         return count, bad

@@ -1,4 +1,4 @@
-"""A language model in memory, with its adapters by name, from a run, a checkpoint, an export or any model."""
+"""Loads a language model, with any number of named adapters, from a run, a checkpoint, an export or any model."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from dstune.protocols.method_options import QuantizesWeights
 from dstune.protocols.task import TaskConfig
 
 OWN = "default"
-"""Name of the adapter that the model's own folder is."""
+"""Name of the adapter in the model's own folder, if that folder holds one."""
 BASE = "base"
-"""Name under which the model without any adapter answers."""
+"""Name of the model without any adapter."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How one adapter (or the model without any) is spoken to."""
+    """How prompts are written for one adapter, or for the model without any."""
 
     tokenizer: Any
     chat: bool
     """Whether prompts go through the chat template."""
     date: str | None = None
-    """The date that the template tells, as in training."""
+    """The date that the template writes, as in training."""
     task: TaskConfig | None = None
-    """A prompt is a source, which is asked for its target as in training; it writes no conversations."""
+    """Set if a prompt is a source text, for which the model writes the target as in training, and not a conversation."""
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model with its voices; the first one answers unless another is asked for."""
+    """A model with its voices by adapter name; the first one answers unless a request names another."""
 
     model: Any
     voices: Mapping[str, Voice]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Where weights are, and how their run spoke to them."""
+class _Located:
+    """Where the weights are, and how their run wrote prompts."""
 
     config: ModelConfig
     chat: bool = True
@@ -74,22 +74,22 @@ class _Found:
 
 @contextmanager
 def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
-    """Load the model `requested.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) into memory.
+    """Load the model `requested.path`: a run, a checkpoint, an export, a folder, a hub id or a sample.
 
-    checkpoint: which one of a run: a step, `best` or `last`. adapters: further ones by name, each a run or an export.
+    checkpoint: which checkpoint of a run: a step, `best` or `last`. adapters: paths of further adapters (runs or exports) by name.
 
-    Raises UserError where they cannot be had, or write no text.
+    Raises UserError if one of them cannot be loaded, or writes no text.
     """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses what nobody needs
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; warns of libraries that nobody needs
     print(f"loading {requested.path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        requested_model = _find(requested, checkpoint, Path(scratch) / OWN, "MODEL")
+        requested_model = _locate(requested, checkpoint, Path(scratch) / OWN, "MODEL")
         others = {
-            name: _find(ModelConfig(path=path), "last", Path(scratch) / name, f"--adapter {name}")
+            name: _locate(ModelConfig(path=path), "last", Path(scratch) / name, f"--adapter {name}")
             for name, path in adapters.items()
         }
         no_adapters = [name for name, other in others.items() if other.adapter_folder is None]
@@ -97,7 +97,7 @@ def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str,
             fix = "give the directory of a LoRA run, or its export"
             raise UserError(Problem(f"--adapter {name}", "is no adapter", fix, adapters[name]) for name in no_adapters)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks of it
+            warnings.simplefilter("ignore", FutureWarning)  # transformers warns of calls that peft makes
             speaker = _load(requested_model, others)
         from dstune.zero import accelerator
 
@@ -105,7 +105,8 @@ def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str,
         yield speaker
 
 
-def _find(requested: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
+def _locate(requested: ModelConfig, checkpoint_name: str, scratch: Path, key: str) -> _Located:
+    """Find the weights of `requested.path`. A run's checkpoint without an export is exported into `scratch`."""
     from dstune.checkpoint.export import existing_or_new_export
     from dstune.config.run_file import read_run
     from dstune.config.trust import Use
@@ -114,35 +115,39 @@ def _find(requested: ModelConfig, which: str, scratch: Path, key: str) -> _Found
     requested = replace(requested, path=local_path(requested.path, key))
     path = Path(requested.path)
     if store.is_checkpoint(path):
-        if which != "last":
-            raise UserError(Problem("--checkpoint", "the model is a checkpoint already", "leave it out", which))
-        path, which = store.run_and_step(path, key)
+        if checkpoint_name != "last":
+            raise UserError(
+                Problem("--checkpoint", "the model is a checkpoint already", "leave it out", checkpoint_name)
+            )
+        path, checkpoint_name = store.run_and_step(path, key)
     if not (path / "run.yaml").is_file():
         rundir.refuse_missing(path)
-        if which != "last":
-            raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", which))
-        return _from_record(requested, key)
+        if checkpoint_name != "last":
+            raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", checkpoint_name))
+        return _locate_by_record(requested, key)
     config = read_run(path / "run.yaml", use=Use.weights).config
-    _refuse_no_writer(config.task.name, key, str(path))
-    folder = existing_or_new_export(path, scratch, which=which)
+    _refuse_model_without_text(config.task.name, key, str(path))
+    folder = existing_or_new_export(path, scratch, which=checkpoint_name)
     trust = requested.trust_remote_code or config.model.trust_remote_code
     model = replace(requested, path=str(folder.absolute()), trust_remote_code=trust)
     task = task_of(config.task)
     if task.asks_by_prompt:
-        return _Found(model, chat=False, task=config.task)
-    return _Found(model, chat=task.conversational, date=task.template_date)
+        return _Located(model, chat=False, task=config.task)
+    return _Located(model, chat=task.conversational, date=task.template_date)
 
 
-def _from_record(requested: ModelConfig, key: str) -> _Found:
+def _locate_by_record(requested: ModelConfig, key: str) -> _Located:
+    """Locate a model that is no run, with the task that its export recorded, if any."""
     task = read_record(Path(requested.path)).get("task") or {}
-    _refuse_no_writer(task.get("name") or task_of_head(Path(requested.path)), key, requested.path)
+    _refuse_model_without_text(task.get("name") or task_of_head(Path(requested.path)), key, requested.path)
     kind = TASKS.classes().get(task.get("name", ""))
     if kind is not None and kind.asks_by_prompt:
-        return _Found(requested, chat=False, task=recorded_task(Path(requested.path), kind))
-    return _Found(requested, chat=kind is None or kind.conversational, date=task.get("template_date"))
+        return _Located(requested, chat=False, task=recorded_task(Path(requested.path), kind))
+    return _Located(requested, chat=kind is None or kind.conversational, date=task.get("template_date"))
 
 
-def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
+def _refuse_model_without_text(task: str | None, key: str, path: str) -> None:
+    """Raise UserError if models of this task write no text."""
     kind = TASKS.classes().get(task or "")
     if kind is not None and not kind.generates:
         reason = f"is a model for task={task}, no language model, so it writes no text"
@@ -150,7 +155,7 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
         raise UserError(Problem(key, reason, f"dstune predict {path} {input_flag}", path))
 
 
-def _load(main_model: _Found, others: Mapping[str, _Found]) -> Speaker:
+def _load(main_model: _Located, others: Mapping[str, _Located]) -> Speaker:
     from dstune.models.load import vision_files
     from dstune.models.peft_load import load_peft_adapter
 
@@ -165,58 +170,62 @@ def _load(main_model: _Found, others: Mapping[str, _Found]) -> Speaker:
     }
     for name, folder in folders.items():
         assert folder is not None
-        has_own = (folder / "tokenizer_config.json").is_file()
-        place = {"pretrained_model_name_or_path": folder} if has_own else {}
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer_folder = {"pretrained_model_name_or_path": folder} if has_tokenizer else {}
         adapter = main_model if name == OWN and main_adapter else others[name]
-        tokenizer = open_tokenizer(where=_key(name), **(source | place))
+        tokenizer = open_tokenizer(where=_flag_of(name), **(source | tokenizer_folder))
         voices[name] = _voice(tokenizer, adapter, architecture.is_encoder_decoder)
         _note_other_base(name, folder, base)
-    plain = open_tokenizer(where="model.path", **source)
-    voices[BASE] = _voice(plain, main_model, architecture.is_encoder_decoder)
+    base_tokenizer = open_tokenizer(where="model.path", **source)
+    voices[BASE] = _voice(base_tokenizer, main_model, architecture.is_encoder_decoder)
 
     if vision := vision_files(base, architecture):
         for voice in voices.values():
             mark_vision(voice.tokenizer, vision)
-    changed = {name for folder in folders.values() if folder for name in adapted_modules(folder)}
-    model = _language_model(source, architecture, base, read_record(main_adapter) if main_adapter else {}, changed)
-    longest = max(len(voice.tokenizer) for voice in voices.values())
-    if longest > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(longest, mean_resizing=False)
+    adapted = {name for folder in folders.values() if folder for name in adapted_modules(folder)}
+    model = _language_model(source, architecture, base, read_record(main_adapter) if main_adapter else {}, adapted)
+    largest_vocabulary = max(len(voice.tokenizer) for voice in voices.values())
+    if largest_vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(largest_vocabulary, mean_resizing=False)
     for name, folder in folders.items():
         assert folder is not None
-        check_adapter(folder, model, _key(name))
+        check_adapter(folder, model, _flag_of(name))
         try:
             model = load_peft_adapter(model, folder, name)
         except (RuntimeError, ValueError) as error:
             reason = f"does not fit the model: {first_line(error)}"
-            raise UserError(Problem(_key(name), reason, "give an adapter of this model", str(folder))) from error
+            raise UserError(Problem(_flag_of(name), reason, "give an adapter of this model", str(folder))) from error
     return Speaker(model, voices)
 
 
-def _key(name: str) -> str:
+def _flag_of(name: str) -> str:
+    """Return the words of the command line that gave this adapter, for error messages."""
     return "MODEL" if name == OWN else f"--adapter {name}"
 
 
 def voice_of(folder: Path, tokenizer: Any) -> Voice:
-    """Return how the adapter in `folder`, an export, is spoken to on a model that is in memory. tokenizer: of that model, for an
-    adapter without one. Raises UserError where it writes no text."""
+    """Return the voice of the exported adapter in `folder` for a model that is in memory.
+
+    tokenizer: the model's, used if the adapter has none. Raises UserError if the adapter writes no text.
+    """
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = open_tokenizer(folder, where="adapter", local_files_only=True)
-    return _voice(tokenizer, _from_record(ModelConfig(path=str(folder)), str(folder)), encoder_decoder=False)
+    return _voice(tokenizer, _locate_by_record(ModelConfig(path=str(folder)), str(folder)), is_encoder_decoder=False)
 
 
-def _voice(tokenizer: Any, voice_model: _Found, encoder_decoder: bool) -> Voice:
-    task = voice_model.task
-    if encoder_decoder:
+def _voice(tokenizer: Any, located: _Located, is_encoder_decoder: bool) -> Voice:
+    task = located.task
+    if is_encoder_decoder:
         mark_encoder_decoder(tokenizer)
-        # A published one reads what it is given.
+        # One that dstune did not train has no recorded task: it reads prompts as they are.
         task = task or next(kind.Config() for kind in TASKS.classes().values() if kind.encoder_decoder)
-    chat = voice_model.chat and not encoder_decoder and bool(tokenizer.chat_template)
-    return Voice(tokenizer, chat, voice_model.date, task)
+    chat = located.chat and not is_encoder_decoder and bool(tokenizer.chat_template)
+    return Voice(tokenizer, chat, located.date, task)
 
 
 def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
-    """Note an adapter on another base, which gives nonsense where the shapes fit; but the same base may have several names."""
+    """Print a note if the adapter was trained on another base: where the shapes happen to fit, it writes nonsense. No error, since
+    one base may have several names."""
     from dstune.checkpoint.model_folder import base_name
 
     trained_base = adapter_settings(folder)["base_model_name_or_path"]
@@ -238,8 +247,11 @@ def _language_model(
     record: Mapping[str, Any],
     adapted: Iterable[str] = (),
 ) -> Any:
-    """Load the language model. record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is
-    installed. adapted: names of the modules that adapters change."""
+    """Load the language model.
+
+    record: what the export of the model's own adapter recorded: an adapter that was trained on 4-bit weights gets such weights,
+    if bitsandbytes is installed. adapted: names of the modules that adapters change.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from dstune.models.quantize import keep_layout

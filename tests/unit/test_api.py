@@ -354,7 +354,7 @@ def test_options_of_generate_have_names_and_ranges():
             dstune.generate("nowhere", "Hi", **given)
         assert [problem.where for problem in error.value.problems] == list(given)
         assert all(name in problem.fix for name, problem in zip(given, error.value.problems, strict=True))
-    with pytest.raises(UserError, match="greedy answers draw nothing"):
+    with pytest.raises(UserError, match="top_p and top_k need a temperature above 0"):
         dstune.generate("nowhere", "Hi", top_k=3)
     with pytest.raises(UserError, match=r"prompt 2=.*expected a text that is not empty"):
         dstune.generate("nowhere", ["Hi", " "])

@@ -317,4 +317,4 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(decoder, monkeypatch, capsys
 def test_bad_values_are_refused_together(decoder):
     text = refusal(decoder, "--prompt", "w1", "--max-new-tokens", 0, "--temperature", -1)
     assert "--max-new-tokens=0" in text and "--temperature=-1.0" in text
-    assert "greedy answers draw nothing" in refusal(decoder, "--prompt", "w1", "--top-p", 0.9)
+    assert "--top-p and --top-k need a temperature above 0" in refusal(decoder, "--prompt", "w1", "--top-p", 0.9)

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.configs import run_config
 
 from dstune.config.data_schema import DataConfig
-from dstune.inference.reference import _fields
+from dstune.inference.reference_rows import _read_fields
 
 
 def written(file: Path, *texts: str) -> Path:
@@ -18,7 +18,7 @@ def written(file: Path, *texts: str) -> Path:
 
 
 def texts_at(config, *places: str) -> dict[str, str]:
-    return {place: fields["text"] for place, (fields, _) in _fields(config, "validation", places).items()}
+    return {place: fields["text"] for place, (fields, _) in _read_fields(config, "validation", places).items()}
 
 
 def test_rows_of_a_file_that_has_moved_are_found(tmp_path):
