@@ -1,1 +1,1 @@
-"""Sweeps: several runs of one configuration with other values, each started through the launch layer."""
+"""Sweeps: runs of one configuration with different values, each started through the launch layer."""

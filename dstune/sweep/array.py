@@ -1,7 +1,7 @@
-"""A sweep left to a queue (`launch=slurm launch.wait=false`): a job for each trial that is left, at most `sweep.parallel` of
-them at a time, and nobody who waits.
+"""Submits a sweep to a queue as one array (`launch=slurm launch.wait=false`), and does not wait for it.
 
-What an array of jobs needs is known before: every combination, and jobs of one size.
+Every unfinished trial is a job of the array; the queue runs at most `sweep.parallel` of them at a time. All combinations and the
+size of a job have to be known before, so Optuna and axes over `launch.processes` are refused.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dstune.tracking.trials import Record, read_record, record_path
 
 
 def is_array(config: RunConfig) -> bool:
+    """Return whether the trials are left to a queue."""
     return submitter_of(config.launch) is not None
 
 
@@ -47,10 +48,12 @@ def problems(config: RunConfig, axes: Sequence[Axis]) -> Iterator[Problem]:
 
 
 def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) -> list[Trial]:
-    """Write the trials' run directories and submit the array; the trials in it.
+    """Write the run directories of the trials, submit them as one array, and return the submitted trials.
+
+    Trials whose configuration is refused are recorded as failed and left out; trials that are in the queue already are skipped.
 
     Raises:
-        UserError: the queue refuses. Trials that are refused are recorded as failed, and left out.
+        UserError: the queue refuses the array.
     """
     submitter, queue = submitter_of(sweep.base.launch), launcher_of(sweep.base.launch).queue
     assert submitter is not None
@@ -63,13 +66,13 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
             console.stage(f"{trial.name} is in the queue already")
             continue
         try:
-            ready.append((trial, _prepared(sweep, trial, common, console)))
+            ready.append((trial, _prepare_trial(sweep, trial, common, console)))
         except UserError as error:
             _record(sweep.path, trial, status="failed", reason=str(error), starts=1)
             console.stage(f"{trial.name} failed: {error}")
     if not ready:
         return []
-    with _released(ready):
+    with _releasing_locks(ready):
         runs = [(prepared.config, prepared.run_dir) for _, prepared in ready]
         try:
             jobs = submitter.submit_array(sweep.base, sweep.path, runs, console)
@@ -88,7 +91,8 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
     return [trial for trial, _ in ready]
 
 
-def _prepared(sweep: Sweep, trial: Trial, common: Sequence[str], console: Console) -> Prepared:
+def _prepare_trial(sweep: Sweep, trial: Trial, common: Sequence[str], console: Console) -> Prepared:
+    """Write the run directory of a trial. Raises UserError."""
     trial_overrides = [f"run.dir={quoted(str(sweep.path / trial.name))}", f"run.name={quoted(trial.name)}"]
     overrides = [word for word in common if "=" in word and not word.startswith("--")]
     flags = Flags(overrides=[*overrides, *trial.overrides, *trial_overrides], config_dirs=sweep.config_dirs)
@@ -96,14 +100,15 @@ def _prepared(sweep: Sweep, trial: Trial, common: Sequence[str], console: Consol
 
 
 def _record(sweep: Path, trial: Trial, **changes: Any) -> None:
+    """Write the record of a trial as one that runs, with these changes."""
     record_before = read_record(record_path(sweep, trial.name)) or Record(trial.name, trial.number, dict(trial.values))
-    fresh: dict[str, Any] = {"status": "running", "reason": "", "objective": {}}
-    write_record(sweep, replace(record_before, **(fresh | changes)))
+    started: dict[str, Any] = {"status": "running", "reason": "", "objective": {}}
+    write_record(sweep, replace(record_before, **(started | changes)))
 
 
 @contextmanager
-def _released(ready: Sequence[tuple[Trial, Prepared]]) -> Iterator[None]:
-    """Give the locks of the run directories back: the jobs hold none."""
+def _releasing_locks(ready: Sequence[tuple[Trial, Prepared]]) -> Iterator[None]:
+    """Release the locks of the run directories at the end: the jobs take their own."""
     try:
         yield
     finally:

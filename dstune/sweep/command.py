@@ -1,4 +1,4 @@
-"""`dstune train --multirun`: from the command line to trials that have finished."""
+"""`dstune train --multirun`: runs a sweep, from the command line to finished trials."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,9 +51,9 @@ class Command:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb `train` for a sweep. Raises UserError; returns the exit code of the public contract.
+    """Run the verb `train` for a sweep. Raises UserError; returns the exit code of the public contract:
 
-    0 when every trial has an end (pruned ones included), 75 when some can be continued, 1 when some failed.
+    0 if every trial finished or was pruned, 75 if some can be continued, 1 if some failed.
     """
     command = parse(argv)
     if command.flags.shows:
@@ -63,27 +64,32 @@ def main(argv: list[str]) -> int:
         fix = "start it once, without srun, mpirun or deepspeed (launch/sweep.sbatch)"
         raise UserError(Problem("--multirun", reason, fix))
     console = Console(sys.stderr if command.json else sys.stdout)
-    sweep, longer = prepare(command, console)
-    names = compared_by(sweep.base)
-    code = run(sweep, names, longer, console)
-    records = read_records(sweep.path)
+    sweep, runs_became_longer = prepare(command, console)
+    objective_names = choose_objectives(sweep.base)
+    code = run(sweep, objective_names, runs_became_longer, console)
+    trial_records = read_records(sweep.path)
     if command.json:
-        print(json.dumps(as_json(sweep.path, names, records)))
+        print(json.dumps(as_json(sweep.path, objective_names, trial_records)))
     else:
-        print(as_text(sweep.path, names, records))
+        print(as_text(sweep.path, objective_names, trial_records))
     return code
 
 
-def compared_by(base: RunConfig) -> list[str]:
-    """Return the objectives; without validation rows the training loss."""
+def choose_objectives(base: RunConfig) -> list[str]:
+    """Return the metrics that trials are compared by: `sweep.objective`, else those of the task, or the training loss if there are
+    no validation rows."""
     return list(base.sweep.objective) or (objectives(base) if holds_out(base) else [TRAINING_LOSS])
 
 
-# ---- from words to a sweep ----
+# ---- from the command line to a sweep ----
 
 
 def parse(argv: list[str]) -> Command:
-    """Return the command line, checked. Raises UserError: unknown flags, an axis that is none, nothing to vary."""
+    """Parse the command line. The directory of a sweep in it stands for the overrides with which that sweep began.
+
+    Raises:
+        UserError: unknown flags, or values that cannot be read.
+    """
     words = [word for word in argv if word != "--json"]
     sweep = None
     for word in words[:1] if words and not words[0].startswith("-") else words[1:2]:
@@ -92,24 +98,25 @@ def parse(argv: list[str]) -> Command:
             words.remove(word)
     flags = hydra_flags(words, may_sweep=True)
     if sweep is not None:
-        overrides_before, folders = directory.given_before(sweep)
-        again = {key_of(text) for text in flags.overrides}
-        remaining = [text for text in overrides_before if key_of(text) not in again]
+        overrides_before, folders = directory.read_overrides(sweep)
+        replaced_keys = {key_of(text) for text in flags.overrides}
+        still_valid = [text for text in overrides_before if key_of(text) not in replaced_keys]
         flags = replace(
             flags,
-            overrides=[*remaining, *flags.overrides, f"sweep.dir={quoted(str(sweep))}"],
+            overrides=[*still_valid, *flags.overrides, f"sweep.dir={quoted(str(sweep))}"],
             config_dirs=flags.config_dirs or folders,
         )
-    with_groups = probes.groups(flags.config_dirs, flags.overrides)
-    return Command(flags, split(flags.overrides, with_groups), json="--json" in argv)
+    groups = probes.groups(flags.config_dirs, flags.overrides)
+    return Command(flags, split(flags.overrides, groups), json="--json" in argv)
 
 
 def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
-    """Compose and validate the values of all axes, look at the first trial as `dstune train` would, and choose the directory;
-    nothing is written yet. The second value: whether its runs became longer since it began.
+    """Compose and validate the values of all axes, check the first trial as `dstune train` would, and choose the directory.
+
+    Writes nothing. The second value: whether the runs became longer since the sweep began.
 
     Raises:
-        UserError: whatever keeps a trial from starting, as far as that can be told before.
+        UserError: everything that would keep a trial from starting, as far as it shows before.
     """
     flags = command.flags
     folders = [str(Path(folder).resolve()) for folder in flags.config_dirs]
@@ -123,8 +130,8 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
     problems += [
         Problem(
             "run.dir",
-            "a trial has a directory of its own",
-            "sweep.dir=FOLDER for that of the sweep",
+            "every trial has its own directory inside that of the sweep",
+            "sweep.dir=FOLDER",
             text.partition("=")[2],
         )
         for text in parts.fixed
@@ -141,7 +148,7 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
         console.message(f"dstune: warning: {warning}")
     ranks = sorted({launcher_of(config.launch).ranks for config in configs}, key=str)
     devices.slots(base, devices.here(), ranks)
-    # Each trial chooses its stage itself, when it starts.
+    # Each trial chooses its ZeRO stage itself when it starts, since the stage may depend on its values.
     resolved = replace(preflight.resolve_run(base, console.stage), zero=base.zero)
     overrides = [text for text in flags.overrides if key_of(text) != "sweep.dir"]
     sweep = Sweep(directory.sweep_path(base, parts.axes), resolved, overrides, folders, parts.axes)
@@ -150,16 +157,16 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
 
 
 def common_overrides(sweep: Sweep, fixed: Sequence[str]) -> list[str]:
-    """Return what follows `dstune train` for every trial, without its values."""
+    """Return the arguments of `dstune train` that all trials share."""
     flags = [word for folder in sweep.config_dirs for word in ("--config-dir", folder)]
     run_overrides = [text for text in fixed if not _is_sweep_key(text)]
     group = [] if sweep.base.tracking.group else [f"tracking.group={quoted(group_name(sweep))}"]
     flags += [FLAG, plugins.KEY] if is_believed_by_command(plugins.KEY) else []
-    return [*flags, *run_overrides, *directory.frozen(sweep.base, sweep.axes), *group]
+    return [*flags, *run_overrides, *directory.frozen_overrides(sweep.base, sweep.axes), *group]
 
 
 def group_name(sweep: Sweep) -> str:
-    """Return what trackers call the trials together."""
+    """Return the name under which trackers group the trials."""
     return f"{sweep.base.run.name}/{sweep.path.name}"
 
 
@@ -168,11 +175,11 @@ def _is_sweep_key(text: str) -> bool:
     return key == "sweep" or key.startswith("sweep.")
 
 
-# ---- running it ----
+# ---- running the trials ----
 
 
-def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> int:
-    """Start what is left of the sweep and wait for it."""
+def run(sweep: Sweep, objective_names: Sequence[str], runs_became_longer: bool, console: Console) -> int:
+    """Run the trials that are not finished, wait for them (except for an array of jobs), and return the exit code."""
     path = sweep.path
     if refused := refused_operations(path).keys() & {"append", "lock", "rename files"}:
         reason = f"a sweep keeps its records there, and the place refuses {', '.join(sorted(refused))}"
@@ -185,18 +192,18 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
         reason = f"cannot be created: {error.strerror}"
         raise UserError(Problem("sweep.dir", reason, "give a folder of yours", str(path))) from None
     fixed = split(sweep.overrides, probes.groups(sweep.config_dirs, sweep.overrides)).fixed
-    # A study in a storage of its own may have several machines at work in one directory.
+    # With a study in a storage of its own (sweep.storage), several machines may work in one directory.
     optuna = sweep.base.sweep.optuna
-    shared = optuna is not None and optuna.storage is not None
-    lock = records.acquire_lock(path, shared=shared)
+    is_shared = optuna is not None and optuna.storage is not None
+    lock = records.acquire_lock(path, shared=is_shared)
     try:
         records.note(path, uuid.uuid4().hex, sweep.base.sweep.parallel)
-        directory.write_sweep(sweep, names)
-        source = source_of(sweep, names, longer, console)
+        directory.write_sweep(sweep, objective_names)
+        source = open_source(sweep, objective_names, runs_became_longer, console)
         common = common_overrides(sweep, fixed)
         if isinstance(source, Grid) and array.is_array(sweep.base):
             array.submit(sweep, source, common, console)
-            console.message(f"dstune: look with `dstune runs {path}`; the same command again submits what has failed")
+            console.message(f"dstune: watch with `dstune runs {path}`; the same command again submits failed trials")
             return EXIT_DONE
         ranks = [launcher_of(sweep.base.launch).ranks]
         slots = devices.slots(sweep.base, devices.here(), ranks)
@@ -212,59 +219,66 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
     return EXIT_FAILED if any(record.status == "failed" for record in trial_records) else EXIT_DONE
 
 
-def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> Source:
+def open_source(sweep: Sweep, objective_names: Sequence[str], runs_became_longer: bool, console: Console) -> Source:
+    """Open the Optuna study or the grid that gives the trials, and print how many there are. Raises UserError."""
     parallel = sweep.base.sweep.parallel
     if sweep.base.sweep.optuna:
-        if longer:
-            reason = "a study compares trials of one length, and its trials were shorter"
-            fix = "the length of before, or another sweep.dir"
+        if runs_became_longer:
+            reason = "Optuna compares trials of one length, and the earlier trials of this study were shorter"
+            fix = "give the earlier length, or another sweep.dir"
             raise UserError(Problem("trainer.max_steps", reason, fix, str(sweep.base.trainer.max_steps)))
-        study = Study(sweep, names)
+        study = Study(sweep, objective_names)
         finished_text = f", {study.done} of them before" if study.done else ""
         console.stage(
             f"sweep {sweep.path}: {study.planned_trials} trials chosen by Optuna{finished_text}, {parallel} at a time"
         )
         return study
-    grid = Grid(sweep.path, sweep.base, sweep.axes, names, again=longer)
+    grid = Grid(sweep.path, sweep.base, sweep.axes, objective_names, repeat_finished=runs_became_longer)
     done = len(grid.finished)
     skipped = f", {done} of them finished before" if done else ""
     console.stage(f"sweep {sweep.path}: {len(grid.trials)} trials{skipped}, {parallel} at a time")
     return grid
 
 
-# ---- what it says at the end ----
+# ---- the summary at the end ----
 
 
-def as_json(path: Path, names: Sequence[str], records: Sequence[Record]) -> dict[str, object]:
-    order = ranked(records, names[0])
-    trials = [{**vars(record), "run": str(path / record.name)} for record in order]
-    best = trials[0] if trials and order[0].objective else None
-    commands = best_commands(path, records, names[0])
-    return {"sweep": str(path), "objective": list(names), "best": best, "commands": commands, "trials": trials}
+def as_json(path: Path, objective_names: Sequence[str], trial_records: Sequence[Record]) -> dict[str, object]:
+    """Return what `--json` prints: the trials, best first, and the commands that use the best one."""
+    best_first = ranked(trial_records, objective_names[0])
+    trials = [{**vars(record), "run": str(path / record.name)} for record in best_first]
+    best = trials[0] if trials and best_first[0].objective else None
+    commands = best_commands(path, trial_records, objective_names[0])
+    return {
+        "sweep": str(path),
+        "objective": list(objective_names),
+        "best": best,
+        "commands": commands,
+        "trials": trials,
+    }
 
 
-def as_text(path: Path, names: Sequence[str], records: Sequence[Record]) -> str:
-    """Return a table of the trials, best first."""
-    order = ranked(records, names[0])
-    keys = list(dict.fromkeys(key for record in order for key in record.values))
-    heading = ["trial", "status", *names, *keys, "seconds"]
+def as_text(path: Path, objective_names: Sequence[str], trial_records: Sequence[Record]) -> str:
+    """Return a table of the trials, best first, and the commands that use the best one."""
+    best_first = ranked(trial_records, objective_names[0])
+    keys = list(dict.fromkeys(key for record in best_first for key in record.values))
+    heading = ["trial", "status", *objective_names, *keys, "seconds"]
     rows = [
         [
             record.name,
             record.status,
-            *(f"{record.objective[name]:.4g}" if name in record.objective else "-" for name in names),
+            *(f"{record.objective[name]:.4g}" if name in record.objective else "-" for name in objective_names),
             *(cell(record.values.get(key)) for key in keys),
             f"{record.seconds:.0f}",
         ]
-        for record in order
+        for record in best_first
     ]
-    counts = {
-        status: sum(record.status == status for record in records)
-        for status in dict.fromkeys(record.status for record in records)
-    }
+    counts = Counter(record.status for record in trial_records)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    lines = [f"\n{table(heading, rows)}", "", f"{len(records)} trials: {summary}", f"sweep  {path}"]
+    lines = [f"\n{table(heading, rows)}", "", f"{len(trial_records)} trials: {summary}", f"sweep  {path}"]
     lines.append(f"report {path / 'report.html'}")
-    for title, command in zip(("best   ", "export "), best_commands(path, records, names[0]), strict=False):
+    for title, command in zip(
+        ("best   ", "export "), best_commands(path, trial_records, objective_names[0]), strict=False
+    ):
         lines.append(f"{title}{command}")
     return "\n".join(lines)

@@ -28,32 +28,32 @@ from dstune.tracking.trials import SWEEP_FILE, Record, is_sweep, record_path
 
 LONGEST_NAME = 100
 NOT_IDENTITY = ("launch", "tracking", "run", "sweep")
-"""Sections that do not make another sweep of it."""
+"""Sections of the configuration that may change without making it another sweep."""
 
 
 CHANGED_DEFAULTS = ("model.unreached_parts", "data.padding")
-"""Keys that sweeps of earlier versions have with another value than the present default."""
+"""Keys whose default has changed: a sweep that began with the old default keeps it."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep.yaml` holds."""
+    """The content of `sweep.yaml`."""
 
     path: Path
     base: RunConfig
     """The configuration with the first value of every axis."""
     overrides: list[str]
-    """As given, with all values of the axes."""
+    """As on the command line, with all values of the axes."""
     config_dirs: list[str]
     axes: list[Axis]
 
 
-# ---- where ----
+# ---- names of directories ----
 
 
 def identity(base: RunConfig, axes: Sequence[Axis]) -> str:
-    """Return eight characters that are the same for the same settings and varied keys, whatever their values: a command with
-    more of them continues the sweep."""
+    """Return eight hexadecimal digits that depend on the settings and on the varied keys, but not on the values of these: the same
+    command with more values continues the sweep."""
     tree = to_dict(base)
     for name in NOT_IDENTITY:
         tree.pop(name)
@@ -75,16 +75,16 @@ def sweep_path(base: RunConfig, axes: Sequence[Axis]) -> Path:
 
 
 def trial_name(assignment: Assignment, number: int | None = None) -> str:
-    """Return `lr=1e-05,rank=8`, with the number in front where values may come again: a folder's name."""
+    """Return the name of a trial's directory: `lr=1e-05,rank=8`, with `number` in front for studies, which may repeat values."""
     names = short_names(assignment.axes)
     parts = [
         f"{names[axis.key]}={_rounded(value) if axis.is_interval else value.short}"
         for axis, value in zip(assignment.axes, assignment.values, strict=True)
     ]
-    whole = ",".join(parts)
-    name = re.sub(r"[^\w.=,+-]", "_", whole)
-    if name != whole or len(name) > LONGEST_NAME:  # two trials must not come to the same name
-        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+    exact_name = ",".join(parts)
+    name = re.sub(r"[^\w.=,+-]", "_", exact_name)
+    if name != exact_name or len(name) > LONGEST_NAME:  # two trials must not get the same name
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(exact_name.encode()).hexdigest()[:6]}"
     return name if number is None else f"{number:03d}-{name}"
 
 
@@ -96,6 +96,7 @@ def _rounded(value: Value) -> str:
 
 
 def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
+    """Write `sweep.yaml`, without secrets and signed, so that another start believes its overrides."""
     content = {
         "format": RUN_FORMAT,
         "dstune_version": __version__,
@@ -118,15 +119,15 @@ def _interval(axis: Axis) -> str:
     return f"tag(log,{ends})" if axis.log else ends
 
 
-def given_before(path: Path) -> tuple[list[str], list[str]]:
-    """Return overrides and folders of groups with which the sweep at `path` began. Raises UserError."""
-    content = _content(path)
+def read_overrides(path: Path) -> tuple[list[str], list[str]]:
+    """Return the overrides and the `--config-dir` folders with which the sweep at `path` began. Raises UserError."""
+    content = _read_sweep_file(path)
     texts, folders = ([str(text) for text in content.get(name) or []] for name in ("overrides", "config_dirs"))
     check_overrides(texts, folders, content.get(SIGNATURE), path / SWEEP_FILE)
     return texts, folders
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _read_sweep_file(path: Path) -> dict[str, Any]:
     """Read the `sweep.yaml` in the directory `path`. Raises UserError."""
     file = path / SWEEP_FILE
     try:
@@ -143,7 +144,9 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def continued(sweep: Sweep) -> tuple[Sweep, bool]:
-    """Return `sweep` with what the first start froze, where its directory holds one; whether its runs became longer.
+    """Return `sweep` with the settings that its first start froze, and whether its runs became longer since then.
+
+    A sweep whose directory is new or empty is returned as it is.
 
     Raises:
         UserError: the directory holds something else, or a sweep whose other settings differ.
@@ -151,19 +154,19 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
     path = sweep.path
     if not is_sweep(path):
         if path.exists() and (
-            not path.is_dir() or any(e.name not in (records.LOCK, "launch.json") for e in path.iterdir())
+            not path.is_dir() or any(entry.name not in (records.LOCK, "launch.json") for entry in path.iterdir())
         ):
-            reason = "this is no sweep, and not empty" if path.is_dir() else "this is a file"
+            reason = "this folder is not empty, and holds no sweep" if path.is_dir() else "this is a file"
             fix = "give a new or empty folder, or one that holds this sweep"
             raise UserError(Problem("sweep.dir", reason, fix, str(path)))
         return sweep, False
     if not sweep.base.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(path / SWEEP_FILE), plugins.used_by(sweep.base))
     old = read_run_beside(path / SWEEP_FILE, sweep.base, decided=True)
-    axes_before = set(_content(path).get("axes") or {})
-    now = {axis.key for axis in sweep.axes}
-    if axes_before != now:
-        reason = f"the sweep in {path} varies {', '.join(sorted(axes_before))}, not {', '.join(sorted(now))}"
+    old_keys = set(_read_sweep_file(path).get("axes") or {})
+    keys = {axis.key for axis in sweep.axes}
+    if old_keys != keys:
+        reason = f"the sweep in {path} varies {', '.join(sorted(old_keys))}, not {', '.join(sorted(keys))}"
         raise UserError(Problem("sweep.dir", reason, "give another sweep.dir", str(path)))
     tree, stored = to_dict(sweep.base), to_dict(old.config)
     varied = {axis.key.lstrip("+") for axis in sweep.axes}
@@ -174,7 +177,7 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
     for key in {*CHANGED_DEFAULTS} - {key_of(text) for text in sweep.overrides}:
         _copy(stored, tree, key)
     base = from_dict(tree, "the composed configuration")
-    for key in varied:
+    for key in varied:  # may differ: the first value of an axis may be another one now
         _copy(tree, stored, key)
     check_resume(from_dict(stored, str(path / SWEEP_FILE)), base)
     longer = (old.config.trainer.max_steps, old.config.trainer.epochs) != (base.trainer.max_steps, base.trainer.epochs)
@@ -182,6 +185,7 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
 
 
 def _copy(source: dict[str, Any], target: dict[str, Any], key: str) -> None:
+    """Copy the value of the dotted `key` from one tree to the other, if it has one."""
     *holders, last = key.split(".")
     for name in holders:
         source, target = source.get(name) or {}, target.setdefault(name, {})
@@ -189,18 +193,18 @@ def _copy(source: dict[str, Any], target: dict[str, Any], key: str) -> None:
         target[last] = source[last]
 
 
-def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
-    """Return overrides that give every trial what the first start froze, whenever it begins."""
+def frozen_overrides(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
+    """Return overrides that give every trial the settings that the first start froze, whenever the trial starts."""
     varied = {axis.key.lstrip("+") for axis in axes}
     tree = to_dict(base)
     overrides = []
     for key in frozen_at_start():
         section, name = key.split(".")
         value = tree[section].get(name)
-        whole_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied
-        # Composing a trial would resolve what somebody may have written into sweep.yaml.
-        is_reference = isinstance(value, str) and may_refer(value) and not refers(value)
-        if value is not None and not whole_varied and not is_reference:
+        is_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied
+        # Composing a trial would resolve a reference that a stranger may have written into sweep.yaml.
+        is_unsafe = isinstance(value, str) and may_refer(value) and not refers(value)
+        if value is not None and not is_varied and not is_unsafe:
             overrides.append(f"{key}={value}")
     return overrides
 
@@ -209,6 +213,7 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
 
 
 def write_record(sweep: Path, record: Record) -> None:
+    """Write the record of a trial into the directory of its sweep."""
     path = record_path(sweep, record.name)
     path.parent.mkdir(exist_ok=True)
     records.write_json(path, asdict(record))

@@ -1,8 +1,9 @@
-"""Every combination of the values, in order, without those that are finished."""
+"""`sweep=grid`: every combination of the values, in order, except those that are finished."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,43 @@ from dstune.tracking.trials import FINISHED, Record, read_record, record_path
 
 
 class Grid:
-    """objectives: what is noted of a trial. again: start those that are finished too (their runs became longer)."""
+    """The trials of a sweep, as a grid (see `schedule.Source`).
 
-    def __init__(self, sweep: Path, config: RunConfig, axes: Sequence[Axis], objectives: Sequence[str], *, again: bool):
+    objectives: metrics that are recorded for a trial. repeat_finished: whether finished trials run again, since runs became longer.
+    """
+
+    def __init__(
+        self, sweep: Path, config: RunConfig, axes: Sequence[Axis], objectives: Sequence[str], *, repeat_finished: bool
+    ):
         self._sweep, self._config, self._objectives = sweep, config, objectives
         self.trials = [
             Trial(trial_name(assignment), number, assignment.overrides, assignment.plain)
             for number, assignment in enumerate(grid(axes))
         ]
-        self.finished = [] if again else [trial for trial in self.trials if self._is_finished(trial)]
-        self._left = [trial for trial in self.trials if trial not in self.finished]
+        self.finished = [] if repeat_finished else [trial for trial in self.trials if self._settle(trial)]
+        self._waiting = [trial for trial in self.trials if trial not in self.finished]
 
-    def _is_finished(self, trial: Trial) -> bool:
+    def _settle(self, trial: Trial) -> bool:
+        """Return whether the trial is finished; if so, bring its record up to date."""
         run_dir = self._sweep / trial.name
         status = status_in(run_dir)
         if status not in FINISHED:
             return False
         record = read_record(record_path(self._sweep, trial.name))
-        noted = record is not None and record.status == status and bool(record.objective)
-        if record is None or not noted:  # nobody waited for its end
+        if record is None or record.status != status or not record.objective:  # it ended while no sweep watched it
             record = record or Record(trial.name, trial.number, dict(trial.values))
-            self._note(record, status, reached(run_dir, self._config, self._objectives))
+            objective = reached(run_dir, self._config, self._objectives)
+            write_record(self._sweep, replace(record, status=status, objective=objective))
         elif record.number != trial.number:  # values were added in front of it
-            self._note(record, status, record.objective, trial.number)
+            write_record(self._sweep, replace(record, number=trial.number))
         return True
 
-    def _note(self, record: Record, status: str, objective: dict[str, float], number: int | None = None) -> None:
-        content = vars(record) | {"status": status, "objective": objective}
-        write_record(self._sweep, Record(**(content | ({} if number is None else {"number": number}))))
-
     def next(self) -> Trial | None:
-        return self._left.pop(0) if self._left else None
+        return self._waiting.pop(0) if self._waiting else None
 
     @property
     def exhausted(self) -> bool:
-        return not self._left
+        return not self._waiting
 
     def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
         return ""

@@ -1,4 +1,4 @@
-"""What a trial reached, from the files of its run."""
+"""Reads the metrics and objective values of a trial from the files of its run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from dstune.tracking import trials
 
 
 class Metrics:
-    """The rows of a run's metrics.jsonl as they come. A file that was written anew (a restart) is read from its begin."""
+    """Follows a run's metrics.jsonl while it grows. If a restart replaces the file, reading begins at its start again."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "metrics.jsonl"
-        self._at = 0
-        self._rest = b""
-        self._file: int | None = None
+        self._offset = 0
+        self._partial_line = b""
+        self._inode: int | None = None
 
     def new(self) -> list[dict[str, Any]]:
-        """Return the whole rows since the last call."""
+        """Return the complete rows that were added since the last call."""
         try:
             with self._path.open("rb") as stream:
                 status = self._path.stat()
-                if status.st_ino != self._file or status.st_size < self._at:
-                    self._file, self._at, self._rest = status.st_ino, 0, b""
-                stream.seek(self._at)
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset, self._partial_line = status.st_ino, 0, b""
+                stream.seek(self._offset)
                 data = stream.read()
         except OSError:
             return []
-        self._at += len(data)
-        whole, _, self._rest = (self._rest + data).rpartition(b"\n")
+        self._offset += len(data)
+        complete_lines, _, self._partial_line = (self._partial_line + data).rpartition(b"\n")
         rows = []
-        for line in whole.split(b"\n"):
+        for line in complete_lines.split(b"\n"):
             try:
                 row = parse_json(line)
             except ValueError:
@@ -46,6 +46,6 @@ class Metrics:
 
 
 def reached(run_dir: Path, config: RunConfig, objectives: Sequence[str]) -> dict[str, float]:
-    """Return the value of each objective that the run has (see `trials.reached`)."""
+    """Return the value that the run reached in each objective, without those that it has no value of (see `trials.reached`)."""
     result = records.read_result(run_dir) or {}
     return trials.reached(result, Metrics(run_dir).new(), objectives, of_best=config.run.export is Export.best)

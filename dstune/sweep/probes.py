@@ -1,8 +1,9 @@
-"""Whether the values of all axes can be trained with, told before the first trial starts."""
+"""Checks before the first trial that the values of all axes can be trained with."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from dstune.config.compose import compose
@@ -16,11 +17,12 @@ from dstune.config.sweep_space import Assignment, Axis, Split, first, grid
 from dstune.core.errors import Problem, UserError
 
 MOST_COMBINATIONS = 512
-"""Of more, each value is looked at beside the first ones of the other axes."""
+"""If there are more, each value is checked only together with the first values of the other axes."""
 
 
 def groups(config_dirs: Sequence[str], overrides: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    """Return the choices of each group where one is to be matched by `glob()`; reading them takes a while otherwise."""
+    """Return the choices of each configuration group if an override uses `glob()`, which matches them. Otherwise empty, since
+    reading them takes a while."""
     if not any("glob(" in text for text in overrides):
         return {}
     activate_requested(overrides, config_dirs)
@@ -29,7 +31,7 @@ def groups(config_dirs: Sequence[str], overrides: Sequence[str]) -> Mapping[str,
 
 
 def of_axes(sweep: SweepConfig, axes: Sequence[Axis]) -> list[Problem]:
-    """Return what the sweeper cannot do with an axis."""
+    """Return a problem for each interval, if the sweep can only combine single values."""
     problems = []
     for axis in axes:
         if axis.is_interval and sweep.optuna is None:
@@ -47,24 +49,25 @@ def _interval_text(axis: Axis) -> str:
 
 
 def configurations(parts: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
-    """Return the configuration of every combination, or of every value where there are too many; the first one first.
+    """Return the configuration of every combination, or of every single value if there are too many combinations. The first
+    configuration has the first value of every axis.
 
     Raises:
-        UserError: every problem with names and types of the values; `validate` is for the caller.
+        UserError: every problem with names and types of the values. The caller has to `validate` the configurations.
     """
-    chosen = [axis for axis in parts.axes if not _is_value(axis)]
-    values = [axis for axis in parts.axes if _is_value(axis)]
+    group_axes = [axis for axis in parts.axes if not _is_plain_key(axis)]
+    key_axes = [axis for axis in parts.axes if _is_plain_key(axis)]
     problems: dict[Problem, None] = {}
     configs = []
-    for groups_chosen in _assignments(chosen):
-        # Groups take Hydra, half a second each time; single values do not.
-        start = [*parts.fixed, *groups_chosen.overrides, *first(values).overrides]
+    for group_choices in _assignments(group_axes):
+        # Only Hydra can compose groups, half a second each time; plain keys are set in the composed configuration.
+        overrides = [*parts.fixed, *group_choices.overrides, *first(key_axes).overrides]
         try:
-            base = compose(start, config_dirs).config
+            base = compose(overrides, config_dirs).config
         except UserError as error:
             problems |= dict.fromkeys(error.problems)
             continue
-        for assignment in _assignments(values):
+        for assignment in _assignments(key_axes):
             try:
                 configs.append(apply_overrides(base, assignment.overrides))
             except UserError as error:
@@ -74,18 +77,15 @@ def configurations(parts: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
     return configs
 
 
-def _is_value(axis: Axis) -> bool:
-    """Return whether the axis is a plain key, whose values can be put into a composed configuration."""
+def _is_plain_key(axis: Axis) -> bool:
+    """Return whether the axis is a key (not a group), whose values can be set in a composed configuration."""
     return axis.key in all_keys() and axis.key not in sections() and axis.key != "zero.path"
 
 
 def _assignments(axes: Sequence[Axis]) -> Iterable[Assignment]:
-    """Return every combination of the axes' probes; where they are too many, the first one and each probe by itself."""
+    """Return every combination of the axes' probes; if there are too many, the first one, and each other probe by itself."""
     probed = [Axis(axis.key, axis.probes) for axis in axes]
-    count = 1
-    for axis in probed:
-        count *= len(axis.values)
-    if count <= MOST_COMBINATIONS:
+    if math.prod(len(axis.values) for axis in probed) <= MOST_COMBINATIONS:
         return grid(probed)
     start = first(probed)
     one_by_one = (

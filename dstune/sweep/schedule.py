@@ -1,7 +1,7 @@
-"""Runs the trials of a sweep, as many at a time as there are slots, and never stops because one of them failed.
+"""Runs the trials of a sweep, as many at a time as there are slots. A failed trial does not stop the sweep.
 
-A trial is a process of its own (`dstune train` with other values) in a session of its own: the terminal's Ctrl-C reaches
-the sweep alone, which asks its trials to save.
+Every trial is a process (`dstune train` with other values) in its own session: Ctrl-C in the terminal reaches only the sweep,
+which then asks its trials to save.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from dstune.sweep.outcome import Metrics
 from dstune.tracking.trials import Record, read_record, record_path
 
 ENTRY = (sys.executable, "-m", "dstune.sweep.trial")
-"""What becomes `dstune train` for a trial."""
+"""Command that becomes `dstune train` for a trial."""
 POLL_SECONDS = 0.2
 PRUNE_PATIENCE = 60.0
-"""How long a trial that was pruned may take to end by itself; it looks after every step."""
+"""Seconds that a pruned trial may take to end by itself, before it gets a signal; it looks for the request after every step."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,18 @@ class Trial:
 
 @dataclass
 class Running:
+    """A trial whose process has been started."""
+
     trial: Trial
     slot: Slot
     process: subprocess.Popen[bytes]
     metrics: Metrics
     log_start: int
+    """Offset in the trial's log, in bytes, at which this start of it begins."""
     record: Record
     started: float = field(default_factory=time.monotonic)
     pruned: str = ""
-    """The reason, once the trial is to be pruned."""
+    """Why the trial is to be pruned; empty as long as it is not."""
     pruned_at: float = 0.0
     signals_sent: int = 0
 
@@ -68,25 +71,25 @@ class Source(Protocol):
     """Where trials come from: every combination, or Optuna."""
 
     def next(self) -> Trial | None:
-        """Return the next trial to start; None if there is none now (if `exhausted`, none will come)."""
+        """Return the next trial to start, or None if there is none now. If `exhausted`, no further one will come."""
         ...
 
     @property
     def exhausted(self) -> bool: ...
 
     def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Take new rows of metrics.jsonl; return why the trial is to be pruned, or an empty string."""
+        """Note new rows of a trial's metrics.jsonl. Return why the trial is to be pruned, or an empty string."""
         ...
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
-        """Take the end of `trial`; return its value of each objective."""
+        """Note that `trial` has ended. Return the values of its objectives."""
         ...
 
 
 class Schedule:
     """Runs trials until the source has none left.
 
-    common: arguments of `dstune train` for every trial. received: signals, filled by a handler.
+    common: arguments of `dstune train` for every trial. received: names of the signals that a handler has received so far.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Schedule:
         received: list[str],
         variables: Mapping[str, str] = MappingProxyType({}),
     ):
-        """variables: environment variables of all trials, beside those of this process."""
+        """variables: environment variables of all trials, in addition to those of this process."""
         self._variables = variables
         self._sweep, self._source, self._common = sweep, source, list(common)
         self._free = list(slots)
@@ -127,7 +130,7 @@ class Schedule:
     def _start(self, trial: Trial, slot: Slot) -> None:
         run_dir, log = self._sweep / trial.name, self._sweep / "logs" / f"{trial.name}.log"
         self._wait_for_earlier(trial, run_dir)
-        if self._received:  # while it was waiting: the sweep's next start finds the trial as it is
+        if self._received:  # a signal came while this waited: the next start of the sweep takes the trial up
             self._free.append(slot)
             return
         record_before = read_record(record_path(self._sweep, trial.name))
@@ -154,12 +157,16 @@ class Schedule:
         self._console.stage(f"{trial.name} starts{again} on {slot.label}")
 
     def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
-        """Wait for an earlier launch: a sweep that was killed leaves trials that are still saving, and one directory takes one
-        launch at a time."""
+        """Wait until an earlier launch of the trial has ended.
+
+        A sweep that was killed may leave trials that are still saving, and a run directory takes one launch at a time.
+        """
         is_announced = False
         while not self._received and (earlier := records.read_launch(run_dir)) and earlier.process(run_dir) is not None:
             if not is_announced:
-                self._console.message(f"dstune: {trial.name} still runs as process {earlier.pid}: waiting for its end")
+                self._console.message(
+                    f"dstune: {trial.name} still runs as process {earlier.pid}: waiting for it to end"
+                )
                 is_announced = True
             self._forward_signals()
             for running in list(self._running):
@@ -175,7 +182,7 @@ class Schedule:
             self._console.message(f"dstune: received {self._received[-1]}: {consequence}")
         for running in self._running:
             while running.signals_sent < min(self._announced_signals, 2):
-                # Two different ones: the same signal within a moment counts once (`launch.signals`).
+                # Two different signals: the same one twice within a moment counts once (`launch.signals`).
                 running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.signals_sent])
                 running.signals_sent += 1
 
@@ -226,15 +233,16 @@ class Schedule:
             self._console.message(f"dstune: its output is in {self._sweep / 'logs' / running.trial.name}.log")
 
     def _error_message(self, running: Running) -> str:
-        """Return the error that ends the log of a trial without a result: the user's mistake, with key, value, reason and fix."""
+        """Return the error at the end of the log of a trial that left no result: the user's mistake, with key, value, reason and
+        fix; else the log's last line."""
         lines = attempt.last_lines(self._sweep / "logs" / f"{running.trial.name}.log", running.log_start)
-        begin = max((at for at, line in enumerate(lines) if line.startswith("dstune: ")), default=None)
-        return "\n".join(lines[begin:] if begin is not None else lines[-1:]).removeprefix("dstune: ")
+        error_line = max((number for number, line in enumerate(lines) if line.startswith("dstune: ")), default=-1)
+        return "\n".join(lines[error_line:]).removeprefix("dstune: ")
 
     def _abandon(self) -> None:
-        """Ask the trials to save and exit: the sweep itself has failed."""
+        """Ask the trials to save and exit, because the sweep itself has failed."""
         if platform.system() == "Linux":
-            return  # the end of this process asks them (`sweep.trial`), and a second request would not let them save
+            return  # the kernel asks them when this process ends (`sweep.trial`); a second signal would keep them from saving
         for running in self._running:
             with contextlib.suppress(OSError):
                 running.process.send_signal(signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""`sweep=optuna`: an Optuna study proposes the trials, learns their results, and prunes them.
+"""`sweep=optuna`: an Optuna study proposes the trials, learns from their results, and prunes them.
 
-The published Hydra plugin is pinned to Optuna 2 and cannot resume runs; this one uses the study's ask-and-tell interface, and
-several machines can share a study.
+The published Hydra plugin is pinned to Optuna 2 and cannot resume runs. This module uses the study's ask-and-tell interface, and
+lets several machines share a study.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ OWNER, HEARTBEAT, OBJECTIVES, STARTS = "dstune_owner", "dstune_seen", "dstune_ob
 HEARTBEAT_SECONDS, ABANDONED_SECONDS = 60.0, 600.0
 """How often the owner of a trial in a shared storage renews its heartbeat, and the silence after which others resume its trial."""
 ASK_AGAIN_SECONDS = 5.0
-"""How long after the study had no trial to run it is asked again."""
+"""Once the study has had no trial to run, it is asked again after this time."""
 
 
 class Study:
-    """The trials of a sweep, as an Optuna study chooses them.
+    """The trials of a sweep, as an Optuna study proposes them (see `schedule.Source`).
 
-    objectives: metrics; the first ranks the trials.
+    objectives: names of metrics; the first one ranks the trials.
     """
 
     def __init__(self, sweep: Sweep, objectives: Sequence[str]):
-        """Raises UserError: Optuna is not installed, the storage cannot be used, the study is about something else."""
+        """Open the study, or create it.
+
+        Raises UserError: Optuna is not installed, the storage cannot be used, or the study has other objectives or values.
+        """
         assert sweep.base.sweep.optuna is not None
         self._sweep, self._config, self._axes = sweep.path, sweep.base, sweep.axes
         self._settings = sweep.base.sweep.optuna
@@ -80,16 +83,16 @@ class Study:
         states = self._optuna.trial.TrialState
         return len(self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
 
-    # ---- what the schedule asks ----
+    # ---- the interface of schedule.Source ----
 
     def next(self) -> Trial | None:
-        if time.monotonic() - self._exhausted_at < ASK_AGAIN_SECONDS:
+        if self.exhausted:
             return None
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
         for frozen in trials:
-            skipped = frozen.number in self._running or frozen.number in self._preempted
-            if frozen.state is states.RUNNING and not skipped and self._is_free(frozen):
+            is_handled = frozen.number in self._running or frozen.number in self._preempted
+            if frozen.state is states.RUNNING and not is_handled and self._is_abandoned(frozen):
                 resumed = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
                 if status_in(self._sweep / resumed.name) not in FINISHED:
                     return resumed
@@ -143,7 +146,7 @@ class Study:
         self._study.tell(trial.number, state=states.FAIL)
         return objectives_reached if status in FINISHED else {}
 
-    # ---- inside ----
+    # ---- helpers ----
 
     def _begin(self, trial_of_study: optuna.Trial) -> Trial:
         self._running[trial_of_study.number] = trial_of_study
@@ -164,18 +167,20 @@ class Study:
         write_record(self._sweep, replace(record, status=status, objective=objective))
 
     def _last_evaluation(self, run_dir: Path) -> dict[str, float]:
-        """Return the last value of the first objective in `metrics.jsonl`, by its name; nothing if there is none."""
+        """Return the last value of the first objective in `metrics.jsonl`, by its name; empty if there is none."""
         name = self._objectives[0]
         values = [row.get(f"eval/{name}") for row in Metrics(run_dir).new()]
         last = next((value for value in reversed(values) if isinstance(value, (int, float))), None)
         return {} if last is None else {name: float(last)}
 
-    def _is_free(self, frozen: optuna.trial.FrozenTrial) -> bool:
-        """Return whether no process runs this unfinished trial."""
+    def _is_abandoned(self, frozen: optuna.trial.FrozenTrial) -> bool:
+        """Return whether no process runs this unfinished trial any more."""
         owner, heartbeat = frozen.user_attrs.get(OWNER), frozen.user_attrs.get(HEARTBEAT, 0.0)
-        if owner is None:  # another program's, or another machine is just starting it
+        if owner is None:  # in a shared storage, another program has it, or another machine is just starting it
             return self._settings.storage is None
-        if self._settings.storage is None or not owner:  # the directory is locked, so its owner is gone
+        if (
+            self._settings.storage is None or not owner
+        ):  # this process holds the lock of the directory: the owner is gone
             return True
         host, pid, started = owner.rsplit(":", 2)
         if host == socket.gethostname():
@@ -205,15 +210,14 @@ class Study:
                     pruner=_pruner(optuna_, settings, self._config),
                 )
                 starts = study.user_attrs.get(STARTS, 0)
-                # Another start, or machine, must not draw the first one's numbers again.
-                study.sampler = _sampler(
-                    optuna_, settings, settings.seed if not starts else _mixed(settings.seed, starts)
-                )
+                # A later start, or another machine, must not draw the same random numbers as the first one.
+                seed = _mix_seed(settings.seed, starts) if starts else settings.seed
+                study.sampler = _sampler(optuna_, settings, seed)
         except UserError:
             raise
-        except Exception as error:  # of SQLAlchemy, its drivers, redis, the file system
+        except Exception as error:  # from SQLAlchemy, its drivers, redis, or the file system
             reason = f"the storage cannot be used: {with_class(error)}"
-            fix = "look at the address, and install the driver of the database"
+            fix = "check the address, and that the driver of the database is installed"
             raise UserError(Problem("sweep.storage", reason, fix, location)) from None
         study.set_user_attr(STARTS, starts + 1)
         return study
@@ -230,13 +234,13 @@ class Study:
             raise UserError(Problem("sweep.objective", reason, fix, f"[{','.join(self._objectives)}]"))
         problems: dict[str, Problem] = {}
         for trial in study.get_trials(deepcopy=False):
-            for key, old in trial.distributions.items():
+            for key, old_distribution in trial.distributions.items():
                 try:
-                    optuna_.distributions.check_distribution_compatibility(old, self._distributions[key])
+                    optuna_.distributions.check_distribution_compatibility(old_distribution, self._distributions[key])
                 except (KeyError, ValueError):
-                    choices = getattr(old, "choices", None)
-                    fix = f"{key}={','.join(map(str, choices))}" if choices else "the values of before"
-                    reason = f"the study {study.study_name} began with other values, and what it learned is about those"
+                    choices = getattr(old_distribution, "choices", None)
+                    fix = f"{key}={','.join(map(str, choices))}" if choices else "give the earlier values"
+                    reason = f"the study {study.study_name} began with other values, and its results are about those"
                     problems[key] = Problem(key, reason, f"{fix}, or another sweep.dir", "")
         if problems:
             raise UserError(problems.values())
@@ -254,8 +258,10 @@ class Study:
         return kinds.CategoricalDistribution([value.plain for value in axis.values])
 
     def _enqueue_all(self) -> int:
-        """Put every combination into the study's queue once, for `sweep.sampler=grid`; returns their number. (Optuna's own grid
-        sampler ends the study from inside, which its ask-and-tell interface does not allow.)"""
+        """Put every combination into the study's queue once, for `sweep.sampler=grid`, and return their number.
+
+        Optuna's own grid sampler stops the study itself, which the ask-and-tell interface does not allow.
+        """
         combinations = [assignment.plain for assignment in grid(self._axes)]
         enqueued = [
             frozen.params or frozen.system_attrs.get("fixed_params")
@@ -291,45 +297,49 @@ def _storage(optuna: Any, location: str) -> Any:
 
 
 def _sampler(optuna: Any, settings: OptunaConfig, seed: int) -> Any:
-    samplers, first = optuna.samplers, settings.startup_trials
+    samplers, startup_trials = optuna.samplers, settings.startup_trials
     match settings.sampler:
         case Sampler.tpe:
-            # Several at a time: a trial that runs counts as a bad one, so that its neighbourhood is not drawn again.
-            return samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True)
+            # `constant_liar` counts a running trial as a bad one, so that trials at the same time are not close to each other.
+            return samplers.TPESampler(
+                seed=seed, n_startup_trials=startup_trials, multivariate=True, constant_liar=True
+            )
         case Sampler.random | Sampler.grid:
             return samplers.RandomSampler(seed=seed)
         case Sampler.qmc:
             return samplers.QMCSampler(seed=settings.seed, scramble=True)
         case Sampler.gp:
-            return samplers.GPSampler(seed=seed, n_startup_trials=first)
+            return samplers.GPSampler(seed=seed, n_startup_trials=startup_trials)
         case Sampler.cmaes:
-            return samplers.CmaEsSampler(seed=seed, n_startup_trials=first)
+            return samplers.CmaEsSampler(seed=seed, n_startup_trials=startup_trials)
         case Sampler.nsgaii:
             return samplers.NSGAIISampler(seed=seed)
 
 
 def _pruner(optuna: Any, settings: OptunaConfig, config: RunConfig) -> Any:
-    pruners, first = optuna.pruners, settings.min_steps or first_evaluation(config) or 1
+    pruners, first_step = optuna.pruners, settings.min_steps or first_evaluation(config) or 1
     match settings.pruner:
         case Pruner.none:
             return pruners.NopPruner()
         case Pruner.median:
-            return pruners.MedianPruner(n_startup_trials=settings.startup_trials, n_warmup_steps=first - 1)
+            return pruners.MedianPruner(n_startup_trials=settings.startup_trials, n_warmup_steps=first_step - 1)
         case Pruner.asha:
-            return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=settings.reduction_factor)
+            return pruners.SuccessiveHalvingPruner(min_resource=first_step, reduction_factor=settings.reduction_factor)
         case Pruner.hyperband:
             return pruners.HyperbandPruner(
-                min_resource=first,
+                min_resource=first_step,
                 max_resource=config.trainer.max_steps or "auto",
                 reduction_factor=settings.reduction_factor,
             )
 
 
-def _mixed(seed: int, starts: int) -> int:
+def _mix_seed(seed: int, starts: int) -> int:
+    """Return another seed for each start of the study."""
     return int.from_bytes(hashlib.sha256(f"{seed} {starts}".encode()).digest()[:4], "big")
 
 
 def _is_alive(pid: int, started: float) -> bool:
+    """Return whether the process that started at that time still runs: a later process may have its id."""
     try:
         return os.getpid() == pid or abs(psutil.Process(pid).create_time() - started) < 2.0
     except psutil.Error:

@@ -1,5 +1,7 @@
-"""Becomes the launching process of a trial: `python -m dstune.sweep.trial SWEEP_PID CORES ARGUMENT...` is
-`dstune train ARGUMENT...` on these cores (`0,1`, or `all`), asked to save and stop when the sweep dies, however it dies.
+"""Starts a trial: `python -m dstune.sweep.trial SWEEP_PID CORES ARGUMENT...` becomes `dstune train ARGUMENT...`.
+
+CORES are the CPU cores that the trial may use (`0,1`, or `all`). If the sweep dies, however it dies, the kernel sends the trial
+SIGTERM, so that it saves and stops.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from typing import NoReturn
 
 
 def main(argv: Sequence[str]) -> NoReturn:
-    sweep, cores, *arguments = argv
+    sweep_pid, cores, *arguments = argv
     if sys.platform.startswith("linux"):
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h; outlives the exec below
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != int(sweep):  # it died before the call above
+        if os.getppid() != int(sweep_pid):  # the sweep died before the call above
             sys.exit(1)
     if cores != "all":
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])

@@ -21,7 +21,7 @@ from dstune.config.run_overrides import apply_overrides
 from dstune.core.errors import UserError
 from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.launch.slurm.config import SlurmConfig
-from dstune.sweep.directory import frozen, given_before
+from dstune.sweep.directory import frozen_overrides, read_overrides
 from tests.support.stranger import ESCAPED, EVIL_CODE, TOKEN, VERBS, Stranger, mine, read
 
 
@@ -219,19 +219,19 @@ def test_words_of_a_sweep_of_others_are_not_repeated(
 
 def test_what_a_sweep_of_others_has_frozen_is_not_resolved() -> None:
     base = compose(["model.path=owner/name", "data.train=rows.jsonl"]).config
-    assert "model.revision=abc" in frozen(replace(base, model=replace(base.model, revision="abc")), [])
-    assert "model.revision=a$b" in frozen(replace(base, model=replace(base.model, revision="a$b")), [])
+    assert "model.revision=abc" in frozen_overrides(replace(base, model=replace(base.model, revision="abc")), [])
+    assert "model.revision=a$b" in frozen_overrides(replace(base, model=replace(base.model, revision="a$b")), [])
     theirs = replace(base, model=replace(base.model, revision="${oc.${run.name}:HF_TOKEN}"))
-    assert [text for text in frozen(theirs, []) if "${" in text] == []
+    assert [text for text in frozen_overrides(theirs, []) if "${" in text] == []
     theirs = replace(base, model=replace(base.model, revision=ESCAPED))
-    assert [text for text in frozen(theirs, []) if "HF_TOKEN" in text] == []
+    assert [text for text in frozen_overrides(theirs, []) if "HF_TOKEN" in text] == []
 
 
 @pytest.mark.parametrize("content", ["[]", "overrides: 5", "axes: [a]", "a: ["])
 def test_a_sweep_of_others_that_is_none_is_a_message(content: str, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(content)
     with pytest.raises(UserError, match=r"sweep\.yaml"):
-        given_before(tmp_path)
+        read_overrides(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["__class__.__init__.__globals__", "run.dir.nothing", "method.rank", "x"])

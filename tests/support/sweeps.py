@@ -55,7 +55,7 @@ class Scripted:
         self.received: list[str] = []
 
     def run(self, *overrides: str, slots: Sequence[Slot] = (Slot("here"),), again: bool = False) -> Grid:
-        grid = Grid(self.path, run_config(), split(overrides, {}).axes, ["loss"], again=again)
+        grid = Grid(self.path, run_config(), split(overrides, {}).axes, ["loss"], repeat_finished=again)
         schedule.Schedule(self.path, grid, slots, ["trainer.seed=7"], Console(), self.received).run()
         return grid
 
