@@ -1,7 +1,7 @@
-"""The packaged sample models and data: `sample://NAME` in place of a path.
+"""Packaged sample models and data: `sample://NAME` instead of a path.
 
-They come from wheels of the package index (`verses` from Debian's packages), so a machine that reaches its index but no
-model hub can train a real model on real data. Licences and origins stand beside each sample in the cache (`ORIGIN.json`,
+They come from wheels of the package index (`verses` from Debian packages), so that a machine without access to a model hub can
+train a real model on real data. The cache keeps the origin and the licence of each sample next to it (`ORIGIN.json`,
 `LICENSE.package`).
 """
 
@@ -45,15 +45,16 @@ class Sample:
     disk_bytes: int
     """Size in the cache, once converted."""
     recipe: int = 1
-    """Raised when the conversion changes, so that an older result in the cache is not used."""
+    """Number of the conversion, which is raised when it changes: older results in the cache are then not used."""
     parts: tuple[Package, ...] = ()
-    """Further wheels with the rest of the content."""
+    """Further packages with other parts of the content."""
     splits: tuple[str, ...] = ()
-    """Further files of rows, named after a colon: `sample://NAME:SPLIT`."""
+    """Names of further files of rows: `sample://NAME:SPLIT`."""
     origin: str | None = None
-    """The model's id on the hub; what is packaged may be rounded to fewer bits."""
+    """The model's id on the hub; the package may hold it in fewer bits."""
     converter: str = ""
-    """`module:function` that writes it from the opened packages; that of its name in `dstune.samples.convert` if empty."""
+    """`module:function` that converts the opened packages; if empty, the function of the sample's name in
+    `dstune.samples.convert`."""
 
     @property
     def download_bytes(self) -> int:
@@ -73,7 +74,7 @@ def _gemma_part(part: str, sha256: str, size: int) -> Package:
     return Package(name, "1.0.0", f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
 
 
-_OWN = {
+_CORE_SAMPLES = {
     sample.name: sample
     for sample in (
         Sample(
@@ -192,14 +193,14 @@ _OWN = {
 
 @cache
 def catalogue() -> Mapping[str, Sample]:
-    """Return all samples by name: those above, and `SAMPLES` of `dstune/WING/packaged_samples.py` of the wings that are there."""
-    of_wings = (importlib.import_module(module).SAMPLES for module in wing_modules("packaged_samples"))
-    return _OWN | {sample.name: sample for samples in of_wings for sample in samples}
+    """Return all samples by name: those above, and `SAMPLES` in `dstune/WING/packaged_samples.py` of each installed wing."""
+    wing_samples = (importlib.import_module(module).SAMPLES for module in wing_modules("packaged_samples"))
+    return _CORE_SAMPLES | {sample.name: sample for samples in wing_samples for sample in samples}
 
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What `dstune samples --json` prints of each sample."""
+    """What `dstune samples --json` prints for each sample."""
 
     uri: str
     kind: str
@@ -208,9 +209,9 @@ class SampleInfo:
     package: str
     download_bytes: int
     disk_bytes: int
-    """Size in the cache: measured when fetched, else expected."""
+    """Size in the cache: measured if the sample is there, else expected."""
     path: str | None
-    """What the URI stands for; None until fetched."""
+    """The path that the URI stands for; None until the sample is fetched."""
 
 
 def is_sample(path: str) -> bool:
@@ -219,18 +220,19 @@ def is_sample(path: str) -> bool:
 
 
 def without_slice(spec: str) -> tuple[str, str | None]:
-    """Return the URI of a data sample, and the slices of it that `spec` names behind a colon."""
+    """Return the URI of a data sample, and the slices of it that `spec` names after a colon."""
     name, colon, slices = spec.removeprefix(SCHEME).partition(":")
     return SCHEME + name, slices if colon else None
 
 
 def resolve(uri: str, fetch: bool = True) -> Path:
-    """Return what `uri` stands for: a folder in Hugging Face layout (model), or a JSONL file (data).
+    """Return the path that `uri` stands for: a folder in Hugging Face layout (model), or a JSONL file (data).
 
-    Instant and offline once fetched. Two processes that ask at once fetch it once.
+    Fetches the sample into the cache first if it is not there; afterwards this is instant and works offline. If two processes
+    ask at the same time, one fetches and the other waits.
 
     Raises:
-        UserError: no such sample; absent and `fetch` is false, or it cannot be fetched (offline, disk full).
+        UserError: there is no such sample; it is not in the cache and `fetch` is false; or fetching fails (offline, disk full).
     """
     sample, split = _find(uri)
     folder = _folder(sample)
@@ -295,7 +297,7 @@ def _find(uri: str) -> tuple[Sample, str]:
         return sample, ""
     if split not in sample.splits:
         choices = ", ".join(f"{sample.uri}:{split_name}" for split_name in sample.splits)
-        fix = f"the others beside {sample.uri} are {choices}" if choices else f"name {sample.uri}"
+        fix = f"give {sample.uri}, or one of {choices}" if choices else f"give {sample.uri}"
         raise UserError(Problem(f"{sample.uri}:{split}", "this sample has no such split", fix))
     return sample, split
 
@@ -326,7 +328,7 @@ def _install(sample: Sample, folder: Path) -> None:
 
 
 def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
-    # The model's GGUF file stands beside its converted form for a moment, hence the package's size twice.
+    # Twice the size of the packages: for a moment the cache holds the package, the GGUF file unpacked from it, and the result.
     needed = 2 * sample.download_bytes + sample.disk_bytes
     if (free := shutil.disk_usage(downloads).free) < needed:
         raise disk_full(sample.uri, downloads, f"has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
@@ -347,8 +349,8 @@ def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
 
 
 def _convert_in_child(sample: Sample, wheels: list[Path], target: Path) -> None:
-    # The child finds this very dstune, and nothing else, beside what the interpreter finds by itself: it runs in an
-    # empty folder, so that files of the user's working folder (a `datasets.py`) do not hide packages.
+    # The child runs in an empty folder, so that files in the user's working folder (a `datasets.py`) do not hide packages. It
+    # imports this very dstune, from its folder; everything else comes from the interpreter's own paths.
     root = str(Path(__file__).parents[2])
     code = f"import sys; sys.path.append({root!r}); from dstune.samples.convert import main; main()"
     child = subprocess.run(
@@ -371,8 +373,8 @@ def _convert_in_child(sample: Sample, wheels: list[Path], target: Path) -> None:
 
 def _info(sample: Sample) -> SampleInfo:
     folder = _folder(sample)
-    fetched = folder.exists()
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if fetched else sample.disk_bytes
+    is_cached = folder.exists()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if is_cached else sample.disk_bytes
     return SampleInfo(
         uri=sample.uri,
         kind=sample.kind,
@@ -381,7 +383,7 @@ def _info(sample: Sample) -> SampleInfo:
         package=sample.package.requirement,
         download_bytes=sample.download_bytes,
         disk_bytes=size,
-        path=str(resolve(sample.uri, fetch=False)) if fetched else None,
+        path=str(resolve(sample.uri, fetch=False)) if is_cached else None,
     )
 
 

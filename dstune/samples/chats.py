@@ -1,4 +1,4 @@
-"""Conversations of the packaged dialogues."""
+"""Turns raw chats between two people into conversations of a user and an assistant."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from itertools import pairwise
 
 
 def dialogue(groups: list[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """Return messages of one conversation, or an empty list when its two senders do not alternate.
+    """Return the messages of one conversation, or an empty list if it does not have two senders who alternate.
 
     Args:
-        groups: what one sender wrote in a row, as `[{"text", "sender", ...}, ...]`, in order of time.
+        groups: in order of time, groups of messages that one sender wrote in a row: `[{"text", "sender", ...}, ...]`.
 
-    A group is one turn: its texts are joined by newlines. The conversation is cut before an assistant turn without any
-    text (ten chats have empty messages), which would teach a model to say nothing.
+    A group becomes one turn, with its texts joined by newlines. The conversation is cut before an assistant turn without text,
+    which would teach a model to say nothing (ten chats have empty messages).
     """
     senders = [{message["sender"] for message in group} for group in groups]
     alternating = all(len(group) == 1 for group in senders) and all(a != b for a, b in pairwise(senders))

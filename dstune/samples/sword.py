@@ -1,8 +1,8 @@
-"""Verses of a SWORD module (zText driver), by their names in OSIS.
+"""Reads the verses of a SWORD module (zText driver), by their OSIS names.
 
-A testament is three files: `.bzz` holds blocks of text packed by zlib; `.bzs` the place, packed and unpacked size of each
-block (three uint32); `.bzv` block, place in it and length of each entry (uint32, uint32, uint16). Which verse an entry is
-follows from the entries themselves: that of a chapter's heading names the chapter, and its verses come behind it in order.
+Each testament is three files: `.bzz` holds blocks of text, compressed with zlib; `.bzs` the offset, compressed size and size of
+each block (three uint32); `.bzv` the block, the offset in it and the length of each entry (uint32, uint32, uint16). The entries
+themselves say which verses they are: the heading of a chapter names the chapter, and its verses follow in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Files(Protocol):
 
 
 def verses(files: Files) -> dict[str, str]:
-    """Return texts without markup, notes and headings, by names such as `Gen.1.1`, in the module's order."""
+    """Return the text of each verse by names such as `Gen.1.1`, in the module's order, without markup, notes and headings."""
     text_by_verse: dict[str, str] = {}
     for testament in ("ot", "nt"):
         chapter, number = "", 0
@@ -38,20 +38,20 @@ def verses(files: Files) -> dict[str, str]:
 
 
 def _entries(files: Files, testament: str) -> Iterator[str]:
-    packed, places, entries = (
+    compressed, block_table, entry_table = (
         next(files.read(name) for name in files.namelist() if name.endswith(f"/{testament}.{ending}"))
         for ending in ("bzz", "bzs", "bzv")
     )
     blocks = [
-        zlib.decompress(packed[start : start + size]) if size else b""
-        for start, size, _ in struct.iter_unpack("<III", places)
+        zlib.decompress(compressed[start : start + size]) if size else b""
+        for start, size, _ in struct.iter_unpack("<III", block_table)
     ]
-    for block, start, length in struct.iter_unpack("<IIH", entries):
+    for block, start, length in struct.iter_unpack("<IIH", entry_table):
         yield blocks[block][start : start + length].decode("utf-8")
 
 
 def _plain(entry: str) -> str:
     """Return the words of an entry in OSIS markup."""
     entry = re.sub(r"<(note|title|speaker)\b[^>]*?(?<!/)>.*?</\1>", " ", entry, flags=re.DOTALL)
-    entry = entry.replace("</w><w", "</w> <w")  # some words have lost the space between them
+    entry = entry.replace("</w><w", "</w> <w")  # the space between some words is missing
     return " ".join(re.sub(r"<[^>]*>", "", entry).split())

@@ -180,7 +180,7 @@ def test_a_server_without_ranges_starts_again(index: Index, tmp_path: Path) -> N
 
 def test_a_server_that_sends_more_fills_no_disk(index: Index, tmp_path: Path) -> None:
     index.server.content += b"x" * (5 * download.CHUNK_BYTES)
-    download._append_rest(index.server.url, tmp_path / "part", download.Progress("thing", index.package.bytes))
+    download._append_remainder(index.server.url, tmp_path / "part", download.Progress("thing", index.package.bytes))
     assert (tmp_path / "part").stat().st_size <= index.package.bytes + download.CHUNK_BYTES
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_says_what_to_do(index: Index, tmp_path: Path, monkeypatch: 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download, "_append_rest", full)
+    monkeypatch.setattr(download, "_append_remainder", full)
     with pytest.raises(UserError, match="DSTUNE_CACHE"):
         download.fetch(index.package, tmp_path, "sample://thing")
     assert index.verbs == ["install"]  # pip is not asked to fill it once more
