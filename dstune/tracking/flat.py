@@ -1,4 +1,4 @@
-"""Nested values as trackers take them: one level, numbers and short texts."""
+"""Flattens nested values for trackers, which take one level of numbers and short texts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str | None
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that are numbers; `skipped`, a text, as 1."""
+    """Return the metrics that are numbers. `skipped`, which holds the reason as text, becomes 1."""
     number_by_name = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     return number_by_name | ({"skipped": 1.0} if "skipped" in metrics else {})
 
 
 def indented(text: str) -> str:
-    """Return a code block of Markdown, which shows `text` as it is."""
+    """Return `text` as an indented code block of Markdown, which shows it unchanged."""
     return "\n".join(f"    {line}" for line in text.splitlines())

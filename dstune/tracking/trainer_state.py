@@ -1,4 +1,4 @@
-"""`trainer_state.json`: a run's metrics as the Trainer of transformers writes them, for tools that read that file."""
+"""Writes `trainer_state.json`: a run's metrics in the format of the transformers Trainer, for tools that read that file."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from dstune.tracking.jsonl import json_text
 
 FILE = "trainer_state.json"
 MOST_STEPS = 10_000
-"""Training steps in `log_history`; of a longer run every second, third, ... one is."""
+"""Most training steps in `log_history`; of a longer run only every second, third, ... step is written."""
 
 NAMES = {"lr": "learning_rate", "eval/seconds": "eval_runtime"}
-"""Trainer's names of metrics that are called otherwise here."""
+"""Trainer's name for each metric that has another name here."""
 
-OF_STEPS = ("epoch", "loss", "lr", "grad_norm")
+STEP_METRICS = ("epoch", "loss", "lr", "grad_norm")
 
 
 def write_trainer_state(
     run_dir: Path, config: RunConfig, result: Mapping[str, Any], total_steps: int, *, epochs: float | None
 ) -> Path:
-    """Write the file from `metrics.jsonl` and the content of `result.json`. Returns its path.
+    """Write the file from `metrics.jsonl` and `result`, the content of `result.json`, and return its path.
 
-    total_steps: of the whole run. epochs: passes over the training rows in them, where that is known.
+    total_steps: planned optimizer steps. epochs: passes over the training rows in these, if known.
     """
     steps = int(result["steps"])
-    every = max(1, -(-steps // MOST_STEPS))
-    history = list(_history(run_dir / "metrics.jsonl", every))
+    interval = max(1, -(-steps // MOST_STEPS))
+    history = list(_read_history(run_dir / "metrics.jsonl", interval))
     best = result.get("best") or {}
     content: dict[str, Any] = {
         "best_global_step": best.get("step"),
@@ -43,7 +43,7 @@ def write_trainer_state(
         "is_local_process_zero": True,
         "is_world_process_zero": True,
         "log_history": history,
-        "logging_steps": every,
+        "logging_steps": interval,
         "max_steps": total_steps,
         "num_input_tokens_seen": result.get("tokens") or 0,
         "num_train_epochs": epochs,
@@ -59,8 +59,8 @@ def write_trainer_state(
     return path
 
 
-def _history(path: Path, every: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `metrics.jsonl`, each with its step last, as Trainer has them."""
+def _read_history(path: Path, interval: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `metrics.jsonl` under Trainer's names: all evaluations, and every `interval`-th training step."""
     epoch: float | None = None
     if not path.is_file():
         return
@@ -76,5 +76,5 @@ def _history(path: Path, every: int) -> Iterator[dict[str, Any]]:
             epoch = row.get("epoch", epoch)
             if evaluation:
                 yield {**({} if epoch is None else {"epoch": epoch}), **evaluation, "step": step}
-            elif step % every == 0 or step == 1:
-                yield {**{NAMES.get(name, name): row[name] for name in OF_STEPS if name in row}, "step": step}
+            elif step % interval == 0 or step == 1:
+                yield {**{NAMES.get(name, name): row[name] for name in STEP_METRICS if name in row}, "step": step}

@@ -1,4 +1,4 @@
-"""MLflow: one run in a folder, a database or on a server, that every launch of a run directory goes on with."""
+"""MLflow: one run in a folder, a database or on a server, which every launch of a run directory continues."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dstune.protocols.tracker import Row, TrackingConfig
 from dstune.tracking.flat import flat, numbers
 
 MAX_PARAMETER_CHARACTERS = 500
-"""What every MLflow server of the last years takes for a parameter's value."""
+"""Length of a parameter's value that every MLflow server of recent years accepts."""
 PARAMETERS_PER_BATCH = 100
-"""A limit of MLflow's interface."""
+"""A limit of MLflow's API, for parameters and for tags."""
 LAST_STEP = "dstune.step"
-"""Tag with the last step that the run has."""
+"""Name of the tag that holds the last step in the store."""
 DATABRICKS = "databricks"
 SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "preempted": "KILLED", "failed": "FAILED"}
@@ -38,7 +38,7 @@ def absolute_store(uri: str) -> str:
 
 
 def experiment_of(project: str, uri: str) -> str:
-    """Return an experiment's name: Databricks has them in folders of the workspace."""
+    """Return the experiment's name for a project. On Databricks, experiments are paths in the workspace."""
     return f"/Shared/{project}" if uri.startswith(DATABRICKS) and not project.startswith("/") else project
 
 
@@ -50,7 +50,7 @@ class MlflowConfig:
 
 @tracker
 class Mlflow(Tracker):
-    """Talks through MLflow's client, which, unlike its fluent interface, adds nothing about program, user and git."""
+    """Uses MLflow's client: unlike its fluent API, the client adds no tags about the program, the user or git."""
 
     Config = MlflowConfig
     name = "mlflow"
@@ -101,8 +101,8 @@ class Mlflow(Tracker):
     def start(self, past: Iterator[Row]) -> None:
         uri = self._config.tracking.mlflow.uri
         assert uri is not None
-        # Read at import or at the first request: nothing about its use to its makers, a folder as a store (which
-        # MLflow 3 wants to be asked for), and requests that give up before they hold up the end of a run.
+        # MLflow reads these at import or at the first request: no telemetry; a folder may be a store (MLflow 3 wants this
+        # stated); and requests give up before they delay the end of a run.
         os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
@@ -115,12 +115,12 @@ class Mlflow(Tracker):
             self.write(row)
 
     def location(self) -> str:
-        """Without the store's address, which may hold a password."""
+        """Return the run and its experiment, without the store's address, which may hold a password."""
         tracking = self._config.tracking
         return f"run {self._run} of experiment {experiment_of(str(tracking.project), str(tracking.mlflow.uri))}"
 
     def write(self, row: Row) -> None:
-        """Write the row unless the store has it: it has the steps up to `_sent`, and a resumed run repeats them, bit for bit."""
+        """Write the row unless the store has it. The store has all steps up to `_sent`; a resumed run repeats them exactly."""
         from mlflow.entities import Metric, RunTag
 
         if row.step <= self._sent:
@@ -140,14 +140,14 @@ class Mlflow(Tracker):
         self._client.set_terminated(self._run, STATUS[status])
 
     def _reopened_run(self) -> str | None:
-        """Return the run of the earlier launches, open again; None where there is none in this store."""
+        """Reopen the run of earlier launches and return its id; None if this store has no such run."""
         from mlflow.exceptions import MlflowException
 
         if not self._id.exists():
             return None
         try:
             run = self._client.get_run(files.read_plain(self._id).decode().strip())
-            if self._fresh:  # it has steps of the attempt that is started over
+            if self._fresh:  # training starts over, and the run has steps of the earlier attempt
                 self._client.delete_run(run.info.run_id)
                 return None
             self._client.update_run(run.info.run_id, status="RUNNING")

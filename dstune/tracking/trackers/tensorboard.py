@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run directory, written anew from `metrics.jsonl` by every launch."""
+"""TensorBoard: event files in the run directory. Every launch writes all of them again from `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dstune.tracking.flat import flat, indented, numbers
 
 FLUSH_SECONDS = 10
 COMPARED = ("loss", "eval/loss")
-"""Metrics of the table in which TensorBoard compares runs by their hyperparameters."""
+"""Metrics in TensorBoard's hyperparameter table, which compares runs."""
 
 
 @tracker
 class TensorBoard(Tracker):
-    """Scalars under the names of `metrics.jsonl`, answers as text, configuration as text and as hyperparameters."""
+    """Writes scalars under their names in `metrics.jsonl`, answers as text, and the configuration as text and hyperparameters."""
 
     name = "tensorboard"
     switch = "Write TensorBoard's event files into the run directory (needs `pip install '.[tensorboard]'` in a clone)."
@@ -38,9 +38,9 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard.summary import hparams
 
         folder = self._run_dir / "tensorboard"
-        older = list(folder.glob("events.out.tfevents.*"))
-        # A TensorBoard that is watching drops what it has read from `purge_step` on.
-        self._writer = SummaryWriter(str(folder), purge_step=0 if older else None, flush_secs=FLUSH_SECONDS)
+        old_files = list(folder.glob("events.out.tfevents.*"))
+        # A TensorBoard that displays the run drops what it has read, from `purge_step` on.
+        self._writer = SummaryWriter(str(folder), purge_step=0 if old_files else None, flush_secs=FLUSH_SECONDS)
         settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
         for part in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
             self._writer._get_file_writer().add_summary(part)
@@ -48,8 +48,9 @@ class TensorBoard(Tracker):
         for row in past:
             self.write(row)
         self._writer.flush()
-        for file in older:
-            # Emptied first and removed by the next launch: a TensorBoard that is watching stays at a file that is gone.
+        for file in old_files:
+            # This launch empties the file and the next one removes it: a TensorBoard that displays the run gets stuck at a file
+            # that disappears.
             if file.stat().st_size:
                 os.truncate(file, 0)
             else:
@@ -61,8 +62,8 @@ class TensorBoard(Tracker):
     def write(self, row: Row) -> None:
         for name, value in numbers(row.metrics).items():
             self._writer.add_scalar(name, value, row.step, walltime=row.time)
-        new = [answer for answer in row.samples if answer["step"] == row.step]
-        for number, answer in enumerate(new):
+        new_answers = [answer for answer in row.samples if answer["step"] == row.step]
+        for number, answer in enumerate(new_answers):
             text = "\n\n".join(f"**{name}**\n\n{indented(str(answer[name]))}" for name in answer if name != "step")
             self._writer.add_text(f"samples/{number}", text, row.step, walltime=row.time)
 

@@ -1,4 +1,4 @@
-"""Trackio: a local database of runs with W&B's calls, shown by `trackio show`."""
+"""Trackio: a local database of runs with the API of W&B; `trackio show` displays it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dstune.tracking.flat import flat, indented, numbers
 
 @tracker
 class Trackio(Tracker):
-    """Metrics under the names of `metrics.jsonl`, answers as text, the configuration beside them."""
+    """Writes metrics under their names in `metrics.jsonl`, answers as text, and the configuration."""
 
     name = "trackio"
     switch = (
@@ -41,10 +41,11 @@ class Trackio(Tracker):
 
         tracking = self._config.tracking
         name = f"{self._run_dir.absolute().parent.name}/{self._run_dir.absolute().name}"
-        # Every launch writes the whole run: nothing can be taken out of one, and steps behind the last save come again.
-        for earlier in _runs(trackio.Api(), tracking.project):
-            if earlier.name == name:
-                earlier.delete()
+        # Every launch writes the complete run again: steps after the last checkpoint are repeated, and Trackio cannot remove
+        # single steps.
+        for earlier_run in _runs(trackio.Api(), tracking.project):
+            if earlier_run.name == name:
+                earlier_run.delete()
         settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
         options = {"group": tracking.group, "config": settings, "embed": False}
         self._run = trackio.init(tracking.project, name=name, auto_log_gpu=False, auto_log_cpu=False, **options)
@@ -57,8 +58,8 @@ class Trackio(Tracker):
 
     def write(self, row: Row) -> None:
         self._run.log(numbers(row.metrics), step=row.step)
-        new = [answer for answer in row.samples if answer["step"] == row.step]
-        for number, answer in enumerate(new):
+        new_answers = [answer for answer in row.samples if answer["step"] == row.step]
+        for number, answer in enumerate(new_answers):
             text = "\n\n".join(f"**{name}**\n\n{indented(str(answer[name]))}" for name in answer if name != "step")
             self._run.log({f"samples/{number}": self._markdown(text)}, step=row.step)
 
@@ -70,7 +71,7 @@ class Trackio(Tracker):
 
 
 def _runs(api: Any, project: str) -> list[Any]:
-    """Return the runs of a project; none where there is no such project yet."""
+    """Return the runs of a project; empty if the project does not exist yet."""
     try:
         return list(api.runs(project))
     except ValueError:

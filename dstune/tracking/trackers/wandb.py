@@ -1,9 +1,8 @@
-"""Weights & Biases: one W&B run for one run directory, through any number of launches.
+"""Weights & Biases: one W&B run per run directory, over any number of launches.
 
-An offline run cannot be appended to: what a second launch writes is a file of its own, and `wandb sync` lets the file
-that it takes last replace the others (wandb #5865). So an offline launch writes the whole run anew from
-`metrics.jsonl`, and removes the older files once it has. An online launch asks the server for the last step that it
-has, and sends what is missing.
+W&B cannot append to an offline run: a second launch writes a second file, and `wandb sync` replaces the run by the file that it
+uploads last (wandb #5865). So an offline launch writes the complete run again from `metrics.jsonl`, and then removes the older
+files. An online launch asks the server for its last step, and sends the rows that the server lacks.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ INIT_TIMEOUT_SECONDS = 60.0
 FINISH_TIMEOUT_SECONDS = 60.0
 """How long W&B's own service tries to reach a server; the tracker waits no longer than `FINISH_SECONDS` of log.py."""
 FLUSH_SECONDS = 2.0
-"""How often the service writes its file: what a killed run loses of an offline file until it is continued."""
+"""How often the service writes its file. The offline file of a killed run lacks so much, until the run is resumed."""
 MAX_TAG_CHARACTERS = 64
 
 OWN_IDENTITY = ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_DIR")
-"""Variables with which somebody else's run would take the place of this one."""
+"""Variables that would make W&B continue another run, or write elsewhere: they are removed from the environment."""
 
 
 class WandbMode(Enum):
@@ -59,9 +58,10 @@ class WandbConfig:
 
 @tracker
 class Wandb(Tracker):
-    """Files stay inside the run directory; console capture, git, code, program, machine and system data are off.
+    """Sends metrics, answers and the configuration, and nothing about the console, git, code, program, machine or system.
 
-    The configuration is that of `run.yaml`: references to environment variables, never their values.
+    Files stay inside the run directory. The configuration is that of `run.yaml`: it has references to environment variables,
+    never their values.
     """
 
     Config = WandbConfig
@@ -89,7 +89,7 @@ class Wandb(Tracker):
 
     @classmethod
     def probe(cls) -> Iterator[Check]:
-        """Yield whether a key is found, as a run would find it."""
+        """Yield whether there is an API key, looking where a run would look."""
         if os.environ.get("WANDB_API_KEY"):
             yield Check("W&B", PASS, "a key in WANDB_API_KEY")
             return
@@ -118,11 +118,11 @@ class Wandb(Tracker):
         self._folder.mkdir(exist_ok=True)
         self._older = list(self._folder.glob("offline-run-*"))
         if self._fresh and any(self._folder.glob("run-*")):
-            self._id.unlink(missing_ok=True)  # the server has steps of the attempt that is started over
+            self._id.unlink(missing_ok=True)  # training starts over, and the server has steps of the earlier attempt
         for name in OWN_IDENTITY:
             os.environ.pop(name, None)
-        # W&B reads these once, at import: no crash reports to its makers, no lines of its own on the console, and no
-        # staging area in the home directory.
+        # W&B reads these once, at import: no crash reports to its makers, no lines on the console, and no staging area in the
+        # home directory.
         os.environ.update(WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
         os.environ.setdefault("WANDB_DATA_DIR", str(self._folder))
         os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "cache"))
@@ -135,7 +135,7 @@ class Wandb(Tracker):
             self.rebuilds = True
             self._run = self._init(wandb, WandbMode.offline)
         self._next_step = self._run.starting_step  # `step` still says 0 here for a resumed run (wandb 0.31)
-        # Every metric over the optimizer step, by its own name instead of W&B's `Step`.
+        # Charts show every metric over `step`, the optimizer step, instead of W&B's own `Step`.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         for row in past:
@@ -149,8 +149,7 @@ class Wandb(Tracker):
         return str(self._run.url)
 
     def write(self, row: Row) -> None:
-        """Write the row unless the server has it: it has the steps before `_next_step`, and a resumed run repeats them, bit for
-        bit."""
+        """Write the row unless the server has it. It has all steps before `_next_step`; a resumed run repeats them exactly."""
         if row.step < self._next_step:
             return
         values = {"step": row.step, **row.metrics, "_timestamp": row.time}
@@ -171,17 +170,17 @@ class Wandb(Tracker):
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status in ("completed", "stopped", "pruned") else 1)
         if not self.rebuilds:
-            self._remove_older()  # the server has the whole run now
+            self._remove_older()  # the server has the complete run now
 
     def _start_online(self, wandb: Any) -> Any:
-        """Return the run on the server, or None: then it is tracked offline, with a warning that says why."""
+        """Return the run on the server. None if that fails: a warning then says why, and the run is tracked offline."""
         reason = "no W&B key found (WANDB_API_KEY or `wandb login`)"
         try:
             if _has_credentials(wandb):
                 return self._init(wandb, WandbMode.online)
         except (wandb.errors.Error, OSError) as error:
             reason = f"W&B cannot be used ({first_line(error)})"
-            wandb.teardown()  # its service still holds the id of the run that did not start
+            wandb.teardown()  # W&B's service still holds the id of the run that did not start
         self._warn(f"warning: {reason}: this run is tracked offline")
         return None
 
@@ -218,6 +217,7 @@ class Wandb(Tracker):
         )
 
     def _run_id(self) -> str:
+        """Return the id of the W&B run, which the run directory keeps; draw one at the first launch."""
         chosen_id = self._config.tracking.wandb.id
         if chosen_id is not None or not self._id.exists():
             files.write(self._id, chosen_id or secrets.token_hex(8))
@@ -225,16 +225,16 @@ class Wandb(Tracker):
 
     def _remove_older(self) -> None:
         for folder in self._older:
-            if folder != Path(self._run.settings.sync_dir):  # of a launch within the same second
+            if folder != Path(self._run.settings.sync_dir):  # equal if a launch began within the same second
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def ignore_working_directory(wandb: Any) -> None:
-    """Let W&B read its settings without `wandb/settings` of the working directory.
+    """Make W&B read its settings without `wandb/settings` of the working directory.
 
-    Whoever has written that file chooses the server that gets the user's key, and the proxy. `WANDB_BASE_URL` and the user's own
-    settings file (`wandb login --host`) count as before. W&B reads its settings once, and has no switch for this. This runs beside
-    the training, in the thread of the tracker, so the process cannot leave its working directory meanwhile.
+    The author of that file could choose the server that gets the user's key, and the proxy. `WANDB_BASE_URL` and the user's own
+    settings file (`wandb login --host`) still count. W&B reads its settings once, and has no switch for this. Changing the working
+    directory meanwhile is no way out: this runs in the tracker's thread, while the process trains.
     """
     nowhere = property(lambda settings: f"/nonexistent-{secrets.token_hex(8)}/settings")
     with mock.patch.object(wandb.Settings, "settings_workspace", nowhere):
@@ -242,7 +242,7 @@ def ignore_working_directory(wandb: Any) -> None:
 
 
 def _has_credentials(wandb: Any) -> bool:
-    """Return whether W&B would find a key by itself: environment, netrc file or its settings files. Asks nobody."""
+    """Return whether W&B would find a key in the environment, the netrc file or its settings files. Never prompts."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     from wandb.sdk.lib import wbauth
