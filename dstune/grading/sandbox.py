@@ -1,9 +1,12 @@
-"""A sandbox for programs that somebody else, or the model, has written.
+"""A sandbox for Python programs that a stranger, or the model, has written.
 
-A program sees an empty file system with the interpreter and the system's libraries, read-only; no network, no process but its own,
-no variable of the environment. Time, memory, processes, files and output are limited; when its time is over, everything that it
-has started is killed. The kernel refuses system calls that no such program needs (`system_calls.py`). It needs Linux 5.12 and user
-namespaces that this user may make (`sandbox_child.py`): without them there is no sandbox, and what needs one is refused.
+A program sees an empty file system with the interpreter and the system's libraries, read-only. It has no network, sees no process
+but its own, and gets none of the user's environment variables. Time, memory, processes, files and output are limited; when its
+time is over, everything that it has started is killed. The kernel refuses system calls that no such program needs
+(`system_calls.py`).
+
+The sandbox needs Linux 5.12 and the right to make user namespaces (`sandbox_child.py`). Without these, features that run programs
+are refused.
 """
 
 from __future__ import annotations
@@ -30,38 +33,39 @@ log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
-"""What of the machine a program may read, beside the interpreter."""
+"""Paths of the machine that a program may read, besides the interpreter."""
 START_SECONDS = 10.0
-"""Beside a program's own time, for the sandbox to be built."""
+"""Time to build the sandbox, in addition to the program's own time."""
 AT_ONCE = 4
-"""Programs that rewards run at the same time."""
+"""Number of programs that rewards run at the same time."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program. Those of graders in OpenAI's API are 120 s, 2 GB of memory and 1 GB of files."""
+    """Limits of one program. Graders in OpenAI's API have 120 s, 2 GB of memory and 1 GB of files."""
 
     seconds: float = 120.0
-    """By the clock; processor time of a process too."""
+    """Wall-clock time of the program, and about the CPU time of each of its processes."""
     memory_bytes: int = 2 * 2**30
     """Address space of each process."""
     disk_bytes: int = 2**28
-    """Of all files, which are in memory."""
+    """All files together; they are in memory."""
     processes: int = 16
-    """And threads."""
+    """Processes and threads."""
     output_bytes: int = 2**20
+    """Standard output."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program."""
+    """What a program printed, and how it ended."""
 
     output: str
     error: str
-    """The end of what it wrote to standard error."""
+    """The last 4,096 bytes of its standard error."""
     failure: str
-    """Why it was ended, or that it ended with an error; empty where it ended well."""
+    """Why the program was stopped, or the error that it ended with; empty if it succeeded."""
     is_out_of_time: bool = False
 
 
@@ -89,7 +93,7 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
         )
         writing.close()
         try:
-            output, failure = _collected(process, json.dumps({"source": source, "stdin": stdin}).encode(), limits)
+            output, failure = _collect_output(process, json.dumps({"source": source, "stdin": stdin}).encode(), limits)
         finally:
             _end(process)
         size = errors.seek(0, os.SEEK_END)
@@ -122,6 +126,7 @@ def _warn_of_missing_filter() -> None:
 
 
 def _failure(code: int, error: str) -> str:
+    """Return why a program ended with the exit code `code`. error: its standard error."""
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
         return f"it was ended by {name}, as for too much processor time, memory or output"
@@ -130,7 +135,7 @@ def _failure(code: int, error: str) -> str:
 
 @functools.cache
 def missing_reason() -> str:
-    """Return why there is no sandbox on this machine; empty where there is one."""
+    """Return why this machine has no sandbox; empty if it has one. Runs a program to find out, once."""
     if sys.platform != "linux":
         return "it needs Linux"
     try:
@@ -140,11 +145,14 @@ def missing_reason() -> str:
     return "" if outcome.output == "inside\n" else f"a program cannot be started in it: {outcome.failure}"
 
 
-def _collected(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, str]:
-    """Return what the program printed, and why it was ended before its end."""
+def _collect_output(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, str]:
+    """Return what the program printed, and the limit that it exceeded (empty if none). The caller ends the process.
+
+    request: the program and its input, as JSON.
+    """
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + limits.seconds + START_SECONDS
-    # The request is read before anything is run.
+    # Writing cannot block for long: the child reads the complete request before it runs anything.
     with suppress(BrokenPipeError):
         process.stdin.write(request)
     with suppress(BrokenPipeError):
@@ -166,6 +174,7 @@ def _collected(process: subprocess.Popen[bytes], request: bytes, limits: Limits)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the sandbox with everything in it, and close its pipes."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,12 +1,13 @@
-"""Runs a Python program where it sees nothing of the machine: `python -I sandbox_child.py LIMITS`, the program on standard input.
+"""Runs a Python program isolated from the machine: `python -I sandbox_child.py LIMITS`, with the program on standard input.
 
-It stands alone (standard library, Linux): the process that starts it is `dstune.grading.sandbox`. Three processes:
+`dstune.grading.sandbox` starts it. It imports nothing of dstune and needs Linux. There are three processes:
 
-- the outer one makes the namespaces (users, mounts, processes, network, messages between processes, host name) and waits,
+- the outer one makes the namespaces (user, mount, PID, network, IPC, UTS) and waits,
 - the first process inside builds the file system: empty, with the interpreter and the system's libraries read-only,
-- the second one gives up every privilege, takes its limits, has its system calls filtered (`system_calls.py`) and runs the program.
+- the second process inside gives up every privilege, sets its limits, filters its system calls (`system_calls.py`) and runs the
+  program.
 
-When the first one ends, the kernel kills whatever the program has started.
+When the first process inside ends, the kernel kills everything that the program has started.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ MOUNT_SETATTR = 442
 AT_RECURSIVE = 0x8000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 UNAVAILABLE = 71
-"""Exit code where there is no sandbox; the reason is on standard error, and `stands` of the limits, a pipe, ends without a byte."""
+"""Exit code if the sandbox cannot be built. The reason is on standard error, and no byte comes through the pipe `stands` (a file
+descriptor among the limits)."""
 OUT_OF_TIME = 124
-"""Exit code where the program had to be ended; a program that ends with it ends with 1."""
+"""Exit code if the program's time was over. A program that itself exits with this code is reported with 1."""
 SYSTEM_CALLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "system_calls.py")
 FILTERED, UNFILTERED = b"f", b"u"
-"""What the sandbox says through `stands` when the program is about to run in it."""
+"""Byte that the sandbox writes to `stands` when the program is about to run: with or without a filter of system calls."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -47,9 +49,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     limits = json.loads(sys.argv[1])
-    limit(resource.RLIMIT_FSIZE, limits["disk_bytes"])  # standard error is a file of the machine
+    limit(resource.RLIMIT_FSIZE, limits["disk_bytes"])  # now, since standard error is a file of the machine
     program = json.loads(sys.stdin.buffer.read())
-    # By its path, and before the file system is another one: this process has no way to the package.
+    # Loaded by its path, since `python -I` does not find the package, and now, since the file will soon be out of sight.
     deny_system_calls = runpy.run_path(SYSTEM_CALLS)["deny_system_calls"]
     try:
         enter_namespaces()
@@ -64,17 +66,18 @@ def main() -> None:
 
 
 def enter_namespaces() -> None:
-    """Enter new namespaces. Users inside are this one alone; started by root, also `nobody`, whose processes the kernel counts."""
+    """Enter new namespaces. The only user inside is the present one; if that is root, also `nobody`, who will run the program,
+    since the kernel does not limit the number of root's processes."""
     user, group = os.geteuid(), os.getegid()
     users = "0 0 1\n65534 65534 1\n" if user == 0 else f"{user} {user} 1\n"
     groups = "0 0 1\n65534 65534 1\n" if user == 0 else f"{group} {group} 1\n"
     outer = os.getpid()
-    ready, say_ready = os.pipe()
-    writer = os.fork()
-    if writer == 0:  # stays outside, where it may write the maps
-        os.close(say_ready)
+    unshared_reader, unshared_writer = os.pipe()
+    map_writer = os.fork()
+    if map_writer == 0:  # stays outside of the namespaces, where it may write the maps
+        os.close(unshared_writer)
         code = 1
-        if os.read(ready, 1):
+        if os.read(unshared_reader, 1):
             try:
                 if user:
                     write_line(f"/proc/{outer}/setgroups", "deny")
@@ -86,11 +89,11 @@ def enter_namespaces() -> None:
         os._exit(code)
     try:
         call("unshare", NAMESPACES)
-        os.write(say_ready, b"x")
+        os.write(unshared_writer, b"x")
     finally:
-        os.close(say_ready)
-        os.close(ready)
-        _, status = os.waitpid(writer, 0)
+        os.close(unshared_writer)
+        os.close(unshared_reader)
+        _, status = os.waitpid(map_writer, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise OSError(code, f"users cannot be mapped ({os.strerror(code)})")
 
@@ -98,8 +101,9 @@ def enter_namespaces() -> None:
 def run_first_process(
     limits: dict[str, Any], program: dict[str, Any], deny_system_calls: Callable[[], bool]
 ) -> NoReturn:
+    """Build the file system, start the process that runs the program, and exit with its code or when its time is over."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(PR_SET_DUMPABLE, 0)  # the program may not look into this process
+    libc.prctl(PR_SET_DUMPABLE, 0)  # keeps the program from reading this process
     try:
         forbid_more_namespaces()
         build_file_system(limits)
@@ -109,7 +113,7 @@ def run_first_process(
     if second == 0:
         try:
             give_up_privileges()
-            take_limits(limits)
+            set_limits(limits)
             is_filtered = deny_system_calls()
         except OSError as error:
             give_up(error)
@@ -119,22 +123,22 @@ def run_first_process(
     os.close(limits["stands"])
     signal.signal(signal.SIGALRM, lambda *_: os._exit(OUT_OF_TIME))
     signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
-    while True:  # the processes that the program leaves behind are this one's children
-        ended, status = os.wait()
-        if ended == second:
+    while True:  # orphaned processes of the program become children of this one
+        ended_pid, status = os.wait()
+        if ended_pid == second:
             code = os.waitstatus_to_exitcode(status)
             code = code & 0xFF if code >= 0 else 128 - code
             os._exit(1 if code == OUT_OF_TIME else code)
 
 
 def forbid_more_namespaces() -> None:
-    """Forbid more namespaces in this user namespace and those in it: what a program could try out on the kernel is reached
-    through new ones."""
-    with suppress(OSError):  # without it, the mounts stay as they are all the same
+    """Forbid further namespaces inside this user namespace: most attacks on the kernel need one."""
+    with suppress(OSError):  # a second barrier only: the mounts cannot be changed without it either
         write_line("/proc/sys/user/max_user_namespaces", "0")
 
 
 def build_file_system(limits: dict[str, Any]) -> None:
+    """Mount an empty file system at `root`, show the interpreter and the system's libraries in it, and make it the root."""
     root = limits["root"]
     mount("none", "/", None, RECURSIVE | PRIVATE)
     mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, f"size={limits['disk_bytes']},mode=755")
@@ -144,7 +148,7 @@ def build_file_system(limits: dict[str, Any]) -> None:
     for path in DEVICES:
         show_file(path, root)
     os.makedirs(f"{root}/proc")
-    with suppress(OSError):  # containers hide parts of it
+    with suppress(OSError):  # not allowed in containers that hide parts of their own /proc
         mount("proc", f"{root}/proc", "proc", NO_SUID | NO_DEVICES)
     for folder in ("tmp", "work", "old"):
         os.makedirs(f"{root}/{folder}")
@@ -157,6 +161,7 @@ def build_file_system(limits: dict[str, Any]) -> None:
 
 
 def show_read_only(path: str, root: str) -> None:
+    """Make a file or folder of the machine visible under `root`, read-only; nothing happens if the machine does not have it."""
     if not os.path.exists(path):
         return
     if os.path.islink(path) and os.path.dirname(path) == "/":  # /lib -> usr/lib
@@ -167,7 +172,7 @@ def show_read_only(path: str, root: str) -> None:
         return
     if os.path.ismount(root + path):
         return
-    if not os.path.isdir(root + path):  # it may lie in what is shown already
+    if not os.path.isdir(root + path):  # it exists if it lies in a folder that is visible already
         os.makedirs(root + path)
     mount(path, root + path, None, BIND | RECURSIVE)
     make_read_only(root + path)
@@ -189,16 +194,18 @@ def make_read_only(path: str) -> None:
 
 
 def give_up_privileges() -> None:
+    """Become `nobody` if this is root, and drop all capabilities for good."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    # Version 3 of the header, this process; no capability in any of the three sets.
+    # Header: version 3, this process. Data: no capability in any of the three sets.
     check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
-def take_limits(limits: dict[str, Any]) -> None:
+def set_limits(limits: dict[str, Any]) -> None:
+    """Limit the resources of this process and of all that it starts."""
     for kind, amount in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_NPROC, limits["processes"]),
@@ -211,18 +218,19 @@ def take_limits(limits: dict[str, Any]) -> None:
 
 
 def limit(kind: int, amount: int) -> None:
+    """Set a resource limit, soft and hard; a lower hard limit stays."""
     hard = resource.getrlimit(kind)[1]
-    lowest = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-    resource.setrlimit(kind, (lowest, lowest))
+    lower = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(kind, (lower, lower))
 
 
 def run_program(program: dict[str, Any]) -> NoReturn:
-    """Run the program with `stdin` as its standard input; what it prints goes to this process's standard output."""
+    """Run the program with its `stdin` as standard input and this process's standard output, and exit with its code."""
     reading, writing = os.pipe()
     feeder = os.fork()
     if feeder == 0:
         os.close(reading)
-        with suppress(OSError), os.fdopen(writing, "wb") as pipe:  # it may read no more
+        with suppress(OSError), os.fdopen(writing, "wb") as pipe:  # the program may end without reading its input
             pipe.write(program["stdin"].encode())
         os._exit(0)
     os.close(writing)
@@ -253,6 +261,7 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def check(result: int, operation: str) -> None:
+    """Raise OSError if a function of the C library has failed."""
     if result:
         code = ctypes.get_errno()
         raise OSError(code, f"{operation}: {os.strerror(code)}")
@@ -267,6 +276,7 @@ def write_line(path: str, text: str) -> None:
 
 
 def give_up(error: OSError) -> NoReturn:
+    """Exit, since the sandbox cannot be built."""
     print(error.strerror or str(error), file=sys.stderr, flush=True)
     os._exit(UNAVAILABLE)
 

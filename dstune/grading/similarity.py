@@ -1,7 +1,7 @@
-"""How alike two texts are, from 0 to 1.
+"""Measures of the similarity of two texts, from 0 to 1.
 
-ROUGE (Lin 2004) counts the lower-cased ASCII words that the package rouge-score counts; BLEU (Papineni et al. 2002) and GLEU
-(Wu et al. 2016) the words between spaces, as NLTK's sentence measures.
+ROUGE (Lin 2004) counts lower-cased ASCII words, as the package rouge-score does. BLEU (Papineni et al. 2002) and GLEU
+(Wu et al. 2016) count words between spaces, as NLTK's sentence-level measures do.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 MOST_CHARACTERS = 20_000
-"""Of a text: what is compared grows with the product of both lengths."""
+"""Longest text that is compared: the time grows with the product of both lengths."""
 FUZZY_CHARACTERS = 5_000
-"""For `fuzzy_match`, which tries all places of the shorter text in the longer one: 0.1 s at most, and 9 s at 20,000."""
+"""The same for `fuzzy_match`, which tries the shorter text at every position of the longer one: 0.1 s at most, but 9 s with 20,000
+characters."""
 
 _WORD = re.compile(r"[a-z0-9]+")
 
 
 def fuzzy_match(text: str, reference: str) -> float:
+    """Return RapidFuzz's weighted ratio (WRatio), which is based on edit distances."""
     from rapidfuzz.fuzz import WRatio
 
     return WRatio(text, reference) / 100
 
 
 def bleu(text: str, reference: str) -> float:
-    """Compute BLEU of up to four words at a time, as many as the shorter text has; a precision of 0 counts as 0.1 matches."""
+    """Return BLEU over n-grams of one to four words, or up to the length of the shorter text. An order without a match counts as
+    0.1 matches; without a common word the result is 0."""
     words, expected = text.split(), reference.split()
     longest = min(4, len(words), len(expected))
     if not longest or not _overlap(words, expected, 1):
@@ -40,7 +43,7 @@ def bleu(text: str, reference: str) -> float:
 
 
 def gleu(text: str, reference: str) -> float:
-    """Return the smaller one of precision and recall over one to four words at a time."""
+    """Return the lesser of precision and recall over n-grams of one to four words."""
     words, expected = text.split(), reference.split()
     matched = sum(_overlap(words, expected, size) for size in range(1, 5))
     total = max(
@@ -50,7 +53,7 @@ def gleu(text: str, reference: str) -> float:
 
 
 def rouge(size: int) -> Callable[[str, str], float]:
-    """Return the function that computes the F1 of so many words at a time."""
+    """Return the function that computes ROUGE-N, the F1 of n-grams of `size` words."""
 
     def measure(text: str, reference: str) -> float:
         words, expected = _words(text), _words(reference)
@@ -61,7 +64,7 @@ def rouge(size: int) -> Callable[[str, str], float]:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """Compute the F1 of the longest common subsequence."""
+    """Return ROUGE-L, the F1 of the longest common subsequence of words."""
     words, expected = _words(text), _words(reference)
     return _f1(_common_subsequence(words, expected), len(words), len(expected))
 
@@ -74,9 +77,10 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "rouge_l": rouge_l,
 }
 REFUSED = {
-    "cosine": "it compares vectors of a model, and graders need none here",
-    "meteor": "it needs a dictionary of synonyms, which the server has not",
+    "cosine": "it compares embeddings, and graders run without an embedding model here",
+    "meteor": "it needs a dictionary of synonyms, which the server does not have",
 }
+"""Measures of OpenAI's API that are not available, with the reason."""
 
 
 def _words(text: str) -> list[str]:
@@ -84,24 +88,24 @@ def _words(text: str) -> list[str]:
 
 
 def _overlap(words: Sequence[str], expected: Sequence[str], size: int) -> int:
-    """Return how many runs of `size` words the two have in common."""
+    """Return how many n-grams of `size` words the two have in common."""
 
-    def runs(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+    def count_ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
         return Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1))
 
-    return (runs(words) & runs(expected)).total()
+    return (count_ngrams(words) & count_ngrams(expected)).total()
 
 
-def _f1(matched: int, answered: int, expected: int) -> float:
+def _f1(matched: int, count: int, expected_count: int) -> float:
     if matched == 0:
         return 0.0
-    precision, recall = matched / answered, matched / expected
+    precision, recall = matched / count, matched / expected_count
     return 2 * precision * recall / (precision + recall)
 
 
 def _common_subsequence(words: Sequence[str], expected: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, with a bit for each word (Hyyrö 2004): a row of the usual table is
-    one number."""
+    """Return the length of the longest common subsequence (Hyyrö 2004). A row of the usual table is one integer, with a bit for
+    each word."""
     places: dict[str, int] = {}
     for at, word in enumerate(words):
         places[word] = places.get(word, 0) | 1 << at

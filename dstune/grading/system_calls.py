@@ -1,7 +1,6 @@
-"""A filter of system calls for programs of strangers: a kernel does for them what programs need, and nothing else that could be
-attacked through it.
+"""A seccomp filter for programs of strangers: it denies the system calls that ordinary programs do not need and attacks use.
 
-It stands alone (standard library, Linux), since `sandbox_child.py` loads it by its path.
+The module imports nothing of dstune, since `sandbox_child.py` loads it by its path.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import struct
 
 DENIED = {
-    # name: its number on (x86_64, aarch64); None where an architecture has none
+    # name: (number on x86_64, number on aarch64); None if the architecture does not have the call
     "acct": (163, 89),
     "add_key": (248, 217),
     "adjtimex": (159, 171),
@@ -76,29 +75,29 @@ DENIED = {
     "userfaultfd": (323, 282),
     "vhangup": (153, 58),
 }
-"""What no program under test needs, and what attacks on the kernel begin with. They fail with EPERM."""
+"""System calls that no program under test needs, and that attacks on the kernel begin with. They fail with EPERM."""
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 NEW_NAMESPACES = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 FAMILIES = (1, 2, 10)
-"""AF_UNIX, AF_INET, AF_INET6: what sockets may be of, in a namespace without a network."""
+"""AF_UNIX, AF_INET, AF_INET6: the address families that sockets may have. The namespace has no network."""
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""By machine: the place of its numbers above, and AUDIT_ARCH."""
+"""By machine: the index of its numbers in the tuples above, and its AUDIT_ARCH."""
 X32 = 0x40000000
-"""Bit of the numbers of another set of calls, which x86_64 has too."""
+"""Bit in the numbers of the x32 calls, a second set of calls on x86_64."""
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
-"""Offsets in `struct seccomp_data`; of an argument the lower half, on little-endian machines."""
+"""Offsets in `struct seccomp_data`; that of the argument is its lower half, on little-endian machines."""
 LOAD, EQUALS, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 PR_SET_SECCOMP, FILTER = 22, 2
 
 Instruction = tuple[int, int, int, int]
-"""Code, instructions to skip where a comparison holds, and where not, operand: `struct sock_filter`."""
+"""`struct sock_filter`: code, instructions to skip if the comparison holds, instructions to skip if not, operand."""
 
 
 def deny_system_calls() -> bool:
-    """Install the filter in this process, for itself and all that it starts; whether the kernel has filters.
+    """Install the filter for this process and all that it starts. Return False if the kernel or processor has no filters.
 
     The process must have given up the right to gain privileges (no_new_privs).
 
@@ -115,25 +114,25 @@ def deny_system_calls() -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_SECCOMP, FILTER, ctypes.c_char_p(program), 0, 0) == 0:
         return True
-    code_of_error = ctypes.get_errno()
-    if code_of_error in (errno.EINVAL, errno.ENOSYS):  # built without it
+    error_number = ctypes.get_errno()
+    if error_number in (errno.EINVAL, errno.ENOSYS):  # a kernel built without seccomp filters
         return False
-    raise OSError(code_of_error, f"seccomp: {os.strerror(code_of_error)}")
+    raise OSError(error_number, f"seccomp: {os.strerror(error_number)}")
 
 
 def filter_of(machine: str) -> list[Instruction]:
-    """Assemble the filter as a program of the kernel's packet filters."""
-    place, architecture = ARCHITECTURES[machine]
+    """Assemble the filter as a BPF program."""
+    index, architecture = ARCHITECTURES[machine]
     program: list[Instruction] = [(LOAD, 0, 0, ARCHITECTURE), (EQUALS, 1, 0, architecture), (RETURN, 0, 0, KILL)]
     program += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL)]
     for numbers in DENIED.values():
-        if (number := numbers[place]) is not None:
+        if (number := numbers[index]) is not None:
             program += [(EQUALS, 0, 1, number), (RETURN, 0, 0, FAIL | errno.EPERM)]
-    # Its flags are behind a pointer, where no filter can look: the C library then takes `clone`.
-    program += [(EQUALS, 0, 1, CLONE3[place]), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
-    program += [(EQUALS, 0, 4, CLONE[place]), (LOAD, 0, 0, FIRST_ARGUMENT)]
+    # A filter cannot follow the pointer to clone3's flags. With ENOSYS, the C library falls back to `clone`.
+    program += [(EQUALS, 0, 1, CLONE3[index]), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
+    program += [(EQUALS, 0, 4, CLONE[index]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     program += [(ANY_BIT, 0, 1, NEW_NAMESPACES), (RETURN, 0, 0, FAIL | errno.EPERM), (RETURN, 0, 0, ALLOW)]
-    program += [(EQUALS, 0, 2 + len(FAMILIES), SOCKET[place]), (LOAD, 0, 0, FIRST_ARGUMENT)]
+    program += [(EQUALS, 0, 2 + len(FAMILIES), SOCKET[index]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     program += [(EQUALS, len(FAMILIES) - number, 0, family) for number, family in enumerate(FAMILIES)]
     program += [(RETURN, 0, 0, FAIL | errno.EAFNOSUPPORT)]
     return [*program, (RETURN, 0, 0, ALLOW)]

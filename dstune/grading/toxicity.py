@@ -1,4 +1,4 @@
-"""Insults, threats, profanity and contempt for groups in an English text, by a list of wordings."""
+"""Finds insults, threats, profanity and contempt for groups in an English text, by a list of patterns."""
 
 from __future__ import annotations
 
