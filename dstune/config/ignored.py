@@ -1,4 +1,4 @@
-"""Settings of the command line that have no effect beside the others: a warning for each."""
+"""Warns of settings on the command line that have no effect because of other settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.protocols import TRACKERS, schedule_of, task_of
 
 
 def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
-    """Return what was given in `overrides` (as `KEY=VALUE`) and changes nothing, with the reason and what would let it count.
+    """Return a problem for each of `overrides` (`KEY=VALUE`) that changes nothing, with the reason and what would make it count.
 
     Values in files are not judged: an experiment may hold settings for several uses.
     """
@@ -28,7 +28,7 @@ def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 
 def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
-    """Return the settings of a sweep that nothing reads beside its other ones, as problems; none of a run that is no sweep."""
+    """Return a problem for each setting of a sweep that its other settings make useless; none if the run is no sweep."""
     sweep = config.sweep.optuna
     if sweep is None:
         return []
@@ -41,12 +41,12 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
         reason = f"the first sweep.startup_trials={sweep.startup_trials} trials are never ended early, and there are {sweep.trials}"
         unused["sweep.pruner"] = (reason, f"sweep.startup_trials={max(1, sweep.trials // 3)}")
     elif sweep.pruner is Pruner.asha and sweep.sampler is not Sampler.grid and sweep.trials < sweep.reduction_factor:
-        reason = f"it ends trials once sweep.reduction_factor={sweep.reduction_factor} are as far, and there are {sweep.trials}"
+        reason = f"it ends no trial before sweep.reduction_factor={sweep.reduction_factor} of them reach a step; there are {sweep.trials}"
         unused["sweep.pruner"] = (reason, f"sweep.trials={4 * sweep.reduction_factor}")
     if sweep.sampler is Sampler.grid:
         unused["sweep.trials"] = ("sweep.sampler=grid tries every combination", "sweep.sampler=tpe")
     if sweep.storage is None:
-        unused["sweep.study"] = ("the study has a file of its own", "sweep.storage=URL")
+        unused["sweep.study"] = ("without sweep.storage, the study has its own file", "sweep.storage=URL")
     value_by_key = {key_of(text): text.partition("=")[2] for text in overrides}
     return [
         Problem(key, f"this has no effect: {reason}", fix, value_by_key[key])
@@ -56,7 +56,7 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 
 def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (key, (reason, what would let it count)) of every setting that another one overrules."""
+    """Yield (key, (reason, fix)) for every setting that other settings make useless, whether the user gave it or not."""
     data, trainer, zero = config.data, config.trainer, config.zero
     if trainer.max_steps is not None:
         yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")
@@ -80,7 +80,7 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "data.augment.seed", ("no copies are made", "data.augment.copies=1")
     if data.packing:
         yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
-        yield "data.padding", ("packed rows have a proof of their own", "data.packing=false")
+        yield "data.padding", ("packed rows are not padded", "data.packing=false")
     stage = stage_of(zero)
     if stage == 0:
         yield "zero.reduce_bucket_size", ("zero.stage is 0", "zero=stage1")
@@ -97,7 +97,7 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     if not config.evaluate.samples:
         yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")
     if not config.evaluate.safety:
-        yield "evaluate.canaries", ("nobody asks for them during training", "evaluate.safety=true")
+        yield "evaluate.canaries", ("safety is not evaluated during training", "evaluate.safety=true")
     for key in all_keys():
         if key.startswith("sweep."):
             yield key, ("this is a single run", "--multirun starts a sweep")

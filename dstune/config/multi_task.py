@@ -1,5 +1,7 @@
-"""Several tasks in one run: sources of `data.mixture` whose rows are of another task, or are asked by another prompt, than
-those of the run. One language model answers all of them."""
+"""Several tasks in one run: a source of `data.mixture` may have its own task or its own prompt.
+
+One language model answers all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from dstune.protocols.task import TaskConfig
 
 OTHER_PARTS = ("validation", "test", "guard", "ood")
 SHARED_METRICS = ("loss", "perplexity", "token_accuracy")
-"""What is measured over the held-out rows of all tasks together."""
+"""Metrics that are computed over the held-out rows of all tasks together."""
 
 
 def is_multi_task(config: RunConfig) -> bool:
@@ -26,12 +28,13 @@ def name_of_task(config: RunConfig, source: SourceConfig) -> str:
 
 
 def task_of_source(config: RunConfig, source: SourceConfig) -> TaskConfig:
-    """Return the task of the rows of `source`."""
+    """Return the task configuration for the rows of `source`."""
     return TASKS[name_of_task(config, source)].for_source(config.task, source.prompt)
 
 
 def tasks_of(config: RunConfig) -> dict[str, TaskConfig]:
-    """Return the task of each source by its name, in the order of `data.mixture`; empty for a run of one task."""
+    """Return the task configuration of each source by the source's name, in the order of `data.mixture`; empty for a run of one
+    task."""
     if not is_multi_task(config):
         return {}
     return {name: task_of_source(config, source) for name, source in config.data.mixture.items()}
@@ -44,19 +47,22 @@ def check_multi_task(config: RunConfig) -> Iterator[Problem]:
         return
     task = task_of(config.task)
     if not (task.language and task.conversational):
-        reason = "sources of other tasks are mixed where one language model writes every answer"
+        reason = "sources of several tasks need a conversational language model that writes every answer"
         fix = "task=chat or task=seq2seq; a label is a target too, and plain text is data.mixture.NAME.task=causal_lm"
         yield Problem("task", reason, fix, config.task.name)
     for part in OTHER_PARTS:
         if (value := getattr(config.data, part)) is not None:
-            reason = "with several tasks such a file does not say which task its rows are of"
+            reason = "the run has several tasks, and nothing says which of them the rows of this file belong to"
             yield Problem(
-                f"data.{part}", reason, "data.split.validation=0.05 holds rows of every task out", format_value(value)
+                f"data.{part}",
+                reason,
+                "data.split.validation=0.05, which holds out rows of every task",
+                format_value(value),
             )
     evaluate = config.evaluate
     for key in ("slices", "counterfactual", "baseline_shots"):
         if value := getattr(evaluate, key):
-            reason = "this asks for the rows of one task, and the run has several, each with metrics of its own"
+            reason = "this measures the rows of a single task, and the run has several, each with its own metrics"
             yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", format_value(value))
 
 
@@ -68,10 +74,10 @@ def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterato
         task_name = next(task for task, cls in TASKS.classes().items() if cls.asks_by_prompt)
         yield Problem(
             key,
-            "only sources with targets are asked by a prompt",
+            "only tasks with source and target texts use a prompt",
             f"data.mixture.{name}.task={task_name}",
             source.prompt,
         )
     elif source.prompt.count("{source}") != 1:
-        reason = "the source has to have one place in the prompt"
+        reason = "the prompt must contain {source} exactly once"
         yield Problem(key, reason, f"{key}='\"Translate: {{source}}\"'", format_value(source.prompt))

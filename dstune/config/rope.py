@@ -29,15 +29,17 @@ class RopeConfig:
     """Extend the positions of the model: `yarn` (arXiv:2309.00071), `linear` (arXiv:2306.15595), or `dynamic` (frequencies that
     depend on the longest row of a micro-batch); they are not extended when not given."""
     factor: float = setting(2.0, above=1.0)
-    """How many times as many positions; 2 makes 32,768 of 16,384."""
+    """Factor by which the number of positions grows; 2 turns 16,384 into 32,768."""
 
 
 def check_rope(config: RunConfig) -> Iterator[Problem]:
-    """Yield what `model.rope` cannot be combined with."""
+    """Yield the settings that `model.rope` cannot be combined with."""
     rope = config.model.rope
     if rope.type is None:
         if rope.factor != RopeConfig.factor:
-            yield Problem("model.rope.factor", "it does nothing without a type", f"{KEY}=yarn", str(rope.factor))
+            yield Problem(
+                "model.rope.factor", "it has no effect without model.rope.type", f"{KEY}=yarn", str(rope.factor)
+            )
         return
     rows = config.trainer.micro_batch_size
     if rope.type is RopeType.dynamic and (config.data.packing or rows is Automatic.auto or rows != 1):
@@ -45,24 +47,26 @@ def check_rope(config: RunConfig) -> Iterator[Problem]:
         fix = f"{KEY}=yarn, or data.packing=false trainer.micro_batch_size=1"
         yield Problem(KEY, reason, fix, rope.type.value)
     if method_of(config.method).adapter and config.run.export.name != "none":
-        reason = "an adapter's folder has no place for it, and servers would load the base as it was"
-        yield Problem(KEY, reason, "run.export=none, and then dstune export RUN --merge", rope.type.value)
+        reason = (
+            "an exported adapter cannot contain it, so servers would load the base model with its original positions"
+        )
+        yield Problem(KEY, reason, "run.export=none, then `dstune export RUN --merge` after training", rope.type.value)
 
 
 def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Problem]:
-    """Yield why the positions of a language model cannot be extended. values: its part of `config.json`."""
+    """Yield why the positions of a language model cannot be extended. values: the language model's part of `config.json`."""
     if rope.type is None:
         return
     kind, settings = str(values.get("model_type")), rope_settings(values)
     if any(isinstance(value, Mapping) for value in settings.values()):
-        reason = f"{kind} has several kinds of rotary embeddings, and how far each of them reaches is the model's own"
+        reason = f"{kind} has several kinds of rotary embeddings, each with its own range, and only one can be extended"
         yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
     elif (present := settings.get("rope_type") or settings.get("type") or "default") != "default":
         reason = f"the positions of this model are extended already ({present}, factor {settings.get('factor')})"
         yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
     elif not settings and "rope_theta" not in values:
         yield Problem(
-            KEY, f"{kind} has no rotary embeddings that its config.json tells of", "leave it out", rope.type.value
+            KEY, f"the config.json of this {kind} model describes no rotary embeddings", "leave it out", rope.type.value
         )
     elif type(values.get("max_position_embeddings")) is not int:
         reason = "config.json does not say how many positions the model was made for (max_position_embeddings)"
@@ -70,7 +74,7 @@ def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Probl
 
 
 def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `rope_parameters` of a `config.json`, under its older name where it has that."""
+    """Return `rope_parameters` of a `config.json`, or `rope_scaling`, its older name; empty if it has neither."""
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(settings := values.get(name), Mapping):
             return settings
@@ -80,7 +84,7 @@ def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def extended_rope(rope: RopeConfig, positions: int) -> tuple[dict[str, Any], int]:
     """Return the new `rope_parameters`, and `max_position_embeddings` in place of `positions`.
 
-    With `dynamic` the latter stays: transformers stretches what is longer than it.
+    With `dynamic`, `max_position_embeddings` stays: transformers stretches the positions of rows that are longer.
     """
     assert rope.type is not None
     settings: dict[str, Any] = {"rope_type": rope.type.value, "factor": rope.factor}

@@ -1,7 +1,8 @@
-"""Bases whose weights are stored in few bits: from `config.json` alone, so before anything is downloaded.
+"""Recognizes base models whose weights are quantized, by `config.json` alone and so before anything is downloaded.
 
-FP8 and MXFP4 weights are put back to 16 bits (fp32 where a run computes in it) while they are loaded, and trained so; memory is
-that of a model which was never rounded. What transformers cannot put back is refused with the reason.
+FP8 and MXFP4 weights are converted back to 16 bits (to fp32 if the run computes in fp32) while they are loaded, and trained that
+way, so the run takes as much memory as with a model that was never quantized. Formats that transformers cannot convert back are
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ COMPRESSED = {
     "nvfp4-pack-quantized": "NVFP4",
     "mxfp4-pack-quantized": "MXFP4",
 }
-"""Formats of the package compressed-tensors, and what they hold."""
+"""Formats of the package compressed-tensors, and the numbers that they contain."""
 OWN_BITS = "bitsandbytes"
-"""Weights that `method=qlora` trains on as they are."""
+"""The `quant_method` of 4-bit weights that `method=qlora` uses unchanged."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,16 @@ class StoredFormat:
     """How the weights of a checkpoint are stored."""
 
     name: str
-    """As people say it: `FP8`, `MXFP4`, `GPTQ`."""
+    """The usual name: `FP8`, `MXFP4`, `GPTQ`."""
     package: str = ""
-    """What has to be installed to put its weights back to 16 bits."""
+    """The package that converts the weights back to 16 bits; empty if transformers needs none."""
     obstacle: str = ""
-    """Why they cannot be put back; empty where they can."""
+    """Why they cannot be converted back; empty if they can."""
 
 
 def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
-    """Return the format of the weights that a whole `config.json` tells of; None where they are plain numbers, or bitsandbytes'."""
+    """Return the format of quantized weights; None if they are not quantized, or by bitsandbytes. values: a complete
+    `config.json`."""
     settings = quantization_of(values)
     if settings is None:
         return (
@@ -66,12 +68,12 @@ def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
             kind = str(settings.get("quant_algo") or "NVFP4")
             return StoredFormat(f"{kind} of ModelOpt", obstacle="transformers has no reader for them")
     return StoredFormat(
-        method.upper(), obstacle="they are for inference: no gradient passes, and nothing puts them back"
+        method.upper(), obstacle="they are for inference only: gradients cannot pass, and nothing converts them back"
     )
 
 
 def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return `quantization_config` of a whole `config.json`, its own or the language model's."""
+    """Return `quantization_config` of a complete `config.json`: that of the file, or of the language model in it."""
     for place in (values, values.get("text_config")):
         settings = place.get("quantization_config") if isinstance(place, Mapping) else None
         if isinstance(settings, Mapping):
@@ -80,9 +82,10 @@ def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bool) -> Problem | None:
-    """Return why a model with this `config.json` cannot be trained from, by how it is stored.
+    """Return the problem if training cannot start from the format of a model's weights; else None.
 
-    quantizes: whether the method rounds the weights itself, as `method=qlora` does.
+    values: the model's `config.json`. path: the model, as the user gave it. quantizes: whether the method quantizes the weights
+    itself, as `method=qlora` does.
     """
     stored = stored_format(values)
     if stored is None:
@@ -95,6 +98,6 @@ def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bo
         reason = f"{statement}, and reading them takes the package {stored.package}, which is not installed"
         return Problem("model.path", reason, "pip install '.[quantized]' in a clone of dstune", path)
     if quantizes:
-        reason = f"{statement}, and this method rounds weights in 16 bits to 4 while it loads them"
+        reason = f"{statement}, and this method needs weights in 16 bits, which it quantizes to 4 bits while loading"
         return Problem("method", reason, "method=lora, or a copy of the model in 16 bits", "qlora")
     return None

@@ -14,14 +14,14 @@ from dstune.protocols import launcher_of
 
 LOWER_COSTS = ("seconds", "peak_memory_gib")
 COSTS = (*LOWER_COSTS, "tokens_per_second")
-"""Keys of result.json that may be objectives beside the metrics of an evaluation."""
+"""Keys of result.json that may be objectives, in addition to the metrics of an evaluation."""
 STORAGES = r"(sqlite|postgresql|mysql|mariadb|oracle|mssql)(\+\w+)?://|rediss?://|journal:."
-SINGLE = (Sampler.cmaes,)
-"""Samplers that know one objective only."""
+SINGLE_OBJECTIVE_SAMPLERS = (Sampler.cmaes,)
+"""Samplers that support only one objective."""
 
 
 def objectives(config: RunConfig) -> list[str]:
-    """Return what trials are compared by; the first one decides the order."""
+    """Return the names of the metrics and costs that trials are compared by; the first one decides the order."""
     return list(config.sweep.objective) or [config.trainer.early_stopping.metric]
 
 
@@ -60,18 +60,20 @@ def _check_optuna(config: RunConfig, sweep: OptunaConfig, metrics: Collection[st
         reason = "Optuna learns from an evaluation, and no validation rows are held out"
         fix = "data.validation=rows.jsonl, data.split.validation=0.05, or sweep.objective=[seconds]"
         yield Problem("sweep.objective", reason, fix, "[]")
-    if sweep.sampler in SINGLE and len(objective_names) > 1:
-        reason = "this sampler knows one objective only"
+    if sweep.sampler in SINGLE_OBJECTIVE_SAMPLERS and len(objective_names) > 1:
+        reason = "this sampler supports only one objective"
         yield Problem("sweep.sampler", reason, "sweep.sampler=tpe, gp or nsgaii", sweep.sampler.name)
     if sweep.pruner is not Pruner.none:
         if len(objective_names) > 1:
-            reason = "with several objectives no trial is behind all others before its end"
+            reason = "with several objectives, no trial can be judged worse than the others before it ends"
             yield Problem("sweep.pruner", reason, "one objective, or sweep.pruner=none", sweep.pruner.name)
         elif objective_names[0] not in metrics:
-            reason = f"a trial is compared by its evaluations, and {objective_names[0]} is none of their metrics"
+            reason = (
+                f"trials are compared during training by their evaluations, which do not measure {objective_names[0]}"
+            )
             yield Problem("sweep.pruner", reason, f"sweep.objective=[{next(iter(metrics))}]", sweep.pruner.name)
         if config.evaluate.every == 0:
-            reason = "trials are compared by their evaluations during training, and there are none"
+            reason = "trials are compared by their evaluations during training, and evaluate.every=0 turns these off"
             fix = "evaluate.every=25%, or a number of optimizer steps"
             yield Problem("sweep.pruner", reason, fix, sweep.pruner.name)
         first = sweep.min_steps or first_evaluation(config)

@@ -1,4 +1,4 @@
-"""What a sweep varies: `key=a,b`, `choice()`, `range()`, `interval()` and `glob()` of Hydra's grammar as axes."""
+"""Parses what a sweep varies (`key=a,b`, `choice()`, `range()`, `interval()` and `glob()` of Hydra's grammar) into axes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Value:
     """One value of an axis."""
 
     text: str
-    """As it stands behind `key=` on the command line."""
+    """The text after `key=` on the command line."""
     plain: Any
     """As a number, truth value, text or None; a list or mapping as its text."""
 
@@ -40,7 +40,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Axis:
-    """A key, or a group, with what it may be: single values, or all numbers of an interval."""
+    """A key or group that the sweep varies, with its possible values: a list, or all numbers of an interval."""
 
     key: str
     values: tuple[Value, ...] = ()
@@ -49,7 +49,7 @@ class Axis:
     log: bool = False
     integer: bool = False
     step: float | None = None
-    """Distance of the values of a range."""
+    """Distance between two values of a range."""
 
     @property
     def is_interval(self) -> bool:
@@ -57,11 +57,11 @@ class Axis:
 
     @property
     def probes(self) -> tuple[Value, ...]:
-        """Values with which the axis can be checked: all of them, or the ends of the interval."""
+        """Values that a configuration is checked with before the sweep starts: all of them, or the ends of the interval."""
         return self.values or (self.value(self.low), self.value(self.high))
 
     def value(self, plain: Any) -> Value:
-        """Return the value that an optimizer chose."""
+        """Return `plain`, which a sampler chose, as a value of this axis."""
         listed_value = next(
             (value for value in self.values if value.plain == plain and type(value.plain) is type(plain)), None
         )
@@ -95,12 +95,12 @@ class Split:
 
 
 def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Split:
-    """Tell the axes from the other overrides. groups: the choices of each group, for `glob()`.
+    """Split the overrides of a sweep into axes and fixed overrides. groups: the choices of each group, for `glob()`.
 
-    What Hydra's grammar refuses stays among the fixed ones, where `compose` says what is wrong with it.
+    Overrides that Hydra's grammar refuses stay among the fixed ones, since `compose` reports them.
 
     Raises:
-        UserError: everything that is wrong with an axis as such; whether its values fit the key is for `compose` to say.
+        UserError: all problems with the axes themselves. `compose` checks whether their values fit the key.
     """
     parts, problems = Split(), []
     for text in overrides:
@@ -124,7 +124,7 @@ def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Spli
 
 
 def with_space(split: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
-    """Return the axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
+    """Return `split` with the axes of `sweep.space` added, except for keys that the command line sets. Raises UserError."""
     given_keys = {key_of(text) for text in split.fixed} | {axis.key for axis in split.axes}
     axes = list(split.axes)
     problems: list[Problem] = []
@@ -150,7 +150,7 @@ def first(axes: Sequence[Axis]) -> Assignment:
 
 
 def short_names(axes: Sequence[Axis]) -> dict[str, str]:
-    """Return for each key its last part, or the whole where two would have the same."""
+    """Return a short name for each key: its last part, or the complete key if two share that part."""
     last = [axis.key.rsplit(".", 1)[-1] for axis in axes]
     return {axis.key: name if last.count(name) == 1 else axis.key for axis, name in zip(axes, last, strict=True)}
 
@@ -169,13 +169,14 @@ def _parsed(text: str) -> Override | None:
 
 
 def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], where: str | None = None) -> Axis:
-    """Read an axis. where: what problems name as their place, the key when not given."""
+    """Return the axis of a sweep override. where: the place that problems name; by default the key."""
     from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
 
     key, value_text = override.get_key_element(), text.partition("=")[2]
     where = where or key
-    if reason := _not_varied(key):
-        raise UserError(Problem(where, reason[0], reason[1], value_text))
+    if refusal := _refusal_to_vary(key):
+        reason, fix = refusal
+        raise UserError(Problem(where, reason, fix, value_text))
     value: Any = override._value
     if isinstance(value, IntervalSweep):
         return _interval(key, where, value, value_text)
@@ -183,10 +184,10 @@ def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], wh
         texts = value.filter(list(groups.get(key, ())))
         if not texts:
             choices = ", ".join(groups.get(key, ())) or "glob() is for groups"
-            raise UserError(Problem(where, "no choice of this group fits", choices, value_text))
+            raise UserError(Problem(where, "no choice of this group matches", choices, value_text))
     elif isinstance(value, RangeSweep) and value.step == 0:
         raise UserError(
-            Problem(where, "the step of a range is not 0", f"range({value.start},{value.stop},1)", value_text)
+            Problem(where, "the step of a range must not be 0", f"range({value.start},{value.stop},1)", value_text)
         )
     else:
         texts = list(override.sweep_string_iterator())
@@ -207,7 +208,7 @@ def _value(key: str, text: str) -> Value:
 
 def _interval(key: str, where: str, value: Any, value_text: str) -> Axis:
     low, high, log = value.start, value.end, LOG in value.tags
-    whole = all_keys().get(key) in (int, int | None)
+    takes_integers = all_keys().get(key) in (int, int | None)
     if not low < high:
         raise UserError(
             Problem(where, "an interval goes from a smaller to a larger number", f"interval({high},{low})", value_text)
@@ -215,11 +216,11 @@ def _interval(key: str, where: str, value: Any, value_text: str) -> Axis:
     if log and low <= 0:
         fix = f"a lower end above 0, or interval({low},{high}) without the tag"
         raise UserError(Problem(where, "a logarithm needs numbers above 0", fix, value_text))
-    if whole and not (float(low).is_integer() and float(high).is_integer()):
+    if takes_integers and not (float(low).is_integer() and float(high).is_integer()):
         raise UserError(
             Problem(where, "this key takes whole numbers", f"interval({int(low)},{int(high) + 1})", value_text)
         )
-    return Axis(key, low=low, high=high, log=log, integer=whole)
+    return Axis(key, low=low, high=high, log=log, integer=takes_integers)
 
 
 def _of_file(key: str, value: Any, groups: Mapping[str, Sequence[str]]) -> Axis:
@@ -232,7 +233,7 @@ def _of_file(key: str, value: Any, groups: Mapping[str, Sequence[str]]) -> Axis:
     override = _parsed(f"{key}={value}") if isinstance(value, str) else None
     if override is None or not override.is_sweep_override():
         fix = '[A, B], "A,B", "range(FROM,TO)" or "interval(FROM,TO)"; a single value belongs to the key itself'
-        raise UserError(Problem(where, "this is no set of values", fix, format_value(value)))
+        raise UserError(Problem(where, "this is not a set of values", fix, format_value(value)))
     return _axis(override, f"{key}={value}", groups, where)
 
 
@@ -248,14 +249,17 @@ def _element(value: Any) -> str:
     return repr(value) if isinstance(value, float) else format_value(value)
 
 
-def _not_varied(key: str) -> tuple[str, str] | None:
-    """Return why a key cannot differ between trials, and what to do."""
+def _refusal_to_vary(key: str) -> tuple[str, str] | None:
+    """Return (reason, fix) if `key` cannot differ between trials; else None."""
     plain = key.lstrip("+~")
     section = plain.split(".", 1)[0]
     if section in ("sweep", "hydra") or plain.startswith("hydra/"):
         return "this is about the sweep, not about a trial", "give one value"
     if plain in ("run.dir", "run.name", "run.resume"):
-        return "a trial has a directory and a name of its own", "leave it out; sweep.dir=FOLDER is the directory of all"
+        return (
+            "every trial has its own directory and name",
+            "leave it out; sweep.dir=FOLDER contains the directories of all trials",
+        )
     if section == "launch" and plain != "launch.processes":
         return "trials of a sweep run in the same way", "give one value"
     if names_choice(plain):

@@ -1,4 +1,4 @@
-"""Rules of `task`: those that several tasks have in common; each task's own stand in its room (`dstune/tasks/TASK/rules.py`)."""
+"""Rules that several tasks share; each task's own rules are in its room (`dstune/tasks/TASK/rules.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
         if not valid:
             yield Problem(
                 "task.template_date",
-                "this is no date",
+                "this is not a date",
                 "write it as YYYY-MM-DD, or leave it out",
                 format_value(task.template_date),
             )
@@ -31,7 +31,7 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
         if name not in PROMPTS:
             yield Problem("model.prompt_template", f"expected {choices}", "model.prompt_template=alpaca", name)
         if config.model.chat_template is not None:
-            reason = "model.chat_template says already how conversations are written"
+            reason = "model.chat_template already says how conversations are rendered"
             yield Problem("model.prompt_template", reason, "leave one of the two out", name)
     yield from task.check(config)
     if task.whole_batch_loss:
@@ -50,11 +50,9 @@ def check_labels(labels: Sequence[str], *, least: int) -> Iterator[Problem]:
 
 
 def _check_scores(config: RunConfig) -> Iterator[Problem]:
-    """Yield problems with scores: gradients at the start weights are looked at one micro-batch at a time, and without a
-    reference model."""
-    reason = (
-        f"gradients of task={config.task.name} alone say nothing: its loss needs the whole step, or a reference model"
-    )
+    """Yield settings that score weights by the gradients of single micro-batches at the start weights, without a reference
+    model: the losses of some tasks have no such gradient."""
+    reason = f"task={config.task.name} has no gradient for a single micro-batch: its loss needs the complete step, or a reference model"
     if method_of(config.method).scores_gradients:
         yield Problem("method", reason, "method=full or method=lora", config.method.name)
     if config.forgetting.ewc:

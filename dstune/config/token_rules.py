@@ -1,4 +1,4 @@
-"""Rules of rows that are token ids already (`data.format=tokens`)."""
+"""Rules for rows that already consist of token ids (`data.format=tokens`)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def check_token_ids(config: RunConfig) -> Iterator[Problem]:
     formats = {data.format, *(source.format for source in data.mixture.values())}
     if TOKENS not in formats:
         if data.tokenizer is not None:
-            reason = "rows that are no token ids are cut by the model's own tokenizer"
+            reason = "only rows of token ids use this; the model's own tokenizer reads all other rows"
             yield Problem("data.tokenizer", reason, "data.tokenizer=null, or data.format=tokens", data.tokenizer)
         return
     if data.tokenizer is None:
         reason = "token ids mean nothing without the tokenizer that made them"
         yield Problem("data.tokenizer", reason, "data.tokenizer=NAME, the hub id or folder of that tokenizer", "null")
-    if not is_multi_task(config):  # there each source has an encoder of its own
-        yield from _check_all_are(config)
+    if not is_multi_task(config):  # with several tasks, each source has its own encoder
+        yield from _check_no_texts(config)
     clean = data.clean
-    reason = "rows of token ids have no text that could be looked at"
+    reason = "rows of token ids have no text to examine"
     for key, value, off in (
         ("languages", clean.languages, []),
         ("secrets", clean.secrets, Found.keep),
@@ -44,17 +44,17 @@ def check_token_ids(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.clean.duplicates", reason, "data.clean.duplicates=exact", "near")
 
 
-def _check_all_are(config: RunConfig) -> Iterator[Problem]:
-    """Yield a problem for token ids beside texts: `bits_per_byte` would divide the loss of all rows by the bytes of the texts
-    alone."""
+def _check_no_texts(config: RunConfig) -> Iterator[Problem]:
+    """Yield a problem if some rows are token ids and others are texts: `bits_per_byte` would divide the loss of all rows by the
+    bytes of the texts alone."""
     data = config.data
-    read = {
+    format_by_key = {
         f"data.mixture.{name}": data.format if source.format == AUTOMATIC else source.format
         for name, source in data.mixture.items()
     }
-    read |= {f"data.{part}": data.format for part in OTHER_PARTS if getattr(data, part) is not None}
-    ids = [key for key, fmt in read.items() if fmt == TOKENS]
-    if texts := [key for key in read if ids and key not in ids]:
+    format_by_key |= {f"data.{part}": data.format for part in OTHER_PARTS if getattr(data, part) is not None}
+    ids = [key for key, fmt in format_by_key.items() if fmt == TOKENS]
+    if texts := [key for key in format_by_key if ids and key not in ids]:
         yield Problem(
             f"{ids[0]}.format" if ids[0].startswith("data.mixture.") else "data.format",
             f"the rows of {ids[0]} are token ids and those of {texts[0]} are texts; a run reads one or the other",

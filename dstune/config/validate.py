@@ -92,7 +92,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_streaming,
         check_task,
         check_model,
-        lambda reader: method_of(reader.method).check(reader),
+        lambda view: method_of(view.method).check(view),
         check_forgetting,
         check_optimizer,
         check_batches,
@@ -109,12 +109,12 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_saves,
         check_run,
         check_tracking,
-        lambda reader: check_sweep(reader, metrics_of_run(reader)),
+        lambda view: check_sweep(view, metrics_of_run(view)),
     )
     problems = [*check_ranges(config), *check_secrets(config)]
     for rule in rules:
-        seen, reader = watched(config, doubtful)
-        problems += [problem for problem in rule(reader) if not seen.doubt]
+        reads, view = watched(config, doubtful)
+        problems += [problem for problem in rule(view) if not reads.doubtful_value]
     return problems
 
 

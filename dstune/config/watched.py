@@ -1,7 +1,7 @@
-"""A configuration that notes when a doubtful value is read.
+"""A view of a configuration that records whether a doubtful value was read.
 
-Where one key is misspelled, rules that never look at that key can still be judged, and the user gets all answers at once
-instead of one command after another. Which keys a rule reads is found by watching it, so no rule has to declare it.
+If one key is misspelled, rules that never read that key still give valid answers, and the user gets all of them at once instead of
+one command after another. Watching a rule shows which keys it reads, so no rule has to declare them.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from dstune.config.schema import CHOICES, RunConfig
 
 
 @dataclass
-class Seen:
-    """What a rule has looked at so far."""
+class Reads:
+    """What a rule has read so far."""
 
-    doubt: bool = False
+    doubtful_value: bool = False
 
 
-def watched(config: RunConfig, doubtful: Collection[str]) -> tuple[Seen, RunConfig]:
-    """Return a view of `config` that reads like it, and the record of what is read through it. The empty name makes all
-    doubtful."""
-    seen = Seen()
-    return seen, cast(RunConfig, _View(config, "", doubtful, seen))
+def watched(config: RunConfig, doubtful: Collection[str]) -> tuple[Reads, RunConfig]:
+    """Return a view of `config` that behaves like it, and the record of what is read through the view.
+
+    doubtful: keys and sections whose values are doubtful; the empty name stands for all of them.
+    """
+    reads = Reads()
+    return reads, cast(RunConfig, _View(config, "", doubtful, reads))
 
 
 class _View:
-    """One section; `isinstance` and `match` see the section's own class."""
+    """A view of one section; `isinstance` and `match` see the section's own class."""
 
-    def __init__(self, section: Any, path: str, doubtful: Collection[str], seen: Seen):
-        self.__dict__.update(_section=section, _path=path, _doubtful=doubtful, _seen=seen)
+    def __init__(self, section: Any, path: str, doubtful: Collection[str], reads: Reads):
+        self.__dict__.update(_section=section, _path=path, _doubtful=doubtful, _reads=reads)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -40,14 +42,15 @@ class _View:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._section, name)
         key = f"{self._path}.{name}" if self._path else name
-        if self._in_doubt(key, whole=not is_dataclass(value)):
-            self._seen.doubt = True
-        return _View(value, key, self._doubtful, self._seen) if is_dataclass(value) else value
+        if self._is_doubtful(key, reads_value=not is_dataclass(value)):
+            self._reads.doubtful_value = True
+        return _View(value, key, self._doubtful, self._reads) if is_dataclass(value) else value
 
-    def _in_doubt(self, key: str, whole: bool) -> bool:
-        """Return whether reading `key` reads something doubtful; of a section as such (`whole` false) only its class is read."""
+    def _is_doubtful(self, key: str, reads_value: bool) -> bool:
+        """Return whether reading `key` reads something doubtful. reads_value: false for a section, of which only the class is
+        read."""
         return any(
-            name in ("", key) or key.startswith(f"{name}.") or (whole and name.startswith(f"{key}."))
+            name in ("", key) or key.startswith(f"{name}.") or (reads_value and name.startswith(f"{key}."))
             for name in self._doubtful
-            if whole or name in CHOICES or name == ""
+            if reads_value or name in CHOICES or name == ""
         )

@@ -1,4 +1,4 @@
-"""What a user may have meant by a word of the command line that is no KEY=VALUE, or that the shell cut in pieces."""
+"""Guesses what a user meant by a word of the command line that is not KEY=VALUE, or that the shell split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arro
 
 
 def meaning(word: str, following: Sequence[str] = ()) -> str | None:
-    """Return how `word` without `=` was probably meant; None where nothing comes near. `following`: the words behind it."""
+    """Return a fix that says how `word`, which has no `=`, was probably meant; None if nothing is similar. following: the words
+    after it."""
     choices = packaged_choices()
     if word in all_keys():
         return example(word)
@@ -41,7 +42,7 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
 
 
 def packaged_choices() -> dict[str, list[str]]:
-    """Return the choices of dstune's own groups, from the names of its files (without Hydra, which takes 0.3 s)."""
+    """Return the choices of dstune's own groups by group, from the names of its files (Hydra would take 0.3 s)."""
     from dstune.config.hydra_session import config_folders
 
     choices: dict[str, set[str]] = {}
@@ -52,31 +53,32 @@ def packaged_choices() -> dict[str, list[str]]:
 
 def rejoined(texts: Sequence[str]) -> tuple[list[str], list[Problem]]:
     """Return the overrides without those that the shell split at a space inside brackets, and a problem for each of these."""
-    whole: list[str] = []
+    intact: list[str] = []
     problems: list[Problem] = []
     remaining = list(texts)
     while remaining:
         text = remaining.pop(0)
         key, equals, value = text.partition("=")
-        pieces = _to_the_closing_bracket(value, remaining) if equals and _opened(value) > 0 else 0
+        pieces = _words_to_closing_bracket(value, remaining) if equals and _open_brackets(value) > 0 else 0
         if not pieces:
-            whole.append(text)
+            intact.append(text)
             continue
         key, value = key.lstrip("+"), " ".join([value, *remaining[:pieces]])
         del remaining[:pieces]
         problems.append(Problem(key, "the shell split this at its spaces", typed(key, value), value))
-    return whole, problems
+    return intact, problems
 
 
-def _to_the_closing_bracket(value: str, following: Sequence[str]) -> int:
-    """Return how many of the following words belong to `value`; 0 where its bracket is never closed."""
-    opened = _opened(value)
+def _words_to_closing_bracket(value: str, following: Sequence[str]) -> int:
+    """Return how many of the following words belong to `value`; 0 if its bracket is never closed."""
+    opened = _open_brackets(value)
     for number, word in enumerate(following, start=1):
-        opened += _opened(word)
+        opened += _open_brackets(word)
         if opened <= 0:
             return number
     return 0
 
 
-def _opened(text: str) -> int:
+def _open_brackets(text: str) -> int:
+    """Return the number of opening brackets minus that of closing ones."""
     return sum(text.count(bracket) for bracket in "[{") - sum(text.count(bracket) for bracket in "]}")

@@ -208,17 +208,24 @@ class Task:
 
     @classmethod
     def for_source(cls, main: TaskConfig, prompt: str | None) -> TaskConfig:
-        """Return the configuration for a `data.mixture` source with rows of this task, in a run whose task is `main`."""
-        is_same_task = isinstance(main, cls.Config)
-        prompt = prompt if cls.asks_by_prompt else None
-        if is_same_task and prompt is None:
-            return main
+        """Return the configuration for a `data.mixture` source with rows of this task, in a run whose task is `main`.
+
+        If `main` has all settings of this task, because it is the same task or one derived from it (distillation from chat), they
+        apply to the source too. Otherwise the source takes the defaults, and from `main` only the settings of the chat template.
+
+        prompt: the source's own prompt; ignored by tasks without a `prompt`.
+        """
+        has_own_prompt = cls.asks_by_prompt and prompt is not None
+        shared_keys: Sequence[str] = ()
+        if isinstance(main, cls.Config):
+            if not has_own_prompt:
+                return main
+            shared_keys = [field.name for field in fields(cls.Config)]
+        elif cls.conversational:
+            shared_keys = [key for key in ("template_date", "chat_template_kwargs") if hasattr(main, key)]
         # `replace` does not work: rules read the configuration through a view, which is not a dataclass.
-        values = {field.name: getattr(main, field.name) for field in fields(cls.Config)} if is_same_task else {}
-        if cls.conversational:
-            of_template = ("template_date", "chat_template_kwargs")
-            values |= {key: getattr(main, key) for key in of_template if hasattr(main, key)}
-        return cls.Config(**values | ({} if prompt is None else {"prompt": prompt}))
+        values = {key: getattr(main, key) for key in shared_keys}
+        return cls.Config(**values | ({"prompt": prompt} if has_own_prompt else {}))
 
     # ---- configuration ----
 

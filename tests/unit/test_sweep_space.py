@@ -97,7 +97,7 @@ def test_a_space_in_a_file():
         ("optimizer.lr=tag(log, interval(0, 1))", "above 0", "without the tag"),
         ("method.rank=interval(4, 8.5)", "whole numbers", "interval(4,9)"),
         ("method.rank=range(8,8)", "no value", "range(FROM,TO,STEP)"),
-        ("trainer.seed=range(0,4,0)", "the step of a range is not 0", "range(0,4,1)"),
+        ("trainer.seed=range(0,4,0)", "the step of a range must not be 0", "range(0,4,1)"),
         ("run.dir=a,b", "directory and a name of its own", "sweep.dir"),
         ("sweep.parallel=1,2", "about the sweep", "one value"),
         ("launch=local,slurm", "in the same way", "one value"),
