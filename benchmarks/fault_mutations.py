@@ -248,7 +248,7 @@ _OTHER: dict[str, Mutation] = {
     ),
     # Few rows, few steps, defaults.
     "unit/test_defaults.py::test_the_rate_is_the_method_s_where_nobody_gives_one": undo(
-        "config/by_method.py", "rate, origin = room.learning_rate, f", "rate, origin = rate, f"
+        "config/by_method.py", "rate, origin = method_class.learning_rate, f", "rate, origin = rate, f"
     ),
     "unit/test_defaults.py::test_run_yaml_has_the_rate_with_its_origin_and_keeps_both": undo(
         "config/run_file.py", '**({"origins": dict(composed.origins)} if composed.origins else {}),', ""

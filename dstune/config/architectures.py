@@ -1,4 +1,7 @@
-"""Architectures that not every task can train: known from a model's `config.json`, so by the launcher and by every rank."""
+"""Limits of architectures that a model's `config.json` reveals, and marks on tokenizers that say what their model can do.
+
+Both are known without loading the model, so the launcher and every rank come to the same answer.
+"""
 
 from __future__ import annotations
 
@@ -34,30 +37,36 @@ POSITIONS = {
     "xlm-roberta": ("max_position_embeddings", 512, 2),
     "xlm-roberta-xl": ("max_position_embeddings", 514, 2),
 }
-"""Architectures with a learned vector for each position, and so no more of them: the key in `config.json`, what transformers
-assumes without it, and how many come before the first token (RoBERTa counts from its padding token)."""
+"""Architectures that learn a vector for each position and therefore limit the length of rows, by `model_type`.
+
+Each has the key in `config.json` with the number of positions, the number that transformers assumes without that key, and the
+positions reserved in front of the first token (RoBERTa counts from its padding token).
+"""
 
 
 def row_limit(values: Mapping[str, Any]) -> int | None:
-    """Return the longest row in tokens that the model of this `config.json` takes; None where positions are computed (rotary,
-    relative, ALiBi), so that a longer row is another question."""
+    """Return the longest row, in tokens, that a model has positions for; None if its positions are computed (rotary, relative,
+    ALiBi), which sets no hard limit. values: the model's `config.json`."""
     kind = str(values.get("model_type"))
     if kind not in POSITIONS or (kind.startswith("deberta") and values.get("position_biased_input") is False):
         return None
-    key, usual, reserved = POSITIONS[kind]
-    positions = values.get(key, usual)
+    key, default, reserved = POSITIONS[kind]
+    positions = values.get(key, default)
     return positions - reserved if isinstance(positions, int) and positions > reserved else None
 
 
 MAX_LAYERS = 10_000
-"""Of a model, and of experts in a layer."""
+"""Largest accepted number of layers of a model, and of experts of a layer."""
 MAX_SIZE = 2**31
-"""Of a dimension, in elements."""
+"""Largest accepted size of a dimension, in elements."""
 _SIZE = re.compile(r".*(_size|_dim|_heads|_embd|_ff|_model|_inner)")
 
 
 def size_problems(values: Mapping[str, Any], where: str = "model.path", value: str = "") -> list[Problem]:
-    """Return the problems with numbers in a `config.json` that no model has: building or planning such a model would never end."""
+    """Return a problem for each impossible number in a `config.json`: building or planning such a model would never end.
+
+    values: its content. where, value: the key that chose the model, and its value, for the problems.
+    """
     problems = []
     for key, number in values.items():
         if isinstance(number, dict):
@@ -67,52 +76,52 @@ def size_problems(values: Mapping[str, Any], where: str = "model.path", value: s
         limit = MAX_SIZE if _SIZE.fullmatch(key) else MAX_LAYERS if "layer" in key or "expert" in key else math.inf
         least = 0 if key.startswith("num_") else -math.inf
         if number > limit or number < least:
-            bound = f"more than {limit:,}" if number > limit else "fewer than none"
-            reason = f"its config.json has {key} = {str(number)[:30]}, and no model has {bound}"
-            problems.append(Problem(where, reason, "a model whose config.json is right", value))
+            bound = f"more than {limit:,}" if number > limit else "less than 0"
+            reason = f"its config.json has {key} = {str(number)[:30]}, which is {bound}"
+            problems.append(Problem(where, reason, "choose a model with a correct config.json", value))
     return problems
 
 
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:
-    """Return the problem with a model (T5, BART, ...) that reads one text and writes another, under another task."""
+    """Return the problem that the task cannot train an encoder-decoder (T5, BART, ...)."""
     reason = f"{architecture} is an encoder-decoder, which task=seq2seq trains and no other"
     fix = "task=seq2seq, or choose a decoder (task=chat, task=causal_lm) or an encoder (task=classification)"
     return Problem("model.path", reason, fix, model.path)
 
 
 def packed_encoder_decoder_problem(architecture: str) -> Problem:
-    """Return the problem with packing for a model whose every target belongs to one source."""
+    """Return the problem that the rows of an encoder-decoder cannot be packed, since each target belongs to one source."""
     reason = f"{architecture} is an encoder-decoder: the decoder would attend to the sources of all samples in a row"
     return Problem("data.packing", reason, "data.packing=false", "true")
 
 
 def mark_encoder_decoder(tokenizer: Any) -> None:
-    """Note at a tokenizer that its model is an encoder-decoder: it decides what the tokenizer's samples look like."""
+    """Mark a tokenizer as that of an encoder-decoder, which decides what its samples look like."""
     tokenizer.dstune_encoder_decoder = True
 
 
 def is_encoder_decoder(tokenizer: Any) -> bool:
-    """Return whether the model that a tokenizer was loaded for is an encoder-decoder."""
+    """Return whether a tokenizer was marked as that of an encoder-decoder."""
     return bool(getattr(tokenizer, "dstune_encoder_decoder", False))
 
 
 def mark_stops(tokenizer: Any, stops: Collection[int]) -> None:
-    """Note at a tokenizer at which tokens its model's generation settings stop: they decide what is trained of a turn."""
+    """Mark a tokenizer with the ids at which its model's generation settings stop; they decide how much of a turn is trained."""
     tokenizer.dstune_stops = tuple(sorted(stops))
 
 
 def marked_stops(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens at which the generation settings of a tokenizer's model stop, as far as they are known."""
+    """Return the ids at which the generation settings of a tokenizer's model stop; empty if they are not known."""
     return tuple(getattr(tokenizer, "dstune_stops", ()))
 
 
 PROCESSOR_SETTINGS = ("processor_config.json", "preprocessor_config.json")
-"""Files of which one at least says how images become inputs."""
+"""Files that describe how images become inputs; a model that reads images has at least one of them."""
 
 
 @dataclass(frozen=True)
 class VisionFiles:
-    """Where the image processor of a model is, and what tells it from others."""
+    """Says where the image processor of a model is, and what its inputs depend on."""
 
     path: str
     """Folder, or hub id in the cache."""
@@ -120,27 +129,27 @@ class VisionFiles:
     trust_remote_code: bool
     model_type: str
     settings: str = ""
-    """What the files of its processor say, as one text; empty where it has none."""
+    """The content of the processor's files as one text; empty if it has none."""
     merge: int = 1
-    """So many patches in a row, and in a column, are one token (`spatial_merge_size`)."""
+    """Side of the square of patches that becomes one token (`spatial_merge_size`)."""
 
     @property
     def has_processor(self) -> bool:
-        """Whether there are files of a processor beside the model."""
+        """Whether the model's folder has files of a processor."""
         return bool(self.settings)
 
     def sees_as(self, other: VisionFiles | None) -> bool:
-        """Tell whether `other` makes the same inputs of the same images."""
+        """Return whether `other` turns the same images into the same inputs."""
         settings = (self.model_type, self.settings, self.merge)
         return other is not None and settings == (other.model_type, other.settings, other.merge)
 
 
 def mark_vision(tokenizer: Any, vision: VisionFiles) -> None:
-    """Note at a tokenizer that its model sees: conversations may hold images then."""
+    """Mark a tokenizer as that of a model that reads images, so conversations may contain them."""
     tokenizer.dstune_vision = vision
 
 
 def vision_of(tokenizer: Any) -> VisionFiles | None:
-    """Return where the image processor of a tokenizer's model is; None for a model that sees no images."""
+    """Return where the image processor of a tokenizer's model is; None for a model that reads no images."""
     files: VisionFiles | None = getattr(tokenizer, "dstune_vision", None)
     return files

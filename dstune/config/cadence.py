@@ -1,5 +1,7 @@
-"""How often something happens in a run (`evaluate.every`, `checkpoint.every`): in optimizer steps, in passes over the training rows
-(`1 epoch`), or as a share of the run (`25%`)."""
+"""Parses how often a run evaluates and saves (`evaluate.every`, `checkpoint.every`).
+
+A cadence is a number of optimizer steps, of passes over the training rows (`1 epoch`), or a share of the run (`25%`).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from dstune.core.errors import Problem
 PATTERN = re.compile(r"(\d+(?:\.\d+)?) *(%|epochs?)")
 AUTO = "auto"
 FEWEST_STEPS_APART = 5
-"""Between two evaluations of `auto`: a short run is not evaluated after each step."""
+"""Minimum distance of two evaluations with `auto`, so that a short run is not evaluated after every step."""
 ROUNDING = 1e-9
-"""Far above the error of `epoch + step / steps`, far below a step's share of an epoch."""
+"""Tolerance in epochs: far above the rounding error of `epoch + step / steps`, far below one step's share of an epoch."""
 
 
 class Unit(Enum):
@@ -34,29 +36,29 @@ class Cadence:
     amount: Fraction
     unit: Unit
     apart: int = 0
-    """The fewest steps between two times."""
+    """Minimum number of steps between two occurrences."""
 
     def due(self, step: int, total_steps: int, epoch_before: float | None, epoch: float) -> bool:
-        """Return whether what has this cadence happens after optimizer step `step` (the first is 1) of `total_steps`.
+        """Return whether the event is due after optimizer step `step` (counted from 1) of `total_steps`.
 
-        epoch_before, epoch: passes over the rows that are done before and after the step; None where that is not known.
+        epoch_before, epoch: passes over the rows before and after the step; `epoch_before` is None if it is not known.
         """
         if not self.amount:
             return False
         if self.unit is Unit.epochs:
-            passes = float(self.amount)
-            before_in_units = None if epoch_before is None else epoch_before / passes
-            now = epoch / passes
-            if before_in_units is None:
-                return abs(now - round(now)) < ROUNDING
-            return int(now + ROUNDING) > int(before_in_units + ROUNDING)
+            periods = epoch / float(self.amount)
+            if epoch_before is None:
+                return abs(periods - round(periods)) < ROUNDING
+            return int(periods + ROUNDING) > int(epoch_before / float(self.amount) + ROUNDING)
         share = self.amount * total_steps if self.unit is Unit.run else self.amount
         period = max(share, Fraction(self.apart))
         return step // period > (step - 1) // period
 
     def times(self, total_steps: int, epochs: float | None) -> int | None:
-        """Return how often it happens in a run of so many steps, the end included. epochs: passes over the rows in them; where
-        these are not known (None), nor is the count of a cadence in passes."""
+        """Return how often the event happens in a run, including its end; None if that is not known.
+
+        epochs: passes over the rows in `total_steps`; if None, the count of a cadence in passes is not known.
+        """
         if not self.amount:
             return 1
         if epochs is None and self.unit is Unit.epochs:
@@ -66,7 +68,7 @@ class Cadence:
         return max(1, min(total_steps, ceil(length / amount)))
 
     def first_step(self, total_steps: int | None) -> int | None:
-        """Return the optimizer step after which it happens first, where that is known: None for passes over the rows."""
+        """Return the optimizer step after which the event first happens; None if that is not known, as for passes over the rows."""
         if self.unit is Unit.steps:
             return int(self.amount)
         if self.unit is Unit.epochs or total_steps is None:
@@ -75,7 +77,7 @@ class Cadence:
 
 
 def cadence(every: int | str) -> Cadence:
-    """Parse a value of `evaluate.every` or `checkpoint.every`. Raises ValueError for words that mean nothing."""
+    """Parse a value of `evaluate.every` or `checkpoint.every`. Raises ValueError for a text that is no cadence."""
     if every == AUTO:
         return Cadence(Fraction(1, 4), Unit.run, FEWEST_STEPS_APART)
     if isinstance(every, int):
@@ -88,7 +90,7 @@ def cadence(every: int | str) -> Cadence:
 
 
 def first_evaluation(config: RunConfig) -> int | None:
-    """Return the optimizer step after which a run evaluates first; None if its configuration does not tell."""
+    """Return the optimizer step after which a run first evaluates; None if the configuration alone does not determine it."""
     with suppress(ValueError):
         return cadence(config.evaluate.every).first_step(config.trainer.max_steps)
     return None

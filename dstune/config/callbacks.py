@@ -1,4 +1,4 @@
-"""`trainer.callbacks`: callbacks that a run has beside the built-in ones."""
+"""Checks and creates the callbacks of `trainer.callbacks`, which a run has in addition to the built-in ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ EXAMPLE = f"{KEY}=[NAME,{{OTHER:{{ARGUMENT:VALUE}}}}]"
 
 
 def chosen_callbacks(config: RunConfig) -> list[Callback]:
-    """Make the callbacks of `trainer.callbacks`. Raises UserError."""
+    """Create the callbacks of `trainer.callbacks`. Raises UserError."""
     made: list[Callback] = []
     for number, entry in enumerate(config.trainer.callbacks):
         where = f"{KEY}[{number}]"
         name, arguments = _name_and_arguments(entry, where)
-        cls = _find(name, where)
+        cls = _find_class(name, where)
         arguments = _converted(cls, arguments, name, where)
         if clash := _clash(cls, [type(other) for other in made], name, where):
             raise UserError(clash)
@@ -40,13 +40,13 @@ def chosen_callbacks(config: RunConfig) -> list[Callback]:
 
 
 def check_callbacks(config: RunConfig) -> Iterator[Problem]:
-    """Check the names of `trainer.callbacks`, and the arguments of each; makes none of them."""
+    """Yield what is wrong with the names and arguments in `trainer.callbacks`; creates none of the callbacks."""
     seen: list[type[Callback]] = []
     for number, entry in enumerate(config.trainer.callbacks):
         where = f"{KEY}[{number}]"
         try:
             name, arguments = _name_and_arguments(entry, where)
-            cls = _find(name, where)
+            cls = _find_class(name, where)
             _converted(cls, arguments, name, where)
         except UserError as error:
             yield from error.problems
@@ -57,7 +57,7 @@ def check_callbacks(config: RunConfig) -> Iterator[Problem]:
 
 
 def _clash(cls: type[Callback], others: Sequence[type[Callback]], name: str, where: str) -> Problem | None:
-    """Return what keeps `cls` from having a state of its own, which checkpoints keep by the callback's name."""
+    """Return the problem if another callback has the name of `cls`: checkpoints store the state of a callback by its name."""
     if cls in others:
         return Problem(where, "this callback is in the list already", "name it once", name)
     same_name = [
@@ -79,7 +79,7 @@ def _name_and_arguments(entry: Any, where: str) -> tuple[str, Mapping[str, Any]]
     raise UserError(Problem(where, "is neither a name nor NAME: {ARGUMENT: VALUE}", EXAMPLE, str(entry)))
 
 
-def _find(name: str, where: str) -> type[Callback]:
+def _find_class(name: str, where: str) -> type[Callback]:
     """Return a registered callback, or the class that `module:Class` names (`module.Class` where Hydra reads a colon)."""
     if ":" in name or "." in name:
         return _import_class(name, where)
@@ -99,9 +99,9 @@ def _find(name: str, where: str) -> type[Callback]:
 
 def _import_class(name: str, where: str) -> type[Callback]:
     module, _, attribute = name.rpartition(":" if ":" in name else ".")
-    # The rule of plugins: the folder in which a command is given is not looked into.
+    # As for plugins, modules in the working directory are not imported.
     if plugin_files.is_path(module) or not plugin_files.is_installed(module):
-        reason = f"{module} is no module of an installed package, and ranks look nowhere else"
+        reason = f"{module} is not a module of an installed package, and ranks import no other modules"
         file = module if plugin_files.is_path(module) else f"./{module.replace('.', '/')}.py"
         fix = f"plugins=[{file}], @dstune.callback above the class, and its name here"
         raise UserError(Problem(where, reason, fix, name))
@@ -119,9 +119,9 @@ def _import_class(name: str, where: str) -> type[Callback]:
 
 
 def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """Return the arguments as the types that `cls.__init__` annotates. Raises UserError where it does not take them."""
+    """Return the arguments converted to the types that `cls.__init__` annotates. Raises UserError if it does not accept them."""
     parameters = inspect.signature(cls).parameters
-    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     names = [
         parameter.name
         for parameter in parameters.values()
@@ -129,13 +129,13 @@ def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, whe
     ]
     problems = []
     for argument in arguments:
-        if argument not in names and not free:
+        if argument not in names and not takes_any_name:
             similar = nearest(argument, names)
             fix = f"did you mean {similar}?" if similar else f"one of {', '.join(names)}" if names else "leave it out"
             problems.append(Problem(f"{where}.{argument}", f"the callback {name} has no such argument", fix))
     for parameter in parameters.values():
-        needed = parameter.default is parameter.empty and parameter.name in names
-        if needed and parameter.name not in arguments:
+        is_required = parameter.default is parameter.empty and parameter.name in names
+        if is_required and parameter.name not in arguments:
             problems.append(
                 Problem(
                     where, f"the callback {name} needs {parameter.name}", f"give {name}: {{{parameter.name}: VALUE}}"
@@ -144,7 +144,7 @@ def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, whe
     try:
         hints = typing.get_type_hints(cls.__init__)
     except NameError as error:
-        reason = f"the type of an argument of {name} is known to type checkers alone: {error}"
+        reason = f"the type of an argument of {name} is imported for type checkers only: {error}"
         fix = "import it without `if TYPE_CHECKING`, or annotate the argument with str, int, float, bool or a list of these"
         raise UserError([*problems, Problem(where, reason, fix)]) from error
     converted = dict(arguments)

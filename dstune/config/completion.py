@@ -1,8 +1,8 @@
 """Completion of `dstune VERB key=value ...` in the shell.
 
-Hydra's own engine expects the overrides right behind the program's name; here a verb stands between. Hydra's scripts
-for bash and fish are used as they are: they call `dstune -sc query=SHELL` with the line in COMP_LINE. For zsh Hydra has
-bash's script, which fails in a shell without `bashcompinit`, so zsh gets one of its own.
+Hydra's own engine expects the overrides right after the program's name, but dstune has a verb in between. Hydra's scripts for bash
+and fish are used unchanged: they call `dstune -sc query=SHELL` with the line in COMP_LINE. For zsh, Hydra installs bash's script,
+which fails in a shell without `bashcompinit`, so dstune has its own.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ compdef _dstune dstune""",
 }
 
 
-class Behind(Protocol):
-    """What a verb takes as its next word."""
+class NextWords(Protocol):
+    """What a verb accepts as its next word."""
 
     @property
     def words(self) -> list[str]: ...
@@ -66,12 +66,12 @@ class Behind(Protocol):
     def files(self) -> bool: ...
 
 
-Verbs = Mapping[str, Callable[[Sequence[str]], Behind]]
-"""Verb: what may stand behind it and the words given so far."""
+Verbs = Mapping[str, Callable[[Sequence[str]], NextWords]]
+"""By verb: returns what may follow the words that stand after the verb so far."""
 
 
 def complete(line: str, verbs: Verbs) -> list[str]:
-    """Return what the last word of a command line may become; empty when nothing fits. Never raises."""
+    """Return the possible completions of the last word of a command line. Never raises."""
     words = line.split()[1:]
     word = "" if line.endswith(" ") or not words else words.pop()
     if not words:
@@ -145,7 +145,7 @@ def shell_completion(request: Sequence[str], verbs: Verbs) -> None:
     """
     from dstune.config.hydra_session import program_name, session
 
-    usage = "dstune completion bash (or zsh, fish); dstune --shell-completion uninstall=bash takes it back"
+    usage = "dstune completion bash (or zsh, fish); dstune --shell-completion uninstall=bash removes it"
     command, _, shell = request[0].partition("=") if len(request) == 1 else ("", "", "")
     if command not in ("install", "uninstall", "query"):
         raise UserError(Problem("--shell-completion", "expected one of install=, uninstall=, query=", usage))
@@ -160,7 +160,9 @@ def shell_completion(request: Sequence[str], verbs: Verbs) -> None:
         plugins = hydra.get_shell_to_plugin_map(hydra.config_loader)
         if shell not in plugins:
             raise UserError(
-                Problem("completion", f"no completion for this shell: there is {', '.join(plugins)}", usage, shell)
+                Problem(
+                    "completion", f"there is no completion for this shell, only for {', '.join(plugins)}", usage, shell
+                )
             )
         with program_name():
             getattr(plugins[shell][0], command)()

@@ -1,7 +1,7 @@
-"""Between the frozen tree and plain dicts and YAML, strictly: what does not fit is a `UserError` with key and fix.
+"""Converts between the frozen tree and plain dicts or YAML. A value that does not fit is a `UserError` with key and fix.
 
-Text that came from the environment (`${oc.env:KEY}`) is an `EnvironmentText`: the code sees its value, everything that
-is written (run.yaml, the configuration sent to a tracker) holds the reference only, so no secret is saved.
+Text from the environment (`${oc.env:KEY}`) becomes an `EnvironmentText`: code sees its value, but everything that is written
+(run.yaml, the configuration sent to a tracker) contains only the reference, so no secret is saved.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from dstune.core.secrets import remember
 
 ENVIRONMENT = "${oc.env:"
 _REFERS = re.compile(r"\$\{\s*oc\.env\s*:")
-"""The same with the spaces that OmegaConf lets pass."""
+"""Matches `ENVIRONMENT` with the spaces that OmegaConf allows."""
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 EXAMPLES = {int: "100", float: "0.1", bool: "true", str: "NAME"}
-"""By type, for keys whose default is nothing."""
+"""Example values by type, for keys whose default is empty."""
 
 
 class EnvironmentText(str):
-    """A value taken from the environment, with the text (`${oc.env:KEY}`) that stands for it in files."""
+    """A value from the environment, with the reference (`${oc.env:KEY}`) that is written to files instead of it."""
 
     reference: str
 
@@ -65,7 +65,7 @@ def refers(text: str) -> bool:
 
 
 def may_refer(text: str) -> bool:
-    """Return whether composing a text as an override could resolve something: Hydra reads `$\\{` as `${`, too."""
+    """Return whether Hydra could resolve a reference in a text; it reads `$\\{` as `${`, too."""
     return re.search(r"\$\\*\{", text) is not None
 
 
@@ -148,7 +148,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     if is_section(hint):
         return build(hint, value, where)
-    whole = hint
+    declared_hint = hint
     if is_optional(hint):
         if value is None:
             return None
@@ -156,8 +156,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, str) and not isinstance(value, EnvironmentText) and refers(value):
         value = resolve_text(value, where)
 
-    def wrong() -> UserError:  # made where it is raised alone: for all good values it would be a third of composing
-        return UserError(Problem(where, f"expected {describe(whole)}", _fix(value, hint, where), format_value(value)))
+    def wrong() -> (
+        UserError
+    ):  # called only to raise it: made for every good value, it would be a third of the time to compose
+        return UserError(
+            Problem(where, f"expected {describe(declared_hint)}", _fix(value, hint, where), format_value(value))
+        )
 
     if hint is Any:
         return _plain_any(value, where)
@@ -180,7 +184,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _one_of(value: Any, hints: Sequence[Any], where: str, wrong: Callable[[], UserError]) -> Any:
-    """Return `value` as the first of these types that takes it."""
+    """Convert `value` to the first of `hints` that accepts it. Raises `wrong()` if none does."""
     for hint in hints:
         with suppress(UserError):
             return convert(value, hint, where)
@@ -240,7 +244,7 @@ def _plain_any(value: Any, where: str) -> Any:
 
 
 def _fix(value: Any, hint: Any, where: str) -> str:
-    """Return how to write what was probably meant, where that can be told."""
+    """Return a fix with what the user probably meant; an example, or nothing, if that cannot be guessed."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     words = [name for kind in kinds for name in options_of(kind)]
     if words:
@@ -262,12 +266,12 @@ def _fix(value: Any, hint: Any, where: str) -> str:
 
 
 def typed(key: str, value: str) -> str:
-    """Write `key=value` as it is typed in a shell."""
+    """Write `key=value` with the quotes that a shell needs."""
     return shlex.quote(f"{key}={value}")
 
 
 def example(key: str) -> str:
-    """Return a line that sets `key` to something right."""
+    """Return an example that sets `key` to a valid value."""
     hint = all_keys()[key]
     default = default_of(key)
     if default not in (None, "", [], {}):
@@ -325,7 +329,7 @@ def from_dict(raw: Any, where: str) -> RunConfig:
 
 
 def partly_from_dict(raw: Any, where: str) -> tuple[RunConfig, list[Problem]]:
-    """Build as `from_dict`, with defaults for the sections that something is wrong with; return these problems too."""
+    """Build the tree as `from_dict` does, but with defaults for sections that have problems. Returns the tree and all problems."""
     if not isinstance(raw, Mapping):
         raise UserError(Problem(where, "this is not a configuration (a mapping of sections)"))
     problems = []
@@ -348,14 +352,14 @@ def partly_from_dict(raw: Any, where: str) -> tuple[RunConfig, list[Problem]]:
 
 
 LATER = frozenset(field.name for field in fields(RunConfig) if field.default_factory is not MISSING)
-"""Sections that the run.yaml of an earlier version does not have."""
+"""Sections that were added later, so the run.yaml of an earlier version may lack them."""
 
 
 def chosen_class(section: str, value: Any, where: str) -> type:
-    """Return the class of a section: for sections with choices by its `name`.
+    """Return the class of a section; if the section has choices, that of the choice `name` in `value`.
 
     Raises:
-        UserError: there is no such choice.
+        UserError: `value` names no choice, or one that does not exist.
     """
     classes = classes_of(section)
     if section not in CHOICES:
@@ -372,7 +376,7 @@ def chosen_class(section: str, value: Any, where: str) -> type:
 
 
 def to_dict(config: Any) -> Any:
-    """Return the tree as plain dicts: enums by name, tuples as lists, text from the environment as its reference."""
+    """Return the tree as plain dicts, with the names of enums, lists for tuples, and references for text from the environment."""
     if is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
     if isinstance(config, EnvironmentText):
@@ -391,12 +395,12 @@ def to_yaml(config: RunConfig) -> str:
     return dump(to_dict(config))
 
 
-def dotted(tree: Mapping[str, Any], whole: Container[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield sections as dotted keys with their values; a mapping whose key is in `whole` stays one."""
+def dotted(tree: Mapping[str, Any], leaves: Container[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf of nested mappings. A mapping whose key is in `leaves` counts as a leaf."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and key not in whole:
-            yield from dotted(value, whole, f"{key}.")
+        if isinstance(value, Mapping) and key not in leaves:
+            yield from dotted(value, leaves, f"{key}.")
         else:
             yield key, value
 

@@ -1,6 +1,6 @@
-"""A DeepSpeed configuration, or one of Hugging Face accelerate, in the words of dstune's own keys.
+"""Translates a DeepSpeed configuration, or one of Hugging Face accelerate, into dstune's own keys.
 
-`auto` is left to dstune's own key. `zero_file` puts the result into a run's configuration.
+Values that are `auto` are skipped, so dstune's own key decides. `zero_file` puts the result into a run's configuration.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from dstune.core.parsing import parse_json, read_file
 
 AUTO = "auto"
 LONGEST_CONFIGURATION = 1_000_000
-"""Bytes; a data file given by mistake is not read whole."""
+"""Bytes. A data file that was given by mistake is not read completely."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value that the file asks for."""
+    """One value that the file sets."""
 
     key: str
-    """dstune's key, or the name of a group whose choice it is."""
+    """dstune's key, or the name of a group; then `value` is the choice."""
     value: Any
     source: str
-    """Where the file says so."""
+    """The key of the file that sets it."""
     implied: bool = False
-    """The file does not name it: it is what DeepSpeed takes then, and gives way to a given value."""
+    """Whether it is DeepSpeed's default for a key that is not in the file. A value that the user gives takes precedence."""
 
 
 @dataclass
 class Content:
-    """What a file says, in dstune's words."""
+    """The content of a file, translated into dstune's keys."""
 
     values: list[Value] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-    """What dstune has no key for, nested as DeepSpeed takes it."""
+    """Values that dstune has no key for, nested as in DeepSpeed's configuration."""
     accumulation: Value | None = None
-    """Micro-batches of a rank in one step, where the file gives their number."""
+    """Micro-batches of a rank in one step; None if the file does not set it."""
     processes: int | None = None
-    """Ranks of this machine; only accelerate's files tell. A hint, not a claim: the command line decides."""
+    """Ranks on this machine, which only accelerate's files contain. `launch.processes`, if given, takes precedence."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -54,26 +54,26 @@ class Content:
 
 
 def read(path: Path) -> Content:
-    """Read the content of the file, each of its values judged by the tables of `deepspeed_keys`.
+    """Read a file and translate each of its values by the tables of `deepspeed_keys`.
 
     Raises:
-        UserError: the file cannot be read or is neither kind of configuration; its other mistakes are in `problems`.
+        UserError: the file cannot be read, or is neither kind of configuration. Other mistakes are in `Content.problems`.
     """
     raw = _parse(path)
     try:
         return _content(raw, path)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        reason = f"it has a value of another kind than DeepSpeed's: {error}"
+        reason = f"a value in it has a type that DeepSpeed does not take there: {error}"
         raise UserError(Problem("zero.path", reason, "give a file that DeepSpeed reads", str(path))) from None
 
 
 def _content(raw: Mapping[str, Any], path: Path) -> Content:
     if "deepspeed_config" in raw or "distributed_type" in raw:
-        return _of_accelerate(raw, path)
+        return _translate_accelerate(raw, path)
     tables = (OWN_KEYS, TRANSLATED, PASSED, WITHOUT_EFFECT, FIXED, REFUSED)
     if not any(key.split(".", 1)[0] in raw for table in tables for key in table):
         fix = "give the JSON for DeepSpeed, or accelerate's YAML with a section deepspeed_config"
-        raise UserError(Problem("zero.path", "this is no DeepSpeed configuration", fix, str(path)))
+        raise UserError(Problem("zero.path", "this is not a DeepSpeed configuration", fix, str(path)))
     return translate(raw, str(path))
 
 
@@ -115,10 +115,10 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
         elif key == "gradient_accumulation_steps":
             content.accumulation = Value("trainer.global_batch_size", _number(value), key)
         elif not key.startswith(("optimizer.", "scheduler.")) and key not in TRANSLATED:
-            content.problems += _passed_on(key, value, where, content.settings)
+            content.problems += _pass_on(key, value, where, content.settings)
     _read_precision(raw, content, where)
-    _optimizer(raw.get("optimizer"), content, where)
-    _scheduler(raw.get("scheduler"), content, where)
+    _read_optimizer(raw.get("optimizer"), content, where)
+    _read_scheduler(raw.get("scheduler"), content, where)
     for value in list(content.values):
         if value.key == "zero.offload_param" and value.value == "nvme":
             content.values.remove(value)
@@ -127,7 +127,7 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
     has_stage = any(value.key == "zero.stage" for value in content.values)
     if not has_stage and isinstance(raw.get("zero_optimization", {}), Mapping):
         content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
-    _same_values(content, where)
+    _merge_repeated(content, where)
     return content
 
 
@@ -138,11 +138,11 @@ SECTIONS = {
     "optimizer": '{"type": "AdamW"}',
     "scheduler": '{"type": "WarmupDecayLR"}',
 }
-"""Sections as they are written; the others may be empty."""
+"""Examples of sections, for fixes. Sections that are not listed may be empty."""
 
 
-def _passed_on(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
-    """Put a key that dstune has none for into `settings`. Returns what is wrong with it; then it is left out."""
+def _pass_on(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
+    """Put a value that dstune has no key for into `settings`, unless something is wrong with it. Returns the problems."""
     if key in WITHOUT_EFFECT:
         return []
     if any(known_key.startswith(f"{key}.") for table in (OWN_KEYS, TRANSLATED, PASSED, FIXED) for known_key in table):
@@ -159,7 +159,7 @@ def _passed_on(key: str, value: Any, where: str, settings: dict[str, Any]) -> li
 
 
 def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with `zero.settings`, which may hold only what dstune has no key for."""
+    """Yield what is wrong with `zero.settings`, which may contain only keys of DeepSpeed for which dstune has none."""
     for key, value in dotted(settings, REFUSED):
         where = f"zero.settings.{key}"
         group = key.split(".", 1)[0].replace("scheduler", "schedule")
@@ -171,9 +171,7 @@ def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
         elif own_key:
             yield Problem(where, f"dstune's own key for this is {own_key}", f"{own_key}=VALUE", format_value(value))
         elif key in WITHOUT_EFFECT:
-            yield Problem(
-                where, "this has no effect: dstune does it on its own way", "leave it out", format_value(value)
-            )
+            yield Problem(where, "this has no effect: dstune does it by itself", "leave it out", format_value(value))
         else:
             yield from setting_problems(key, value, where)
 
@@ -183,11 +181,9 @@ def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
     if key in PASSED:
         kind = PASSED[key]
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        return (
-            []
-            if _typed(value, kind) is not None
-            else [Problem(where, f"expected {words[kind]}", value=format_value(value))]
-        )
+        if _typed(value, kind) is not None:
+            return []
+        return [Problem(where, f"expected {words[kind]}", value=format_value(value))]
     if key in FIXED:
         usual, reason = FIXED[key]
         if value == usual:
@@ -195,21 +191,24 @@ def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
         fix = f"remove it{'' if usual is None else f', or write {json.dumps(usual)}'}"
         return [Problem(where, f"dstune cannot honour this: {reason}", fix, format_value(value))]
     if key in REFUSED:
-        off = value in (None, False) if key in ON_WHEN_THERE else not value or not _asks(value)
-        return [] if off else [Problem(where, f"dstune cannot honour this: {REFUSED[key]}", "remove it")]
+        is_off = value in (None, False) if key in ON_WHEN_THERE else not value or not _is_switched_on(value)
+        return [] if is_off else [Problem(where, f"dstune cannot honour this: {REFUSED[key]}", "remove it")]
     return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", format_value(value))]
 
 
 ON_WHEN_THERE = {"zero_optimization.zenflow"}
-"""Sections that DeepSpeed takes for switched on where they are empty, too."""
+"""Sections that DeepSpeed treats as switched on even if they are empty."""
 
 
-def _asks(value: Any) -> bool:
+def _is_switched_on(value: Any) -> bool:
     return not isinstance(value, Mapping) or _enabled(value)
 
 
 def _enabled(section: Mapping[str, Any]) -> bool:
-    """Return whether a section asks for something: it says so, or it does not say that it is off."""
+    """Return whether a section switches something on: by `enabled` if it has that, else by any other value.
+
+    If a section with `enabled: true` has subsections, one of these must be on, too.
+    """
     parts = [part for part in section.values() if isinstance(part, Mapping)]
     if "enabled" in section:
         return bool(section["enabled"]) and (not parts or any(_enabled(part) for part in parts))
@@ -217,7 +216,7 @@ def _enabled(section: Mapping[str, Any]) -> bool:
 
 
 def _typed(value: Any, kind: type) -> Any:
-    """Return `value` as `kind`, None where it is none; JSON's 5e8 is a float that means a whole number."""
+    """Return `value` as `kind`; None if it has another type. A float such as JSON's 5e8 counts as a whole number."""
     if kind in (bool, str) or isinstance(value, (bool, str)):
         return value if type(value) is kind else None
     if not isinstance(value, (int, float)):
@@ -237,12 +236,12 @@ def _section(raw: Mapping[str, Any], name: str) -> Any:
 
 
 def _read_precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
-    """Add `trainer.precision` to `content`, by the sections `bf16` and `fp16`."""
+    """Add the `trainer.precision` that the sections `bf16` and `fp16` mean to `content`."""
     enabled_by_name = {}
     for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
         for section in sections:
-            content_of = _section(raw, section)
-            enabled = content_of.get("enabled", AUTO) if content_of and content_of != AUTO else AUTO
+            settings = _section(raw, section)
+            enabled = settings.get("enabled", AUTO) if settings and settings != AUTO else AUTO
             if enabled != AUTO:
                 enabled_by_name[name] = bool(enabled)
     enabled_names = [name for name, enabled in enabled_by_name.items() if enabled]
@@ -266,7 +265,7 @@ OPTIMIZER_FIXED: dict[str, Any] = {
 }
 
 
-def _optimizer(section: Any, content: Content, where: str) -> None:
+def _read_optimizer(section: Any, content: Content, where: str) -> None:
     if not isinstance(section, Mapping):
         return
     kind = section.get("type", AUTO)
@@ -280,7 +279,7 @@ def _optimizer(section: Any, content: Content, where: str) -> None:
         content.values.append(Value("optimizer", choice, "optimizer.type"))
     params = _params("optimizer", section, content, where)
     if choice == "adamw" and "weight_decay" not in params:
-        # Its own Adam decays nothing then; torch's, which `torch_adam` chooses, has a default.
+        # Without this key DeepSpeed's own Adam decays nothing. torch's AdamW, which `torch_adam` chooses, decays by 0.01.
         decay = 0.01 if params.get("torch_adam") and str(kind).lower() == "adamw" else 0.0
         content.values.append(Value("optimizer.weight_decay", decay, "optimizer.params.weight_decay, absent", True))
     for name, value in params.items():
@@ -315,7 +314,7 @@ SCHEDULER_PARAMS = {
 }
 
 
-def _scheduler(section: Any, content: Content, where: str) -> None:
+def _read_scheduler(section: Any, content: Content, where: str) -> None:
     if not isinstance(section, Mapping):
         return
     kind = section.get("type", AUTO)
@@ -338,15 +337,15 @@ def _scheduler(section: Any, content: Content, where: str) -> None:
             content.problems.append(Problem(f"{source} in {where}", reason, 'write "auto"', format_value(value)))
 
 
-def _same_values(content: Content, where: str) -> None:
-    """Check that a key that two places of the file give has one value."""
-    first: dict[str, Value] = {}
+def _merge_repeated(content: Content, where: str) -> None:
+    """Keep each key of dstune once; two places in the file that set it to different values are a problem."""
+    value_by_key: dict[str, Value] = {}
     for value in content.values:
-        other = first.setdefault(value.key, value)
+        other = value_by_key.setdefault(value.key, value)
         if other.value != value.value:
             reason = f"{other.source} says {format_value(other.value)}"
             content.problems.append(Problem(f"{value.source} in {where}", reason, value=format_value(value.value)))
-    content.values = list(first.values())
+    content.values = list(value_by_key.values())
 
 
 # ---- accelerate's format ----
@@ -368,20 +367,20 @@ ACCELERATE_WITHOUT_EFFECT = {
     "deepspeed_exclusion_filter",
     "seq_parallel_communication_data_type",
 }
-"""Keys of accelerate's section that say how it launches, loads and saves: dstune does each on its own way."""
+"""Keys by which accelerate decides how it launches, loads and saves; dstune does all of this in its own way."""
 
 
-def _of_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
+def _translate_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
+    """Translate a configuration of accelerate. Raises UserError if it would not use DeepSpeed."""
     section = raw.get("deepspeed_config")
     kind = str(raw.get("distributed_type", "DEEPSPEED")).upper()
     if not isinstance(section, Mapping) or kind != "DEEPSPEED":
-        reason = f"accelerate would not use DeepSpeed with it (distributed_type {kind})"
+        reason = f"accelerate does not use DeepSpeed with this file (distributed_type {kind})"
         raise UserError(Problem("zero.path", reason, "choose zero=stage2 or zero=stage3 instead", str(path)))
     settings: dict[str, Any] = {}
     problems: list[Problem] = []
     if file := section.get("deepspeed_config_file"):
-        beside = Path(file) if Path(file).is_file() else path.parent / file
-        settings = _parse(beside)
+        settings = _parse(Path(file) if Path(file).is_file() else path.parent / file)
     for name, value in section.items():
         if name in ACCELERATE and not file:
             _put(settings, ACCELERATE[name], value)
@@ -407,9 +406,9 @@ def _of_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
                 name
             )
             reason = (
-                "a DeepSpeed file has ZeRO's settings alone"
+                "zero=file reads only the settings of ZeRO"
                 if fix
-                else "ranks share rows by heads (parallel=ulysses) only"
+                else "dstune shares rows among ranks by attention heads only (parallel=ulysses)"
             )
             problems.append(Problem(where, reason, fix or "parallel=ulysses parallel.size=N", format_value(size)))
     content = translate(settings, str(path))

@@ -1,7 +1,7 @@
-"""What becomes of each key of a DeepSpeed configuration: the tables of `zero=file` and of `zero.settings`.
+"""Says what happens to each key of a DeepSpeed configuration: the tables for `zero=file` and `zero.settings`.
 
-Keys are dotted paths (`zero_optimization.stage`). What is in none of the tables is refused: a setting that nobody has
-looked at may change what is computed.
+Keys are dotted paths (`zero_optimization.stage`). A key that is in none of the tables is refused, because a setting that nobody has
+examined may change what is computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRANSLATED = {
     "optimizer.type": "optimizer",
     "scheduler.type": "schedule",
 }
-"""Keys that mean one of dstune's in other words (`deepspeed_file` has the words)."""
+"""Keys that correspond to one of dstune's, with other values (`deepspeed_file` translates these)."""
 
 PASSED: dict[str, type] = {
     "communication_data_type": str,
@@ -79,7 +79,7 @@ PASSED: dict[str, type] = {
     "aio.single_submit": bool,
     "aio.overlap_events": bool,
 }
-"""Keys that go into DeepSpeed's configuration as they are, with the type of their value."""
+"""Keys that are passed to DeepSpeed unchanged, with the type of their value."""
 
 GATHER = f"{ZERO}.gather_16bit_weights_on_model_save"
 WITHOUT_EFFECT = {
@@ -87,12 +87,12 @@ WITHOUT_EFFECT = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "seq_parallel_communication_data_type",
-    "aio.thread_count",  # what intra_op_parallelism was called
+    "aio.thread_count",  # the former name of intra_op_parallelism
     GATHER,
     GATHER.replace(".", ".stage3_"),
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save",
 }
-"""Keys that steer what dstune does by itself on another way: its own log, torch's optimizers, its own export."""
+"""Keys for what dstune does itself: its own log, torch's optimizers, its own export. They are ignored."""
 
 ELSEWHERE = "dstune does this by itself"
 NOT_YET = "this version does not support it"
@@ -158,7 +158,7 @@ FIXED: dict[str, tuple[Any, str]] = {
         }.items()
     },
 }
-"""Keys that may say only what dstune does anyway, and why."""
+"""Keys that are accepted only with the value that describes what dstune does anyway: that value, and the reason."""
 
 MONITOR = "set tracking.* instead"
 REFUSED = {
@@ -195,4 +195,4 @@ REFUSED = {
     "zero_optimization.leaf_module": NOT_YET,
     "zero_optimization.zeropp_loco_param": ZEROPP,
 }
-"""Sections that are refused unless they are switched off, and why."""
+"""Sections that are refused unless they are switched off, with the reason."""

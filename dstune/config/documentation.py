@@ -1,4 +1,4 @@
-"""The documentation of every key, read from the classes of the schema: for `--help`, and for the guides (`tools/guides.py`)."""
+"""Reads the documentation of every key from the classes of the schema, for `--help` and the guides (`tools/guides.py`)."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 @cache
 def documentation() -> tuple[Setting, ...]:
-    """Return every key that can be set, in the order of the schema. A key of several choices comes once for each."""
+    """Return every key that can be set, in the order of the schema. A key that several choices have is returned once for each."""
     settings: list[Setting] = []
     for section in sections():
         for choice, cls in classes_of(section).items():
             group = f"{section}={choice}" if choice else section
-            settings += _of_class(cls, group, section)
+            settings += _settings_of(cls, group, section)
     settings.append(Setting("", KEY, "a list such as [a,b]", "[]", PLUGINS_DOC))
     return tuple(settings)
 
@@ -89,25 +89,25 @@ PLUGINS_DOC = (
 )
 
 
-def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
+def _settings_of(cls: type, group: str, prefix: str) -> list[Setting]:
     hints = type_hints(cls)
     docs = attribute_docs(cls)
     settings = []
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], f"{prefix}.{field.name}"
         if is_section(hint):
-            settings += _of_class(hint, group, key)
-        elif not (field.name == "name" and prefix in CHOICES):  # said by `method=lora`, not by itself
+            settings += _settings_of(hint, group, key)
+        elif not (field.name == "name" and prefix in CHOICES):  # chosen by `method=lora`, not set as a key
             default = getattr(cls(), field.name)
             doc = docs.get(field.name) or field.metadata.get(DOC, "")
             settings.append(Setting(group, key, describe(hint), format_value(default), doc))
             if entries := entry_class(hint):
-                settings += _of_class(entries, group, f"{key}.NAME")
+                settings += _settings_of(entries, group, f"{key}.NAME")
     return settings
 
 
 def merged() -> list[Setting]:
-    """Return `documentation()` with equal keys of several choices as one row (`schedule=cosine|linear`)."""
+    """Return `documentation()` with a key that several choices share as one setting (`schedule=cosine|linear`)."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for setting in documentation():
         rows.setdefault(setting[1:], []).append(setting.group)
@@ -150,7 +150,7 @@ def index(groups: Mapping[str, Sequence[str]]) -> str:
     """Return the text of `dstune train --help`: a page that leads to the help of groups and keys.
 
     Args:
-        groups: the choices of each group, user's own included.
+        groups: the choices of each group, including the user's own.
     """
     lines = [
         "usage: dstune train [FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",
@@ -183,7 +183,7 @@ def index(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 LISTED = 6
-"""Choices of a group in the index."""
+"""Number of choices of a group that the index lists."""
 
 
 def _section_of(setting: Setting) -> str:
@@ -194,7 +194,7 @@ def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
     """Return the text of `dstune train --help NAME`, for a group, a choice (`method=lora`, `lora`), a key, or `all`.
 
     Raises:
-        UserError: there is no such thing; names the nearest.
+        UserError: there is no such group, choice or key; suggests the nearest.
     """
     group, _, choice = name.partition("=")
     if name == "all":
@@ -249,7 +249,7 @@ def _default_of(setting: Setting) -> str:
 
 
 def _bounds(setting: Setting) -> str:
-    """Return the range of a number in words; empty where it has none."""
+    """Return the range of a number in words; empty if it has none."""
     metadata = _metadata(setting.key, setting.group)
     return " and ".join(f"{words} {metadata[kind]:g}" for kind, (_, words) in TESTS.items() if kind in metadata)
 
@@ -277,7 +277,7 @@ def _group_text(name: str, choices: Sequence[str], settings: Sequence[Setting]) 
 
 
 def _default_choice(group: str) -> str | None:
-    """Return what the root of every configuration chooses of a group; None where it chooses nothing."""
+    """Return the choice that the root configuration makes for a group; None if it makes none."""
     import yaml
 
     from dstune.config.hydra_session import ROOT_CONFIG, config_folder
@@ -298,7 +298,7 @@ def _choice_text(group: str, choice: str) -> str:
 
 
 def _description(group: str, choice: str) -> str:
-    """Return what the choice's file says of itself, or its class."""
+    """Return the description in the choice's file, or else in the docstring of its class."""
     from dstune.config.presets import description_of_choice
 
     if text := description_of_choice(group, choice):
@@ -308,7 +308,7 @@ def _description(group: str, choice: str) -> str:
 
 
 def _rows(settings: Sequence[Setting], choice: bool = True) -> dict[str, str]:
-    """Return keys with their defaults, and what they mean."""
+    """Return the meaning of each setting by `KEY=DEFAULT`. choice: whether to add the choices that have the key."""
     rows = {}
     names_by_key = registered_values()
     for setting in settings:
@@ -348,7 +348,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
     """Return the text of `dstune train --help all`: every group and key.
 
     Args:
-        groups: the choices of each group, user's own included.
+        groups: the choices of each group, including the user's own.
     """
     parts = [
         "usage: dstune train [FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",

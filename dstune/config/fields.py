@@ -1,4 +1,4 @@
-"""How a field of the configuration states its default and its range."""
+"""Declares fields of the configuration with their default and range."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from enum import Enum
 from typing import Any
 
 SIGNED = "signed"
-"""In the metadata of a field: whether, or with which values, it runs code or reaches out."""
+"""Key in a field's metadata: whether, or with which values, the field runs code or contacts other machines."""
 
 
 class MemberName(str):
-    """Type of a field whose value is the name of something that is registered: a plain text, checked against `options`."""
+    """Type of a field whose value is the name of a registered member: a plain text, checked against `options`."""
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Return all names, as they are now: plugins add to them."""
+        """Return all names that are registered now; plugins may add more."""
         raise NotImplementedError
 
 
@@ -27,13 +27,13 @@ class Automatic(Enum):
 
 
 DOC = "doc"
-"""In the metadata of a field that stands in no source: its line of documentation."""
+"""Key in the metadata of a field that was not written in source code: its documentation."""
 BY_METHOD = "by_method"
-"""There of one whose default is the method's."""
+"""Key in the metadata of a field whose default depends on the method."""
 
 
 def options_of(hint: Any) -> tuple[str, ...]:
-    """Return the words that a field of this type takes; empty for types whose values are not among a few words."""
+    """Return the words that a field of this type accepts; empty if the type is not limited to certain words."""
     if not isinstance(hint, type):
         return ()
     if issubclass(hint, MemberName):
@@ -53,9 +53,9 @@ def setting(
 ) -> Any:
     """Declare a field with a default and the range that `ranges.check_ranges` enforces (None is always allowed).
 
-    by_method: where nobody gives a value, a composed configuration has the method's (`config.by_method`) in place of `default`.
-    signed: it runs code or reaches out with any other value than the default, or with those that the function says: a stored
-    run is believed in it only with a signature (`config/trust.py`). For values and lists, not for mappings.
+    by_method: if nobody sets the field, a composed configuration has the method's value (`config.by_method`) instead of `default`.
+    signed: any value but the default, or those for which the function returns true, runs code or contacts other machines. Such a
+    value in a stored run is used only with a signature (`config/trust.py`). For values and lists, not for mappings.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}

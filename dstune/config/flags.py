@@ -1,4 +1,4 @@
-"""Hydra's flags (`--cfg`, `--help`, `--info`, ...) behind a verb of dstune: reading them and answering them."""
+"""Parses and answers Hydra's flags (`--cfg`, `--help`, `--info`, ...) after a verb of dstune."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ OTHER_VERBS = {
     "--prune": "checkpoints",
     "--now": "cancel",
 }
-"""Flags of other verbs."""
+"""Flags of other verbs, with the verb that each belongs to."""
 
 
 @dataclass(frozen=True)
 class Flags:
-    """A command line behind its verb."""
+    """The parsed words of a command line after its verb."""
 
     overrides: list[str]
     config_dirs: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Flags:
 
     @property
     def shows(self) -> bool:
-        """Whether something is to be shown (`show`) instead of run."""
+        """Whether the command shows something (`show`) instead of starting a run."""
         return bool(self.cfg or self.info or self.help or self.hydra_help or self.shell_completion)
 
 
@@ -88,19 +88,19 @@ def _parser() -> _Parser:
 
 
 def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
-    """Return the overrides and Hydra's flags in `argv` (without the verb, a PATH and what the verb itself understands).
+    """Parse the overrides and Hydra's flags in `argv`, which contains neither the verb nor words that the verb parses itself.
 
-    may_sweep: whether the verb knows `--multirun`.
+    may_sweep: whether the verb accepts `--multirun`.
 
     Raises:
-        UserError: an unknown flag (with the key it probably means), a missing or wrong value of one.
+        UserError: an unknown flag (with the key that was probably meant), or a missing or wrong value of a flag.
     """
     words = list(argv)
     for i, word in enumerate(words):
         if word in ("--info", "-i") and (i + 1 == len(words) or words[i + 1] not in INFO):
-            words[i] = "--info=all"  # its value may be left out, and argparse would take the next override for it
+            words[i] = "--info=all"  # without a value, argparse would take the next override as its value
     parsed, unknown = _parser().parse_known_intermixed_args(words)
-    # A word without dashes here is the value of the unknown flag before it.
+    # In `unknown`, a word without dashes is the value of the flag before it.
     following = dict(itertools.pairwise(words))
     problems = [_unknown_flag(flag, following.get(flag, "")) for flag in unknown if flag.startswith("-")]
     if parsed.multirun and not may_sweep:
@@ -133,8 +133,10 @@ def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
 
 
 def _unknown_flag(flag: str, following: str) -> Problem:
-    """Return the problem of an unknown flag: `--max-steps 5` of another tool is a key here, `--cgf` a mistyped flag; `following`
-    is the word behind it."""
+    """Return the problem with an unknown flag, such as `--max-steps 5` of another tool, or `--cgf`, which is misspelled.
+
+    following: the word after it.
+    """
     name, equals, value = flag.partition("=")
     if not equals and not following.startswith("-"):
         value = following
@@ -158,10 +160,10 @@ def _unknown_flag(flag: str, following: str) -> Problem:
 
 
 def show(flags: Flags, verbs: Verbs | None = None) -> int:
-    """Answer what `flags` ask for on standard output. Returns the exit code 0.
+    """Print what `flags` ask for on standard output. Returns the exit code 0.
 
     Args:
-        verbs: what completion offers; None where no completion is asked for.
+        verbs: the verbs that completion offers; None if `flags` do not ask for completion.
 
     Raises:
         UserError: wrong overrides or a wrong file of zero.path, as `compose` does, or a package that the configuration does
@@ -200,13 +202,13 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
 
 
 def _topics(words: Sequence[str]) -> list[str]:
-    """Return what `--help` is asked about: names, and choices of groups."""
-    settings = (*ROOT_KEYS, "experiment", "hydra")  # what makes more groups and keys known
+    """Return the words that `--help` is asked about: names of groups, choices and keys."""
+    settings = (*ROOT_KEYS, "experiment", "hydra")  # overrides of these add groups and keys
     return [word for word in words if word.partition("=")[0].partition(".")[0] not in settings or "=" not in word]
 
 
 def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
-    """Return the text of `--cfg`: what Hydra prints, with a `UserError` for a package that is not there."""
+    """Return the text that Hydra prints for `--cfg`. Raises UserError if the configuration has no such package."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import Container, OmegaConf
 

@@ -1,4 +1,4 @@
-"""What people type by habit, of other tools or by a common slip, and what to type here."""
+"""Recognizes what people type out of habit from other tools, or by a common slip, and says what to type instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HUB_NAMES = {
     "roberta-large": "FacebookAI/roberta-large",
     "xlm-roberta-base": "FacebookAI/xlm-roberta-base",
 }
-"""Models that are known by a name without their owner."""
+"""Paths of models that people call by a name without its owner."""
 
 TASK_WORDS = {
     "sft": "task=chat",
@@ -95,10 +95,12 @@ METHODS = {
 
 
 def _switched(words: str, otherwise: str = "leave it out") -> Callable[[str], str]:
+    """Return the answer for a switch: `words` if it is turned on or has no value, else `otherwise`."""
     return lambda value: words if value.lower() in SWITCHES or not value else otherwise
 
 
-def _by(table: dict[str, str], key: str) -> Callable[[str], str]:
+def _looked_up(table: dict[str, str], key: str) -> Callable[[str], str]:
+    """Return the answer for a value that is looked up in `table`; a value that is not there becomes one of `key`."""
     return lambda value: table.get(_plain(value)) or f"{key}={value or 'NAME'}"
 
 
@@ -139,8 +141,8 @@ ANSWERS: dict[str, str | Callable[[str], str]] = {
     "launch.gpus": "launch.processes={value}",
     "wandb": _switched("tracking.wandb.mode=online", "tracking.wandb.mode=disabled"),
     "tracking.wandb": _switched("tracking.wandb.mode=online", "tracking.wandb.mode=disabled"),
-    "report_to": _by(TRACKERS, "tracking"),
-    "logger": _by(TRACKERS, "tracking"),
+    "report_to": _looked_up(TRACKERS, "tracking"),
+    "logger": _looked_up(TRACKERS, "tracking"),
     "bf16": _switched("trainer.precision=bf16", "trainer.precision=fp32"),
     "fp16": _switched("trainer.precision=fp16", "trainer.precision=fp32"),
     "logging_steps": "leave it out: every step is a line of metrics.jsonl",
@@ -165,8 +167,8 @@ ANSWERS: dict[str, str | Callable[[str], str]] = {
     "finetuning_type": _method,
     "adapter": _method,
     "peft_type": _method,
-    "lr_scheduler_type": _by(SCHEDULES, "schedule"),
-    "lr_scheduler": _by(SCHEDULES, "schedule"),
+    "lr_scheduler_type": _looked_up(SCHEDULES, "schedule"),
+    "lr_scheduler": _looked_up(SCHEDULES, "schedule"),
     "optim": lambda value: "optimizer=sgd" if value == "sgd" else "optimizer=adamw",
     "optimizer.type": lambda value: "optimizer=sgd" if value.lower() == "sgd" else "optimizer=adamw",
     "adam_beta1": "'optimizer.betas=[{value},0.999]'",
@@ -189,14 +191,14 @@ ANSWERS: dict[str, str | Callable[[str], str]] = {
     "flash_attention": "model.attention=flash_attention_2",
     "attn_implementation": "model.attention={value}",
 }
-"""By a key that does not exist: the words to type; `{value}` stands for what was given."""
+"""What to type instead of a key that does not exist, by that key. `{value}` stands for the value that was typed."""
 
 
 def answer(key: str, value: str = "") -> str | None:
-    """Return what to type in place of `key=value`, where that is a habit of other tools or a common slip; None where it is none."""
+    """Return what to type instead of `key=value`, if that is a habit from other tools or a common slip; else None."""
     plain = key.lower().replace("-", "_")
     section, _, name = plain.rpartition(".")
-    # `trainer` is where other tools keep everything; of another section it is a slip within that section.
+    # Other tools keep everything in `trainer`. A name in another section of dstune is a slip within that section.
     template = ANSWERS.get(plain) or (None if section in sections() and section != "trainer" else ANSWERS.get(name))
     if template is None:
         return None
@@ -204,7 +206,7 @@ def answer(key: str, value: str = "") -> str | None:
 
 
 def _choice_words(group: str, value: str) -> str | None:
-    """Return what to type in place of `group=value`, a choice that does not exist; None where nothing is known of it."""
+    """Return what to type instead of `group=value`, a choice that does not exist; None if the value is not a known habit."""
     plain = _plain(value)
     if group == "model":
         return None if Path(value).is_dir() or "/" in value or value.startswith("sample:") else model_words(value)
@@ -238,7 +240,7 @@ def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
 
 
 def model_words(name: str) -> str:
-    """Say how to choose a model that somebody calls `name`: of the prepared ones by its name on the hub, else by its path."""
+    """Return what to type for a model that the user calls `name`: `model=PRESET` if it has a preset, else `model.path=...`."""
     if name in packaged_choices()["model"]:
         return f"model={name}"
     if "/" in name or Path(name).is_dir():
@@ -256,10 +258,10 @@ def model_words(name: str) -> str:
 
 
 def with_preset_names(overrides: Sequence[str]) -> list[str]:
-    """Return `overrides` with `model=NAME` in place of another spelling of it: `qwen3-4b`, or a model's name on the hub without its
-    owner.
+    """Return `overrides` with the name of the preset instead of another spelling in `model=...`: `qwen3-4b`, or the model's name on
+    the hub without its owner.
 
-    What several presets could mean, or a choice of the user's own, stays as it is.
+    A name that could mean several presets, or that is the user's own choice, stays unchanged.
     """
     return [_with_preset_name(text) for text in overrides]
 
@@ -268,8 +270,10 @@ def _with_preset_name(text: str) -> str:
     key, equals, value = text.partition("=")
     if key != "model" or not equals or not re.fullmatch(r"[\w .-]+", value) or value in packaged_choices()["model"]:
         return text
-    spelled = _letters(value)
-    presets = {name for name, path in _preset_paths() if spelled in (_letters(name), _letters(path.rpartition("/")[2]))}
+    spelling = _letters(value)
+    presets = {
+        name for name, path in _preset_paths() if spelling in (_letters(name), _letters(path.rpartition("/")[2]))
+    }
     return f"model={presets.pop()}" if len(presets) == 1 else text
 
 
@@ -278,11 +282,12 @@ def _letters(name: str) -> str:
 
 
 def as_fix(words: str) -> str:
-    """Return the answer as the fix of a problem."""
+    """Return an answer as the fix of a problem: `write KEY=VALUE`, or a sentence as it is."""
     return f"write {words}" if re.match(r"'?[a-z_.]+=", words) else words
 
 
 def _preset_paths() -> Sequence[tuple[str, str]]:
+    """Return (preset, path of its model) for each packaged file of the group `model`."""
     from dstune.config.hydra_session import config_folder
 
     paths = []

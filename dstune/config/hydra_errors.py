@@ -1,7 +1,6 @@
-"""What a user has to change when Hydra, OmegaConf or the YAML reader refuses one of the chosen files.
+"""Translates errors of Hydra, OmegaConf and the YAML parser into problems that say what a user has to change in a file.
 
-Mistakes in overrides are found by `overrides.check`, which names keys better than Hydra does; what comes here is wrong
-inside a file.
+`overrides.check` finds mistakes in overrides before, and names keys better than Hydra does, so errors here come from inside a file.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def problem_of(error: BaseException, hydra: Hydra) -> Problem:
-    """Return the one problem that Hydra stopped at."""
+    """Return the problem that Hydra stopped at."""
     from hydra.errors import MissingConfigException
 
     if isinstance(error, UserWarning):
@@ -36,11 +35,13 @@ def problem_of(error: BaseException, hydra: Hydra) -> Problem:
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         problem = unknown_choice(group, choice, list(error.options or []))
-        if named_file is None or named_file[1] == "train":  # the defaults list that another file changed, not its place
+        if (
+            named_file is None or named_file[1] == "train"
+        ):  # Hydra names the root, although another file changed its defaults list
             return problem
         return Problem(where, f"{problem.reason}: {choice}", problem.fix)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines and error.__cause__ is not None:  # of the class of a choice, which OmegaConf cannot read
+    if not lines and error.__cause__ is not None:  # OmegaConf cannot read the class of a choice
         cause = str(error.__cause__)
         lines = cause.splitlines()
         owner = re.search(r"object_type=(?!NoneType)(\w+)", cause)
@@ -59,7 +60,7 @@ def problem_of(error: BaseException, hydra: Hydra) -> Problem:
 
 
 def file_of(config: str, hydra: Hydra) -> str:
-    """Return the path of a configuration (`experiment/mine`) as Hydra finds it; its name where it is inside a package."""
+    """Return the path at which Hydra finds a configuration (`experiment/mine`); only its file name if it is inside a package."""
     for source in hydra.config_loader.get_sources():
         path = Path(source.path) / f"{config}.yaml"
         if source.scheme() == "file" and path.is_file():
@@ -68,7 +69,7 @@ def file_of(config: str, hydra: Hydra) -> str:
 
 
 def _key_problem(where: str, key: str, lines: list[str]) -> Problem:
-    """Return the problem of a key in a file: it does not exist, or its value has the wrong type."""
+    """Return the problem with a key in a file that does not exist, or whose value has the wrong type."""
     text = " ".join(lines)
     if key in all_keys() and (value := re.search(r"Value '(.*?)' of type|Invalid value '(.*?)'", text)):
         rejected_value = value[1] or value[2] or ""

@@ -1,4 +1,4 @@
-"""Hydra with dstune's groups: its typed schema (the mutable twin of `schema.py`) and where the YAML files are."""
+"""Prepares Hydra to compose dstune's groups: its typed schema (the mutable twin of `schema.py`) and the folders of YAML files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ ROOT_CONFIG = "train"
 
 @cache
 def mutable_twin(cls: type) -> type:
-    """Return the same dataclass without `frozen` (Hydra merges into it), nested classes included: a default that is a class is
-    an instance of it for OmegaConf."""
+    """Return a copy of the dataclass `cls` and its nested classes without `frozen`, since Hydra merges values into instances.
+
+    The default of a nested section is its class, which OmegaConf instantiates.
+    """
     twins: list[tuple[str, Any, Any]] = []
     hints = type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -43,16 +45,16 @@ def mutable_twin(cls: type) -> type:
         elif BY_METHOD in field.metadata:
             twins.append((field.name, Any, dataclasses.field(default=None)))  # `by_method.fill` replaces it
         elif entry_class(hint):
-            # Untyped: OmegaConf would stop at the first wrong key; `from_dict` checks all of them and names the nearest.
+            # Untyped, because OmegaConf would stop at the first wrong key; `from_dict` checks all of them and names the nearest.
             twins.append((field.name, dict[str, Any], dataclasses.field(default_factory=dict)))
         elif (isinstance(hint, types.UnionType) and not is_optional(hint)) or _is_member_name(hint):
-            # Untyped: OmegaConf has no union with a word in it, nor names that are looked up.
+            # Untyped, because OmegaConf has neither unions of numbers and words nor names that are looked up in a registry.
             twins.append((field.name, Any, dataclasses.field(default=field.default)))
         elif field.default_factory is not dataclasses.MISSING:
             twins.append((field.name, hint, dataclasses.field(default_factory=field.default_factory)))
         else:
             twins.append((field.name, hint, dataclasses.field(default=field.default)))
-    # OmegaConf reads fields; what `dataclass` would write into the class takes 0.3 ms each, for 40 classes.
+    # OmegaConf reads only the fields. Generating the methods of a dataclass takes 0.3 ms, for each of 40 classes.
     return dataclasses.make_dataclass(cls.__name__, twins, init=False, repr=False, eq=False)
 
 
@@ -62,8 +64,10 @@ def _is_member_name(hint: Any) -> bool:
 
 
 class _Schemas(dict[str, Any]):
-    """A group of Hydra's store: the choices of a section, as nodes that are made when they are read. A run reads 7 of 44, a
-    node takes 3 ms, and importing the rooms of all choices 0.1 s."""
+    """A group in Hydra's store with the choices of a section, whose nodes are created when they are read.
+
+    A run reads 7 of 44 nodes; creating one takes 3 ms, and importing the rooms of all choices 0.1 s.
+    """
 
     def __init__(self, section: str) -> None:
         super().__init__()
@@ -94,40 +98,40 @@ def _node(section: str, name: str, cls: type) -> Any:
     return ConfigNode(name=name, node=node, group=f"schema/{section}", package=None, provider="dstune")
 
 
-_of_plugins: list[tuple[str, str]] = []
-"""Group and name of the stored choices that plugins add."""
+_plugin_choices: list[tuple[str, str]] = []
+"""(group, name) of the stored choices that plugins add."""
 
 
 @cache
 def register_schema() -> None:
-    """Store the schema with Hydra: `run_schema` types sections without choices, `schema/GROUP/CHOICE` the others."""
+    """Store the schema with Hydra: `run_schema` types the sections without choices, `schema/GROUP/CHOICE` those with choices."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for group, name in _of_plugins:
-        store.repo[group].pop(f"{name}.yaml", None)  # of a plugin that may not be active any more
-    _of_plugins.clear()
+    for group, name in _plugin_choices:
+        store.repo[group].pop(f"{name}.yaml", None)  # its plugin may no longer be active
+    _plugin_choices.clear()
     plugins.load_installed()
     store.repo["schema"] = {section: _Schemas(section) for section in CHOICES}
     root: list[tuple[str, Any, Any]] = []
     for section in sections():
         if section in CHOICES:
-            # Any: the choice's own schema replaces this value, and OmegaConf has no union of classes.
+            # `Any`, because the schema of the choice replaces this value, and OmegaConf has no union of classes.
             root.append((section, Any, dataclasses.field(default_factory=dict)))
             for choice, member in CHOICES.of_plugins(section).items():
-                # A choice without a file: `GROUP=NAME` with the defaults of the class, as conf/GROUP/NAME.yaml has them, and
-                # what choosing it sets in other sections.
+                # A plugin's choice has no file like conf/GROUP/NAME.yaml. This node takes its place: the defaults of the class,
+                # and the settings of other sections that the choice implies.
                 settings = getattr(member, "choice_settings", {})
                 node = {"defaults": [f"/schema/{section}/{choice}@{section}", "_self_"], **settings}
                 store.store(choice, node, group=section, package="_global_", provider=member.Config.__module__)
-                _of_plugins.append((section, choice))
+                _plugin_choices.append((section, choice))
         else:
             twin = mutable_twin(classes_of(section)[""])
             root.append((section, twin, twin))
     for key, hint in ROOT_KEYS.items():
         root.append((key, hint, dataclasses.field(default_factory=list)))
-    made = dataclasses.make_dataclass("RunConfig", root, init=False, repr=False, eq=False)
-    store.store(name="run_schema", node=made, provider="dstune")
+    run_schema = dataclasses.make_dataclass("RunConfig", root, init=False, repr=False, eq=False)
+    store.store(name="run_schema", node=run_schema, provider="dstune")
 
 
 on_change(register_schema.cache_clear)
@@ -136,10 +140,10 @@ on_change(register_schema.cache_clear)
 def config_folder() -> Path:
     """Return the folder `conf/` beside the package in a checkout, `dstune/conf` where it is installed.
 
-    The checkout comes first: run from one with another one installed, `dstune.conf` would be the other's.
+    The checkout comes first: if another version is installed, `dstune.conf` would be that version's.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither folder exists.
     """
     package = Path(dstune.__file__).resolve().parent
     folder = package.parent / "conf"
@@ -154,14 +158,14 @@ def config_folder() -> Path:
 
 
 def config_folders() -> list[Path]:
-    """Return the folders with dstune's own choices: `conf/`, then `dstune/WING/conf/` of the wings that are there."""
+    """Return the folders with dstune's own choices: `conf/`, then `dstune/WING/conf/` of each wing that is installed."""
     package = Path(dstune.__file__).resolve().parent
     return [config_folder(), *sorted(folder for folder in package.glob("*/conf") if folder.is_dir())]
 
 
 @contextmanager
 def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
-    """Prepare Hydra to compose; `config_dirs` are searched after dstune's own groups, so they add choices.
+    """Prepare Hydra to compose. `config_dirs` are searched after dstune's own groups, so they add choices but replace none.
 
     Raises:
         UserError: one of `config_dirs` is no folder.
@@ -186,7 +190,7 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
             *(("dstune", folder) for folder in wings),
             *(("command-line", path) for path in config_dirs),
         ]:
-            # As Hydra's --config-dir does it: in front of the schema, behind the application's own files.
+            # As with Hydra's --config-dir: before the schema, after dstune's own files.
             search_path.prepend(provider, f"file://{Path(extra).resolve()}", SearchPathQuery(provider="schema"))
         if wings or config_dirs:
             hydra.config_loader.repository.initialize_sources(search_path)
@@ -194,7 +198,7 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
 
 
 def hidden_files(composed: DictConfig) -> Iterator[Problem]:
-    """Yield a problem for each file of the user's folders that dstune's own of the same name hides from this composition."""
+    """Yield a problem for each file in the user's folders that has no effect because dstune has a file of the same name."""
     runtime, packaged_folders = composed.hydra.runtime, config_folders()
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     chosen = [("", ROOT_CONFIG)]
@@ -207,12 +211,12 @@ def hidden_files(composed: DictConfig) -> Iterator[Problem]:
             continue
         for path in (folder / file for folder in folders):
             if not path.is_file() or _settings(path) == _settings(packaged):
-                continue  # a copy that nobody has edited has all the effect that it can have
+                continue  # an unedited copy would change nothing anyway
             where = f"{group}={name}" if group else packaged.name
             fix = f"rename it: as {group}/my_{name}.yaml it is chosen by {group}=my_{name}"
             if not group:
                 fix = f"put its keys into {path.parent}/experiment/NAME.yaml, which experiment=NAME chooses"
-            yield Problem(str(path), f"this file would have no effect: {where} is dstune's own", fix)
+            yield Problem(str(path), f"this file would have no effect: {where} chooses dstune's own file", fix)
 
 
 def _settings(file: Path) -> list[bytes]:
@@ -221,7 +225,7 @@ def _settings(file: Path) -> list[bytes]:
 
 @contextmanager
 def program_name() -> Iterator[None]:
-    """Let Hydra print `dstune` as the program: it looks at argv, which is __main__.py for `python -m dstune`."""
+    """Let Hydra print `dstune` as the program's name, which it takes from argv (`__main__.py` with `python -m dstune`)."""
     argv = sys.argv
     sys.argv = ["dstune"]
     try:
@@ -231,16 +235,16 @@ def program_name() -> Iterator[None]:
 
 
 def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return the choices of every group but Hydra's own (the schema has only groups in it, no choices).
+    """Return the choices of every group except Hydra's own. The group `schema` contains only groups, so it has none.
 
-    `searched`: overrides of hydra.searchpath.
+    searched: overrides of `hydra.searchpath`.
     """
     from hydra.core.object_type import ObjectType
 
     def options(group: str, kind: ObjectType) -> list[str]:
         if searched:
             return hydra.config_loader.get_group_options(group, kind, ROOT_CONFIG, list(searched))
-        # The loader copies its whole repository for every question: 0.3 s for all groups.
+        # The loader would copy its repository for every call: 0.3 s for all groups.
         return hydra.config_loader.repository.get_group_options(group, kind)
 
     groups = [group for group in options("", ObjectType.GROUP) if group != "hydra"]

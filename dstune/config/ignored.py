@@ -41,7 +41,8 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
         reason = f"the first sweep.startup_trials={sweep.startup_trials} trials are never ended early, and there are {sweep.trials}"
         unused["sweep.pruner"] = (reason, f"sweep.startup_trials={max(1, sweep.trials // 3)}")
     elif sweep.pruner is Pruner.asha and sweep.sampler is not Sampler.grid and sweep.trials < sweep.reduction_factor:
-        reason = f"it ends no trial before sweep.reduction_factor={sweep.reduction_factor} of them reach a step; there are {sweep.trials}"
+        needed = f"sweep.reduction_factor={sweep.reduction_factor}"
+        reason = f"it ends no trial before {needed} trials have reached the same step, and there are {sweep.trials}"
         unused["sweep.pruner"] = (reason, f"sweep.trials={4 * sweep.reduction_factor}")
     if sweep.sampler is Sampler.grid:
         unused["sweep.trials"] = ("sweep.sampler=grid tries every combination", "sweep.sampler=tpe")

@@ -1,4 +1,4 @@
-"""Names a user may write: sections, choices and dotted keys of the schema, and the nearest valid one for a wrong."""
+"""Lists the names that a user may write (sections, choices, dotted keys) and finds the nearest valid one for a wrong name."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ OTHER_TOOLS = {
     "num_machines": "launch.nodes",
     "wandb_entity": "tracking.wandb.entity",
 }
-"""What other fine-tuning tools call a key (no string distance finds these)."""
+"""dstune's keys by the names that other fine-tuning tools use, which no string distance would find."""
 
 OTHER_VALUES = {
     "openai": "messages",
@@ -113,11 +113,11 @@ OTHER_VALUES = {
     "flash": "flash_attention_2",
     "fa2": "flash_attention_2",
 }
-"""What they call a value of a choice."""
+"""dstune's values by the names that other tools use."""
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the most similar of `valid`, or None where nothing is similar."""
+    """Return the most similar of `valid`, or None if nothing is similar."""
     choices = list(valid)
     equal = [choice for choice in choices if choice.casefold() == name.casefold()]
     matches = equal or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
@@ -126,13 +126,13 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 @cache
 def type_hints(cls: type) -> dict[str, Any]:
-    """Return `typing.get_type_hints` of the fields, remembered: evaluating the annotations costs more than reading them."""
+    """Return the type hints of a class's fields by name. They are cached, because evaluating annotations is slow."""
     hints = typing.get_type_hints(cls)
     return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
 
 
 def registered_values() -> dict[str, tuple[str, ...]]:
-    """Return keys that take names of what is registered, plugins included, without being limited to them by their type."""
+    """Return the registered names (including plugins') for keys that take such names although their type allows any text."""
     return {
         "trainer.early_stopping.metric": tuple(METRICS),
         "trainer.callbacks": tuple(name for name in CALLBACKS if not CALLBACKS[name].is_automatic()),
@@ -140,7 +140,7 @@ def registered_values() -> dict[str, tuple[str, ...]]:
 
 
 ROOT_KEYS: dict[str, Any] = {"plugins": list[str]}
-"""Keys outside the sections: what is read before there is a schema."""
+"""Keys outside of the sections, which are read before there is a schema."""
 
 
 @cache
@@ -150,8 +150,8 @@ def sections() -> tuple[str, ...]:
 
 
 def classes_of(section: str) -> Mapping[str, type]:
-    """Return the classes that a section may have by the choice's name; one unnamed class where there is no choice."""
-    made_classes = {"tracking": tracking_class}  # made of what is registered
+    """Return the possible classes of a section by choice; for a section without choices, one class under an empty name."""
+    made_classes = {"tracking": tracking_class}  # its fields are those of the registered trackers
     return CHOICES.get(section) or {
         "": made_classes[section]() if section in made_classes else type_hints(RunConfig)[section]
     }
@@ -174,7 +174,7 @@ def entry_class(hint: Any) -> type | None:
 
 
 def entry_leaves(key: str, mapping: str, cls: type) -> dict[str, Any]:
-    """Return dotted keys of the entry of `mapping` that `key` is in: those below `data.mixture.chat` for one of its keys."""
+    """Return the dotted keys with type hints of the entry of `mapping` that contains `key`, such as `data.mixture.chat`."""
     name = key.removeprefix(f"{mapping}.").split(".", 1)[0]
     return leaves(cls, f"{mapping}.{name}")
 
@@ -243,8 +243,8 @@ def suggest_key(key: str, valid: Iterable[str]) -> str | None:
     same_last = [candidate for candidate in valid if candidate.rsplit(".", 1)[-1] == last]
     if same_last:
         return nearest(key, same_last, cutoff=0.0)
-    # By the last part: a shared `trainer.` would make any two of its keys look alike. A key that looks like one of another section
-    # is not what was meant: launch.nodes is not tracking.notes.
+    # Last parts are compared, as a shared `trainer.` would make any two of its keys similar. Keys of another section are not
+    # suggested: launch.nodes is not tracking.notes.
     section = key.rpartition(".")[0]
     if section in sections() or key in sections():
         candidates = [name for name in valid if section and name.startswith(f"{section}.")]

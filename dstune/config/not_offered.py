@@ -1,7 +1,7 @@
-"""What other tools and DeepSpeed have and dstune does not offer: refused by its name, with the reason.
+"""Lists features of other tools and DeepSpeed that dstune does not offer, with the reason for refusing each.
 
-An option is offered when it was measured or held against a reference. These need GPUs, of which none could be reached, or a
-data path of their own.
+dstune offers an option once it has been measured or compared with a reference. These need GPUs, none of which could be reached, or
+a separate data path.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 
 from dstune.core.errors import Problem
 
-UNMEASURED = "it was neither held against a reference nor measured on a GPU yet"
+UNMEASURED = "it has been neither compared with a reference nor measured on a GPU yet"
 
 FEATURES: dict[str, tuple[str, str]] = {
     "adafactor": (
-        "Adafactor: it saves memory by the rows and columns of whole matrices, and ZeRO keeps vectors",
+        "Adafactor: it saves memory by keeping rows and columns of complete matrices, but ZeRO keeps flat vectors",
         "optimizer=adamw_8bit or optimizer=lion",
     ),
     "schedule_free": (
-        "schedule-free AdamW: the weights to evaluate and export are others than those that it trains, in every checkpoint",
+        "schedule-free AdamW: it evaluates and exports other weights than it trains, which every checkpoint would have to store",
         "optimizer=adamw schedule=warmup_stable_decay",
     ),
     "fp8": (f"fp8: {UNMEASURED}", "trainer.precision=bf16"),
@@ -26,7 +26,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     "zenflow": (f"ZenFlow: {UNMEASURED}", "zero=stage3_offload"),
     "superoffload": (f"SuperOffload: {UNMEASURED}", "zero=stage3_offload"),
     "nvme": (
-        "NVMe for weights: only optimizer states on a disk were held against a reference",
+        "NVMe for weights: only optimizer states on a disk were compared with a reference",
         "zero=stage3_nvme, which has optimizer states on a disk and weights in the host's memory",
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
@@ -35,22 +35,22 @@ FEATURES: dict[str, tuple[str, str]] = {
         "model.attention=auto",
     ),
     "liger": (
-        "Liger's kernels run on GPUs alone, and none could be reached",
+        "Liger's kernels run only on GPUs, and none could be reached to measure them",
         "model.fused_activations=true and model.fused_rotary=true; norms keep their input alone, and logits are made in chunks",
     ),
     "offloaded": (
-        "activations moved to the host's memory: those of a CPU are there already, and no GPU could be reached",
+        "activations in host memory: on a CPU they are there already, and no GPU could be reached to measure them",
         "trainer.activation_checkpointing=true or selective",
     ),
     "compile": (
         (
-            "torch.compile: compiled blocks hand their gradients over in another order on each rank, and ZeRO-2 sums them"
-            " by their order: losses were wrong from the second step on; a gain at the other stages was not measured"
+            "torch.compile: compiled blocks deliver their gradients in a different order on each rank, and ZeRO-2 sums them"
+            " by that order, so losses were wrong from the second step on; a gain at the other stages was not measured"
         ),
         "model.fused_activations=true and model.fused_rotary=true, which compile what has no weights",
     ),
 }
-"""By the name of a feature: why it is not offered, and what comes nearest."""
+"""By the name of a feature: why it is not offered, and the nearest alternative."""
 
 WORDS: dict[tuple[str, str], str] = {
     ("optimizer", "adafactor"): "adafactor",
@@ -76,11 +76,11 @@ WORDS: dict[tuple[str, str], str] = {
     ("trainer.compile", "true"): "compile",
     ("model.compile", "true"): "compile",
 }
-"""What a user writes for them: key and value."""
+"""The name of the feature by the key and value that a user writes for it."""
 
 
 def not_offered(key: str, value: Any) -> Problem | None:
-    """Return the problem of an override that asks for something that dstune knows and does not offer."""
+    """Return the problem if `key=value` asks for a feature that dstune does not offer; else None."""
     word = str(value).lower()
     feature = WORDS.get((key, word))
     if feature is None:

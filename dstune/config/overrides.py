@@ -1,7 +1,7 @@
-"""What a user wrote as `key=value`: parsing, and what is wrong with it, all at once and with the nearest valid name.
+"""Parses and checks the `key=value` overrides that a user wrote.
 
-Hydra stops at the first bad override. `check` looks at each one by itself against the groups and the schema, so that
-one command line with three mistakes gets one answer with three fixes.
+Hydra stops at the first bad override. `check` compares each override with the groups and the schema, so one command line with three
+mistakes gets one answer with three fixes, each with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def quoted(text: str) -> str:
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides as Hydra takes them.
+    """Return the overrides in the form that Hydra accepts.
 
-    Hydra refuses new entries of a mapping without a plus; here every entry of such a mapping is free, so
-    `data.columns.text=review` gets its `++`. And it cannot choose nothing, so `experiment=null` is left out.
+    Hydra adds an entry to a mapping only with a plus, which users need not write: `data.columns.text=review` becomes
+    `++data.columns.text=review`. Hydra cannot choose nothing from a group, so `experiment=null` is left out.
     """
-    # Only the rooms of these sections are imported.
+    # Only the rooms of the sections in the overrides are imported.
     named_sections = {key.partition(".")[0] for key in map(key_of, overrides) if "." in key}
     keys = {
         key: hint for section in sections() if section in named_sections for key, hint in keys_below(section).items()
@@ -90,7 +90,7 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         override.input_line = text
         if override.is_sweep_override():
             key, value = override.key_or_group, text.split("=", 1)[1]
-            reason = "several values are a sweep, a run for each"
+            reason = "several values start a sweep, with a run for each"
             problems.append(Problem(key, reason, _one_value(key, value), value))
         else:
             parsed.append(override)
@@ -98,7 +98,7 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 
 
 _COLUMN = re.compile(r"([+]*data\.(?:mixture\.[^.=]+\.)?columns\.[^.=]+=)(.*)", re.DOTALL)
-"""An override that says which column has a role."""
+"""Matches an override that names the column for a role."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 _QUOTED_NAME = re.compile(r"(['\"]).*\1|.*\$\{.*", re.DOTALL)
@@ -106,7 +106,7 @@ _WORDS_OF_HYDRA = ("null", "true", "false", "nan", "inf")
 
 
 def _with_literal_name(text: str) -> str:
-    """Return `data.columns.text=NAME` with the name as it stands in the file, whatever it means in Hydra's grammar."""
+    """Quote the name in `data.columns.ROLE=NAME` if Hydra's grammar would read it differently; other texts stay the same."""
     match = _COLUMN.fullmatch(text)
     if match is None or _QUOTED_NAME.fullmatch(match[2]) or not match[2]:
         return text
@@ -115,7 +115,7 @@ def _with_literal_name(text: str) -> str:
 
 
 def _one_value(key: str, value: str) -> str:
-    """Return how several values (`a,b`) were meant for a key that takes one."""
+    """Return the fix for several values (`a,b`) of a key that takes one."""
     hint = all_keys().get(key)
     if typing.get_origin(hint) in (list, tuple):
         return f"{key}=[{value}]"
@@ -124,35 +124,35 @@ def _one_value(key: str, value: str) -> str:
     return f"`dstune train --multirun` starts them; one of them is {key}={value.split(',')[0]}"
 
 
-def _closed(key: str, value: str) -> str:
-    """Return the value with the brackets that are missing at its end, or as text with brackets in it."""
-    opened: list[str] = []
+def _with_closed_brackets(key: str, value: str) -> str:
+    """Return `key=value` with the brackets that are missing at its end; if more than these are wrong, the quoted value."""
+    missing: list[str] = []
     for character in value:
         if character in "[{":
-            opened.append({"[": "]", "{": "}"}[character])
-        elif character in "]}" and (not opened or opened.pop() != character):
+            missing.append({"[": "]", "{": "}"}[character])
+        elif character in "]}" and (not missing or missing.pop() != character):
             return QUOTED_FIX.format(key=key, value=value)
-    return shlex.quote(f"{key}={value}{''.join(reversed(opened))}")
+    return shlex.quote(f"{key}={value}{''.join(reversed(missing))}")
 
 
 def _quoted_entries(key: str, value: str) -> str:
-    """Return a mapping whose values are quoted, as it is typed in a shell."""
+    """Return a fix with the quoted values of a mapping, as it is typed in a shell."""
     entries = [entry.partition(":") for entry in value[1:-1].split(",")]
     inside = ", ".join(f'{name.strip()}: "{text.strip()}"' if colon else name for name, colon, text in entries)
     return f"quote its values: '{key}={{{inside}}}'"
 
 
 def _grammar_problem(text: str, previous: str) -> Problem:
-    """Return what is wrong with a word; `previous` is the one in front of it."""
+    """Return the problem with a word that Hydra's grammar refuses. previous: the word before it."""
     key, equals, value = text.partition("=")
     key = key.lstrip("+")
     if not equals:
         fix = meaning(text) or ENTRY
         if "=" in previous and not previous.startswith("~") and text:  # `run.name=my run` without quotes
-            fix = f"{fix}; or does it belong to the word before? Then quote both: {shlex.quote(f'{previous} {text}')}"
+            fix = f"{fix}; or, if it belongs to the word before, quote both: {shlex.quote(f'{previous} {text}')}"
         return Problem(text or "''", "expected KEY=VALUE", fix)
     if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
-        return Problem(key, "a bracket of the value is not closed", _closed(key, value), value)
+        return Problem(key, "a bracket of the value is not closed", _with_closed_brackets(key, value), value)
     if not re.fullmatch(r"~{0,2}[\w./@:-]+", key):
         return Problem(key, "this is no name of a key", meaning(key) or ENTRY, value)
     if value.startswith("~"):
@@ -165,20 +165,20 @@ def _grammar_problem(text: str, previous: str) -> Problem:
 
 
 def is_group_choice(override: Override, groups: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether Hydra takes the override as the choice of a group (a mapping as value is merged instead)."""
+    """Return whether the override chooses from a group. Hydra merges a mapping into the group instead."""
     return override.key_or_group in groups and not isinstance(override.value(), dict)
 
 
 def is_hydra_setting(override: Override) -> bool:
-    """Return whether the override is one of Hydra's own settings that dstune does not use."""
+    """Return whether the override sets something of Hydra itself that dstune does not use (all but `hydra.searchpath`)."""
     key = override.key_or_group
     return (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and key != "hydra.searchpath"
 
 
 def hydra_would_take(override: Override) -> bool:
-    """Return whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
+    """Return whether Hydra may accept the override although it is wrong, so that it must be checked before."""
     key = override.key_or_group
-    # Hydra takes any value for a key of several types.
+    # Hydra accepts any value for a key of several types.
     is_not_offered = not_offered(key, override.value()) is not None
     return (
         is_not_offered
@@ -190,19 +190,19 @@ def hydra_would_take(override: Override) -> bool:
 
 
 def _leaves_group(override: Override) -> bool:
-    """Return whether a choice is a path out of the folder of its group, where Hydra would compose any file."""
+    """Return whether a choice is a path that leaves the folder of its group: Hydra would compose any file there."""
     value = override.value()
     return "." not in override.key_or_group and isinstance(value, str) and ".." in re.split(r"[/\\]", value)
 
 
 @dataclass
 class Checked:
-    """Overrides sorted into those that can be applied and what is wrong with the others."""
+    """The overrides that can be applied, and the problems with the others."""
 
     problems: list[Problem] = field(default_factory=list)
     good: list[Override] = field(default_factory=list)
     doubtful: set[str] = field(default_factory=set)
-    """Keys and sections that the wrong ones were meant for, "" for all of them (see `validate.find_problems`)."""
+    """Keys and sections that the wrong overrides were meant for; "" stands for all (see `validate.find_problems`)."""
 
 
 def check(
@@ -223,8 +223,8 @@ def check(
     for override in overrides:
         key = override.key_or_group
         problems: list[Problem] = []
-        offered = override.value() in groups.get(key, ())  # by a plugin
-        if not offered and (problem := not_offered(key, override.value())) is not None:
+        is_offered = override.value() in groups.get(key, ())  # a plugin may offer what dstune does not
+        if not is_offered and (problem := not_offered(key, override.value())) is not None:
             problems = [problem]
             undecided.update([key] if key in CHOICES else [])
         elif key == "hydra.searchpath":
@@ -264,7 +264,7 @@ def check(
 
 
 def meant_by(key: str) -> str:
-    """Return the key, section or group that a wrong override was meant for, as far as that can be told; else "", which is all."""
+    """Return the key, section or group that a wrong override was probably meant for; "" (all of them) if that cannot be guessed."""
     if key in all_keys() or key in sections():
         return key
     meant = suggest_key(key, all_keys()) or nearest(key.split(".", 1)[0], sections(), cutoff=0.7)
@@ -286,23 +286,25 @@ SWEEPER_KEYS = {
     "hydra.sweep.dir": "sweep.dir",
     "hydra/launcher": "launch",
 }
-"""What Hydra and its plugins call a setting of sweeps, and what it is here."""
+"""dstune's keys for the settings of sweeps of Hydra and its plugins."""
 
 
 def _hydra_setting(override: Override) -> Problem:
     key = override.key_or_group
     if key_here := SWEEPER_KEYS.get(key):
         value = format_value(override.value())
-        reason = "dstune sweeps by itself; this is a key of its own"
+        reason = "dstune runs sweeps itself and has its own key for this"
         if key == "hydra/launcher":
             value = "slurm" if "submitit" in value else "local"
         fix = f"{key_here}={value}" + (" with --multirun" if key == "hydra/sweeper" else "")
         return Problem(key, reason, fix, format_value(override.value()))
     if key == "hydra.sweeper.direction":
-        fix = "leave it out: sweep.objective=[METRIC] names metrics, and of each it is known which way is better"
-        return Problem(key, "dstune sweeps by itself", fix, format_value(override.value()))
+        fix = "leave it out: sweep.objective=[METRIC] names metrics, and dstune knows for each which way is better"
+        return Problem(key, "dstune runs sweeps itself", fix, format_value(override.value()))
     fix = "run.dir=FOLDER chooses the run directory" if ".dir" in key else "leave it out"
-    reason = "dstune launches and writes by itself; of Hydra's own settings only hydra.searchpath has an effect"
+    reason = (
+        "dstune launches runs and writes files itself; hydra.searchpath is the only setting of Hydra that has an effect"
+    )
     return Problem(key, reason, fix, format_value(override.value()))
 
 
@@ -317,7 +319,7 @@ def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) ->
             )
         ]
     if value is None:
-        return [Problem(group, "one has to be chosen", f"one of {', '.join(groups[group])}", "null")]
+        return [Problem(group, "this group needs a choice", f"one of {', '.join(groups[group])}", "null")]
     chosen = value if isinstance(value, list) else [value]
     return [
         habits.unknown_choice(group, format_value(name), groups[group]) for name in chosen if name not in groups[group]
@@ -337,7 +339,9 @@ def _value_problems(
         return [Problem(key, "a key cannot be removed", f"give it a value: {key}=VALUE")]
     if names_choice(key):
         fix = f"write {section}={format_value(value)}"
-        return [Problem(key, "this names the choice of the group and is not set by itself", fix, format_value(value))]
+        return [
+            Problem(key, "this is the name of the group's choice and cannot be set as a key", fix, format_value(value))
+        ]
     try:
         if inside and (entry := entry_class(keys[inside])) and key.count(".") > inside.count(".") + 1:
             return _entry_problems(key, value, inside, entry)
@@ -361,16 +365,16 @@ def _value_problems(
 
 
 def _nested_problem(key: str, value: Any, mapping: str, hint: Any) -> Problem | None:
-    """Return what is wrong with a key that leads into a value of `mapping` (`data.columns.text.a`): Hydra splits names at dots."""
+    """Return the problem with a key inside a value of `mapping` (`data.columns.text.a`), which Hydra makes of a name with a dot."""
     name = key.removeprefix(f"{mapping}.")
     if "." not in name or typing.get_args(hint)[1] is Any:
         return None
     fix = f"'{mapping}={{{name}: {format_value(value)}}}', if the name has a dot"
-    return Problem(key, f"a value of {mapping} has no keys of its own", fix, format_value(value))
+    return Problem(key, f"the values of {mapping} have no keys", fix, format_value(value))
 
 
 def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Problem]:
-    """Return what is wrong with a key of one entry of a mapping of sections (`data.mixture.code.weight`).
+    """Return the problems with a key of one entry of a mapping of sections (`data.mixture.code.weight`).
 
     Raises:
         UserError: the value has the wrong type.
@@ -417,7 +421,7 @@ def _unknown_key(
     parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
     if leaf := next((parent for parent in parents if parent in keys), None):
         is_list = typing.get_origin(keys[leaf]) in (list, tuple)
-        reason = f"{leaf} is a {'list' if is_list else 'value'}, so it has no keys of its own"
+        reason = f"{leaf} is a {'list' if is_list else 'value'}, so it has no keys"
         return Problem(key, reason, f"write {leaf}={f'[{text}]' if is_list else text}", text)
     if "." not in key and (group := nearest(key, groups, cutoff=0.7)):
         return Problem(key, "there is no such group or key", f"did you mean {group}={text}?", text)
@@ -427,7 +431,5 @@ def _unknown_key(
         return Problem(key, reason, f"did you mean {similar}={text}?", text)
     if section in sections():
         section_keys = ", ".join(name for name in keys if name.startswith(f"{section}.") and not names_choice(name))
-        return Problem(
-            key, reason, f"it has {section_keys}" if section_keys else f"{section} has no keys of its own", text
-        )
+        return Problem(key, reason, f"it has {section_keys}" if section_keys else f"{section} has no keys", text)
     return Problem(key, reason, "`dstune train --help all` lists all keys", text)

@@ -91,7 +91,7 @@ def ranks_problem(ranks: int, parts: int) -> Problem | None:
 
 
 def repeats_of_keys(heads: int, parts: int) -> int:
-    """Return how often each key head is repeated so that each of `parts` ranks gets complete heads. heads: the model's key heads."""
+    """Return how often each of `heads` key heads is repeated so that each of `parts` ranks gets complete ones."""
     return parts // math.gcd(heads, parts)
 
 

@@ -1,9 +1,8 @@
 """A configuration file on the command line: `dstune train my.yaml`.
 
 Each top-level name is a group with its choice (`method: lora`), a section (`optimizer: {lr: 1e-4}`) or both
-(`method: {name: lora, rank: 8}`), or a dotted key (`optimizer.lr: 1e-4`). The file becomes overrides that stand in front of those
-of the command, so composing, `run.yaml` and sweeps know nothing of it. An experiment (`defaults:`, `# @package _global_`) is read
-likewise.
+(`method: {name: lora, rank: 8}`), or a dotted key (`optimizer.lr: 1e-4`). The file is turned into overrides in front of those of
+the command, so no other code has to know about it. An experiment (`defaults:`, `# @package _global_`) is read in the same way.
 """
 
 from __future__ import annotations
@@ -27,20 +26,21 @@ from dstune.core.errors import Problem, UserError
 
 MAX_BYTES = 2**18
 MAX_VALUES = 2_000
-"""In one file, those behind aliases counted wherever an alias stands: Hydra reads a list in quadratic time."""
+"""Limit for one file, because Hydra reads a list in quadratic time. The values of an anchor count again for each alias."""
 NAME = "name"
-"""In a section with choices: which one."""
+"""The key that names the choice in a section with choices."""
 _IN_A_NAME = re.compile(r"[\w/\\+.$%*@?| ()\[\]{}:=,-]+", re.ASCII)
-"""What Hydra's grammar takes as a name in a mapping, with a backslash where needed."""
+"""Names in a mapping that Hydra's grammar can express, some of them with a backslash."""
 
 
 def expand(words: Sequence[str]) -> list[str]:
     """Return the words of a command with the configuration file among them replaced by its overrides.
 
-    A word of the command with the key of one in the file replaces it. Problems with the others name the line (`core/places.py`).
+    An override of the command replaces one with the same key in the file. Problems with the file's overrides name their line
+    (`core/places.py`).
 
     Raises:
-        UserError: there are two such files, or the file cannot be read or is no configuration; all problems in it.
+        UserError: there are two files, or the file cannot be read or is not a configuration; lists all problems in it.
     """
     files = [word for word in words if is_configuration_file(word)]
     if not files:
@@ -48,25 +48,27 @@ def expand(words: Sequence[str]) -> list[str]:
     if len(files) > 1:
         fix = f"dstune train {files[0]} key=value ..."
         raise UserError(Problem("command line", "only one configuration file can be given", fix, " ".join(files)))
-    of_command = [word for word in words if word not in files]
-    repeated = {key_of(word) for word in of_command}
-    file_overrides = [(text, place) for text, place in read_overrides(Path(files[0])) if key_of(text) not in repeated]
+    command_overrides = [word for word in words if word not in files]
+    command_keys = {key_of(word) for word in command_overrides}
+    file_overrides = [
+        (text, place) for text, place in read_overrides(Path(files[0])) if key_of(text) not in command_keys
+    ]
     places.remember({key_of(text): place for text, place in file_overrides})
-    return [*(text for text, _ in file_overrides), *of_command]
+    return [*(text for text, _ in file_overrides), *command_overrides]
 
 
 def read_overrides(file: Path) -> list[tuple[str, str]]:
-    """Return the overrides that a configuration file stands for, choices of groups first, each with its `FILE:LINE`.
+    """Return the overrides that a configuration file means, choices of groups first, each with its `FILE:LINE`.
 
     Raises:
-        UserError: the file cannot be read, is no mapping, is too large, or has what no override can say.
+        UserError: the file cannot be read, is not a mapping, is too large, or contains something that no override can express.
     """
     content, lines = _read(file)
     return _sorted(_Reader(str(file), lines), content)
 
 
 def overrides_of(content: Mapping[str, Any], where: str) -> list[str]:
-    """Return the overrides that a mapping like the content of such a file stands for. Raises UserError."""
+    """Return the overrides that the content of such a file means. where: its place in problems. Raises UserError."""
     return [text for text, _ in _sorted(_Reader(where, {}), content)]
 
 
@@ -121,7 +123,7 @@ class _Reader:
                 yield from self._override(str(name), value, path)
 
     def _choices(self, defaults: Any) -> Iterator[tuple[str, str]]:
-        """Yield the choices of an experiment's list of defaults."""
+        """Yield the choices in the defaults list of an experiment."""
         for entry in defaults if isinstance(defaults, list) else [defaults]:
             if entry == "_self_":
                 continue
@@ -136,7 +138,9 @@ class _Reader:
                 fix = (
                     "--config-dir FOLDER experiment=NAME, with the file as FOLDER/experiment/NAME.yaml, takes any list"
                 )
-                self._refuse(("defaults",), "only choices of groups can be read here", fix, str(entry))
+                self._refuse(
+                    ("defaults",), "only choices of groups are allowed in the defaults of this file", fix, str(entry)
+                )
                 continue
             yield from self._override(group, choice, ("defaults",))
 
@@ -152,7 +156,7 @@ class _Reader:
 
     @staticmethod
     def _is_section(path: Sequence[str]) -> bool:
-        """Return whether some choice of the section has keys of its own there (`trainer.early_stopping`)."""
+        """Return whether `path` is a section inside a section (`trainer.early_stopping`), in any of the choices."""
         for cls in classes_of(path[0]).values():
             hint: Any = cls
             for name in path[1:]:
@@ -171,7 +175,9 @@ class _Reader:
             self._refuse(path, str(error), "write a text, a number, a list or a mapping", "")
             return
         if "." not in key and isinstance(value, str):
-            text = value if re.fullmatch(r"[\w./:-]+", value, re.ASCII) else text  # reads as the choice that it is
+            text = (
+                value if re.fullmatch(r"[\w./:-]+", value, re.ASCII) else text
+            )  # the name of a choice needs no quotes
         yield f"{key}={text}", self._place(path)
 
     def _place(self, path: tuple[str, ...]) -> str:
@@ -186,7 +192,7 @@ def literal(value: Any) -> str:
     """Write a value of YAML or Python in Hydra's grammar.
 
     Raises:
-        ValueError: the grammar has no word for it.
+        ValueError: the grammar cannot express it.
     """
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -194,21 +200,23 @@ def literal(value: Any) -> str:
         return repr(value)
     if isinstance(value, (str, date)):
         text = str(value)
-        # As Hydra's own files have it: without quotes where nothing in it has a meaning.
-        return text if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and not _is_word(text) else quoted(text)
+        # Without quotes, as in Hydra's own files, unless the grammar would read the text differently.
+        is_plain = re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and not _is_reserved(text)
+        return text if is_plain else quoted(text)
     if isinstance(value, (list, tuple)):
         return f"[{','.join(literal(part) for part in value)}]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{_name(name)}:{literal(part)}" for name, part in value.items()) + "}"
-    raise ValueError(f"a value of the kind {type(value).__name__} has no place in a configuration")
+    raise ValueError(f"a configuration cannot contain a value of type {type(value).__name__}")
 
 
-def _is_word(text: str) -> bool:
+def _is_reserved(text: str) -> bool:
+    """Return whether Hydra or YAML reads `text` as a null, a truth value or a number."""
     return text.lower() in ("null", "true", "false", "inf", "nan", "yes", "no", "on", "off")
 
 
 def _name(name: Any) -> str:
     text = str(name)
     if isinstance(name, bool) or not _IN_A_NAME.fullmatch(text) or text != text.strip():
-        raise ValueError(f"the name {text!r:.40} has characters that no key can have")
+        raise ValueError(f"the name {text!r:.40} has characters that are not allowed in keys")
     return re.sub(r"([\\()\[\]{}:=, ])", r"\\\1", text)

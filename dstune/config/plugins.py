@@ -1,6 +1,6 @@
-"""Which plugins a command asks for: `plugins: [...]` in `dstune.yaml`, an experiment and on the command line, read raw.
+"""Loads the plugins that a command asks for: by `plugins: [...]` in `dstune.yaml`, in an experiment or on the command line.
 
-Plugins add groups and keys, so they are loaded before Hydra composes. The lists of the three places add up.
+Plugins add groups and keys, so their names are read and they are loaded before Hydra composes. The three lists are concatenated.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ def activate_requested(overrides: Sequence[str], config_dirs: Sequence[str | Pat
     """Load the plugins of a new run, and make them the active ones.
 
     Raises:
-        UserError: a list that is none, a plugin that is missing or cannot be imported, or one of the working directory's
-            `dstune.yaml` that the user has not trusted.
+        UserError: something else than a list is given; a plugin is missing or cannot be imported; or the user has not trusted one
+            that `dstune.yaml` in the working directory names.
     """
-    named_plugins = [*_of_experiments(overrides, config_dirs), *_of_command(overrides)]
-    of_project, read = trusted_plugins(named_plugins)
-    requested = list(dict.fromkeys([*of_project, *named_plugins]))
+    named_plugins = [*_experiment_plugins(overrides, config_dirs), *_command_plugins(overrides)]
+    project_plugins, sources = trusted_plugins(named_plugins)
+    requested = list(dict.fromkeys([*project_plugins, *named_plugins]))
     if requested:
         plugins.load_built_ins()
-    plugins.activate(requested, read)
+    plugins.activate(requested, sources)
 
 
-def _of_experiments(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> Iterator[str]:
+def _experiment_plugins(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> Iterator[str]:
     names = [text.partition("=")[2].strip("[]'\"") for text in overrides if key_of(text) == "experiment"]
     for name in [Path(name.strip()) for text in names[-1:] for name in text.split(",")]:
         if name.is_absolute() or ".." in name.parts:  # refused when the overrides are checked
             continue
-        for folder in _searched(overrides, config_dirs):
+        for folder in _group_folders(overrides, config_dirs):
             file = folder / "experiment" / f"{name}.yaml"
             if not file.is_file():
                 continue
@@ -51,8 +51,8 @@ def _of_experiments(overrides: Sequence[str], config_dirs: Sequence[str | Path])
             break
 
 
-def _searched(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> Iterator[Path]:
-    """Yield folders with groups, the first one first."""
+def _group_folders(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> Iterator[Path]:
+    """Yield the folders that are searched for groups, in that order."""
     from dstune.config.hydra_session import config_folders
 
     yield from map(Path, config_dirs)
@@ -63,7 +63,7 @@ def _searched(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> It
     yield from config_folders()
 
 
-def _of_command(overrides: Sequence[str]) -> list[str]:
+def _command_plugins(overrides: Sequence[str]) -> list[str]:
     specs: list[str] = []
     for text in overrides:
         if key_of(text) == KEY:

@@ -1,4 +1,4 @@
-"""What the files in `conf/` say of themselves."""
+"""Reads the descriptions at the top of the files in `conf/`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def model_files() -> list[Path]:
 
 
 def description_of_choice(group: str, choice: str) -> str:
-    """Return what the packaged file of a choice says of itself; empty where there is none."""
+    """Return the description in the packaged file of a choice; empty if there is no such file."""
     file = config_folder() / group / f"{choice}.yaml"
     return description(file) if file.is_file() else ""

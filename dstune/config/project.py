@@ -1,8 +1,8 @@
-"""The plugins that `dstune.yaml` of the working directory names: they run only after the user has trusted them.
+"""Reads the plugins that `dstune.yaml` in the working directory names. They run only after the user has trusted them.
 
-Any folder may come from a stranger, and to stand in it must not run its code. `dstune trust FOLDER` records the SHA-256 of each
-plugin in a file of this user beside the signing key (`core/signing.py`). A command reads a plugin once, compares the digest of
-these bytes with the record, and executes the same bytes. `--trust plugins` believes them for one command.
+Any folder may come from a stranger, and a command that is given in it must not run its code. `dstune trust FOLDER` records the
+SHA-256 of each plugin in a file of this user, next to the signing key (`core/signing.py`). A command reads a plugin once, compares
+the digest of these bytes with the record, and executes the same bytes. `--trust plugins` trusts them for one command.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from dstune.core.plugin_files import KEY, Source
 from dstune.core.text import one_line
 
 INSTALLED = "installed"
-"""In the place of a digest: the user has installed the module and may update it, so only its name is recorded."""
+"""Recorded instead of a digest for an installed module, which the user may update."""
 EXAMPLE = "plugins=[./file.py,package.module]"
 
 
 def read_project(folder: Path) -> list[str]:
-    """Return the plugins that `dstune.yaml` in `folder` names, as written; none if there is no such file.
+    """Return the plugins that `dstune.yaml` in `folder` names, as written; empty if there is no such file.
 
     Raises:
-        UserError: the file is broken, too large or no plain file, or has other keys.
+        UserError: the file is broken, too large or not a regular file, or has other keys.
     """
     file = folder / PROJECT_FILE
     try:
@@ -52,12 +52,12 @@ def read_project(folder: Path) -> list[str]:
     if unknown:
         similar = nearest(unknown[0], [KEY])
         fix = f"did you mean {similar}?" if similar else "it has one key: plugins: [./file.py, package.module]"
-        raise UserError(Problem(f"{file}: {unknown[0]}", "the file of a project has no such key", fix))
+        raise UserError(Problem(f"{file}: {unknown[0]}", f"{PROJECT_FILE} has no such key", fix))
     return list(dict.fromkeys(texts((content or {}).get(KEY), f"{file}: {KEY}")))
 
 
 def texts(value: Any, where: str) -> list[str]:
-    """Return the list of plugins that `value` is. Raises UserError if it is something else."""
+    """Return `value`, one plugin or a list of them, as a list. Raises UserError if it is something else."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -75,7 +75,7 @@ _skipped: ContextVar[list[str] | None] = ContextVar("skipped", default=None)
 
 @contextmanager
 def optional_plugins() -> Iterator[None]:
-    """Leave plugins that are not trusted out, with a note on stderr, in place of a refusal: for what can do without them."""
+    """Skip plugins that are not trusted with a note on stderr instead of an error, for code that can do without them."""
     skipped: list[str] = []
     token = _skipped.set(skipped)
     try:
@@ -87,12 +87,12 @@ def optional_plugins() -> Iterator[None]:
 
 
 def trusted_plugins(named: Sequence[str]) -> tuple[list[str], dict[str, Source]]:
-    """Return the plugins of the working directory's `dstune.yaml`, and what is to be executed of those that were read.
+    """Return the plugins that `dstune.yaml` in the working directory names, and the code to execute for those that were read.
 
-    named: plugins that the command itself names, which the user trusts by doing so.
+    named: plugins that the command itself names, which the user thereby trusts.
 
     Raises:
-        UserError: the file is broken, or a plugin is missing, not trusted, or has changed since.
+        UserError: the file is broken, or a plugin is missing, is not trusted, or has changed since it was trusted.
     """
     skipped = _skipped.get()
     try:
@@ -131,10 +131,10 @@ def _identity(spec: str) -> str:
 
 
 def _source(spec: str, place: str, record: Mapping[str, str] | None) -> Source:
-    """Read the plugin and compare it with the record. Raises UserError where it is missing or not trusted."""
+    """Read a plugin and compare it with the record. Raises UserError if it is missing or not trusted."""
     if record is None:
         raise UserError(_refusal(spec, "this code would run as you, and you have not trusted this folder"))
-    if place not in record:  # before a module is looked for, which may import the package above it
+    if place not in record:  # checked before looking for a module, which may import the package above it
         raise UserError(_refusal(spec, "this plugin was added after you trusted this folder"))
     source = plugin_files.find(place)
     if (digest := source.sha256 if source.is_file else INSTALLED) != record[place]:
@@ -160,7 +160,7 @@ class Candidate:
     digest: str
     """SHA-256 of the file, or `INSTALLED`."""
     remarks: tuple[str, ...] = ()
-    """Who else can change the file, and where it is, if that is not in the folder."""
+    """Notes for the user: other users who can change the file, and its place if that is outside of the folder."""
 
 
 def candidates(folder: Path) -> list[Candidate]:
@@ -181,7 +181,7 @@ def candidates(folder: Path) -> list[Candidate]:
 
 def _candidate(folder: Path, place: str) -> Candidate:
     if not plugin_files.is_path(place):
-        # Of an installed one not the file: to look for a module imports the package above it.
+        # An installed plugin is not read: looking for its file would import the package above it.
         digest = INSTALLED if plugin_files.is_installed(place) else plugin_files.find(place).sha256
         return Candidate(place, digest)
     file = folder / Path(place).expanduser()
@@ -242,7 +242,7 @@ def trusted_folders() -> dict[str, dict[str, str]]:
 
 
 def _read(file: Path) -> tuple[str, dict[str, str]] | None:
-    """Return the folder and the plugins of a record; None where there is none that can be read."""
+    """Return the folder and the plugins of a record; None if there is no valid record."""
     try:
         content = parsing.parse_json(files.read_own(file))
         return str(content["folder"]), {str(place): str(digest) for place, digest in content["plugins"].items()}

@@ -1,4 +1,4 @@
-"""Every number against the bounds that stand beside its field in the schema."""
+"""Checks every number against the bounds that its field in the schema declares."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _default(key: str, field: Field[Any]) -> str:
-    """Return the one value that is right whatever the range says."""
+    """Return the default as a fix, since it is always in range; empty if the field has none."""
     return "" if field.default is MISSING else f"{key}={format_value(field.default)} (the default)"

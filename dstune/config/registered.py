@@ -1,4 +1,4 @@
-"""Models in a model registry, `models:/NAME@ALIAS` in place of a path: pinned to a version, and fetched once into the cache."""
+"""Pins models of a model registry (`models:/NAME@ALIAS` instead of a path) to a version and fetches them once into the cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORIGIN = "ORIGIN.json"
 
 
 def registry_of(path: str | None) -> ReadsVersions | None:
-    """Return the registry that an address names, to read from; None for every other path."""
+    """Return the registry of an address such as `models:/NAME`; None for every other path."""
     scheme, colon, path_below = (path or "").partition(":/")
     if not colon or path_below.startswith("/") or not scheme.isidentifier() or scheme not in MODEL_REGISTRIES:
         return None
@@ -31,14 +31,14 @@ def registry_of(path: str | None) -> ReadsVersions | None:
 
 
 def pin(address: str, key: str) -> str:
-    """Return the address that always means the version that `address` means now. key: what problems name. Raises UserError."""
+    """Return the address of the version that `address` means now. key: the key that problems name. Raises UserError."""
     registry = registry_of(address)
     assert registry is not None
     return registry.pin(address, key)
 
 
 def folder_of(pinned: str) -> Path:
-    """Return where the cache keeps a version, whether it is there or not."""
+    """Return the folder of a version in the cache, whether it exists or not."""
     scheme, _, path_below = pinned.partition(":/")
     return cache_root().joinpath(
         "registry", scheme, *(quote(part, safe="") for part in path_below.split("/")), "export"
@@ -46,8 +46,10 @@ def folder_of(pinned: str) -> Path:
 
 
 def fetch(pinned: str, key: str, stage: Callable[[str], None]) -> Path:
-    """Return the folder of a version, fetched if the cache has it not. Raises UserError where it cannot be had, or where the cache
-    has a version of this name from another registry."""
+    """Return the folder of a version; fetch it if it is not in the cache.
+
+    Raises UserError if it cannot be fetched, or if the cache has a version of this name from another registry.
+    """
     registry, folder = registry_of(pinned), folder_of(pinned)
     assert registry is not None
     origin, place = registry.origin(), folder.parent
@@ -57,25 +59,25 @@ def fetch(pinned: str, key: str, stage: Callable[[str], None]) -> Path:
             if _origin_of(place) is None:
                 stage(f"fetching {pinned}")
                 with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as scratch:
-                    made = Path(scratch) / place.name
-                    made.mkdir()
-                    registry.fetch(pinned, made / folder.name, key)
-                    files.write(made / ORIGIN, json.dumps({"origin": origin, "address": pinned}))
-                    made.rename(place)
+                    incomplete = Path(scratch) / place.name
+                    incomplete.mkdir()
+                    registry.fetch(pinned, incomplete / folder.name, key)
+                    files.write(incomplete / ORIGIN, json.dumps({"origin": origin, "address": pinned}))
+                    incomplete.rename(place)
     cached_origin = _origin_of(place)
     if origin and cached_origin != origin:
-        reason = f"the cache has this version of another registry ({cached_origin}), and this one is {origin}"
+        reason = f"the version in the cache comes from another registry ({cached_origin}, not {origin})"
         raise UserError(Problem(key, reason, f"remove {place}, if no run needs it", pinned))
     return folder
 
 
 def _origin_of(place: Path) -> str | None:
-    """Return the registry of a complete version; None where there is none."""
+    """Return the registry that the complete version in `place` came from; None if there is no complete version."""
     return str(object_in(place / ORIGIN).get("origin", "")) if (place / ORIGIN).is_file() else None
 
 
 def local_path(path: str, key: str, stage: Callable[[str], None] | None = None) -> str:
-    """Return the folder of a registered model, pinned now and fetched, and every other path as it is. Raises UserError."""
+    """Pin and fetch a registered model and return its folder; return every other path unchanged. Raises UserError."""
     if registry_of(path) is None:
         return path
     report = stage or (lambda text: print(f"dstune: {text}", file=sys.stderr, flush=True))
@@ -86,5 +88,5 @@ def local_path(path: str, key: str, stage: Callable[[str], None] | None = None) 
 
 
 def fetched_path(path: str) -> str:
-    """Return the folder of a registered model that preflight has pinned and fetched, and every other path as it is."""
+    """Return the folder of a registered model that preflight has fetched; return every other path unchanged."""
     return path if registry_of(path) is None else str(folder_of(path))

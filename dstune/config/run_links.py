@@ -1,5 +1,7 @@
-"""Folders of a run directory that are links: normal where they lead to a scratch disk, and a way to have a command write
-elsewhere where the run comes from somebody else."""
+"""Refuses links in a run directory that the user does not trust.
+
+A folder that is a link is normal if it leads to a scratch disk; in a run from somebody else, it makes a command write elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ from dstune.core.errors import Problem, UserError
 
 
 def refuse_links(run: Path) -> None:
-    """Raises UserError where a folder in the run directory, or in that of one of its stages, is a link, unless the run is signed
-    and the link is this user's, or the run is the team's."""
+    """Refuse links, except to files, in a run directory or in that of one of its stages.
+
+    Links are allowed in a run that the team signed; in another signed run, those that this user or root made.
+
+    Raises UserError for the first other link.
+    """
     if not (run / "run.yaml").is_file() or LINKS in believed(run):
         return
     links = [link for folder in (run, *(file.parent for file in run.glob("*/run.yaml"))) for link in _links_in(folder)]
@@ -31,7 +37,7 @@ def refuse_links(run: Path) -> None:
 
 
 def _links_in(folder: Path) -> Iterator[Path]:
-    """Yield all links but those of files: who writes a file replaces a link in its place, or refuses it."""
+    """Yield all links except those to files, since code that writes a file replaces or refuses a link in its place."""
     for entry in os.scandir(folder):
         if entry.is_symlink() and not os.path.isfile(entry.path):
             yield Path(entry.path)

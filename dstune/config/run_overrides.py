@@ -1,4 +1,4 @@
-"""`key=value` for a run that exists: `dstune evaluate RUN data.test=...`."""
+"""Applies `key=value` overrides to an existing run: `dstune evaluate RUN data.test=...`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Return the configuration of an existing run with some values replaced (`dstune evaluate RUN data.test=...`).
 
     Raises:
-        UserError: every unknown key, wrong type, and choice of a group (a run's groups are settled).
+        UserError: every unknown key, wrong type, and choice of a group (a run's groups cannot be changed).
     """
     parsed, problems = user_overrides.parse(overrides)
     tree = to_dict(config)
@@ -31,16 +31,16 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         if user_overrides.is_group_choice(override, groups) and "." not in key:
             fix = _single_values(config, key, str(override.value()))
             problems.append(
-                Problem(key, "the groups of an existing run are settled", fix, format_value(override.value()))
+                Problem(key, "the groups of an existing run cannot be changed", fix, format_value(override.value()))
             )
         elif key == plugins.KEY:
-            fix = f"dstune train run.dir=RUN with the settings of then, plugins=[...] and {plugins.ACCEPT}"
+            fix = f"`dstune train run.dir=RUN` with the run's settings, plugins=[...] and {plugins.ACCEPT}"
             problems.append(
-                Problem(key, "the plugins of an existing run are settled", fix, format_value(override.value()))
+                Problem(key, "the plugins of an existing run cannot be changed", fix, format_value(override.value()))
             )
         elif key == "zero.path":
             fix = "set single values, such as zero.reduce_bucket_size=N or zero.settings.KEY=VALUE"
-            problems.append(Problem(key, "the file was read when the run began", fix, format_value(override.value())))
+            problems.append(Problem(key, "the file was read when the run started", fix, format_value(override.value())))
         else:
             values.append(override)
     classes = {section: type(getattr(config, section)) for section in sections()}
@@ -63,11 +63,11 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _single_values(config: RunConfig, section: str, choice: str) -> str:
-    """Return how to get what a choice of a group says without choosing it."""
+    """Return the fix for choosing from a group: the single values that have the same effect, if they can be told."""
     if section == "experiment":
         return "set single values"
     if section == "zero":
-        with suppress(UserError):  # no such choice, or one that needs more beside it
+        with suppress(UserError):  # no such choice, or one that needs other settings too
             composed = compose(["data=chitchat", f"zero={choice}"], keep_plugins=True)
             old_zero, chosen = config.zero, composed.config.zero
             changed = {

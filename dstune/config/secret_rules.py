@@ -1,4 +1,4 @@
-"""Passwords that were written out: `run.yaml`, the report and the trackers would keep them."""
+"""Refuses passwords that are written out in a configuration: `run.yaml`, the report and the trackers would store them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dstune.core.errors import Problem
 from dstune.core.secrets import is_secret
 
 PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
-"""An address with a password in it."""
+"""Matches an address that contains a password."""
 TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,}|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16})\b"
 )
-"""Keys of services that can be told by their form."""
+"""Matches keys of services that can be recognized by their form."""
 
 
 def check_secrets(config: Any) -> Iterator[Problem]:
@@ -31,7 +31,8 @@ def check_secrets(config: Any) -> Iterator[Problem]:
 
 
 def _texts(value: Any, key: str, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (key, name of the entry in a mapping or the key, text) of all texts in a configuration."""
+    """Yield (key, name, text) for all texts in a configuration. The name is that of the entry if the text is in a mapping, else the
+    key."""
     if isinstance(value, str):
         yield key, name or key, value
     elif is_dataclass(value):

@@ -52,7 +52,7 @@ def check_labels(labels: Sequence[str], *, least: int) -> Iterator[Problem]:
 def _check_scores(config: RunConfig) -> Iterator[Problem]:
     """Yield settings that score weights by the gradients of single micro-batches at the start weights, without a reference
     model: the losses of some tasks have no such gradient."""
-    reason = f"task={config.task.name} has no gradient for a single micro-batch: its loss needs the complete step, or a reference model"
+    reason = f"task={config.task.name} has no gradient of a single micro-batch: its loss needs the complete step or a second model"
     if method_of(config.method).scores_gradients:
         yield Problem("method", reason, "method=full or method=lora", config.method.name)
     if config.forgetting.ewc:

@@ -1,8 +1,8 @@
-"""`zero=file`: the values of an existing DeepSpeed configuration become those of dstune's own keys.
+"""Implements `zero=file`: sets dstune's keys to the values of an existing DeepSpeed configuration.
 
-The file is read once, when a run is composed; `run.yaml` holds what it said. A value that dstune has a key for becomes that
-key's, unless somebody gave the key another value: that is a contradiction, told with both places. What dstune has no key
-for goes into `zero.settings`, and from there to DeepSpeed as it is.
+The file is read once, when a run is composed, and `run.yaml` stores the result. If the user gave one of dstune's keys a value that
+differs from the file's, this contradiction is reported with both places. Values that dstune has no key for go into `zero.settings`,
+and from there to DeepSpeed unchanged.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 Given = Callable[[str], str | None]
-"""Who gave a key its value, or chose a group: `the command line`, `experiment=NAME`; None where nobody did."""
+"""Returns what set a key or chose a group: `the command line` or a file such as `experiment=NAME`; None if it has its default."""
 
 COMMAND_LINE = "the command line"
 
 
 def with_file(config: RunConfig, given: Given) -> RunConfig:
-    """Return `config` with the content of the file `zero.path`; unchanged if that is unset.
+    """Return `config` with the content of the file `zero.path`, or unchanged if that key is unset.
 
     Raises:
-        UserError: the file cannot be read, everything in it that dstune cannot honour, and every value that contradicts a
-            given one.
+        UserError: the file cannot be read. Otherwise lists everything in it that dstune cannot honour or that contradicts a value
+            that the user gave.
     """
     if config.zero.path is None:
         return config
     if not config.zero.path.strip():
-        raise UserError(Problem("zero.path", "zero=file needs the file's name", "zero.path=ds_config.json"))
+        raise UserError(Problem("zero.path", "zero=file needs the name of the file", "zero.path=ds_config.json"))
     path = Path(config.zero.path)
     content = read(path)
     merge = _Merge(to_dict(config), given, str(path))
     for value in sorted(content.values, key=lambda value: "." in value.key):  # choices of groups come first
         merge.put(value)
-    merge.ranks(content)
+    merge.put_ranks(content)
     problems = content.problems + merge.problems
     if problems:
         raise UserError(problems)
@@ -55,7 +55,7 @@ def with_file(config: RunConfig, given: Given) -> RunConfig:
 
 
 class _Merge:
-    """A configuration as nested dicts, and what the values of a file do to it."""
+    """Merges the values of a file into a configuration (nested dicts) and collects the problems."""
 
     def __init__(self, tree: dict[str, Any], given: Given, path: str):
         self.tree, self.given, self.path = tree, given, path
@@ -70,12 +70,12 @@ class _Merge:
             choice = f"{section}={self.tree[section]['name']}"
             self._refuse(value, f"{choice} has no such key", "remove it")
         elif value.key == "trainer.max_steps":
-            self._length(value)
+            self._check_length(value)
         else:
             current_value, giver = self.tree[section][name], self.given(value.key)
             if giver and value.implied:
                 return
-            try:  # first: a value of another kind is no contradiction that a key of dstune could end
+            try:  # before comparing: a value of the wrong type must be corrected in the file
                 taken = to_dict(convert(value.value, self._keys(section)[name], value.key))
             except UserError as error:
                 self._refuse(value, error.problems[0].reason, 'correct it there, or write "auto"')
@@ -100,16 +100,15 @@ class _Merge:
         defaults = to_dict(classes_of(group)[value.value]())
         self.tree[group] = {**defaults, **old, "name": value.value}
 
-    def _length(self, value: Value) -> None:
-        """Take the length of a DeepSpeed schedule, which has to be told how long the run is; here a schedule is as long as the
-        run."""
+    def _check_length(self, value: Value) -> None:
+        """Refuse a length of the file's schedule that is not the run's: a schedule of dstune always ends with the run."""
         steps = self.tree["trainer"]["max_steps"]
         if steps != value.value:
             length = "trainer.epochs" if steps is None else f"trainer.max_steps={steps}"
-            self._refuse(value, f"the schedule is as long as the run, which {length} gives", 'write "auto" there')
+            self._refuse(value, f"the schedule ends with the run, whose length is {length}", 'write "auto" there')
 
-    def ranks(self, content: Content) -> None:
-        """Take what depends on the number of ranks: their number itself, and the accumulation steps."""
+    def put_ranks(self, content: Content) -> None:
+        """Merge the number of ranks, and the accumulation steps, which depend on it."""
         launch, trainer = self.tree["launch"], self.tree["trainer"]
         if content.processes and "processes" in launch and not self.given("launch.processes"):
             launch["processes"] = content.processes
@@ -123,7 +122,7 @@ class _Merge:
         return type_hints(classes_of(section)[choice])
 
     def _add_contradiction(self, value: Value, current_value: Any, giver: str) -> None:
-        reason = f"{giver} says so, but {value.source} in {self.path} is {format_value(value.value)}"
+        reason = f"{giver} sets this, but {value.source} in {self.path} is {format_value(value.value)}"
         fix = f'{value.key}={format_value(value.value)}, or write "auto" in the file'
         self.problems.append(Problem(value.key, reason, fix, format_value(current_value)))
 
@@ -134,14 +133,14 @@ class _Merge:
 def _accumulate(
     trainer: dict[str, Any], processes: int | None, value: Value, is_known: bool, path: str
 ) -> Iterator[Problem]:
-    """Set the global batch from micro-batch x accumulation x ranks, or hold a known one against them."""
+    """Set the global batch to micro-batch x accumulation x ranks; if it is already known, yield a problem unless it equals that."""
     where, steps = f"{value.source} in {path}", value.value
     if not isinstance(steps, int) or steps < 1:
         yield Problem(where, "expected a whole number", 'write "auto" there', format_value(steps))
         return
     if not isinstance(trainer["micro_batch_size"], int):
         reason = (
-            "accumulation steps say nothing while the rows of a micro-batch are measured (trainer.micro_batch_size)"
+            "accumulation steps decide nothing while trainer.micro_batch_size=auto measures the rows of a micro-batch"
         )
         yield Problem(where, reason, 'write "auto" there', format_value(steps))
         return
@@ -149,17 +148,19 @@ def _accumulate(
     formula = f"{trainer['micro_batch_size']} rows x {steps} micro-batches"
     if is_known and (rows != rows_per_rank * processes if processes else rows % rows_per_rank):
         ranks = f"{formula} x {processes} ranks" if processes else f"{formula} a rank"
-        fix = 'write "auto" there: dstune accumulates as often as the number of ranks needs'
+        fix = 'write "auto" there: dstune derives the accumulation steps from the number of ranks'
         yield Problem(where, f"{ranks} do not make trainer.global_batch_size={rows}", fix, format_value(steps))
     elif not is_known and processes:
         trainer["global_batch_size"] = rows_per_rank * processes
     elif not is_known:
         fix = f"launch.processes=8, or trainer.global_batch_size={rows_per_rank * 8} (for 8 ranks)"
-        yield Problem(where, f"{formula} make a global batch only with the number of ranks", fix, format_value(steps))
+        yield Problem(
+            where, f"the global batch is {formula} x the number of ranks, which is not known", fix, format_value(steps)
+        )
 
 
 def nested_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge both mappings; where both have a value, that of `above` counts."""
+    """Merge two nested mappings; values of `above` take precedence."""
     merged = dict(below)
     for key, value in above.items():
         are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -172,13 +173,12 @@ def nested_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 @dataclass(frozen=True)
 class _Source:
-    who: str
+    name: str
     keys: frozenset[str]
 
 
 def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
-    """Return a function that names what set a key, or chose a group, for these overrides: the command line, or a file of
-    `conf/`."""
+    """Return the function that says what set a key or chose a group in the composition of `overrides`."""
     texts = user_overrides.for_hydra(overrides)
     parsed, _ = user_overrides.parse(texts)
     given_keys = {override.key_or_group for override in parsed}
@@ -195,13 +195,13 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
             return COMMAND_LINE
         if "." not in key:
             return experiment if groups.get(key) not in default_files else None
-        return next((file.who for file in reversed(files) if key in file.keys), None)
+        return next((file.name for file in reversed(files) if key in file.keys), None)
 
     return given
 
 
 def keys_of_own_files(hydra: Hydra, overrides: Sequence[str]) -> frozenset[str]:
-    """Return the keys that files outside of the package set in this composition, and the groups that an own experiment chooses."""
+    """Return the keys that the user's own files set in this composition, and the groups that the user's own experiment chooses."""
     keys: set[str] = set()
     default_files, chosen_files = _defaults(hydra, []), _defaults(hydra, user_overrides.for_hydra(overrides))
     for path, package in chosen_files.items():
@@ -214,7 +214,7 @@ def keys_of_own_files(hydra: Hydra, overrides: Sequence[str]) -> frozenset[str]:
 
 
 def _defaults(hydra: Hydra, texts: list[str]) -> dict[str, str]:
-    """Return the files of a composition in order, with the section that each fills ("" for several)."""
+    """Return the files of a composition in order, each with the section that it fills; empty for files that fill several."""
     from hydra.types import RunMode
 
     defaults = hydra.config_loader.compute_defaults_list(ROOT_CONFIG, texts, RunMode.RUN).defaults

@@ -1,4 +1,4 @@
-"""Rules of `zero`: what a stage needs, and what optimizer states in another place rule out."""
+"""Rules of `zero`: what a stage requires, and what offloaded optimizer states rule out."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ from dstune.core.errors import Problem
 from dstune.protocols import method_of, optimizer_of
 
 MIN_SWAP_BUFFERS = 4
-"""As many as AdamW needs; fewer, which SGD could do with, are untested."""
+"""The number that AdamW needs. SGD could use fewer, but that is untested."""
 
 SWAPPED_AT_ONCE = 20_000_000
-"""Elements of a sub-group on a rank. DeepSpeed's 1e9 would hold the states of a small model in memory as a whole: 16 GB of
+"""Elements of a sub-group on a rank. With DeepSpeed's 1e9, all states of a small model would be in memory at once, in 16 GB of
 buffers."""
 
-STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, during an update only"
+STATES_ON_A_DISK = "optimizer states on a disk are loaded into memory part by part, and only during an update"
 
 
 def swap_buffers(states: int) -> int:
-    """Return how many buffers an update has in memory of a sub-group whose states are on a disk: weights, gradients, and
-    `states`, the tensors that the optimizer keeps of each parameter."""
+    """Return how many buffers an update needs in memory for a sub-group whose states are on a disk: one for weights, one for
+    gradients, and one for each of the `states` that the optimizer keeps per parameter."""
     return max(MIN_SWAP_BUFFERS, 2 + states)
 
 
 def overlaps(config: RunConfig, replicas: int, *, on_gpu: bool) -> bool:
-    """Return whether gradients are reduced on a stream of their own while the backward pass runs: on GPUs, where there is
-    something to be sent or moved. DeepSpeed holds a second bucket for it at stage 2, and waits for the device at the end of each
-    backward pass. replicas: ranks that partition the same weights."""
+    """Return whether gradients are reduced on a separate stream while the backward pass runs.
+
+    That needs a GPU, and gradients that must be sent to other ranks or moved to host memory. At stage 2, DeepSpeed then keeps a
+    second bucket, and waits for the device at the end of each backward pass.
+
+    replicas: ranks that partition the same weights.
+    """
     zero = config.zero
     stage = stage_of(zero)
-    moves = replicas > 1 or stage == 3 or zero.offload_optimizer is not OptimizerOffload.none
-    return zero.overlap_comm and on_gpu and stage >= 2 and moves
+    moves_gradients = replicas > 1 or stage == 3 or zero.offload_optimizer is not OptimizerOffload.none
+    return zero.overlap_comm and on_gpu and stage >= 2 and moves_gradients
 
 
 def check_zero(config: RunConfig) -> Iterator[Problem]:
@@ -53,32 +57,32 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
             preset = "stage3_nvme" if value is OptimizerOffload.nvme else "stage3_offload"
             yield Problem(f"zero.{name}", reason, f"zero={preset}, or zero.{name}=none", value.name)
     if swaps:
-        yield from _of_a_disk(config)
+        yield from _check_states_on_a_disk(config)
     yield from settings_problems(zero.settings)
 
 
-def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
-    """Yield what does not go together with `zero.offload_optimizer=nvme`."""
+def _check_states_on_a_disk(config: RunConfig) -> Iterator[Problem]:
+    """Yield what cannot be combined with `zero.offload_optimizer=nvme`."""
     if method_of(config.method).alters_updates:
-        reason = f"it changes gradients and states from outside, and {STATES_ON_A_DISK}"
+        reason = f"it changes gradients and states outside of the optimizer, but {STATES_ON_A_DISK}"
         yield Problem("method", reason, "zero.offload_optimizer=cpu, or method=full", config.method.name)
     for name in ("l2sp", "ewc"):
         strength = getattr(config.forgetting, name)
         if strength:
-            reason = f"it reads the weights beside every update, and {STATES_ON_A_DISK}"
+            reason = f"it reads the weights outside of updates, but {STATES_ON_A_DISK}"
             yield Problem(f"forgetting.{name}", reason, "zero.offload_optimizer=cpu", format_value(strength))
     if config.trainer.precision is Precision.fp16:
-        reason = "a checkpoint of states on a disk does not hold the scale of fp16's loss"
+        reason = "checkpoints of optimizer states on a disk do not contain the loss scale of fp16"
         yield Problem("trainer.precision", reason, "trainer.precision=bf16, or zero.offload_optimizer=cpu", "fp16")
     if config.checkpoint.mode is SaveMode["async"]:
-        reason = f"it copies what it saves into memory, and {STATES_ON_A_DISK}"
+        reason = f"it copies the states into memory before it saves them, but {STATES_ON_A_DISK}"
         yield Problem("checkpoint.mode", reason, "checkpoint.mode=sync", "async")
     offload = config.zero.settings.get("zero_optimization", {}).get("offload_optimizer", {})
     states = optimizer_of(config.optimizer).states_per_parameter
     needed = swap_buffers(states)
     if offload.get("buffer_count", needed) < needed:
         key = "zero.settings.zero_optimization.offload_optimizer.buffer_count"
-        reason = f"an update needs weights, gradients and {states} optimizer states of a part at once"
+        reason = f"an update needs the weights, the gradients and {states} optimizer states of a part at the same time"
         yield Problem(key, reason, f"{needed} or more", format_value(offload["buffer_count"]))
     if not config.zero.nvme_path.strip():
-        yield Problem("zero.nvme_path", "no folder is given", "zero.nvme_path=/folder/on/a/local/disk", "an empty text")
+        yield Problem("zero.nvme_path", "no folder is given", "zero.nvme_path=/folder/on/a/local/disk", "''")

@@ -86,7 +86,7 @@ def _ask(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[d
     except (subprocess.TimeoutExpired, ValueError) as error:
         lines = [] if isinstance(error, subprocess.TimeoutExpired) else done.stderr.strip().splitlines()
         reason = lines[-1][:200] if lines else f"no answer within {CHILD_SECONDS} s"
-        fix = "a model whose config.json is right"
+        fix = "choose a model with a correct config.json"
         raise UserError(Problem("model.path", f"its tensors cannot be counted: {reason}", fix)) from None
     return answers
 

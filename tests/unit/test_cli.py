@@ -194,7 +194,7 @@ def test_train_with_the_path_of_a_run_continues_it(launched, capsys):
     assert "continue with: dstune train r" in capsys.readouterr().err
     assert read_run(Path("r/run.yaml")).config.trainer.max_steps == 5
     assert cli.main(["train", "r", "model=minilm"]) == 2
-    assert "the groups of an existing run are settled" in capsys.readouterr().err
+    assert "the groups of an existing run cannot be changed" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_run_that_cannot_start(monkeypatch):

@@ -60,7 +60,7 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("optimizer.betas=[0.9,x]", "optimizer.betas[1]", "x", "a number", ""),
         ("run=foo", "run", "foo", "section", "run.name"),
         ("trainer={max_steps: x}", "trainer.max_steps", "x", "whole number", ""),
-        ("method=null", "method", "null", "has to be chosen", "lora"),
+        ("method=null", "method", "null", "needs a choice", "lora"),
         # grammar
         ("lora", "lora", "", "KEY=VALUE", "method=lora"),
         ("trainer", "trainer", "", "KEY=VALUE", "trainer.KEY=VALUE"),
@@ -71,14 +71,14 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("trainer.seed=1,2", "trainer.seed", "1,2", "sweep", "trainer.seed=1"),
         # what Hydra has and dstune does not
         ("hydra.run.dir=x", "hydra.run.dir", "x", "hydra.searchpath", "run.dir"),
-        ("hydra/launcher=joblib", "hydra/launcher", "joblib", "sweeps by itself", "launch=local"),
-        ("hydra.sweeper.n_trials=9", "hydra.sweeper.n_trials", "9", "sweeps by itself", "sweep.trials=9"),
-        ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "sweeps by itself", "sweep=optuna with --multirun"),
+        ("hydra/launcher=joblib", "hydra/launcher", "joblib", "runs sweeps itself", "launch=local"),
+        ("hydra.sweeper.n_trials=9", "hydra.sweeper.n_trials", "9", "runs sweeps itself", "sweep.trials=9"),
+        ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "runs sweeps itself", "sweep=optuna with --multirun"),
         (
             "hydra.sweeper.direction=maximize",
             "hydra.sweeper.direction",
             "maximize",
-            "sweeps by itself",
+            "runs sweeps itself",
             "sweep.objective",
         ),
         ("hydra.searchpath=[/does/not/exist]", "hydra.searchpath", "", "/does/not/exist", ""),

@@ -364,7 +364,7 @@ def test_steps_and_epochs_cannot_be_swapped():
         ("trainer.torch_compile=true", "torch.compile"),
         ("model.attention=flex_attention", "flex attention"),
         ("trainer.liger=true", "Liger"),
-        ("trainer.activation_checkpointing=offload", "activations moved"),
+        ("trainer.activation_checkpointing=offload", "activations in host memory"),
     ],
 )
 def test_what_is_known_and_not_offered_is_refused_by_its_name(word: str, name: str) -> None:

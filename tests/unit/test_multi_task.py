@@ -69,7 +69,7 @@ def test_only_what_is_measured_may_decide_and_less_of_a_loss_is_better() -> None
 @pytest.mark.parametrize(
     ("overrides", "where", "reason"),
     [
-        (["task=causal_lm", "data.mixture.b.task=chat"], "task", "one language model writes every answer"),
+        (["task=causal_lm", "data.mixture.b.task=chat"], "task", "language model that writes every answer"),
         (["task=classification", "data.packing=false", "data.mixture.b.task=chat"], "task", "a label is a target too"),
         (["data.mixture.b.prompt='Q: {source}'"], "data.mixture.b.prompt", "data.mixture.b.task=seq2seq"),
         (
@@ -77,8 +77,8 @@ def test_only_what_is_measured_may_decide_and_less_of_a_loss_is_better() -> None
             "data.mixture.b.prompt",
             "must contain {source} exactly once",
         ),
-        (["data.mixture.b.task=seq2seq", "data.validation=v.jsonl"], "data.validation", "which task its rows are of"),
-        (["data.mixture.b.task=seq2seq", "evaluate.slices=[lang]"], "evaluate.slices", "metrics of its own"),
+        (["data.mixture.b.task=seq2seq", "data.validation=v.jsonl"], "data.validation", "which of them the rows"),
+        (["data.mixture.b.task=seq2seq", "evaluate.slices=[lang]"], "evaluate.slices", "each with its own metrics"),
         (["data.mixture.b.task=seq2seq", "evaluate.baseline_shots=[0]"], "evaluate.baseline_shots", "several"),
     ],
 )

@@ -50,7 +50,7 @@ def test_three_places_add_up(folder):
 @pytest.mark.parametrize(
     ("content", "where", "reason"),
     [
-        ("plugin: [a.py]", "dstune.yaml: plugin", "the file of a project has no such key"),
+        ("plugin: [a.py]", "dstune.yaml: plugin", "dstune.yaml has no such key"),
         ("plugins: {a: b}", "dstune.yaml: plugins", "expected a list of files and modules"),
         ("plugins: [a", "dstune.yaml:1", "this is no YAML"),
     ],

@@ -157,7 +157,7 @@ def test_another_plugin_beside_it_is_refused(saved):
 
 def test_the_plugins_of_an_existing_run_are_chosen(saved):
     config = read_run(saved / "run.yaml").config
-    with pytest.raises(UserError, match="the plugins of an existing run are settled"):
+    with pytest.raises(UserError, match="the plugins of an existing run cannot be changed"):
         apply_overrides(config, ["plugins=[./signum.py]"])
 
 

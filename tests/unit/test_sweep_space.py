@@ -98,7 +98,7 @@ def test_a_space_in_a_file():
         ("method.rank=interval(4, 8.5)", "whole numbers", "interval(4,9)"),
         ("method.rank=range(8,8)", "no value", "range(FROM,TO,STEP)"),
         ("trainer.seed=range(0,4,0)", "the step of a range must not be 0", "range(0,4,1)"),
-        ("run.dir=a,b", "directory and a name of its own", "sweep.dir"),
+        ("run.dir=a,b", "its own directory and name", "sweep.dir"),
         ("sweep.parallel=1,2", "about the sweep", "one value"),
         ("launch=local,slurm", "in the same way", "one value"),
         ("method.name=full,lora", "names the choice", "method=A,B"),

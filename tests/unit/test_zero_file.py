@@ -136,7 +136,7 @@ def test_the_run_does_not_need_the_file_any_more(write, tmp_path: Path):
     again = read_run(tmp_path / "run.yaml").config
     assert again == first.config
     assert apply_overrides(again, ["trainer.max_steps=3"]).zero == first.config.zero
-    with pytest.raises(UserError, match="was read when the run began"):
+    with pytest.raises(UserError, match="was read when the run started"):
         apply_overrides(again, ["zero.path=other.json"])
 
 
@@ -234,7 +234,11 @@ def test_all_contradictions_are_reported_at_once(write):
             "scheduler.params.cos_min_ratio",
             "schedule=constant has no such key",
         ),
-        ({"scheduler": {"params": {"total_num_steps": 70}}}, "scheduler.params.total_num_steps", "as long as the run"),
+        (
+            {"scheduler": {"params": {"total_num_steps": 70}}},
+            "scheduler.params.total_num_steps",
+            "the schedule ends with the run",
+        ),
         ({"scheduler": {"params": {"warmup_type": "log"}}}, "scheduler.params.warmup_type", "linearly"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type", "no such schedule"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "adamw, adamw_8bit, lion, muon, sgd"),
@@ -383,8 +387,8 @@ def test_a_file_without_a_stage_is_stage_0(write):
         ("ds.json", '{"zero_optimization": {\n"stage": 2,}}', "ds.json:2"),
         ("ds.yaml", "a: [", "no YAML"),
         ("ds.json", "[1]", "no configuration"),
-        ("ds.json", '{"hidden_size": 3}', "no DeepSpeed configuration"),
-        ("fsdp.yaml", "distributed_type: FSDP\nfsdp_config: {}\n", "would not use DeepSpeed"),
+        ("ds.json", '{"hidden_size": 3}', "not a DeepSpeed configuration"),
+        ("fsdp.yaml", "distributed_type: FSDP\nfsdp_config: {}\n", "does not use DeepSpeed"),
     ],
 )
 def test_files_that_are_something_else(write, name, text, words):
