@@ -6,7 +6,7 @@ from benchmarks.mutations import Mutation, undo
 
 _UNIT: dict[str, Mutation] = {
     "auto_is_what_the_tensor_cores_know": undo(
-        "config/precision.py", "return Precision.fp16 if has_only_fp16 ", "return Precision.fp32 if knows_fp16 "
+        "config/precision.py", "return Precision.fp16 if has_only_fp16 ", "return Precision.fp32 if has_only_fp16 "
     ),
     "bf16_is_refused_where_it_is_emulated": undo("zero/precision.py", "and not accelerator.has_bf16():", "and False:"),
     "arithmetic_that_a_run_asks_for": undo(

@@ -1,4 +1,5 @@
-"""The verb `dstune models`: what a task can start from, whether it is here, what it takes, and how good it is untuned."""
+"""The verb `dstune models`: lists the models that a task can start from, where their weights are, the hardware that training takes,
+and how good they are untuned."""
 
 from __future__ import annotations
 
@@ -40,19 +41,19 @@ from dstune.protocols.task import TaskConfig
 HELP = """\
 usage: dstune models [FOLDER ...] [key=value ...] [hardware=8xH100-80G] [--hub WORDS] [--probe DATA] [--json]
 
-Models that a task can start from: the packaged samples, the prepared ones (`model=NAME`), those in the hub's cache, and
-FOLDERs. The smallest ZeRO is that of `dstune plan`, with one row at a time, for this machine or for `hardware=` and `nodes=`.
+List the models that a task can start from: packaged samples, presets (`model=NAME`), models in the hub's cache, and FOLDERs.
+"smallest that fits" is the smallest ZeRO stage by `dstune plan` with one row at a time, on this machine or `hardware=` and `nodes=`.
 
   key=value       as for `dstune train`: task=classification method=lora data.max_length=512 ...
-  --hub WORDS     ask the hub too, for the ten most downloaded models with these words in their name
-  --probe DATA    ask every model that is on this machine, untuned, on the rows of DATA, and rank them
-  --rows N        rows of DATA that are asked (default 200)
+  --hub WORDS     also search the hub: the ten most downloaded models with these words in their name
+  --probe DATA    evaluate every model on this machine, untuned, on the rows of DATA, and rank them
+  --rows N        number of rows of DATA to evaluate (default 200)
   --json          one JSON list
 """
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
 ENCODER_DECODERS = ("t5", "bart")
-"""By `model_type`; what the planner knows beside them are decoders."""
+"""Architectures by `model_type`. All others that the planner knows are decoders."""
 
 PUBLISHED = {model.path: model for model in TODAY}
 HUB_MODELS = 10
@@ -63,7 +64,7 @@ class Model:
     """One line of the list."""
 
     choose: str
-    """What to type behind `dstune train`."""
+    """The override that chooses the model, to be typed after `dstune train`."""
     path: str
     origin: str
     """`sample`, `preset`, `published` (known to the planner), `cache`, `folder` or `hub`."""
@@ -71,17 +72,17 @@ class Model:
     """Whether its weights are on this machine."""
     parameters: int | None = None
     context: int | None = None
-    """Positions that it was made for; None where config.json names none."""
+    """Number of positions that it was made for; None if config.json does not say."""
     licence: str = ""
     modality: str = ""
-    """What it reads: `text`, `text, images`, with what of that it is trained on where that is less; empty where nobody has said."""
+    """Its inputs: `text` or `text, images`, and which of them it is trained on if not all; empty if that is not known."""
     year: int | None = None
     source: str = ""
-    """Where licence, year and sizes of a model that is not here were read; `unverified` where they were not."""
+    """Where licence, year and sizes of a published model were looked up; `unverified` if they were not."""
     gated: bool | None = None
-    """Whether access has to be granted; None where nobody has said."""
+    """Whether access must be requested; None if that is not known."""
     zero: str = ""
-    """The smallest ZeRO stage that fits, with what has to lie in host memory."""
+    """The smallest ZeRO stage that fits, and what it offloads to host memory."""
     score: float | None = None
     note: str = ""
     """Why there is no plan or no score."""
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
     cluster = planner.cluster_of(config, settings)
     models = list(_all(folders, arguments.hub))
     _count_at_once(models, config)
-    models = [model for model in models if _described(model, config, cluster)]
+    models = [model for model in models if _describe(model, config, cluster)]
     models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
     metric = ""
     if arguments.probe:
@@ -115,11 +116,11 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps([asdict(model) | ({"metric": metric} if metric else {}) for model in models], indent=1))
     else:
-        print(_text(models, config, cluster, metric))
+        print(_table(models, config, cluster, metric))
     return EXIT_DONE
 
 
-# ---- what there is ----
+# ---- collecting the models ----
 
 
 def _all(folders: Sequence[str], words: str | None) -> Iterator[Model]:
@@ -166,7 +167,7 @@ def _cached() -> Iterator[Model]:
     for entry in sorted(folder.glob("models--*")) if folder.is_dir() else []:
         path = entry.name.removeprefix("models--").replace("--", "/")
         if (snapshot := _snapshot(path)) is not None:
-            # Whoever has the files was granted them.
+            # `gated` stays unknown: whoever has the files has access anyway.
             yield Model(f"model.path={path}", path, "cache", True, licence=_licence(snapshot))
 
 
@@ -179,7 +180,7 @@ def _folders(paths: Sequence[str]) -> Iterator[Model]:
 
 
 def _on_hub(words: str) -> list[Model]:
-    """Return the models that a search of the hub finds. Raises UserError where the hub cannot be asked."""
+    """Search the hub for models. Raises UserError if the hub cannot be reached."""
     if hub.is_offline():
         raise UserError(Problem("--hub", "HF_HUB_OFFLINE is set", "leave --hub out, or unset it", words))
     from huggingface_hub import HfApi, hf_hub_download
@@ -190,7 +191,7 @@ def _on_hub(words: str) -> list[Model]:
         if not hub.is_connection_problem(error):
             raise
         reason = f"the hub cannot be reached ({type(error).__name__})"
-        raise UserError(Problem("--hub", reason, "leave --hub out, or see to the connection", words)) from error
+        raise UserError(Problem("--hub", reason, "leave --hub out, or check the connection", words)) from error
     models = []
     for info in listed:
         card = info.card_data.to_dict() if info.card_data else {}
@@ -199,19 +200,19 @@ def _on_hub(words: str) -> list[Model]:
         try:
             hf_hub_download(info.id, "config.json")  # a few kB, for the planner
         except Exception as error:  # as above
-            model.note = f"its config.json cannot be had ({type(error).__name__})"
+            model.note = f"its config.json cannot be downloaded ({type(error).__name__})"
         models.append(model)
     return models
 
 
 def _snapshot(path: str) -> Path | None:
-    """Return the folder of a hub model in the cache with weights in it."""
+    """Return the folder of a hub model in the cache; None if its weights are not there."""
     folder = source.cached_snapshot(ModelConfig(path=path))
     return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def _licence(folder: Path | None) -> str:
-    """Return what the model card's front matter says."""
+    """Return the licence in the front matter of the model card; empty if there is none."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
     except (OSError, UnicodeDecodeError):
@@ -221,39 +222,41 @@ def _licence(folder: Path | None) -> str:
     return licence[1] if licence else ""
 
 
-# ---- what they take ----
+# ---- what training takes ----
 
 
 def _count_at_once(models: Sequence[Model], config: RunConfig) -> None:
-    """Have the planner count all models without a closed form in one child, which takes seconds to start."""
-    unknown = []
+    """Count the weights of all models without a closed form in one child process, since each child takes seconds to start."""
+    uncounted = []
     for model in models:
         with suppress(UserError):
-            where = replace(config.model, path=model.path, revision=None, chat_template=None)
-            whole = source.whole_config_json(where)
-            if not is_known(source.config_json(where)) and not size_problems(whole):
-                unknown.append(whole)
+            model_config = replace(config.model, path=model.path, revision=None, chat_template=None)
+            config_json = source.whole_config_json(model_config)
+            if not is_known(source.config_json(model_config)) and not size_problems(config_json):
+                uncounted.append(config_json)
     with suppress(UserError):
-        counted.count(unknown, head_of(config), labels_of(config))
+        counted.count(uncounted, head_of(config), labels_of(config))
 
 
-def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
-    """Fill in what `config.json` and the planner say; False where the task cannot start from such a model."""
-    # One row at a time: whether a model fits at all, not how fast it is then.
-    model_config = replace(
+def _describe(model: Model, config: RunConfig, cluster: Cluster) -> bool:
+    """Fill in what `config.json` and the planner say about a model. Returns whether the task can start from it."""
+    # One row at a time, because the question is whether the model fits at all, not how fast it trains.
+    run_config = replace(
         config,
         model=replace(config.model, path=model.path, revision=None, chat_template=None),
         trainer=replace(config.trainer, micro_batch_size=1, global_batch_size=1),
     )
     try:
-        values = source.config_json(model_config.model)
+        values = source.config_json(run_config.model)
     except UserError as error:
         model.note = model.note or error.problems[0].reason
-        return model.origin != "cache"  # what else lies in a cache: adapters, data of other tools
+        return model.origin != "cache"  # a cache also contains adapters and files of other tools
     kind = str(values.get("model_type"))
-    whole = source.whole_config_json(model_config.model)
-    if not model.modality and whole.get("vision_config"):
-        model.modality = "text, images" if whole.get("model_type") in FAMILIES else "text, images (trained on text)"
+    config_json = source.whole_config_json(run_config.model)
+    if not model.modality and config_json.get("vision_config"):
+        model.modality = (
+            "text, images" if config_json.get("model_type") in FAMILIES else "text, images (trained on text)"
+        )
     published = PUBLISHED.get(model.path)
     if not _suits(kind, config.task) or (published and published.use != "chat" and task_of(config.task).generates):
         return False
@@ -262,25 +265,24 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     if model.context is None and published is not None:
         model.context = published.context
     try:
-        estimate = planner.planned(model_config, cluster)
+        estimate = planner.planned(run_config, cluster)
     except DstuneError as error:
         model.note = f"no plan: {getattr(error, 'problems', [error])[0]}".splitlines()[0]
         return True
     model.parameters = estimate.setup.model.parameters
-    fitting = [choice for choice in estimate.plan.choices if choice.fits]
-    least = min(
-        fitting,
+    smallest = min(
+        (choice for choice in estimate.plan.choices if choice.fits),
         key=lambda choice: (choice.offload != "none", choice.setup.stage, effort(choice.checkpointing)),
         default=None,
     )
-    if least is None:
+    if smallest is None:
         model.zero = "none fits"
         return True
-    model.zero = least.zero.replace("stage", "ZeRO-")
-    if least.offload != "none":
-        model.zero += f" + offload of {least.offload.replace('+', ' and ')}"
-    if effort(least.checkpointing) > effort(config.trainer.activation_checkpointing):
-        model.zero += f", activations {'selectively ' * isinstance(least.checkpointing, Selective)}checkpointed"
+    model.zero = smallest.zero.replace("stage", "ZeRO-")
+    if smallest.offload != "none":
+        model.zero += f" + offload of {smallest.offload.replace('+', ' and ')}"
+    if effort(smallest.checkpointing) > effort(config.trainer.activation_checkpointing):
+        model.zero += f", activations {'selectively ' * isinstance(smallest.checkpointing, Selective)}checkpointed"
     return True
 
 
@@ -292,12 +294,14 @@ def _suits(kind: str, task: TaskConfig) -> bool:
     return True
 
 
-# ---- how good they are ----
+# ---- evaluating them untuned ----
 
 
 def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: str, rows: int) -> str:
-    """Score the models that are here and sort all by it, the best first. Returns the metric. Raises UserError where the
-    task has nothing to be asked for, or none could be asked."""
+    """Evaluate the models on this machine and sort all models by their score, the best first. Returns the metric.
+
+    Raises UserError if untuned models have no answers to the task, or if no model could be evaluated.
+    """
     ranked_by = task_of(config.task).ranked_by
     if not ranked_by:
         reason = f"an untuned model has no answers to task={config.task.name}"
@@ -306,16 +310,16 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
     measured: dict[str, dict[str, float]] = {}
     for model in models:
         if not model.here:
-            model.note = model.note or "not asked: its weights are not here"
+            model.note = model.note or "not evaluated: its weights are not on this machine"
             continue
-        print(f"asking {model.path}", file=sys.stderr, flush=True)
+        print(f"evaluating {model.path}", file=sys.stderr, flush=True)
         try:
             measured[model.path] = _measure_untuned(model, config, overrides, data, rows)
         except UserError as error:
-            model.note = f"not asked: {error.problems[0].reason}"
+            model.note = f"not evaluated: {error.problems[0].reason}"
     if not measured:
         reasons = "; ".join(f"{model.path}: {model.note}" for model in models if model.here)
-        reason = f"no model could be asked ({reasons})" if reasons else "no model of the task is on this machine"
+        reason = f"no model could be evaluated ({reasons})" if reasons else "no model of the task is on this machine"
         raise UserError(Problem("--probe", reason, "dstune samples smollm2, or a FOLDER", data))
     metric, less = next(
         (name, less) for name, less in ranked_by if all(name in metrics for metrics in measured.values())
@@ -327,8 +331,10 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
 
 
 def _measure_untuned(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
-    """Return the metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt).
-    Raises UserError where it cannot be asked, DstuneError where a signal has stopped it."""
+    """Return the metrics of the untuned model by `dstune evaluate MODEL`, with `--shots 0` for tasks that need a prompt.
+
+    Raises UserError if it cannot be evaluated, DstuneError if a signal stopped the evaluation.
+    """
     words = [*overrides, f"data.validation={quoted(data)}", f"evaluate.max_rows={rows}", "data.packing=false"]
     if not config.data.train:
         words.append("data.clean.leaks=false")
@@ -336,8 +342,8 @@ def _measure_untuned(model: Model, config: RunConfig, overrides: list[str], data
     printed = io.StringIO()
     with redirect_stdout(printed):
         code = evaluate.ask([model.path, *words, *shots, "--json"])
-    if code == EXIT_PREEMPTED:  # whoever stops the verb does not mean this model alone
-        raise DstuneError(f"stopped while {model.path} was asked")
+    if code == EXIT_PREEMPTED:  # the signal means the verb, not only this model
+        raise DstuneError(f"stopped while {model.path} was evaluated")
     if code != EXIT_DONE:
         raise UserError(Problem("--probe", f"dstune evaluate ended with exit code {code}", "see above", model.path))
     result: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
@@ -345,7 +351,8 @@ def _measure_untuned(model: Model, config: RunConfig, overrides: list[str], data
     return metrics
 
 
-def _text(models: list[Model], config: RunConfig, cluster: Cluster, metric: str) -> str:
+def _table(models: list[Model], config: RunConfig, cluster: Cluster, metric: str) -> str:
+    """Return the list as text. metric: the name of the score; empty without `--probe`."""
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
     head = f"task={config.task.name} method={config.method.name}, {nodes}{cluster.per_node} x {cluster.device.name}"
     columns = [
@@ -370,10 +377,12 @@ def _text(models: list[Model], config: RunConfig, cluster: Cluster, metric: str)
             cells.append(model.note if model.score is None else f"{model.score:.4f}")
         lines.append(cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
-    right = {2, 3}
+    right_aligned = {2, 3}
     rows = []
     for line in lines:
-        padded = [cell.rjust(widths[at]) if at in right else cell.ljust(widths[at]) for at, cell in enumerate(line)]
+        padded = [
+            cell.rjust(widths[at]) if at in right_aligned else cell.ljust(widths[at]) for at, cell in enumerate(line)
+        ]
         rows.append("  ".join(padded).rstrip())
-    advice = "" if os.environ.get("HF_HUB_OFFLINE") else "; --hub WORDS asks the hub"
+    advice = "" if os.environ.get("HF_HUB_OFFLINE") else "; --hub WORDS also searches the hub"
     return "\n".join([head, *rows, f"{len(models)} models{advice}"])

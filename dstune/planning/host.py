@@ -1,4 +1,4 @@
-"""What the memory of this machine, and of the container that this process is in, leaves free."""
+"""Reads how much memory this machine and this process's container have left, and whether the CPU is fast in bf16."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import psutil
 
 
 def available_bytes() -> float:
-    """Return bytes that processes here may still take together."""
+    """Return the bytes of memory that processes on this machine, and in this container, can still allocate in total."""
     return min(float(psutil.virtual_memory().available), container_limit())
 
 
 def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return bytes that this process's container may still take; infinite without a limit.
+    """Return the bytes of memory that this process's container can still allocate; infinite if it has no limit.
 
-    Pages of files that were read count as taken until others need the room, so they are free."""
+    The container's usage includes cached pages of files, but the kernel frees these when memory is needed, so they count as free.
+    """
     try:
         limit = (root / "memory.max").read_text().strip()
         if limit == "max":
             return float("inf")
         lines = [line.split() for line in (root / "memory.stat").read_text().splitlines()]
-        cached = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
-        return max(0.0, int(limit) - int((root / "memory.current").read_text()) + cached)
+        cached_bytes = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+        return max(0.0, int(limit) - int((root / "memory.current").read_text()) + cached_bytes)
     except (OSError, ValueError):
         return float("inf")
 

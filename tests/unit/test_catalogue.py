@@ -195,7 +195,7 @@ def test_the_rows_of_a_probe_have_any_name(shelf, monkeypatch, name):
     monkeypatch.setattr(evaluate, "ask", ask)
     with pytest.raises(UserError) as refused:
         catalogue.main([str(shelf / "decoder"), "task=chat", "--probe", name, "hardware=H100"])
-    assert f"not asked: asked on {name}" in str(refused.value)
+    assert f"not evaluated: asked on {name}" in str(refused.value)
 
 
 def test_a_signal_ends_the_probe_and_not_one_model_alone(shelf, monkeypatch, capsys):
