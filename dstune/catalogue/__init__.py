@@ -42,7 +42,7 @@ HELP = """\
 usage: dstune models [FOLDER ...] [key=value ...] [hardware=8xH100-80G] [--hub WORDS] [--probe DATA] [--json]
 
 List the models that a task can start from: packaged samples, presets (`model=NAME`), models in the hub's cache, and FOLDERs.
-"smallest that fits" is the smallest ZeRO stage by `dstune plan` with one row at a time, on this machine or `hardware=` and `nodes=`.
+"smallest that fits" is the smallest ZeRO stage by `dstune plan` with one row at a time, on this machine or `hardware=`, `nodes=`.
 
   key=value       as for `dstune train`: task=classification method=lora data.max_length=512 ...
   --hub WORDS     also search the hub: the ten most downloaded models with these words in their name

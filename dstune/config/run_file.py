@@ -1,4 +1,4 @@
-"""`run.yaml`: what a run was composed to, written once and read by everything after."""
+"""Writes and reads `run.yaml`, the composed configuration of a run. It is written once and read by everything that follows."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from dstune.core.rank_env import RUN_SHA256
 class Composed:
     config: RunConfig
     overrides: list[str]
-    """What was given on the command line, `experiment=quickstart` included where nothing was asked for."""
+    """The overrides of the command line, including `experiment=quickstart` if that was added by default."""
     plugins: tuple[Plugin, ...] = ()
     config_dirs: tuple[str, ...] = ()
     """Folders of the user's own groups."""
     origins: Mapping[str, str] = field(default_factory=dict)
-    """Where values come from that nobody gave and no default has, by key."""
+    """By key, the origin of values that are neither given by the user nor defaults of the schema."""
 
 
 RUN_FORMAT = 5
-"""Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now; up to 3, parts of a model
-that text never reaches were trained; up to 4, nobody looked whether a model reads padding."""
+"""Format number of `run.yaml`; a file of format 1 has none.
+
+Up to format 2, `method.init=olora` meant what `qr` means now. Up to 3, parts of a model that text never reaches were trained. Up to
+4, nothing checked whether a model reads padding.
+"""
 
 
 def write_run(path: Path, composed: Composed, *, signature_of: Path | None = None) -> None:
@@ -59,7 +62,7 @@ def write_run(path: Path, composed: Composed, *, signature_of: Path | None = Non
 
 
 def write_signed(path: Path, content: Mapping[str, Any]) -> bool:
-    """Write the content of a `run.yaml` with the signature of this user; whether there is a key to sign with."""
+    """Write the content of a `run.yaml` with the signature of this user. Returns whether the user has a key to sign with."""
     signature = signing.sign(statement(content))
     _write_content(path, content, signature)
     return signature is not None

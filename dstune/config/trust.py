@@ -28,23 +28,23 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import was_resolved
 
 SIGNATURE = "signature"
-"""Of `run.yaml`, beside `config`."""
+"""Key of `run.yaml`, next to `config`."""
 FLAG = "--trust"
 MODEL, CODE = "model.path", "model.trust_remote_code"
 LINKS = "links"
-"""What the flag calls folders of a run that are links (`run_links.py`)."""
+"""The word for links in a run's folders (`run_links.py`) that `--trust` accepts."""
 CODE_OF = (
     *("model.path", "model.revision", "model.weights", "model.config_overrides"),
     *("task.reference_model", "task.reference_revision", "method.adapter", "method.frozen_adapters"),
     *("task.teacher", "task.teacher_revision"),
 )
-"""Whose code `model.trust_remote_code` consents to: signed together with it."""
+"""Keys that name the repositories whose code `model.trust_remote_code` allows; they are signed together with it."""
 SIGNED_IF_SET = ("task.teacher", "task.teacher_revision")
-"""Keys of `CODE_OF` that came later: runs without them keep the statement that was signed."""
+"""Keys of `CODE_OF` that were added later. They are left out if unset, so signatures of earlier runs stay valid."""
 
 
 class Use(Enum):
-    """What a verb does with a stored run: of keys that it has no use for, those that are not signed are left out."""
+    """What a verb uses of a stored run. Unsigned values of the keys listed here, which it does not use, are left out."""
 
     everything = ()
     rows = ("launch", "tracking", "sweep", "trainer.callbacks")
@@ -54,7 +54,7 @@ class Use(Enum):
 # ---- keys that a command trusts by name ----
 
 _named: dict[str, set[str]] = {}
-"""Keys by the run that they are believed of; those of the whole command under the empty name."""
+"""Trusted keys by run; keys that the command trusts in every run are under the empty name."""
 
 
 def believe(keys: Sequence[str], run: Path) -> None:
@@ -88,7 +88,7 @@ def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
         value = value if equals else next(iterator, "")
         if not re.fullmatch(r"[\w.\"-]+(,[\w.\"-]+)*", key_list := value.strip("[]")) or value.startswith("-"):
             fix = f"{FLAG} {CODE}, or what the refusal of the run names"
-            raise UserError(Problem(FLAG, "the keys are missing that are to be believed", fix, value))
+            raise UserError(Problem(FLAG, "the keys to trust are missing", fix, value))
         keys += key_list.split(",")
     believed_before = _named.get("", set())
     _named[""] = believed_before | set(keys)
@@ -117,12 +117,12 @@ def believed(run: Path) -> set[str]:
 
 
 def statement(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the signature of a `run.yaml` with this content vouches for: digests by key."""
+    """Return the digests by key that the signature of a `run.yaml` with this content covers."""
     return {name: signing.digest(value) for name, value in consequential(content).items()}
 
 
 def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what in the content of a `run.yaml` runs code or reaches out, by key."""
+    """Return the values in a `run.yaml` that run code or contact other machines, by key."""
     value_by_key: dict[str, Any] = {}
     # Plugins of packages that the user has installed are there with or without the run.
     stored = [plugin for plugin in plugins.from_dicts(content.get(plugins.KEY), plugins.KEY) if not plugin.distribution]

@@ -162,7 +162,7 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"data.clean.{key}", reason, f"data.clean.{key}=keep", policy.value)
     most = data.clean.max_characters
     if most is not None and data.clean.min_characters > most:
-        reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"
+        reason = f"no row has at least this many characters and at most {most} (data.clean.max_characters)"
         yield Problem("data.clean.min_characters", reason, f"at most {most}", format_value(data.clean.min_characters))
     if data.packing and task.unpackable:
         yield Problem("data.packing", f"{task.unpackable}, so rows are not packed", "data.packing=false", "true")
@@ -212,21 +212,21 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
     if data.mixture:
         yield Problem(
             "data.streaming",
-            "the weights of data.mixture count passes over whole sources, and a stream has no known end",
+            "the weights of data.mixture count passes over complete sources, and the end of a stream is not known",
             "data.streaming=false, or data.mixture={} and one data.train",
             "true",
         )
     if data.max_rows is not None:
         yield Problem(
             "data.max_rows",
-            "rows are chosen by their hash among all, and a stream is not read as a whole",
+            "rows are chosen among all by their hash, and a stream is never read completely",
             "data.max_rows=null; trainer.max_steps ends the run",
             format_value(data.max_rows),
         )
     if data.max_synthetic_share < 1:
         yield Problem(
             "data.max_synthetic_share",
-            "the share of all rows is known when a stream has been read as a whole",
+            "the share of synthetic rows is known only after all rows were read, and a stream is read while training",
             "data.streaming=false, or data.max_synthetic_share=1",
             format_value(data.max_synthetic_share),
         )
@@ -261,16 +261,16 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_noise(config: RunConfig) -> Iterator[Problem]:
-    """Yield a problem where `model.neftune_alpha` would be something else than the paper's noise, or not the same on any number
-    of ranks."""
+    """Yield a problem if `model.neftune_alpha` would add other noise than the paper's, or different noise on another number of
+    ranks."""
     task, method, parallelism = task_of(config.task), method_of(config.method), parallelism_of(config.parallel)
     reason = ""
     if not task.language:
-        reason = f"it was measured for causal language models, and task={task.name} is none"
+        reason = f"it was measured only for causal language models, which task={task.name} does not train"
     elif method.in_front:
-        reason = f"positions that method={method.name} trains stand in front of the embeddings"
+        reason = f"method={method.name} trains positions in front of the embeddings, which get no noise in the paper"
     elif parallelism.size > 1:
-        reason = f"with parallel={parallelism.name} ranks have parts of the rows or layers that the noise belongs to"
+        reason = f"with parallel={parallelism.name}, ranks have only parts of the rows or layers that get the noise"
     if reason:
         value = format_value(config.model.neftune_alpha)
         yield Problem("model.neftune_alpha", reason, "model.neftune_alpha=0", value)
@@ -281,8 +281,8 @@ def check_optimizer(config: RunConfig) -> Iterator[Problem]:
     yield from optimizer.check()
     yield from optimizer.check_run(config)
     if config.optimizer.lr == 0 and config.optimizer.vision_lr:
-        reason = "a tower's rate is a multiple of optimizer.lr, which is 0"
-        fix = "optimizer.lr=1e-12 to train next to nothing else"
+        reason = "the learning rate of the tower is a multiple of optimizer.lr, which is 0"
+        fix = "optimizer.lr=1e-12, which trains almost nothing else"
         yield Problem("optimizer.vision_lr", reason, fix, f"{config.optimizer.vision_lr:g}")
 
 
@@ -311,11 +311,11 @@ def check_batches(config: RunConfig) -> Iterator[Problem]:
 def _check_automatic(config: RunConfig) -> Iterator[Problem]:
     reason = None
     if config.data.streaming:
-        reason = "the longest rows are measured, and a stream's are not known"
+        reason = "the measurement needs the longest rows, and those of a stream are not known"
     elif why := method_of(config.method).why_not_measured:
         reason = why
     elif config.sweep.parallel > 1 and launcher_of(config.launch).here:
-        reason = "trials beside each other take memory and time from what each of them measures"
+        reason = "parallel trials share memory and time, so none of them can measure its own"
     elif config.trainer.deterministic:
         reason = "it is chosen by measured times, so two runs may choose differently (trainer.deterministic=true)"
     if reason:
@@ -335,7 +335,7 @@ def tiles_problem(model: str, tiles: int) -> Problem:
 def check_recomputed(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     if trainer.mlp_tiles > 1 and isinstance(trainer.activation_checkpointing, Selective):
-        reason = "feed-forward layers in pieces compute their products again, which this keeps"
+        reason = "trainer.mlp_tiles recomputes the products of feed-forward layers, which selective checkpointing keeps"
         fix = "trainer.activation_checkpointing=true, or trainer.mlp_tiles=1"
         yield Problem("trainer.activation_checkpointing", reason, fix, "selective")
 
@@ -372,7 +372,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         )
     for key in ("slices", "counterfactual"):
         if not task.row_loss and getattr(evaluate, key):
-            reason = f"the loss of task={task.name} is not told row by row"
+            reason = f"task={task.name} has no separate loss for each row"
             yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", format_value(getattr(evaluate, key)))
     if evaluate.slice_metric is not None and evaluate.slice_metric not in metrics:
         reason = f"task={task.name} has no such metric"
@@ -380,7 +380,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             "evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", format_value(evaluate.slice_metric)
         )
     elif evaluate.slice_metric in generation_metrics(config):
-        reason = f"{evaluate.slice_metric} is a metric of generated targets, and none are generated for a subgroup"
+        reason = f"{evaluate.slice_metric} needs generated targets, and none are generated for subgroups"
         yield Problem("evaluate.slice_metric", reason, "evaluate.slice_metric=loss", evaluate.slice_metric)
     yield from _check_metrics_of_plugins(config, metrics)
     yield from _check_what_needs_evaluations(config, held_out)
@@ -397,7 +397,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         and evaluate.generate_rows == 0
         and stopping.metric in metrics
     ):
-        reason = f"{stopping.metric} is a metric of generated targets, and evaluate.generate_rows is 0"
+        reason = f"{stopping.metric} needs generated targets, and evaluate.generate_rows is 0"
         fix = "evaluate.generate_rows=100, or trainer.early_stopping.metric=loss"
         yield Problem("trainer.early_stopping.metric", reason, fix, stopping.metric)
     if evaluate.baseline_shots:
@@ -410,7 +410,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
 
 
 def answers_no_questions(config: RunConfig) -> str:
-    """Why the model cannot be asked the questions of probes; empty where it can."""
+    """Return why the model cannot answer the questions of probes; empty if it can."""
     task = task_of(config.task)
     if not task.generates:
         return f"probes read what a model writes, and task={task.name} writes nothing"
@@ -446,12 +446,15 @@ def _check_baseline(config: RunConfig, held_out: bool) -> Iterator[Problem]:
     shots = format_value(evaluate.baseline_shots)
     if not held_out:
         yield Problem(
-            "evaluate.baseline_shots", "the model is asked about validation rows; none are held out", HOLD_OUT, shots
+            "evaluate.baseline_shots",
+            "the baseline is measured on validation rows, and none are held out",
+            HOLD_OUT,
+            shots,
         )
     if min(evaluate.baseline_shots) < 0:
         yield Problem("evaluate.baseline_shots", "a number of examples is 0 or more", "[0,4]", shots)
     if config.data.streaming:
-        reason = "worked examples are drawn from all training rows, and a stream is not read as a whole"
+        reason = "worked examples are drawn from all training rows, and a stream is never read completely"
         yield Problem("evaluate.baseline_shots", reason, "evaluate.baseline_shots=[]", shots)
     if not task.language:
         reason = f"the model of task={task.name} has no vocabulary to answer with"
@@ -460,7 +463,7 @@ def _check_baseline(config: RunConfig, held_out: bool) -> Iterator[Problem]:
 
 
 def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
-    """Return the metrics of the run's task; of several tasks what all of them have, and those of each as NAME/METRIC."""
+    """Return the metrics of the run's task. With several tasks: the metrics that all share, and those of each as `NAME/METRIC`."""
     if not (tasks := tasks_of(config)):
         return metric_names(config.task)
     return SHARED_METRICS + tuple(f"{name}/{metric}" for name, task in tasks.items() for metric in metric_names(task))
@@ -487,12 +490,14 @@ def _check_metrics_of_plugins(config: RunConfig, metrics: Sequence[str]) -> Iter
     for key, names in chosen.items():
         for name in names:
             if name in metrics and name.rpartition("/")[2] not in METRICS:
-                fix = "register a `dstune.Metric` of this name, whose `lower_is_better` says so"
-                yield Problem(key, f"it is not known whether less of {name} is better", fix, name)
+                fix = "register a `dstune.Metric` of this name that sets `lower_is_better`"
+                yield Problem(key, f"nothing says whether lower values of {name} are better", fix, name)
     for task in map(task_of, (config.task, *tasks_of(config).values())):
         for name in METRICS:
             if not task.has_predictions and METRICS[name].computed_for(task.name):
-                reason = f"the metric {name} is made of predictions, and evaluations of task={task.name} have none"
+                reason = (
+                    f"the metric {name} is computed from predictions, and evaluations of task={task.name} have none"
+                )
                 yield Problem("task", reason, f"leave {task.name} out of the `tasks` of {name}", task.name)
 
 
@@ -501,10 +506,10 @@ def check_saves(config: RunConfig) -> Iterator[Problem]:
         return
     fix = "checkpoint.weights_only=false"
     if restarts := launcher_of(config.launch).restarts:
-        reason = "a restart continues from a checkpoint, and those with weights alone cannot be continued"
+        reason = "a restart continues from a checkpoint, which is impossible if checkpoints contain only weights"
         yield Problem("launch.restarts", reason, f"{fix}, or launch.restarts=0", format_value(restarts))
     if config.trainer.spike.action is SpikeAction.rollback:
-        reason = "a run cannot go back to a checkpoint with weights alone"
+        reason = "a run cannot roll back to a checkpoint that contains only weights"
         yield Problem("trainer.spike.action", reason, f"{fix}, or trainer.spike.action=skip", "rollback")
 
 
@@ -514,17 +519,22 @@ def check_spikes(config: RunConfig) -> Iterator[Problem]:
         reason = why
         yield Problem("trainer.spike.action", reason, "trainer.spike.action=skip", "rollback")
     if config.trainer.spike.action is SpikeAction.rollback and not config.checkpoint.every:
-        reason = "there is nothing to go back to: checkpoint.every=0 saves at the end only"
+        reason = "there is no checkpoint to roll back to: checkpoint.every=0 saves only at the end"
         yield Problem("trainer.spike.action", reason, "checkpoint.every=25%, or trainer.spike.action=skip", "rollback")
 
 
 def check_run(config: RunConfig) -> Iterator[Problem]:
     name = config.run.name
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\0\n]", name):
-        yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", format_value(name))
+        yield Problem(
+            "run.name",
+            "the name of a run must be valid as a folder name",
+            "a name without slashes",
+            format_value(name),
+        )
     for signal_name in config.run.signals:
         if signal_name not in PREEMPTION_SIGNALS:
-            reason = "a run cannot be asked to leave by this"
+            reason = "this is not a supported preemption signal"
             yield Problem("run.signals", reason, f"some of {', '.join(PREEMPTION_SIGNALS)}", format_value(signal_name))
     for key in ("dir", "resume"):
         value = getattr(config.run, key)
@@ -542,7 +552,7 @@ def check_tracking(config: RunConfig) -> Iterator[Problem]:
             variable = value.reference.split(ENVIRONMENT, 1)[1].split("}")[0].split(",")[0]
             yield Problem(
                 key,
-                "a name is shown everywhere, and what comes from the environment is kept secret",
+                "names are shown everywhere, but values from the environment are kept secret",
                 f'{key}="${variable}", which lets the shell fill it in, if it is no secret',
                 value.reference,
             )

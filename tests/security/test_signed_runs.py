@@ -121,7 +121,7 @@ def test_what_is_named_or_repeated_is_believed(stranger: Stranger, capsys: pytes
     assert stranger.attack("train --cfg") == 2, "no command believes what another one named"
     assert "4 problems" not in capsys.readouterr().err
     assert stranger.attack("train --cfg", "--trust") == 2
-    assert "keys are missing" in capsys.readouterr().err
+    assert "the keys to trust are missing" in capsys.readouterr().err
 
 
 def test_a_run_that_is_continued_by_its_whole_command_needs_no_signature(stranger: Stranger) -> None:

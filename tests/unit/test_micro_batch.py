@@ -193,7 +193,7 @@ def test_another_word_is_refused(value: str) -> None:
         (["data.streaming=true", "data.train=x.jsonl", "trainer.max_steps=3"], "stream"),
         (["experiment=sentiment", "method=features"], "features"),
         (["experiment=sentiment", "method=importance"], "chosen before"),
-        (["sweep.parallel=2"], "trials beside each other"),
+        (["sweep.parallel=2"], "parallel trials"),
         (["trainer.deterministic=true"], "deterministic"),
     ],
 )

@@ -476,7 +476,7 @@ def test_a_metric_is_refused_where_no_evaluation_has_it():
         (problem,) = invalid(*seq2seq, f"evaluate.slice_metric={name}")
         assert problem == (
             "evaluate.slice_metric",
-            f"{name} is a metric of generated targets, and none are generated for a subgroup",
+            f"{name} needs generated targets, and none are generated for subgroups",
         )
 
 
