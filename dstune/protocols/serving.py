@@ -77,7 +77,7 @@ class Routes:
         yield from ()
 
     def run_instead(self, arguments: argparse.Namespace, state: Path) -> int | None:
-        """Do something instead of serving and return the exit code, or return None to serve. Called even if the routes are not served."""
+        """Do something instead of serving and return the exit code; None to serve. Called even if the routes are not served."""
         return None
 
     def open(self, arguments: argparse.Namespace, state: Path, runtime: Path) -> None:

@@ -26,7 +26,7 @@ def test_models_are_ranked_by_what_they_say_of_the_rows(tmp_path, monkeypatch, c
     found = json.loads(capsys.readouterr().out)
     assert [row["path"] for row in found[:2]] == [str(unsure), str(sure)]
     assert found[0]["metric"] == "bits_per_byte" and 0 < found[0]["score"] < found[1]["score"]
-    assert all(row["score"] is None and row["note"].startswith("not asked") for row in found[2:])
+    assert all(row["score"] is None and row["note"].startswith("not evaluated") for row in found[2:])
     assert str(tmp_path / "encoder") not in [row["path"] for row in found]
     again = [str(sure), *words, f"data.validation={rows}", "evaluate.max_rows=8", "data.packing=false", "--shots", "0"]
     assert evaluate.main([*again, "data.clean.leaks=false", "--json"]) == 0

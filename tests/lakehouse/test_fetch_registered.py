@@ -72,7 +72,7 @@ def test_a_pinned_version_needs_no_registry_once_it_is_fetched(registry, model, 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert registered.local_path("models:/film/1", "MODEL") == folder
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@elsewhere.example")
-    with pytest.raises(UserError, match="of another registry") as caught:
+    with pytest.raises(UserError, match="another registry") as caught:
         registered.local_path("models:/film/1", "MODEL")
     assert "secret" not in str(caught.value)
 

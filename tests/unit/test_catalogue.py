@@ -201,6 +201,6 @@ def test_the_rows_of_a_probe_have_any_name(shelf, monkeypatch, name):
 def test_a_signal_ends_the_probe_and_not_one_model_alone(shelf, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "ask", lambda argv: EXIT_PREEMPTED)
     words = [str(shelf / "decoder"), "task=chat", "--probe", "rows.jsonl", "hardware=H100"]
-    with pytest.raises(DstuneError, match=rf"stopped while {shelf / 'decoder'} was asked"):
+    with pytest.raises(DstuneError, match=rf"stopped while {shelf / 'decoder'} was evaluated"):
         catalogue.main(words)
     assert evaluate.main([str(shelf / "decoder")]) == EXIT_FAILED

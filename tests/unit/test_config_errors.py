@@ -36,7 +36,7 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("trainer.early_stopping.patienc=3", "trainer.early_stopping.patienc", "3", "no such key", "patience=3"),
         ("method.rank=8", "method.rank", "8", "method=full has no such key", "method=lora"),
         ("schema/method=lora", "schema/method", "lora", "no such group", "method"),
-        ("task.name=chat", "task.name", "chat", "names the choice", "task=chat"),
+        ("task.name=chat", "task.name", "chat", "name of the group", "task=chat"),
         ("zzz=1", "zzz", "1", "no such key", "--help"),
         # types
         ("trainer.max_steps=abc", "trainer.max_steps", "abc", "whole number", ""),
@@ -160,7 +160,7 @@ def test_a_file_that_a_packaged_one_would_win_over_is_refused(tmp_path: Path):
     compose(["data=chitchat"], (tmp_path,))  # which does not choose it
     [problem] = problems("data=chitchat", "launch=slurm", config_dirs=(tmp_path,))
     assert problem.where == str(file)
-    assert "launch=slurm is dstune's own" in problem.reason
+    assert "launch=slurm chooses dstune's own" in problem.reason
     assert "launch/my_slurm.yaml" in str(problem.fix)
     own = (config_folder() / "launch" / "slurm.yaml").read_bytes()
     file.write_bytes(b"# Of an earlier version.\n" + own)  # a copy hides nothing

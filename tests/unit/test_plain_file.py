@@ -125,7 +125,7 @@ def test_what_validation_refuses_has_its_line_and_what_the_command_says_has_none
         ("optimizer: {lr: 1}\noptimizer: {eps: 1}\n", "stands twice, first in line 1"),
         ("data: {train: x, train: y}\n", "stands twice"),
         ("data: {train: !!python/object/apply:os.system [id]}\n", "could not determine a constructor"),
-        ("run: {name: !!binary aGk=}\n", "a value of the kind bytes has no place"),
+        ("run: {name: !!binary aGk=}\n", "cannot contain a value of type bytes"),
         ("task: {name: classification, class_weights: {Größe: 2}}\n", "characters that are not allowed in keys"),
         ("'a b': 1\n", "this is no name of a key"),
         ("# @package method\nrank: 3\n", "a choice of a group"),

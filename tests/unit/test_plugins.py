@@ -464,14 +464,14 @@ def invalid(*overrides: str) -> list[tuple[str, str]]:
 
 def test_a_metric_is_refused_where_no_evaluation_has_it():
     Path("metrics.py").write_text(METRICS)
-    reason = "the metric distance is made of predictions, and evaluations of task=chat have none"
+    reason = "the metric distance is computed from predictions, and evaluations of task=chat have none"
     assert ("task", reason) in invalid("task=chat")
     assert "trainer.early_stopping.metric" in dict(invalid("task=chat", "trainer.early_stopping.metric=distance"))
     seq2seq = ("task=seq2seq", "data.split.validation=0.1", "evaluate.every=5", "evaluate.slices=[lang]")
     stopping = (*seq2seq, "trainer.early_stopping.metric=distance", "trainer.early_stopping.patience=2")
     assert invalid(*stopping, "evaluate.generate_rows=9") == []
     (problem,) = invalid(*stopping, "evaluate.generate_rows=0")
-    assert problem[1] == "distance is a metric of generated targets, and evaluate.generate_rows is 0"
+    assert problem[1] == "distance needs generated targets, and evaluate.generate_rows is 0"
     for name in ("bleu", "distance"):
         (problem,) = invalid(*seq2seq, f"evaluate.slice_metric={name}")
         assert problem == (
@@ -484,7 +484,7 @@ def test_a_metric_of_a_task_that_may_be_better_either_way():
     Path("metrics.py").write_text(METRICS)
     own = ("task=own", "data.split.validation=0.1", "evaluate.every=5", "trainer.early_stopping.patience=2")
     assert invalid(*own) == []
-    reason = "it is not known whether less of emd is better"
+    reason = "nothing says whether lower values of emd are better"
     assert invalid(*own, "trainer.early_stopping.metric=emd") == [("trainer.early_stopping.metric", reason)]
     with open("metrics.py", "a") as file:
         file.write('\n\n@dstune.metric\nclass Emd(dstune.Metric):\n    name = "emd"\n    lower_is_better = True\n')
