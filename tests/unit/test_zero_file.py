@@ -204,7 +204,7 @@ def test_a_value_that_an_experiment_gives_is_given_even_where_it_is_the_default(
     problems = refused(
         write({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 8}), "experiment=chat_lora"
     )
-    assert "experiment=chat_lora says so" in problems["trainer.micro_batch_size"]
+    assert "experiment=chat_lora sets this" in problems["trainer.micro_batch_size"]
 
 
 def test_all_contradictions_are_reported_at_once(write):
