@@ -119,7 +119,7 @@ def records_of_run(files: dict[str, bytes], folder: Path) -> None:
     records.read_result(run)
     records.read_metrics(run)
     status_of(run).to_json(run)
-    attempt.of_files(run, 2, "none")
+    attempt.judge_files(run, 2, "none")
 
 
 def runs_verb(files: dict[str, bytes], folder: Path) -> None:
