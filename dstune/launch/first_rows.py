@@ -1,6 +1,6 @@
-"""What the first row of each data file and this machine's hardware can tell before any rank starts.
+"""Checks the first row of each data file and this machine's hardware before any rank starts.
 
-A rank finds the same, but only after 10 s of imports, and in a run directory that was made for nothing.
+A rank would report the same problems, but only after 10 s of imports, and in a run directory that nobody needs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SAME_COLUMNS = (".csv", ".tsv", *TABLES)
 """Endings of files whose rows all have the columns of the first one."""
 
 WHOLE_FILE_BYTES = 1 << 26
-"""A JSON array is read as a whole, so one larger than this is left to the ranks."""
+"""A JSON array must be read completely, so one larger than this is left to the ranks."""
 
 SCANNED_ROWS = 100_000
-"""That are read here once a first row is bad, to list the others with it."""
+"""Rows that are read once a first row is bad, to list the other bad ones too."""
 
 
 def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
-    """Yield what `gpus` devices cannot compute."""
+    """Yield problems of a configuration that `gpus` GPUs cannot train."""
     if config.trainer.precision is Precision.fp16 and not gpus:
         reason = "fp16 is trained on GPUs only, and there is none here: a CPU has no fp16 kernels for several layers"
         yield Problem("trainer.precision", reason, "trainer.precision=fp32", "fp16")
@@ -42,7 +42,7 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
 
 
 def task_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield what the tasks of the run miss on this machine."""
+    """Yield what the tasks of the run need and this machine does not have."""
     tasks = (config.task, *tasks_of(config).values())
     for task in map(task_of, {task.name: task for task in tasks}.values()):
         if isinstance(task, NeedsPackages):
@@ -50,10 +50,11 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool = True) -> list[Problem]:
-    """Return what is wrong with the first rows of the files of `data.train`, `data.validation` or `data.test` (`part`), whose files
-    are there. With `data.on_bad_row=skip` only columns that fit no format count.
+    """Return what is wrong with the first rows of the files of a `part`: "train", "validation" or "test". The files must exist.
 
-    key: what problems name as the source of the rows. trains: whether they are to be trained on.
+    With `data.on_bad_row=skip`, only columns that match no format are problems.
+
+    key: the key that problems name as the source of the rows. trains: whether the run trains on the rows.
     """
     try:
         check_columns(config.data.columns)
@@ -90,9 +91,9 @@ def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool =
 
 
 def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
-    """Return the format of the first row that has one of the task, and whether it is the first row of the file.
+    """Return the format of the first row that has a format of the task, and whether that is the first row of the file.
 
-    Raises UserError as `recognise` does for the first row, where none of the first rows has.
+    Raises UserError, as `recognise` does for the first row, if none of the first rows has one.
     """
     first: UserError | None = None
     for row in islice(sources.read(file), FIRST_ROWS):

@@ -1,6 +1,7 @@
-"""Data sets of the hub before the ranks start: a revision becomes a commit, and `datasets` downloads and prepares it.
+"""Resolves and downloads data sets of the hub before the ranks start.
 
-Ranks never ask the hub: they read the Arrow files that are then in the cache of `datasets`, in a folder of that commit.
+A revision becomes a commit, which `datasets` downloads and prepares. Ranks never contact the hub: they read the Arrow files of
+that commit from the cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ Stage = Callable[[str], None]
 
 
 def resolve(data: DataConfig, stage: Stage) -> DataConfig:
-    """Return `data` with every revision of a hub data set as a commit, and its configuration by name; both in the cache.
+    """Return `data` with a commit for the revision of every hub data set, and the name of its configuration; fill the cache.
 
-    One repository for all parts: `data.revision` and `data.subset` hold them. Where the parts come from several, each
-    path gets its own commit (`OWNER/NAME@COMMIT:SPLIT`).
+    If all parts come from one repository, `data.revision` and `data.subset` hold these. Otherwise each path gets its own commit
+    (`OWNER/NAME@COMMIT:SPLIT`).
 
     Raises:
-        UserError: absent, private, gated, offline and not cached, or nothing that `datasets` reads; all listed together.
+        UserError: a data set is absent, private, gated, offline and not cached, or not readable by `datasets`; lists all problems.
     """
     problems: list[Problem] = []
     prepared: dict[tuple[HubName, str | None], Prepared] = {}
 
-    def of(name: HubName, revision: str | None, subset: str | None, key: str) -> Prepared | None:
+    def prepare_once(name: HubName, revision: str | None, subset: str | None, key: str) -> Prepared | None:
         repository = replace(name, revision=name.revision or revision, split=None)
         try:
             if (repository, subset) not in prepared:
@@ -45,18 +46,19 @@ def resolve(data: DataConfig, stage: Stage) -> DataConfig:
     entry_by_part: dict[str, tuple[HubName, Prepared]] = {}
     name_by_part = {part: name for part in PARTS if (name := hub_name(getattr(data, part) or ""))}
     for part, name in name_by_part.items():
-        if entry := of(name, data.revision, data.subset, f"data.{part}"):
+        if entry := prepare_once(name, data.revision, data.subset, f"data.{part}"):
             entry_by_part[part] = name, entry
     mixture = dict(data.mixture)
     for source, source_config in data.mixture.items():
         if name := hub_name(source_config.path):
-            if entry := of(name, source_config.revision, source_config.subset, f"data.mixture.{source}.path"):
+            key = f"data.mixture.{source}.path"
+            if entry := prepare_once(name, source_config.revision, source_config.subset, key):
                 path = str(replace(name, revision=None))
                 mixture[source] = replace(source_config, path=path, revision=entry.commit, subset=entry.subset)
         else:
-            problems += _of_no_hub(source_config.revision, source_config.subset, f"data.mixture.{source}")
+            problems += _unused_key_problems(source_config.revision, source_config.subset, f"data.mixture.{source}")
     if not name_by_part:
-        problems += _of_no_hub(data.revision, data.subset, "data")
+        problems += _unused_key_problems(data.revision, data.subset, "data")
     if problems:
         raise UserError(problems)
     data = replace(data, mixture=mixture)
@@ -70,7 +72,8 @@ def resolve(data: DataConfig, stage: Stage) -> DataConfig:
     return replace(data, **pinned)
 
 
-def _of_no_hub(revision: str | None, subset: str | None, section: str) -> list[Problem]:
+def _unused_key_problems(revision: str | None, subset: str | None, section: str) -> list[Problem]:
+    """Return a problem for each of the two keys that is given although the section's rows do not come from the hub."""
     reason = "no rows come from the hub, and nothing else has it"
     return [
         Problem(f"{section}.{key}", reason, f"{section}.{key}=null", value)
@@ -80,10 +83,9 @@ def _of_no_hub(revision: str | None, subset: str | None, section: str) -> list[P
 
 
 def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared:
-    """Return the data set at the commit that `name.revision` (the main branch when None) stands for, in the cache.
+    """Download the data set at the commit of `name.revision` (None: the main branch) into the cache, and return it.
 
-    Offline (HF_HUB_OFFLINE=1, or no connection) the cache has to hold it.
-    key: where the name came from. Raises UserError.
+    Offline (HF_HUB_OFFLINE=1, or no connection) the cache must hold it already. key: the key that gave the name. Raises UserError.
     """
     if is_offline():
         return cached(name, subset, key, "HF_HUB_OFFLINE is set")
@@ -93,7 +95,7 @@ def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared
         return _prepare(name, subset, request, stage)
     except UserError:
         raise
-    except Exception as error:  # classes differ among the releases of datasets, huggingface_hub and its HTTP libraries
+    except Exception as error:  # its class depends on the releases of datasets, huggingface_hub and its HTTP libraries
         problem = refusal(request, error)
         if problem is not None:
             raise UserError(problem) from error
@@ -115,7 +117,7 @@ def _prepare(name: HubName, subset: str | None, request: HubRequest, stage: Stag
         try:
             builder = datasets.load_dataset_builder(name.repository, subset, revision=commit)
             if builder.hash != commit:
-                # datasets takes what its cache has, at any commit, where it cannot get what was asked for.
+                # If datasets cannot get the commit, it silently uses any other commit that its cache has.
                 raise ConnectionError(f"{name.repository} at commit {commit} could not be loaded")
             builder.download_and_prepare()
         except ValueError as error:

@@ -27,24 +27,24 @@ from dstune.protocols.launcher import Job, Unreachable
 from dstune.tracking.trials import is_sweep, read_records
 
 TWICE_SECONDS = 0.5
-"""Between two signals that shall count as two (see `signals.TWICE_SECONDS`)."""
+"""Time between two signals, so that they count as two (see `signals.TWICE_SECONDS`)."""
 
 JOB_SECONDS = 1.0
-"""Between two questions to the queue while a job ends."""
+"""Time between two queries of the queue while a job ends."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands."""
+    """The state and progress of a run."""
 
     state: str
-    """`running`, or `pending` in a queue; completed, stopped, preempted or failed as in result.json; `dead` (the
-    launcher ended without a result); `elsewhere` (launched on another machine, which alone can tell)."""
+    """`running`; `pending` in a queue; completed, stopped, preempted or failed as in result.json; `dead` (the launcher ended
+    without a result); `elsewhere` (launched on another machine, and only that machine knows the state)."""
     reason: str
     step: int
     loss: float | None
     age_seconds: float | None
-    """Since the last row of metrics.jsonl."""
+    """Seconds since the last row of metrics.jsonl was written."""
     launcher: records.LaunchRecord | None
     checkpoint: Path | None
     group: GroupStatus | None = None
@@ -69,6 +69,7 @@ class Status:
 
 
 def status_of(run_dir: Path) -> Status:
+    """Return the status of the run in `run_dir`, from its files, its process and its queue."""
     launcher = records.read_launch(run_dir)
     result = records.read_result(run_dir)
     last = records.read_metrics(run_dir).last
@@ -95,12 +96,12 @@ def status_of(run_dir: Path) -> Status:
 
 
 def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
-    """Return the jobs of the run that are not over, and why that cannot be told."""
+    """Return the unfinished jobs of the run, and the reason if they cannot be determined."""
     if launcher is None or not launcher.jobs:
         return [], ""
     try:
         queue = queue_of(launcher)
-    except UserError as error:  # of a plugin, without which the run can be looked at too
+    except UserError as error:  # the launcher's plugin is missing, and the status must show without it too
         return [], error.problems[0].reason
     try:
         return queue.alive(launcher.jobs), ""
@@ -109,8 +110,8 @@ def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
 
 
 def status(argv: list[str]) -> int:
-    """Run `dstune status RUN [--json]`. Raises UserError; returns the exit code."""
-    arguments = _parser("status", "Where a run stands.").parse_args(argv)
+    """Run `dstune status RUN [--json]` and return the exit code. Raises UserError."""
+    arguments = _parser("status", "Show the state and progress of a run.").parse_args(argv)
     run_dir = run_directory(arguments.run)
     run_status = status_of(run_dir)
     if arguments.json:
@@ -148,7 +149,7 @@ def cancel(argv: list[str]) -> int:
         group = read_group(run_dir)
         if group is not None and not group.is_over and not arguments.now:
             return _cancel_group(run_dir, as_json=arguments.json)
-        reason = f"the run was launched on {launcher.host}, and can be stopped from there alone"
+        reason = f"the run was launched on {launcher.host}, and can only be stopped from there"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(run_dir)))
     process = launcher.process(run_dir) if launcher is not None else None
     if process is not None:
@@ -166,7 +167,7 @@ def cancel(argv: list[str]) -> int:
 
 
 def _cancel_group(run_dir: Path, *, as_json: bool) -> int:
-    """Stop a run that a command on another machine started on several nodes: they see the run directory too."""
+    """Stop a run that another machine started on several nodes, through a stop file, since they share the run directory."""
     files.write(run_dir / STOP_FILE, "")
     while (group := read_group(run_dir)) is not None and not group.is_over:
         time.sleep(JOB_SECONDS)
@@ -180,7 +181,7 @@ def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
     launcher = records.read_launch(sweep)
     process = launcher.process(sweep) if launcher is not None else None
     if launcher is not None and not launcher.is_here:
-        reason = f"the sweep was started on {launcher.host}, and can be stopped from there alone"
+        reason = f"the sweep was started on {launcher.host}, and can only be stopped from there"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(sweep)))
     if process is not None:
         _stop(process, now)
@@ -195,7 +196,7 @@ def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
 
 
 def _cancel_jobs(launcher: records.LaunchRecord, run_dir: Path, *, now: bool, as_json: bool) -> int:
-    """Stop a run in a queue: a job that waits leaves the queue, one that runs saves first."""
+    """Stop a run in a queue: a waiting job leaves the queue, a running one saves first (unless `now`)."""
     jobs, queue = launcher.jobs, queue_of(launcher)
     queue.require(cancel=True)
     try:
@@ -237,7 +238,7 @@ def _stop(process: psutil.Process, now: bool) -> None:
 
 
 def checkpoints(argv: list[str]) -> int:
-    """Run `dstune checkpoints RUN [--verify] [--prune KEEP] [--json]`. Raises UserError; 1 when a file is damaged."""
+    """Run `dstune checkpoints RUN [--verify] [--prune KEEP] [--json]`; return 1 if a file is damaged. Raises UserError."""
     parser = _parser("checkpoints", "List, verify or prune the checkpoints of a run.")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
     parser.add_argument("--prune", type=int, metavar="KEEP", help="keep the newest KEEP and the best, remove the rest")
@@ -246,20 +247,22 @@ def checkpoints(argv: list[str]) -> int:
     removed: list[Path] = []
     if arguments.prune is not None:
         if arguments.prune < 1:
-            raise UserError(Problem("--prune", "at least one has to stay", "--prune 1", str(arguments.prune)))
+            raise UserError(
+                Problem("--prune", "at least one checkpoint must be kept", "--prune 1", str(arguments.prune))
+            )
         from dstune.config.run_links import refuse_links
 
         refuse_links(run_dir)
-        lock = records.acquire_lock(run_dir)  # a running launch saves and prunes by itself
+        lock = records.acquire_lock(run_dir)  # refused while the run trains, since it saves and prunes by itself
         try:
             removed = store.prune(run_dir, arguments.prune)
         finally:
             os.close(lock)
     infos = store.listing(run_dir)
-    whole, best = [info for info in infos if info.committed], store.best(run_dir)
+    committed, best = [info for info in infos if info.committed], store.best(run_dir)
     damaged: dict[Path, list[str]] = {}
-    for info in whole if arguments.verify else ():
-        with suppress(FileNotFoundError):  # a run that goes on has pruned it
+    for info in committed if arguments.verify else ():
+        with suppress(FileNotFoundError):  # a running launch may have pruned it meanwhile
             damaged[info.path] = store.damaged_files(info.path)
     if arguments.json:
         rows = [
@@ -282,7 +285,7 @@ def checkpoints(argv: list[str]) -> int:
             notes = (
                 ["best"] * (info.path == best)
                 + ["weights only"] * info.weights_only
-                + ["torn, not usable"] * (not info.committed)
+                + ["incomplete, not usable"] * (not info.committed)
             )
             if info.path in damaged:
                 notes.append(f"damaged: {', '.join(damaged[info.path])}" if damaged[info.path] else "verified")

@@ -31,7 +31,7 @@ LOCK = ".lock"
 LEASE = "lease.json"
 """Who works on a run in a place without locks (`dstune.launch.mirror`)."""
 DRIVER = Path("launch") / "driver"
-"""A launcher of ranks on other machines touches it while it lives; it holds after how many seconds its ranks end without it."""
+"""File that a launcher of ranks on other machines touches while it lives; it holds the seconds that its ranks outlive it."""
 LONGEST_SECONDS = 60.0
 TAKEOVER_SECONDS = 15.0
 """How long to wait for the ranks of a launcher that was killed; its guard is ending them."""
@@ -44,13 +44,13 @@ class LaunchRecord:
     id: str
     pid: int
     started: float
-    """When that process started, in seconds since the epoch: tells it from a later one with the same pid."""
+    """When that process started, in seconds since the epoch; a later process with the same pid started at another time."""
     host: str
     processes: int
     jobs: list[str] = field(default_factory=list)
     """Jobs that the ranks run in, one after the other."""
     launcher: str = "slurm"
-    """The launcher whose jobs they are. Earlier versions did not write it, and had SLURM's jobs only."""
+    """The launcher that submitted `jobs`. Earlier versions, which did not write it, had only jobs of SLURM."""
 
     @property
     def is_here(self) -> bool:
@@ -81,21 +81,23 @@ def working_folder(place: Path) -> Path:
 
 
 def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (), launcher: str = "") -> None:
-    """Note that this process launches the run now, and remove what could pass for its own: an earlier launch's errors
-    and result. jobs, launcher: as for `note`."""
+    """Record that this process launches the run now, and remove the errors and the result of an earlier launch.
+
+    jobs, launcher: as for `note`.
+    """
     forget_ends(run_dir)
     note(run_dir, launch_id, processes, jobs, launcher)
 
 
 def forget_ends(run_dir: Path) -> None:
-    """Remove how an earlier attempt ended: the errors of its ranks and its result."""
+    """Remove the result of an earlier attempt and the errors of its ranks."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for stale in (*(run_dir / "logs").glob("rank-*.error"), result_path(run_dir)):
         stale.unlink(missing_ok=True)
 
 
 def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (), launcher: str = "") -> None:
-    """Write `launch.json` for this process. launcher: the name of the one whose queue `jobs` are in."""
+    """Write `launch.json` for this process. jobs: ids of jobs in a queue. launcher: name of the launcher that has the queue."""
     import psutil
 
     assert launcher or not jobs, "another launcher's queue would be asked about the jobs"
@@ -148,8 +150,10 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 def write_result(
     run_dir: Path, status: str, reason: str, world_size: int, failure: dict[str, Any] | None = None
 ) -> None:
-    """Write the result of a run whose ranks could not write it: from the rows that they logged, and from the newest checkpoint
-    what those do not tell. failure: the `rank`, `node` and `cause` of one on several nodes."""
+    """Write the result of a run whose ranks could not write it, from the rows that they logged and the newest checkpoint.
+
+    failure: `rank`, `node` and `cause` of the failure of a run on several nodes.
+    """
     logged = read_metrics(run_dir)
     checkpoint = store.newest(run_dir)
     state = _train_state(checkpoint)
@@ -182,7 +186,7 @@ def _train_state(checkpoint: Path | None) -> dict[str, Any]:
 
 @dataclass
 class Logged:
-    """What `metrics.jsonl` tells of a run."""
+    """The progress of a run according to its `metrics.jsonl`."""
 
     last: dict[str, Any] = field(default_factory=dict)
     """The newest training row; {} when there is none."""
@@ -190,13 +194,13 @@ class Logged:
     """Metrics of the evaluation before the first step, by their names in `result.json`."""
     eval_last: dict[str, Any] | None = None
     eval_step: int | None = None
-    """The step after which that was measured."""
+    """The step after which `eval_last` was measured."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Steps without an update, by their reason."""
+    """Number of steps without an update, by reason."""
 
 
 def read_metrics(run_dir: Path) -> Logged:
-    """Return the rows of `metrics.jsonl`; a torn last line is passed over."""
+    """Return the progress that `metrics.jsonl` shows; an incomplete last line is ignored."""
     logged = Logged()
     try:
         with open_file(run_dir / "metrics.jsonl") as stream:
@@ -228,7 +232,7 @@ def _note(logged: Logged, row: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` whole or not at all."""
+    """Write `value`, with secrets redacted, atomically."""
     files.write(path, json_text(redacted(value), indent=1) + "\n")
 
 
@@ -237,9 +241,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
-    """Take the run directory for this process; returns the descriptor to keep open, and to hand to the guard.
+    """Lock the run directory for this process; return the descriptor of the lock, to keep open and to hand to the guard.
 
-    shared: beside others of the same kind.
+    shared: take a lock that other processes can share.
 
     Raises:
         UserError: another launch uses the directory.
@@ -252,7 +256,7 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
             return descriptor
         except BlockingIOError:
             record = read_launch(run_dir)
-            # A launcher that was killed has left its guard, which holds the lock until the ranks are gone.
+            # The guard of a killed launcher holds the lock until the ranks have ended.
             orphaned = record is not None and record.is_here and record.process(run_dir) is None
             if not orphaned or time.monotonic() > deadline:
                 os.close(descriptor)
@@ -261,10 +265,10 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
 
 
 def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None:
-    """Wait until no rank of an earlier launcher can be running: where it was killed, its ranks on other machines end by themselves
-    some seconds later, as many as its file `DRIVER` says.
+    """Wait until no rank of an earlier launcher can be running.
 
-    Raises UserError where that file is a link or not a plain file.
+    If that launcher was killed, its ranks on other machines end by themselves after the seconds that its file `DRIVER` holds.
+    Raises UserError if the file is a link or not a plain file.
     """
     try:
         patience = min(LONGEST_SECONDS, float(files.read_plain(run_dir / DRIVER)))
@@ -277,7 +281,7 @@ def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None
 
 
 def in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:
-    """Return what is wrong where another launch uses the directory."""
+    """Return the problem that another launch is using the run directory."""
     who = f"process {record.pid} on {record.host}" if record else "another process"
     fix = f"wait for it, stop it with `dstune cancel {run_dir}`, or give another run.dir"
     return Problem("run.dir", f"{who} is running here", fix, str(run_dir))

@@ -205,7 +205,7 @@ def test_checkpoints_are_listed_verified_and_pruned(run, capsys):
     assert manage.checkpoints([str(run), "--verify"]) == 1
     printed = capsys.readouterr().out
     assert "damaged: weights" in printed
-    assert "torn, not usable" in printed
+    assert "incomplete, not usable" in printed
     assert manage.checkpoints([str(run), "--prune", "1"]) == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [store.tag(2), store.tag(6)]
     with pytest.raises(UserError, match="at least one"):
