@@ -472,7 +472,7 @@ def attempt(model: Model, dialogue: dict[str, Any], tried: Attempt, *, show: boo
             print(repr(tokenizer.decode(sample.input_ids)))
             print("   trained:", repr(tokenizer.decode(sample.labels[sample.labels != NO_TARGET])))
     assert encode.renderer is not None
-    marks = encode.renderer.inline_marks if tried.inline else None
+    marks = encode.renderer.inline_reasoning.marks if tried.inline else None
     wrong, untrained = Reference(tokenizer, model.ends, marks, dict(tried.arguments)).judge(dialogue, samples)
     return Cell("WRONG", f"{tried} {wrong}") if wrong else Cell(state, str(tried), len(samples), untrained)
 

@@ -216,8 +216,8 @@ _FOREIGN_RUNS: dict[str, Mutation] = {
 _OTHER: dict[str, Mutation] = {
     "unit/test_data_render.py::test_an_answer_that_begins_with_line_breaks": undo(
         "data/tokenize/conversations.py",
-        "or not self._boundaries.clean(",
-        "or False and not self._boundaries.clean(",
+        "or not self._boundaries.is_clean(",
+        "or False and not self._boundaries.is_clean(",
     ),
     "unit/test_data_stream.py::test_a_later_block_with_other_arguments_is_reported": undo(
         "data/builder.py", "            if proof.arguments != self._arguments:\n", "            if False:\n"

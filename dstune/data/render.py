@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dstune.chat_templates import packaged_for, template_path
+from dstune.chat_templates import template_path
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.by_code import note_of
 from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.content_format import as_template_reads
-from dstune.data.chat.probe import (
-    SWITCHES,
-    Facts,
-    facts_of,
-    learn_stops,
-    prints_inline,
-    reasoning_of,
-)
+from dstune.data.chat.dropped import dropped_fields, refuse_unprinted_messages
+from dstune.data.chat.fixes import TemplateFixes
+from dstune.data.chat.inline_reasoning import InlineReasoning
+from dstune.data.chat.probe import Facts, facts_of, learn_stops, reasoning_of
 from dstune.data.chat.prompt import prompt_ids
 from dstune.data.chat.rule import (
     Passage,
@@ -43,27 +38,16 @@ from dstune.data.chat.rule import (
     turn_of,
 )
 from dstune.data.chat.targets import require_offsets
-from dstune.data.chat.template import (
-    ChatTemplate,
-    Messages,
-    RenderError,
-    TemplateRefusal,
-    Tools,
-    with_inlined_reasoning,
-)
-from dstune.data.chat.thoughts import inlined, is_open
+from dstune.data.chat.template import ChatTemplate, Messages, RenderError, TemplateRefusal, Tools
 from dstune.data.chat.turn_parts import (
-    END_MARKER,
     Render,
     has_reasoning,
-    reasoning_marks,
     text_behind_prompt,
     unprinted_part,
-    with_text_at_end,
     without_reasoning,
 )
 from dstune.data.control import ControlTokens
-from dstune.data.message import REASONING_KEYS, content_start, content_text, with_start
+from dstune.data.message import REASONING_KEYS
 from dstune.data.messages import NO_ARGUMENTS, first_unusual
 from dstune.data.problems import unprinted
 
@@ -71,10 +55,6 @@ __all__ = ["ChatRenderer", "RenderError"]
 
 
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
-
-_SEVERAL = "more than one tool call of a message"
-
-_USUAL_MARKS = ("<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -123,13 +103,12 @@ class ChatRenderer:
         self._template = ChatTemplate(tokenizer, template_date, arguments)
         # White space can be an added token (Gemma), but it ends no turn.
         self._special = alternatives(token.content for token in tokenizer.added_tokens_decoder.values())
-        self._packaged = packaged_for(
-            self._template.source(None), [token.content for token in tokenizer.added_tokens_decoder.values()]
-        )
+        self._fixes = TemplateFixes(self._template)
         with self._template.opening():
             self.facts: Facts = facts_of(self._template)
-            self.inline_marks = self._inline_marks()
-            self._inline_in = prints_inline(self._template, self.facts, self.inline_marks or _USUAL_MARKS)
+            self.inline_reasoning = InlineReasoning(
+                self._template, self.facts, self.choice.reasoning_marks, is_used=self.choice.inlines_reasoning
+            )
             if not self.choice.whole:
                 _ = self.stops  # so that a template without ends is refused at once
 
@@ -210,22 +189,8 @@ class ChatRenderer:
             return self._passages(messages, adapted, trained, tools, arguments)
         except TemplateRefusal as error:
             end = trained[-1] + 1 if trained else len(messages)
-            fixes = self._fixes_of_refusal(adapted[:end], tools, self.arguments_for(messages[end - 1], arguments))
+            fixes = self._fixes.of_refusal(adapted[:end], tools, self.arguments_for(messages[end - 1], arguments))
             raise RenderError("".join([str(error), *(f"; {fix}" for fix in fixes)])) from None
-
-    def _fixes_of_refusal(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """Return fixes for a conversation that the template refuses: move the system text, or use the packaged template."""
-        fixes = []
-        first, *other_messages = messages
-        if first["role"] == "system" and other_messages and isinstance(other_messages[0].get("content"), str):
-            joined = {
-                **other_messages[0],
-                "content": f"{content_text(first['content'])}\n\n{other_messages[0]['content']}",
-            }
-            with suppress(RenderError):
-                self._template.text([joined, *other_messages[1:]], tools=tools, arguments=arguments)
-                fixes.append("it takes the conversation with the system text at the beginning of the first question")
-        return [*fixes, *self._packaged_fix(messages, tools, arguments)]
 
     def _passages(
         self,
@@ -237,7 +202,7 @@ class ChatRenderer:
     ) -> list[Passage]:
         if (number := first_unusual(messages)) is not None:
             template_arguments = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
-            self._refuse_lost(adapted, tools, template_arguments, number)
+            refuse_unprinted_messages(self._template, adapted, tools, template_arguments, number)
         if self.choice.whole:
             return [self._scored(adapted, tools, arguments, trained)]
         if not trained:
@@ -255,22 +220,20 @@ class ChatRenderer:
         whole = turns[-1].answered
         if turns[-1].number < len(messages) - 1:
             whole = render(adapted, tools=tools, arguments=of_last)
-        found_passages = passages(whole, turns, self._special)
-        if self._obeys_marks(tools):
-            for at, passage in enumerate(found_passages):
-                last = passage.places[-1].number
-                template_arguments = {"tools": tools, "arguments": self.arguments_for(messages[last], arguments)}
-                moved = next((turn for turn in turns if turn.answered is passage.text and turn.moved is not None), None)
-                if moved is not None:
-                    found_passages[at] = only_marked(
-                        passage, self._moved_marks(adapted[: moved.number + 1], moved, **template_arguments)
-                    )
-                else:
-                    passage_messages = adapted if passage.text is whole else adapted[: last + 1]
-                    found_passages[at] = only_marked(
-                        passage, self._template.marks(passage_messages, **template_arguments)
-                    )
-        return [passage for passage in found_passages if passage.places]
+        row_passages = passages(whole, turns, self._special)
+        if not self._obeys_marks(tools):
+            return row_passages
+        for at, passage in enumerate(row_passages):
+            last = passage.places[-1].number
+            template_arguments = {"tools": tools, "arguments": self.arguments_for(messages[last], arguments)}
+            moved = next((turn for turn in turns if turn.answered is passage.text and turn.moved is not None), None)
+            if moved is not None:
+                marks = self._moved_marks(adapted[: moved.number + 1], moved, **template_arguments)
+            else:
+                passage_messages = adapted if passage.text is whole else adapted[: last + 1]
+                marks = self._template.marks(passage_messages, **template_arguments)
+            row_passages[at] = only_marked(passage, marks)
+        return [passage for passage in row_passages if passage.places]
 
     def _moved_marks(self, messages: Messages, turn: Turn, **options: Any) -> list[Span]:
         """Return the marks of a moved turn, whose text is the prompt P followed by what the full rendering F adds: the marks of P,
@@ -298,13 +261,13 @@ class ChatRenderer:
         if not any(passage.text.startswith(whole) for passage in all_passages):
             all_passages.append(Passage(whole, ()))
         trained = self.trained(messages)
-        silent = [
+        untrained = [
             number
             for number, message in enumerate(messages)
             if not message.get("weight", 1) or (self._hides(message) and number not in trained)
         ]
         turns = [
-            turn for number in silent if (turn := self._turn(adapted, tools, arguments, number, self._template.text))
+            turn for number in untrained if (turn := self._turn(adapted, tools, arguments, number, self._template.text))
         ]
         result = []
         for passage in all_passages:
@@ -385,66 +348,18 @@ class ChatRenderer:
         try:
             turn = replace(turn_of(number, prompt, answered, self.stops, calls=calls), moved=moved)
         except RuleError as error:
-            fix_text = self._prompt_fixes(turn_messages, tools, arguments, prompt)
+            fix_text = "".join(f"; {fix}" for fix in self._fixes.of_prompt(turn_messages, tools, arguments, prompt))
             raise RenderError(f"message {number + 1} (assistant): {error}{fix_text}") from None
         if expected is not None and (unprinted_field := unprinted_part(turn, expected)):
             fixes = ["task.reasoning=drop trains without it"] if unprinted_field == "reasoning" else []
-            fix_text = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(turn_messages, tools, arguments)])
+            fix_text = "".join(
+                f"; {fix}" for fix in [*fixes, *self._fixes.by_packaged(turn_messages, tools, arguments)]
+            )
             raise RenderError(
                 f"message {number + 1} (assistant): the chat template does not print its {unprinted_field}, "
                 f"so it would not be trained{fix_text}"
             )
         return turn
-
-    def _packaged_fix(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """Return the setting that fixes the row if the packaged template of the model's family prints everything the assistant says
-        and the last of `messages` directly after its prompt."""
-        if self._packaged is None:
-            return []
-        text = template_path(self._packaged).read_text(encoding="utf-8")
-        packaged = ChatTemplate(self._tokenizer, self.date, self.run_arguments, text)
-        try:
-            begin = packaged.text(messages[:-1], tools=tools, arguments=arguments, prompt=True)
-            whole = packaged.text(messages, tools=tools, arguments=arguments)
-        except RenderError:
-            return []
-        answers = (
-            content_text(message.get("content")).strip() for message in messages if message["role"] == "assistant"
-        )
-        prints = whole.startswith(begin) and all(text in whole for text in answers)
-        return [f"model.chat_template={self._packaged} fixes it"] if prints else []
-
-    def _prompt_fixes(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
-        """Return the known fixes that make the last message's prompt a prefix of the rendered conversation, as text to append."""
-        fixes = []
-        if is_open(prompt) and not has_reasoning(messages[-1]):
-            fixes.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
-        current_template = self._template
-        tried = {
-            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} fixes it": (
-                current_template,
-                messages,
-                {name: value},
-            )
-            for name in SWITCHES
-            for value in (True, False)
-            if name in current_template.source(tools)
-        }
-        if any(map(has_reasoning, messages)):
-            dropped = [without_reasoning(message) for message in messages]
-            tried["task.reasoning=drop fixes it"] = (current_template, dropped, {})
-        for fix, (template, changed, changed_arguments) in tried.items():
-            try:
-                begin, whole = (
-                    template.text(part, tools=tools, arguments={**arguments, **changed_arguments}, prompt=adds_prompt)
-                    for part, adds_prompt in ((changed[:-1], True), (changed, False))
-                )
-            except RenderError:
-                continue
-            if whole.startswith(begin):
-                fixes.append(fix)
-        fixes += self._packaged_fix(messages, tools, arguments)
-        return "".join(f"; {text}" for text in fixes)
 
     def _scored(
         self, adapted: Messages, tools: Tools | None, row: Mapping[str, Any] | None, trained: list[int]
@@ -465,129 +380,37 @@ class ChatRenderer:
         if self.choice.drop_reasoning:
             return [without_reasoning(message) for message in messages]
         if self.choice.inlines_reasoning:
-            return [self._with_inline_reasoning(message) for message in messages]
+            return [self.inline_reasoning.adapted(message) for message in messages]
         return messages
-
-    def _with_inline_reasoning(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return `message` with its reasoning at the beginning of its content if the template prints it there and has no field
-        for it; otherwise unchanged."""
-        reasoning = reasoning_of(message) if message["role"] == "assistant" else None
-        calls = bool(message.get("tool_calls"))
-        if (
-            reasoning is None
-            or self.inline_marks is None
-            or calls in self.facts.reasons_in
-            or calls not in self._inline_in
-        ):
-            return message
-        other_keys = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-        content = message.get("content")
-        return {
-            **other_keys,
-            "content": with_start(content, inlined(content_start(content), reasoning, self.inline_marks)),
-        }
-
-    def rewrite_template(self) -> None:
-        """Change the tokenizer's chat template so that it prints a reasoning field the way `task.reasoning=inline` trained it."""
-        if not self.choice.inlines_reasoning or self.inline_marks is None:
-            return
-        turns = self._inline_in - self.facts.reasons_in
-        template = self._tokenizer.chat_template
-        self._tokenizer.chat_template = (
-            with_inlined_reasoning(template, self.inline_marks, turns)
-            if isinstance(template, str)
-            else {name: with_inlined_reasoning(text, self.inline_marks, turns) for name, text in template.items()}
-        )
-
-    def _inline_marks(self) -> tuple[str, str] | None:
-        """Return the opening and closing mark that `task.reasoning=inline` writes around reasoning. Raises UserError if marks are
-        needed and none are known, or if the configured ones are not two texts."""
-        if len(self.choice.reasoning_marks) == 2 and all(self.choice.reasoning_marks):
-            opening, closing = self.choice.reasoning_marks
-            return opening, closing
-        fix = "task.reasoning_marks='[<think>,</think>]', or what else opens and closes reasoning"
-        if self.choice.reasoning_marks:
-            value = str(list(self.choice.reasoning_marks))
-            raise UserError(Problem("task.reasoning_marks", "these have to be two texts", fix, value))
-        marks = reasoning_marks(self._template)
-        if marks is None and self.choice.inlines_reasoning and self.facts.reasons_in != {True, False}:
-            reason = "neither the chat template nor the vocabulary has marks of reasoning"
-            raise UserError(Problem("task.reasoning_marks", reason, fix))
-        return marks
-
-    def _refuse_lost(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], unusual: int) -> None:
-        """Check that the template prints every user and system message, in order. Raises RenderError otherwise.
-
-        unusual: index of the message whose role breaks the usual order. Of two messages with the same role in a row, some
-        templates print only the last.
-        """
-        markers: list[str] = []
-        marked = []
-        for message in messages:
-            content = message.get("content")
-            if message["role"] in ("user", "system") and content:
-                markers.append(f"{END_MARKER}{len(markers)}z")
-                message = {**message, "content": with_text_at_end(content, markers[-1])}
-            marked.append(message)
-        text = self._template.text(marked, tools=tools, arguments=arguments)
-        places = [text.find(marker) for marker in markers]
-        if -1 in places or places != sorted(places):
-            role, role_before = messages[unusual]["role"], messages[unusual - 1]["role"]
-            raise RenderError(
-                f"message {unusual + 1} has the role {role} after {role_before}, and the chat template does not print all messages "
-                "of such a conversation; put their texts into one message, or set model.chat_template to one that does"
-            )
 
     def _refuse_dropped(
         self, messages: Messages, tools: Tools | None, trained: Sequence[int], arguments: Mapping[str, Any] | None
     ) -> None:
         """Check the row for content that the template never prints. Raises RenderError if there is any."""
-        facts = self.facts
-        calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
-        dropped = {
-            "system messages": not facts.prints_system and messages[0]["role"] == "system",
-            "tools that may be called": not facts.prints_tools and bool(tools),
-            "what tools do (description, parameters)": facts.prints_tools
-            and not facts.prints_schemas
-            and any(map(_is_described, tools or [])),
-            "tool calls": not facts.prints_calls and bool(calls),
-            _SEVERAL: facts.prints_calls
-            and not facts.prints_several_calls
-            and any(len(calls_of_message) > 1 for calls_of_message in calls),
-            "results of tools": not facts.prints_results and any(message["role"] == "tool" for message in messages),
-        }
-        fields = [field_name for field_name, is_dropped in dropped.items() if is_dropped]
+        fields = dropped_fields(self.facts, messages, tools)
         fix = "set model.chat_template to one that does"
         end = trained[-1] + 1 if trained else len(messages)
         template_arguments = self.arguments_for(messages[end - 1], arguments)
-        if (fields or any(map(self._hides, messages))) and self._packaged_fix(
-            messages[:end], tools, template_arguments
-        ):
-            fix += f" (the packaged {self._packaged} does)"
+        drops_something = fields or any(map(self._hides, messages))
+        if drops_something and self._fixes.by_packaged(messages[:end], tools, template_arguments):
+            fix += f" (the packaged {self._fixes.packaged} does)"
         hidden = [bool(messages[number].get("tool_calls")) for number in trained if self._hides(messages[number])]
         if hidden:
             fixes = ["task.reasoning=drop trains without it", fix]
-            if not self.choice.inlines_reasoning and self._inline_in.intersection(hidden):
-                fixes.insert(0, self._inline_fix())
+            if not self.choice.inlines_reasoning and self.inline_reasoning.printed_in.intersection(hidden):
+                fixes.insert(0, self.inline_reasoning.fix)
             fix = fix if fields else f"{', '.join(fixes[:-1])}, or {fixes[-1]}"
             which = ""
-            if facts.reasons_in:
-                which = " of turns that call no tool" if True in facts.reasons_in else " of turns that call tools"
+            if reasons_in := self.facts.reasons_in:
+                which = " of turns that call no tool" if True in reasons_in else " of turns that call tools"
             fields.append(f"reasoning ({', '.join(REASONING_KEYS)}){which}")
         if fields:
             raise RenderError(unprinted(" and ".join(filter(None, [", ".join(fields[:-1]), fields[-1]])), fix))
 
-    def _inline_fix(self) -> str:
-        usual = f"with task.reasoning_marks='[{','.join(_USUAL_MARKS)}]'"
-        marks = "...".join(self.inline_marks) if self.inline_marks else usual
-        return f"task.reasoning=inline writes it into the content ({marks})"
-
-
-def _is_described(tool: Mapping[str, Any]) -> bool:
-    """Return whether a tool's schema has a description or any parameters."""
-    function = tool.get("function", tool)
-    parameters = function.get("parameters") or {}
-    return bool(function.get("description") or parameters.get("properties"))
+    def rewrite_template(self) -> None:
+        """Change the tokenizer's chat template so that it prints a reasoning field the way `task.reasoning=inline` trained it."""
+        if self.choice.inlines_reasoning:
+            self.inline_reasoning.rewrite_template(self._tokenizer)
 
 
 def known_stops(tokenizer: Any) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Where a target begins between two tokens: a server tokenizes the prompt alone, and the model goes on from there."""
+"""Check that a target begins between two tokens: a server tokenizes the prompt alone, and the model continues from there."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from dstune.data.control import ControlTokens
 
 
 class BoundaryError(ValueError):
-    """A text cannot be tokenized in two pieces that read as it does."""
+    """A text cannot be tokenized in two pieces that decode to the same text."""
 
 
 class Boundaries:
-    """Compares the tokens of a whole text with those of its beginning alone; picklable.
+    """Compares the tokens of a text with those of its beginning alone; picklable.
 
-    Added tokens divide a text before anything else does, so only what stands behind the last one has to be compared.
+    A tokenizer splits a text at added tokens first, so only the part after the last added token has to be compared.
+
+    In all methods, control_starts are the characters at which the template's control tokens begin; with None, all control tokens
+    are the template's. Token arrays are int32 [tokens], offsets (first and last character, exclusive) int64 [tokens, 2].
     """
 
     def __init__(self, tokenizer: Any, control: ControlTokens):
         self._tokenizer, self._control = tokenizer, control
         self._added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
         self._pattern = alternatives(token.content for token in tokenizer.added_tokens_decoder.values())
-        self._known: dict[str, list[int]] = {}
+        self._ids_by_text: dict[str, list[int]] = {}
 
-    def clean(
+    def is_clean(
         self, text: str, ids: np.ndarray, offsets: np.ndarray, start: int, control_starts: list[int] | None
     ) -> bool:
         """Return whether `ids` begin with the tokens of `text[:start]` alone."""
         count = int(np.searchsorted(offsets[:, 1], start, side="right"))
-        # Tokens of white space may have no characters of their own; they belong to what stands in front of them.
+        # Tokens of white space may have empty offsets; they belong to the text before them.
         if count < len(ids) and offsets[count, 0] < start:
             return False
         if control_starts is None:
@@ -44,16 +47,16 @@ class Boundaries:
         return self._encode(text[:start], control_starts)[0] == ids[:count].tolist()
 
     @staticmethod
-    def cuts(offsets: np.ndarray, at: int) -> bool:
-        """Return whether a token stands for characters on both sides of `at`."""
+    def cuts_token(offsets: np.ndarray, at: int) -> bool:
+        """Return whether a token has characters on both sides of `at`."""
         first = int(np.searchsorted(offsets[:, 1], at, side="right"))
         return first < len(offsets) and bool(offsets[first, 0] < at)
 
     def until(
         self, text: str, start: int, end: int, control_starts: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
-        """Return tokens of `text[:end]`, their characters, and how many those of `text[:start]` are; nothing where they do not
-        begin them."""
+        """Return the tokens of `text[:end]`, their offsets, and the number of tokens of `text[:start]`; None if the former do not
+        begin with the latter."""
         ids, offsets = self._encode(text[:end], control_starts)
         head, _ = self._encode(text[:start], control_starts)
         if ids[: len(head)] != head:
@@ -63,25 +66,27 @@ class Boundaries:
     def apart(
         self, text: str, ids: np.ndarray, start: int, end: int, control_starts: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return tokens of `text[:start]` and of `text[start:end]` one behind the other, their characters, and how many the
-        first has. `ids` are those of the whole. Raises BoundaryError where they read differently."""
+        """Return the tokens of `text[:start]` followed by those of `text[start:end]`, their offsets, and the number of the former.
+
+        ids: tokens of the complete text. Raises BoundaryError if they decode to a different text.
+        """
         head, head_offsets = self._encode(text[:start], control_starts)
-        whole = self._read(ids.tolist())
+        whole = self._decode(ids.tolist())
         pieces = [
             self._behind_token(text[start:end], control_starts, start),
             self._inside_word(text[start:end], control_starts, start),
         ]
-        # A tokenizer that makes one space of two reads the whole with fewer than its pieces: the last try allows for that.
-        for (tail, offsets), reading in ((pieces[0], str), (pieces[1], str), (pieces[1], _single_spaces)):
+        # A tokenizer that merges two spaces into one decodes the whole with fewer than its pieces: the last try allows for that.
+        for (tail, offsets), normalise in ((pieces[0], str), (pieces[1], str), (pieces[1], _single_spaces)):
             joined = [*head, *tail]
-            if reading(whole).startswith(reading(self._read(joined))):
+            if normalise(whole).startswith(normalise(self._decode(joined))):
                 return np.array(joined, dtype=np.int32), np.concatenate([head_offsets, offsets + start]), len(head)
         raise BoundaryError(
             "the answer begins inside a token of the whole text, and the tokenizer cannot write it apart"
         )
 
     def _behind_token(self, text: str, control_starts: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
-        """Return tokens of a text as it is behind an added token."""
+        """Return the tokens and offsets of `text` as it is tokenized after an added token."""
         anchor = self._tokenizer.eos_token
         behind = (
             None if control_starts is None else [0, *(at - start + len(anchor) for at in control_starts if at >= start)]
@@ -90,7 +95,7 @@ class Boundaries:
         return ids[1:], offsets[1:] - len(anchor)
 
     def _inside_word(self, text: str, control_starts: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
-        """Return tokens of a text that goes on without the space that the tokenizer would put in front of it."""
+        """Return the tokens and offsets of `text` without the space that the tokenizer would put in front of it."""
         match = self._pattern.search(text)
         length = match.start() if match else len(text)
         first = self._control.continued(text[:length])
@@ -99,22 +104,21 @@ class Boundaries:
         return [*first, *tail], np.concatenate([offsets, tail_offsets + length])
 
     def _encode(self, text: str, control_starts: list[int] | None) -> tuple[list[int], np.ndarray]:
-        """Return tokens of `text` and their characters. control_starts: where the template's control tokens begin; None: all
-        are."""
+        """Return the tokens of `text` and their offsets."""
         if control_starts is None:
             control_starts = [match.start() for match in self._control.pattern.finditer(text)]
         return self._control.encode(text, [at for at in control_starts if at < len(text)])
 
     def _tokens(self, text: str) -> list[int]:
-        if text not in self._known:
-            if len(self._known) > 1000:
-                self._known.clear()
-            self._known[text] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return self._known[text]
+        if text not in self._ids_by_text:
+            if len(self._ids_by_text) > 1000:
+                self._ids_by_text.clear()
+            self._ids_by_text[text] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._ids_by_text[text]
 
-    def _read(self, ids: list[int]) -> str:
-        read: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return read
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
 
 def _single_spaces(text: str) -> str:

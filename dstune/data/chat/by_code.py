@@ -1,7 +1,7 @@
-"""Families whose prompts some servers make by code and not by the chat template, and what differs then.
+"""Model families for which some servers build prompts in code instead of with the chat template.
 
-A run trains what its chat template renders, as transformers, llama.cpp and the local engine do. Where a server has code for a
-family, it ignores the template. docs/decisions/rendered-by-code.md has what was compared.
+A run trains what its chat template renders, as transformers, llama.cpp and the local engine do. A server with code for a
+family ignores the template, and its prompts may differ. docs/decisions/rendered-by-code.md lists what was compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PAGE = "docs/decisions/rendered-by-code.md"
 
 
 def note_of(template: str, messages: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return what to tell a run whose rows have `messages`, or nothing where servers with code render them as `template` does."""
+    """Return a note for a run whose rows contain `messages`; None if servers with code render them as `template` does."""
     roles = {message["role"] for message in messages}
     if "<|channel|>" in template and "<|start|>" in template and roles & {"system", "tool"}:
         return _note("vLLM renders gpt-oss by code (Harmony)", "a system text and the results of tools")
@@ -25,4 +25,4 @@ def note_of(template: str, messages: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def _note(server: str, text: str) -> str:
-    return f"{server}, which may write {text} otherwise than the chat template that is trained: see {PAGE}"
+    return f"{server}, which may write {text} differently from the chat template that is trained: see {PAGE}"

@@ -1,8 +1,8 @@
-"""Whether a chat template reads a content in parts, or as one text; the same for training and for every server.
+"""Tell whether a chat template reads a content as parts or as one text; training and every server use the same rule.
 
-OpenAI's API and many files give a content as a list of parts. A template that loops over the parts of a content gets the list,
-any other one gets their texts joined by line breaks: the rule of vLLM's `--chat-template-content-format auto` (its function
-`_detect_content_format`), which looks at the syntax tree and renders nothing. Imports neither torch nor transformers.
+OpenAI's API and many files give a content as a list of parts. A template that loops over the parts of a content gets the list;
+any other template gets their texts joined by line breaks. This is the rule of vLLM's `--chat-template-content-format auto` (its
+function `_detect_content_format`), which looks at the syntax tree and renders nothing. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dstune.data.message import joined
 
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-"""Tags of transformers, which say what is trained; Jinja does not know them."""
+"""Tags of transformers that mark what is trained; Jinja does not know them."""
 _LONGEST_CHAIN = 100
-"""Filters, slices and tests around a name that are looked through."""
+"""Limit of nested filters, slices and tests around a name."""
 
 
 @lru_cache(maxsize=64)
 def reads_parts(source: str) -> bool:
-    """Return whether the template (Jinja text) loops over the content of a message. False for a text that is no template."""
+    """Return whether the template (Jinja text) loops over the content of a message; False for text that does not parse."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(_GENERATION.sub("", source))
@@ -35,23 +35,23 @@ def reads_parts(source: str) -> bool:
             _stands_for(loop.iter, messages, "content") or (_is_name(loop.iter) and loop.iter.name == "content")
             for loop in loops
         )
-    except Exception:  # RecursionError included: a template is a stranger's, and is refused elsewhere, by name
+    except Exception:  # RecursionError too: a stranger's template; rendering refuses it with a message
         return False
 
 
 @lru_cache(maxsize=64)
 def reads_only_parts(source: str) -> bool:
-    """Return whether the template loops over the content of a message and never asks whether it is a text (LLaVA, Idefics 3)."""
+    """Return whether the template loops over the content of a message and never tests whether it is text (LLaVA, Idefics 3)."""
     if not reads_parts(source):
         return False
     tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
-    tests = (test for test in tree.find_all(nodes.Test) if test.name in _KINDS)
+    tests = (test for test in tree.find_all(nodes.Test) if test.name in _TYPE_TESTS)
     return not any(_is_content(test.node) for test in tests)
 
 
 def as_template_reads(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Return `messages` with the contents that the template `source` reads: several parts as a list, or joined; a text as one
-    part where it reads nothing else."""
+    """Return `messages` with their contents in the form that the template `source` reads: parts as a list or joined, and a text as
+    one part if the template reads only parts."""
     contents = [message.get("content") for message in messages]
     if any(isinstance(content, list) for content in contents) and not reads_parts(source):
         return [joined(message) for message in messages]
@@ -65,11 +65,12 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-_KINDS = ("string", "mapping", "iterable", "sequence")
+_TYPE_TESTS = ("string", "mapping", "iterable", "sequence")
+"""Jinja tests that tell a text from a list of parts."""
 
 
 def _is_content(node: Any) -> bool:
-    """Return whether an expression is named as the content of a message is."""
+    """Return whether an expression is `content`, `….content` or `…["content"]`."""
     if isinstance(node, nodes.Getitem):
         return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
     if isinstance(node, nodes.Getattr):
@@ -78,7 +79,7 @@ def _is_content(node: Any) -> bool:
 
 
 def _names_of(tree: nodes.Template, name: str) -> set[str]:
-    """Return `name`, and the variables to which the template assigns it or a part of it."""
+    """Return `name` and the variables to which the template assigns its value or a part of it."""
     names = {name}
     assignments = list(tree.find_all(nodes.Assign))
     while True:
@@ -93,7 +94,8 @@ def _names_of(tree: nodes.Template, name: str) -> set[str]:
 
 
 def _stands_for(node: Any, names: set[str], key: str | None = None) -> bool:
-    """Return whether an expression is one of the variables (or its attribute `key`), sliced, filtered or tested."""
+    """Return whether an expression is one of the variables `names`, or with `key` that attribute of one; sliced, filtered or
+    tested too."""
     for _ in range(_LONGEST_CHAIN):
         is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
         if not (is_slice or isinstance(node, nodes.Filter | nodes.Test)):

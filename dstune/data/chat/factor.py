@@ -1,4 +1,4 @@
-"""How many samples and tokens conversations become where the chat template rewrites their history, from the first rows."""
+"""Measure, on the first rows, how many samples and tokens conversations become if the chat template rewrites their history."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from dstune.data.rows import RowError, normalise, recognise
 from dstune.data.tokenize import RowTokenizer
 
 ROWS = 200
-"""Looked at of each source."""
+"""Number of rows that are measured of each source."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What rows of conversations become."""
+    """Counts of conversations and of the samples that they become."""
 
     conversations: int
-    """Rows looked at."""
+    """Number of rows that gave a sample."""
     samples: int
     tokens: int
-    """Of all samples."""
+    """Tokens of all samples."""
     tokens_once: int
-    """If each conversation were one sample: of its longest one."""
+    """Tokens if each conversation were one sample: those of its longest sample."""
 
     @property
     def factor(self) -> float:
+        """How many times more tokens are trained than if each conversation were one sample."""
         return self.tokens / self.tokens_once if self.tokens_once else 1.0
 
 
 def growth_of(config: RunConfig, tokenizer: Any) -> Growth:
-    """Measure the growth of the first rows of each source of the training data. Raises UserError where they cannot be read or
-    rendered."""
+    """Measure the growth of the first rows of each training source. Raises UserError if they cannot be read or rendered."""
     growth = Growth(0, 0, 0, 0)
     for key, source_config in of_training(config).values():
         encode: RowTokenizer | None = None
@@ -50,7 +50,7 @@ def growth_of(config: RunConfig, tokenizer: Any) -> Growth:
             try:
                 row = normalise(raw.fields, fmt, source_config.data.columns, source_config.task)
             except RowError:
-                continue  # told where rows are prepared
+                continue  # reported when the rows are prepared
             lengths = [len(sample.input_ids) for sample in encode.samples([row], [0]) if sample.weight]
             if lengths:
                 growth = Growth(

@@ -1,4 +1,4 @@
-"""Which tokens are trained: spans of characters as a mask of tokens, through the offsets of the tokenizer."""
+"""Turn the trained spans of characters into a mask of tokens, by the tokenizer's offsets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstune.data.chat.rule import Span
 
 
 def require_offsets(tokenizer: Any) -> None:
-    """Raises UserError if the tokenizer cannot tell which characters a token stands for."""
+    """Check that the tokenizer can tell which characters each token stands for. Raises UserError otherwise."""
     if not tokenizer.is_fast:
         raise UserError(
             Problem(
@@ -24,18 +24,18 @@ def require_offsets(tokenizer: Any) -> None:
 
 
 def target_mask(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Return which tokens hold characters of a span: bool [tokens].
+    """Return which tokens contain characters of a span: bool [tokens].
 
     offsets: first and last character (exclusive) of each token, [tokens, 2]; spans: sorted and disjoint. A token that
-    reaches over the edge of a span counts: leaving it out would lose characters that the assistant wrote.
+    crosses the edge of a span counts: leaving it out would lose characters that the assistant wrote.
     """
     if not spans or not len(offsets):
         return np.zeros(len(offsets), dtype=bool)
     starts, ends = np.array(spans).T
     first, last = offsets[:, 0], offsets[:, 1]
-    # The only span that can hold a token is the first one that ends after the token's first character.
+    # Only one span can contain a token: the first that ends after the token's first character.
     nearest = np.searchsorted(ends, first, side="right")
     inside = nearest < len(ends)
     nearest = np.minimum(nearest, len(ends) - 1)
-    # Some tokenizers trim white space off the offsets: a token of white space alone is empty then, and still counts.
+    # Some tokenizers trim white space from the offsets: a token of white space alone is then empty, and still counts.
     return inside & np.where(last > first, last > starts[nearest], first >= starts[nearest])

@@ -1,4 +1,4 @@
-"""A chat template as transformers renders it, with the arguments and the date of a run."""
+"""Render conversations with a chat template as transformers does, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ Tools = list[dict[str, Any]]
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 RENDER_SECONDS = 1.5
-"""Processor time for a conversation: one of 1,000 messages takes some 50 ms."""
+"""Processor time that one conversation may take; one of 1,000 messages takes about 50 ms."""
 TRIAL_SECONDS = 1.0
-"""For the conversations of `_TRIED` together, which take some 100 ms."""
+"""Processor time that the conversations of `_TRIED` may take together; they take about 100 ms."""
 OPENING_SECONDS = 0.8
-"""For all that show how the template writes, some 35 short ones, which take some 30 ms."""
+"""Processor time for the conversations that show how the template writes: about 35 short ones, which take about 30 ms."""
 MAX_SLOW_ROWS = 10
-"""So many conversations may take too long and be bad rows; then the template is refused."""
+"""A conversation that takes too long is a bad row; after this many, the template is refused."""
 
-_compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-"""What transformers compiles templates with, where this version has it under that name."""
+_compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+"""The function with which transformers compiles templates; None if this version has none of that name."""
 
-UNSEEN = frozenset({"weight"})
-"""Keys of a message that are for the loss and that no template gets to see."""
-
+_LOSS_KEYS = frozenset({"weight"})
+"""Keys of a message that only the loss reads; templates never see them."""
 
 _USER, _ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 _TRIED: list[tuple[Messages, bool]] = [
@@ -52,14 +51,14 @@ class RenderError(ValueError):
 
 
 class TemplateRefusal(RenderError):
-    """The template raised an error of its own for this conversation."""
+    """The template itself raised an error for this conversation."""
 
 
 class ChatTemplate:
-    """The template of a tokenizer (of transformers); picklable.
+    """The chat template of a transformers tokenizer; picklable.
 
-    date: what the template takes for today. arguments: of the run, given to the template with every conversation.
-    text: another template than the tokenizer's.
+    date: the day that the template uses as today. arguments: the run's, passed to the template with every conversation.
+    text: a template to use instead of the tokenizer's.
     """
 
     def __init__(
@@ -71,11 +70,11 @@ class ChatTemplate:
         self._sources = {} if text is None else dict.fromkeys((False, True), freeze_date(text, date))
         self._slow_rows = 0
         self._budget: float | None = None
-        """Processor seconds that the conversations of `opening` have left together."""
+        """Processor seconds that remain for the conversations within `opening`."""
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Give all conversations within the block `OPENING_SECONDS` together."""
+        """Limit all conversations rendered within the block to `OPENING_SECONDS` together."""
         self._budget = OPENING_SECONDS
         try:
             yield
@@ -83,7 +82,7 @@ class ChatTemplate:
             self._budget = None
 
     def source(self, tools: Tools | None) -> str:
-        """Return the Jinja text; a tokenizer may have one of its own for conversations with tools."""
+        """Return the Jinja text; a tokenizer may have a separate one for conversations with tools."""
         has_tools = bool(tools)
         if has_tools not in self._sources:
             source = freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date)
@@ -92,7 +91,7 @@ class ChatTemplate:
         return self._sources[has_tools]
 
     def has_marks(self, tools: Tools | None) -> bool:
-        """Return whether the template says itself what is trained (`{% generation %}`)."""
+        """Return whether the template itself marks what is trained (`{% generation %}`)."""
         return bool(_GENERATION_TAG.search(self.source(tools)))
 
     def text(
@@ -103,14 +102,14 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         prompt: bool = False,
     ) -> str:
-        """Return the rendered conversation, with the generation prompt behind it if `prompt`. Raises RenderError.
+        """Return the rendered conversation; with `prompt`, the generation prompt follows it. Raises RenderError.
 
-        arguments: beside those of the run, which they replace.
+        arguments: override those of the run.
         """
         source = self.source(tools)
-        with self._as_row_error():
+        with self._within_limits():
             rendered = self.tokenizer.apply_chat_template(
-                seen(messages, source),
+                _visible(messages, source),
                 tools=tools or None,
                 chat_template=source,
                 add_generation_prompt=prompt,
@@ -120,9 +119,9 @@ class ChatTemplate:
         return str(rendered)
 
     def _try(self, source: str) -> None:
-        """Render made-up conversations in a process that can be killed. Raises UserError where it has to be.
+        """Render made-up conversations in a process that can be killed. Raises UserError if it had to be killed.
 
-        A template is a program: `{{ 10**(10**9) }}` would hold this process, and no signal could end it.
+        A template is a program: `{{ 10**(10**9) }}` would block this process, and no signal could interrupt it.
         """
 
         def render() -> None:
@@ -133,31 +132,35 @@ class ChatTemplate:
                     )
                 except MemoryError:
                     raise
-                except Exception:  # it refuses this conversation, which may be what it is for
+                except Exception:  # the template may rightly refuse this conversation
                     continue
 
         if reason := trial("to print a conversation of three messages", source, render, TRIAL_SECONDS):
-            raise UserError(_untamed(reason))
+            raise UserError(_unsafe_template(reason))
 
     @contextmanager
-    def _as_row_error(self) -> Iterator[None]:
-        """Render within limits. Raises RenderError, whatever the template does."""
+    def _within_limits(self) -> Iterator[None]:
+        """Limit the rendering within the block.
+
+        Raises RenderError for whatever the template raises or exceeds. Raises UserError if it exceeds the limits in `opening`, or
+        too often.
+        """
         began = time.process_time()
         try:
-            # What is left of the opening may be a millisecond, which is no time to end a process after.
+            # The budget of the opening may be down to a millisecond, too short to kill the process after.
             with limited(RENDER_SECONDS if self._budget is None else self._budget, ended_after=5 * RENDER_SECONDS):
                 yield
         except TooMuch as error:
             if self._budget is not None:
-                raise UserError(_untamed(f"to print a few short conversations {error}")) from None
+                raise UserError(_unsafe_template(f"to print a few short conversations {error}")) from None
             self._slow_rows += 1
             if self._slow_rows >= MAX_SLOW_ROWS:
                 reason = f"to print each of {MAX_SLOW_ROWS} conversations {error}"
-                raise UserError(_untamed(reason)) from None
+                raise UserError(_unsafe_template(reason)) from None
             raise RenderError(f"to print this conversation the chat template {error}") from None
         except UserError:
             raise
-        except Exception as error:  # a template is a program of somebody else: it may raise anything
+        except Exception as error:  # a template is a program by a stranger: it may raise anything
             raise TemplateRefusal(f"the chat template refuses this conversation: {first_line(error)}") from None
         finally:
             if self._budget is not None:
@@ -171,18 +174,18 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         prompt: bool = False,
     ) -> str:
-        """Render as `text`, but without copying and checking the messages: 3 times as fast, and equal for rows of plain JSON.
+        """Render like `text`, but without copying and checking the messages: 3 times as fast, and the same for rows of plain JSON.
 
-        A conversation of ten exchanges is rendered 20 times; `agrees` compares the two once for each row.
+        A conversation of ten exchanges is rendered 20 times; `agrees` compares the two methods once for each row.
         """
-        if _compiled is None:
+        if _compile_template is None:
             return self.text(messages, tools=tools, arguments=arguments, prompt=prompt)
         variables = self.tokenizer.special_tokens_map | self.arguments | dict(arguments or {})
         source = self.source(tools)
-        with self._as_row_error():
-            template = _compiled(source)
+        with self._within_limits():
+            template = _compile_template(source)
             rendered = template.render(
-                messages=seen(messages, source),
+                messages=_visible(messages, source),
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=prompt,
@@ -191,7 +194,7 @@ class ChatTemplate:
         return str(rendered)
 
     def agrees(self, messages: Messages, *, tools: Tools | None, arguments: Mapping[str, Any] | None) -> bool:
-        """Return whether `direct` renders a conversation as transformers does. Raises RenderError as `text` does."""
+        """Return whether `direct` renders the conversation the way `text` does. Raises RenderError if `text` does."""
         expected = self.text(messages, tools=tools, arguments=arguments)
         try:
             return self.direct(messages, tools=tools, arguments=arguments) == expected
@@ -206,12 +209,12 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         prompt: bool = False,
     ) -> list[Span]:
-        """Return what the template marks with `{% generation %}`: characters of `text`. Raises RenderError."""
+        """Return the characters of `text` that the template marks with `{% generation %}`, sorted. Raises RenderError."""
         variables = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
         source = self.source(tools)
-        with self._as_row_error():
+        with self._within_limits():
             _, indices = render_jinja_template(
-                conversations=[seen(messages, source)],
+                conversations=[_visible(messages, source)],
                 tools=tools or None,
                 chat_template=source,
                 return_assistant_tokens_mask=True,
@@ -221,19 +224,19 @@ class ChatTemplate:
         return sorted((start, end) for start, end in indices[0])
 
 
-def seen(messages: Messages, source: str) -> Messages:
-    """Return what the template `source` gets to see of `messages`."""
-    visible = [{key: value for key, value in message.items() if key not in UNSEEN} for message in messages]
-    return as_template_reads(visible, source)
+def _visible(messages: Messages, source: str) -> Messages:
+    """Return `messages` as the template `source` gets to see them."""
+    unweighted = [{key: value for key, value in message.items() if key not in _LOSS_KEYS} for message in messages]
+    return as_template_reads(unweighted, source)
 
 
-def _untamed(reason: str) -> Problem:
+def _unsafe_template(reason: str) -> Problem:
     fix = "set model.chat_template to a template that you trust, for example one of those in docs/chat-templates.md"
     return Problem("model.chat_template", f"the chat template is refused: {reason}", fix)
 
 
 def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """Return `template` that renders as with `arguments` where it gets none of their names."""
+    """Return `template` with `arguments` built in as defaults for when the caller does not pass them."""
     lines = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
         for name, value in sorted(arguments.items())
@@ -261,14 +264,15 @@ _INLINING = """\
 {%- endfor %}
 {%- set messages = inlined.messages %}
 """
-"""Puts reasoning that stands in a field of its own at the beginning of the content, as `thoughts.inlined` does."""
+"""Moves reasoning from its separate field to the beginning of the content, as `thoughts.inlined` does."""
 
 
 def with_inlined_reasoning(template: str, marks: tuple[str, str], turns: Collection[bool]) -> str:
-    """Return `template` that writes reasoning from a field at the beginning of the content, between `marks`.
+    """Return `template` changed to write reasoning from a separate field at the beginning of the content, between `marks`.
 
-    turns: of those that call tools (True), of others (False). A client may send reasoning back in a field of its own, where the
-    model wrote it into the content; the template knows no such field and would drop it.
+    A model trained so writes its reasoning into the content, but a client may send it back in a separate field, which the
+    original template does not know and would drop. turns: the kinds of turns to change: those that call tools (True), others
+    (False).
     """
     if not turns:
         return template
@@ -281,7 +285,7 @@ def with_inlined_reasoning(template: str, marks: tuple[str, str], turns: Collect
 
 
 def _literal(value: Any) -> str:
-    """Return a value of JSON as Jinja writes it."""
+    """Return a JSON value as a Jinja literal."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

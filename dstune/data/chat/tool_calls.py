@@ -1,11 +1,11 @@
-"""Tool calls in what a model writes, in the form that its chat template shows calls to it."""
+"""Parse tool calls from what a model writes, in the form in which its chat template renders calls."""
 
 from __future__ import annotations
 
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,63 +27,69 @@ _TOOL = {
 
 @dataclass(frozen=True)
 class ToolForm:
-    """How calls are written. opening: text with which a call begins."""
+    """How a family of models writes calls."""
 
     name: str
     opening: str
+    """The text with which a call begins."""
     parse: Callable[[str], list[Call] | None]
-    """The calls of an answer's text from the opening on; None where it holds none that can be read."""
+    """Returns the calls in an answer's text from the opening on; None if it cannot parse them."""
 
 
 def form_of(template: ChatTemplate) -> ToolForm | None:
-    """Return the form of the calls that the template renders; None where it shows neither tools nor calls, or in no known form."""
+    """Return the form in which the template renders calls; None if it renders no tools or no calls, or in an unknown form."""
     user = {"role": "user", "content": "q"}
     calls = [{"type": "function", "id": "123456789", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}]
     try:
-        reported = template.text([user], tools=[_TOOL], prompt=True)
-        text_before = template.text([user])
-        both = template.text([user, {"role": "assistant", "content": "", "tool_calls": calls}])
+        prompt_with_tools = template.text([user], tools=[_TOOL], prompt=True)
+        question = template.text([user])
+        question_and_call = template.text([user, {"role": "assistant", "content": "", "tool_calls": calls}])
     except RenderError:
         return None
-    written = both[len(text_before) :] if both.startswith(text_before) else both
-    if _NAME not in reported or _NAME not in written:
+    call_text = question_and_call.removeprefix(question)
+    if _NAME not in prompt_with_tools or _NAME not in call_text:
         return None
-    return next((form for form in FORMS if form.opening in written and form.parse(_part(written, form))), None)
+    return next(
+        (
+            form
+            for form in FORMS
+            if form.opening in call_text and form.parse(call_text[call_text.index(form.opening) :])
+        ),
+        None,
+    )
 
 
-def _part(text: str, form: ToolForm) -> str:
-    return text[text.index(form.opening) :]
-
-
-def _hermes(text: str) -> list[Call] | None:
+def _parse_hermes(text: str) -> list[Call] | None:
     bodies = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", text, re.S)
-    return _all(_json(body) for body in bodies)
+    return _calls_of(_first_json(body) for body in bodies)
 
 
-def _mistral(text: str) -> list[Call] | None:
-    value = _json(text.partition("[TOOL_CALLS]")[2])
-    return _all(value if isinstance(value, list) else [value])
+def _parse_mistral(text: str) -> list[Call] | None:
+    value = _first_json(text.partition("[TOOL_CALLS]")[2])
+    return _calls_of(value if isinstance(value, list) else [value])
 
 
-def _plain_json(text: str) -> list[Call] | None:
-    return _all(_json(part) for part in text.split("<|python_tag|>")[-1].split(";"))
+def _parse_plain_json(text: str) -> list[Call] | None:
+    return _calls_of(_first_json(part) for part in text.split("<|python_tag|>")[-1].split(";"))
 
 
-def _json(text: str) -> Any:
+def _first_json(text: str) -> Any:
+    """Return the JSON value at the beginning of `text`; None if there is none."""
     try:
         return json.JSONDecoder().raw_decode(text.strip())[0]
     except (ValueError, RecursionError):
         return None
 
 
-def _all(values: Any) -> list[Call] | None:
+def _calls_of(values: Iterable[Any]) -> list[Call] | None:
+    """Return the calls in OpenAI's form; None if one of `values` is no call, or there are none."""
     calls = []
     for value in values:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         if isinstance(arguments, str):
-            arguments = _json(arguments)
+            arguments = _first_json(arguments)
         if not isinstance(arguments, dict):
             return None
         written = json.dumps(arguments, ensure_ascii=False)
@@ -93,43 +99,44 @@ def _all(values: Any) -> list[Call] | None:
 
 
 FORMS = (
-    ToolForm("hermes", "<tool_call>", _hermes),
-    ToolForm("mistral", "[TOOL_CALLS]", _mistral),
-    ToolForm("json", '{"name":', _plain_json),
-    ToolForm("json", '{"name" :', _plain_json),
+    ToolForm("hermes", "<tool_call>", _parse_hermes),
+    ToolForm("mistral", "[TOOL_CALLS]", _parse_mistral),
+    ToolForm("json", '{"name":', _parse_plain_json),
+    ToolForm("json", '{"name" :', _parse_plain_json),
 )
 
 
 class ToolText:
-    """Takes calls out of an answer's text while it is written. Text from the first opening on is held back."""
+    """Separates calls from the text of an answer while the model writes it: text from the first opening on is held back."""
 
     def __init__(self, form: ToolForm):
         self._form = form
-        self._held = ""
-        self._calling = False
+        self._pending = ""
+        """Text that is held back: calls, or what may be the beginning of an opening."""
+        self._is_call = False
 
     def push(self, text: str) -> str:
-        """Return what of the text can be shown."""
-        self._held += text
-        if self._calling:
+        """Add `text` and return what can be shown now."""
+        self._pending += text
+        if self._is_call:
             return ""
         opening = self._form.opening
-        if (at := self._held.find(opening)) >= 0:
-            self._calling = True
-            visible, self._held = self._held[:at], self._held[at:]
-            return visible
-        size = next(
-            (n for n in range(min(len(opening) - 1, len(self._held)), 0, -1) if self._held.endswith(opening[:n])), 0
-        )
-        visible, self._held = self._held[: len(self._held) - size], self._held[len(self._held) - size :]
+        at = self._pending.find(opening)
+        if at >= 0:
+            self._is_call = True
+        else:
+            longest = min(len(opening) - 1, len(self._pending))
+            begun = next((size for size in range(longest, 0, -1) if self._pending.endswith(opening[:size])), 0)
+            at = len(self._pending) - begun
+        visible, self._pending = self._pending[:at], self._pending[at:]
         return visible
 
     def finish(self) -> tuple[str, list[Call]]:
-        """Return the rest of the text, and the calls. What cannot be read as calls is text."""
-        calls = self._form.parse(self._held) if self._calling else None
-        return ("", calls) if calls else (self._held, [])
+        """Return the remaining text, and the calls. Text that does not parse as calls is returned as text."""
+        calls = self._form.parse(self._pending) if self._is_call else None
+        return ("", calls) if calls else (self._pending, [])
 
     @property
     def unread(self) -> str:
-        """The text of what looks like calls."""
-        return self._held if self._calling else ""
+        """The text from the first opening on, not yet parsed; empty without one."""
+        return self._pending if self._is_call else ""

@@ -1,4 +1,4 @@
-"""Parts of a message and of what a template prints for it: reasoning, content, calls, and what stands after a prompt."""
+"""Compare the parts of a message (reasoning, content, calls) with what the template prints for it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Render = Callable[..., str]
 """`ChatTemplate.text` or `ChatTemplate.direct`."""
 
 END_MARKER = "qzmessageend"
-"""Text that is put behind a message to find where the template has printed it."""
+"""Text that is appended to a message to find where the template prints its end."""
 
 
 def has_reasoning(message: Mapping[str, Any]) -> bool:
-    """Return whether a message has reasoning, in a field of its own or at the start of its content."""
+    """Return whether a message has reasoning, in a separate field or at the start of its content."""
     if reasoning_of(message) is not None:
         return True
     inline = inline_reasoning(content_start(message.get("content")))
@@ -28,14 +28,15 @@ def has_reasoning(message: Mapping[str, Any]) -> bool:
 
 
 def reasoning_marks(template: ChatTemplate) -> tuple[str, str] | None:
-    """Return the marks of reasoning that a template, the tokenizer's settings of answers or its vocabulary have."""
+    """Return the reasoning marks of the template, otherwise of the vocabulary, otherwise of the tokenizer's `response_schema`."""
     tokens = {token.content for token in template.tokenizer.added_tokens_decoder.values()}
-    # How transformers reads an answer apart: patterns with the marks in them.
+    # The patterns by which transformers parses an answer contain the marks.
     schema = json.dumps(getattr(template.tokenizer, "response_schema", None), ensure_ascii=False, default=str)
     return marks_of(template.source(None), tokens) or marks_of(schema, ())
 
 
 def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Return an assistant's message without its reasoning; other messages stay as they are."""
     if message["role"] != "assistant":
         return message
     remaining = {key: value for key, value in message.items() if key not in REASONING_KEYS}
@@ -45,7 +46,8 @@ def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
-    """Return what the assistant says, thinks or calls and the template does not write for it, if there is anything."""
+    """Return the name of the first part of the assistant's message that the template does not print in its turn; None if it
+    prints all."""
     content = message.get("content")
     start = content_start(content)
     reasoning = reasoning_of(message)
@@ -56,7 +58,7 @@ def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
     for function in (call["function"] for call in message.get("tool_calls") or []):
         name, arguments = function["name"], function["arguments"]
         output[f"call of {name}"] = name
-        if isinstance(arguments, dict):  # as text they are printed as they are, or not at all
+        if isinstance(arguments, dict):  # arguments given as text are printed unchanged or not at all
             output |= {f"argument {key} of {name}": key for key in arguments if key.isidentifier()}
     return next((name_of_part for name_of_part, text in output.items() if text.strip() not in turn.body), None)
 
@@ -64,9 +66,9 @@ def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
 def text_behind_prompt(
     messages: Messages, prompt: str, answered: str, arguments: Mapping[str, Any], tools: Tools | None, render: Render
 ) -> str | None:
-    """Return what the last of `messages` adds to a prompt that does not begin the conversation, or nothing where it is ambiguous.
+    """Return the text of the last message if its prompt is no prefix of the rendered conversation; None if that is ambiguous.
 
-    A marker at the end of the message before it shows where prompt and conversation have both printed that message.
+    A marker at the end of the message before it shows where the prompt and the conversation have both printed that message.
     """
     *earlier, last, turn = messages
     content = last.get("content")
@@ -90,7 +92,7 @@ def text_behind_prompt(
 
 
 def with_text_at_end(content: Any, text: str) -> Any:
-    """Return a content that ends with `text`."""
+    """Return `content` with `text` appended to it."""
     if isinstance(content, list):
         if "text" not in content[-1]:  # an image
             return [*content, {"type": "text", "text": text}]

@@ -230,8 +230,8 @@ class ChatEncoder(Language):
             for place in text.places
             if not self.scores
             and (
-                self._boundaries.cuts(offsets, place.end)
-                or not self._boundaries.clean(text.text, input_ids, offsets, place.start, text.own)
+                self._boundaries.cuts_token(offsets, place.end)
+                or not self._boundaries.is_clean(text.text, input_ids, offsets, place.start, text.own)
             )
         ]
         remaining_text = replace(text, places=tuple(place for place in text.places if place not in apart))
@@ -239,7 +239,7 @@ class ChatEncoder(Language):
             [self._of_tokens(number, remaining_text, input_ids, offsets)] if remaining_text.places or not apart else []
         )
         for place in apart:
-            cuts = self._boundaries.cuts(offsets, place.end)
+            cuts = self._boundaries.cuts_token(offsets, place.end)
             ended = self._boundaries.until(text.text, place.start, place.end, text.own) if cuts else None
             try:
                 joined, own_offsets, count = ended or self._boundaries.apart(
