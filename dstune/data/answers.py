@@ -1,4 +1,4 @@
-"""Questions with answers that are spans of a text: the files of SQuAD, and whether an answer stands where it is said to."""
+"""Read questions whose answers are spans of a text: SQuAD's nested files, and the check that each answer is where it claims."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from dstune.data.files import RawRow
 
 Answer = dict[str, Any]
-"""`text` and `start`, the character of the context where it begins."""
+"""`text`, and `start`: the character of the context at which it begins."""
 
 
 def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
-    """Yield `rows` of JSON, those of SQuAD's own form (articles, paragraphs, questions) as one row for each question.
+    """Yield `rows` of JSON, with SQuAD's nested form (articles, paragraphs, questions) flattened to one row for each question.
 
-    They are all called by the line where the article, or the whole file, begins; what is not of that form stays as it is.
+    All questions of an object keep its line number: the line where the article, or the complete file, begins. Other rows stay
+    as they are.
     """
     for row in rows:
         articles = _articles(row.fields or {})
@@ -29,20 +30,21 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
         for article in articles:
             for paragraph in _listed(article, "paragraphs", [article]):
                 for question in _listed(paragraph, "qas", [paragraph]):
-                    yield _question(row, article, paragraph, question)
+                    yield _row_of_question(row, article, paragraph, question)
 
 
 def is_nested(fields: Mapping[str, Any]) -> bool:
-    """Return whether a row of JSON stands for several questions, as `flat` gives them."""
+    """Return whether a row of JSON has SQuAD's nested form, which `flat` splits into questions."""
     return _articles(fields) is not None
 
 
 def _articles(fields: Mapping[str, Any]) -> list[Any] | None:
-    """Return the articles, paragraphs or questions of an object of SQuAD's form; None where it is of another form."""
+    """Return the articles, paragraphs or questions of an object in SQuAD's form; None if it has another form."""
     data = fields.get("data")
     articles = data if isinstance(data, list) else [fields]
     pairs = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [article])]
-    # Rows of any task may have such columns: they are SQuAD's with questions below, or with nothing beside a title and texts.
+    # Rows of any task may have a column `data` or `paragraphs`. They are SQuAD's only if questions are nested in them, or if they
+    # hold nothing but a title and contexts.
     if any(_listed(paragraph, "qas") is not None for _, paragraph in pairs):
         return articles
     if articles and (all(map(_is_article, articles)) or (data is articles and all(map(_is_question, articles)))):
@@ -50,7 +52,7 @@ def _articles(fields: Mapping[str, Any]) -> list[Any] | None:
     return None
 
 
-def _question(row: RawRow, article: Any, paragraph: Any, question: Any) -> RawRow:
+def _row_of_question(row: RawRow, article: Any, paragraph: Any, question: Any) -> RawRow:
     if question is article and _is_question(question):
         return replace(row, fields=question)
     if question is paragraph:
@@ -73,16 +75,14 @@ def _is_article(value: Any) -> bool:
 
 
 def _listed(value: Any, key: str, default: Any = None) -> Any:
-    """Return the list that an object has under `key`."""
+    """Return the list that an object has under `key`; otherwise `default`."""
     entries = value.get(key) if isinstance(value, dict) else None
     return entries if isinstance(entries, list) else default
 
 
 def answers_of(value: Any) -> list[Answer]:
-    """Return answers of a row: `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`; as JSON in a CSV file.
-
-    Without repetitions. Raises RowError.
-    """
+    """Return the different answers of a row: `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`, either
+    also as JSON text, as in a CSV file. Raises RowError."""
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -99,7 +99,7 @@ def answers_of(value: Any) -> list[Answer]:
         value = []
     if not isinstance(value, list):
         raise RowError(f"answers must be an object or a list, they are {format_value(value)}")
-    answers_list: list[Answer] = []
+    answers: list[Answer] = []
     for answer in value:
         text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
         if not isinstance(text, str) or not text.strip():
@@ -108,13 +108,13 @@ def answers_of(value: Any) -> list[Answer]:
             start = int(start)
         if not isinstance(start, int) or isinstance(start, bool):
             raise RowError(f"answer_start of answer {format_value(text)} must be a number, it is {format_value(start)}")
-        if {"text": text, "start": start} not in answers_list:
-            answers_list.append({"text": text, "start": start})
-    return answers_list
+        if {"text": text, "start": start} not in answers:
+            answers.append({"text": text, "start": start})
+    return answers
 
 
-def checked_answers(answers: Sequence[Answer], context: str, *, no_answer: bool) -> None:
-    """Raises RowError where an answer does not stand in `context` where it is said to, or there is none and has to be."""
+def check_answers_in(context: str, answers: Sequence[Answer], *, no_answer: bool) -> None:
+    """Check that each answer is in `context` at its `start`, and that there is one unless `no_answer`. Raises RowError."""
     if not answers and not no_answer:
         raise RowError("there is no answer; task.no_answer=true trains on questions without one")
     for answer in answers:

@@ -1,4 +1,4 @@
-"""The arrays of a micro-batch, by task."""
+"""Build the arrays of a micro-batch, by task."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from dstune.protocols.task_options import BuildsBatches
 def batch_of(
     config: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool = False
 ) -> dict[str, Tensor]:
-    """Return what the head of the run's task gets of `micro_batch`; with_index: and `index` [rows], the numbers of its samples,
-    where rows have a loss of their own."""
+    """Return the tensors of `micro_batch` that the head of the run's task reads.
+
+    with_index: adds `index` [rows], the numbers of its samples, if each row has its own loss.
+    """
     task, arrays = task_of(config.task), None
     if isinstance(task, BuildsBatches):
         arrays = task.collate(config, split, micro_batch, pad_token_id, with_index=with_index)
@@ -34,10 +36,13 @@ def batch_of(
 
 
 def pair_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
-    """Return `input_ids`, `attention_mask`, `labels` [2 pairs, sequence], the better answers first; `counted` [pairs]; and
-    `reference` [2 pairs] where the split has it. Of reward models without labels, and with `margin` [pairs]. Of a split with
-    images what the model gets of them, those of a pair for both answers; a micro-batch that needs an image and has none gets a
-    last pair with a blank one, which does not count."""
+    """Return the arrays of a micro-batch of pairs of answers; in each array all better answers come first.
+
+    `input_ids`, `attention_mask` and `labels` [2 pairs, sequence], `counted` [pairs], and `reference` [2 pairs] if the split has
+    it. For reward models `margin` [pairs] instead of `labels`. If the split has images, the inputs made from them too, once for
+    each answer of a pair; a micro-batch that needs an image and has none gets a last pair with a blank image, which does not
+    count.
+    """
     samples = [split.sample(index) for index in micro_batch.samples]
     if "margin" in samples[0]:
         answers = [sample[name] for name in ("input_ids", "rejected_input_ids") for sample in samples]
@@ -56,7 +61,7 @@ Blanks = Sequence[dict[str, Any]]
 
 
 def blank_samples(split: Split, micro_batch: MicroBatch, samples: Sequence[dict[str, Any]]) -> Blanks:
-    """Return a sample with a blank image where `micro_batch` needs an image and none of its `samples` has one."""
+    """Return a sample with a blank image if `micro_batch` needs an image and none of its `samples` has one; otherwise nothing."""
     lacks_image = micro_batch.needs_image and not any(len(sample[COLUMN]) for sample in samples)
     return [blank_sample(split, samples[0])] if lacks_image else []
 
@@ -67,14 +72,14 @@ def rows_with_images(
     samples: Sequence[dict[str, Any]],
     pad: int,
 ) -> dict[str, np.ndarray]:
-    """Return `padded` rows of ids and labels, and of a split with images those that the samples show, row by row."""
+    """Return `padded` rows of ids and labels; if the split has images, the inputs made from each row's images too."""
     arrays = padded([ids for ids, _ in rows], [labels for _, labels in rows], pad)
     if split.images is None:
         return arrays
-    of_rows = [[{"input_ids": ids, COLUMN: s[COLUMN]}] for (ids, _), s in zip(rows, samples, strict=True)]
+    shown = [[{"input_ids": ids, COLUMN: s[COLUMN]}] for (ids, _), s in zip(rows, samples, strict=True)]
     tensors = {"input_ids": torch.from_numpy(arrays["input_ids"])}
-    of_images = image_inputs(split, of_rows, tensors, packing=False)
-    return arrays | {name: tensor.numpy() for name, tensor in of_images.items()}
+    image_tensors = image_inputs(split, shown, tensors, packing=False)
+    return arrays | {name: tensor.numpy() for name, tensor in image_tensors.items()}
 
 
 def reference(split: Split, micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:
@@ -85,13 +90,13 @@ def reference(split: Split, micro_batch: MicroBatch, blanks: Blanks = ()) -> np.
 
 
 def counted(micro_batch: MicroBatch, blanks: Blanks = ()) -> np.ndarray:
-    """Tell whether each sample counts: not those of a filler, nor blank ones."""
+    """Return 1 for each sample that counts, 0 for those of a filler and blank ones: int64 [samples and blanks]."""
     real = np.full(len(micro_batch.samples), 0 if micro_batch.filler else 1, dtype=np.int64)
     return np.concatenate([real, np.zeros(len(blanks), np.int64)])
 
 
 def padded(ids: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None, pad: int) -> dict[str, np.ndarray]:
-    """Return `input_ids`, `attention_mask` and, where given, `labels`: int64 [rows, longest row rounded up to a multiple of 8]."""
+    """Return `input_ids`, `attention_mask` and, if given, `labels`: int64 [rows, longest row rounded up to a multiple of 8]."""
     width = -(-max(len(row) for row in ids) // PAD_MULTIPLE) * PAD_MULTIPLE
     arrays = {
         "input_ids": np.full((len(ids), width), pad, dtype=np.int64),

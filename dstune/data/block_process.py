@@ -1,7 +1,7 @@
 """The process that prepares blocks of a stream: `python -m dstune.data.block_process`, started by `blocks.Blocks`.
 
-On its standard input come one pickled `Job` and then (name, begin) of the blocks to prepare, one after the other. It
-ends when that input does, in the middle of a block if need be: the rank that started it has gone.
+It reads from standard input one pickled `Job`, then (name, begin) of each block to prepare. It exits when the input ends, even
+in the middle of a block: the rank that started it is gone.
 """
 
 from __future__ import annotations
@@ -31,37 +31,41 @@ from dstune.data.builder import block_builder
 from dstune.data.stream import Position
 
 STOP_SIGNALS = tuple(signal.Signals[name] for name in PREEMPTION_SIGNALS)
-"""Meant for the ranks, which save first and close the input after; some launchers send them to every process."""
+"""Signals that this process ignores. They are meant for the ranks, which save and then close the input; some launchers send
+them to every process."""
 
 
 def main() -> None:
     redact_output()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # The processes that tokenize are ended by SIGTERM, so they must not ignore it.
+    # Forked processes that tokenize are stopped by SIGTERM, so they must not ignore it.
     os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS])
     os.nice(NICENESS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plugins.load_installed()  # before what they define is unpickled
+    plugins.load_installed()  # the job may contain objects of plugins
     job: Job = pickle.load(sys.stdin.buffer)
     name_panics()
     held_out = np.load(job.held_out)
     requests: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     while True:
         name, begin = requests.get()
         try:
             cache.entry(job.root, name, partial(_make, job, held_out, Position(**begin)))
-        except UserError:  # kept beside the block, for the ranks to raise when they come to it
+        except (
+            UserError
+        ):  # `cache.entry` has written it next to the block; the ranks raise it when they reach the block
             continue
 
 
 def _make(job: Job, held_out: np.ndarray, begin: Position, folder: Path) -> None:
-    """Make a block. The files of the stream are looked for here, so that an error in that is one of the block."""
+    """Write a block to `folder`. The files of the stream are looked up here, so that an error in that is reported for the block."""
     block_builder(job.config, job.tokenizer, begin, held_out, job.shards, job.arguments)(folder)
 
 
-def _listen(requests: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
+def _read_requests(requests: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
+    """Put the requests from standard input into the queue; end this process and its children when the input ends."""
     while True:
         try:
             requests.put(pickle.load(sys.stdin.buffer))

@@ -1,7 +1,7 @@
-"""Blocks of a stream on one node: the next one is prepared by a process of its own while this one is trained on.
+"""Blocks of a stream on one node: a separate process prepares the next block while the ranks train on the current one.
 
-One rank of a node, the leader, owns that process and decides what it prepares; the others only wait for folders to
-appear. A block's folder is named by its number and by where it begins, so a stale one is never taken for it.
+One rank of a node, the leader, owns that process and decides what it prepares; the other ranks only wait for folders to
+appear. A block's folder is named after its number and the position where it begins, so a stale folder is never used for it.
 """
 
 from __future__ import annotations
@@ -31,48 +31,51 @@ from dstune.data.prepared import PreparedData, Split, load_split
 POLL_SECONDS = 0.02
 
 NICENESS = 10
-"""Of the preparing process: on a CPU it shares its cores with the training, which is to go first."""
+"""Niceness of the preparing process: on a CPU it shares cores with the training, which has priority."""
 
 CLOSE_SECONDS = 10.0
-"""For the preparing process to end by itself; it takes milliseconds."""
+"""Time for the preparing process to exit by itself; it takes milliseconds."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Block:
+    """A prepared block of the stream."""
+
     number: int
     split: Split
     begin: dict[str, Any] | None
     """The position (`stream.Position`) of its first row; None for the first block."""
     end: dict[str, Any]
-    """The position behind its last row."""
+    """The position after its last row."""
     passes: tuple[float, float]
-    """Passes over the stream before and after it."""
+    """Number of passes over the stream before and after it."""
     digest: str
-    """Changes with the lengths and targets of its samples."""
+    """Digest of its samples' lengths and numbers of targets."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the preparing process has to know."""
+    """What the preparing process needs to know."""
 
     config: RunConfig
     tokenizer: Any
     held_out: Path
     shards: list[list[str]]
-    """Of the first block; the later ones have to find the same."""
+    """The shards of the first block; later blocks must find the same ones."""
     arguments: Mapping[str, Any]
-    """Of the chat template: those with which all rows of the first block are rendered."""
+    """The chat-template arguments that all rows of the first block share."""
     root: Path
+    """The folder of the blocks."""
 
 
 class Blocks:
     """The blocks of one run on this node.
 
-    data: the first block, as `build.prepare` gives it. run_dir: gives the folder below `cache_root` its name, so that
-    two runs do not remove each other's blocks; so does the host, for nodes that share the cache. arguments: of the chat
-    template, with which all rows of the first block are rendered (`Proof.arguments`).
+    data: the first block, as returned by `build.prepare`. run_dir: names the folder of the blocks in `cache_root`, together with
+    the host, so that neither two runs nor two nodes that share the cache remove each other's blocks. arguments: the chat-template
+    arguments that all rows of the first block share (`Proof.arguments`). leader: whether this rank owns the preparing process.
     """
 
     def __init__(
@@ -101,9 +104,9 @@ class Blocks:
         self._interrupted = threading.Event()
 
     def get(self, number: int, begin: dict[str, Any] | None) -> Block:
-        """Block `number`, which begins at `begin`; waits until it is prepared.
+        """Return block `number`, which begins at `begin`; wait until it is prepared.
 
-        Raises UserError for its bad rows, TrainingFailed where the preparing process died.
+        Raises UserError for its bad rows, TrainingFailed if the preparing process died, InterruptedError after `interrupt`.
         """
         if number == 0:
             stream = self._first.stream
@@ -112,7 +115,7 @@ class Blocks:
         assert begin is not None
         folder = self.root / self._name(number, begin)
         if self._leader:
-            self._ask(number, begin)
+            self._request(number, begin)
         waited = 0.0
         while not cache.is_made(self.root, folder.name, self._started):
             if self._process is not None and self._process.poll() is not None:
@@ -129,7 +132,7 @@ class Blocks:
         return _block(number, load_split(folder, "train"), begin, stream["end"], (stream["begun"], stream["passes"]))
 
     def keep_from(self, first: int, block: Block, *, ahead: bool) -> None:
-        """Remove the blocks before number `first`, which no rank needs any more. With `ahead` prepare the one behind `block`."""
+        """Remove the blocks before number `first`, which no rank needs any more. With `ahead`, prepare the block after `block`."""
         if not self._leader:
             return
         kept_names = [] if block.begin is None else [self._name(block.number, block.begin)]
@@ -141,27 +144,28 @@ class Blocks:
                 if path.name.split(".")[0] not in kept_names:
                     _remove(path)
         if ahead:
-            self._ask(block.number + 1, block.end)
+            self._request(block.number + 1, block.end)
 
     def interrupt(self) -> None:
-        """Let a `get` that waits raise."""
+        """Make a waiting `get` raise InterruptedError."""
         self._interrupted.set()
 
     def close(self, *, remove: bool) -> None:
-        """End the preparing process; with `remove` the blocks go too, else a resumed run finds them."""
+        """End the preparing process. With `remove`, delete the blocks; otherwise a resumed run uses them."""
         if self._process is not None:
             assert self._process.stdin is not None
-            self._process.stdin.close()  # its end of the work
+            self._process.stdin.close()  # it exits at the end of its input
             try:
                 self._process.wait(CLOSE_SECONDS)
-            except subprocess.TimeoutExpired:  # stopped, or in a read that hangs
+            except subprocess.TimeoutExpired:  # suspended, or in a read that hangs
                 self._process.kill()
                 self._process.wait()
             self._process = None
         if remove and self._leader:
             shutil.rmtree(self.root, ignore_errors=True)
 
-    def _ask(self, number: int, begin: dict[str, Any]) -> None:
+    def _request(self, number: int, begin: dict[str, Any]) -> None:
+        """Ask the preparing process for a block, unless that was done before or the block exists."""
         with self._lock:
             name = self._name(number, begin)
             if name in self._requested:
@@ -169,13 +173,13 @@ class Blocks:
             self._requested.add(name)
             if (self.root / name).is_dir():
                 return
-            assert self._process is not None, "only the leader asks, and not after `close`"
+            assert self._process is not None, "only the leader requests blocks, and not after `close`"
             assert self._process.stdin is not None
             try:
                 pickle.dump((name, begin), self._process.stdin)
                 self._process.stdin.flush()
             except BrokenPipeError:
-                log.debug("the preparing process is gone; `get` says so")
+                log.debug("the preparing process is gone; `get` raises that")
 
     def _name(self, number: int, begin: dict[str, Any]) -> str:
         identity = json.dumps([self._first.fingerprint, begin], sort_keys=True)
@@ -203,8 +207,8 @@ def _remove(path: Path) -> None:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    """Return the preparing process, in the session of this rank so that whoever ends the rank ends it too."""
-    # It computes nothing on the GPU, and a CUDA context would take memory there.
+    """Start the preparing process in the session of this rank, so that whoever ends the rank ends the process too."""
+    # It computes nothing on the GPU, where a CUDA context would only take memory.
     environment = child_environment() | {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [sys.executable, "-m", "dstune.data.block_process"], stdin=subprocess.PIPE, env=environment

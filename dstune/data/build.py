@@ -1,4 +1,4 @@
-"""From the configured files to memory-mapped samples, made once (`builder.py`) and cached under a digest (`fingerprint.py`)."""
+"""Prepare memory-mapped samples from the configured files: built once (`builder.py`), cached by digest (`fingerprint.py`)."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ from dstune.protocols import task_of
 log = logging.getLogger(__name__)
 
 HEAD_START_SECONDS = 0.3
-"""What a node's first rank is ahead of the others, so that it does the work: rank 0 shows how far it is."""
+"""Head start of a node's first rank, so that it does the work: rank 0 shows the progress."""
 
 MOST_TRIES = 5
-"""So often rows are prepared anew since images changed: an entry may be of a state that changed while it was made."""
+"""How often rows are prepared again because images changed: an entry may be of a state that changed while it was made."""
 
 
 def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *, trains: bool = True) -> PreparedData:
-    """Prepare the samples of `config` as `tokenizer` (of transformers, template applied) cuts them, memory-mapped.
+    """Prepare the samples of `config`, memory-mapped. tokenizer: that of the model (transformers), with the run's chat template.
 
     Every rank calls this. One process per node does the work under a file lock while the others wait without any
-    collective; the result is found again by content, tokenizer, settings and code. Rows of validation and test come in
+    collective; the result is cached by content, tokenizer, settings and code. Rows of validation and test come in
     the order of their hashes, so that the first N of them are a fair and constant sample.
 
-    trains: whether `data.train` is what a run trains on, so that columns which are named in vain and suspicious labels count.
-    Raises UserError that names key or file and line.
+    trains: whether a run trains on `data.train`; only then are columns that `data.columns` names in vain, suspicious labels and
+    too many synthetic rows checked.
+    Raises UserError that names the key, or the file and line.
     """
     inputs = find_inputs(config)
     check_tokenizer(config, tokenizer)
@@ -60,7 +61,7 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
         time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
     tries = 0
-    # Their names are in the rows, what they show is not.
+    # The rows, and so the key, contain only the names of images: the files may have changed since.
     while (images := ImageFiles.of(folder)) is not None and not images.are_as_prepared():
         if (tries := tries + 1) > MOST_TRIES:
             raise UserError(Problem("data.train", "images of the rows change again and again while they are read"))
@@ -75,19 +76,19 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
 
 
 def refuse_synthetic(counts: dict[str, Any], most: float) -> None:
-    """Raises UserError where more than the share `most` of the training rows come from `dstune synthesize`."""
+    """Raise UserError if more than the share `most` of the training rows come from `dstune synthesize`."""
     synthetic, rows = counts.get("synthetic_rows", 0), counts["rows_read"] - counts["bad_rows"]
     if synthetic > most * rows:
         reason = f"{synthetic:,} of {rows:,} training rows are synthetic ({synthetic / rows:.0%})"
         raise UserError(
-            Problem("data.max_synthetic_share", reason, "more rows of people, or a larger share", f"{most:g}")
+            Problem("data.max_synthetic_share", reason, "add rows that people wrote, or raise the share", f"{most:g}")
         )
 
 
 def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
     """Compare conversations of every kind in `data.train` with what a server renders.
 
-    Raises UserError with the first turn that is trained otherwise.
+    Raises UserError for the first turn that is trained differently.
     """
     if data.evidence is None:
         return Proof()

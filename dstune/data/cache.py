@@ -1,4 +1,4 @@
-"""A cache entry is made once per node: under a file lock, as `.incomplete`, and renamed when it is whole."""
+"""Make a cache entry once per node: under a file lock, as `.incomplete`, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from filelock import FileLock, Timeout
 from dstune.core.errors import Problem, UserError, from_json, to_json
 
 POLL_SECONDS = 30.0
-"""How often a process that waits for another one says so."""
+"""How often a process that waits for another one logs that it waits."""
 
 log = logging.getLogger(__name__)
 
 
 def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder `root/key`, made by `make(folder)` if it is not there yet.
+    """Return the folder `root/key`, made by `make(folder)` if it does not exist yet.
 
     Any number of processes may call this at once: one makes the entry, the others wait. The lock is the operating
-    system's, so a killed maker leaves none behind and the next one starts over. Raises what `make` raises; a UserError
-    of the maker is raised by those that waited for it as well, without doing the work again.
+    system's, so a killed process leaves none behind and the next one starts over. Raises what `make` raises. A UserError
+    of `make` is also raised in the processes that waited, without doing the work again.
     """
     folder = root / key
     if folder.is_dir():
@@ -55,7 +55,7 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def is_made(root: Path, key: str, since: float) -> bool:
-    """Return whether another process has made the entry. Raises the UserError that it met after `since` (seconds of `time`)."""
+    """Return whether another process has made the entry. Raises its UserError if it failed after `since` (`time.time()`)."""
     if (root / key).is_dir():
         return True
     _raise_failure_since(root / f"{key}.error", since)
@@ -87,7 +87,7 @@ def _locked(root: Path, key: str) -> Iterator[None]:
 
 
 def _raise_failure_since(failure: Path, since: float) -> None:
-    """Raise the error that another process met after `since`: it read the same files under the same settings."""
+    """Raise the error of a process that failed after `since`: it read the same files under the same settings."""
     try:
         recorded = json.loads(failure.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""From a micro-batch of sample indices to the tensors of one forward pass."""
+"""Build the tensors of one forward pass from a micro-batch of sample indices."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dstune.protocols import Task
 from dstune.protocols.task_options import BuildsBatches
 
 NO_TARGET = -100
-"""Label of a position that does not count (the value that torch's cross entropy ignores by default)."""
+"""Label of a position that does not count in the loss (what torch's cross entropy ignores by default)."""
 
 TOKEN_COLUMNS = {"labels": NO_TARGET, "token_type_ids": 0, "word_start": 0, "char_start": -1, "char_end": -1}
-"""Columns of a sample with a value for each token, padded with this; `input_ids` with the padding token."""
+"""Columns with a value for each token, and the value that pads them; `input_ids` are padded with the padding token."""
 
 ROW_COLUMNS = {
     "label": "labels",
@@ -30,18 +30,17 @@ ROW_COLUMNS = {
     "end": "end_positions",
     "null": "null_positions",
 }
-"""Columns of a sample with one value (or a list of fixed length) by the name that a batch gives them."""
+"""Columns with one value (or a list of fixed length) for each sample, and their names in a batch."""
 
 OTHER_COLUMNS = ("input_ids", "target_ids", "bytes", COLUMN, *TEXTS)
-"""Columns that `collate` reads by name, and those that metrics alone read."""
+"""Columns that `collate` reads by name, and those that only metrics read."""
 
 TARGETS = ("labels", "start_positions", "end_positions")
-"""What of a batch is NO_TARGET in a filler, or NaN where targets are numbers of any kind."""
+"""Arrays of a batch that hold targets; a filler sets them to NO_TARGET, or to NaN if they are floats."""
 
 
 def refuse_unknown_columns(task: Task, columns: Iterable[str]) -> None:
-    """Raises UserError where the encoder of `task` gives columns that `collate` leaves out of a batch, and the task has no
-    `collate` of its own."""
+    """Raise UserError if the encoder of `task` gives columns unknown to `collate`, unless the task has its own `collate`."""
     unknown = sorted({*columns} - {*TOKEN_COLUMNS, *ROW_COLUMNS, *OTHER_COLUMNS})
     if unknown and not isinstance(task, BuildsBatches):
         reason = f"its encoder gives columns that no batch has: {', '.join(unknown)}"
@@ -52,17 +51,18 @@ def refuse_unknown_columns(task: Task, columns: Iterable[str]) -> None:
 def collate(
     split: Split, micro_batch: MicroBatch, *, pad_token_id: int, packing: bool, with_index: bool = False
 ) -> dict[str, Tensor]:
-    """Build the tensors of `micro_batch`, int64 or float32. What a batch holds follows from what the samples hold.
+    """Build the tensors of `micro_batch`, int64 or float32. Which ones depends on the columns of the samples.
 
-    Packed: `input_ids`, `labels`, `position_ids`, each [rows, longest row]. Positions restart at 0 with every sample,
-    padding included, and there is no attention mask: from the restarts transformers keeps samples apart.
-    Not packed: `input_ids`, `attention_mask` and what TOKEN_COLUMNS names, each [rows, longest sample rounded up to a
-    multiple of 8, or without padding]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
-    Rows whose body was run before (`method=features`): `features` [rows, hidden] float32 and what ROW_COLUMNS names.
-    For an encoder-decoder (samples with `target_ids`) `labels` is [rows, longest target rounded up to a multiple of 8].
-    with_index: `index` [rows] (sample numbers) too. In a filler every target is -100.
-    Of a split with images also what the model's processor makes of them (`images.batch`); a micro-batch that needs an image and
-    has none gets a last row with a blank one, in which every target is -100.
+    - Packed: `input_ids`, `labels`, `position_ids`, each [rows, longest row]. Positions restart at 0 with every sample, padding
+      included, and there is no attention mask: transformers separates the samples by these restarts.
+    - Not packed: `input_ids`, `attention_mask` and the columns in TOKEN_COLUMNS, each [rows, longest sample], rounded up to a
+      multiple of 8 if the micro-batch is padded; those in ROW_COLUMNS are [rows], or [rows, labels] with several labels a row.
+    - Rows whose features were computed before (`method=features`): `features` [rows, hidden] float32, and those in ROW_COLUMNS.
+    - Encoder-decoder (samples with `target_ids`): `labels` is [rows, longest target rounded up to a multiple of 8].
+
+    with_index: adds `index` [rows], the numbers of the samples. In a filler every target is -100, or NaN.
+    If the split has images, the inputs made from them are added (`images.batch`); a micro-batch that needs an image and has none
+    gets a last row with a blank image, in which every target is -100.
     """
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
     columns = rows[0][0].keys()
@@ -103,7 +103,7 @@ def collate(
 
 
 def _targets(targets: list[np.ndarray]) -> np.ndarray:
-    """Return labels of a decoder beside an encoder, int64 [rows, longest target rounded up]."""
+    """Return the decoder's labels of an encoder-decoder: int64 [rows, longest target rounded up to a multiple of 8]."""
     width = -(-max(map(len, targets)) // PAD_MULTIPLE) * PAD_MULTIPLE
     labels = np.full((len(targets), width), NO_TARGET, dtype=np.int64)
     for number, target in enumerate(targets):
@@ -112,12 +112,13 @@ def _targets(targets: list[np.ndarray]) -> np.ndarray:
 
 
 def _only(row: Any) -> Any:
+    """Return the single sample of a row."""
     (sample,) = row
     return sample
 
 
 def _of_rows(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return what ROW_COLUMNS names, of the samples that have it."""
+    """Return the arrays of those columns in ROW_COLUMNS that the samples have."""
     arrays = {}
     for name, array_name in ROW_COLUMNS.items():
         if name in samples[0]:
@@ -127,9 +128,11 @@ def _of_rows(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _mark_filler(arrays: dict[str, np.ndarray], micro_batch: MicroBatch) -> None:
-    """Set the targets of a filler micro-batch to values that no loss or metric counts."""
-    for name in arrays.keys() & set(TARGETS) if micro_batch.filler else ():
-        # Any number may be a target of a regression.
+    """Set the targets of a filler micro-batch to values that no loss or metric counts; leave other micro-batches as they are."""
+    if not micro_batch.filler:
+        return
+    for name in arrays.keys() & set(TARGETS):
+        # In a regression, -100 may be a target.
         arrays[name][:] = np.nan if arrays[name].dtype.kind == "f" else NO_TARGET
 
 

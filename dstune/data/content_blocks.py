@@ -1,4 +1,4 @@
-"""Messages of Anthropic's API, whose calls and results of tools are blocks of a content, as messages of OpenAI's."""
+"""Convert messages of Anthropic's API, where tool calls and results are blocks of the content, to OpenAI's form."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dstune.data.problems import RowError, format_value
 
 
 def without_blocks(message: Any) -> list[Any]:
-    """Return `message` with its `tool_use` blocks as parts of the type `tool_call`, and behind a message of its own for each
-    `tool_result`; anything else as it is. Raises RowError for results behind other blocks."""
+    """Return one message for each `tool_result` block, then `message` with `tool_use` blocks as parts of the type `tool_call`.
+
+    A message without such blocks stays as it is. Raises RowError if a result follows another block.
+    """
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list) or not {"tool_use", "tool_result"}.intersection(map(_type, content)):
         return [message]
@@ -21,7 +23,7 @@ def without_blocks(message: Any) -> list[Any]:
 
 
 def with_parameters(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool whose `input_schema` is called `parameters`."""
+    """Return the tool with its `input_schema` renamed to `parameters`, if it has one."""
     if "input_schema" not in tool or "parameters" in tool or "function" in tool:
         return tool
     return {"parameters" if key == "input_schema" else key: value for key, value in tool.items()}

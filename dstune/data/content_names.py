@@ -1,4 +1,4 @@
-"""Names of columns that look like content."""
+"""List the names of columns that look like content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dstune.core.registry import on_change
 from dstune.data.media import COLUMNS
 from dstune.protocols import ROW_FORMATS
 
-MORE = (
+USUAL_NAMES = (
     "content",
     "context",
     "passage",
@@ -36,7 +36,7 @@ MORE = (
     "non_preferred_output",
     "input_ids",
 )
-"""Names of content beside those that some format reads."""
+"""Usual names of content, apart from those that some format reads."""
 
 NO_CONTENT = (
     "label",
@@ -51,12 +51,13 @@ NO_CONTENT = (
     "chat_template_kwargs",
     "attention_mask",
 )
+"""Names that some format reads and that are no content."""
 
 
 @cache
 def content_names() -> frozenset[str]:
-    """Return names of columns that look like content: those that some format reads, and usual ones."""
-    names = {*MORE, *COLUMNS}
+    """Return the names of columns that look like content: those that some format reads, and other usual ones."""
+    names = {*USUAL_NAMES, *COLUMNS}
     for form in ROW_FORMATS.classes().values():
         names |= {*form.required, *form.optional, *(name for others in form.other_names.values() for name in others)}
     return frozenset(names.difference(NO_CONTENT))

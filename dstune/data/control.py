@@ -1,12 +1,12 @@
-"""Text that looks like a control token stays text.
+"""Keep text that looks like a control token as text.
 
-A row may hold `<|im_end|>` in what somebody wrote. A tokenizer would turn it into the token that ends a turn, and the
-row could close its own message and speak in another role. Here such a string becomes the tokens of its characters; the
-tokens that the chat template prints stay what they are, and text without such strings gets the same tokens as ever.
+What somebody wrote in a row may contain `<|im_end|>`. A tokenizer would turn it into the token that ends a turn, so the
+row could close its own message and speak in another role. Here such a string becomes the tokens of its characters. The
+control tokens that the chat template prints stay, and text without such strings gets the same tokens as ever.
 
-How the two are told apart: before a conversation is rendered each such string in it is replaced by a run of characters
-of the same length that nobody wrote there. What is found in the rendered text is the template's, at the same place as in the text
-with the strings put back; a token found elsewhere is replaced by the tokens of its text.
+To tell the two apart, each such string in a conversation is replaced, before rendering, by a stand-in: a run of the same
+length of a character that the conversation does not contain. A control token in the rendered text is then the template's.
+With the strings put back its place is the same, and a control token at any other place is replaced by the tokens of its text.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from dstune.data.frame import Frame
 from dstune.data.message import ROLES
 
 _FIRST_STAND_IN = 0x13000
-"""Egyptian hieroglyphs: letters, which a template may print as Python writes a value. Of characters for private use that is an
-escape."""
+"""Egyptian hieroglyphs. They are letters, which stay as they are when a template prints a value in Python's form; characters
+for private use would be escaped."""
 
 _PREFIX_SPACES = "▁Ġ"
-"""What stands for the space that some tokenizers put in front of a text by themselves."""
+"""Characters for the space that some tokenizers put in front of a text."""
 
 _UNKNOWN = "\U0010fffd"
-"""A character that no vocabulary has."""
+"""A character that is in no vocabulary."""
 
 _OF_IMAGES = re.compile("image|img|vision", re.I)
-"""In tokens that stand for images, in a model that sees."""
+"""Matches tokens that stand for images, in a model that sees."""
 
 _MADE_UP = [
     {"role": "user", "content": "Hi"},
@@ -46,17 +46,17 @@ _MADE_UP = [
 ]
 
 NO_TEXT = frozenset({"label", "labels", "tags"})
-"""Keys of a row whose values are names. Below them, as in the arguments of a tool, the same keys hold what somebody wrote."""
+"""Keys of a row whose values are names, not text. At deeper levels, as in the arguments of a tool, they hold text."""
 
 
 PIECE = 16384
-"""Characters that are counted at a time."""
+"""Number of characters that are tokenized at a time to estimate a length."""
 CUT = 64
-"""Tokens by which a piece may have more than its part of the whole text, since it was cut within a word."""
+"""Number of tokens that a piece may have in excess because it was cut within a word."""
 
 
 class TooManyTokens(ValueError):
-    """A text has more tokens than are of use."""
+    """A text has more than `most` tokens."""
 
     def __init__(self, most: int):
         super().__init__(f"more than {most} tokens")
@@ -74,25 +74,26 @@ class Defused:
     pattern: re.Pattern[str]
 
     def restore(self, text: str) -> tuple[str, list[int]]:
-        """Return a text that was rendered from `value` with the strings put back, and where control tokens begin in it that are
-        not the value's but the template's."""
+        """Return `text`, which was rendered from `value`, with the strings put back, and the characters at which the template's
+        control tokens begin in it."""
         control_starts = [match.start() for match in self.pattern.finditer(text)]
         for number, string in enumerate(self.strings):
             text = text.replace(chr(self.first + number) * len(string), string)
         return text, control_starts
 
     def unrestored(self) -> re.Pattern[str]:
-        """Return the pattern of stand-ins that `restore` did not recognise in a text, since the template cut or escaped them."""
+        """Return a pattern for stand-ins that `restore` did not recognise because the template cut or escaped them."""
         last = self.first + max(0, len(self.strings) - 1)
         codes = "|".join(json.dumps(chr(code))[1:-1].replace("\\", r"\\") for code in range(self.first, last + 1))
         return re.compile(f"(?:[{chr(self.first)}-{chr(last)}]|{codes})+")
 
 
 class ControlTokens:
-    """The tokens of a tokenizer (of transformers) that a text must not be able to write; picklable.
+    """The tokens of a transformers tokenizer that no text may produce; picklable.
 
-    These are its special tokens, and of its other added tokens those that the chat template prints between messages.
-    Pairs of tags that an answer may hold (`<think>`, `</think>`) are no control tokens, even where the template prints them.
+    These are its special tokens, those of its other added tokens that the chat template prints between messages, and in a model
+    that sees its image tokens. Pairs of tags that an answer may contain (`<think>`, `</think>`) are no control tokens, even if
+    the template prints them.
     """
 
     def __init__(self, tokenizer: Any):
@@ -112,19 +113,18 @@ class ControlTokens:
         }
         self._ids = frozenset(tokens)
         strings = sorted({token.content for token in tokens.values()}, key=len, reverse=True)
-        # A tokenizer that looks for a token in normalized text may find it in other letters.
-        ignoring_case = any(token.normalized for token in tokens.values())
-        self.pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)", re.I if ignoring_case else 0)
-        # What the model writes for a character that it does not know is text as well.
+        # A tokenizer that searches normalized text may find a token in upper or lower case.
+        ignores_case = any(token.normalized for token in tokens.values())
+        self.pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)", re.I if ignores_case else 0)
+        # The token for unknown characters may result from text too.
         self._unknown = self._ids.intersection(self._without_added_tokens(_UNKNOWN) if tokenizer.is_fast else [])
 
     def first(self, value: Any) -> str:
-        """Return the first control token in the strings of `value` (a text, a row, messages), or nothing."""
+        """Return the first control token in the strings of `value` (a text, a row, messages); empty if there is none."""
         return next((match.group() for text in _strings(value) if (match := self.pattern.search(text))), "")
 
     def refuse_across_parts(self, value: Any) -> None:
-        """Raise RenderError where parts of one content, put together, write a control token that none of them holds: it could not
-        be told from the template's."""
+        """Raise RenderError if parts of one content form a control token only when joined: it would look like the template's."""
         for parts in _contents_in_parts(value):
             if written := _across(self.pattern, parts):
                 raise RenderError(f"the parts of a content put together write the control token {written!r}")
@@ -143,11 +143,10 @@ class ControlTokens:
         return Defused(replaced, strings, first, self.pattern)
 
     def encode(self, text: str, control_starts: list[int] | None = None) -> tuple[list[int], np.ndarray]:
-        """Return tokens of `text`, without special tokens around it, and their characters, int64 [tokens, 2].
+        """Return the tokens of `text`, without special tokens around it, and their offsets: int64 [tokens, 2].
 
-        control_starts: where control tokens begin that are meant as such, in order; all others become text. A tokenizer that
-        cannot tell which characters a token stands for gives the tokens of a text as it is, and no characters.
-        Raises UserError if it would have to.
+        control_starts: the characters at which intended control tokens begin, in order; all others become text. A slow tokenizer
+        has no offsets, so they are empty; UserError is raised if it would have to tell intended control tokens from others.
         """
         if not self._tokenizer.is_fast:
             return self._without_offsets(text, control_starts or []), np.empty((0, 2), dtype=np.int64)
@@ -157,7 +156,7 @@ class ControlTokens:
     def neutral(
         self, ids: list[int], offsets: list[tuple[int, int]], text: str, control_starts: list[int]
     ) -> tuple[list[int], np.ndarray]:
-        """Return `ids` of `text` and their characters; a control token that begins at none of `control_starts` is replaced by the
+        """Return `ids` and `offsets` of `text` with each control token that begins at none of `control_starts` replaced by the
         tokens of its characters."""
         kept_ids: list[int] = []
         kept_offsets: list[tuple[int, int]] = []
@@ -174,15 +173,17 @@ class ControlTokens:
         return kept_ids, np.array(kept_offsets, dtype=np.int64).reshape(-1, 2)
 
     def ids(self, text: str, control_starts: list[int] | None = None) -> list[int]:
-        """Return tokens of `text` without special tokens around it, none of them a control token but those that begin at
-        `control_starts`."""
+        """Return the tokens of `text` without special tokens around it, with control tokens only at `control_starts`."""
         if not self.first(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self.encode(text, control_starts)[0]
 
     def check_length(self, text: str, most: int) -> None:
-        """Raises TooManyTokens where `text` certainly has more than `most`, without reading all of it: the tokens of megabytes take
-        minutes. Says nothing of texts that are only somewhat too long."""
+        """Raise TooManyTokens if `text` certainly has more than `most` tokens.
+
+        Stops reading as soon as that is certain, since tokenizing megabytes takes minutes. A text that is only slightly too long
+        may pass.
+        """
         if len(text) <= 4 * most:
             return
         count = 0
@@ -202,9 +203,11 @@ class ControlTokens:
         raise UserError(Problem("model.path", reason, "convert it to a tokenizer.json (a fast tokenizer)"))
 
     def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], int]:
-        """Return tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most
-        `max_length` (the longer text first); to which text each belongs (`token_type_ids`, zeros where the tokenizer has none);
-        and how many tokens there were before."""
+        """Return the tokens of one text or of a pair, with the tokenizer's special tokens, cut to at most `max_length`.
+
+        The longer text is shortened first. Also returns the text to which each token belongs (`token_type_ids`, zeros if the
+        tokenizer has none), and the number of tokens before the cut.
+        """
         parts = [self.ids(text) for text in texts]
         frame = Frame.of(self._tokenizer, len(texts))
         length = frame.size + sum(map(len, parts))
@@ -214,20 +217,20 @@ class ControlTokens:
         return ids, types, length
 
     def continued(self, text: str) -> list[int]:
-        """Return tokens of a text without added tokens that goes on from another one: no space is put in front of it."""
+        """Return the tokens of a text that continues another one, without a space in front; it has no added tokens."""
         return self._without_added_tokens(text)
 
     def _as_text(self, text: str) -> list[int]:
-        """Return tokens of the characters of a control token."""
+        """Return the tokens of the characters of a control token."""
         for cut in range(len(text)):  # in one piece if possible
             ids = [*self._without_added_tokens(text[:cut]), *self._without_added_tokens(text[cut:])]
-            # A model can have the whole string in its own vocabulary (`</s>` of SentencePiece).
+            # The vocabulary itself may contain the complete string (`</s>` of SentencePiece).
             if not (self._ids - self._unknown).intersection(ids):
                 return ids
         return sorted(self._unknown)
 
     def _without_added_tokens(self, text: str) -> list[int]:
-        """Return tokens of `text` by the tokenizer's pipeline behind the search for added tokens."""
+        """Return the tokens of `text` from the tokenizer's pipeline without its search for added tokens."""
         if not text:
             return []
         backend = self._tokenizer.backend_tokenizer
@@ -241,18 +244,18 @@ class ControlTokens:
 
 
 def _is_tag(text: str, added: Collection[str]) -> bool:
-    """Return whether a token is one of a pair such as `<think>` and `</think>`."""
+    """Return whether a token belongs to a pair such as `<think>` and `</think>`."""
     other = text.replace("</", "<", 1) if text.startswith("</") else text.replace("<", "</", 1)
     return text.startswith("<") and text.endswith(">") and other in added
 
 
 def _rendered(tokenizer: Any) -> str:
-    """Return a conversation as the chat template prints it, or nothing."""
+    """Return a made-up conversation as the chat template prints it; empty without a template or if it refuses."""
     if not tokenizer.chat_template:
         return ""
     try:
         return ChatTemplate(tokenizer, None).text(_MADE_UP)
-    except (RenderError, UserError):  # one that refuses this conversation is refused elsewhere, by name
+    except (RenderError, UserError):  # such a template is refused elsewhere, with a message
         return ""
 
 
@@ -270,7 +273,7 @@ def _strings(value: Any, names: Collection[str] = NO_TEXT) -> Iterator[str]:
 
 
 def _contents_in_parts(value: Any) -> Iterator[list[str]]:
-    """Yield the texts of each list of text parts in a value."""
+    """Yield the texts of each list of several text parts in a value."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _contents_in_parts(item)
@@ -283,7 +286,7 @@ def _contents_in_parts(value: Any) -> Iterator[list[str]]:
 
 
 def _across(pattern: re.Pattern[str], parts: Sequence[str]) -> str:
-    """Return a match of `pattern` over the edge of two parts, as templates put them together; empty if there is none."""
+    """Return a match of `pattern` across the edge of two parts, joined as templates join them; empty if there is none."""
     for texts in (parts, [part.strip() for part in parts]):
         edges, place = [], 0
         for text in texts:
@@ -296,7 +299,7 @@ def _across(pattern: re.Pattern[str], parts: Sequence[str]) -> str:
 
 
 def _is_name(key: str, value: Any, names: Collection[str]) -> bool:
-    """Return whether a value is no text: in a column that is among `names`, or the role of a message."""
+    """Return whether a value is a name instead of text: its key is among `names`, or it is the role of a message."""
     return key in names or (key == "role" and value in ROLES)
 
 

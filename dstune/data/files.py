@@ -1,4 +1,4 @@
-"""Data files: the endings that are read, how a file is opened (compressed, or inside a zip archive), and its digest."""
+"""Data files: which endings are read, how a file is opened (compressed, or inside a zip archive), and its digest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *DOCUMENTS, *TAGGED)
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ENDINGS = (*TEXTS, *TABLES)
-"""Endings of files with rows. Those of text may be followed by one of COMPRESSIONS, or lie in a .zip archive."""
+"""Endings of files with rows. Those in TEXTS may be followed by one of COMPRESSIONS, or be inside a .zip archive."""
 
 
 Rows = tuple[int, int]
@@ -37,38 +37,38 @@ class DataFile:
 
     path: Path
     member: str = ""
-    """Name inside the zip archive `path`."""
+    """Name of the file inside the zip archive `path`; empty if `path` is no archive."""
     text_rows: TextRows = TextRows.line
-    """What a row of plain text is."""
+    """What counts as a row in plain text."""
     label: str = ""
     """The file's name in messages; the path if empty."""
     digest: str = ""
-    """Identifies the content if that is known without reading it (a file of the hub at a commit)."""
+    """Identifies the content if it is known without reading the file (a file of the hub at a commit)."""
     rows: Rows | None = None
-    """The rows to read, of a slice; None for all."""
+    """The slice of rows to read; None for all."""
 
     def __str__(self) -> str:
         return self.label or (f"{self.path}!{self.member}" if self.member else str(self.path))
 
     @property
     def ending(self) -> str:
-        """The ending that says what is in it, without that of a compression: `.csv` of `rows.csv.gz`."""
+        """The ending that tells the format, without that of a compression: `.csv` of `rows.csv.gz`."""
         return ending_of(self.member or self.path.name)
 
     @property
     def compression(self) -> str:
-        """`.gz`, `.bz2`, ... or nothing."""
+        """The ending of the compression (`.gz`, `.bz2`, ...); empty without one."""
         suffix = Path(self.member or self.path.name).suffix.lower()
         return suffix if suffix in COMPRESSIONS else ""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row of a file as it was found; `fields` is None where the row could not be read, then `error` says why."""
+    """One row of a file as it was read. If it could not be read, `fields` is None and `error` says why."""
 
     file: DataFile
     line: int
-    """First line of the row, from 1; in a Parquet or Arrow file the number of the row."""
+    """First line of the row, from 1; in a Parquet or Arrow file the row's number."""
     fields: dict[str, Any] | None
     error: str = ""
 
@@ -96,7 +96,7 @@ def is_readable(name: str) -> bool:
 
 
 def fingerprint(file: DataFile) -> str:
-    """Return digest of the file's bytes and of what decides how they are read (128 bit, hexadecimal, and the endings)."""
+    """Return the digest of the file's bytes (128 bit, hexadecimal), followed by the options that decide how they are read."""
     options = file.member + file.ending + file.compression + (file.text_rows.name if file.ending in DOCUMENTS else "")
     options += "" if file.rows is None else f"[{file.rows[0]}:{file.rows[1]}]"
     if file.digest:
@@ -106,7 +106,7 @@ def fingerprint(file: DataFile) -> str:
 
 @contextmanager
 def opened(file: DataFile) -> Iterator[BinaryIO]:
-    """Open a text file for its bytes, decompressed. Raises UserError where they cannot be had, also while they are read."""
+    """Open a text file and give a stream of its decompressed bytes. Raises UserError if opening or reading fails."""
     try:
         with _bytes(file) as stream:
             yield stream
@@ -114,7 +114,7 @@ def opened(file: DataFile) -> Iterator[BinaryIO]:
         kind = file.compression or (".zip" if file.member else "")
         if not kind:
             raise UserError(Problem(where=str(file), reason=f"cannot be read: {first_line(error)}")) from None
-        reason = f"no whole {kind} file: {first_line(error)}"
+        reason = f"damaged or incomplete {kind} file: {first_line(error)}"
         raise UserError(Problem(where=str(file), reason=reason, fix="copy or compress it again")) from None
 
 
@@ -139,18 +139,18 @@ def _decompressed(stream: Any, compression: str) -> Any:
         case ".zst":
             import pyarrow as pa
 
-            # Python has no Zstandard of its own before 3.14; pyarrow, which is needed anyway, has one.
+            # Python has no Zstandard before 3.14; pyarrow, which is required anyway, has.
             return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd"), 1 << 20)
     return stream
 
 
 def members(archive: Path) -> list[str]:
-    """Return names of the files with rows in a zip archive, sorted. Raises UserError if it is none."""
+    """Return the sorted names of the files with rows in a zip archive. Raises UserError if the file is no zip archive."""
     try:
         with zipfile.ZipFile(archive) as opened_archive:
             names = opened_archive.namelist()
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        reason = f"no whole .zip file: {first_line(error)}"
+        reason = f"damaged or incomplete .zip file: {first_line(error)}"
         raise UserError(Problem(where=str(archive), reason=reason, fix="copy or compress it again")) from None
     hidden = ("__MACOSX/", ".")
     return sorted(

@@ -1,4 +1,4 @@
-"""The digest of all that prepared samples depend on, which is the name of their cache entry."""
+"""Compute the digest of everything that prepared samples depend on; it names their cache entry."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
 
 
 def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
-    """Return digest of all that the samples depend on. The weights of a mixture are not among it: they decide the order."""
+    """Return the digest of everything that the samples depend on. The weights of a mixture only decide the order: they are not
+    part of it."""
     data = config.data
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    # What the last call of the tokenizer left behind, not what it is.
+    # Remnants of the tokenizer's last call.
     state.pop("truncation", None)
     state.pop("padding", None)
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
@@ -59,7 +60,7 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             state,
             template,
             {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-            str(getattr(tokenizer, "response_schema", None)),  # may name the marks of reasoning
+            str(getattr(tokenizer, "response_schema", None)),  # may contain the marks of reasoning
         ],
         "task": task.row_key(),
         "prompt_template": config.model.prompt_template,
@@ -90,7 +91,8 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
 
 
 def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[str, Any]:
-    """Return what turns images into text and inputs, of a model that sees, and where relative paths of images begin."""
+    """Return what decides how images become text and inputs, and the folders that relative paths start from; empty for a model
+    that does not see."""
     vision = vision_of(tokenizer)
     if vision is None or not vision.has_processor:
         return {}
@@ -106,7 +108,7 @@ def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[st
 
 
 def _code(config: RunConfig) -> list[Path]:
-    """Return files whose code makes the samples: those of this package, and of the rooms of the run's tasks and their formats."""
+    """Return the files whose code makes the samples: this package, and the rooms of the run's tasks and their formats."""
     tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
     classes = {type(task) for task in tasks} | {ROW_FORMATS[name] for task in tasks for name in task.formats}
     files = set(Path(__file__).parent.rglob("*.py"))
@@ -126,7 +128,7 @@ def _augment_digest(config: RunConfig) -> list[Any]:
 
 
 def _rows_digest(source: Input) -> list[Any]:
-    """Return what tells the rows of a source: the bytes of its files, or for a stream what its first block depends on."""
+    """Return what identifies the rows of a source: its files' digests, or for a stream what its first block depends on."""
     if source.stream is None:
         return [sources.fingerprint(file) for file in source.files]
     return [source.stream.identity(), source.config.trainer.seed, source.config.data.stream_rows]

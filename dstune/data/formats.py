@@ -1,4 +1,4 @@
-"""Row formats: how one is recognised by the columns of a file, and how a file's own columns are named."""
+"""Recognise the row format of a file by its columns, and map the file's columns to the format's roles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from dstune.protocols.task import TaskConfig
 
 
 def column_of(form: type[RowFormat], role: str, mapping: Mapping[str, str], columns: Collection[str]) -> str:
-    """Return the column of a file that holds `role`: as `data.columns` says, else of the role's own or another usual name."""
+    """Return the column of a file that holds `role`: the one in `mapping` (`data.columns`), or else that of the role's name, or
+    of another usual name."""
     if role in mapping:
         return mapping[role]
     if role not in columns:
@@ -34,19 +35,19 @@ def columns_read(form: type[RowFormat], mapping: Mapping[str, str], columns: Col
 
 
 def shape_of(fmt: str) -> str:
-    """Return the format whose encoder reads the rows of the format `fmt`."""
+    """Return the format whose encoder also reads rows of the format `fmt`: often `fmt` itself."""
     return (ROW_FORMATS[fmt].shape if fmt in ROW_FORMATS else "") or fmt
 
 
 def shape_of_all(formats: Collection[str], task: TaskConfig) -> str:
-    """Return the format whose encoder reads rows of all `formats` in one run: the first that the task reads, `messages` before
-    it."""
+    """Return the format whose encoder reads the rows of all `formats` in one run: `messages` if it is among their shapes,
+    otherwise the first one that the task reads."""
     shapes = {shape_of(fmt) for fmt in formats}
     return next((name for name in ("messages", *task_of(task).read_formats) if name in shapes), AUTOMATIC)
 
 
 def check_columns(mapping: Mapping[str, str]) -> None:
-    """Raises UserError if `data.columns` names a role that no format has."""
+    """Raise UserError if `data.columns` names a role that no format has."""
     problems = []
     roles = sorted({role for form in ROW_FORMATS.classes().values() for role in (*form.required, *form.optional)})
     for role, column in mapping.items():
@@ -75,7 +76,7 @@ def recognise(
     for name in allowed:
         columns = ROW_FORMATS[name]().expand(columns) if isinstance(columns, Mapping) else columns
     if format_name != AUTOMATIC:
-        # Labels beside a text are no obstacle to train on the text.
+        # Rows with further columns, as labels next to a text, can be read as a simpler format.
         readable = (format_name, *ROW_FORMATS[format_name].readable_as)
         chosen = next((name for name in readable if name in allowed), None)
         if chosen is None:
@@ -92,27 +93,29 @@ def recognise(
         return chosen
     allowed = tuple(name for name in allowed if not ROW_FORMATS[name].only_named)
     if fitting := [name for name in allowed if not _missing(name, mapping, columns)]:
-        # What `data.columns` names is meant: the first of the formats that read the most of it.
+        # The user names columns in `data.columns` for a reason: take the first format that reads the most of them.
         return max(
             fitting, key=lambda name: len(mapping.keys() & {*ROW_FORMATS[name].required, *ROW_FORMATS[name].optional})
         )
     _check_mapped(columns, mapping, mapping, where)
-    # Of formats that miss equally many columns, the one that finds more of its own.
-    lacks = {name: len(_missing(name, mapping, columns)) for name in allowed}
-    nearest = sorted(allowed, key=lambda name: (lacks[name], lacks[name] - len(ROW_FORMATS[name].required)))
+    # Of formats that lack equally many columns, the one that has more of its required columns comes first.
+    missing_counts = {name: len(_missing(name, mapping, columns)) for name in allowed}
+    nearest = sorted(
+        allowed, key=lambda name: (missing_counts[name], missing_counts[name] - len(ROW_FORMATS[name].required))
+    )
     expected = " or ".join(
         " + ".join(repr(mapping.get(role, role)) for role in ROW_FORMATS[name].required) for name in nearest
     )
     reason = f"missing column: task={task.name} needs {expected}, the columns here are {listing(columns)}"
-    # A task that takes rows with any further columns was chosen for them: another task is no answer, the name of a column is.
+    # A task that reads any further columns was chosen for them: propose the name of a column, not another task.
     keeps_columns = any(ROW_FORMATS[name].keeps_columns for name in allowed)
     fix = (not keeps_columns and _other_task(columns)) or _suggestion(nearest, mapping, columns)
     raise UserError(Problem(where=where, reason=reason, fix=fix))
 
 
 def _suggestion(nearest: Sequence[str], mapping: Mapping[str, str], columns: Collection[str]) -> str:
-    """Return what `data.columns` may say so that one of the `nearest` formats reads these columns: one that leaves out the
-    least."""
+    """Return a fix that sets `data.columns` so that one of the `nearest` formats reads these columns: the one that leaves out the
+    fewest columns with content."""
     suggested = {name: ROW_FORMATS[name]().candidates(list(columns), mapping) for name in nearest}
     good_names = [name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns))]
     suggestions = []
@@ -121,17 +124,18 @@ def _suggestion(nearest: Sequence[str], mapping: Mapping[str, str], columns: Col
         missing = dict.fromkeys(_missing(name, mapping, columns), "NAME")
         unread_columns = [column for column in columns if column not in columns_read(form, mapping, columns)]
         candidates = unread_columns if len(unread_columns) == len(missing) == 1 else suggested[name]
-        whole = {**mapping, **missing, **dict(zip(missing, candidates, strict=False))}
-        unread = content_left_out(form, whole, columns)
-        if len(unread) == 1 and "input" in form.optional and "NAME" not in whole.values():
-            whole, unread = {**whole, "input": unread[0]}, []
-        suggestions.append((whole, unread if "NAME" not in whole.values() else []))
-    whole, unread = min(suggestions, key=lambda suggestion: len(suggestion[1]))
-    return f"name the file's own columns, for example {_mapping('data.columns', whole)}{_left_out(unread)}"
+        suggestion = {**mapping, **missing, **dict(zip(missing, candidates, strict=False))}
+        is_complete = "NAME" not in suggestion.values()
+        unread = content_left_out(form, suggestion, columns) if is_complete else []
+        if len(unread) == 1 and "input" in form.optional:
+            suggestion, unread = {**suggestion, "input": unread[0]}, []
+        suggestions.append((suggestion, unread))
+    suggestion, unread = min(suggestions, key=lambda candidate: len(candidate[1]))
+    return f"name the file's own columns, for example {_mapping('data.columns', suggestion)}{_left_out(unread)}"
 
 
 def content_left_out(form: type[RowFormat], mapping: Mapping[str, str], columns: Collection[str]) -> list[str]:
-    """Return the columns that look like content, hold something, and are not read by this format."""
+    """Return the columns that look like content and are not read by this format, without empty ones."""
     read = columns_read(form, mapping, columns)
     names = content_names()
     return [
@@ -154,7 +158,7 @@ def _left_out(columns: Sequence[str]) -> str:
 def check_task(
     name: str, fields: Mapping[str, Any], mapping: Mapping[str, str], format_name: str, task: TaskConfig, where: str
 ) -> None:
-    """Raises UserError where a row that has the format `name` is of another task all the same."""
+    """Raise UserError if a row has the format `name` but belongs to another task."""
     fix = ROW_FORMATS[name]().of_another_task(fields, mapping, named=format_name != AUTOMATIC)
     if fix:
         reason = f"these rows are of another task than {task.name}: the columns here are {listing(fields)}"
@@ -162,7 +166,7 @@ def check_task(
 
 
 def check_mapped(columns: Collection[str], mapping: Mapping[str, str], where: str, key: str = "data.columns") -> None:
-    """Raises UserError where `data.columns` names a column that none of the rows has, also where another format fits.
+    """Raise UserError if `data.columns` names a column that no row has, even if another format fits the rows.
 
     columns: those of all rows.
     """
@@ -177,7 +181,10 @@ def _missing(name: str, mapping: Mapping[str, str], columns: Collection[str]) ->
 def _check_mapped(
     columns: Collection[str], used: Mapping[str, str], mapping: Mapping[str, str], where: str, key: str = "data.columns"
 ) -> None:
-    """Raises UserError where `data.columns` names a column that the file does not have, with the nearest that it has."""
+    """Raise UserError if a column in `used` is not in the file, with the nearest one that is.
+
+    used: the part of `mapping` (`data.columns`) to check. key: the name of `data.columns` in problems.
+    """
     problems = []
     absent = {role: column for role, column in used.items() if column not in columns}
     corrected = dict(mapping)
@@ -193,14 +200,17 @@ def _check_mapped(
 
 
 def _mapping(key: str, mapping: Mapping[str, str]) -> str:
-    """Return the mapping as it is typed in a shell, without quotes inside of quotes."""
+    """Return the mapping as a user types it in a shell, without nested quotes."""
     if all(column.replace("_", "").isalnum() and column.isascii() for column in mapping.values()):
         return f"'{key}={{{', '.join(f'{role}: {column}' for role, column in mapping.items())}}}'"
     return " ".join(shlex.quote(f"{key}.{role}={column}") for role, column in mapping.items())
 
 
 def _other_task(columns: Collection[str]) -> str:
-    """Return the tasks that read the format which needs the most of these columns, and what else has to be set for it."""
+    """Return a fix that names the tasks for these columns, with what else they need set; empty if no format fits.
+
+    Of the formats that fit, the one that requires the most columns decides.
+    """
     formats: dict[str, list[str]] = defaultdict(list)
     for name, cls in TASKS.classes().items():
         task = cls(cls.Config())

@@ -1,4 +1,4 @@
-"""The special tokens that a tokenizer puts around a text and between two, to be put around token ids."""
+"""Put a tokenizer's special tokens around token ids, and cut long sequences into overlapping chunks."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 Tokens = list[tuple[int, int]]
-"""Token ids with the text that each belongs to (`token_type_ids`; zeros where the tokenizer has none)."""
+"""Token ids, each with the text that it belongs to (`token_type_ids`; zeros if the tokenizer has none)."""
 
 
 @dataclass(frozen=True)
 class Frame:
+    """The special tokens that a tokenizer puts around one text or a pair."""
+
     between: tuple[Tokens, ...]
-    """What comes before the first text, between two, and after the last."""
+    """The special tokens before the first text, between two, and after the last."""
     kinds: tuple[int, ...]
     """The token type of each text."""
 
     @classmethod
     def of(cls, tokenizer: Any, texts: int) -> Frame:
-        """Make the frame of a text alone, or of a pair (`texts` = 2)."""
+        """Learn the frame of one text, or of a pair (`texts` = 2), from an example."""
         example = tokenizer(*["a"] * texts)
         types = example.get("token_type_ids", [0] * len(example["input_ids"]))
         remaining = list(zip(example["input_ids"], types, strict=True))
@@ -40,23 +42,24 @@ class Frame:
         return sum(map(len, self.between))
 
     def around(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
-        """Put the frame around `texts` (token ids of each). Returns the token ids of the whole, their token types, and the place at
-        which each text begins."""
+        """Put the frame around `texts`, each given as token ids. Return all token ids, their token types, and the index at which
+        each text begins."""
         tokens: Tokens = list(self.between[0])
         starts = []
-        for ids, kind, behind in zip(texts, self.kinds, self.between[1:], strict=True):
+        for ids, kind, special_after in zip(texts, self.kinds, self.between[1:], strict=True):
             starts.append(len(tokens))
             tokens += [(token, kind) for token in ids]
-            tokens += behind
+            tokens += special_after
         return [token for token, _ in tokens], [kind for _, kind in tokens], starts
 
 
 def chunks(length: int, size: int, stride: int, starts: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Return where chunks of at most `size` tokens begin and end that cover `length` tokens, neighbours having `stride` in common.
+    """Return the [start, end) of chunks of at most `size` tokens that cover `length` tokens and overlap by `stride`.
 
-    starts: places where a chunk may begin, ascending (words); the next one is taken, and any place where none is near.
+    starts: ascending indices at which a chunk should begin, those of words. A chunk then begins at the first of them within its
+    overlap, and with the full overlap if there is none.
     """
-    assert 0 <= stride < size, "chunks must get ahead"
+    assert 0 <= stride < size, "each chunk must advance"
     spans = [(0, min(size, length))]
     while spans[-1][1] < length:
         begin = spans[-1][1] - stride

@@ -1,4 +1,4 @@
-"""Conversations of Gemini's API (`contents` with `parts`) as messages of OpenAI's, and its declarations of functions as tools."""
+"""Convert conversations of Gemini's API (`contents` with `parts`) and its function declarations to OpenAI's messages and tools."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dstune.data.message import Message, from_json, without_none
 from dstune.data.problems import RowError, format_value
 
 ROLES = {"user": "user", "model": "assistant", "function": "user"}
-"""The role of a content; results of functions come in contents of `user` or `function`."""
+"""OpenAI's role for the role of a content. Results of functions come in contents of `user` or `function`."""
 
 NO_CONTENT = ("thoughtSignature", "thought_signature")
-"""Keys of a part that hold nothing which anybody said."""
+"""Keys of a part that hold no content."""
 
 MEDIA = ("inlineData", "inline_data", "fileData", "file_data")
 DECLARATIONS = ("functionDeclarations", "function_declarations")
@@ -20,9 +20,9 @@ PARAMETERS = ("parameters", "parametersJsonSchema", "parameters_json_schema")
 
 
 def messages_of_contents(value: Any, column: str) -> list[Message]:
-    """Return the messages of a list of contents: parts of text, thoughts (`thought: true`), `functionCall` and `functionResponse`.
+    """Return the messages of a list of contents. Raises RowError.
 
-    Raises RowError, also for parts that are none of these.
+    Parts may be text, thoughts (`thought: true`), `functionCall` and `functionResponse`; any other part is an error.
     """
     if isinstance(value, str):
         value = from_json(value, f"column {column!r} is text but not JSON")
@@ -45,8 +45,8 @@ def system_text(value: Any, column: str) -> str:
 
 
 def tools_of_declarations(value: Any) -> Any:
-    """Return the tools of `[{functionDeclarations: [...]}]`; those of OpenAI's form stay. Raises RowError for tools that Google
-    runs."""
+    """Return the tools of `[{functionDeclarations: [...]}]`; tools in OpenAI's form stay. Raises RowError for tools that Google
+    runs itself."""
     if isinstance(value, str):
         value = from_json(value, "tools are not JSON")
     groups = without_none([value] if isinstance(value, dict) else value)
@@ -79,7 +79,7 @@ def _tool(declaration: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(schema: Any, *, names: bool = False) -> Any:
-    """Return a schema with its types in lower case, as JSON Schema has them. names: its keys are names of arguments."""
+    """Return a schema with its types in lower case, as in JSON Schema. names: whether its keys are names of arguments."""
     if isinstance(schema, list):
         return [_schema(item) for item in schema]
     if not isinstance(schema, dict):
@@ -107,27 +107,28 @@ def _messages_of(number: int, content: Any) -> list[Message]:
     results: list[Message] = []
     others: list[dict[str, Any]] = []
     for part in parts:
-        kind, read_part = _part(number, name, part)
+        kind, converted = _part(number, name, part)
         if kind != "result":
-            others.append(read_part)
+            others.append(converted)
         elif others:
             raise RowError(
                 f"content {number} has a functionResponse behind a part of another kind, where results come first"
             )
         else:
-            results.append(read_part)
-    beside = {key: value for key, value in content.items() if key not in ("role", "parts")}
+            results.append(converted)
+    other_keys = {key: value for key, value in content.items() if key not in ("role", "parts")}
     if results and not others:
         return results
-    return [*results, {"role": role, **beside, "content": others}]
+    return [*results, {"role": role, **other_keys, "content": others}]
 
 
 def _part(number: int, role: str, part: Any) -> tuple[str, dict[str, Any]]:
-    """Return what a part holds, and the part (of a result the message) that stands for it in OpenAI's form. Raises RowError."""
+    """Return the kind of a part (`text`, `reasoning`, `call` or `result`) and its form for OpenAI: a part, for a result a message.
+    Raises RowError."""
     keys = [key for key in part if key not in (*NO_CONTENT, "thought")] if isinstance(part, dict) else []
     if set(keys) & set(MEDIA):
         raise RowError(
-            f"content {number} ({role}) holds an image, audio or video, which is not read of parts of Gemini"
+            f"content {number} ({role}) holds an image, audio or video, which dstune does not read from Gemini's parts"
         )
     value = part[keys[0]] if len(keys) == 1 else None
     match keys:

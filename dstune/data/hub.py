@@ -1,7 +1,7 @@
-"""Data sets of the hub: how they are named, and the files of one that `datasets` has prepared in its cache.
+"""Data sets of the hub: parse their names, and find the files of one in the cache of `datasets`.
 
-Nothing here asks the hub: before the ranks start, `launch/hub_data.py` turns a revision into a commit and lets
-`datasets` download and prepare it. Its cache has a folder for each commit, so that the rows are exactly those.
+Nothing here asks the hub. Before the ranks start, `launch/hub_data.py` resolves a revision to a commit and lets
+`datasets` download and prepare it. That cache has a folder for each commit, so the rows are exactly those of the commit.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubName:
-    """`OWNER/NAME`, with `@REVISION` and `:SPLIT` where they are given."""
+    """`OWNER/NAME`, optionally with `@REVISION` and `:SPLIT`."""
 
     repository: str
     revision: str | None = None
     split: str | None = None
-    """One split or several, perhaps slices of them (`slices.parse`)."""
+    """One split or several, or slices of them (`slices.parse`)."""
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -37,7 +37,7 @@ class HubName:
 
 
 def hub_name(spec: str) -> HubName | None:
-    """Return what `spec` names on the hub; None if it is a path of this machine (which wins) or no such name."""
+    """Return the data set that `spec` names on the hub; None if `spec` is no such name, or exists as a path on this machine."""
     match = _NAME.fullmatch(spec)
     if match is None or Path(spec).exists() or Path(match["repository"]).exists() or is_readable(match["repository"]):
         return None
@@ -58,7 +58,7 @@ class Prepared:
 
 
 def prepared(repository: str) -> list[Prepared]:
-    """Return what the cache of `datasets` has of a repository, newest first."""
+    """Return the data sets of a repository in the cache of `datasets`, newest first."""
     import datasets.config
     from datasets.naming import camelcase_to_snakecase
 
@@ -68,17 +68,17 @@ def prepared(repository: str) -> list[Prepared]:
     for description in root.glob("*/*/*/dataset_info.json"):  # configuration, version, commit
         folder = description.parent
         entry = Prepared(folder, folder.parent.parent.name, folder.name)
-        # Loaded with options of their own, they have a digest behind the configuration's name: not what is meant here.
+        # A data set loaded with custom options has a digest after the configuration's name: it is not the original one.
         if COMMIT.fullmatch(entry.commit) and entry.info.get("config_name") == entry.subset:
             entries.append(entry)
     return sorted(entries, key=lambda entry: (entry.folder / "dataset_info.json").stat().st_mtime, reverse=True)
 
 
 def cached(name: HubName, subset: str | None, key: str, why: str = "it was not prepared before") -> Prepared:
-    """Return the data set in the cache: at the commit `name.revision`, or the one prepared last if there is none given.
+    """Return the cached data set at the commit `name.revision`, or the one prepared last if no revision is given.
 
-    key: where the name came from. why: why the hub cannot be asked.
-    Raises UserError where it is not there, or it has several configurations and none is named.
+    key: the configuration key of the name. why: the reason that the hub was not asked, for a message.
+    Raises UserError if it is not in the cache, or has several configurations and `subset` names none.
     """
     page = f"https://huggingface.co/datasets/{name.repository}"
     entries = prepared(name.repository)
@@ -104,7 +104,7 @@ def cached(name: HubName, subset: str | None, key: str, why: str = "it was not p
 
 
 def subset_key(key: str) -> str:
-    """Return the key of the configuration that goes with the key of a path: `data.subset` with `data.train`."""
+    """Return the key that chooses the data set's configuration for a path's key: `data.subset` for `data.train`."""
     section = key.rsplit(".", 1)[0]
     return f"{section}.subset"
 
@@ -115,7 +115,10 @@ def _refuse_subset(key: str, subset: str | None, entries: list[Prepared]) -> lis
 
 
 def subset_problem(key: str, subset: str | None, names: list[str], these: str = "are there") -> Problem:
-    """Return the problem with a configuration that a data set lacks, or that has to be named because it has several."""
+    """Return the problem of a configuration (`subset`) that a data set lacks, or that has to be named because there are several.
+
+    these: ends the list of `names` in the message.
+    """
     listed = ", ".join(names)
     if subset is None:
         reason = f"the data set has several configurations, and one has to be named; {listed} {these}"
@@ -135,13 +138,13 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
     files = sorted(entry.folder.glob(f"{stem}.arrow")) or sorted(entry.folder.glob(f"{stem}-*-of-*.arrow"))
     where = f"{name.repository}@{entry.commit[:12]}:{split}"
     digest = f"{name.repository}@{entry.commit} {entry.subset} {split} "
-    # One file is the whole split, so its rows are those of the split; among several the file has to be named.
+    # If the split is a single file, row numbers are those of the split; among several files, messages name the file.
     names = [where] if len(files) == 1 else [f"{where}/{file.name}" for file in files]
     return [DataFile(file, label=label, digest=digest + file.name) for file, label in zip(files, names, strict=True)]
 
 
 def split_problem(key: str, path: str, split: str, splits: list[str]) -> Problem:
-    """Return a split that is not there, with those that are."""
+    """Return the problem of a split that does not exist, with the nearest one of `splits`."""
     close = difflib.get_close_matches(split, splits, n=1, cutoff=0.4)
     other = close[0] if close else splits[0] if splits else "SPLIT"
     reason = f"there is no split {split!r}; the splits are {', '.join(splits) or 'none'}"

@@ -17,7 +17,7 @@ from dstune.config.data_schema import AUTOMATIC
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.bad_rows import FIRST_ROWS, BadRows, UnknownFormat, of_row
+from dstune.data.bad_rows import FIRST_ROWS, BadRows, UnknownFormat, reason_for_row
 from dstune.data.images.places import COLUMN
 from dstune.data.images.store import ImageWriter
 from dstune.data.rows import RowError, check_task, hash_of, json_text, labels_of, normalise, recognise
@@ -233,7 +233,7 @@ class _Reader:
         except UserError as error:
             self._unknown = self._unknown or error
             self._unknown_rows += 1
-            if self._unknown_rows == FIRST_ROWS or (reason := of_row(error, raw.place)) is None:
+            if self._unknown_rows == FIRST_ROWS or (reason := reason_for_row(error, raw.place)) is None:
                 raise UnknownFormat(self._unknown.problems) from None
             raise RowError(reason) from None
 

@@ -13,7 +13,7 @@ from dstune.config.multi_task import tasks_of
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.bad_rows import FIRST_ROWS, BadRows, of_row
+from dstune.data.bad_rows import FIRST_ROWS, BadRows, reason_for_row
 from dstune.data.files import TABLES, DataFile
 from dstune.data.formats import check_mapped
 from dstune.data.rows import RowError, check_columns, check_task, normalise, recognise
@@ -103,7 +103,7 @@ def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
             format_name = recognise(row.fields, config.data.columns, config.data.format, config.task, row.place)
         except UserError as error:
             first = first or error
-            if of_row(error, row.place) is None:
+            if reason_for_row(error, row.place) is None:
                 break
         else:
             return format_name, first is None

@@ -154,7 +154,7 @@ ROWS: list[Case] = [
         [GEMINI, contents({"role": "user", "parts": [{"text": "Hi"}, {"functionResponse": {"name": "f"}}]})],
     ),
     (
-        "content … (…) holds an image, audio or video, which is not read of parts of Gemini",
+        "content … (…) holds an image, audio or video, which dstune does not read from Gemini's parts",
         CHAT,
         [GEMINI, contents(part("user", inlineData={"mimeType": "image/png", "data": ""}))],
     ),
@@ -498,7 +498,7 @@ FILES: list[tuple[str, Any]] = [
     ("this folder holds no file of rows", {"folder/notes.doc": b"x", "": "folder"}),
     ("there is no split …; the splits are …", {"folder/train.jsonl": b"{}\n", "": "folder:trian"}),
     ("the archive holds no file of rows (named by …)", {"rows.zip": {"README": "x"}}),
-    ("no whole … file: …", {"rows.jsonl.gz": gzip.compress(json.dumps(GOOD).encode() * 99)[:-9]}),
+    ("damaged or incomplete … file: …", {"rows.jsonl.gz": gzip.compress(json.dumps(GOOD).encode() * 99)[:-9]}),
     ("no readable … file: …", {"rows.arrow": b"ARROW1 is not enough"}),
     ("not UTF-8: byte … in line …", {"rows.json": b'[\n{"messages": "\xff"}]'}),
     ("more than one column is named …", {"rows.csv": b"prompt,prompt\na,b\n"}),

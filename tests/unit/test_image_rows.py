@@ -442,7 +442,7 @@ def test_the_fix_for_a_model_without_a_tower_is_another_model() -> None:
             bad.raise_if_any()
         return caught.value.problems[-1].fix
 
-    assert fix(*[refusal(None, "m")] * 2).startswith("model.path=MODEL that sees")
+    assert fix(*[refusal(None, "m")] * 2).startswith("set model.path to a model that sees")
     assert fix(refusal(None, "m"), "task=reward reads none").startswith("fix the file")
 
 

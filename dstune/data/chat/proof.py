@@ -23,7 +23,7 @@ from dstune.data.message import content_start
 from dstune.data.template_date import freeze_date
 
 PROOF_SECONDS = 5.0
-"""Processor time for a conversation that was rendered in less to make its samples."""
+"""Processor time for rendering one conversation; making its samples took less."""
 
 
 _FOLLOWS = "qzfollows"
@@ -59,27 +59,26 @@ class Served:
 
 @dataclass(frozen=True)
 class Server:
-    """A plain transformers tokenizer that serves conversations, with a run's arguments.
-
-    stops: ids of the tokens at which it stops. date: what its template takes for today.
-    """
+    """Renders conversations as a server does: with a plain transformers tokenizer and a run's arguments."""
 
     tokenizer: Any
     stops: frozenset[int]
+    """Ids of the tokens at which the server stops."""
     date: str | None
+    """The day that the template uses as today."""
     arguments: Mapping[str, Any]
     facts: Facts
     ending: tuple[str, str] | None = None
-    """Of a template that ends turns with no token: the text with which it does, and all that it prints behind an answer."""
+    """For a template that ends turns with text instead of a token: that text, and all that the template prints after an answer."""
     images: Sequence[Any] = ()
-    """Those of the row that it serves, of PIL."""
+    """The PIL images of the row."""
     processor: ImageProcessor | None = None
-    """The model's, where the row has images."""
+    """The model's image processor, if the row has images."""
 
     def turns(self, row: Mapping[str, Any], numbers: Iterable[int] | None = None) -> list[Served]:
-        """Return the assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
+        """Return the assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`), without those of weight 0.
 
-        numbers: of the messages to look at; all if None.
+        numbers: indices of the messages to consider; None: all.
         """
         messages = row["messages"]
         message_numbers = range(1, len(messages)) if numbers is None else numbers
@@ -91,7 +90,7 @@ class Server:
         ]
 
     def whole(self, row: Mapping[str, Any]) -> list[int]:
-        """Return tokens of the whole conversation."""
+        """Return the tokens of the complete conversation."""
         messages = self._messages(row)
         last: dict[str, Any] = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         variables = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
@@ -166,7 +165,7 @@ class Server:
         prompt, whole = self._ids(prompt_text), self._ids(answered)
         written = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
-            written = self._behind(prompt, answered.removeprefix(prompt_text), whole)
+            written = self._continuation(prompt, answered.removeprefix(prompt_text), whole)
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
         by_text = by_text and end is None
         stop = (
@@ -177,14 +176,17 @@ class Server:
     def _added(
         self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], requested: str, answered: str
     ) -> str | None:
-        """Return what the last of `messages` adds to a prompt that does not begin the conversation: both go on from the message
-        before it, and the conversation repeats the generation prompt behind other white space, or leaves out an end of the
-        prompt that is white space or a thought that is closed. Nothing where it is anything else."""
+        """Return the text of the last message if its prompt is no prefix of the conversation; None if that is ambiguous.
+
+        Prompt and conversation are compared after the message before it. Either the conversation repeats the generation prompt
+        after different white space, or it leaves out the end of the prompt: white space, or a closed thought.
+        requested: the prompt.
+        """
         *earlier, last, turn = messages
         content = last.get("content") or ""
         follows = [*content, {"type": "text", "text": _FOLLOWS}] if isinstance(content, list) else content + _FOLLOWS
         begun = [*earlier, {**last, "content": follows}]
-        behind, conversation, ended = (
+        prompt_end, conversation, message_end = (
             text[text.rfind(_FOLLOWS) + len(_FOLLOWS) :]
             for text in (
                 self._rendered(begun, tools, arguments, prompt=True),
@@ -192,20 +194,21 @@ class Server:
                 self._rendered(begun, tools, arguments, prompt=False),
             )
         )
-        if requested.endswith(behind) and answered.endswith(conversation):
-            heading = behind[len(ended) :] if behind.startswith(ended) else ""
-            at = conversation.find(heading)
-            if heading.strip() and at >= 0 and "".join(conversation[:at].split()) == "".join(ended.split()):
-                return conversation[at + len(heading) :]
-            for at in range(len(behind), -1, -1):
-                beyond = behind[at:].strip()
-                if conversation.startswith(behind[:at]) and (not beyond or _EMPTY_THOUGHT.fullmatch(beyond)):
-                    return conversation[at:]
+        if not (requested.endswith(prompt_end) and answered.endswith(conversation)):
+            return None
+        heading = prompt_end[len(message_end) :] if prompt_end.startswith(message_end) else ""
+        at = conversation.find(heading)
+        if heading.strip() and at >= 0 and "".join(conversation[:at].split()) == "".join(message_end.split()):
+            return conversation[at + len(heading) :]
+        for at in range(len(prompt_end), -1, -1):
+            omitted = prompt_end[at:].strip()
+            if conversation.startswith(prompt_end[:at]) and (not omitted or _EMPTY_THOUGHT.fullmatch(omitted)):
+                return conversation[at:]
         return None
 
     def _opening(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any]) -> int | None:
-        """Return the stop that opens the message behind `messages`, a tool's result after calls and else the user's: what ends a
-        turn that the template does not end. Nothing where it prints none."""
+        """Return the stop token that opens the next message, which ends a turn that the template itself does not end; None if the
+        template prints none. After calls, the next message is a tool's result, otherwise the user's."""
         follows: dict[str, Any] = {"role": "user", "content": _FOLLOWS}
         if calls := messages[-1].get("tool_calls"):
             follows = {"role": "tool", "content": _FOLLOWS, "name": calls[0]["function"]["name"]}
@@ -217,17 +220,17 @@ class Server:
         ids_before = self._ids(text[: text.rfind(_FOLLOWS)]) if _FOLLOWS in text else []
         return next((token for token in reversed(ids_before) if token in self.stops), None)
 
-    def _behind(self, prompt: list[int], text: str, whole: list[int]) -> list[int]:
-        """Return tokens of `text` behind a prompt that ends inside a token of the whole: those that read as it does.
+    def _continuation(self, prompt: list[int], text: str, whole: list[int]) -> list[int]:
+        """Return the tokens of `text` after a prompt that ends inside a token of `whole`, so that both decode to the same text.
 
-        Some tokenizers put a space in front of every text behind an added token, which no answer has that goes on from a prompt.
+        Some tokenizers put a space in front of any text that follows an added token; an answer that continues a prompt has none.
         """
         begun = self.tokenizer.eos_token, self.tokenizer.eos_token + "\n"
         behind_token, inside_text = (self._ids(begin + text)[len(self._ids(begin)) :] for begin in begun)
         expected = self._read(whole)
         if self._read([*prompt, *behind_token]) == expected:
             return behind_token
-        # A tokenizer that makes one space of two reads the whole with fewer than its pieces.
+        # A tokenizer that merges two spaces into one decodes the whole with fewer than its pieces.
         is_same_text = re.sub(" +", " ", self._read([*prompt, *inside_text])) == re.sub(" +", " ", expected)
         return inside_text if is_same_text else behind_token
 
@@ -277,11 +280,11 @@ def difference(
     all_trained: bool = False,
     counted: Sequence[Sequence[bool] | None] | None = None,
 ) -> str | None:
-    """Return why no sample trains `turn` as it is served, or nothing.
+    """Return why no sample trains `turn` as it is served; None if one does.
 
-    samples: those of the row, each with `input_ids` and `labels`. One that `max_length` cut holds as much of the turn as it
-    has place for. all_trained: the context counts as well (`task.train_on_prompt`). counted: of a template with marks, for
-    each sample which tokens of target and stop count; None where nobody knows.
+    samples: the row's samples, each with `input_ids` and `labels`; one that is cut at `max_length` has to hold the turn as far
+    as it reaches. all_trained: whether the context counts too (`task.train_on_prompt`). counted: for a template with marks,
+    which tokens of target and stop count in each sample; None where that is unknown.
     """
     differences: list[str] = []
     others: list[str] = []

@@ -1,16 +1,16 @@
-"""Which text of a conversation is trained: what a server would make the model write. Pure functions of rendered texts.
+"""Find the text of a conversation that is trained: what a server would make the model write. Pure functions of rendered texts.
 
-For the assistant's turn k, P is `messages[:k]` with the generation prompt and F is `messages[:k + 1]`; both as
+For the assistant's turn k, P is `messages[:k]` with the generation prompt and F is `messages[:k + 1]`, both as
 transformers' `apply_chat_template` renders them. The target is what F adds to P, up to the first stop. Example (ChatML):
 
     P       <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     F       <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n
     target  Yes<|im_end|>
 
-Turns share a passage where P begins it and the target follows. A template that rewrites the history (Qwen 3 drops the
-reasoning of earlier turns) gives several passages, each target in exactly one of them. Where only the stop is another
-one in the history (gpt-oss writes `<|return|>`, and `<|end|>` is what later turns see), the label of that one token
-differs from the input.
+A passage holds all turns whose P it begins with, if their target follows there. A template that rewrites the history (Qwen 3
+drops the reasoning of earlier turns) gives several passages, with each target in exactly one of them. If the history differs
+only in the stop (gpt-oss writes `<|return|>`, and later turns see `<|end|>`), the label of that one token differs from the
+input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Span = tuple[int, int]
 
 EXCERPT_CHARACTERS = 60
 LONGEST_BEYOND = 1000
-"""Characters of a prompt's end that the conversation may leave out."""
+"""Limit of the end of a prompt that the conversation may leave out, in characters."""
 
 _TAGS = re.compile(r"<[^<>]*>|\s")
 
@@ -58,7 +58,7 @@ class Turn:
     """One turn to train."""
 
     number: int
-    """Of the message."""
+    """Index of the message."""
     prompt: str
     """P."""
     answered: str
@@ -82,10 +82,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a passage holds the target of a turn."""
+    """Where a passage holds the target of a turn, in characters."""
 
     number: int
-    """Of the message."""
+    """Index of the message."""
     start: int
     body_end: int
     """Where the stop is."""
@@ -93,12 +93,12 @@ class Place:
     spans: tuple[Span, ...]
     """The characters that count in the loss, within [start, end): all of them unless the template marks fewer."""
     label: tuple[int, str] | None = None
-    """Where the text goes on with another token than the stop: its first character, and the stop."""
+    """If the text continues with a token other than the stop: the first character of that token, and the stop."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to train on, with the turns that it holds, in order."""
+    """A text to train on, with the places of the turns that it holds, in order."""
 
     text: str
     places: tuple[Place, ...]
@@ -113,7 +113,7 @@ def alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
 def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: bool = False) -> Turn:
     """Return the turn whose P is `prompt` and whose F is `answered`. Raises RuleError."""
     if not answered.startswith(prompt):
-        raise RuleError(_not_a_beginning(prompt, answered))
+        raise RuleError(_prompt_mismatch(prompt, answered))
     start = len(prompt)
     if stop_match := stops.pattern.search(answered, start):
         return Turn(number, prompt, answered, answered[start : stop_match.start()], stop_match.group())
@@ -128,15 +128,14 @@ def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: boo
 
 
 def behind_message(prompt: str, answered: str, closed: str, *, thinks: bool) -> str | None:
-    """Return what F adds to P, told from what they print behind the last message in front of the turn; None where it is ambiguous.
+    """Return what F adds to P, judged by what both print after the message before the turn; None if it is ambiguous.
 
-    prompt, answered: what P and F print there. closed: what C prints, which is P without the generation prompt. thinks: whether
-    the turn has reasoning.
+    prompt, answered: what P and F print there. closed: what P without the generation prompt prints there. thinks: whether the
+    turn has reasoning.
 
-    Either F repeats the generation prompt, and has other white space in front of it than P (Hermes ends a tool's result with a
-    line break as soon as a message follows); or what P prints beyond their common beginning is white space or, for a turn
-    without reasoning, a thought that it closes again. Behind anything else the model would have to write something that the
-    conversation does not show.
+    There are two cases. F repeats the generation prompt after other white space than P (Hermes ends a tool's result with a line
+    break as soon as a message follows). Or P goes beyond the beginning that both share by white space only or, for a turn
+    without reasoning, by a closed thought. After anything else the model would have to write text that the conversation lacks.
     """
     heading = prompt.removeprefix(closed)
     if heading.strip() and prompt.startswith(closed):
@@ -158,10 +157,10 @@ def behind_message(prompt: str, answered: str, closed: str, *, thinks: bool) -> 
 def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> list[Passage]:
     """Return the texts that hold the targets of `turns`, in the order of their first turns.
 
-    whole: the whole conversation; it is preferred, since all turns share it unless the template rewrites the history.
-    special: matches the tokens that may stand in the place of a stop. Example, Qwen 3 with reasoning in both turns:
+    whole: the complete conversation; it is preferred, since all turns share it unless the template rewrites the history.
+    special: matches the tokens that may take the place of a stop. Example, Qwen 3 with reasoning in both turns:
 
-        whole   u1 a2 u2 <think>r2</think> a2        holds turn 2 alone, for P of turn 1 goes on with <think>r1
+        whole   u1 a1 u2 <think>r2</think> a2        holds only turn 2: F of turn 1 continues with <think>r1
         F1      u1 <think>r1</think> a1              holds turn 1
     """
     unplaced = list(turns)
@@ -183,20 +182,20 @@ def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> lis
 
 
 def place_in(text: str, turn: Turn, special: re.Pattern[str]) -> Place | None:
-    """Return where `text` holds the target behind the very context in which a server asks for it, if it does."""
+    """Return where `text` holds the target directly after P; None if it does not."""
     if not text.startswith(turn.prompt) or not text.startswith(turn.body, turn.start):
         return None
     at = turn.body_end
     if text.startswith(turn.stop, at):
         end = at + len(turn.stop)
         return Place(turn.number, turn.start, at, end, ((turn.start, end),))
-    if other := special.match(text, at):
+    if other := special.match(text, at):  # a different token in the place of the stop
         return Place(turn.number, turn.start, at, other.end(), ((turn.start, other.end()),), (at, turn.stop))
     return None
 
 
 def only_marked(passage: Passage, marks: Sequence[Span]) -> Passage:
-    """Return `passage` without what its template does not mark (`{% generation %}`): whole turns, or parts of them."""
+    """Return `passage` restricted to what its template marks (`{% generation %}`); turns without any mark are left out."""
     places = (replace(place, spans=_marked(passage.text, place, marks)) for place in passage.places)
     return Passage(passage.text, tuple(place for place in places if place.spans))
 
@@ -223,7 +222,7 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def in_common(first: str, second: str) -> int:
-    """Return how many characters the two have in common at the start."""
+    """Return the length of the common prefix."""
     different = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(different, min(len(first), len(second)))
 
@@ -232,8 +231,8 @@ def _without_space(text: str) -> str:
     return "".join(text.split())
 
 
-def _not_a_beginning(prompt: str, answered: str) -> str:
-    """Return both texts from a little before the place where they part."""
+def _prompt_mismatch(prompt: str, answered: str) -> str:
+    """Return the reason that `prompt` is no prefix of `answered`, with an excerpt of both around the place where they differ."""
     at = in_common(prompt, answered)
     begin = max(0, at - EXCERPT_CHARACTERS // 2)
     excerpts = [repr(text[begin : begin + EXCERPT_CHARACTERS]) for text in (prompt, answered)]

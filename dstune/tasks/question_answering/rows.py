@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dstune.data.answers import answers_of, checked_answers
+from dstune.data.answers import answers_of, check_answers_in
 from dstune.data.problems import RowError
 from dstune.data.values import text
 from dstune.protocols import RowFormat, row_format
@@ -26,7 +26,7 @@ class Squad(RowFormat):
         prefix = f"question {values['id']!r}: " if isinstance(values.get("id"), str) else ""
         try:
             answers = [] if values.get("is_impossible") is True else answers_of(values["answers"])
-            checked_answers(answers, values["context"], no_answer=no_answer)
+            check_answers_in(values["context"], answers, no_answer=no_answer)
         except RowError as error:  # many files have all questions in one line
             raise RowError(f"{prefix}{error}") from None
         return {"question": values["question"], "context": values["context"], "answers": answers}
