@@ -1,4 +1,4 @@
-"""What the rows of each part are read from: one source, or several by name. Light: the launching process asks too."""
+"""List what the rows of each part are read from: one source, or several by name. Light: the launching process uses it too."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
 
 
 def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
-    """Return what the training rows are read from: by name (empty without a mixture) the key that says so, and the configuration
-    in which `data.train` is that source."""
+    """Return the training sources by name (empty without a mixture): the key that names each, and the configuration in which
+    `data.train` is that source."""
     if not config.data.mixture:
         return {"": ("data.train", config)}
     return {

@@ -1,4 +1,4 @@
-"""Names of labels that may not be meant: almost another one, or of a single row."""
+"""Find label names that look like slips: almost equal to another label, or with a single row."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from itertools import combinations
 from dstune.core.errors import Problem, UserError
 
 SHORTEST = 4
-"""Characters of a label's word in which one edit is a slip: of shorter ones (`cat` and `bat`) many differ by one."""
+"""Length from which two words of labels that differ by one edit count as a slip: many shorter ones do (`cat` and `bat`)."""
 
 _MARK = re.compile(r"[BIESLUM]-(?=.)")
 _WORDS = re.compile(r"[\W_]+")
 
 
 def suspicious(counts: Mapping[str, int]) -> list[str]:
-    """Return what looks like a slip among labels, each with its training rows: one sentence for each.
+    """Return a sentence for each label that looks like a slip. counts: training rows by label.
 
-    Marks of entities (`B-`, `I-`) are no part of a name: `B-PER` and `I-PER` are one.
+    Marks of entities (`B-`, `I-`) are no part of a name: `B-PER` and `I-PER` count as one label.
     """
     names: dict[str, int] = {}
     for label, count in counts.items():
@@ -33,7 +33,7 @@ def suspicious(counts: Mapping[str, int]) -> list[str]:
 
 
 def refuse_suspicious(counts: Mapping[str, int]) -> None:
-    """Raises UserError with every label that looks like a slip (`data.on_suspicious_labels=error`)."""
+    """Raise UserError with every label that looks like a slip (`data.on_suspicious_labels=error`)."""
     fix = "fix the rows, or data.on_suspicious_labels=list trains on them as they are"
     if reasons := suspicious(counts):
         raise UserError([Problem("data.train", reason, fix) for reason in reasons])
@@ -48,8 +48,10 @@ def _alike(names: Mapping[str, int]) -> Iterator[str]:
 
 
 def _candidates(names: Collection[str]) -> list[tuple[str, str]]:
-    """Return pairs that may differ by one edit, in their order: both give the same text when one character is left out. Not all
-    pairs: there may be thousands of labels."""
+    """Return the pairs that may differ by one edit: with at most one character left out, both give the same text.
+
+    Comparing all pairs would take too long with thousands of labels.
+    """
     by_text: dict[str, list[str]] = defaultdict(list)
     for name in names:
         compact = "".join(_WORDS.split(unicodedata.normalize("NFKC", name).casefold()))
@@ -63,7 +65,7 @@ def _rows(count: int) -> str:
 
 
 def _difference(first: str, second: str) -> str:
-    """Return by what the two differ, where that is little; empty where it is more."""
+    """Return how the two differ if the difference is small; otherwise an empty text."""
     first_name, second_name = (unicodedata.normalize("NFKC", name) for name in (first, second))
     if first_name.casefold() == second_name.casefold():
         return "case" if first_name != second_name else "the form of a character"
@@ -77,7 +79,7 @@ def _difference(first: str, second: str) -> str:
 
 
 def _is_slip(first: str, second: str) -> bool:
-    """Return whether one letter too many, too few, another one, or two in the wrong order make `second` of `first`; another
+    """Return whether `first` becomes `second` by one letter added, removed or replaced, or two neighbours swapped. A different
     number, as in `class10`, is no slip."""
     if min(len(first), len(second)) < SHORTEST or any(letter.isdigit() for letter in first + second):
         return False

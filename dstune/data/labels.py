@@ -1,4 +1,4 @@
-"""Labels of classes and tags: which rows have them, and their names in the order of their indices."""
+"""Labels of classes and tags: their names in the order of their indices, their rows and their weights."""
 
 from __future__ import annotations
 
@@ -39,17 +39,21 @@ class ChosenRows:
 
 
 def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: BadRows) -> tuple[str, ...]:
-    """Return label names by index; rows of the other parts with a label that training lacks are bad and left out."""
+    """Return the label names in the order of their indices.
+
+    Rows of the other parts with a label that no training row has are added to `bad` and removed from `chosen`. Raises UserError
+    if the training rows have too few labels.
+    """
     task = task_of(config.task)
     if not task.has_labels:
         return ()
     several, labels = task.several_labels, task.given_labels
-    if config.data.streaming:  # all of them are named, and reading has refused the rows with others
+    if config.data.streaming:  # the task names all labels, and rows with others were refused when they were read
         return labels
     train = chosen["train"].table.labels
     assert train is not None
     if not labels and several:
-        # Of all rows of the file: a label that fell into the rows held out alone is still one to answer no to.
+        # All rows of the file count: to a label that only held-out rows have, the model has to learn to answer no.
         labels = sort_labels({name for row in np.unique(train) for name in json.loads(row)})
         if isinstance(task, CompletesLabels):
             labels = task.complete_labels(labels)
@@ -76,7 +80,7 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
 
 
 def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) -> dict[str, int]:
-    """Return how many rows have each of `labels`; a row with several of them counts for each. Empty for tasks without labels."""
+    """Return the number of rows with each of `labels`; a row with several labels counts for each. Empty without labels."""
     if not labels or rows.table.labels is None:
         return {}
     count_by_label = dict.fromkeys(labels, 0)
@@ -88,15 +92,15 @@ def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) 
 
 
 def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows) -> tuple[float, ...]:
-    """Return how much a row of each class counts in the loss; empty where all count alike. Raises UserError for unknown names."""
+    """Return the weight in the loss of each class's rows; empty if all weigh the same. Raises UserError for unknown names."""
     counts = partial(rows_by_label, train, config, labels)
     task = task_of(config.task)
     weights = task.class_weights(labels, counts, len(train.indices)) if isinstance(task, WeighsClasses) else ()
-    # As the samples hold them, so that the sum over a global batch is that of the weights which the loss sees.
+    # Rounded as samples store them, so that the total of a global batch is the sum of the weights in the loss.
     return tuple(float(np.float32(weight)) for weight in weights)
 
 
 def _unknown(row: str, labels: tuple[str, ...], several: bool) -> str | None:
-    """Return the first label of a row that is not among `labels`."""
+    """Return the first label of a row that is not among `labels`; None if all are."""
     names = json.loads(row) if several else [str(row)]
     return next((name for name in names if name not in labels), None)

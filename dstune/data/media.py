@@ -1,9 +1,10 @@
-"""Audio and video beside or inside a text, and images where no task looks for them: rows that hold any are refused by name."""
+"""Refuse rows with audio or video, and with images in places where no task reads them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
 from dstune.data.problems import RowError
@@ -21,7 +22,7 @@ PARTS = {
     "video": "a video",
     "video_url": "a video",
 }
-"""What a part of a message holds, by its type."""
+"""The kind of media that a part of a message holds, by the part's type."""
 
 COLUMNS = {
     "image": "images",
@@ -31,24 +32,24 @@ COLUMNS = {
     "video": "videos",
     "videos": "videos",
 }
-"""What a column, or a key of a message, holds."""
+"""The kind of media that a column, or a key of a message, holds, by its name."""
 
 _MARKER = re.compile(
     r"""
     <image>(?!\s+(?:tag|element|token|placeholder)s?\b)
-    | (?:^|(?<=\n)|(?<=>))<(?:audio|video)>  # of HTML too, so only where LLaMA-Factory and ms-swift put it: at an edge
+    | (?:^|(?<=\n)|(?<=>))<(?:audio|video)>  # also a tag of HTML, so only at an edge, as LLaMA-Factory and ms-swift write it
     | <(?:audio|video)>(?=\s*(?:$|\n|<))
     | <img>\s*(?=\S+?(?:://|\.(?:png|jpe?g|webp|gif|bmp)\b))
     """,
     re.VERBOSE,
 )
-"""Where a text has the place of a picture or a sound; `<img>` of HTML encloses no address."""
+"""Markers in a text that stand for media. HTML writes an address as an attribute of `<img>`, not after it."""
 
 TEXTS = ("messages", "prompt", "completion", "chosen", "rejected")
 
 
 def refuse_columns(fields: Mapping[str, Any], where: str = "", used: Collection[str] = ()) -> None:
-    """Raises RowError where a column that is not `used`, or (with `where`) a key of that message, holds media."""
+    """Raise RowError if a column holds media and is not in `used`. where: the message, if `fields` are the keys of one."""
     if COLUMNS.keys().isdisjoint(fields):
         return
     for column, kind in COLUMNS.items():
@@ -58,15 +59,14 @@ def refuse_columns(fields: Mapping[str, Any], where: str = "", used: Collection[
 
 
 def refuse_markers(row: Mapping[str, Any]) -> None:
-    """Raises RowError where a text of a normalised row has a place for media."""
+    """Raise RowError if a text of a normalised row contains a marker of media."""
     for key in TEXTS:
         value = row.get(key, ())
-        for text in (
-            (value,)
-            if isinstance(value, str)
-            else (text for message in value for text in _texts(message.get("content")))
-        ):
-            # The pattern alone would be slower on texts without a "<".
+        texts = (
+            [value] if isinstance(value, str) else chain.from_iterable(_texts(item.get("content")) for item in value)
+        )
+        for text in texts:
+            # Testing for "<" first is faster than the pattern alone.
             if text and "<" in text and (marker := marker_in(text)):
                 missing = "the row has no images" if marker.startswith("<im") else UNREAD
                 raise RowError(f"the marker {marker} stands for media in {text!r:.60}; {missing}")
@@ -78,8 +78,10 @@ def _texts(content: Any) -> list[str]:
 
 
 def marker_in(text: str) -> str:
-    """Return the first marker of media in `text`, if any: not one that is closed as an element of XML or HTML is, or is quoted
-    as code."""
+    """Return the first marker of media in `text`; empty if there is none.
+
+    A marker that is closed like an element of XML or HTML, or quoted as code, does not count.
+    """
     for match in _MARKER.finditer(text):
         marker = match.group().strip()
         is_element = marker != "<img>" and f"</{marker[1:]}" in text[match.end() :]
@@ -90,7 +92,7 @@ def marker_in(text: str) -> str:
 
 
 def holds_something(value: Any) -> bool:
-    """Return whether a value says anything: Parquet gives every row the columns of all of them."""
+    """Return whether a value is not empty at any depth: in Parquet, every row has the columns of all rows."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):

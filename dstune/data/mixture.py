@@ -1,4 +1,4 @@
-"""Several sources as one table of training rows, each read in its own format and capped by itself."""
+"""Merge several sources, each with its own format and limit of rows, into one table of training rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dstune.data.split import lowest
 
 
 def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table:
-    """Return the rows of all sources (by name, in the order of `data.mixture`) in one table at `target`.
+    """Write the rows of all sources into one table at `target`, and return it. tables: by name, in the order of `data.mixture`.
 
-    Each source keeps `max_rows` rows at most. Rows are numbered anew.
+    Each source keeps at most its `max_rows` rows. Rows get new numbers.
     """
     numbers: list[np.ndarray] = []
     files: list[DataFile] = []
@@ -49,19 +49,19 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
 
 
 def source_weights(config: RunConfig, rows: Sequence[int]) -> list[float]:
-    """Return how often the rows of each source of `data.mixture` come in an epoch. rows: how many each has.
+    """Return how often an epoch repeats the rows of each source of `data.mixture`. rows: the number of rows of each source.
 
-    With `forgetting.replay` the general rows make up that share of an epoch in which each row of the task comes once.
+    With `forgetting.replay`, the task's rows come once, and the general rows make up the configured share of the epoch.
     """
     if not mixes_in(config):
         return [source.weight for source in config.data.mixture.values()]
-    task, general = rows
+    task_rows, general_rows = rows
     share = config.forgetting.replay
-    return [1.0, max(1e-6, round(share / (1 - share) * task / max(1, general), 6))]
+    return [1.0, max(1e-6, round(share / (1 - share) * task_rows / max(1, general_rows), 6))]
 
 
 def add_shares(counted: dict[str, dict[str, Any]], config: RunConfig) -> None:
-    """Put into the report of each source its weight and its share of an epoch's targets, from 0 to 1."""
+    """Add to each source's report its weight and its share of an epoch's targets, from 0 to 1."""
     weights = dict(
         zip(counted, source_weights(config, [counts["samples"] for counts in counted.values()]), strict=True)
     )
@@ -74,8 +74,8 @@ def add_shares(counted: dict[str, dict[str, Any]], config: RunConfig) -> None:
 def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
     """Return which rows of a source are used: bool [rows].
 
-    Chosen by another hash of the row's hash: the split takes rows with low hashes, and from those with the lowest
-    alone it would hold out all of them.
+    Rows are chosen by a second hash of their hash. The split holds out the rows with the lowest hashes; if the same hash chose
+    the rows here, all of them could be held out.
     """
     is_kept = np.ones(len(hashes), dtype=bool)
     if max_rows is not None and max_rows < len(hashes):
@@ -85,7 +85,7 @@ def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Return the finalizer of SplitMix64 (Steele, Lea and Flood 2014): a permutation of the 64-bit numbers, uint64 [rows]."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014), a permutation of the 64-bit numbers: uint64 [rows]."""
     mixed = hashes.copy()
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed ^= mixed >> np.uint64(shift)

@@ -1,4 +1,4 @@
-"""Chat templates with names: some models have one for conversations with tools beside their default one (Hermes, Command R)."""
+"""Join named chat templates: some models have a separate one for conversations with tools (Hermes, Command R)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 def joined(templates: Mapping[str, str]) -> str:
-    """Join templates into one that renders as transformers does, which takes the one named `tool_use` where a conversation has
-    tools."""
+    """Return one template that renders as transformers does with `templates`: `tool_use` if a conversation has tools, otherwise
+    the default."""
     default = templates.get(
         DEFAULT, "{{ raise_exception('this model has a chat template for conversations with tools alone') }}"
     )
@@ -19,6 +19,6 @@ def joined(templates: Mapping[str, str]) -> str:
 
 
 def _within(template: str) -> str:
-    """Return `template` between two blocks. An expression keeps the white space that blocks would remove; of the end of a
-    template Jinja itself removes one line break."""
+    """Return `template` so that it can stand between two blocks. The empty expressions protect white space that blocks would
+    remove; one line break at the end goes, as Jinja removes it from the end of any template."""
     return f"{{{{ '' }}}}{template.removesuffix(chr(10))}{{{{ '' }}}}"

@@ -1,4 +1,4 @@
-"""A function over batches of rows in as many processes as it pays for."""
+"""Map a function over batches of rows, in as many processes as pay off."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MIN_ROWS_FOR_PROCESSES = 2000
 MIN_ROWS_PER_PROCESS = 500
 
 ROWS_AT_ONCE = 100
-"""What the function is given: texts, lists of tokens and the objects around them are in memory for as many rows."""
+"""Number of rows passed to the function at once: their texts, lists of tokens and other objects are in memory together."""
 
 ROWS_PER_BATCH = 4000
 BYTES_PER_BATCH = 2**20
-"""A batch of the written file is as many rows, or about as many bytes of them where that is fewer. Each process that opens the
-file holds 6 kB for each batch (of 9 columns), and four do when the last rows are done: batches of 100 rows took 190 bytes a row."""
+"""A batch of the written file has this many rows, or about this many bytes if those are fewer rows. Each process that opens the
+file needs 6 kB for each batch (of 9 columns), and four do at the end: with batches of 100 rows, that was 190 bytes a row."""
 
 PROGRESS_SECONDS = 1.0
-"""How often the number of rows that are done is reported; what takes less is not worth a line."""
+"""Interval of the progress reports; shorter work reports nothing."""
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ def map_rows(
     workers: int,
     doing: str,
 ) -> datasets.Dataset:
-    """Map `function` over batches of `rows`, in order, memory-mapped from `target` (several files beside it where several processes
-    ran); the columns of `rows` are not kept.
+    """Map `function` over batches of `rows`, in order, and return the result, memory-mapped from `target`.
 
-    workers: processes; 0 is one per core that this process may use. doing: what it is, for those who wait.
+    With several processes, several files are written next to `target`. The columns of `rows` are not kept.
+    workers: number of processes; 0: one per core that this process may use. doing: the work's name in progress reports.
     """
     processes = _processes(len(rows), workers)
     batch = _rows_per_batch(rows)
@@ -61,7 +61,7 @@ def map_rows(
             num_proc=processes if processes > 1 else None,
             cache_file_name=str(target),
             load_from_cache_file=False,
-            # datasets would pickle the function to name its own cache, which is not used here.
+            # Otherwise datasets pickles the function to name its own cache, which is not used here.
             new_fingerprint=target.name,
         )
 
@@ -73,15 +73,18 @@ def _processes(rows: int, workers: int) -> int:
 
 
 def _rows_per_batch(rows: datasets.Dataset) -> int:
-    # Where rows are longest, not on the whole: long ones often lie together, as those of a source do.
+    # The batch with the longest rows decides, not the average: long rows often come together, as those of one source.
     bytes_per_row = max((batch.nbytes / len(batch) for batch in rows.data.to_batches() if len(batch)), default=1)
     return max(ROWS_AT_ONCE, min(ROWS_PER_BATCH, int(BYTES_PER_BATCH / bytes_per_row)))
 
 
 @contextmanager
 def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
-    """Let either threads work inside the tokenizer, or processes around it, but not both: they would fight for the same cores
-    (and a process forked after the threads started would wait for them for ever)."""
+    """Let the tokenizer use threads (`enabled`) or not, within the block.
+
+    With several processes it must not: they would compete for the same cores, and a process forked after the threads started
+    would wait for them forever.
+    """
     name = "TOKENIZERS_PARALLELISM"
     value_before = os.environ.get(name)
     os.environ[name] = "true" if enabled else "false"
@@ -96,8 +99,11 @@ def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _objects_left_alone() -> Iterator[None]:
-    """Let the garbage collector pass over the objects that there are: a full collection in a forked process would write to all
-    of them, and so copy the pages that it shares with this one (120 MiB a process, after some 100,000 rows)."""
+    """Make the garbage collector ignore the existing objects within the block.
+
+    A full collection in a forked process would write to all of them, and so copy the pages that it shares with this process
+    (120 MiB a process, after about 100,000 rows).
+    """
     gc.freeze()
     try:
         yield
@@ -106,16 +112,18 @@ def _objects_left_alone() -> Iterator[None]:
 
 
 def _use_one_thread() -> None:
-    """Let torch compute in this thread alone: a forked process would wait for ever for threads that OpenMP started before the
-    fork, as soon as an image is scaled."""
+    """Let torch compute in this thread only: a forked process that scales an image would wait forever for threads that OpenMP
+    started before the fork."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
 
 
 class _Tallied:
-    """`function` over a batch, ROWS_AT_ONCE rows at a time, for each of which it leaves a byte in a file: a count over
-    processes that needs no lock."""
+    """Applies `function` to a batch, ROWS_AT_ONCE rows at a time, and appends a byte to a file each time.
+
+    The file's size counts the work of all processes without a lock.
+    """
 
     def __init__(self, function: Callable[[dict[str, list]], pa.Table], tally: Path):
         self._function = function
@@ -137,7 +145,7 @@ class _Tallied:
 
 @contextmanager
 def _progress_reports(doing: str, tally: Path, rows: int) -> Iterator[None]:
-    """Log every PROGRESS_SECONDS, within the block, how many of the rows are done."""
+    """Log the number of finished rows every PROGRESS_SECONDS within the block."""
     finished = threading.Event()
     tally.touch()
 

@@ -1,7 +1,7 @@
-"""Rows that compare or judge answers: two answers to a prompt, or one with a verdict.
+"""Normalise rows that compare or judge answers: two answers to a prompt, or one answer with a verdict.
 
-A pair holds `prompt`, `chosen` and `rejected`: texts, or lists of messages. Where there is no prompt, or `chosen` and
-`rejected` are whole conversations, the prompt is what the two have in common at the start.
+A pair holds `prompt`, `chosen` and `rejected`: texts, or lists of messages. If there is no prompt, or `chosen` and
+`rejected` are complete conversations, their common messages at the start are the prompt.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def pair_row(fields: Mapping[str, Any]) -> Row:
-    """Return a normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools`, `chat_template_kwargs`
-    and `margin` where given.
+    """Return a normalised pair: `prompt`, `chosen` and `rejected`, all as texts or all as messages, with `tools`,
+    `chat_template_kwargs` and `margin` if given.
 
-    `input` and `history` belong to a prompt that is a text, as in Alpaca rows. Raises RowError.
+    `input` and `history` belong to a prompt that is text, as in Alpaca rows. Raises RowError.
     """
     margin = None if fields.get("margin") in (None, "") else number(fields["margin"], "margin")
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
@@ -79,26 +79,27 @@ def pair_row(fields: Mapping[str, Any]) -> Row:
 
 
 def is_dialogue(text: str) -> bool:
-    """Return whether a text is a conversation as in hh-rlhf (Bai et al. 2022): `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    """Return whether a text is a conversation in the form of hh-rlhf (Bai et al. 2022): `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
     return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def dialogue_of(text: str) -> list[Message]:
-    """Return the messages of such a text."""
+    """Return the messages of a conversation in the form of hh-rlhf."""
     parts = _SPEAKER.split("\n\n" + text.lstrip())
     turns = zip(parts[1::2], parts[2::2], strict=True)
     return [{"role": ROLE_NAMES[speaker.lower()], "content": text.strip()} for speaker, text in turns]
 
 
 def parted(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Return a conversation before its last message, and that message, which is the assistant's. Raises RowError."""
+    """Split a conversation into the messages before its last one, and the last one. Raises RowError if that is not the
+    assistant's answer."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise RowError("the last message is judged, so it has to be the assistant's answer to an earlier message")
     return messages[:-1], messages[-1:]
 
 
 def is_verdict(value: Any) -> bool:
-    """Return whether a value reads like the verdict on an answer."""
+    """Return whether `verdict_of` accepts the value."""
     if value is None:
         return False
     try:
@@ -109,7 +110,7 @@ def is_verdict(value: Any) -> bool:
 
 
 def verdict_of(value: Any, column: str) -> bool:
-    """Return whether an answer is a good one: true or false, 1 or 0, or these as text. Raises RowError."""
+    """Return the verdict (True: a good answer) that is given as true or false, 1 or 0, or these as text. Raises RowError."""
     if isinstance(value, str):
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if isinstance(value, (bool, int, float)) and value in (0, 1):
@@ -118,21 +119,21 @@ def verdict_of(value: Any, column: str) -> bool:
 
 
 def as_chat(row: Row, answer: str) -> Row:
-    """Return the chat row in which the prompt of the pair `row` is answered by its `chosen` or `rejected`; what the assistant
-    says in the prompt is no target."""
-    beside: Row = {key: row[key] for key in ("tools", "chat_template_kwargs", COLUMN) if key in row}
+    """Return the chat row of a pair's prompt and one of its answers. answer: `chosen` or `rejected`. Messages of the assistant in
+    the prompt are no targets."""
+    options: Row = {key: row[key] for key in ("tools", "chat_template_kwargs", COLUMN) if key in row}
     if isinstance(row["prompt"], str):
-        return {"prompt": row["prompt"], "completion": row[answer], **beside}
-    return {"messages": [*_untrained(row["prompt"]), *row[answer]], **beside}
+        return {"prompt": row["prompt"], "completion": row[answer], **options}
+    return {"messages": [*_untrained(row["prompt"]), *row[answer]], **options}
 
 
 def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
-    """Return the pair with prompt and answers as messages."""
+    """Return the pair with its prompt and answers as messages. Raises RowError."""
     answered = {
         name: exchange("", answer)[1:] if isinstance(answer, str) else answer for name, answer in answers.items()
     }
-    whole = [messages[0]["role"] in ("system", "user") for messages in answered.values()]
-    if all(whole):  # a prompt beside them says it once more
+    are_whole = [messages[0]["role"] in ("system", "user") for messages in answered.values()]
+    if all(are_whole):  # a prompt column then repeats their beginning
         common = _common(answered["chosen"], answered["rejected"])
         if answered["chosen"] == answered["rejected"]:
             raise RowError("chosen and rejected are the same")
@@ -141,7 +142,7 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
         prompt_messages = answered["chosen"][:common]
         _refuse_another_prompt(prompt, prompt_messages, answered["chosen"])
         answered = {name: messages[common:] for name, messages in answered.items()}
-    elif any(whole):
+    elif any(are_whole):
         raise RowError("one of chosen and rejected is a whole conversation, the other an answer")
     elif prompt is None:
         raise RowError("no column 'prompt', without which chosen and rejected must be whole conversations")
@@ -158,21 +159,24 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
             )
         refuse_continued(prompt_messages, messages)
         check_conversation([*_untrained(prompt_messages), *messages], needs_answer=True)
-        if name == "chosen":  # the other one may teach the model not to be silent
+        if name == "chosen":  # a rejected answer may be empty: it teaches the model not to be silent
             check_answers([*_untrained(prompt_messages), *messages])
     return {"prompt": prompt_messages, **answered}
 
 
-def _refuse_another_prompt(prompt: Any, requested: list[Message], chosen: list[Message]) -> None:
-    """Raises RowError where a prompt beside whole conversations says what they do not: it would be left out without a word."""
+def _refuse_another_prompt(prompt: Any, common: list[Message], chosen: list[Message]) -> None:
+    """Raise RowError if the column `prompt` next to complete conversations differs from them: it would be dropped silently.
+
+    common: the messages that both conversations begin with.
+    """
     if isinstance(prompt, list):
-        is_same = prompt in (chosen[: len(prompt)], requested)
+        is_same = prompt in (chosen[: len(prompt)], common)
     else:
-        requested_text = _words(" ".join(content_text(message.get("content")) for message in requested))
+        common_text = _words(" ".join(content_text(message.get("content")) for message in common))
         prompt_words = _words(prompt or "")
-        is_same = prompt_words in requested_text or all(
+        is_same = prompt_words in common_text or all(
             _words(content_text(message.get("content"))) in prompt_words
-            for message in requested
+            for message in common
             if message["role"] != "system"
         )
     if not is_same:
@@ -184,14 +188,15 @@ def _words(text: str) -> str:
 
 
 def _common(first: list[Message], second: list[Message]) -> int:
-    """Return how many messages the two have in common at the start."""
-    for count, (first_item, second_item) in enumerate(zip(first, second, strict=False)):
-        if first_item != second_item:
+    """Return the number of messages that the two have in common at the start."""
+    for count, (first_message, second_message) in enumerate(zip(first, second, strict=False)):
+        if first_message != second_message:
             return count
     return min(len(first), len(second))
 
 
 def _untrained(messages: list[Message]) -> list[Message]:
+    """Return `messages` with weight 0 for those of the assistant."""
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""What the data path hands to training: memory-mapped samples, their lengths and weights, and prompts to show."""
+"""The data that training gets: memory-mapped samples, their lengths and weights, and prompts to show."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dstune.data.images.places import COLUMN
 from dstune.data.images.store import ImageFiles
 
 TOKENS = ("input_ids", "target_ids")
-"""What the names of columns with a sample's tokens end in: a pair has two of them."""
+"""Endings of the names of columns with a sample's tokens; a pair has two such columns."""
 TEXTS = ("source", "target")
 """Columns of a seq2seq sample that hold text."""
 HELD_OUT = "held_out.npy"
-"""Hashes of the rows that later blocks of a stream leave out."""
+"""File with the hashes of the rows that later blocks of a stream leave out."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class TargetStates:
     """A vector for each target of each row of a table."""
 
     values: np.ndarray
-    """[targets of all rows, size of a vector], float32, or the bits of numbers of two bytes as int16."""
+    """[targets of all rows, size of a vector]: float32, or int16 with the bits of two-byte floats."""
     starts: np.ndarray
-    """Where those of each row begin, int64 [rows + 1]."""
+    """Index in `values` at which each row begins, int64 [rows + 1]."""
 
     def of(self, row: int) -> np.ndarray:
-        """[targets of the row, size of a vector]."""
+        """Return the vectors of a row, [targets of the row, size of a vector]."""
         return self.values[self.starts[row] : self.starts[row + 1]]
 
 
@@ -43,40 +43,44 @@ class Split:
 
     name: str
     table: datasets.Dataset
-    """`input_ids` list<int32> with `labels` list<int32> (-100 = no target; of language models not shifted, the first one
-    always -100), or for classification with `label`: an int, or with `task.multi_label` a list of 0 and 1. For pairs of
-    texts with `token_type_ids` too, where the model is told them. For seq2seq with the texts `source`
-    and `target`, and for an encoder-decoder with `target_ids` list<int32> in place of `labels`. What else there is, the
-    task's encoder says (`data.tokenize`)."""
+    """`input_ids` list<int32>, and by task:
+
+    - `labels` list<int32>: -100 is no target; for language models not shifted, with the first one always -100;
+    - for classification `label`: an int, or with `task.multi_label` a list of 0 and 1;
+    - `token_type_ids` for pairs of texts, if the model reads them;
+    - for seq2seq the texts `source` and `target`; for an encoder-decoder `target_ids` list<int32> instead of `labels`.
+
+    The task's encoder defines any other columns (`data.tokenize`)."""
     lengths: np.ndarray
-    """Tokens of each sample, those of `target_ids` included, int32 [samples]."""
+    """Number of tokens of each sample, including `target_ids`, int32 [samples]."""
     weights: np.ndarray
-    """Targets that each sample adds to the loss, int64 [samples]; with class weights their weights, float64."""
+    """Number of targets that each sample adds to the loss, int64 [samples]; with class weights the sum of their weights,
+    float64."""
     sources: np.ndarray | None = None
     """Number of each sample's source in `data.mixture`, int16 [samples]; None without a mixture."""
     rows: np.ndarray | None = None
-    """Which row of `table` each sample is, where the split is a part of it; None for all rows in order."""
+    """Row of `table` that each sample is, if the split is a part of it; None for all rows in order."""
     reference: np.ndarray | None = None
-    """What the reference model says of each row of `table`: log-probabilities, float32 [rows, answers]."""
+    """The reference model's log-probabilities of the answers in each row of `table`, float32 [rows, answers]."""
     target_states: TargetStates | None = None
-    """What another model makes of each row's targets."""
+    """Another model's vectors for each row's targets."""
     origins: np.ndarray | None = None
-    """Number of the row that each sample is of, int32 [samples], from 0 in the split's order; validation and test only."""
+    """Number of the row that each sample comes from, int32 [samples], from 0 in the split's order; not for training rows."""
     texts: datasets.Dataset | None = None
-    """The normalised rows as JSON text (`row`) with the values of `evaluate.slices` (`slices`, JSON text), by the numbers in
-    `origins`, where metrics need them."""
+    """The normalised rows (`row`) and their values of `evaluate.slices` (`slices`), both JSON text, indexed by `origins`; None
+    if no metric needs them."""
     places: Path | None = None
-    """JSON list of FILE:LINE of each row, by the numbers in `origins`."""
+    """File with a JSON list of each row's FILE:LINE, indexed by `origins`."""
     images: ImageFiles | None = None
-    """What the column `images` of `table` numbers; None where no row of the entry has any."""
+    """The images that the column `images` of `table` refers to by number; None if no row has any."""
     vision: VisionFiles | None = None
-    """What turns them into the model's inputs."""
+    """The files of the model's image processor."""
     content: str = ""
-    """Digest of all columns of `table`; that of the whole where the split is a part of it."""
+    """Digest of all columns of the complete `table`."""
 
     @cached_property
     def image_counts(self) -> np.ndarray:
-        """Images of each sample, [samples]."""
+        """Number of images of each sample, [samples]."""
         if self.images is None:
             return np.zeros(len(self.lengths), np.int32)
         counts = pc.list_value_length(self.table.data.column(COLUMN)).to_numpy()
@@ -88,7 +92,7 @@ class Split:
         return self.table.with_format("numpy", columns=numbers)
 
     def select(self, samples: np.ndarray) -> Split:
-        """Return the split with some of its samples, int [samples]."""
+        """Return the split with only some of its samples. samples: their indices, int [samples]."""
         return replace(
             self,
             lengths=self.lengths[samples],
@@ -99,12 +103,12 @@ class Split:
         )
 
     def column(self, name: str) -> np.ndarray:
-        """Return a value of each sample, [samples]."""
+        """Return the value of a column for each sample, [samples]."""
         values = np.asarray(self.table.select_columns([name]).with_format("numpy")[:][name])
         return values if self.rows is None else values[self.rows]
 
     def tokens(self) -> dict[str, np.ndarray]:
-        """Return tokens of each sample in each column that has some, [samples] by column."""
+        """Return the number of tokens of each sample by column, [samples], for the columns that hold tokens."""
         names = [name for name in self.table.column_names if name.endswith(TOKENS)]
         counts = {name: pc.list_value_length(self.table.data.column(name)).to_numpy() for name in names}
         return counts if self.rows is None else {name: count[self.rows] for name, count in counts.items()}
@@ -114,11 +118,11 @@ class Split:
         return self._arrays[self.row(index)]
 
     def row(self, index: int) -> int:
-        """Return the row of `table` that the sample `index` is."""
+        """Return the row number in `table` of the sample `index`."""
         return index if self.rows is None else int(self.rows[index])
 
     def neighbour(self, index: int, distance: int = 1) -> dict[str, Any]:
-        """Return the sample of the row of `table` so far behind that of `index`; behind the last row comes the first."""
+        """Return the sample that is `distance` rows after that of `index` in `table`; the first row follows the last."""
         return self._arrays[(self.row(index) + distance) % len(self.table)]
 
     def source_and_target(self, index: int) -> dict[str, str]:
@@ -129,13 +133,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Swapped:
-    """The held-out rows that hold terms of `evaluate.counterfactual`, with these swapped."""
+    """The held-out rows that contain terms of `evaluate.counterfactual`, with these terms swapped."""
 
     split: Split
     of: np.ndarray
-    """Number of the row that each of its rows was, int32 [rows of `split`]."""
+    """Number of the original row of each row, int32 [rows of `split`]."""
     names: list[list[str]]
-    """What was swapped in each row, as `he -> she`."""
+    """The swaps of each row, as `he -> she`."""
 
 
 @dataclass(frozen=True)
@@ -147,60 +151,63 @@ class SamplePrompt:
     text: str
     """The prompt as shown to the user."""
     reference: str
-    """What the data answers."""
+    """The answer in the data."""
     images: list[int] = field(default_factory=list)
-    """Numbers of the images that it shows (`Split.images`)."""
+    """Numbers of its images (in `Split.images`)."""
 
 
 @dataclass(frozen=True)
 class StreamStart:
-    """What the first block of a stream leaves to the later ones."""
+    """What the first block of a stream passes on to the later ones."""
 
     held_out: Path
     """Hashes of the rows that no block may train on, sorted uint64 (.npy)."""
     identity: str
-    """Changes with the shards of the stream."""
+    """Digest of the shards of the stream."""
     shards: list[list[str]]
-    """Name and identity of each shard, for later blocks to find the same ones."""
+    """Name and identity of each shard; later blocks check that they are the same."""
     begun: float
+    """Number of passes over the stream before the first block."""
     passes: float
-    """Passes over the stream before and after it."""
+    """Number of passes over the stream after it."""
     end: dict[str, Any]
-    """The position behind its last row (`stream.Position`)."""
+    """The position after its last row (`stream.Position`)."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
+    """Everything that `build.prepare` returns."""
+
     train: Split
     validation: Split | None
     test: Split | None
     labels: tuple[str, ...] = ()
     """Label names in the order of their indices; empty except for classification."""
     prompts: list[SamplePrompt] = field(default_factory=list)
-    """Held-out prompts, always the same ones; empty where there is no validation split or nothing to generate."""
+    """Held-out prompts, always the same ones; empty without a validation split or if the task generates nothing."""
     report: dict[str, Any] = field(default_factory=dict)
     """By part: rows read, bad rows skipped, truncated, dropped, samples, tokens, targets."""
     swapped: dict[str, Swapped] = field(default_factory=dict)
-    """By part, with `evaluate.counterfactual`."""
+    """With `evaluate.counterfactual`: rows with swapped terms, by part."""
     guard: Split | None = None
-    """What the model is not to forget."""
+    """Rows that the model must not forget (`data.guard`)."""
     ood: Split | None = None
-    """Another domain."""
+    """Rows of another domain (`data.ood`)."""
     fingerprint: str = ""
     """Digest of content, tokenizer, settings and code: equal for equal samples."""
     evidence: Path | None = None
-    """Rows of conversations with the places of their samples in `train`, to be proven before the first step."""
+    """File with rows of conversations and the places of their samples in `train`, to be proven before the first step."""
     stream: StreamStart | None = None
-    """With `data.streaming`, where `train`, its first block, ends and what later blocks leave out."""
+    """With `data.streaming`, whose first block is `train`: where that ends, and what later blocks leave out."""
 
     @property
     def splits(self) -> list[Split]:
-        """Those that there are, training rows first."""
+        """The splits that exist, training rows first."""
         return [split for split in (self.train, self.validation, self.test, self.guard, self.ood) if split is not None]
 
 
 def load_split(folder: Path, part: str) -> Split:
-    """Return the samples that were written to `folder`; nothing but their pages in use is in memory."""
+    """Return the samples of a part that were written to `folder`, memory-mapped."""
     table, images = datasets.Dataset.from_file(str(folder / f"{part}.arrow")), ImageFiles.of(folder)
     lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
     sources_file, origins_file, texts, places = (

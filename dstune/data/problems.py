@@ -1,4 +1,4 @@
-"""What is wrong with a row."""
+"""Describe what is wrong with a row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 NO_TOWER = "sees none: it has no tower for them"
-"""Of a model whose rows hold images: the rows may be right, and another model reads them."""
+"""Part of the reason if rows with images meet a model without vision: the rows may be fine for another model."""
 
 
 class RowError(ValueError):
@@ -15,18 +15,18 @@ class RowError(ValueError):
 
 
 def format_value(value: Any) -> str:
-    """Write a value in a message: short, and a word where there is none."""
+    """Return a value as it appears in a message: shortened, and `empty` if there is none."""
     return "empty" if value is None or value == "" else f"{value!r:.60}"
 
 
 def listing(columns: Collection[str]) -> str:
-    """List column names for a message, the first twelve of them."""
+    """Return column names as they appear in a message: the first twelve."""
     quoted_columns = [repr(column) for column in list(columns)[:12]]
     return ", ".join(quoted_columns) + (", ..." if len(columns) > 12 else "")
 
 
 def unprinted(fields: str, fix: str) -> str:
-    """Return what is said of a row with fields that the chat template never prints."""
+    """Return the reason for refusing a row with `fields` that the chat template never prints."""
     return f"the chat template does not print {fields}, which this row has; {fix}"
 
 
@@ -34,6 +34,6 @@ _UNPRINTED = re.compile(r"the chat template does not print (.+?), which this row
 
 
 def unprinted_in(reason: str) -> tuple[str, str] | None:
-    """Return the fields and the fix in a text of `unprinted`: no fault of the row, but of the template."""
+    """Return the fields and the fix in a reason made by `unprinted`, which is about the template, not the row; otherwise None."""
     match = _UNPRINTED.fullmatch(reason)
     return (match.group(1), match.group(2)) if match else None

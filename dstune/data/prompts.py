@@ -1,4 +1,4 @@
-"""Held-out prompts that the model answers before and after training."""
+"""Choose the held-out prompts that the model answers before and after training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from dstune.data.tokenize import RowTokenizer, conversation
 from dstune.data.tokenize.sample import SourcePrompts
 
 TEXT_PROMPT_TOKENS = 16
-"""How much of a document the model gets to see before it goes on by itself."""
+"""Number of tokens at the beginning of a document that are its prompt."""
 
 TEXT_REFERENCE_TOKENS = 64
+"""Number of tokens after the prompt of a document that are the reference."""
 
 MIN_PROMPTS = 16
-"""Prompts kept in the cache at least, so that a few more samples need no new entry."""
+"""Minimum number of prompts in a cache entry, so that slightly more `evaluate.samples` need no new entry."""
 
 
 def prompt_count(config: RunConfig) -> int:
+    """Return the number of prompts in the run's cache entry."""
     return max(MIN_PROMPTS, config.evaluate.samples)
 
 
@@ -42,7 +44,7 @@ def sample_prompts(
         row_encoder = encode.for_row(int(index))
         if row_encoder.sources is not None:
             prompt = _from_source(row_encoder.sources, row)
-            if prompt is not None and row_encoder is not encode:  # the prompt tells the task
+            if prompt is not None and row_encoder is not encode:  # a source with its own task: show its task prompt too
                 prompt = replace(prompt, text=row_encoder.sources.prompt_text(row["source"]))
         else:
             prompt = (
@@ -66,7 +68,7 @@ def _from_source(sources: SourcePrompts, row: dict[str, Any]) -> SamplePrompt | 
 
 
 def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:
-    """Return the turns up to the assistant's first one, or to the last one of a prompt without an answer."""
+    """Return the prompt of the assistant's first turn; for a row without an answer, the complete prompt."""
     if "columns" in row:
         return _from_prompt(encode, row)
     messages = conversation(row)
@@ -92,16 +94,16 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
 
 
 def _with_images(
-    encode: RowTokenizer, row: dict[str, Any], requested: list[dict[str, Any]], shown: SamplePrompt
+    encode: RowTokenizer, row: dict[str, Any], prompt_messages: list[dict[str, Any]], prompt: SamplePrompt
 ) -> SamplePrompt | None:
-    """Return the prompt of a row with images: what its first sample holds in front of the first target, text and images."""
+    """Return `prompt` with the tokens and images that the row's first sample holds before its first target."""
     sample = encode.samples([row], [0])[0]
     targets = np.flatnonzero(sample.labels != NO_TARGET)
     if sample.problem or not len(targets) or encode.trains_on_prompt:
         return None
-    count = max(count_to(requested, len(requested) - 1))
+    count = max(count_to(prompt_messages, len(prompt_messages) - 1))
     ids = sample.input_ids[: targets[0]].tolist()
-    return replace(shown, input_ids=ids, images=sample.columns[COLUMN][:count].tolist())
+    return replace(prompt, input_ids=ids, images=sample.columns[COLUMN][:count].tolist())
 
 
 def _from_prompt(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:

@@ -1,4 +1,4 @@
-"""Rows of files with a word and its tags on a line and a blank line behind each sentence (CoNLL 2003, CoNLL-U)."""
+"""Read files with a word and its tags on each line and a blank line after each sentence (CoNLL 2003, CoNLL-U)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dstune.data.files import DataFile, RawRow, opened
 from dstune.data.read_text import MAX_ROW_BYTES, decoded, lines_of
 
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
-"""Of CoNLL-U (universaldependencies.org/format)."""
+"""The columns of CoNLL-U (universaldependencies.org/format)."""
 
 
 def read_tagged(file: DataFile) -> Iterator[RawRow]:
-    """Yield sentences as the columns `tokens` (the first on a line), `tags` (the last), and `column_1`, `column_2`, ...
+    """Yield each sentence as a row with the columns `tokens` (the first on a line), `tags` (the last), `column_1`, `column_2`, ...
 
-    Of a .conllu file `tokens` are the forms, `tags` the universal parts of speech, and the others have their own names.
-    Words are separated by tabs where a line has any, else by white space. A line of `-DOCSTART-` and, in a .conllu file,
-    comments, ranges and empty nodes are no words. The line of a row is that of its first word.
+    In a .conllu file, `tokens` are the forms and `tags` the universal parts of speech; the other columns have their own names.
+    Columns are separated by tabs if the line has any, otherwise by white space. Lines with `-DOCSTART-` are skipped, and in a
+    .conllu file comments, ranges and empty nodes too. A row's line is that of its first word.
     """
     with opened(file) as stream:
         first = 0
@@ -33,7 +33,7 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
                 yield from _sentence(file, first, words, fault)
                 words, size, fault = [], 0, None
                 continue
-            if text.startswith("-DOCSTART-") or (file.ending == ".conllu" and _no_word(text)):
+            if text.startswith("-DOCSTART-") or (file.ending == ".conllu" and _is_no_word(text)):
                 continue
             cells = [cell.strip() for cell in text.split("\t")] if "\t" in text else text.split()
             if not words:
@@ -54,7 +54,8 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
         yield from _sentence(file, first, words, fault)
 
 
-def _no_word(text: str) -> bool:
+def _is_no_word(text: str) -> bool:
+    """Return whether a line of CoNLL-U is a comment, a range (`1-2`) or an empty node (`1.1`)."""
     return text.startswith("#") or re.match(r"\d+[-.]\d+\t", text) is not None
 
 

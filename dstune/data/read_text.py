@@ -1,4 +1,4 @@
-"""Rows of JSON, CSV and plain text files; what cannot be read keeps its file and line."""
+"""Read the rows of JSON, CSV and plain text files; a row that cannot be read keeps its file and line."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from dstune.data.problems import listing
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 2**26
-"""A longer row is a bad row: a line of 1 GiB would take memory many times over before anything could refuse it."""
+"""A longer row is a bad row: parsing a line of 1 GiB would take many times that memory before anything could refuse it."""
 MAX_JSON_BYTES = 2**32
-"""Of a JSON file that is no JSON Lines: it is held in memory as a whole."""
+"""Limit of a JSON file that is not JSON Lines: it is read into memory completely."""
 
 
 class Lines:
     """The rows of a file with one JSON object a line; blank lines are skipped.
 
-    Without compression it can be entered at a line: `offset` is the byte and `line` the number of lines before it.
-    While the rows are read, both follow, so that they tell where the next row starts.
+    Reading can start at any line of an uncompressed file: `offset` is the number of bytes before it, `line` the number of lines.
+    Both advance while the rows are read, so they always give the start of the next row.
     """
 
     def __init__(self, file: DataFile, offset: int = 0, line: int = 0):
@@ -62,8 +62,8 @@ def read_jsonl(file: DataFile) -> Iterator[RawRow]:
 
 
 def _row_of_json(file: DataFile, number: int, raw: bytes) -> RawRow | None:
-    """Return the row of a line; None where it is blank."""
-    # Without the end of the line, which would count as a column and as the start of another line.
+    """Return the row of a line; None if it is blank."""
+    # In errors, the end of the line would count as a column and as the start of another line.
     raw = _line(number, raw)
     if not raw or raw.isspace():
         return None
@@ -82,18 +82,18 @@ def _too_long(file: DataFile, number: int) -> RawRow:
 
 
 def _line(number: int, raw: bytes) -> bytes:
-    """Return a line without its end and, in front of the first one, without a byte order mark."""
+    """Return a line without its end; the first line also without a byte order mark."""
     return (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).rstrip(b"\r\n")
 
 
 def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield lines with their numbers from 1, without their ends; None for one that is too long for a row."""
+    """Yield the number (from 1) and the text of each line, without its end; None for a line that is too long for a row."""
     for number, (raw, _) in enumerate(lines_within(stream, MAX_ROW_BYTES), start=1):
         yield number, None if raw is None else _line(number, raw)
 
 
 def decoded(raw: bytes | None) -> tuple[str, str]:
-    """Return the text of a line, and what is wrong with it."""
+    """Return the text of a line and an empty reason, or an empty text and the reason that the line cannot be read."""
     if raw is None:
         return "", f"the line has more than {MAX_ROW_BYTES >> 20} MiB"
     try:
@@ -103,7 +103,7 @@ def decoded(raw: bytes | None) -> tuple[str, str]:
 
 
 def read_json(file: DataFile) -> Iterator[RawRow]:
-    """Yield an array of objects, or objects one after the other (also one a line: many call such a file `.json`)."""
+    """Yield the objects of an array, or objects one after the other; many `.json` files have one object a line."""
     with opened(file) as stream:
         content = stream.read(MAX_JSON_BYTES + 1).removeprefix(BYTE_ORDER_MARK)
     if len(content) > MAX_JSON_BYTES:
@@ -129,13 +129,13 @@ def _first_line_is_whole(content: bytes) -> bool:
     try:
         parse_json(line)
     except ValueError:
-        # A broken line among whole ones is one bad row; an object over several lines goes on in the next one.
+        # A broken line is one bad row among others, unless it looks like the beginning of an object over several lines.
         return not line.rstrip().endswith((b"{", b"[", b","))
     return True
 
 
 def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
-    # Items are decoded one by one (instead of the array at once) because only so each has a line to be named by.
+    # Items are decoded one by one, not the array at once, so that each row has its line number.
     last = text.count("\n") + 1
     lost = f"; the rest of the file, to line {last}, is lost"
     line, counted, first = 1, 0, True
@@ -184,17 +184,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def _row_at(file: DataFile, line: int, text: str, start: int) -> tuple[RawRow, int]:
-    """Return the row that begins at a place of `text`, and where it ends. Raises JSONDecodeError where that cannot be told."""
+    """Return the row that begins at `start`, and where it ends. Raises JSONDecodeError if its end cannot be found."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         check_depth(text, start, end)
         return _object(file, line, value), end
     except json.JSONDecodeError:
         raise
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # too deep, a number of too many digits, a key twice: the rows after it can be read
+    except (ValueError, RecursionError) as error:
+        # Nested too deep, a number with too many digits, or a repeated key: the rows after it can be read.
         after = end_of_json(text, start) if text[start] in "[{" else None
         if after is None:
             raise json.JSONDecodeError("Value that cannot be read", text, start) from None
@@ -219,7 +217,7 @@ def _object(file: DataFile, line: int, value: Any) -> RawRow:
     if isinstance(value, dict):
         return RawRow(file, line, value)
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        return RawRow(file, line, {"messages": value})  # a conversation without a name
+        return RawRow(file, line, {"messages": value})  # a conversation that is the row itself
     return RawRow(file, line, None, f"a row is a JSON object, this is {_kind(value)}")
 
 
@@ -229,7 +227,7 @@ def _kind(value: Any) -> str:
 
 
 def read_csv(file: DataFile) -> Iterator[RawRow]:
-    """Yield rows under a header line, separated by what separates the header. A quoted field may span lines."""
+    """Yield the rows below the header line; the header shows the separator. A quoted field may span lines."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the default of 128 kB is shorter than a long document
     with opened(file) as stream:
         lines = _CsvLines(stream)
@@ -241,7 +239,7 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                # The reader starts afresh with the next line. What it had taken for one row is lost, so it is told.
+                # The reader starts afresh with the next line, and the lines of the broken row are lost: report them.
                 yield RawRow(file, line, None, _broken_csv(error, line, lines.number))
                 continue
             if values is None:
@@ -263,24 +261,24 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
 
 
 def refuse_doubled(names: Sequence[str], where: str) -> None:
-    """Raises UserError where two columns have the same name: a row would keep the last one only."""
+    """Raise UserError if two columns have the same name: a row would keep only the last one."""
     if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
         reason = f"more than one column is named {listing(doubled)}"
         raise UserError(Problem(where=where, reason=reason, fix="give each column its own name"))
 
 
 class _CsvLines:
-    """The lines of a CSV file as the csv module takes them. One that is too long for a row is one mistake in it."""
+    """The lines of a CSV file for the csv module. A line that is too long for a row raises csv.Error and is skipped."""
 
     def __init__(self, stream: BinaryIO):
-        # What is no UTF-8 is carried through, so that it spoils its own row only.
+        # Bytes that are not UTF-8 are passed through, so that they spoil only their own row.
         self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         self._peeked: str | None = None
         self.number = 0
-        """Of the line that was taken last, from 1."""
+        """Number of the line that was read last, from 1."""
 
     def peek(self) -> str:
-        """Return the first line, which is taken by the next call as well."""
+        """Return the first line without consuming it."""
         self._peeked = self._text.readline(MAX_ROW_BYTES)
         return self._peeked
 
@@ -301,8 +299,8 @@ class _CsvLines:
 
 
 def separator(header: str) -> str:
-    """Return what stands between the fields of a CSV file: a comma, or where its header has none outside of quotes, the most
-    frequent of those that spreadsheets write where a comma is the decimal point."""
+    """Return the separator of a CSV file: a comma, or if its header has none outside of quotes, the most frequent of `;`, tab and
+    `|`. Spreadsheets write these where a comma is the decimal point."""
     bare = "".join(header.split('"')[::2])
     if "," in bare:
         return ","
