@@ -347,8 +347,7 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
 
 
 def _within_a_row(lines: Iterable[bytes | None]) -> Iterator[bytes | None]:
-    """Yield `lines` of one row as far as they are not too long for it together: then None follows, and the others are passed
-    over."""
+    """Yield the `lines` of one row until they are too long for it together; then yield None once, and skip the remaining ones."""
     total = 0
     for line in lines:
         total += MAX_ROW_BYTES + 1 if line is None else len(line) + 1

@@ -1,4 +1,4 @@
-"""Rows of files with tabs between the fields: quoted as spreadsheets do it, or with quotes that are text, also in one file."""
+"""Read files with tabs between the fields. Quotes may be those of spreadsheets or part of the text, even in the same file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstune.data.files import DataFile, RawRow, opened
 from dstune.data.read_text import MAX_ROW_BYTES, decoded, lines_of, refuse_doubled
 
 MAX_LINES = 1000
-"""That a quoted field may span."""
+"""Number of lines that a quoted field may span."""
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +20,10 @@ Line = tuple[int, bytes | None]
 
 
 def read_tsv(file: DataFile) -> Iterator[RawRow]:
-    """Yield rows under a header line.
+    """Yield the rows below the header line.
 
-    A line that begins with `#` and has no tab is a comment, unless there is one column only; a `#` in front of the header is
-    taken off. A field in quotes may hold tabs and span lines; a quote that is not closed within the row is text.
+    A line that begins with `#` and has no tab is a comment, unless there is only one column; a `#` in front of the header is
+    removed. A quoted field may contain tabs and span lines; a quote that is not closed within the row is text.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     with opened(file) as stream:
@@ -56,23 +56,24 @@ def read_tsv(file: DataFile) -> Iterator[RawRow]:
 
 
 class _Ahead:
-    """Lines, of which the next ones can be looked at before they are taken."""
+    """Numbered lines with a look-ahead."""
 
     def __init__(self, lines: Iterator[Line]):
         self._lines = lines
-        self._seen: deque[Line] = deque()
+        self._peeked: deque[Line] = deque()
 
     def __iter__(self) -> Iterator[Line]:
         while True:
-            line = self._seen.popleft() if self._seen else next(self._lines, None)
+            line = self._peeked.popleft() if self._peeked else next(self._lines, None)
             if line is None:
                 return
             yield line
 
     def quoted_row(self, text: str, width: int) -> list[str] | None:
-        """Return the fields, still quoted, of the row that begins with the line `text`, if quotes make it a row of `width` fields.
+        """Return the fields, still quoted, of the row that begins with the line `text`, and consume its further lines; None if
+        quotes do not make it a row of `width` fields.
 
-        A line that is a row without its quotes takes no other row in.
+        If the line is a row even when its quotes are text, the following line must not look like a row.
         """
         quotes, parts, is_row = text.count('"'), [text], text.count("\t") == width - 1
         while quotes % 2:
@@ -90,17 +91,17 @@ class _Ahead:
         if len(rows) != 1 or len(rows[0]) != width:
             return None
         for _ in parts[1:]:
-            self._seen.popleft()
+            self._peeked.popleft()
         return [_quoted(field) for field in rows[0]]
 
     def _peek(self, index: int) -> str | None:
-        """Return the line `index` lines behind the next one; None where there is none, or it is no text."""
-        while len(self._seen) <= index:
+        """Return the line `index` lines after the next one; None if there is none, or it cannot be decoded."""
+        while len(self._peeked) <= index:
             line = next(self._lines, None)
             if line is None:
                 return None
-            self._seen.append(line)
-        text, fault = decoded(self._seen[index][1])
+            self._peeked.append(line)
+        text, fault = decoded(self._peeked[index][1])
         return None if fault else text
 
 

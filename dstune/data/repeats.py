@@ -1,4 +1,4 @@
-"""How often the samples of each source of a mixture come: a pure function of (seed, epoch)."""
+"""Choose the samples that each epoch takes from each source of a mixture: a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 class Repeats:
     """The samples that each epoch takes from each source.
 
-    sources: the source of each sample, [samples], numbered from 0. weights: by source, how often its samples come in an
-    epoch, above 0.
+    sources: the source of each sample, [samples], numbered from 0. weights: by source, how often an epoch repeats its
+    samples, above 0.
 
     Each source is an endless stream of passes, each a permutation of its n samples; epoch e takes the positions from
-    floor(e w n) to floor((e + 1) w n). So after any number of epochs two samples of one source have come equally often,
-    or one of them once more, and no weight is lost to rounding.
+    floor(e w n) to floor((e + 1) w n). So after any number of epochs, the counts of two samples of one source differ by
+    one at most, and rounding loses no weight.
 
     Example, n = 4 and w = 0.5: epochs 0 and 1 take two samples each, together all four; epoch 2 starts another pass.
     """
 
     def __init__(self, sources: np.ndarray, weights: Sequence[float], seed: int):
         self._members = [np.flatnonzero(sources == number) for number in range(len(weights))]
-        # The decimal that the user wrote: 0.29 of 100 samples are 29, the float nearest to it gives 28.
+        # Use the decimal that the user wrote: 0.29 of 100 samples are 29, but with the nearest float 28.
         self._weights = [Fraction(str(weight)) for weight in weights]
         self._seed = seed
 
@@ -33,7 +33,7 @@ class Repeats:
         return all(weight.denominator == 1 for weight in self._weights)
 
     def samples(self, epoch: int) -> np.ndarray:
-        """Return the samples of `epoch`, as often as they come in it, in no order that means anything: int64."""
+        """Return the samples of `epoch`, repeated as often as it uses them, in arbitrary order: int64."""
         parts: list[np.ndarray] = []
         for source, (members, weight) in enumerate(zip(self._members, self._weights, strict=True)):
             count = len(members)

@@ -1,4 +1,4 @@
-"""What the rows of each part are read from, with the files that are there."""
+"""Find the files that the rows of each part are read from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.data.stream import FileShard, Stream
 
 @dataclass(frozen=True)
 class Input:
-    """What some rows are read from."""
+    """The files of one source of rows."""
 
     key: str
     """The configuration key that names it."""
@@ -22,15 +22,15 @@ class Input:
     config: RunConfig
     """The run's configuration with the format and columns of these rows."""
     stream: Stream | None = None
-    """With `data.streaming`, the training rows."""
+    """With `data.streaming`, the stream of training rows."""
 
 
 Inputs = dict[str, dict[str, Input]]
-"""By part, then by the name of the source, which is empty for all but a mixture's training rows."""
+"""By part, then by the source's name, which is empty except for the training rows of a mixture."""
 
 
 def find_inputs(config: RunConfig) -> Inputs:
-    """Return the inputs that the keys of `data` name. Raises UserError with all that name nothing."""
+    """Return the inputs that the keys of `data` name. Raises UserError with all keys that name no file."""
     if config.data.train is None and not config.data.mixture:
         fix = "give a file, a glob, or a sample such as sample://chitchat"
         raise UserError(Problem(where="data.train", reason="no training data given", fix=fix))

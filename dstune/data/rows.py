@@ -1,4 +1,4 @@
-"""What a row must hold: each row brought to one shape or refused with a reason."""
+"""Normalise each row to one shape, or refuse it with a reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 SEES_NONE = "reads none (task=chat and task=preference do)"
-"""Behind the name of a task whose rows hold images that it does not see."""
+"""Follows the name of a task that does not read images, in the reason for refusing rows with images."""
 
 CONVERSATIONS = frozenset({"messages", "prompt", "chosen", "rejected"})
 """Keys of a normalised row that may hold messages."""
@@ -46,15 +46,20 @@ def normalise(
     input_apart: bool = False,
     answered: bool = True,
 ) -> dict[str, Any]:
-    """Bring the row into the one shape that the rest of the code reads; columns that the format does not know are dropped.
+    """Return the row in the shape that the remaining code reads; columns that the format does not know are dropped.
 
-    Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `source` and `target`, `text`, or `text` with
-    `text_pair` where it has one and `label` (a string, in a regression a number) or `labels` (of a multi-label task: sorted
-    strings, perhaps none), or `tokens` and `tags` (as many strings), or `question`, `context` and `answers` (each with `text` and
-    `start`). Pairs of answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true
-    or false). task: what its settings allow, for example an assistant that says nothing. input_apart: an Alpaca row's
-    `input` stays a key of its own beside the instruction, for a template that has a place for it. answered: without it, the
-    roles in the format's `answers` are None.
+    Keys, by format:
+
+    - `messages`, with `tools` if the row has any; `prompt` and `completion`; `source` and `target`; `text`
+    - `text`, with `text_pair` if there is one, and `label` (a string, in a regression a number) or `labels` (of a multi-label
+      task: sorted strings, perhaps none)
+    - `tokens` and `tags`: equally many strings
+    - `question`, `context` and `answers`, each with `text` and `start`
+    - pairs of answers: see `preferences.pair_row`; a judged answer is a chat row with `desirable` (true or false)
+
+    task: decides what is allowed, for example an assistant that says nothing. input_apart: whether an Alpaca row's `input`
+    stays a separate key next to the instruction, for a template that has a place for it. answered: if False, the roles in the
+    format's `answers` are None.
     Raises RowError.
     """
     form = ROW_FORMATS[fmt]()
@@ -81,21 +86,21 @@ def normalise(
     if form.conversational:
         sees = "" if member is None or member.sees_images else f"task={member.name} {SEES_NONE}"
         row = with_images(row, values.get(COLUMN), sees=sees)
-        if COLUMN not in row:  # beside images it is what somebody wrote
+        if COLUMN not in row:  # in a row with images, a marker may be text
             media.refuse_markers(row)
     return row
 
 
 def json_text(row: Mapping[str, Any]) -> str:
-    """Return the row as JSON text, with its keys in order.
+    """Return the row as JSON text, with its own keys sorted.
 
-    What they hold is as it was given: templates print schemas and calls of tools in the order in which they get their keys.
+    Keys inside the values keep their order: templates print the schemas and calls of tools in the order of their keys.
     """
     return json.dumps(dict(sorted(row.items())), ensure_ascii=False, separators=(",", ":"))
 
 
 def with_joined_parts(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with the parts of each content joined: rows keep their place in a split however a template prints parts."""
+    """Return the row with the parts of each content joined, so that its hash does not depend on how a template prints parts."""
     return {
         key: [joined(message) if isinstance(message, dict) else message for message in value]
         if isinstance(value, list) and key in CONVERSATIONS
@@ -105,7 +110,7 @@ def with_joined_parts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical_json(row: Mapping[str, Any]) -> bytes:
-    """Return the row as JSON bytes that depend on its content only. Raises RowError for text that UTF-8 cannot hold."""
+    """Return the row as JSON bytes that depend only on its content. Raises RowError for text that UTF-8 cannot encode."""
     try:
         return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -123,14 +128,14 @@ def hash_of(row: Mapping[str, Any], seed: int) -> int:
 
 
 def labels_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the labels of a normalised row: one, with `multi_label` any number, of words those that occur."""
+    """Return the labels of a normalised row: one, with `multi_label` any number, for tagged words the different tags."""
     if "tags" in row:
         return sorted(set(row["tags"]))
     return list(row["labels"]) if "labels" in row else [row["label"]] if "label" in row else []
 
 
 def sort_labels(labels: Collection[str]) -> tuple[str, ...]:
-    """Return label names in the order of their indices: by value where all are integers (2 before 10, 01 before 1), else by
+    """Return the label names in the order of their indices: by value if all are integers (2 before 10, 01 before 1), otherwise by
     name."""
     try:
         return tuple(sorted(set(labels), key=lambda label: (int(label), label)))

@@ -1,4 +1,4 @@
-"""Slices of splits as `datasets` writes them: `train[:20%]`, `train[100:200]`, `train+validation[-500:]`."""
+"""Parse and apply slices of splits in the syntax of `datasets`: `train[:20%]`, `train[100:200]`, `train+validation[-500:]`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,41 @@ from dstune.data.files import DataFile, Rows
 
 _PART = r"[\w.-]*(?:\[[^\[\]+]*\])?"
 SPLITS = re.compile(rf"{_PART}(?:\+{_PART})*")
-"""What stands behind the colon of a path: one split or several, each with a slice or without."""
+"""Matches what may follow the colon of a path: one split or several, each with or without a slice."""
 
 _SLICE = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<first>-?\d{1,18}%?)?:(?P<last>-?\d{1,18}%?)?\])?")
 
 
 @dataclass(frozen=True)
 class SplitSlice:
-    """Some rows of a split."""
+    """A slice of a split."""
 
     name: str
-    """Of the split; empty where none is given."""
+    """Name of the split; empty if none is given."""
     first: str = ""
     last: str = ""
-    """The first row and the one behind the last, in rows or (with `%`) in percent; empty at the start and end of the split."""
+    """The slice [first, last) in rows or, with `%`, in percent; empty for the start or the end of the split."""
     sliced: bool = False
+    """Whether brackets were given."""
 
     def bounds(self, count: int) -> Rows:
-        """Return the numbers [first, last) of the rows, of `count`. Bounds in percent are rounded to the nearest row."""
+        """Return the rows [first, last) of a split with `count` rows. Bounds in percent are rounded to the nearest row."""
         first, last = (_absolute(bound, count) for bound in (self.first or "0", self.last or str(count)))
         return first, max(first, last)
 
 
 def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
-    """Return the slices that `text` names, behind the colon of `spec`; one nameless whole split where it is None. Raises
-    UserError."""
+    """Return the slices in `text`, the part after the colon of `spec`; if it is None, one complete split without a name.
+
+    key: the configuration key of `spec`. Raises UserError.
+    """
     parts = []
     for part in (text or "").split("+"):
         matched = _SLICE.fullmatch(part)
         bounds = [] if matched is None else [bound for bound in (matched["first"], matched["last"]) if bound]
-        mixed = len({bound.endswith("%") for bound in bounds}) > 1
-        beyond = any(bound.endswith("%") and abs(int(bound[:-1])) > 100 for bound in bounds)
-        if matched is None or mixed or beyond:
+        mixes_units = len({bound.endswith("%") for bound in bounds}) > 1
+        exceeds_percent = any(bound.endswith("%") and abs(int(bound[:-1])) > 100 for bound in bounds)
+        if matched is None or mixes_units or exceeds_percent:
             reason = f"{part!r} is no slice of a split"
             fix = "NAME[FIRST:LAST] in rows or in percent, for example train[:20%] or train[100:200]+validation"
             raise UserError(Problem(key, reason, fix, spec))
@@ -53,7 +56,7 @@ def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
 def apply(
     chosen: SplitSlice, files: Sequence[DataFile], count_rows: Callable[[DataFile], int], key: str, spec: str
 ) -> list[DataFile]:
-    """Return `files`, which are one split, without the rows outside of the slice. Raises UserError where no row is left."""
+    """Return `files`, which form one split, restricted to the slice. Raises UserError if no row remains."""
     if not chosen.sliced:
         return list(files)
     counts = [count_rows(file) for file in files]
@@ -71,5 +74,6 @@ def apply(
 
 
 def _absolute(bound: str, count: int) -> int:
+    """Return a bound as a row number in [0, count]; negative bounds count from the end."""
     number = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
     return min(max(number + count, 0) if number < 0 else number, count)

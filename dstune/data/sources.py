@@ -1,4 +1,4 @@
-"""From what `data.train` and its like say to files with rows: paths, globs, folders, archives, saved data sets, the hub."""
+"""Find the files that `data.train` and similar keys name: paths, globs, folders, archives, saved data sets, the hub."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ __all__ = [
     "registered_source",
 ]
 
-KNOWN = (
+READABLE = (
     f"rows are read from {', '.join(ENDINGS)}; those of text also with {', '.join(COMPRESSIONS)} behind, or inside .zip"
 )
 
 
 def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
-    """Yield rows of `file` in order, without the first `skip` ones (which count bad ones too).
+    """Yield the rows of `file` in order, without the first `skip` rows (bad ones included).
 
-    Raises UserError where the file as a whole is no such file (a broken Parquet file).
+    Raises UserError if the complete file cannot be read (a broken Parquet file).
     """
     if file.rows is not None:
         first, last = file.rows
@@ -86,38 +86,38 @@ def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 
 
 def count(file: DataFile) -> int:
-    """Return how many rows a file has, bad ones too. Raises UserError where it cannot be read."""
+    """Return the number of rows in a file, bad ones included. Raises UserError if the file cannot be read."""
     return _count(file, file.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
 def _count(file: DataFile, changed: int) -> int:
-    """Count the rows of a file. changed: when the file was written last."""
+    """Count the rows of a file. changed: when the file was last written; makes a changed file another cache entry."""
     if file.ending in (".jsonl", ".ndjson") and not _holds_articles(file, changed):
         with opened(file) as stream:
             return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
-    known_count = count_rows(file)
-    return sum(1 for _ in read(file)) if known_count is None else known_count
+    recorded_count = count_rows(file)
+    return sum(1 for _ in read(file)) if recorded_count is None else recorded_count
 
 
 def has_lines(file: DataFile) -> bool:
-    """Return whether the rows of `file` are lines that `Lines` can enter anywhere."""
+    """Return whether each row of `file` is a line, so that `Lines` can start reading at any of them."""
     is_plain = file.ending in (".jsonl", ".ndjson") and not file.compression and not file.member
     return is_plain and not _holds_articles(file, file.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
 def _holds_articles(file: DataFile, changed: int) -> bool:
-    """Return whether the first line is several rows. changed: when the file was written last."""
+    """Return whether the first line has SQuAD's nested form, which is several rows. changed: when the file was last written."""
     first = next(iter(Lines(file)), None)
     return first is not None and is_nested(first.fields or {})
 
 
 def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFile]:
-    """Return the files of `data.train` or another part; empty where it is not given. Of a data set with several splits, rows of
-    `data.guard` and `data.ood` are those of its test split where none is named.
+    """Return the files of `data.train` or another part; empty if it is not set. In a data set with several splits, `data.guard`
+    and `data.ood` use the test split unless they name one.
 
-    key: the key that problems name, where it is another one. Raises UserError as `expand` does.
+    key: the key that problems name, if not `data.PART`. Raises UserError as `expand` does.
     """
     spec = getattr(data, part)
     if spec is None:
@@ -140,10 +140,11 @@ def expand(
     revision: str | None = None,
     text_rows: TextRows = TextRows.line,
 ) -> list[DataFile]:
-    """Return the files that `spec` names, sorted: a path, a glob, a folder, a hub id at a commit, or a `sample://` URI.
+    """Return the files that `spec` names, sorted: a path, a glob, a folder, a hub id at a commit, a `sample://` URI, or an address
+    of a registered data source.
 
-    key: the configuration key that `spec` came from. split: taken from a folder or data set with several, where `spec`
-    names none after a colon. subset, revision: of a data set on the hub, which has to be in the cache of `datasets`.
+    key: the configuration key of `spec`. split: the split to use from a folder or data set with several, if `spec` names none
+    after a colon. subset, revision: of a data set on the hub, which has to be in the cache of `datasets`.
     Raises UserError if there is no such file, it is empty, or its ending names no known format.
     """
     if samples.is_sample(spec):
@@ -184,19 +185,19 @@ def expand(
 
 
 def data_source_of(spec: str | None) -> ReadsAddresses | None:
-    """Return the source whose scheme the address has, to read from; None where it is a path, or of none."""
+    """Return the data source that reads the address `spec`; None if `spec` is a path, or no source with its scheme reads."""
     source = registered_source(spec)
     return source if isinstance(source, ReadsAddresses) else None
 
 
 def registered_source(spec: str | None) -> object:
-    """Return the source whose scheme the address has, whatever it can do (`protocols.data_source`); None where there is none."""
+    """Return the data source with the scheme of `spec`, whatever it can do (`protocols.data_source`); None if there is none."""
     scheme, colon, _ = (spec or "").partition("://")
     return DATA_SOURCES[scheme]() if colon and scheme in DATA_SOURCES else None
 
 
 def _local(spec: str) -> tuple[Path, str | None]:
-    """Return the path that `spec` names and, behind a colon, splits or slices."""
+    """Return the path in `spec`, and the splits or slices after its colon; None without a colon."""
     path = Path(spec).expanduser()
     if os.path.exists(path):  # not `Path.exists`, which raises where the name is too long
         return path, None
@@ -209,7 +210,10 @@ def _local(spec: str) -> tuple[Path, str | None]:
 
 
 def _paths(path: Path, key: str, spec: str, split: str, split_name: str | None) -> list[Path]:
-    """Return the files of a path, of the split that is named or of `split`. Raises UserError where there is none."""
+    """Return the files of a path; of a folder with splits, those of `split_name`, or of `split` if that is None.
+
+    Raises UserError if there is no file.
+    """
     if os.path.isdir(path):
         return _of_folder(path, key, spec, split, split_name)
     if os.path.exists(path):
@@ -217,7 +221,7 @@ def _paths(path: Path, key: str, spec: str, split: str, split_name: str | None) 
     else:
         paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
     if not paths:
-        raise UserError(_nothing(spec, key))
+        raise UserError(_missing_file(spec, key))
     if split_name is not None:
         reason = "a file has no splits"
         raise UserError(
@@ -226,21 +230,21 @@ def _paths(path: Path, key: str, spec: str, split: str, split_name: str | None) 
     return paths
 
 
-def _nothing(spec: str, key: str) -> Problem:
-    wildcard = glob.has_magic(spec)
+def _missing_file(spec: str, key: str) -> Problem:
     return Problem(
         where=key,
         value=spec,
-        reason="no file matches" if wildcard else "no such file",
+        reason="no file matches" if glob.has_magic(spec) else "no such file",
         fix="give a file, a folder, a glob, a data set of the hub (OWNER/NAME), or a sample such as sample://chitchat",
     )
 
 
 def _unreadable(file: Path, key: str, spec: str) -> Problem | None:
+    """Return the problem that keeps a file from being read; None if there is none."""
     name = file.name.lower()
     if not is_readable(name) and not name.endswith(".zip"):
         reason = f"{file}: unknown ending {''.join(Path(name).suffixes[-2:])!r}"
-        return Problem(where=key, value=spec, reason=reason, fix=KNOWN)
+        return Problem(where=key, value=spec, reason=reason, fix=READABLE)
     if not file.is_file():
         reason = f"{file} is a pipe or a device, and rows are read several times"
         return Problem(where=key, value=spec, reason=reason, fix="write its rows to a file")
@@ -268,7 +272,7 @@ def _files_in(file: Path, text_rows: TextRows) -> list[DataFile]:
 
 
 def _of_folder(folder: Path, key: str, spec: str, split: str, split_name: str | None) -> list[Path]:
-    """Return the files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
+    """Return the files of a folder: a data set that `datasets` saved (with or without splits), or data files by split."""
     description = folder / "dataset_dict.json"
     if description.is_file():  # DatasetDict.save_to_disk
         splits = object_in(description).get("splits")
@@ -286,7 +290,7 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, split_name: str | 
         return _saved(folder, key, spec)
     by_split = _data_files(folder)
     if not by_split:
-        fix = f"a glob says which files, for example {key}='{folder}/**/*.jsonl'; {KNOWN}"
+        fix = f"a glob says which files, for example {key}='{folder}/**/*.jsonl'; {READABLE}"
         raise UserError(Problem(where=key, value=spec, reason="this folder holds no file of rows", fix=fix))
     if split_name is None and list(by_split) == [""]:
         return by_split[""]
@@ -304,7 +308,7 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, split_name: str | 
 
 
 def _saved(folder: Path, key: str, spec: str) -> list[Path]:
-    """Return the Arrow files of `Dataset.save_to_disk`."""
+    """Return the Arrow files that `Dataset.save_to_disk` wrote. Raises UserError."""
     try:
         state = parse_json(read_file(folder / "state.json"))
         names = [entry["filename"] for entry in state["_data_files"]]
@@ -323,13 +327,13 @@ def _saved(folder: Path, key: str, spec: str) -> list[Path]:
 
 
 def _is_name(name: str) -> bool:
-    """Return whether `name` is that of a file or folder, not a path that leads elsewhere."""
+    """Return whether `name` is a plain name of a file or folder, not a path that leads elsewhere."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _data_files(folder: Path) -> dict[str, list[Path]]:
-    """Return files with rows below `folder` by split, as `datasets` tells splits from the names of files and folders; under the
-    name "" where the names tell none."""
+    """Return the files with rows below `folder` by split. `datasets` infers the splits from the names of files and folders; if
+    the names show none, all files are under the name ""."""
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
     base = str(folder.resolve())
@@ -338,12 +342,12 @@ def _data_files(folder: Path) -> dict[str, list[Path]]:
         files_by_split = DataFilesDict.from_patterns(patterns, base_path=base)
     except (EmptyDatasetError, FileNotFoundError):
         return {}
-    whole = list(patterns.values()) == [["**"]]
+    has_no_splits = list(patterns.values()) == [["**"]]
     by_split = {}
     for split, names in files_by_split.items():
         inside = [folder / Path(name).relative_to(base) for name in names if _holds_rows(name)]
         if inside:
-            by_split["" if whole else str(split)] = sorted(_without_notes(inside))
+            by_split["" if has_no_splits else str(split)] = sorted(_without_notes(inside))
     return by_split
 
 
@@ -352,6 +356,6 @@ def _holds_rows(name: str) -> bool:
 
 
 def _without_notes(files: Sequence[Path]) -> list[Path]:
-    """Return `files` without texts that lie beside other rows: they tell about the rows."""
+    """Return `files` without documents if there are other files: a text next to data files describes the data."""
     rows = [file for file in files if ending_of(file.name) not in DOCUMENTS]
     return rows or list(files)

@@ -1,4 +1,4 @@
-"""Special tokens that a tokenizer puts around a text, and where the targets of a sample begin."""
+"""Find the special tokens that a tokenizer puts around a text, and where the targets of a sample begin."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def end_of_target(tokenizer: Any) -> int | None:
-    """Return the token that ends a target: of end of text, or of encoders the separator."""
+    """Return the token that ends a target: the end-of-text token, or an encoder's separator; None without either."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 
 def first_special_tokens(tokenizer: Any) -> list[int]:
-    """Return what the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
+    """Return the tokens that the tokenizer puts in front of a text (a beginning-of-sequence token); often none."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
@@ -24,7 +24,7 @@ def first_special_tokens(tokenizer: Any) -> list[int]:
 
 
 def decoder_prompt(sample: Mapping[str, Any], ignored: int) -> list[int]:
-    """Return the tokens of a sample up to its first target: what the model is to go on from."""
+    """Return the tokens of a sample before its first target, from which the model continues. ignored: the label of no target."""
     if "target_ids" in sample:
         return np.asarray(sample["input_ids"]).tolist()
     targets = np.flatnonzero(np.asarray(sample["labels"]) != ignored)

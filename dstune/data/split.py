@@ -1,4 +1,4 @@
-"""Hold rows out by a hash of their content: equal rows stay together, and no other row's order matters."""
+"""Hold rows out by a hash of their content: equal rows stay together, and the order of rows does not matter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import xxhash
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 SHARE, FEWEST, LARGEST_SHARE = 0.05, 20, 0.2
-"""Of `data.split.validation=auto`: the share that is held out, the rows that are at least, and the share that is at most."""
+"""Of `data.split.validation=auto`: the usual share of held-out rows, their minimum number, and their maximum share."""
 
 MANY = int(FEWEST / SHARE)
-"""From this number of rows on, the share alone decides."""
+"""From this number of rows on, only SHARE decides."""
 
 
 def automatic_share(hashes: np.ndarray, *, labelled: bool) -> tuple[float, int]:
-    """Return the share of `data.split.validation=auto`, and how many of the rows it holds out.
+    """Return the share of `data.split.validation=auto`, and the number of rows that it holds out.
 
-    hashes: uint64 [rows]; equal rows count once. Of rows without labels the share is the place, among all hashes, between the
-    last row that is held out and the next one: it holds out the same rows when others are added.
+    hashes: uint64 [rows]; equal rows count once. For rows without labels, the share lies in the middle between the hashes of the
+    last held-out row and the next one (as a fraction of 2**64), so that `assign` holds out exactly these rows, also if others
+    are added.
     """
     ranked = np.unique(hashes)
     count = len(ranked)
@@ -31,18 +32,18 @@ def automatic_share(hashes: np.ndarray, *, labelled: bool) -> tuple[float, int]:
 
 
 def content_hash(content: bytes, seed: int) -> int:
-    """Return 64-bit hash of a row's content under the split's seed."""
+    """Return the 64-bit hash of a row's content under the split's seed."""
     return xxhash.xxh3_64_intdigest(content, seed=seed & 0xFFFFFFFFFFFFFFFF)
 
 
 def assign(hashes: np.ndarray, labels: np.ndarray | None, *, validation: float, test: float) -> np.ndarray:
-    """Return which part each row belongs to: TRAIN, VALIDATION or TEST, int8 [rows].
+    """Return the part of each row: TRAIN, VALIDATION or TEST, int8 [rows].
 
     hashes: uint64 [rows], from `content_hash`; labels: any dtype [rows], or None. Shares are in [0, 1).
 
-    Without labels a row's part depends on its own hash alone. With labels, every label gives the same share of its own
-    rows (those with the lowest hashes) and keeps at least one for training. A share above 0 holds out one row
-    at least, if there are two different ones.
+    Without labels, a row's part depends only on its own hash. With labels, each label gives the same share of its rows (those
+    with the lowest hashes) and keeps at least one for training. A share above 0 holds out at least one row, if there are two
+    different ones.
     """
     parts = np.zeros(len(hashes), dtype=np.int8)
     if labels is None:
@@ -63,7 +64,7 @@ def assign(hashes: np.ndarray, labels: np.ndarray | None, *, validation: float, 
 
 def _assign_ranked(parts: np.ndarray, hashes: np.ndarray, members: np.ndarray, validation: float, test: float) -> None:
     ranked = members[np.argsort(hashes[members], kind="stable")]
-    # Rank of a row = number of rows with a lower hash, the same for equal rows, so these never part.
+    # The rank of a row is the number of rows with a lower hash. Equal rows have the same rank, so they stay together.
     rank = np.searchsorted(hashes[ranked], hashes[ranked], side="left")
     first = round(validation * len(ranked))
     second = first + round(test * len(ranked))
@@ -74,7 +75,7 @@ def _assign_ranked(parts: np.ndarray, hashes: np.ndarray, members: np.ndarray, v
 
 
 def _hold_out_one(parts: np.ndarray, hashes: np.ndarray, labels: np.ndarray, part: int) -> None:
-    """Move the training row with the lowest hash (and its equals), but never the last one of a label."""
+    """Move the training row with the lowest hash (and its equals) to `part`, but never the last row of a label."""
     training = parts == TRAIN
     for candidate in np.unique(hashes[training]):
         moved = training & (hashes == candidate)
@@ -85,6 +86,6 @@ def _hold_out_one(parts: np.ndarray, hashes: np.ndarray, labels: np.ndarray, par
 
 
 def lowest(hashes: np.ndarray, count: int) -> np.ndarray:
-    """Return indices of the `count` rows with the lowest hashes, in their old order: a sample that is always the same."""
+    """Return the indices of the `count` rows with the lowest hashes, ascending: a sample that is always the same."""
     chosen = np.argsort(hashes, kind="stable")[:count]
     return np.sort(chosen)

@@ -1,4 +1,4 @@
-"""Lengths of rows and how well they pack, as numbers that a report shows. Pure functions."""
+"""Summarise the lengths of rows and how well they pack, for reports. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from dstune.data.pack import best_fit
 
 PACKED_SAMPLE = 200_000
-"""More lengths than that are judged by an evenly spaced sample: best-fit packing takes a second for a million."""
+"""Beyond this number of lengths, an evenly spaced sample is packed: best-fit packing takes a second for a million."""
 
 
 @cache
 def _bounds() -> np.ndarray:
-    """Return whole numbers four to an octave, every power of two among them, up to 2**40."""
+    """Return the upper bounds of the classes: integers up to 2**40, four to each doubling, among them every power of two."""
     return np.unique(np.round(2.0 ** (np.arange(4 * 40 + 1) / 4))).astype(np.int64)
 
 
 def histogram(lengths: np.ndarray) -> dict[int, int]:
-    """Return number of rows by length: upper bound of a class (inclusive) -> rows in it, in rising order.
+    """Return the number of rows by length: a class's upper bound (inclusive) -> rows in it, ascending.
 
     lengths: tokens [rows]. The classes are always the same, so histograms of parts add up (`merged`). Powers of two are
-    bounds, so the rows longer than one are counted exactly.
+    bounds, so the rows longer than a power of two are counted exactly.
     """
     classes, counts = np.unique(np.searchsorted(_bounds(), lengths, side="left"), return_counts=True)
     return {int(_bounds()[number]): int(count) for number, count in zip(classes, counts, strict=True)}
@@ -40,7 +40,7 @@ def merged(parts: Iterable[Mapping[int, int]]) -> dict[int, int]:
 
 
 def classes(counted: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Return (upper bound, rows) of every class from the shortest to the longest row, empty ones included."""
+    """Return (upper bound, rows) of each class from the shortest to the longest row, including empty classes."""
     if not counted:
         return []
     bounds = _bounds()
@@ -48,7 +48,8 @@ def classes(counted: Mapping[int, int]) -> list[tuple[int, int]]:
 
 
 def longer_than(counted: Mapping[int, int], limit: int) -> int:
-    """Return rows of more than `limit` tokens, exact where `limit` is a power of two, else from the next class on."""
+    """Return the number of rows with more than `limit` tokens: exact for a power of two, otherwise including those of the class
+    that holds `limit`."""
     return sum(count for bound, count in counted.items() if bound > limit)
 
 
@@ -63,8 +64,8 @@ def with_packing(
 
 
 def packing(lengths: np.ndarray, max_length: int) -> float | None:
-    """Return share of positions that hold a token when samples of `lengths` tokens are packed into rows of `max_length`; None
-    for no sample. Above PACKED_SAMPLE samples an estimate."""
+    """Return the share of positions that hold a token if samples of `lengths` tokens are packed into rows of `max_length` tokens;
+    None without samples. Beyond PACKED_SAMPLE samples, it is an estimate."""
     if not len(lengths):
         return None
     if len(lengths) > PACKED_SAMPLE:

@@ -1,4 +1,4 @@
-"""Rows of many shards as one endless stream that can be entered where any block of it begins."""
+"""Read the rows of many shards as one endless stream that can be resumed at the beginning of any block."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import xxhash
 from dstune.data import sources
 
 HEAD_BYTES = 1 << 16
-"""How much of a shard is hashed to know it again: a stream is too long to be read for that."""
+"""Number of bytes of a shard that are hashed to recognise it: a stream is too long to be read for that."""
 
 MAX_NAMES = 3
-"""Names of shards in a message, of each kind."""
+"""Maximum number of shards that a message names for each kind of change."""
 
 SHARDS_SEED = 1
-"""Keeps the order of shards apart from the other orders that the run's seed gives."""
+"""Makes the order of shards independent of other orders from the run's seed."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the stream the next row is."""
+    """The position of the next row in the stream."""
 
     passes: int = 0
-    """Whole passes over all shards before it."""
+    """Number of complete passes over all shards before it."""
     shard: int = 0
-    """Place of its shard in the order of this pass."""
+    """Index of its shard in the order of this pass."""
     row: int = 0
-    """Rows of the shard before it."""
+    """Number of rows before it in its shard."""
     mark: dict[str, Any] | None = None
-    """How the shard finds it without reading those rows, where its format allows that."""
+    """How the shard finds the row without reading those before it, if its format allows that."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,24 +42,27 @@ class Shard(Protocol):
     """A part of the stream that is read from its start to its end."""
 
     def rows(self, row: int, mark: dict[str, Any] | None) -> Iterator[sources.RawRow]:
-        """Yield the rows behind the first `row` ones."""
+        """Yield the rows after the first `row` rows."""
 
     def mark(self) -> dict[str, Any] | None:
-        """Return how to find the row behind the one that `rows` gave last."""
+        """Return the mark (`Position.mark`) of the row after the one that `rows` yielded last."""
 
     def share(self, position: Position) -> float:
-        """Return how much of it is before `position`, from 0 to 1; 0 where that is not known without reading."""
+        """Return the share of the shard before `position`, from 0 to 1; 0 if it is unknown without reading."""
 
     def name(self) -> str:
-        """Return what messages call it."""
+        """Return the shard's name in messages."""
 
     def identity(self) -> str:
-        """Return a text that changes with the shard, and takes no reading of all of it."""
+        """Return a text that changes with the shard's content, without reading all of it."""
 
 
 class FileShard:
-    """A file. The lines of a JSONL file are found again by their byte, the rows of a Parquet file by their row group;
-    of any other file the rows before are read and left out."""
+    """A file as a shard.
+
+    To resume, a line of a JSONL file is found by its byte, a row of a Parquet file by its row group; in any other file the
+    preceding rows are read and skipped.
+    """
 
     def __init__(self, file: sources.DataFile):
         self._file = file
@@ -88,9 +91,9 @@ class FileShard:
 
 
 class Stream:
-    """The rows of `shards`, pass after pass, each pass in another order of the shards.
+    """The rows of `shards`, pass after pass, each pass with the shards in a different order.
 
-    The order is a function of (seed, pass), so a position means the same rows whenever it is entered.
+    The order is a function of (seed, pass), so the same position always gives the same rows.
     """
 
     def __init__(self, shards: list[Shard], seed: int):
@@ -102,26 +105,20 @@ class Stream:
     def take(self, begin: Position, count: int) -> Iterator[tuple[int, sources.RawRow]]:
         """Yield up to `count` rows from `begin`, each with the number of its shard; fewer at the end of a pass.
 
-        Afterwards `position` is behind the last of them. Nothing comes only where a whole pass has no row.
+        Afterwards `position` is after the last of them. No row is yielded only if a complete pass has none.
         """
         row_count, self.position = 0, begin
-        ends = begin.passes + 2
-        while row_count < count and self.position.passes < ends:
+        passes_limit = begin.passes + 2
+        while row_count < count and self.position.passes < passes_limit:
             place = self.position
             number = self.order(place.passes)[place.shard]
             shard = self._shards[number]
-            rows = place.row
-            whole = True
-            for raw in shard.rows(place.row, place.mark):
-                rows += 1
+            for row_end, raw in enumerate(shard.rows(place.row, place.mark), start=place.row + 1):
                 row_count += 1
                 yield number, raw
                 if row_count == count:
-                    self.position = replace(place, row=rows, mark=shard.mark())
-                    whole = False
-                    break
-            if not whole:
-                return
+                    self.position = replace(place, row=row_end, mark=shard.mark())
+                    return
             if place.shard + 1 < len(self._shards):
                 self.position = Position(place.passes, place.shard + 1)
             else:
@@ -135,7 +132,7 @@ class Stream:
         return np.random.RandomState(generator).permutation(len(self._shards)).tolist()
 
     def share(self, position: Position) -> float:
-        """Return passes up to `position`, by shards: 1.5 is half of the second pass."""
+        """Return the number of passes up to `position`, counted by shards: 1.5 is the middle of the second pass."""
         inside = self._shards[self.order(position.passes)[position.shard]].share(position)
         return position.passes + (position.shard + inside) / len(self._shards)
 
@@ -144,16 +141,17 @@ class Stream:
         return [[shard.name(), shard.identity()] for shard in self._shards]
 
     def identity(self) -> str:
-        """Return digest of what the shards are, whatever folder they lie in."""
+        """Return the digest of the shards' identities; the folder that they are in does not matter."""
         return identity_of(self.shards())
 
 
 def identity_of(shards: list[list[str]]) -> str:
+    """Return the digest of the identities in `shards`, each given by its name and identity."""
     return xxhash.xxh3_128_hexdigest("\n".join(identity for _, identity in shards).encode())
 
 
 def difference(before: list[list[str]], now: list[list[str]]) -> str:
-    """Return how the shards differ, in words; empty where they do not. Each is given by its name and identity."""
+    """Describe how the shards differ; empty if they do not. Each is given by its name and identity."""
     if before == now:
         return ""
     old, new = dict(before), dict(now)
@@ -162,9 +160,9 @@ def difference(before: list[list[str]], now: list[list[str]]) -> str:
         "new": [name for name in new if name not in old],
         "changed": [name for name in old if name in new and old[name] != new[name]],
     }
-    words = [
+    changes = [
         f"{change}: {', '.join(names[:MAX_NAMES])}{' ...' * (len(names) > MAX_NAMES)}"
         for change, names in names_by_change.items()
         if names
     ]
-    return "; ".join(words) or f"{len(before)} files then, {len(now)} in this order now"
+    return "; ".join(changes) or f"{len(before)} files then, {len(now)} in this order now"

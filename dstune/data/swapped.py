@@ -1,4 +1,4 @@
-"""Samples of held-out rows with the terms of a table swapped."""
+"""Write and load samples of held-out rows with the terms of a table swapped (`evaluate.counterfactual`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dstune.data.write import write_samples
 def write_swapped(
     rows: ChosenRows, swaps: Swaps, encode: RowTokenizer, folder: Path, part: str, *, work: Path, workers: int
 ) -> None:
-    """Write the samples of those of `rows` that hold a term, as a part of their own beside `part`."""
+    """Write the samples of those `rows` that contain a term, with terms swapped, as a separate part next to `part`."""
     name = _name(part)
     target = work / f"{name}.rows.arrow"
     origins: list[int] = []
@@ -51,7 +51,7 @@ def write_swapped(
 
 
 def load_swapped(folder: Path, part: str) -> Swapped | None:
-    """Return what `write_swapped` wrote; None where it did not, or no row held a term."""
+    """Return what `write_swapped` wrote; None if it wrote nothing, or no row contained a term."""
     file = folder / f"{_name(part)}.json"
     if not file.exists():
         return None

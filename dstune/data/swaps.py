@@ -1,4 +1,4 @@
-"""Terms of a user's table put in each other's place, to see what a model makes of them alone (`evaluate.counterfactual`)."""
+"""Swap the terms of a user's table, to measure how much a model's answers depend on them (`evaluate.counterfactual`)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KEY = "evaluate.counterfactual"
 
 
 class Swaps:
-    """Replaces each term by its counterpart, in both directions; a term that has several counterparts by the first one.
+    """Replaces each term by its counterpart, in both directions; if it has several, by the first.
 
-    Terms are found as whole words whatever their case, longer ones first; a capital letter at the beginning, or capitals
-    throughout, are kept. Example, of the pair (he, she): "He told her" becomes "She told her", "SHE" becomes "HE".
+    Terms match as whole words in upper or lower case, longer terms first. A capital first letter, or all capitals, are
+    preserved. Example for the pair (he, she): "He told her" becomes "She told her", "SHE" becomes "HE".
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]):
@@ -39,17 +39,17 @@ class Swaps:
         return self._pattern.sub(self._swapped, text)
 
     def _swapped(self, match: re.Match[str]) -> str:
-        # The pattern also takes a dotless or a dotted capital I for i, and a long s for s: these are other words.
+        # The pattern also matches a dotless or a dotted capital I as i, and a long s as s: these are other words.
         other = self._other.get(match.group().lower())
         return match.group() if other is None else cased(other, match.group())
 
     def row(self, row: Row) -> Row | None:
-        """Return the normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
+        """Return the normalised `row` with its terms swapped; None if it has none, or if the swap broke an answer's span."""
         swapped = map_texts(row, self.text)
         return None if swapped == row or swapped.get("context") == "" else swapped
 
     def names(self, row: Row) -> list[str]:
-        """Return what is swapped in `row`: `he -> she`, sorted."""
+        """Return the swaps in `row` as `he -> she`, sorted."""
         terms = {
             match.group().lower() for text in row.get("tokens", texts(row)) for match in self._pattern.finditer(text)
         }
@@ -77,14 +77,14 @@ def read_pairs(path: str, key: str, example: dict[str, str]) -> list[tuple[str, 
 
 
 def cased(term: str, like: str) -> str:
-    """Return `term` with a capital at the beginning, or in capitals, where `like` has them."""
+    """Return `term` with a capital first letter, or all capitals, if `like` has them."""
     if len(like) > 1 and like.isupper():
         return term.upper()
     return term[:1].upper() + term[1:] if like[:1].isupper() else term
 
 
 def slice_values(fields: dict[str, Any], columns: Sequence[str]) -> dict[str, str | None]:
-    """Return the value of each column that rows are measured apart by, as text; None where the row has none."""
+    """Return the row's value of each column in `evaluate.slices` as text; None if it has none."""
     value_by_column: dict[str, str | None] = {}
     for column in columns:
         value = fields.get(column)

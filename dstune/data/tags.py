@@ -1,4 +1,4 @@
-"""Tags of words: the marks of entities, what is wrong with a sequence of them, and the names that belong together."""
+"""Check the tags of words, and convert the marks of entities to BIO."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ OUTSIDE = "O"
 
 
 class TagScheme(Enum):
+    """What the tags of a task mean (`task.scheme`)."""
+
     auto = "auto"
     bio = "bio"
     plain = "plain"
@@ -20,23 +22,23 @@ class TagScheme(Enum):
 _MARKED = re.compile(r"[BIESLUM]-.+", re.DOTALL)
 
 AS_BIO = {"S": "B", "U": "B", "E": "I", "L": "I", "M": "I"}
-"""Marks of BIOES and BILOU by those of BIO, which says the same of whole entities."""
+"""Marks of BIOES and BILOU, and those of BIO that replace them without loss."""
 
 
 def is_bio(tags: Collection[str]) -> bool:
-    """Return whether all of `tags` are `O` or the mark of an entity's word (BIO, or BIOES and BILOU)."""
+    """Return whether all `tags` are `O` or mark a word of an entity (in BIO, BIOES or BILOU)."""
     return all(tag == OUTSIDE or _MARKED.fullmatch(tag) for tag in tags)
 
 
 def marks_entities(labels: Collection[str], scheme: TagScheme) -> bool:
-    """Return whether entities are measured: the tags look like marks of them, and are not said to be tags of single words."""
+    """Return whether metrics count entities: the labels look like their marks, and the scheme is not plain tags of words."""
     return scheme is not TagScheme.plain and is_bio(labels)
 
 
 def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, repair: bool) -> list[str]:
-    """Return the tags of one sentence; those of entities in BIO (IOB2: every entity begins with B-).
+    """Return the tags of one sentence, with marks of entities in BIO (IOB2: every entity begins with B-).
 
-    Marks of BIOES and BILOU become B- and I-. With `repair` an I- tag that continues no entity of its type becomes B-,
+    Marks of BIOES and BILOU become B- and I-. With `repair`, an I- tag that continues no entity of its type becomes B-,
     which turns IOB1 into IOB2. Raises RowError.
     """
     if scheme is TagScheme.plain or (scheme is TagScheme.auto and not is_bio(tags)):
@@ -66,7 +68,8 @@ def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, re
 
 
 def completed(labels: Sequence[str]) -> tuple[str, ...]:
-    """Return `labels` with both marks of every entity's type and `O`, where they are of entities: O, B-x, I-x, B-y, I-y, ..."""
+    """Return the labels completed to both marks of each type of entity and `O` (O, B-x, I-x, B-y, I-y, ...); other labels stay as
+    they are."""
     if not is_bio(labels):
         return tuple(labels)
     kinds = sorted({label[2:] for label in labels if label != OUTSIDE})

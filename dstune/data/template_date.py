@@ -1,4 +1,4 @@
-"""The date that a chat template prints, frozen."""
+"""Freeze the date that a chat template prints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _DATE_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMprRSTuUVwWxXyYzZ"
 
 
 def freeze_date(template: str, date: str | None) -> str:
-    """Return `template` with `strftime_now` replaced by one that always tells `date` (`YYYY-MM-DD`, at midnight; None: today).
+    """Return `template` with `strftime_now` fixed to `date` (`YYYY-MM-DD`, at midnight; None: today).
 
-    A template that prints the current date would give other tokens (and another cache) each day. The replacement is a
-    macro, since transformers lets no Python function through to a template. A template with a date of its own
-    that does not ask for the current one stays as it is, as inference servers render it so too.
+    A template that prints the current date would give different tokens (and another cache entry) each day. The replacement is a
+    macro, since transformers passes no Python function to a template. A template with a built-in date that does not ask for the
+    current one stays as it is: inference servers render it the same way.
     """
     if "strftime_now" not in template:
         return template
@@ -23,6 +23,6 @@ def freeze_date(template: str, date: str | None) -> str:
         f" | replace('%{letter}', '{moment.strftime(f'%{letter}')}')"
         for letter in _DATE_DIRECTIVES
     )
-    # trim_blocks removes exactly the line break after the block, so the template's own first characters stay.
+    # trim_blocks removes exactly the line break after the block, so the first characters of the template stay.
     body = f"{{{{ format{replaced} | replace('%%', '%') }}}}"
     return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{template}"

@@ -1,4 +1,4 @@
-"""Rows that are token ids already: what they must hold, and whether the model's tokenizer is the one that made them."""
+"""Check rows that are already token ids, and whether the model's tokenizer made them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dstune.core.tokenizers import open_tokenizer
 from dstune.data.problems import RowError, format_value
 
 MASKED = -100
-"""The label of a token that does not count in the loss, as `transformers` has it."""
+"""The label of a token that does not count in the loss, as in `transformers`."""
 
 
 def numbers(value: Any, column: str) -> list[int]:
-    """Return a list of whole numbers with something in it. Raises RowError."""
+    """Check that a value is a list of whole numbers and not empty, and return it. Raises RowError."""
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of token ids, it is {format_value(value)}")
     for number in value:
@@ -26,7 +26,7 @@ def numbers(value: Any, column: str) -> list[int]:
 
 
 def token_row(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `input_ids`, and `labels` where not all of them count: each the token itself or MASKED. Raises RowError."""
+    """Return the row's `input_ids`, and its `labels` if given: each label is the token itself or MASKED. Raises RowError."""
     ids, labels, mask = values["input_ids"], values.get("labels"), values.get("attention_mask")
     if mask is not None and (len(mask) != len(ids) or not all(mask)):
         raise RowError(
@@ -43,7 +43,7 @@ def token_row(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:
-    """Raises UserError where token ids were made by another tokenizer than the model's."""
+    """Raise UserError if `data.tokenizer`, which made the rows' token ids, differs from the model's tokenizer."""
     if not _has_token_ids(config.data) or config.data.tokenizer in (None, config.model.path):
         return
     from dstune import samples
@@ -58,8 +58,8 @@ def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     }:
         token = min(different, key=lambda item: (data_ids.get(item, len(data_ids)), item))
         reason = (
-            f"the model's tokenizer ({config.model.path}) is another one: {len(different):,} tokens differ, for example "
-            f"{token!r} is {data_ids.get(token, 'none')} there and {model_ids.get(token, 'none')} here"
+            f"it differs from the model's tokenizer ({config.model.path}) in {len(different):,} tokens, for example "
+            f"{token!r} is {data_ids.get(token, 'none')} in {tokenizer_name} and {model_ids.get(token, 'none')} in the model's"
         )
         raise UserError(
             Problem(key, reason, "make the token ids with the model's tokenizer, or give the texts", tokenizer_name)

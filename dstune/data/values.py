@@ -1,4 +1,4 @@
-"""Checks of single values of a row: each returns the value as the row is to hold it, or raises RowError."""
+"""Check single values of a row. Each function returns the value as the normalised row holds it, or raises RowError."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dstune.core.parsing import parse_json
 from dstune.data.problems import RowError, format_value
 
 _LIST_OF_PYTHON = re.compile(r"\[(['\"]|-?\d).*\]\s*", re.DOTALL)
-"""A list as Python and numpy write it, which pandas puts into CSV files."""
+"""A list as Python and numpy print it, and pandas writes it into CSV files."""
 
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["'])(?:role|from|content|value)\1\s*:""")
-"""How messages begin as text."""
+"""The beginning of messages that are written as text, by JSON or (with single quotes) by Python."""
 
 
 def text(value: Any, column: str) -> str:
@@ -36,7 +36,7 @@ def text_or_messages(value: Any, column: str) -> Any:
 
 
 def text_or_texts(value: Any, column: str) -> str | list[str]:
-    """Return a text or a list of texts, which may be empty; in a CSV file a JSON list."""
+    """Return a text, or a list of texts (perhaps empty), which may be JSON text as in a CSV file."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             value = parse_json(value)
@@ -46,8 +46,10 @@ def text_or_texts(value: Any, column: str) -> str | list[str]:
 
 
 def messages_in(value: Any, column: str) -> Any:
-    """Return `value`, or the messages that it holds as JSON text: CSV files have no other way. Raises RowError where Python
-    wrote them."""
+    """Return the messages that `value` holds as JSON text, the only form in a CSV file; any other value unchanged.
+
+    Raises RowError for messages that Python's `str` wrote.
+    """
     match = _MESSAGES.match(value) if isinstance(value, str) else None
     if match is None:
         return value
@@ -71,7 +73,7 @@ def label(value: Any, column: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of integers with gaps is read as floats
+        value = int(value)  # a column of integers with missing values is read as floats
     if isinstance(value, str):
         value = value.strip()
     if not isinstance(value, (int, str)) or value == "":
@@ -90,7 +92,7 @@ def number(value: Any, column: str) -> float:
 
 
 def labels_of_row(value: Any, column: str) -> list[str]:
-    """Return any number of labels: a list, in a CSV file a JSON list or names with commas between them."""
+    """Return the sorted labels of a list, of a JSON list, or of names separated by commas, as in a CSV file."""
     if isinstance(value, str):
         if value.strip().startswith("["):
             try:
@@ -108,7 +110,7 @@ def labels_of_row(value: Any, column: str) -> list[str]:
 
 
 def listed(value: Any, column: str) -> list[Any]:
-    """Return a list with something in it; in a CSV file a JSON list, or words with spaces between them."""
+    """Return a list that is not empty: given as a list, a JSON list, or words separated by spaces, as in a CSV file."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             value = parse_json(value)

@@ -25,11 +25,11 @@ ROWS_AT_ONCE = 1000
 
 @dataclass
 class Counts:
-    """What became of the rows of one part."""
+    """Counts of the rows of one part and of their samples."""
 
     samples: int = 0
     truncated: int = 0
-    """Rows longer than `data.max_length`: cut, or for causal_lm divided."""
+    """Rows longer than `data.max_length`, which were cut, or for causal_lm divided."""
     dropped: int = 0
     """Rows left out because `data.max_length` cut off all their targets."""
     bad_rows: int = 0
@@ -42,9 +42,9 @@ class Counts:
     """Tokens of the shortest row before it was cut."""
     longest: int = 0
     conversations: int = 0
-    """Rows of samples that a chat template rendered; a row may be several where it rewrites the history."""
+    """Rows with samples that a chat template rendered; a row becomes several samples if the template rewrites the history."""
     tokens_once: int = 0
-    """Tokens if each conversation were one sample: those of its longest one."""
+    """Tokens if each conversation were one sample: those of its longest sample."""
     lengths: dict[int, int] = field(default_factory=dict)
     """Rows by their length before it was cut (`statistics.histogram`)."""
 
@@ -61,12 +61,16 @@ def write_samples(
     workers: int,
     with_texts: bool = False,
 ) -> Counts:
-    """Write `PART.arrow`, `PART.lengths.npy`, `PART.weights.npy` and `PART.content`, a digest of the samples in order, to
-    `folder` for the rows `indices` of `table`; for a mixture `PART.sources.npy` too.
+    """Tokenize the rows `indices` of `table` and write the samples to `folder`.
 
-    Validation and test get `PART.origins.npy` (which row each sample is of), `PART.places.json` (FILE:LINE of each row), and
-    `with_texts` `PART.texts.arrow`, the rows.
-    workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
+    - `PART.arrow`, `PART.lengths.npy`, `PART.weights.npy`, and `PART.content`: a digest of the samples in order
+    - for a mixture `PART.sources.npy`
+    - for all parts but train `PART.origins.npy` (the row that each sample comes from) and `PART.places.json` (FILE:LINE of each
+      row)
+    - with `with_texts` `PART.texts.arrow`: the rows
+    - for conversations of train `evidence.FILE`: rows to prove before the first step
+
+    work: folder for temporary files. workers: number of processes that tokenize; 0: one per core that this process may use.
     """
     chosen = _selected(table, indices, work / f"{part}.indices.arrow").select_columns(["row", "number", "slices"])
     mapped = map_rows(
@@ -96,9 +100,9 @@ def write_samples(
 
 
 def _selected(table: Table, indices: np.ndarray, file: Path) -> datasets.Dataset:
-    """Return the rows `indices` of `table`, the order of which is mapped from `file` where there are gaps in it.
+    """Return the rows `indices` of `table`. Unless they are consecutive, their indices are memory-mapped from `file`.
 
-    `Dataset.select` would make a Python object of each number, and give every process that tokenizes a copy of its own.
+    `Dataset.select` would make a Python object of each index, and give every process that tokenizes its own copy.
     """
     start = int(indices[0]) if len(indices) else 0
     if np.array_equal(indices, np.arange(start, start + len(indices))):
@@ -130,14 +134,17 @@ def _write_texts(rows: datasets.Dataset, target: Path) -> None:
 def _keep_good(
     mapped: datasets.Dataset, encode: RowTokenizer, table: Table, target: Path, bad: BadRows
 ) -> tuple[Counts, np.ndarray, np.ndarray]:
-    """Copy the samples that have targets, without the columns that only served to count; with the counts the row
-    number of each sample, and the numbers of rows that were cut, both int64."""
+    """Copy the samples that have targets to files at `target`, without the columns that only served to count.
+
+    Returns the counts, the row number of each sample, and the sorted numbers of the rows that were cut, both int64. Rows in
+    which tokenization found a fault are added to `bad`.
+    """
     counts = Counts()
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
     schema = pa.schema([column for column in written if column.name not in COUNTED])
     content = {name: xxhash.xxh3_128() for name in schema.names}
     absent = set(encode.later_columns)
-    # Rows may be many, so nothing here takes more than 14 bytes for each.
+    # There may be very many rows, so nothing here takes more than 14 bytes for each.
     last_number = -1
     lengths, weights, sources, numbers = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16, np.int64))
     truncated = [np.empty(0, np.int64)]
@@ -153,7 +160,7 @@ def _keep_good(
             cut = batch["truncated"].to_numpy(zero_copy_only=False) & ~faulty
             counts.bad_rows += int(faulty.sum())
             counts.dropped += int(empty.sum())
-            # A document may be several samples, one behind the other; it counts once.
+            # A document may be several consecutive samples; it counts once.
             first = np.diff(number, prepend=last_number) != 0
             last_number = number[-1] if len(number) else last_number
             truncated.append(number[cut])

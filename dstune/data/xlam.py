@@ -1,4 +1,4 @@
-"""Rows of xLAM (Salesforce's function-calling data): their tools list parameters by name, with types of Python."""
+"""Convert rows of xLAM (Salesforce's function-calling data), whose tools list parameters by name with Python's types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = {
     "set": "array",
     "dict": "object",
 }
-"""JSON Schema's names of the types."""
+"""Python's types by JSON Schema's names for them."""
 
 _ITEMS = re.compile(r"(list|tuple|set)\[([a-z]+)\]")
 
@@ -36,7 +36,7 @@ def call_messages(query: str, answers: Any) -> list[Message]:
 
 
 def schemas(tools: Any) -> Any:
-    """Return `tools` whose parameters are given by name as JSON Schema; others as they are. Raises RowError."""
+    """Return the tools with parameters that are listed by name converted to JSON Schema; others as they are. Raises RowError."""
     if isinstance(tools, str):
         tools = from_json(tools, "tools are not JSON")
     return [_schema(tool) for tool in tools] if isinstance(tools, list) else tools

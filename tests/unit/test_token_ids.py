@@ -68,7 +68,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert len(prepared(config, byte_tokenizer(), tmp_path / "cache").train.table) == 1
     config = data_run(path, task=TEXT, split=NOTHING_HELD_OUT, format="tokens", tokenizer=str(tmp_path / "other"))
     (problem,) = refusal_of(config, byte_tokenizer(), tmp_path)
-    assert problem.where == "data.tokenizer" and "1 tokens differ, for example 'another' is 356 there" in problem.reason
+    assert problem.where == "data.tokenizer" and "in 1 tokens, for example 'another' is 356 in " in problem.reason
     config = data_run(path, task=TEXT, split=NOTHING_HELD_OUT, format="tokens", tokenizer=str(tmp_path / "none"))
     (problem,) = refusal_of(config, byte_tokenizer(), tmp_path)
     assert problem.where == "data.tokenizer" and "cannot be loaded" in problem.reason

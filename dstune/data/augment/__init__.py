@@ -1,8 +1,8 @@
-"""Changed copies of training rows (`data.augment`): seeded, of training rows alone, and never equal to a held-out row.
+"""Make changed copies of training rows (`data.augment`): seeded, and never equal to a held-out row.
 
-What a copy becomes depends on the content of its row, its number and the seeds of `data.augment` and `data.split` (the hash of
-a row has that one), not on the other rows; what models write depends on the order of the rows too, since texts of a batch are
-sampled together.
+A copy depends only on the content of its row, its number and the seeds of `data.augment` and `data.split` (which is part of a
+row's hash), not on other rows. What models write also depends on the order of the rows, since the texts of a batch are sampled
+together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dstune.data.rows import canonical_json
 from dstune.data.split import content_hash
 
 TRIES = 5
-"""How often a copy is made anew that equals another row; a text of three words has few others."""
+"""Number of attempts to make a copy that equals no other row; a text of three words has few variants."""
 
 MAX_EXAMPLES = 5
 ROWS_AT_ONCE = 1000
@@ -39,17 +39,17 @@ Row = dict[str, Any]
 
 @dataclass
 class AugmentReport:
-    """What augmentation did, for the data report."""
+    """Counts of what augmentation did, for the data report."""
 
     copies: int = 0
-    """Rows that were added."""
+    """Number of rows that were added."""
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By technique: copies that it changed, and how many words."""
+    """By technique: the number of copies (`rows`) and of words that it changed."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Copies that were not added: equal to a held-out row (`held_out`), to a training row or another copy (`repeated`), or
-    of which a model left nothing (`empty`)."""
+    """Number of copies that were not added, by reason: equal to a held-out row (`held_out`), equal to a training row or another
+    copy (`repeated`), or with a text that a model left empty (`empty`)."""
     classes: dict[str, list[int]] = field(default_factory=dict)
-    """Rows of each class before and after."""
+    """Number of rows of each class before and after."""
     examples: list[dict[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,9 +59,9 @@ class AugmentReport:
 def augmented(
     train: ChosenRows, held_out: Iterable[ChosenRows], copied_places: np.ndarray, config: RunConfig, work: Path
 ) -> tuple[ChosenRows, dict[str, Any]]:
-    """Return the training rows with their copies behind them, and what to report.
+    """Return the training rows followed by their copies, and the report.
 
-    copied_places: places in `train` of the rows that are copied, int64. work: folder for the new table.
+    copied_places: the places in `train` of the rows to copy, int64. work: folder for the new table.
     """
     settings, report = config.data.augment, AugmentReport()
     known_keys = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
@@ -89,7 +89,7 @@ def _keys(parts: Iterable[ChosenRows]) -> set[int]:
 def _jobs(
     train: ChosenRows, copied_places: np.ndarray, settings: AugmentConfig, report: AugmentReport
 ) -> list[tuple[int, int]]:
-    """Return (place of the row, number of the copy) of every copy that is wanted."""
+    """Return (place of the row, number of the copy) for each copy to make."""
     jobs = [(int(place), number) for place in copied_places for number in range(settings.copies)]
     if not settings.balance:
         return jobs
@@ -100,7 +100,7 @@ def _jobs(
     report.classes = {str(name): [int(count)] for name, count in zip(names, counts, strict=True)}
     most = max(int(count) for count in counts) * (1 + settings.copies)
     for name, count in zip(names, counts, strict=True):
-        # By hash, so that which rows come once more does not depend on the order of the file.
+        # In the order of hashes, so that the rows that get one more copy do not depend on the order of the file.
         places = copied_places[labels == name]
         places = places[np.argsort(hashes[places], kind="stable")]
         missing = most - int(count) * (1 + settings.copies)
@@ -116,8 +116,10 @@ def _copies(
     report: AugmentReport,
     split_seed: int,
 ) -> list[tuple[int, str, int]]:
-    """Return (place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known_keys`
-    rows."""
+    """Return (place of the original row, the copy as JSON text, its hash) for each copy that equals no known row.
+
+    known_keys: the text keys of known rows, by the reason to leave such a copy out; keys of new copies are added.
+    """
     synonyms = words.read_synonyms(settings.synonyms) if settings.synonyms else {}
     hashes = train.hashes
     rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
@@ -169,7 +171,7 @@ def _rewrite(rows: list[Row], settings: AugmentConfig, report: AugmentReport) ->
 def _changed(
     row: Row, settings: AugmentConfig, synonyms: Mapping[str, list[str]], choose: Random
 ) -> tuple[Row, dict[str, int]]:
-    """Return a copy of the row, and how many words each technique has changed."""
+    """Return a changed copy of the row, and the number of words that each technique changed."""
     counts: Counter[str] = Counter()
 
     def change(text: str) -> str:
@@ -188,8 +190,7 @@ def _changed(
 
 
 def _write(train: ChosenRows, made: list[tuple[int, str, int]], target: Path) -> np.ndarray:
-    """Write the rows of `train` and behind them the copies as a table of its own. Returns the place in `train` of what each is
-    of."""
+    """Write the rows of `train`, followed by the copies, as a new table. Returns the place in `train` of each row's original."""
     count = len(train.indices)
     origins = np.concatenate([np.arange(count), np.array([place for place, _, _ in made], dtype=np.int64)])
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:

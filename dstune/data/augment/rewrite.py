@@ -1,4 +1,4 @@
-"""Texts rewritten by models: there and back again through two translators, or paraphrased by one."""
+"""Let models rewrite texts: translate them there and back with two models, or paraphrase them with one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TEXTS_AT_ONCE = 16
 
 
 def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
-    """Rewrite each text by the models of `settings`, one after another; an empty text where one says nothing.
+    """Rewrite each text with the models of `settings`, one after another. A text for which a model writes nothing is empty.
 
-    Texts of a batch are padded to the longest, so results may differ in the last bits of the arithmetic with the others of
-    the batch; the order of `texts` is part of the input. Raises UserError where a model is not on this machine.
+    Texts of a batch are padded to the longest, so the last bits of the arithmetic may depend on the other texts of the batch:
+    the order of `texts` is part of the input. Raises UserError if a model is not on this machine.
     """
     rewrites = list(texts)
     for number, path in enumerate(settings.models):
@@ -61,7 +61,7 @@ def _rewrite_by(texts: list[str], path: str, settings: AugmentConfig, *, seed: i
                 **sampling,
             )
             generated = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
-            # What fell silent on the way stays silent: the next model would invent something.
+            # A text that became empty stays empty: the next model would invent one.
             answers += [answer if text else "" for answer, text in zip(generated, batch, strict=True)]
     del model
     if on_gpu:
@@ -89,7 +89,7 @@ def _load(path: str) -> tuple[Any, Any]:
 
 
 def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
-    """Return padded prompts, and where in what is generated the answer begins."""
+    """Return the padded prompts, and the index of the answer's first token in a generated row."""
     if model.config.is_encoder_decoder:
         return tokenizer(prompts, return_tensors="pt", padding=True, truncation=True), 1
     tokenizer.padding_side = "left"
@@ -103,7 +103,7 @@ def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
 
 
 def identity(path: str) -> list[Any]:
-    """Return what tells a model from another of the same name: its files by size and time, or the commit in the hub's cache."""
+    """Return what identifies a model: the sizes and times of its files, or its commit in the hub's cache."""
     folder = samples.resolve(path, fetch=False) if samples.is_sample(path) else Path(path)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache

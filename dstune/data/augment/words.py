@@ -1,5 +1,7 @@
-"""Changes to the words of a text: some left out, some swapped, some replaced by a synonym (Wei and Zou 2019,
-arXiv:1901.11196). White space and punctuation at the ends of words stay where they are."""
+"""Change words of a text: delete some, swap some, or replace some by synonyms (Wei and Zou 2019, arXiv:1901.11196).
+
+White space and punctuation at the ends of words stay in place.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ _CORE = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
 
 
 def pieces(text: str) -> list[str]:
-    """Return words and the white space between them in turn, the first and the last a word: `"a b"` gives `["a", " ", "b"]`."""
+    """Return words alternating with the white space between them, words first and last: `"a b"` gives `["a", " ", "b"]`."""
     return re.split(r"(\s+)", text)
 
 
@@ -25,7 +27,7 @@ def _words(parts: Sequence[str]) -> list[int]:
 
 
 def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
-    """Return `text` without the words that a coin of this chance takes, one word at least left; and how many it took."""
+    """Delete each word with the probability `chance`, but not all words. Returns the text and the number of deleted words."""
     parts = pieces(text)
     places = _words(parts)
     deleted_places = {place for place in places if choose.random() < chance}
@@ -40,7 +42,7 @@ def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
 
 
 def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:
-    """Return `text` after so many swaps of two words as `share` of its words, one at least; and how many."""
+    """Swap two random words, `share` of the number of words times but at least once. Returns the text and the number of swaps."""
     parts = pieces(text)
     places = _words(parts)
     if len(places) < 2:
@@ -53,7 +55,8 @@ def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:
 
 
 def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, choose: Random) -> tuple[str, int]:
-    """Return `text` with a synonym for `share` of its words, one at least, as far as it has such that are known; and how many."""
+    """Replace `share` of the words, at least one, by synonyms, as far as they have any. Returns the text and the number of
+    replaced words."""
     parts = pieces(text)
     places = _words(parts)
     cores = {place: _CORE.fullmatch(parts[place]) for place in places}
@@ -68,8 +71,7 @@ def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, cho
 
 
 def read_synonyms(path: str) -> dict[str, list[str]]:
-    """Read synonyms from a file of rows with the columns `word` and `synonym`, which may name a word several times. Raises
-    UserError."""
+    """Read synonyms from a file of rows with the columns `word` and `synonym`; a word may have several rows. Raises UserError."""
     synonyms: dict[str, list[str]] = defaultdict(list)
     for word, synonym in read_pairs(path, KEY, {"word": "big", "synonym": "large"}):
         synonyms[word.lower()].append(synonym)
