@@ -1,6 +1,7 @@
-"""One message of a conversation, as files have it (OpenAI, ShareGPT, LLaMA-Factory), brought to what chat templates read:
-`role`, `content` as text (or as a list of text parts, where it has several),
-`reasoning_content`, `tool_calls` with arguments as an object, `weight: 0` where it is not trained.
+"""Normalise one message of a conversation from the forms in files (OpenAI, ShareGPT, LLaMA-Factory) to what chat templates read.
+
+The result has `role`, `content` (a text, or a list of parts if there are several), and where they apply `reasoning_content`,
+`tool_calls` with arguments as an object, and `weight: 0` if the message is not trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dstune.data.problems import RowError, format_value
 
 Message = dict[str, Any]
 Content = str | list[dict[str, Any]]
-"""A text, or parts `{type: text, text}` and `{type: image}`: a template prints them in its own way (`chat.content_format`)."""
+"""A text, or parts `{type: text, text}` and `{type: image}`, which each template prints in its own way (`chat.content_format`)."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -38,22 +39,22 @@ ROLE_NAMES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""The role that a name in a file stands for. `developer` is OpenAI's newer name of `system`, which most templates lack."""
+"""The role for each name in a file. `developer` is OpenAI's newer name for `system`, which most templates do not know."""
 
 INSTEAD = {"from": "role", "value": "content", "refusal": "content", "function_call": "tool_calls"}
-"""Keys of a message under which its files have another one."""
+"""Alternative keys in files, and the keys of a message that they stand for."""
 
 NAMES_OF_CALLS = ("function_call", "tool_call")
 """Roles of a message that is itself a call, as JSON text."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names that data and templates have for what a model thinks before it answers."""
+"""Names in data and templates for what a model thinks before it answers."""
 
 WEIGHT_KEYS = ("weight", "loss_weight", "loss")
 """Names of the weight in the loss: OpenAI's, LLaMA-Factory's and ms-swift's."""
 
 OTHER_WEIGHTS = ("train", "training", "train_detail", "trainable", "masked", "mask", "loss_mask")
-"""Names of it whose values say something else in other tools."""
+"""Further names of the weight, whose values differ in meaning between tools; they are refused."""
 
 PARTS = {
     "text": "text",
@@ -67,14 +68,14 @@ PARTS = {
 """What a part of a content holds, by its type."""
 
 BESIDE_FUNCTION = ("id", "type")
-"""Keys of a call that are not its function's."""
+"""Keys of a call that do not belong to its function."""
 
 ORDER = ("reasoning", "text", "call")
-"""In which order templates write what a message holds."""
+"""The order in which templates write the kinds of parts of a message."""
 
 
 _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
-"""How an object of Python begins that was made a text, as pandas makes one in a CSV file."""
+"""The beginning of Python's text form of an object, as pandas writes it into a CSV file."""
 
 
 def message_of(number: int, message: Any) -> Message:
@@ -115,7 +116,7 @@ def message_of(number: int, message: Any) -> Message:
         _refuse_two_reasonings(number, message, result.get("content"))
     for key in OTHER_WEIGHTS:
         if key in message:
-            # Other tools' names for weight: passed over, the row would be trained as if it were not there.
+            # Other tools use this name for the weight: if it were ignored, the message would be trained.
             raise RowError(f"message {number} has the key {key!r}; what is not to be trained is marked with weight: 0")
     result |= {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
     if calls:
@@ -126,7 +127,7 @@ def message_of(number: int, message: Any) -> Message:
 
 
 def _refuse_two_reasonings(number: int, message: Message, content: Content | None) -> None:
-    """Raises RowError where a template would print one of them alone, or one behind the other."""
+    """Raise RowError if a message has reasoning twice: a template would print only one, or both."""
     filled_keys = [key for key in REASONING_KEYS if message.get(key, "").strip()]
     if len({message[key].strip() for key in filled_keys}) > 1:
         raise RowError(
@@ -145,12 +146,12 @@ def content_text(content: Any) -> str:
 
 
 def content_start(content: Any) -> str:
-    """Return the text with which a content begins: of several parts the first one, empty if that is no text."""
+    """Return the text at the beginning of a content: of several parts, the first one's; empty if that is no text."""
     return content[0].get("text", "") if isinstance(content, list) and content else content_text(content)
 
 
 def with_start(content: Any, text: str) -> Content:
-    """Return `content` that begins with `text` in place of `content_start`."""
+    """Return `content` with `text` in place of its `content_start`."""
     return [{**content[0], "text": text}, *content[1:]] if isinstance(content, list) and content else text
 
 
@@ -204,7 +205,7 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> C
         calls = parts_by_kind["call"]
         message["tool_calls"] = [from_json(call, complaint) if isinstance(call, str) else call for call in calls]
     if len(parts_by_kind["text"]) > 1 or any(isinstance(text, dict) for text in parts_by_kind["text"]):
-        # How they are put together is the template's business.
+        # The template decides how they are joined.
         return [text if isinstance(text, dict) else {"type": "text", "text": text} for text in parts_by_kind["text"]]
     return None if parts_by_kind["call"] and not parts_by_kind["text"] else "".join(parts_by_kind["text"])
 
@@ -219,7 +220,7 @@ def _image(number: int, role: str, part: Any, of_media: str) -> dict[str, Any]:
 
 
 def type_of_part(part: Any) -> str:
-    """Tell the type of a part of a content, from its keys where it does not say it."""
+    """Return the type of a part of a content; without the key `type`, its other keys show it."""
     if isinstance(part, str):
         return "text"
     if not isinstance(part, dict):
@@ -244,7 +245,7 @@ def _weight(number: int, role: str, message: Message) -> int:
                     "only what the assistant says is trained; task.train_on_prompt=true trains the whole conversation"
                 )
                 raise RowError(f"message {number} ({role}) has {key}: 1; {reason}")
-        return 1  # what others say is never trained, so 0 is true of it
+        return 1  # other roles are never trained, so a weight of 0 changes nothing
     return int(next(iter(weight_by_key.values())))
 
 
@@ -294,7 +295,7 @@ def _call(number: int, call: Any) -> dict[str, Any]:
 
 
 def from_json(text: str, complaint: str) -> Any:
-    """Return the value that `text` holds. Raises RowError, which begins with `complaint`."""
+    """Return the value of the JSON text. Raises RowError, whose reason begins with `complaint`."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
@@ -306,9 +307,9 @@ def from_json(text: str, complaint: str) -> Any:
 
 
 def inline_reasoning(content: str) -> tuple[str, str] | None:
-    """Return the reasoning at the beginning of a content, and the answer after it; the prompt may hold the opening `<think>`.
+    """Return the reasoning at the beginning of a content, and the answer after it; None without reasoning.
 
-    Tags further on belong to the answer: "<think> opens, </think> closes" has no reasoning.
+    The opening `<think>` may be missing, since prompts may end with it. Tags after other text belong to the answer.
     """
     text_before, end_tag, answer = content.partition("</think>")
     reasoning = text_before.lstrip().removeprefix("<think>")
@@ -316,11 +317,11 @@ def inline_reasoning(content: str) -> tuple[str, str] | None:
 
 
 GIVEN = ("arguments", "parameters")
-"""Keys of a call with what its function is given, where null is a value like any other."""
+"""Keys of a call with its function's arguments, in which null is a value like any other."""
 
 
 def without_none(value: Any, but: Collection[str] = ()) -> Any:
-    """Return `value` without the keys whose value is None, which say nothing. but: keys below which they do."""
+    """Return `value` without the keys whose value is None. but: keys below which None is kept."""
     if isinstance(value, dict):
         filled = {key: item for key, item in value.items() if item is not None}
         return {key: item if key in but else without_none(item, but) for key, item in filled.items()}

@@ -1,7 +1,7 @@
-"""Conversations as users have them (OpenAI, ShareGPT, Alpaca, prompt and completion) brought to one shape.
+"""Normalise conversations in users' forms (OpenAI, ShareGPT, Alpaca, prompt and completion) to a list of messages.
 
-`message.py` says what a message of that shape is. `weight: 0` marks an assistant's message that is not trained;
-`render.py` keeps it out of the loss.
+`message.py` defines the form of a message. `weight: 0` marks an assistant's message that is not trained; `render.py` keeps it
+out of the loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dstune.data.message import REASONING_KEYS, Message, content_text, from_json
 from dstune.data.problems import RowError, format_value
 
 EXCHANGE_KEYS = ("system", "human", "user", "assistant")
-"""Of an object that is a question and its answer, in their order."""
+"""Keys of an object that holds a question and its answer, in the order of the messages."""
 
 USUAL_FOLLOWERS = {
     "start": ("system", "user", "assistant"),
@@ -23,7 +23,7 @@ USUAL_FOLLOWERS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-"""Which role follows which in a conversation that every chat template renders."""
+"""The roles that may follow each role in a conversation that every chat template renders."""
 
 FOLLOWERS = {
     "start": ("system", "user", "assistant"),
@@ -32,10 +32,10 @@ FOLLOWERS = {
     "assistant": ("system", "user", "assistant", "tool"),
     "tool": ("system", "user", "assistant", "tool"),
 }
-"""Which role may follow which: whether a template renders it is proven with the template (`render.py`)."""
+"""The roles that may follow each role at all; `render.py` checks whether the model's template renders the conversation."""
 
 VALUES = ("default", "const", "example")
-"""Keywords of JSON Schema whose value is any value, null among them."""
+"""Keywords of JSON Schema whose value may be anything, null included."""
 
 NAMES = ("properties", "patternProperties", "$defs", "definitions")
 """Keywords of JSON Schema whose keys are names."""
@@ -58,8 +58,8 @@ BESIDE_CONVERSATION = "the column {!r} stands beside a prompt that is a conversa
 
 
 def conversation_of(value: Any, column: str) -> list[Message]:
-    """Return the messages of a list of `{role, content}` (OpenAI), `{from, value}` (ShareGPT) or `{human, assistant}`, each of
-    which is a question and its answer. Raises RowError."""
+    """Return the messages of a list of `{role, content}` (OpenAI), `{from, value}` (ShareGPT) or `{human, assistant}` (a question
+    and its answer in one object). Raises RowError."""
     if isinstance(value, str):  # CSV and many Parquet files hold the conversation as JSON text
         value = from_json(value, f"column {column!r} is text but not JSON")
     if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
@@ -84,7 +84,7 @@ def is_list_of_messages(value: Any) -> bool:
 
 
 def _from_lists(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
-    """Return the messages of an object of lists, which is how `Sequence` of `datasets` stores a list of objects. Raises
+    """Return the messages of an object of lists: the form in which `Sequence` of `datasets` stores a list of objects. Raises
     RowError."""
     if len({len(items) for items in columns.values()}) > 1:
         raise RowError(f"column {column!r} has lists of different lengths: {', '.join(columns)}")
@@ -92,7 +92,7 @@ def _from_lists(columns: dict[str, list[Any]], column: str) -> list[dict[str, An
 
 
 def _with_calls(message: Message, call: Message, number: int) -> Message:
-    """Return `message` of the assistant and the call behind it (ms-swift), which is a part of the same turn. Raises RowError."""
+    """Return the assistant's `message` with the `call` that follows it (ms-swift) and belongs to the same turn. Raises RowError."""
     for key in ("weight", *REASONING_KEYS):
         if call.get(key) != message.get(key) and (key in call or key == "weight"):
             raise RowError(f"message {number} calls a tool in the turn of the message before it, and has another {key}")
@@ -119,11 +119,11 @@ def alpaca(fields: Mapping[str, Any], *, input_apart: bool = False) -> list[Mess
     optionally `history`. input_apart: the input is a key of the question's message instead. Raises RowError."""
     input_text = text_or_nothing(fields.get("input"), "input") if input_apart else ""
     question = fields["instruction"] if input_text else with_input(fields["instruction"], fields.get("input"))
-    requested, answered = exchange(question, fields["output"])
+    question_message, answer_message = exchange(question, fields["output"])
     return [
         *history_of(fields.get("history")),
-        {**requested, "input": input_text} if input_text else requested,
-        answered,
+        {**question_message, "input": input_text} if input_text else question_message,
+        answer_message,
     ]
 
 

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files."""
+"""Read the rows of Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dstune.planning.host import available_bytes
 
 ROWS_PER_BATCH = 1024
 MAX_BATCH_BYTES = 2**30
-"""That `ROWS_PER_BATCH` rows may take as Python's values; where they are more, they are read one by one."""
+"""Limit of the memory for `ROWS_PER_BATCH` rows as Python values; larger batches are read in smaller steps."""
 
 
 def read_parquet(file: DataFile, skip: int = 0, rows: int = ROWS_PER_BATCH) -> Iterator[RawRow]:
-    """Yield the rows behind the first `skip` ones; row groups before them are not read.
+    """Yield the rows after the first `skip` rows; row groups before them are not read.
 
-    rows: read at a time; a page of a few bytes may stand for gigabytes, then it is fewer. Raises UserError where the file is
-    broken.
+    rows: number of rows to read at a time; it is reduced if they take too much memory, since a page of a few bytes may expand to
+    gigabytes. Raises UserError if the file is broken.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -48,7 +48,10 @@ def read_parquet(file: DataFile, skip: int = 0, rows: int = ROWS_PER_BATCH) -> I
 
 
 def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
-    """Read as `read_parquet`, of an Arrow file, an Arrow stream (as `datasets` writes them) or a Feather file."""
+    """Yield the rows after the first `skip` rows of an Arrow file, an Arrow stream (as `datasets` writes) or a Feather file.
+
+    Raises UserError if the file is broken.
+    """
     import pyarrow as pa
 
     try:
@@ -62,7 +65,7 @@ def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 
 
 def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator[Any]:
-    """Yield the batches; each may take `most` bytes to unpack, or half of the memory that is free here. Raises TooMuch."""
+    """Yield the batches. Raises TooMuch if unpacking one takes more than `most` bytes, or half of the free memory if None."""
     remaining = iter(batches)
     while True:
         with limited(None, most or available_bytes() / 2):
@@ -73,7 +76,7 @@ def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator
 
 
 def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
-    """Return schema and batches of an open Arrow file or stream."""
+    """Return the schema and the batches of an open Arrow file or stream."""
     import pyarrow as pa
 
     start = source.read(6)
@@ -86,7 +89,7 @@ def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def count_rows(file: DataFile) -> int | None:
-    """Return how many rows a Parquet or Arrow file has; None for a file of another kind. Raises UserError where it is broken."""
+    """Return the number of rows in a Parquet or Arrow file; None for other files. Raises UserError if the file is broken."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -116,7 +119,7 @@ def _too_much(file: DataFile, need: str, error: TooMuch) -> UserError:
 
 
 def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
-    """Yield the rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
+    """Yield the rows of `batches`, without the first `skip` rows of the file. number: rows of the file before `batches`."""
     refuse_doubled(schema.names, str(file))
     classes = _class_names(schema)
     nested = {field.name: value_of for field in schema if (value_of := _value_of(field.type))}
@@ -126,7 +129,7 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
             if number + len(part) <= skip:
                 number += len(part)
                 continue
-            # Arrow trusts what a file says of itself: an offset that leads out of it would end the process.
+            # Arrow trusts the offsets in a file: one that points outside of it would crash the process.
             part.validate(full=True)
             for fields, fault in _values(part):
                 number += 1
@@ -140,7 +143,7 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
 
 
 def _values(part: Any) -> Iterator[tuple[Any, str]]:
-    """Yield the rows of a batch as Python's values, or why one has none."""
+    """Yield each row of a batch as Python values with an empty reason, or None with the reason that it cannot be read."""
     shares = any(_shares(column.type) for column in _with_own_values(part.slice(0, 0)).columns)
     if not shares:
         try:

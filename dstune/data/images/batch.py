@@ -1,4 +1,4 @@
-"""What a micro-batch of rows with images holds beside its tokens: pixels are decoded here and nowhere before."""
+"""Build the model inputs of a micro-batch's images. Pixels of training rows are decoded here, and not before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dstune.data.sampler import MicroBatch
 
 BLANK_NUMBER = -1
-"""Of the image that `blank_sample` shows."""
+"""Number of the image in a `blank_sample`."""
 
 Rows = Sequence[Sequence[Mapping[str, Any]]]
 
@@ -29,12 +29,13 @@ Rows = Sequence[Sequence[Mapping[str, Any]]]
 def with_images_everywhere(
     micro_batches: Sequence[MicroBatch], split: Split, *, needed: bool, trained: bool = False
 ) -> list[MicroBatch]:
-    """Return the micro-batches of a step or an evaluation, all marked to have an image where one of them has.
+    """Return the micro-batches of a step or an evaluation, all marked to need an image if one of them has an image.
 
-    Ranks that gather the weights of a tower part by part wait for one that has no use for it. All of them know the global batch,
-    so none has to ask. needed: whether a tower is gathered in this way, or trained. trained: whether it is trained by this step:
-    then each one is marked, also where none has an image, since ZeRO 3 would take a parameter without a gradient to have that of
-    the step before.
+    Ranks that gather the weights of the vision tower part by part would wait for a rank that does not run the tower. Each rank
+    knows the complete global batch, so no communication is needed.
+
+    needed: whether the tower is gathered this way, or trained. trained: whether this step trains the tower. Then all are marked
+    even if none has an image: for a parameter without a gradient, ZeRO 3 would use the gradient of the previous step.
     """
     if not needed or split.images is None:
         return list(micro_batches)
@@ -45,22 +46,23 @@ def with_images_everywhere(
 
 
 def blank_sample(split: Split, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sample with a small image and no target, with the columns of `like` (of a pair both answers are the same)."""
+    """Return a sample with a small blank image and no target, with the columns of `like`; in a pair, both answers are the same."""
     ids, _ = _processor(split).blank
-    of_tokens = {"input_ids": np.array(ids), "labels": np.full(len(ids), -100)}
+    token_columns = {"input_ids": np.array(ids), "labels": np.full(len(ids), -100)}
     blank = {COLUMN: np.array([BLANK_NUMBER])}
     for name in like.keys() - {COLUMN}:
-        kind = name.removeprefix("rejected_")
-        per_token = of_tokens.get(kind, np.zeros(len(ids), np.int64))
+        per_token = token_columns.get(name.removeprefix("rejected_"), np.zeros(len(ids), np.int64))
         blank[name] = per_token if np.ndim(like[name]) == 1 else like[name]
     return blank
 
 
 def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, packing: bool) -> dict[str, Tensor]:
-    """Return the inputs of a model that sees: those of the images in the order of rows and samples, which tokens are theirs, and
-    for packed rows of a model that counts time, height and width apart `position_ids` [4, rows, width], the text's own first.
+    """Return the inputs that a model gets for the images of `rows`, in the order of rows and samples, apart from the tokens.
 
-    Raises UserError where an image is not what it was when the rows were prepared.
+    If the model reads token types, they mark the tokens of images. For packed rows of a model with separate positions of time,
+    height and width, `position_ids` [4, rows, width], with the positions of the text first.
+    tensors: `input_ids` [rows, width], and with `packing` their `position_ids`.
+    Raises UserError if an image has changed since the rows were prepared.
     """
     processor = _processor(split)
     numbers = [[[int(number) for number in sample[COLUMN]] for sample in row] for row in rows]
@@ -78,10 +80,10 @@ def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, pac
 
 
 def token_types(split: Split, ids: Tensor) -> dict[str, Tensor]:
-    """Return which tokens of `ids` are of images, by the name of the input; empty where the model is not told."""
+    """Return the model's input that marks the tokens of images in `ids`, by its name; empty if the model has no such input."""
     processor = _processor(split)
-    types = processor.family.types
-    return {types: _is_image(processor, ids).long()} if types else {}
+    input_name = processor.family.types
+    return {input_name: _is_image(processor, ids).long()} if input_name else {}
 
 
 def _is_image(processor: ImageProcessor, ids: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def _is_image(processor: ImageProcessor, ids: Tensor) -> Tensor:
 
 
 def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> dict[str, Tensor]:
-    """Return what a model gets of the images of one prompt beside its tokens; empty where it shows none."""
+    """Return the inputs that a model gets for the images of one prompt, apart from its tokens; empty without images."""
     if not numbers:
         return {}
     row = [{"input_ids": np.array(ids), COLUMN: np.array(numbers)}]

@@ -1,5 +1,7 @@
-"""The text that stands for an image in place of what a chat template prints for it, before anything is tokenized: turns, masks,
-lengths and packing are then those of any text."""
+"""Replace the placeholder that a chat template prints for an image by the image's tokens, as text, before tokenization.
+
+Turns, masks, lengths and packing then work as for any text.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,18 @@ from dstune.data.problems import RowError
 
 @dataclass(frozen=True)
 class Expanded:
-    """A rendered text with its images."""
+    """A rendered text with its placeholders expanded."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    """Characters [start, end) of each image."""
+    """Characters [start, end) of each image in `text`."""
     ends: tuple[int, ...]
-    """Behind each placeholder, in the text before."""
+    """End of each placeholder in the original text."""
     grown: tuple[int, ...]
-    """By how many characters the text is longer behind it."""
+    """By how many characters the text up to the end of each placeholder has grown."""
 
     def moved(self, at: int) -> int:
-        """Return where the character `at` of the text before is now."""
+        """Return the place in `text` of the character `at` of the original text."""
         passed = bisect_right(self.ends, at)
         return at + (self.grown[passed - 1] if passed else 0)
 
@@ -34,7 +36,7 @@ class Expanded:
 def expand(text: str, placeholder: str, expansions: Sequence[str], expected: Sequence[int]) -> Expanded:
     """Return `text` with the first of `expansions` in place of the first `placeholder`, and so on.
 
-    expected: how many the text may have: it may end behind any message. Raises RowError where it has another number.
+    expected: the possible numbers of placeholders, since the text may end after any message. Raises RowError for other numbers.
     """
     pieces = text.split(placeholder)
     count = len(pieces) - 1
@@ -59,7 +61,7 @@ def expand(text: str, placeholder: str, expansions: Sequence[str], expected: Seq
 
 
 def count_to(messages: Sequence[Mapping[str, Any]], last: int) -> list[int]:
-    """Return how many images stand in a text that ends behind message `last` or a later one."""
+    """Return the possible numbers of images in a text that ends after message `last` or a later one, ascending."""
     counts = [
         sum(map(is_place, content)) if isinstance(content := message.get("content"), list) else 0
         for message in messages

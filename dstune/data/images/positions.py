@@ -1,4 +1,4 @@
-"""Positions of models that count time, height and width of an image apart (M-RoPE of Qwen2-VL, arXiv:2409.12191)."""
+"""Compute positions for models with separate positions of time, height and width (M-RoPE of Qwen2-VL, arXiv:2409.12191)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def three_positions(is_image: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:
-    """Return positions of one sample, int64 [3, tokens]: of time, height and width.
+    """Return the positions of one sample, int64 [3, tokens]: time, height and width.
 
-    is_image: which tokens are of an image, bool [tokens]. grids: patches of each image, int [images, 3] (time, height, width);
-    merge x merge of them are one token. Text counts on in all three from the largest position before it. Example, an image
-    of 1 x 2 x 2 tokens between two words:
+    is_image: whether each token belongs to an image, bool [tokens]. grids: patches of each image, int [images, 3] (time,
+    height, width); merge x merge patches make one token. Text continues in all three rows after the largest position before
+    it. Example, an image of 1 x 2 x 2 tokens between two words:
 
         time    0  1 1 1 1  3
         height  0  1 1 2 2  3
@@ -25,7 +25,7 @@ def three_positions(is_image: np.ndarray, grids: np.ndarray, merge: int) -> np.n
             following += end - start
             continue
         at = start
-        while at < end:  # images that stand side by side
+        while at < end:  # adjacent images
             time, height, width = (int(size) for size in grids[image])
             shape = (time, height // merge, width // merge)
             count = shape[0] * shape[1] * shape[2]

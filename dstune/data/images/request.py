@@ -1,6 +1,6 @@
-"""The images of one prompt on their way into a model: the same steps for `dstune generate`, references and the local engine.
+"""Prepare the images of one prompt for a model: the same steps for `dstune generate`, references and the local engine.
 
-Each step is about one image, so that a server can take others' turns in between.
+Each step handles one image, so that a server can do other work in between.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from dstune.data.images.store import content_of, decode, refuse_many_pixels, siz
 from dstune.data.problems import RowError
 
 MAX_INPUT_BYTES = 2**30
-"""Of all images of a prompt as a model gets them: some models take them filled up to the largest, so that a few large images
-among many small ones would need any amount of memory."""
+"""Limit of the model inputs of all images of a prompt. Some models pad all images to the largest, so a few large images among
+many small ones would otherwise need any amount of memory."""
 
 
 class PromptImages:
-    """Images that stand in one prompt, in their order. First `measure` each of them, then `place` them in the rendered text; when
-    the prompt is known not to be too long, `look` at each, and take the `inputs`."""
+    """The images of one prompt, in their order.
+
+    First `measure` each image, then `place` them in the rendered text. Once the prompt is known not to be too long, `look` at
+    each image, and take the `inputs`. root: the folder that relative paths start from; None: paths are refused.
+    """
 
     def __init__(self, processor: ImageProcessor, references: Sequence[Reference], root: Path | None = None):
-        """root: where paths begin; None where there may be none."""
         self.processor, self.references = processor, references
         self._root = root
         self._contents: list[bytes] = []
         self._sizes: list[tuple[int, int]] = []
         self._expansions: list[str] = []
-        self._seen: list[Inputs] = []
+        self._inputs: list[Inputs] = []
 
     def __len__(self) -> int:
         return len(self.references)
@@ -50,17 +52,17 @@ class PromptImages:
         self._contents.append(content)
 
     def place(self, text: str) -> str:
-        """Return a rendered text with what stands for each image. Raises RowError where it has another number of places."""
+        """Return the rendered text with its placeholders expanded. Raises RowError if their number differs from that of images."""
         return expand(text, self.processor.placeholder, self._expansions, [len(self)]).text
 
     def look(self, number: int) -> None:
-        """Decode an image and make a model's inputs of it; its bytes are dropped. Raises RowError, also where the inputs of all so
-        far are too much."""
+        """Decode an image, compute its model inputs, and drop its bytes. Raises RowError, also if the inputs of all images so far
+        exceed MAX_INPUT_BYTES."""
         try:
             image = decode(self._contents[number])
             if image.size != self._sizes[number]:
                 raise RowError(f"has {image.width} x {image.height} pixels, and says that it has another number")
-            self._seen.append(self.processor.inputs([image]))
+            self._inputs.append(self.processor.inputs([image]))
         except RowError as error:
             raise self._error(number, error) from None
         self._contents[number] = b""
@@ -72,12 +74,12 @@ class PromptImages:
 
     @property
     def bytes(self) -> int:
-        """Return the size of the inputs of all images that were looked at."""
-        return self.processor.joined_bytes(self._seen)
+        """Size of the inputs of all images after `look`."""
+        return self.processor.joined_bytes(self._inputs)
 
     def inputs(self, ids: Sequence[int]) -> Inputs:
-        """Return what a model gets of the images beside the tokens of the prompt."""
-        inputs = self.processor.join(self._seen)
+        """Return the inputs that the model gets for the images, apart from the prompt's tokens `ids`."""
+        inputs = self.processor.join(self._inputs)
         if kind := self.processor.family.types:
             is_image = np.isin(np.asarray(ids, dtype=np.int64), self.processor.image_tokens)
             inputs[kind] = torch.from_numpy(is_image)[None].long()
@@ -90,7 +92,7 @@ class PromptImages:
         return self.inputs(ids)
 
     def measured(self) -> PromptImages:
-        """Measure each image; returns this object."""
+        """Measure each image, and return this object."""
         for number in range(len(self)):
             self.measure(number)
         return self
