@@ -128,7 +128,7 @@ def alpaca(fields: Mapping[str, Any], *, input_apart: bool = False) -> list[Mess
 
 
 def with_input(question: Any, value: Any) -> Any:
-    """Return a question with the text of the column `input`, if there is any, on the line below. Raises RowError."""
+    """Return a question followed by the text of the column `input`, if there is any, on a new line. Raises RowError."""
     input_text = text_or_nothing(value, "input")
     if not input_text:
         return question
@@ -152,7 +152,7 @@ def history_of(value: Any) -> list[Message]:
 
 
 def after_history(prompt: Any, value: Any) -> Any:
-    """Return the prompt, behind the exchanges of the column `history` if there are any. Raises RowError."""
+    """Return the prompt, preceded by the exchanges of the column `history` if there are any. Raises RowError."""
     history = history_of(value)
     if not history:
         return prompt
@@ -162,7 +162,7 @@ def after_history(prompt: Any, value: Any) -> Any:
 
 
 def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
-    """Return the messages of a prompt and a completion of which one at least is a list of messages. Only those of the completion
+    """Return the messages of a prompt and a completion; either may be a text or a list of messages. Only those of the completion
     are trained. Raises RowError."""
     prompt_messages = exchange(prompt, "")[:1] if isinstance(prompt, str) else conversation_of(prompt, "prompt")
     answered = (
@@ -174,7 +174,7 @@ def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
 
 
 def refuse_continued(prompt_messages: list[Message], answered: list[Message]) -> None:
-    """Raises RowError for an answer that goes on inside of a message of the prompt."""
+    """Raise RowError if the answer continues the last message of the prompt instead of following it."""
     if prompt_messages[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":
         raise RowError(
             "the prompt ends inside a message of the assistant, which a server is asked to continue by "
@@ -183,7 +183,7 @@ def refuse_continued(prompt_messages: list[Message], answered: list[Message]) ->
 
 
 def with_system(messages: list[Message], system: Any) -> list[Message]:
-    """Return `messages` under the text of a `system` column, if there is any. Raises RowError."""
+    """Return `messages`, preceded by the text of the column `system`, if there is any. Raises RowError."""
     text = text_or_nothing(system, "system")
     if not text:
         return messages
@@ -202,8 +202,8 @@ def text_or_nothing(value: Any, column: str) -> str:
 
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
-    """Return JSON schemas of the tools that a conversation may call, each as templates and servers take it: `{type: function,
-    function: {name, description, parameters}}`, also where only the inner object is given. Raises RowError."""
+    """Return the JSON schemas of the tools that a conversation may call, in the form that templates and servers read: `{type:
+    function, function: {name, description, parameters}}`. A row may give only the inner object. Raises RowError."""
     is_text = isinstance(value, str)
     if is_text:
         value = from_json(value, "tools are not JSON")
@@ -221,15 +221,19 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 
 def _without_absent(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `tools` without the nulls that mean nothing. A null default means something, unless other keywords are null where
-    JSON Schema allows none: then the schemas were stored in a table, which gives every object the keys of all."""
+    """Return `tools` without meaningless nulls.
+
+    A null default has a meaning, unless other keywords are null where JSON Schema does not allow it. Then the schemas were stored
+    in a table, which gives every object the keys of all objects, and all nulls are removed.
+    """
     tools_without_null = [_without_null_keywords(tool) for tool in tools]
     from_table = [_parameters(tool) for tool in tools_without_null] != [_parameters(tool) for tool in tools]
     return [without_none(tool) for tool in tools] if from_table else tools_without_null
 
 
 def _without_null_keywords(schema: Any, *, names: bool = False) -> Any:
-    """Return `schema` without keys that are null where JSON Schema has none. names: its keys are names of arguments."""
+    """Return `schema` without keywords that are null where JSON Schema does not allow it. names: whether its keys are names of
+    arguments."""
     if isinstance(schema, list):
         return [_without_null_keywords(item) for item in schema]
     if not isinstance(schema, dict):
@@ -248,23 +252,23 @@ def _parameters(tool: dict[str, Any]) -> Any:
 
 
 def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
-    """Return `messages` without arguments that are null and that their function does not have, as far as `tools` say what it takes.
+    """Return `messages` without null arguments of calls that their function does not have, if `tools` describes its arguments.
 
-    JSON that was a table once gives every call the arguments of all.
+    JSON that was once stored in a table gives every call the arguments of all calls.
     """
-    takes: dict[str, Any] = {}
+    arguments_by_function: dict[str, Any] = {}
     for tool in tools:
         function = tool.get("function", tool)
         if isinstance(parameters := function.get("parameters"), dict) and isinstance(
             parameters.get("properties"), dict
         ):
-            takes[str(function.get("name"))] = parameters["properties"]
-    if not takes or not any(message.get("tool_calls") for message in messages):
+            arguments_by_function[str(function.get("name"))] = parameters["properties"]
+    if not arguments_by_function or not any(message.get("tool_calls") for message in messages):
         return messages
 
     def without_absent_arguments(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
-        argument_names = takes.get(function["name"])
+        argument_names = arguments_by_function.get(function["name"])
         if argument_names is None or None not in function["arguments"].values():
             return call
         arguments = {
@@ -291,8 +295,8 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 def conversation_row(
     messages: list[Message], fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False
 ) -> dict[str, Any]:
-    """Return a chat row of these messages, with the tools that the row gives. silence: an answer that says nothing may be
-    learned from. Raises RowError."""
+    """Return the chat row of these messages, with the row's tools and template arguments. silence: whether an empty answer may be
+    trained. Raises RowError."""
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
     messages = without_strange_nulls(messages, tools)
     parallel = fields.get("parallel_tool_calls")
@@ -310,7 +314,7 @@ def conversation_row(
 
 
 def template_arguments(value: Any) -> dict[str, Any]:
-    """Return the arguments that a row gives to the chat template. Raises RowError."""
+    """Return the row's arguments for the chat template. Raises RowError."""
     if isinstance(value, str):
         value = from_json(value, "chat_template_kwargs is text but not JSON")
     if value is not None and not isinstance(value, dict):
@@ -322,14 +326,14 @@ def template_arguments(value: Any) -> dict[str, Any]:
 
 
 def plain_exchange(fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False) -> dict[str, Any]:
-    """Return a chat row of a prompt and its completion: as they are where both are texts and nothing stands beside them, else as
-    messages. Raises RowError."""
+    """Return the chat row of a prompt and its completion: unchanged if both are texts and the row has no history, tools, system
+    text or template arguments; otherwise as messages. Raises RowError."""
     prompt, completion = fields["prompt"], fields["completion"]
     earlier = history_of(fields.get("history"))
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
-    plain = isinstance(prompt, str) and isinstance(completion, str)
-    bare = not tools and not earlier and not fields.get("chat_template_kwargs")
-    if plain and bare and not text_or_nothing(fields.get("system"), "system"):
+    are_texts = isinstance(prompt, str) and isinstance(completion, str)
+    is_bare = not tools and not earlier and not fields.get("chat_template_kwargs")
+    if are_texts and is_bare and not text_or_nothing(fields.get("system"), "system"):
         return {"prompt": prompt, "completion": completion}
     if earlier and not isinstance(prompt, str):
         raise RowError(BESIDE_CONVERSATION.format("history"))
@@ -338,7 +342,7 @@ def plain_exchange(fields: Mapping[str, Any], *, needs_answer: bool, silence: bo
 
 
 def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_tool_calls: Any = None) -> None:
-    """Raises RowError for roles in an impossible order, several calls at once where those are ruled out, or (with
+    """Raise RowError for roles in an impossible order, several calls in a message that `parallel_tool_calls` forbids, or (with
     `needs_answer`) no message to train on."""
     previous = "start"
     for number, message in enumerate(messages, start=1):
@@ -362,7 +366,7 @@ def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_
 
 
 def first_unusual(messages: list[Message]) -> int | None:
-    """Return the number of the first message, from 0, whose role does not usually follow the role before it."""
+    """Return the index of the first message whose role does not usually follow the role before it; None if there is none."""
     previous = "start"
     for number, message in enumerate(messages):
         if message["role"] not in USUAL_FOLLOWERS[previous]:
@@ -372,9 +376,9 @@ def first_unusual(messages: list[Message]) -> int | None:
 
 
 def check_answers(messages: list[Message]) -> None:
-    """Raises RowError for a message to train on that would teach the model to say nothing."""
+    """Raise RowError for an empty message that would teach the model to say nothing."""
     if not any(_says_something(message) for message in messages):
-        return  # cleaning leaves it out as empty
+        return  # cleaning removes such a row as empty
     for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant" and message.get("weight", 1) and not _says_something(message):
             raise RowError(f"message {number} (assistant) is empty; weight: 0 keeps it in the conversation, untrained")

@@ -122,7 +122,7 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
     """Yield the rows of `batches`, without the first `skip` rows of the file. number: rows of the file before `batches`."""
     refuse_doubled(schema.names, str(file))
     classes = _class_names(schema)
-    nested = {field.name: value_of for field in schema if (value_of := _value_of(field.type))}
+    converters = {field.name: converter for field in schema if (converter := _converter(field.type))}
     for batch in batches:
         for start in range(0, len(batch), ROWS_PER_BATCH):  # one batch may hold the whole file
             part = batch.slice(start, ROWS_PER_BATCH)
@@ -137,8 +137,8 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
                     continue
                 for column, names in classes.items() if fields else ():
                     fields[column] = _with_names(fields[column], names)
-                for column, value_of in nested.items() if fields else ():
-                    fields[column] = value_of(fields[column])
+                for column, convert in converters.items() if fields else ():
+                    fields[column] = convert(fields[column])
                 yield RawRow(file, number, fields, fault)
 
 
@@ -171,8 +171,8 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _with_own_values(batch: Any) -> Any:
-    """Return `batch` with shared values copied to each row: dictionaries, runs and views of a few bytes may stand for
-    gigabytes, which must be counted."""
+    """Return `batch` with shared values copied to each row. Dictionaries, runs and views of a few bytes may expand to gigabytes,
+    which must be counted."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -189,7 +189,7 @@ def _with_own_values(batch: Any) -> Any:
 
 
 def _shares(kind: Any) -> bool:
-    """Return whether values of a type of Arrow may share parts."""
+    """Return whether values of an Arrow type may share memory."""
     import pyarrow as pa
 
     type_checks = (
@@ -203,7 +203,7 @@ def _shares(kind: Any) -> bool:
 
 
 def _length(value: Any) -> int:
-    """Return characters and bytes in a value."""
+    """Return the number of characters and bytes in a value; a number counts as 8."""
     if isinstance(value, dict):
         return sum(map(_length, value.values()))
     if isinstance(value, list | tuple):
@@ -216,7 +216,7 @@ def _bytes(part: Any) -> int:
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Return names of the values of columns that `datasets` stores as numbers with names (`ClassLabel`, or lists of it)."""
+    """Return the label names by column, for columns that `datasets` stores as numbers with names (`ClassLabel`, or lists of it)."""
     if b"huggingface" not in (schema.metadata or {}):
         return {}
     import datasets
@@ -233,33 +233,33 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     return names_by_column
 
 
-def _value_of(kind: Any) -> Callable[[Any], Any] | None:
-    """Return what makes of a value of this type, as pyarrow gives it, what a row of JSON would hold; None where it is that already.
+def _converter(kind: Any) -> Callable[[Any], Any] | None:
+    """Return the function that converts pyarrow's values of this type to those of a JSON row; None if they need no conversion.
 
-    A table gives each object the keys of all, so that a null of an object is a key that was absent. In JSON and in a map it
-    is what somebody wrote.
+    A table gives each object the keys of all objects, so a null in an object is a key that was absent, and is removed. In JSON
+    and in a map, somebody wrote the null, and it stays.
     """
     import pyarrow as pa
 
     if isinstance(kind, getattr(pa, "JsonType", ())):  # `Json` of `datasets`: objects that differ from row to row
         return _parsed
     if pa.types.is_map(kind):
-        of_key, of_item = _value_of(kind.key_type) or _same, _value_of(kind.item_type) or _same
-        return lambda pairs: None if pairs is None else {of_key(key): of_item(item) for key, item in pairs}
+        convert_key, convert_item = _converter(kind.key_type) or _same, _converter(kind.item_type) or _same
+        return lambda pairs: None if pairs is None else {convert_key(key): convert_item(item) for key, item in pairs}
     if pa.types.is_struct(kind):
-        of_field = {field.name: _time_of(field.type) or _value_of(field.type) or _same for field in kind}
+        converters = {field.name: _time_of(field.type) or _converter(field.type) or _same for field in kind}
         return lambda value: (
-            None if value is None else {key: of_field[key](item) for key, item in value.items() if item is not None}
+            None if value is None else {key: converters[key](item) for key, item in value.items() if item is not None}
         )
-    if of_element := _value_of(kind.value_type) if hasattr(kind, "value_type") else None:
+    if convert_element := _converter(kind.value_type) if hasattr(kind, "value_type") else None:
         if pa.types.is_dictionary(kind):
-            return of_element
-        return lambda items: None if items is None else [of_element(item) for item in items]
+            return convert_element
+        return lambda items: None if items is None else [convert_element(item) for item in items]
     return None
 
 
 def _time_of(kind: Any) -> Callable[[Any], str] | None:
-    """Return the function that writes a date or a time of a message as JSON holds it; None for other types."""
+    """Return the function that writes a date or a time in an object as text, as in JSON; None for other types."""
     import pyarrow as pa
 
     is_time = pa.types.is_date(kind) or pa.types.is_timestamp(kind) or pa.types.is_time(kind)
@@ -271,7 +271,7 @@ def _same(value: Any) -> Any:
 
 
 def _parsed(text: Any) -> Any:
-    """Return the value of JSON text; what is no JSON stays as it is."""
+    """Return the value of JSON text; anything else stays as it is."""
     try:
         return parse_json(text) if isinstance(text, str) else text
     except ValueError:
