@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -62,7 +62,7 @@ def refuse_markers(row: Mapping[str, Any]) -> None:
     """Raise RowError if a text of a normalised row contains a marker of media."""
     for key in TEXTS:
         value = row.get(key, ())
-        texts = (
+        texts: Iterable[str] = (
             [value] if isinstance(value, str) else chain.from_iterable(_texts(item.get("content")) for item in value)
         )
         for text in texts:

@@ -14,6 +14,8 @@ from dstune.data.message import REASONING_KEYS, content_start, with_start
 
 _USUAL_MARKS = ("<think>", "</think>")
 
+_FIX = "task.reasoning_marks='[<think>,</think>]', or what else opens and closes reasoning"
+
 
 class InlineReasoning:
     """Knows between which marks, and in which turns, a template prints reasoning as the beginning of the content; picklable.
@@ -59,9 +61,6 @@ class InlineReasoning:
             if isinstance(template, str)
             else {name: with_inlined_reasoning(text, marks, turns) for name, text in template.items()}
         )
-
-
-_FIX = "task.reasoning_marks='[<think>,</think>]', or what else opens and closes reasoning"
 
 
 def _marks(template: ChatTemplate, configured_marks: Sequence[str]) -> tuple[str, str] | None:
