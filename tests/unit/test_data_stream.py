@@ -337,7 +337,7 @@ def test_a_preparing_process_that_hangs_does_not_hold_up_the_end(tmp_path, opene
 def test_waiting_for_a_block_can_be_interrupted(tmp_path, opened, monkeypatch):
     config = streaming(tmp_path)
     blocks = opened(config)
-    monkeypatch.setattr(blocks, "_ask", lambda number, begin: None)  # it never comes
+    monkeypatch.setattr(blocks, "_request", lambda number, begin: None)  # it never comes
     blocks.interrupt()
     began = time.monotonic()
     with pytest.raises(InterruptedError):
