@@ -1,4 +1,4 @@
-"""The single checks of `dstune doctor` on this machine. Each yields what it found, with the fix where something is wrong."""
+"""The checks of `dstune doctor` on this machine. Each yields its findings, with a fix if something is wrong."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ except Exception as error:
     found["kernels_error"] = f"{type(error).__name__}: {error}"
 print("FOUND " + json.dumps(found))
 """
-"""Run in a process of its own: importing torch and DeepSpeed takes seconds, and may crash."""
+"""Code that runs in a separate process, because importing torch and DeepSpeed takes seconds and may crash."""
 
 
 SHOWS_USERS = {"cuda": "nvidia-smi", "ROCm": "rocm-smi", "xpu": "xpu-smi", "hpu": "hl-smi"}
@@ -211,7 +211,7 @@ def machine() -> Iterator[Check]:
 
 
 def places() -> Iterator[Check]:
-    """Yield room and permission where runs, samples and the hub's files go, and the quota where there is one."""
+    """Yield free space, write permission and any quota of the folders for runs, samples and the hub's files."""
     hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     for name, folder in (("runs", Path.cwd()), ("cache", cache_root()), ("hub cache", hub)):
         existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -270,7 +270,7 @@ def _hub() -> Check:
 
 
 def launchers(*, needed: str) -> Iterator[Check]:
-    """Yield what starts ranks elsewhere. needed: the choice of `launch`, whose absence is a failure and not a remark."""
+    """Yield whether each launcher can start ranks. needed: name of the configured launcher, whose absence is a failure."""
     for name, room in LAUNCHERS.classes().items():
         yield from room.probe(needed=name == needed)
 
@@ -285,12 +285,12 @@ def programs(choice: str, names: Sequence[str], packages: str, *, needed: bool) 
 
 
 def trackers() -> Iterator[Check]:
-    """Yield whether the services of trackers can be used, as far as this machine tells."""
+    """Yield whether trackers can be used, as far as that shows on this machine."""
     for tracker in TRACKERS.classes().values():
         yield from tracker.probe()
 
 
 def data_sources() -> Iterator[Check]:
-    """Yield whether tables can be read, as far as this machine tells."""
+    """Yield whether tables can be read, as far as that shows on this machine."""
     for source in DATA_SOURCES.classes().values():
         yield from source.probe()

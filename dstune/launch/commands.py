@@ -68,7 +68,7 @@ turns at the cores."""
 
 @dataclass(frozen=True)
 class Machine:
-    """What the number of ranks and threads depends on."""
+    """The properties of a machine that decide the number of ranks and threads."""
 
     gpus: int
     cores: int
@@ -139,7 +139,7 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
     Raises:
         UserError: there are GPUs, but fewer than processes, or far more processes than cores.
     """
-    # Of another launcher nothing is known here but what this machine would do.
+    # The ranks of a launcher elsewhere are not known here, so assume what this machine would do.
     requested = launcher_of(config.launch).ranks
     if requested is None:
         return machine.gpus or min(2, machine.cores)
@@ -193,18 +193,18 @@ def inherited(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def interface_variables(interface: str | None) -> dict[str, str]:
-    """Return what makes NCCL and gloo use one network interface."""
+    """Return the variables that make NCCL and gloo use one network interface."""
     return {} if interface is None else {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
 
 
 def is_tracker_key(name: str) -> bool:
-    """Return whether the variable is a secret that rank 0 alone needs."""
+    """Return whether the variable is a secret that only rank 0 needs."""
     trackers = TRACKERS.classes().values()
     return is_secret(name) and any(name.startswith(tracker.variables) for tracker in trackers if tracker.variables)
 
 
 def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
-    """Return what rank 0 alone needs to reach the servers of its trackers."""
+    """Return the variables that only rank 0 needs, to reach the servers of its trackers."""
     trackers = TRACKERS.classes().values()
     prefixes = tuple(p for room in trackers if room.needs_variables(config.tracking) for p in room.variables)
     return {name: value for name, value in env.items() if prefixes and name.startswith(prefixes)}

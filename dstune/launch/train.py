@@ -1,4 +1,4 @@
-"""The verb `train`: from the command line to ranks that have finished."""
+"""`dstune train`: from the command line to the end of the ranks."""
 
 from __future__ import annotations
 
@@ -119,13 +119,13 @@ def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:
 
 
 def start(prepared: Prepared, console: Console) -> int:
-    """Start the ranks where the configuration says, and wait for them. Raises UserError; returns the exit code."""
+    """Start the ranks with the configured launcher, wait for them, and return the exit code. Raises UserError."""
     launcher = launcher_of(prepared.config.launch)
     return launcher.start(LaunchRequest(prepared.config, prepared.run_dir, console, lock=prepared.lock))
 
 
 def parse(argv: list[str]) -> Command:
-    """Return the command line, checked. Raises UserError: unknown flags, or a PATH that is no run."""
+    """Parse and check the command line. Raises UserError for unknown flags, or a PATH that is not a run."""
     words = [word for word in argv if word != "--json"]
     run = None
     if words and is_path(words[0]):
@@ -279,7 +279,7 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
 
 
 def conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
-    """Print the last words of the command: what was achieved, or how to go on."""
+    """Print the last lines of the command: the results, or how to continue the run."""
     result = records.read_result(run_dir) or {}
     if command.json:
         print(json_text(result))
