@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 from zlib import crc32
 
 import torch
@@ -34,9 +33,10 @@ from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConf
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
-from dstune.models.base_weights import name_in_model, tensor_files
+from dstune.models.base_weights import tensor_files
 from dstune.models.full_width import put_back_to_full_width
 from dstune.models.mapped import Mapped, take_buffers
+from dstune.models.partitioned_loading import corrected_partitioned_loading
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
@@ -318,7 +318,7 @@ def _pretrained(
         return load(**options)
     mapped = Mapped.of(config.model, architecture)
     if not all_ranks_hold(None if mapped is None else mapped.contents):
-        with patch("transformers.core_model_loading.rename_source_key", name_in_model):
+        with corrected_partitioned_loading():
             return load(**options)
     assert mapped is not None
     with whole_loading(), torch.random.fork_rng(devices=[]):

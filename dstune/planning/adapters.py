@@ -63,6 +63,9 @@ STATE_SPACES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Kinds whose `out_proj` peft refuses an adapter on: the fused kernel of a state space reads its weight and never calls it."""
 UNADAPTED = dict.fromkeys(STATE_SPACES, ("out_proj",)) | {
     "deepseek_v4": ("o_a_proj",),  # a block-diagonal layer, whose input is not that of a linear layer of its shape
+    "llama4": (".router",),  # a linear layer that returns a choice of experts, not one tensor
+    "llama4_text": (".router",),
+    "phimoe": (".router",),
     # peft 0.21 renames these when it loads an adapter, and leaves them out (`dstune/models/peft_load.py`).
     "laguna": ("shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
     "inkling2_text": ("sconv.weight_proj",),

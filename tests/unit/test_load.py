@@ -21,11 +21,13 @@ from transformers import (
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
 )
+from transformers.core_model_loading import Split
 
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.models.base_weights import Loading
 from dstune.models.load import _refuse_erased_padding, initialize_weights, load_model, load_tokenizer
+from dstune.models.partitioned_loading import corrected_partitioned_loading
 from dstune.models.peft_load import load_peft_adapter
 from dstune.protocols import method_of
 
@@ -195,3 +197,17 @@ def test_a_name_that_the_model_has_is_not_renamed() -> None:
     assert loading.dropped == ()
     assert loading.keys["model.norm.weight"] in ("model.norm.weight", "norm.weight")
     assert loading.keys["model.layers.0.self_attn.kv_norm.weight"] == "model.layers.0.attn.norm.weight"
+
+
+def test_a_joined_tensor_is_split_by_the_shapes_of_partitioned_parameters() -> None:
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6), "k": torch.nn.Linear(4, 2)})
+    for layer in model.values():
+        layer.weight.ds_shape = layer.weight.shape
+        layer.weight.data = torch.empty(0)
+    joined = torch.arange(32.0).view(8, 4)
+    parts = {"full_layer_name": "q.weight", "model": model, "config": None}
+    with pytest.raises(RuntimeError, match="split_sizes"):
+        Split(0).convert({"qk": joined}, ["qk"], ["q", "k"], **parts)
+    with corrected_partitioned_loading():
+        split = Split(0).convert({"qk": joined}, ["qk"], ["q", "k"], **parts)
+    assert torch.equal(split["q"], joined[:6]) and torch.equal(split["k"], joined[6:])

@@ -108,7 +108,9 @@ def test_every_causal_architecture_is_planned_with_all_its_tensors(tmp_path: Pat
     assert len(models) > 100
 
 
-@pytest.mark.parametrize("kind", ["glm4_moe", "minimax_m2", "nemotron_h", "llama4", "qwen3_5_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["glm4_moe", "minimax_m2", "nemotron_h", "llama4", "qwen3_5_moe", "gpt2", "deepseek_v4", "laguna", "phimoe"]
+)
 def test_adapters_of_a_counted_model_are_those_of_peft(tmp_path: Path, kind: str) -> None:
     """Experts under each of peft's patterns, a state space, and a head with another name."""
     save(kind, tmp_path)

@@ -71,20 +71,23 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
     parts = unreached_parts(model)
     if parts:
         _refuse_unreached(whole, model)
+    unadapted = _unadapted(model) if targets == "all-linear" else set()
+    if parts or unadapted:
         targets = _reached_targets(method, targets, whole, model, parts)
-    elif targets == "all-linear" and (endings := UNADAPTED.get(model.config.model_type)):
-        names = _reached_targets(method, targets, whole, model, parts)
-        targets = {name for name in names if not name.endswith(endings)}
-    elif targets == "all-linear" and (beside := _named_like_head(model)):
-        targets = _reached_targets(method, targets, whole, model, parts) - beside
+    if unadapted:
+        targets -= unadapted
     return {"target_modules": targets, "modules_to_save": whole or None, "task_type": kind}
 
 
-def _named_like_head(model: PreTrainedModel) -> set[str]:
-    """Return the linear layers whose names end like a head without being one: the `pre_classifier` of DistilBERT. peft trains them
-    whole with the head, and fails to copy them if they also get an adapter."""
+def _unadapted(model: PreTrainedModel) -> set[str]:
+    """Return the linear layers that `all-linear` leaves without an adapter.
+
+    Those of the model's type, and those whose names end like a head without being one: the `pre_classifier` of DistilBERT. peft
+    trains them whole with the head, and fails to copy them if they also get an adapter.
+    """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name for name in linear if name.endswith(tuple(HEADS)) and not HEADS & {*name.split(".")}}
+    like_heads = {name for name in linear if name.endswith(tuple(HEADS)) and not HEADS & {*name.split(".")}}
+    return like_heads | {name for name in linear if name.endswith(UNADAPTED.get(model.config.model_type, ()))}
 
 
 def _reached_targets(

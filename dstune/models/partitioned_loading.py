@@ -1,0 +1,45 @@
+"""What transformers (5.24) gets wrong when it loads a checkpoint into a model whose weights ZeRO-3 has partitioned already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Split
+
+from dstune.models.base_weights import name_in_model
+from dstune.zero.parts import full_shape
+
+
+@contextmanager
+def corrected_partitioned_loading() -> Iterator[None]:
+    """Within the block, let transformers load into partitioned weights what it loads into whole ones.
+
+    Names that the model has keep their tensors (`name_in_model`). Joined tensors are split by the whole shapes of their parts: a
+    partitioned parameter reports the shape [0], and Sarvam MoE stores queries, keys and values as one tensor.
+    """
+    convert = Split.convert
+
+    def split(operation: Split, *arguments: Any, model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]:
+        return convert(operation, *arguments, model=_WholeShapes(model), **options)
+
+    with (
+        patch("transformers.core_model_loading.rename_source_key", name_in_model),
+        patch.object(Split, "convert", split),
+    ):
+        yield
+
+
+class _WholeShapes:
+    """The parameters of a model, with the shapes that they had before they were partitioned."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        parameter = self._model.get_parameter(name)
+        return torch.empty(full_shape(parameter), dtype=parameter.dtype, device="meta")
