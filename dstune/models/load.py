@@ -212,8 +212,8 @@ def new_weights(model: PreTrainedModel) -> NewWeights:
 
 
 def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:
-    """Return the architecture of a run's model, with the changes of the task and the method. Raises UserError if an encoder-decoder
-    does not go with them. See `load_model`."""
+    """Return the architecture of a run's model, with the changes that the task and the method make. Raises UserError if they do not
+    support an encoder-decoder. See `load_model`."""
     architecture, task = load_config(config.model), task_of(config.task)
     if architecture.is_encoder_decoder:
         if not task.encoder_decoder:
@@ -264,20 +264,10 @@ def load_model(
         complete_generation(model.generation_config, architecture)
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
-    embedding = _input_embeddings(config.model, model)
-    rows = full_shape(embedding.weight)[0]
-    if len(tokenizer) > rows and not isinstance(embedding, nn.Embedding):
-        reason = f"the tokenizer has {len(tokenizer)} tokens, the {type(embedding).__name__} of {type(model).__name__} has {rows}"
-        raise UserError(Problem("model.path", f"{reason} and cannot grow", "another model", config.model.path))
-    if len(tokenizer) > rows:
-        # New rows start from the mean of the old ones; otherwise the logit of a new token dwarfs all others.
-        on_meta = model.device.type == "meta"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.trainer.seed)  # new rows are drawn around the mean: the same on all ranks
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
+    pretrained_rows = _add_token_embeddings(config, model, tokenizer)
     parameters = () if config.model.weights is InitialWeights.random else tuple(new)
     control = tokenizer.convert_tokens_to_ids(list(_control_tokens(config.model)))
-    trained_rows = sorted({*range(rows, len(tokenizer)), *control})
+    trained_rows = sorted({*range(pretrained_rows, len(tokenizer)), *control})
     model.dstune_new_weights = NewWeights(parameters, tuple(trained_rows))
     if config.trainer.mlp_tiles > 1:
         tile_feed_forward(model, config.trainer.mlp_tiles)
@@ -332,9 +322,12 @@ def _pretrained(
 
 
 def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
-    """Raises UserError if loading sets the embedding of the padding token to zero, although the files hold other values, and that
-    row is trained as part of the projection to logits, as in Youtu with transformers 5.24: an export would be loaded with other
-    logits than it was trained to. An embedding that is not shared stays zero, in training as after every loading."""
+    """Raise UserError if loading erases an embedding row of the padding token that training needs.
+
+    transformers may set this row to zero although the files hold other values (Youtu in transformers 5.24). If the vocabulary
+    projection shares the weight, training changes the row, and loading an export would erase it again: its logits would differ
+    from those in training. A row that is not shared stays zero both in training and after loading, which does no harm.
+    """
     embedding: Any = _input_embeddings(config.model, model)
     index, weight = getattr(embedding, "padding_idx", None), embedding.weight
     if index is None or weight.device.type == "meta" or not weight.is_floating_point():
@@ -348,7 +341,7 @@ def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
     folder = model_folder(config.model)
     try:
         file = tensor_files(folder).get(name) if is_erased else None
-    except LookupError:  # the files are no safetensors
+    except LookupError:  # the files are not safetensors
         return
     if file is None:
         return
@@ -363,7 +356,7 @@ def _refuse_erased_padding(config: RunConfig, model: PreTrainedModel) -> None:
 
 
 def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
-    """Return the input embeddings of a model. Raises UserError if transformers knows none in it."""
+    """Return the input embeddings of a model. Raises UserError if the model has no table of them."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
@@ -372,6 +365,26 @@ def _input_embeddings(config: ModelConfig, model: PreTrainedModel) -> Any:
         reason = f"{type(model).__name__} has no table of token embeddings, which tokens are added to and counted by"
         raise UserError(Problem("model.path", reason, "another model (`dstune models`)", config.path))
     return embedding
+
+
+def _add_token_embeddings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add embeddings for the tokens that `tokenizer` has and `model` lacks; return how many embeddings the model had.
+
+    Raises UserError if the model's embeddings cannot grow.
+    """
+    embedding = _input_embeddings(config.model, model)
+    rows = full_shape(embedding.weight)[0]
+    if len(tokenizer) <= rows:
+        return rows
+    if not isinstance(embedding, nn.Embedding):
+        reason = f"the tokenizer has {len(tokenizer)} tokens, the {type(embedding).__name__} of {type(model).__name__} has {rows}"
+        raise UserError(Problem("model.path", f"{reason} and cannot grow", "another model", config.model.path))
+    # New rows are drawn around the mean of the old ones; otherwise the logit of a new token dwarfs all others.
+    on_meta = model.device.type == "meta"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.trainer.seed)  # the same rows on all ranks
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
+    return rows
 
 
 def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
@@ -388,8 +401,8 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
 
 
 def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Return the innermost model of transformers on the way to the module `name`. As in transformers, it initializes that module:
-    the configuration of Qwen 3.5 MoE as a whole lacks a key that its text's has."""
+    """Return the innermost transformers model that contains the module `name`. As in transformers, that model initializes the
+    module, since it has the right configuration: that of the complete Qwen 3.5 MoE lacks a key that its text model's has."""
     owner = module = model
     for part in filter(None, name.split(".")):
         module = getattr(module, part)
@@ -398,13 +411,13 @@ def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
-    """Initialize the weights of `module` anew, always on the CPU: a GPU's generator draws other numbers."""
+    """Initialize the weights `owned` of `module`, always on the CPU, since a GPU's generator draws other numbers."""
     in_place = [parameter.data for parameter in owned]
     for parameter in owned:
         if parameter.device.type != "cpu":
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
-        # transformers skips parameters with this mark, and sets it on all that it has initialized.
+        # transformers marks parameters that it has initialized, and skips them.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
     model._init_weights(module)
     for parameter, data in zip(owned, in_place, strict=True):
@@ -449,7 +462,7 @@ def _attention(config: RunConfig) -> str | None:
     installed = importlib.util.find_spec("flash_attn") is not None
     if requested is Attention.flash_attention_2 and not (installed and accelerator.present()):
         reason = "the package flash-attn is not installed here" if accelerator.present() else "this machine has no GPU"
-        fix = "model.attention=auto, which takes the best kernel that is there"
+        fix = "model.attention=auto, which takes the best kernel that is available"
         raise UserError(Problem("model.attention", reason, fix, requested.value))
     return requested.value
 
@@ -461,7 +474,7 @@ def _local_loading_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]) -> None:
-    """Raises UserError if pretrained weights lack more than the task's head and a pooler."""
+    """Raise UserError if the pretrained weights lack more than the task's head and a pooler."""
     if config.model.weights is InitialWeights.random:
         return
     body = f"{model.base_model_prefix}."
@@ -482,7 +495,7 @@ def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]
 
 class _errors_name_model_path:
     """Turns transformers' errors about missing or unsuitable files into a UserError that names `model.path`. Errors of collectives
-    pass unchanged: a rank that is gone is no fault of the files, and the run is started again."""
+    pass unchanged: the loss of a rank is not the fault of the files, and the run can be started again."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -515,7 +528,7 @@ def _of_a_collective(error: BaseException) -> bool:
 
 
 def _of_a_library(error: BaseException) -> bool:
-    """Return whether code outside dstune raised `error`: odd files make libraries raise all kinds of errors."""
+    """Return whether code outside dstune raised `error`. Malformed files make libraries raise errors of any type."""
     return (
         isinstance(error, Exception)
         and not isinstance(error, DstuneError)
