@@ -1,4 +1,4 @@
-"""From the command line to rows on the screen: composes as `dstune train` does, loads the tokenizer and no weights."""
+"""The verb `dstune data show`: composes the configuration as `dstune train` does, loads the tokenizer (no weights), prints rows."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def with_local_files(config: RunConfig, console: Console) -> RunConfig:
 
 
 def _read_preview(config: RunConfig, options: Options, console_kind: str) -> Preview:
-    """Read the rows, with progress on stderr: a large file takes minutes. console_kind: the value of DSTUNE_CONSOLE."""
+    """Read the rows and show progress on stderr, since a large file takes minutes. console_kind: value for DSTUNE_CONSOLE."""
     from dstune.show.facts import show, show_row
     from dstune.tracking.console import Console as Progress
     from dstune.tracking.console import console_activities

@@ -1,4 +1,4 @@
-"""What `dstune data show` knows: some rows in pieces, and figures about all of them."""
+"""Gathers what `dstune data show` prints: some rows in pieces, and figures about all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from dstune.show.segments import Segment, Turn, joined_repeats, segments, turns
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")
 COMPARED_SAMPLES = 1_000_000
-"""Samples looked at for repetitions; a hash of 8 bytes is kept of each."""
+"""Samples that are searched for repetitions; each takes 8 bytes, for its hash."""
 MAX_REPETITIONS = 5
 EXCERPT_CHARACTERS = 160
 THUMBNAIL_PIXELS = 320
@@ -44,7 +44,7 @@ THUMBNAIL_PIXELS = 320
 
 @dataclass(frozen=True)
 class Beside:
-    """A further text of a sample: of a pair of texts the `positive` one, or a `negative`."""
+    """A further text of a sample: the `positive` or a `negative` of a contrastive pair."""
 
     name: str
     segments: list[Segment]
@@ -52,10 +52,10 @@ class Beside:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image of a sample, made small."""
+    """A small copy of an image in a sample."""
 
     name: str
-    """Its path, or how it came with the rows."""
+    """The image's path, or a note that it came inside the rows."""
     width: int
     height: int
     url: str
@@ -70,17 +70,17 @@ class Row:
     """Its place in the split."""
     tokens: int
     targets: int | None
-    """Trained tokens; None of a prompt, whose answers the model writes itself."""
+    """Number of trained tokens; None for a prompt whose answers the model writes itself."""
     label: str | None
-    """What a classifier learns from it; of a judged answer whether it is desirable."""
+    """The label that a classifier learns; for a judged answer, whether it is desirable."""
     source: str | None
     """Its source in a mixture."""
     segments: list[Segment]
     rejected: list[Segment] = field(default_factory=list)
-    """Of a pair, the worse answer from where it differs from the better one."""
+    """The worse answer of a pair, from the token on at which it differs from the better one."""
     conversation: bool = False
     beside: list[Beside] = field(default_factory=list)
-    """Further texts that the model reads apart from the first."""
+    """Further texts of the sample, which the model reads separately."""
     images: list[Thumbnail] = field(default_factory=list)
     """The images of the sample, in order."""
 
@@ -90,12 +90,12 @@ class Row:
 
     @property
     def turns(self) -> list[Turn]:
-        """Where it is a conversation, what the model reads and what it has to write, one after the other."""
+        """The turns of a conversation: what the model reads, and what it has to write; empty for other samples."""
         return turns(self.segments)[0] if self.conversation else []
 
     @property
     def rest(self) -> list[Segment]:
-        """What stands behind the last turn."""
+        """What follows the last turn."""
         return turns(self.segments)[1]
 
 
@@ -119,11 +119,11 @@ class Preview:
     report: dict[str, Any]
     """The split's entry of the data report; empty for a single row."""
     data: dict[str, Any]
-    """Values of the section `data` that the figures are judged by: max_length, packing."""
+    """Values of the section `data` that the figures are compared with: max_length, packing."""
     duplicates: list[Repeated] = field(default_factory=list)
     """Samples that occur more than once, the most frequent first."""
     note: str = ""
-    """What the figures leave out."""
+    """What the figures do not cover."""
     answers: list[Repeated] = field(default_factory=list)
     """Trained texts that occur in more than one sample, where the sample as a whole does not."""
 
@@ -141,11 +141,12 @@ class Preview:
 
 
 def show(config: RunConfig, split: str, count: int) -> Preview:
-    """Return `count` evenly spaced samples of `split`, and figures about all of them. The samples end up in the cache, where a run
-    of the same configuration finds them.
+    """Return `count` evenly spaced samples of `split`, and figures about all of its samples.
+
+    The prepared samples stay in the cache, where a run of the same configuration uses them.
 
     Raises:
-        UserError: whatever `prepare` refuses, or there is no such split.
+        UserError: `prepare` refuses the data, or there is no such split.
     """
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, ALONE, cache_root())
@@ -176,7 +177,7 @@ def show(config: RunConfig, split: str, count: int) -> Preview:
 
 
 def show_row(config: RunConfig, place: str) -> Preview:
-    """Return the samples that the row at `place` (FILE:LINE) alone gives.
+    """Return the samples that the single row at `place` (FILE:LINE) becomes.
 
     Raises:
         UserError: there is no such row, or it is refused; the message names `place`.
@@ -214,19 +215,19 @@ def show_row(config: RunConfig, place: str) -> Preview:
 
 
 def _as_text(value: Any) -> str:
-    """Return a value of a table that JSON does not have; an image of bytes as a data URL."""
+    """Return a table's value that JSON does not have as text; bytes are an image, and become a data URL."""
     if isinstance(value, bytes):
         return f"data:image/png;base64,{base64.b64encode(value).decode()}"
     return str(value)
 
 
 def _configuration_of(config: RunConfig, paths: set[Path]) -> RunConfig:
-    """Return the configuration of the source in `data.mixture` which these files are of: its task, format and columns; else the
-    run's."""
+    """Return the configuration (task, format, columns) of the source in `data.mixture` that these files belong to; if they belong
+    to none, the run's."""
     for key, source_config in of_training(config).values():
         try:
             files = sources.of_part(source_config.data, "train", key)
-        except UserError:  # a source that is not there is no reason not to show this row
+        except UserError:  # a missing source does not matter for this row
             continue
         if paths & {file.path.resolve() for file in files}:
             return source_config
@@ -285,9 +286,9 @@ def _beside(sample: dict[str, Any], tokenizer: Any) -> list[Beside]:
 
 
 def _targets(sample: dict[str, Any], trained: np.ndarray | None, weight: float) -> int:
-    """Count trained tokens. A pair and a judged answer have the weight 1, however many these are."""
-    of_answers = "rejected_input_ids" in sample or "desirable" in sample
-    return int(np.sum(trained != NO_TARGET)) if of_answers and trained is not None else int(weight)
+    """Return the number of trained tokens. It is the sample's weight, except for a pair and a judged answer, which weigh 1."""
+    has_weight_one = "rejected_input_ids" in sample or "desirable" in sample
+    return int(np.sum(trained != NO_TARGET)) if has_weight_one and trained is not None else int(weight)
 
 
 def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
@@ -304,7 +305,7 @@ def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
 
 
 def _token_labels(sample: dict[str, Any]) -> np.ndarray | None:
-    """Return the label of each token, NO_TARGET outside of what is trained: of a question and its text, all but the answer."""
+    """Return the label of each token, NO_TARGET for untrained ones. Of a question and its text, only the answer is trained."""
     if "start" not in sample:
         return sample.get("labels")
     labels = np.full(len(sample["input_ids"]), NO_TARGET)
@@ -314,7 +315,7 @@ def _token_labels(sample: dict[str, Any]) -> np.ndarray | None:
 
 
 def _tokens_and_labels(sample: dict[str, Any]) -> tuple[Any, np.ndarray | None]:
-    """Return token ids and labels of a sample, the target of an encoder-decoder behind its source."""
+    """Return the token ids and labels of a sample; for an encoder-decoder, the source followed by the target."""
     if "target_ids" not in sample:
         return sample["input_ids"], _token_labels(sample)
     source, target = sample["input_ids"], sample["target_ids"]
@@ -339,8 +340,10 @@ def _label(value: Any, labels: tuple[str, ...]) -> str:
 
 
 def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[list[Repeated], list[Repeated]]:
-    """Return the samples, and the trained texts of different samples, that occur most often, among the first COMPARED_SAMPLES.
-    Compared by hash, so texts are decoded for the few that are shown only."""
+    """Return the samples that occur most often, and the trained texts that occur most often in different samples.
+
+    Compares the first COMPARED_SAMPLES by their hashes, and decodes only the few texts that are shown.
+    """
     whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
     trained = np.zeros(len(whole), np.uint64)
     further_columns = [name for name in part.table.column_names if name.endswith("_input_ids") or name == COLUMN]
@@ -353,7 +356,7 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
     samples = [Repeated(count, _decoded(tokenizer, part, first)) for first, count in _frequent(whole)]
     if not trained.any():
         return samples, []
-    # Copies of one sample share their answer too; that was said already.
+    # Copies of a sample also share its answer. Those are reported above, so each sample counts once here.
     _, once = np.unique(whole, return_index=True)
     once.sort()
     answers = [
@@ -364,7 +367,7 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
 
 
 def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield token ids and labels of the first `count` samples; a batch of them in memory at a time."""
+    """Yield the token ids and labels of the first `count` samples, with one batch in memory at a time."""
     if "target_ids" in part.table.column_names:
         yield from (_tokens_and_labels(part.sample(number)) for number in range(count))
         return
@@ -379,7 +382,7 @@ def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.nda
 
 
 def _frequent(hashes: np.ndarray) -> list[tuple[int, int]]:
-    """Return (first place, number of times) of the hashes that occur more than once, the most frequent first."""
+    """Return (index of the first occurrence, count) of the hashes that occur more than once, the most frequent first."""
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))[:MAX_REPETITIONS]
     return [(int(first[at]), int(counts[at])) for at in order if counts[at] > 1]

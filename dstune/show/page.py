@@ -1,4 +1,4 @@
-"""Rows and figures as a page that shares the look of the report."""
+"""Renders rows and figures as an HTML page in the style of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstune.show.facts import Preview
 
 
 def page(preview: Preview) -> str:
-    """Return the HTML of what is shown, everything escaped, nothing from outside."""
+    """Return the page as HTML. All text is escaped, secrets are removed, and nothing is loaded from elsewhere."""
     described = part(preview.split, preview.report, preview.data) if preview.report else None
     html = render(
         "show.html.j2",

@@ -1,4 +1,4 @@
-"""A tokenized sample as pieces of text that say whether they are trained."""
+"""Splits a tokenized sample into pieces of text, each with a mark whether it is trained."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.tags import OUTSIDE, is_bio
 
 CONTEXT_TOKENS = 8
-"""Tokens decoded in front of a piece, so that it keeps the space that a tokenizer drops at the start of a text."""
+"""Tokens that are decoded before a piece, so that the piece keeps the space that a tokenizer drops at the start of a text."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that follow each other and are alike."""
+    """Consecutive tokens that are alike: trained or not, special or not, of one tag."""
 
     text: str
     tokens: int
     trained: bool
     """Whether they count in the loss."""
     special: bool
-    """Whether they are a special token of the model (such a segment is one token)."""
+    """Whether this is a special token of the model (such a segment has one token)."""
     tag: str = ""
-    """What kind of entity they are, or which part of speech; nothing where no tag says so."""
+    """The kind of entity, or the part of speech; empty without a tag."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A target, and what the model reads since the one before it."""
+    """A target, and the context that the model reads since the target before it."""
 
     context: list[Segment]
     target: list[Segment]
@@ -44,7 +44,7 @@ class Turn:
 
 
 def turns(pieces: Sequence[Segment]) -> tuple[list[Turn], list[Segment]]:
-    """Return the turns of a sample, and what stands behind the last target."""
+    """Return the turns of a sample, and what follows the last target."""
     turns_in_order: list[Turn] = []
     context: list[Segment] = []
     for trained, group in groupby(pieces, key=lambda piece: piece.trained):
@@ -57,11 +57,10 @@ def turns(pieces: Sequence[Segment]) -> tuple[list[Turn], list[Segment]]:
 
 
 def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Sequence[str] = ()) -> list[Segment]:
-    """Return the sample in pieces, whose texts joined are the sample's text with its special tokens.
+    """Return the sample in pieces. Their texts, joined, are the sample's text with its special tokens.
 
-    labels: as of a sample, NO_TARGET where a token does not count; None where none does (classification).
-    names: those of the tags that the labels are the indices of (token classification). Then a piece is an entity, or a
-    word with its tag, and such pieces are the trained ones.
+    labels: the sample's labels, NO_TARGET for tokens that do not count in the loss; None if no token does (classification).
+    names: the tags that the labels index (token classification). Then each trained piece is an entity, or a word with its tag.
     """
     ids = [int(token) for token in input_ids]
     targets = [False] * len(ids) if labels is None else [int(label) != NO_TARGET for label in labels]
@@ -87,11 +86,11 @@ def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Seque
 
 
 LEAST_REPEATS = 3
-"""Equal special tokens from which on they are shown as one: an image may be a thousand of them."""
+"""From this many on, equal special tokens in a row are shown as one piece: an image may be a thousand of them."""
 
 
 def joined_repeats(pieces: Sequence[Segment]) -> list[Segment]:
-    """Return the pieces with runs of the same special token as one piece that says how many they are."""
+    """Return the pieces with each run of the same special token as one piece, which says how many there are."""
     joined: list[Segment] = []
     for (special, text, trained), run in groupby(pieces, key=lambda piece: (piece.special, piece.text, piece.trained)):
         group = list(run)
@@ -102,7 +101,7 @@ def joined_repeats(pieces: Sequence[Segment]) -> list[Segment]:
 
 
 def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Return for each token the kind that its tag names, and the number of the piece that it belongs to."""
+    """Return the kind of entity of each token, and the number of the piece that each token belongs to."""
     kinds, groups = [], []
     kind, group = "", 0
     for is_special, label in zip(special, labels, strict=True):
@@ -122,12 +121,12 @@ def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) 
 
 def _text(tokenizer: Any, ids: list[int], start: int, end: int, special: set[int]) -> str:
     context_start = max(0, start - CONTEXT_TOKENS)
-    # What a special token does to its surroundings is its own affair; only plain text in front matters.
+    # The context starts after the last special token: only ordinary text decides about the space before the piece.
     context_start = next(
         (at + 1 for at in range(start - 1, context_start - 1, -1) if ids[at] in special), context_start
     )
     context, whole = _decode(tokenizer, ids[context_start:start]), _decode(tokenizer, ids[context_start:end])
-    # A character cut in two by the boundary decodes to another text alone.
+    # If the boundary cuts a character in two, the context alone decodes differently: the piece is then decoded by itself.
     return whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, ids[start:end])
 
 

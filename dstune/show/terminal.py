@@ -1,4 +1,4 @@
-"""Rows and figures as lines of text, with colours where a terminal shows them and brackets elsewhere."""
+"""Renders rows and figures as lines of text, with colours on a terminal and brackets elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstune.show.segments import Segment
 
 BAR_CELLS = 40
 MAX_CHARACTERS = 1200
-"""Longer pieces lose their middle; the page (--html) and --json have all of it."""
+"""Longer pieces are shown without their middle; the page (--html) and --json have all of it."""
 
 RESET = "\x1b[0m"
 TRAINED, SPECIAL, QUIET, STRONG = "\x1b[32m", "\x1b[35m", "\x1b[2m", "\x1b[1m"
@@ -30,7 +30,7 @@ TAGS = (
     "\x1b[94m",
     "\x1b[91m",
 )
-"""Colours of the kinds of entities, in the order of their names."""
+"""Colours for the kinds of entities, which are sorted by name."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Style:
 
 
 def text(preview: Preview, style: Style) -> str:
-    """Return everything that there is to see, as one text."""
+    """Return the complete output as one text."""
     key = style.paint("trained", TRAINED) if style.colours else "[[trained]]"
     lines = [
         style.paint(f"{preview.split}: {preview.samples:,} samples", STRONG) + f", task={preview.task}, {preview.model}"
@@ -101,7 +101,7 @@ def _heading(row: Row, preview: Preview, style: Style) -> str:
 
 
 def _turns(row: Row, style: Style, tags: list[str]) -> list[str]:
-    """Return the sample; of a conversation with several targets each one under the context that it adds."""
+    """Return the lines of a sample; of a conversation with several targets, each turn's context and then its target."""
     if len(row.turns) < 2:
         return [_text(row.segments, style, tags)]
     lines = []
@@ -142,7 +142,7 @@ def _text(segments: list[Segment], style: Style, tags: list[str]) -> str:
 
 
 def visible(value: str) -> str:
-    """Return `value` without characters that a terminal would obey: controls as \\x1b, line feeds and tabs as they are."""
+    """Return `value` with control characters escaped (`\\x1b`), so that a terminal does not obey them. Line feeds and tabs stay."""
     return "".join(
         character if character in "\n\t" or character.isprintable() else character.encode("unicode_escape").decode()
         for character in value
@@ -166,7 +166,7 @@ def _facts(described: Part) -> list[str]:
 
 
 def _lengths(preview: Preview, style: Style) -> list[str]:
-    """Return a bar for each power of two, and how many rows other lengths would cut."""
+    """Return a bar for each power of two, and how many rows that value of max_length would cut."""
     counted = {int(bound): int(rows) for bound, rows in (preview.report.get("lengths") or {}).items()}
     if not counted:
         return []
