@@ -1,5 +1,7 @@
-"""How a model's own answers changed in training: a few steps of a run, each with a prompt, the answer that scored best and the one
-that scored worst; of on-policy distillation, which scores nothing, one answer."""
+"""Shows how a model's own answers changed in training: some steps, each with a prompt, its best answer and its worst.
+
+On-policy distillation scores no answers, so it gets one answer per step.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
 FOLDER = "rollouts"
 SHOWN_STEPS = 6
 LONGEST_TEXT = 1500
-"""Characters of a prompt or an answer that are shown."""
+"""Longest part of a prompt or an answer that is shown, in characters."""
 _FILE = re.compile(r"step-(\d{1,12})\.jsonl")
 
 
 @dataclass(frozen=True)
 class Answer:
     label: str
-    """`best` or `worst`; `answer` where nothing is scored."""
+    """`best` or `worst`; `answer` if nothing is scored."""
     text: str
     rewards: list[tuple[str, str]]
-    """Name and score, as they are shown."""
+    """Name and formatted score of each reward."""
     ended: bool
 
 
@@ -34,14 +36,14 @@ class Episode:
 
     step: int
     reward: str
-    """Mean over the step, as it is shown; empty where nothing is scored."""
+    """Mean over the step, formatted; empty if nothing is scored."""
     completions: int
     prompt: str
     answers: list[Answer]
 
 
 def story(run: Path) -> list[Episode]:
-    """Return evenly spaced steps of a run, the first and the last among them; empty where it has no completions."""
+    """Return evenly spaced steps of a run, among them the first and the last; empty if the run saved no completions."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
@@ -79,7 +81,7 @@ def _spread(group: list[dict[str, Any]]) -> float:
 
 
 def _total(row: dict[str, Any]) -> float:
-    """Return what its reward is, as it was added up in training; not a number where nothing could score it."""
+    """Return the total reward of an answer, as training added it up; NaN if no reward could score it."""
     value = row.get("reward")
     if isinstance(value, int | float):
         return float(value)
@@ -96,7 +98,7 @@ def _answer(label: str, row: dict[str, Any]) -> Answer:
 
 
 def _text(row: dict[str, Any]) -> str:
-    """Return what was written; of several turns each one, with what the tools said."""
+    """Return the answer's text; if it has several turns, all of them, with the calls and answers of tools."""
     messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
         return str(row["text"])

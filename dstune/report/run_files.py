@@ -1,4 +1,4 @@
-"""What the directory of a run holds, read so that a running, killed or half-written run is read as far as it goes."""
+"""Reads the files in the directory of a run. Of a running, killed or half-written run, it reads what is there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dstune.core.parsing import METRICS_BYTES, object_in, parse_json, parse_yaml
 from dstune.core.paths import RUN_FILE as RUN_FILE
 
 SEARCHED_DEPTH = 3
-"""Folders below a sweep's in which runs are looked for: SWEEP/TRIAL, or NAME/DATE_TIME below `runs`, or one more."""
+"""Levels of folders that are searched for runs: SWEEP/TRIAL, NAME/DATE_TIME below `runs`, or one level more."""
 
 Row = dict[str, Any]
 
@@ -28,7 +28,7 @@ class RunFiles:
 
     path: Path
     config: Row
-    """The resolved configuration as `run.yaml` has it: references to the environment are not followed."""
+    """The resolved configuration in `run.yaml`; references to environment variables stay as they are."""
     overrides: list[str]
     plugins: list[Row]
     """As `run.yaml` lists them; none of them is loaded."""
@@ -46,8 +46,8 @@ class RunFiles:
 
     @property
     def status(self) -> str:
-        """That of result.json; without one `running`, `elsewhere` (as `dstune status` says where it cannot know), or `ended`
-        (killed before it could write a result)."""
+        """The status in result.json; without that file `running`, `elsewhere` (this machine cannot tell, as in `dstune status`), or
+        `ended` (killed before it could write a result)."""
         if self.result.get("status"):
             return str(self.result["status"])
         if _is_alive(self.launch):
@@ -56,7 +56,7 @@ class RunFiles:
 
     @property
     def _place(self) -> str:
-        """Where a run is that this process cannot see; empty of one that was launched here."""
+        """The host or job of a run that this machine cannot see; empty for a run that was launched here."""
         if jobs := self.launch.get("jobs"):
             return f"SLURM job {jobs[-1]}"
         host = self.launch.get("host")
@@ -78,7 +78,7 @@ def section(mapping: Row, name: str) -> Row:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the run directories that `paths` name: each is one, or a folder that holds some (a sweep). Sorted, without doubles.
+    """Return the run directories at `paths`, without duplicates. Each path is a run, or a folder that holds runs (a sweep).
 
     Raises:
         UserError: every path that is neither.
@@ -153,7 +153,7 @@ _RESULT: dict[str, tuple[type, ...]] = {
         ("eval_initial", "eval_final", "best", "test", "overfitting", "counterfactual", "micro_batch"), (dict,)
     ),
 }
-"""What a key of `result.json` holds. Somebody else's file may have anything there."""
+"""Types of the values in `result.json`. A file from a stranger may hold anything."""
 _MEASURED = ("eval_initial", "eval_final", "test")
 
 
@@ -162,7 +162,7 @@ def is_number(value: Any) -> bool:
 
 
 def shaped_result(result: Row) -> Row:
-    """Return `result.json` without values that dstune does not write under their keys."""
+    """Return `result.json` without values of types that dstune does not write."""
     shaped = {}
     for key, value in result.items():
         kinds = _RESULT.get(key)
@@ -175,12 +175,12 @@ def shaped_result(result: Row) -> Row:
 
 
 def is_odd(value: Any) -> bool:
-    """Return whether a metric of this value is none: a list, a text, a number that no calculation survives."""
+    """Return whether a value cannot be a metric's: a list, a text, or a number too large to calculate with."""
     return not (isinstance(value, dict) or is_number(value) or (isinstance(value, float) and not math.isfinite(value)))
 
 
 def _rows(path: Path) -> list[Row]:
-    """Read objects with a whole number as their step; a line that is just being written, or torn, is passed over."""
+    """Return the rows of a file (see `is_row`); incomplete lines, such as one that is just being written, are skipped."""
     rows = []
     try:
         lines = read_file(path, METRICS_BYTES).splitlines()
@@ -197,7 +197,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def is_row(row: Any) -> bool:
-    """Return whether this is a row of `metrics.jsonl` or `samples.jsonl`: a step, and under the keys of training numbers."""
+    """Return whether this is a row of `metrics.jsonl` or `samples.jsonl`: it has a step, and its metrics are numbers."""
     if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
         return False
     if not isinstance(row.get("skipped", ""), str) or any(
@@ -217,7 +217,7 @@ def _checkpoints(path: Path) -> list[store.CheckpointInfo]:
 
 
 def _is_alive(launch: Row) -> bool:
-    """Return whether the process of launch.json lives on this machine (and is not a later one with the same number)."""
+    """Return whether the process in launch.json still runs on this machine, and is not a later one with the same id."""
     if launch.get("host") != socket.gethostname():
         return False
     import psutil  # not at the top: 10 ms of every command

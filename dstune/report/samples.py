@@ -1,4 +1,4 @@
-"""Answers to held-out prompts before and after training, of one run or of several."""
+"""Collects the answers to held-out prompts before and after training, of one run or several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_PROMPTS = 20
 
 @dataclass
 class Answered:
-    """One prompt and what was answered to it."""
+    """One prompt and the answers to it."""
 
     prompt: str
     reference: str = ""
@@ -21,7 +21,8 @@ class Answered:
 
 
 def answered(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[Answered]:
-    """Return the prompts in their order. One run: its first and last answer; several: the first of the first, the last of each."""
+    """Return the prompts in order with their answers. One run: its first and last answer. Several runs: the first answer of the
+    first run, and the last answer of each."""
     entry_by_prompt: dict[str, Answered] = {}
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         by_prompt: dict[str, list[dict]] = {}
