@@ -1,4 +1,4 @@
-"""What an import has found so far: values for dstune's keys, and the keys that could not be carried, with the reason."""
+"""The result of an import: values for dstune's keys, and the keys that could not be carried, each with the reason."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ class Dropped:
     """A key that was not carried over."""
 
     kind: str
-    """NOT_SUPPORTED, MEANINGLESS (dstune does it on its own way), or DIFFERENT (carried, but not to the letter)."""
+    """NOT_SUPPORTED, MEANINGLESS (dstune handles it in its own way), or DIFFERENT (carried, but not exactly)."""
     reason: str
     value: Any = None
 
 
 @dataclass
 class Import:
-    """A configuration of another tool on its way to an experiment."""
+    """A configuration of another tool while it is converted into an experiment."""
 
     raw: dict[str, Any]
-    """The other tool's keys, its own defaults included."""
+    """The other tool's keys, including its defaults."""
     ranks: int
     defaults: frozenset[str] = frozenset()
-    """Keys of `raw` that the file does not have: the tool's default stands in for them."""
+    """Keys of `raw` that the file does not have, and whose values are the tool's defaults."""
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, Dropped] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
     current: str = ""
-    """The key that is being looked at."""
+    """The key whose rule is being applied."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the other tool's value; `default` where it is absent or empty."""
+        """Return the other tool's value, or `default` if it is absent or empty."""
         value = self.raw.get(key)
         return default if value is None or value == "" else value
 
     def put(self, key: str, value: Any) -> None:
-        """Give dstune's `key` a value, on behalf of the current key."""
+        """Set dstune's `key`, and note that the current key became it."""
         self.values[key] = value
         self.note(key)
 
     def choose(self, group: str, choice: str) -> None:
+        """Choose an option of one of dstune's configuration groups, and note that the current key became it."""
         self.choices[group] = choice
         self.note(group)
 
     def note(self, key: str) -> None:
+        """Note that the current key became dstune's `key`."""
         names = self.carried.setdefault(self.current, [])
         if key not in names:
             names.append(key)
 
     def drop(self, reason: str, kind: str = NOT_SUPPORTED, key: str | None = None) -> None:
-        """Drop the current key (or `key`), which cannot be carried, or not to the letter."""
+        """Report that the current key (or `key`) cannot be carried, or not exactly. A tool's own defaults are not reported."""
         name = self.current if key is None else key
-        # What a tool does unless told otherwise is nobody's wish.
         if name in self.defaults:
             return
         if earlier := self.dropped.get(name):
@@ -69,5 +70,6 @@ class Import:
         self.dropped[name] = Dropped(kind, reason, "..." if secret else self.raw.get(name))
 
     def assume(self, text: str) -> None:
+        """Report an assumption that the user should check."""
         if text not in self.assumed:
             self.assumed.append(text)

@@ -1,4 +1,4 @@
-"""What becomes of one key of another tool."""
+"""Rules: each carries one key of another tool over to dstune's keys, or drops it with a reason."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dstune.config.names import nearest
 from dstune.importing.result import MEANINGLESS, Import
 
 Rule = Callable[[Import, Any], None]
-"""What to do with a value of one key: puts values and choices, or drops it."""
+"""Handles the value of one key: puts values and choices, or drops the key."""
 
 
 def same(key: str) -> Rule:
-    """Return the rule of a value that becomes that of dstune's `key` as it is."""
+    """Return a rule that gives the value unchanged to dstune's `key`."""
 
     def rule(imported: Import, value: Any) -> None:
         imported.put(key, value)
@@ -22,13 +22,13 @@ def same(key: str) -> Rule:
 
 
 def own_code(imported: Import, value: Any) -> None:
-    """Leave the code of a model to its user to read before it runs, whatever somebody's file says."""
+    """Drop `trust_remote_code`: users must read a model's code before it runs, whatever an imported file says."""
     if value:
         imported.drop("it runs Python code that comes with the model: read it, then give model.trust_remote_code=true")
 
 
 def missing(reason: str) -> Rule:
-    """Return the rule of a key that dstune has nothing like; switched off it asks for nothing."""
+    """Return a rule that drops a key without a counterpart in dstune, unless its value turns the feature off."""
 
     def rule(imported: Import, value: Any) -> None:
         if value not in (False, 0, "no", "none", "None"):
@@ -38,7 +38,7 @@ def missing(reason: str) -> Rule:
 
 
 def own_way(reason: str) -> Rule:
-    """Return the rule of a key that dstune handles on a way of its own, whatever the value."""
+    """Return a rule that drops a key as meaningless, since dstune handles it in its own way whatever the value."""
 
     def rule(imported: Import, value: Any) -> None:
         imported.drop(reason, MEANINGLESS)
@@ -47,11 +47,11 @@ def own_way(reason: str) -> Rule:
 
 
 def with_others(imported: Import, value: Any) -> None:
-    """Leave a key to another one that it is looked at together with, whose rule notes what becomes of it."""
+    """Do nothing: the rule of another key reads this key too, and notes what becomes of it."""
 
 
 def apply(table: Mapping[str, Rule], imported: Import) -> None:
-    """Apply to every key of the file its rule; one that the table does not have is dropped by name."""
+    """Apply its rule to every key of the file. A key that the table does not have is dropped by name."""
     for key, value in imported.raw.items():
         if value is None or value == "" or value in ([], {}):
             continue
@@ -60,7 +60,7 @@ def apply(table: Mapping[str, Rule], imported: Import) -> None:
             try:
                 rule(imported, value)
             except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
-                imported.drop("its value is none that the tool takes")
+                imported.drop("its value has an unexpected form")
         else:
             similar = nearest(key, table)
             imported.drop("this import does not know the key" + (f" (did you mean {similar}?)" if similar else ""))

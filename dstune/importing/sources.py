@@ -1,4 +1,4 @@
-"""Data sets of another tool as `data.train`, or as `data.mixture` where there are several."""
+"""Carries the data sets of another tool over: one becomes `data.train`, several become `data.mixture`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Source:
     max_rows: int | None = None
 
     def differences(self) -> dict[str, Any]:
-        """Return what is not the default."""
-        plain = asdict(Source(self.path))
-        return {name: value for name, value in asdict(self).items() if name == "path" or value != plain[name]}
+        """Return the path and every field that differs from its default."""
+        defaults = asdict(Source(self.path))
+        return {name: value for name, value in asdict(self).items() if name == "path" or value != defaults[name]}
 
 
 def with_split(path: str, split: str | None) -> str:
-    """Return a hub id with its split behind a colon; `train` is what training rows have by themselves."""
+    """Return `path:split` for a hub id. A file has no split, and `train` is the default."""
     if not split or split == "train" or re.search(r"\.\w+$", path.rsplit("/", 1)[-1]):
         return path
     return f"{path}:{split}"
 
 
 def name_of(path: str, taken: Sequence[str]) -> str:
-    """Return a name for a source: the last part of its path, with a number where it is taken."""
+    """Return a name for a source: the last part of its path, with a number if that name is taken."""
     stem = re.sub(r"\W+", "_", path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".jsonl").removesuffix(".json"))
     plain = stem.strip("_").lower() or "rows"
     numbered = (f"{plain}_{number}" for number in range(2, 1000))
@@ -44,14 +44,14 @@ def name_of(path: str, taken: Sequence[str]) -> str:
 
 
 def put_sources(imported: Import, sources: Sequence[Source]) -> None:
-    """Carry the training rows; sources of one format share `data.format`."""
+    """Set the training data: one source as `data.train`, several as `data.mixture`."""
     if len(sources) == 1:
         (only,) = sources
         for name, value in only.differences().items():
             if name != "weight":
                 imported.put(f"data.{'train' if name == 'path' else name}", value)
         if only.weight != 1:
-            imported.drop("the weight of the only source: all of its rows come once an epoch")
+            imported.drop("a single source needs no weight: every epoch has each of its rows once")
     elif sources:
         mixture: dict[str, dict[str, Any]] = {}
         for source in sources:
@@ -60,10 +60,14 @@ def put_sources(imported: Import, sources: Sequence[Source]) -> None:
 
 
 def report_lost_settings(imported: Import, source: Source, training: Sequence[Source]) -> None:
-    """Report settings that validation rows lose: they are read as those of the only training source, or with the defaults beside
-    a mixture."""
+    """Report settings that validation rows lose.
+
+    dstune reads validation rows with the settings of the only training source, or with the defaults if training uses a mixture.
+    """
     read_as = training[0] if len(training) == 1 else Source(source.path)
     for name in ("format", "columns", "subset", "revision"):
         stored, used = getattr(source, name), getattr(read_as, name)
         if stored != used:
-            imported.drop(f"{source.path}: its {name} ({stored}); it is read with data.{name}={used}", DIFFERENT)
+            imported.drop(
+                f"{source.path}: its {name} ({stored}) is not carried; it is read with data.{name}={used}", DIFFERENT
+            )

@@ -1,4 +1,4 @@
-"""TRL: the YAML of `trl sft --config`, recipes of the alignment handbook, or a command line with the same arguments."""
+"""Imports TRL: the YAML of `trl sft --config`, recipes of the alignment handbook, or a command line with the same arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "assistant_only_loss": False,
     "eval_strategy": "no",
 }
-"""What TRL's SFTTrainer does where its file is silent and dstune would do something else."""
+"""Defaults of TRL's SFTTrainer for absent keys, where dstune's defaults differ."""
 
 
 def recognised(raw: Mapping[str, Any]) -> bool:
@@ -34,9 +34,9 @@ NOT_IMPORTED = (
     *("a2po", "async_grpo", "bco", "cpo", "distillation", "dpo_online", "gkd", "gmpo", "gold", "gspo"),
     *("minillm", "mpo", "nash_md", "online_dpo", "papo", "ppo", "prm", "rloo", "sdft", "sdpo", "tpo", "xpo"),
 )
-"""Trainers of TRL, and names of its scripts for them, whose runs are not imported."""
+"""Trainers of TRL whose runs are not imported, including the names of their scripts."""
 LOSSES = {"dpo": {"sigmoid": "dpo", "ipo": "ipo"}, "kto": {"kto": "kto"}, "sft": {"nll": "", "chunked_nll": ""}}
-"""By trainer, the values of `loss_type` that are imported, and `task.loss` for them."""
+"""By trainer, the supported values of `loss_type`, each with its value of `task.loss`."""
 
 PREFERENCE_DEFAULTS: dict[str, Any] = {
     **HUGGING_FACE_DEFAULTS,
@@ -61,25 +61,28 @@ DEFAULTS_BY_TRAINER: dict[str, dict[str, Any]] = {
         "trainer": "grpo",
     },
 }
-"""What the trainers of TRL 1.16 do where a file is silent."""
+"""Defaults of TRL 1.16 for absent keys, by trainer."""
 
 
 def defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what TRL does where the file is silent."""
+    """Return TRL's defaults for keys that the file does not have."""
     return DEFAULTS_BY_TRAINER[trainer_for(raw)]
 
 
 def trainer_in(script: str) -> str | None:
-    """Return the trainer that a script is named after (`run_dpo` -> `dpo`), the longest name first, or None."""
+    """Return the trainer that a script is named after (`run_dpo` -> `dpo`), or None.
+
+    Of several matching names the longest wins (`run_dpo_online` -> `dpo_online`).
+    """
     names = sorted((*SUPPORTED, *NOT_IMPORTED), key=len, reverse=True)
     return next((name for name in names if f"_{name}_" in f"_{script}_"), None)
 
 
 def trainer_for(raw: Mapping[str, Any]) -> str:
-    """Return the trainer that a file or a command is for: by its name, else by keys that only this trainer has.
+    """Return the trainer of a file or command: the one it names, else the one that its keys imply.
 
     Raises:
-        UserError: the trainer is not supported, or several trainers have the keys.
+        UserError: the trainer is not supported, or the keys fit several trainers.
     """
     if trainer := raw.get("trainer"):
         if trainer not in SUPPORTED:
@@ -100,13 +103,13 @@ def trainer_for(raw: Mapping[str, Any]) -> str:
         _refuse_loss(raw["loss_type"], [loss for losses in LOSSES.values() for loss in losses])
     for key in ("beta", "max_prompt_length"):
         if key in raw:
-            reason = "several trainers of TRL have this key, and nothing in the file says which one it is for"
+            reason = "several trainers of TRL have this key, and no other key of the file tells which one to use"
             raise UserError(Problem(key, reason, "--trainer dpo, kto or orpo", str(raw[key])))
     return "sft"
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of training that is not imported."""
+    """Check the trainer and its loss. Raises UserError for those that are not imported."""
     trainer = trainer_for(raw)
     supported = LOSSES.get(trainer, {})
     if supported and "loss_type" in raw:
@@ -145,7 +148,7 @@ def _set_task(imported: Import) -> None:
     imported.assume("rows are conversations or prompt and completion (task=chat); for plain text give task=causal_lm")
 
 
-def name_of_trainer(imported: Import, value: Any) -> None:
+def trainer_name(imported: Import, value: Any) -> None:
     _set_task(imported)
     if value == "grpo":
         _set_policy(imported)
@@ -167,10 +170,10 @@ def _set_policy(imported: Import) -> None:
     policy.put_policy(imported, imported.raw, drop, put)
 
 
-def of_policy(imported: Import, value: Any) -> None:
-    """Note a key of GRPO alone, which `name_of_trainer` looks at."""
+def grpo_only(imported: Import, value: Any) -> None:
+    """Drop a key of GRPO in a file for another trainer. For GRPO, `trainer_name` carries it."""
     if trainer_for(imported.raw) != "grpo":
-        imported.drop("training on generated answers alone uses it", MEANINGLESS)
+        imported.drop("only training on generated answers (GRPO) uses it", MEANINGLESS)
 
 
 def completion_length(imported: Import, value: Any) -> None:
@@ -178,22 +181,19 @@ def completion_length(imported: Import, value: Any) -> None:
         imported.drop("data.max_length is the limit of a row")
 
 
-def divergence_weight(imported: Import, value: Any) -> None:
+def beta(imported: Import, value: Any) -> None:
     if trainer_for(imported.raw) != "grpo":
         imported.put("task.beta", value)
 
 
 def batch_size(imported: Import, value: Any) -> None:
-    rows, steps = (
-        int(imported.get("per_device_train_batch_size", 8)),
-        int(imported.get("gradient_accumulation_steps", 1)),
-    )
     if trainer_for(imported.raw) != "grpo":
         common.global_batch(imported, "per_device_train_batch_size", "gradient_accumulation_steps")
         return
-    policy.count_prompts(
-        imported, rows, steps, int(imported.get("num_generations", policy.DEFAULTS["num_generations"]))
-    )
+    rows = int(imported.get("per_device_train_batch_size", 8))
+    accumulation_steps = int(imported.get("gradient_accumulation_steps", 1))
+    samples = int(imported.get("num_generations", policy.DEFAULTS["num_generations"]))
+    policy.count_prompts(imported, rows, accumulation_steps, samples)
     imported.note("trainer.global_batch_size")
 
 
@@ -208,27 +208,27 @@ def loss_type(imported: Import, value: Any) -> None:
     elif trainer == "sft":
         imported.drop("next-token cross entropy, computed for trained tokens only", MEANINGLESS)
     else:
-        imported.drop(f"the loss of the trainer {trainer} is its own", MEANINGLESS)
+        imported.drop(f"the trainer {trainer} has one loss only", MEANINGLESS)
 
 
-def precomputed_reference(imported: Import, value: Any) -> None:
+def reference_log_probs(imported: Import, value: Any) -> None:
     if value:
         imported.put("task.reference", "cached")
 
 
-def divergence(imported: Import, value: Any) -> None:
+def divergence_type(imported: Import, value: Any) -> None:
     if value != "reverse_kl":
-        imported.drop("the divergence is the reverse KL")
+        imported.drop("dstune always uses the reverse KL divergence")
 
 
 def dataset_name(imported: Import, value: Any) -> None:
     if imported.get("dataset_mixture") or imported.get("datasets"):
-        imported.drop("a mixture is given", MEANINGLESS)
+        imported.drop("the file also has a mixture, which TRL uses instead", MEANINGLESS)
         return
     source = Source(with_split(str(value), imported.get("dataset_train_split")), subset=imported.get("dataset_config"))
-    for name, ours in (("dataset_train_split", "data.train"), ("dataset_config", "data.subset")):
+    for name, dstune_key in (("dataset_train_split", "data.train"), ("dataset_config", "data.subset")):
         if imported.get(name):
-            imported.carried[name] = [ours]
+            imported.carried[name] = [dstune_key]
     put_sources(imported, [source])
     _set_task(imported)
     if str(imported.get("eval_strategy", "no")) in ("steps", "epoch"):
@@ -250,10 +250,11 @@ def mixture(imported: Import, value: Any) -> None:
         sources.append(source)
         if entry.get("fraction") is not None:
             imported.drop(
-                f"{path}: a share of the mixture; data.mixture.NAME.weight says how often rows come", DIFFERENT
+                f"{path}: fraction is not carried; data.mixture.NAME.weight sets how often its rows are drawn",
+                DIFFERENT,
             )
         if entry.get("data_files") or entry.get("data_dir"):
-            imported.drop(f"{path}: data_files and data_dir; give the files as path", DIFFERENT)
+            imported.drop(f"{path}: data_files and data_dir are not carried; give the files as path", DIFFERENT)
     put_sources(imported, sources)
     _set_task(imported)
     size = value.get("test_split_size") if isinstance(value, Mapping) else imported.get("test_split_size")
@@ -264,10 +265,10 @@ def mixture(imported: Import, value: Any) -> None:
 
 
 def dataset_arguments(imported: Import, value: Any) -> None:
-    """Look at what scripts for models that see set beside images."""
+    """Carry `skip_prepare_dataset`, which TRL's scripts for vision-language models set; drop anything else."""
     if set(dict(value)) == {"skip_prepare_dataset"}:
-        imported.drop("rows are prepared with their images", MEANINGLESS)
-        imported.assume("TRL trains the tower of a model that sees; dstune does with model.train_vision=true")
+        imported.drop("dstune prepares rows together with their images", MEANINGLESS)
+        imported.assume("TRL trains the vision tower too; dstune trains it with model.train_vision=true")
     else:
         imported.drop(LATER)
 
@@ -294,7 +295,7 @@ def use_peft(imported: Import, value: Any) -> None:
         imported.choose("method", "full")
 
 
-def lora_part(imported: Import, value: Any) -> None:
+def lora_setting(imported: Import, value: Any) -> None:
     if not imported.get("use_peft"):
         imported.drop("use_peft is off", MEANINGLESS)
 
@@ -307,8 +308,8 @@ def assistant_only(imported: Import, value: Any) -> None:
     imported.put("task.train_on_prompt", not value)
     if imported.current in imported.defaults:
         imported.assume(
-            "TRL trains on the prompts of conversations too unless told otherwise (task.train_on_prompt=true); of rows with a "
-            "prompt and a completion it trains the completion alone: give task.train_on_prompt=false for them"
+            "by default TRL also trains on the prompts of conversations (task.train_on_prompt=true); for rows with a prompt and a "
+            "completion it trains on the completion only: give task.train_on_prompt=false for them"
         )
 
 
@@ -316,11 +317,11 @@ def packing_strategy(imported: Import, value: Any) -> None:
     if value in ("bfd", "ffd"):
         imported.note("data.packing")
     else:
-        imported.drop("rows are packed whole, the longest first", DIFFERENT)
+        imported.drop("dstune packs complete rows, the longest first", DIFFERENT)
 
 
 def eos_token(imported: Import, value: Any) -> None:
-    imported.drop("the end of each turn is the one of the chat template, and is trained", MEANINGLESS)
+    imported.drop("each turn ends with the chat template's own end token, which is trained", MEANINGLESS)
 
 
 TABLE: dict[str, Rule] = {
@@ -343,13 +344,13 @@ TABLE: dict[str, Rule] = {
             "use_rslora",
             "use_dora",
         ),
-        lora_part,
+        lora_setting,
     ),
-    "lora_task_type": own_way("known from the task"),
+    "lora_task_type": own_way("dstune infers it from the task"),
     "load_in_4bit": common.four_bits,
     "load_in_8bit": common.quantized,
-    "bnb_4bit_quant_type": missing("it belongs to load_in_4bit"),
-    "use_bnb_nested_quant": missing("it belongs to load_in_4bit"),
+    "bnb_4bit_quant_type": missing("it only matters with load_in_4bit"),
+    "use_bnb_nested_quant": missing("it only matters with load_in_4bit"),
     "chat_template": common.chat_template,
     "chat_template_path": common.chat_template,
     "eos_token": eos_token,
@@ -369,33 +370,33 @@ TABLE: dict[str, Rule] = {
     "max_seq_length": same("data.max_length"),
     "truncation_mode": own_way("the start of a long row is kept"),
     "shuffle_dataset": own_way("rows are shuffled each epoch"),
-    "packing": lambda found, value: found.put("data.packing", bool(value)),
+    "packing": lambda imported, value: imported.put("data.packing", bool(value)),
     "packing_strategy": packing_strategy,
     "eval_packing": own_way("evaluation counts every row once"),
     "padding_free": missing("set data.packing=true"),
     "pad_to_multiple_of": own_way("rows are padded to the longest of a micro-batch"),
-    "completion_only_loss": lambda found, value: found.put("task.train_on_prompt", not value),
+    "completion_only_loss": lambda imported, value: imported.put("task.train_on_prompt", not value),
     "assistant_only_loss": assistant_only,
-    "trainer": name_of_trainer,
+    "trainer": trainer_name,
     "loss_type": loss_type,
-    "beta": divergence_weight,
+    "beta": beta,
     "label_smoothing": same("task.label_smoothing"),
     "desirable_weight": same("task.desirable_weight"),
     "undesirable_weight": same("task.undesirable_weight"),
-    "precompute_ref_log_probs": precomputed_reference,
-    "precompute_ref_batch_size": own_way("the reference computes with the micro-batch of an evaluation"),
-    "disable_dropout": own_way("the dropout of a model stays as its config.json says"),
+    "precompute_ref_log_probs": reference_log_probs,
+    "precompute_ref_batch_size": own_way("the reference model uses the micro-batch size of evaluations"),
+    "disable_dropout": own_way("dropout stays as the model's config.json sets it"),
     "max_prompt_length": missing("data.max_length is the limit of a row"),
     "max_completion_length": completion_length,
     "per_device_train_batch_size": batch_size,
     "gradient_accumulation_steps": batch_size,
-    **dict.fromkeys(policy.KEYS, of_policy),
+    **dict.fromkeys(policy.KEYS, grpo_only),
     **dict.fromkeys(
         (*policy.MISSING, "delta", "entropy_coef", "top_entropy_quantile", "off_policy_mask_threshold"), missing(LATER)
     ),
     "loss_weights": missing("a run has one loss"),
-    "reference_free": missing("losses without a reference model: task.loss=simpo or orpo"),
-    "f_divergence_type": divergence,
+    "reference_free": missing("for a loss without a reference model, set task.loss=simpo or orpo"),
+    "f_divergence_type": divergence_type,
     **dict.fromkeys(
         (
             *("center_rewards_coefficient", "discopop_tau", "f_alpha_divergence_coef", "ld_alpha", "rpo_alpha"),
@@ -403,10 +404,10 @@ TABLE: dict[str, Rule] = {
         ),
         missing(LATER),
     ),
-    "activation_offloading": missing("activations can be computed again: trainer.activation_checkpointing=true"),
+    "activation_offloading": missing("recompute activations instead: trainer.activation_checkpointing=true"),
     "config_file": common.deepspeed,
-    "num_processes": own_way("it gives the number of ranks to this import"),
-    "num_machines": own_way("every rank of an outer launch becomes a worker"),
-    "env": missing("set the environment of the command"),
+    "num_processes": own_way("it only tells this import the number of ranks"),
+    "num_machines": own_way("every rank that an outer launcher starts becomes a worker"),
+    "env": missing("set these variables in the shell that starts dstune"),
 }
-"""TRL's key: what it becomes."""
+"""By TRL's key, the rule that carries or drops its value."""
