@@ -314,7 +314,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "finetuning/webhooks.py", "if self._testing[row.project] >= MOST_TESTS:", "if False:"
     ),
     "finetuning_api.test_files_of_one_organization_keep_no_other_one_from_validation": undo(
-        "finetuning/jobs/reconciler.py", "(self._turns.get(job.organization, 0), job.number)", "job.number"
+        "finetuning/jobs/validations.py", "(self._turns.get(job.organization, 0), job.number)", "job.number"
     ),
     "finetuning_api.test_slow_uploads_of_one_key_keep_no_other_key_out": undo(
         "finetuning/receiving.py",
@@ -328,7 +328,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "finetuning/jobs/build.py", "    files.counted.append(store.bytes_of)\n", ""
     ),
     "finetuning_api.test_a_running_job_ends_well_in_a_project_without_space": undo(
-        "finetuning/jobs/reconciler.py", "if job.attempt or has_space(job.project):", "if True:"
+        "finetuning/jobs/device_queue.py", "if job.attempt or has_space(job.project):", "if True:"
     ),
     "runs_of_others.test_origins_of_a_strangers_run_name_keys_alone": undo(
         "config/resume.py",

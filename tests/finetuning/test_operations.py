@@ -19,12 +19,12 @@ from dstune.core.errors import UserError
 from dstune.finetuning import gateway_routes, service
 from dstune.finetuning.blobs import RemoteBlobs
 from dstune.finetuning.jobs import build, check, configuration, hyperparameters, planner
+from dstune.finetuning.jobs.device_queue import Machine
 from dstune.finetuning.jobs.folder import NOW, SAVE, JobFolder
 from dstune.finetuning.jobs.launcher import ProcessLauncher, stop_orphan
 from dstune.finetuning.jobs.planner import Estimate, Planner
 from dstune.finetuning.jobs.preset_file import PresetFile
 from dstune.finetuning.jobs.presets import Preset, Presets, QueueSettings, read
-from dstune.finetuning.jobs.reconciler import Machine
 from dstune.finetuning.jobs.states import Change, State
 from dstune.finetuning.jobs.tables import TunedModel
 from dstune.finetuning.models.service import Models
@@ -305,7 +305,7 @@ def test_the_time_in_the_queue_of_a_cluster_is_not_counted(tmp_path, monkeypatch
     began = time.time()
     monkeypatch.setattr(time, "time", lambda: began + 3600)
     bench.end(job, 75, seconds=5.0)
-    bench.reconciler._watch(bench.read(job))
+    bench.reconciler.trainings.watch(bench.read(job))
     assert bench.read(job).device_seconds == 10.0
 
 

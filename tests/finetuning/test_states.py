@@ -307,13 +307,13 @@ def test_a_preset_or_a_model_that_is_gone_fails_the_job(bench):
 
 
 def test_a_start_that_brings_nothing_is_not_repeated_at_once(bench):
-    bench.reconciler._pause = 60.0
+    bench.reconciler.queue.pause_seconds = 60.0
     job = running(bench)
     bench.kill(job)
     bench.step(3)
     row = bench.read(job)
     assert (row.state, row.idle_attempts, row.attempt) == (State.QUEUED, 1, 1)
-    bench.reconciler._pause = 0.0
+    bench.reconciler.queue.pause_seconds = 0.0
     bench.step()
     assert bench.state(job) == State.RUNNING
 

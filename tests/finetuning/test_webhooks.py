@@ -11,8 +11,8 @@ import pytest
 from dstune.finetuning import deliveries as deliveries_module
 from dstune.finetuning.addresses import checked_url, is_public
 from dstune.finetuning.jobs.build import Parts
+from dstune.finetuning.jobs.device_queue import Machine
 from dstune.finetuning.jobs.folder import JobFolder, write
-from dstune.finetuning.jobs.reconciler import Machine
 from dstune.finetuning.tables import Delivery
 from dstune.serve.errors import ApiError
 from tests.support.finetuning import cloud

@@ -17,7 +17,7 @@ from dstune.finetuning.addresses import PublicResolver, checked_url, is_public
 from dstune.finetuning.batches import handlers as batch_handlers
 from dstune.finetuning.graders import handlers
 from dstune.finetuning.graders.grader import run_grader
-from dstune.finetuning.jobs import reconciler as reconciler_module
+from dstune.finetuning.jobs import trainings
 from dstune.finetuning.jobs.folder import write
 from dstune.grading import grader as grader_module
 from dstune.serve.errors import ApiError
@@ -240,7 +240,7 @@ def test_files_of_one_organization_keep_no_other_one_from_validation(tmp_path):
 
 @pytest.mark.ci
 def test_a_running_job_ends_well_in_a_project_without_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(reconciler_module, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(trainings, "MEASURE_SECONDS", 0.0)
 
     async def test(found: Office) -> None:
         client = found.cloud.openai(found.cloud.owner)

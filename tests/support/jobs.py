@@ -11,10 +11,11 @@ from typing import Any
 from dstune.finetuning.blobs import Blobs
 from dstune.finetuning.files import Files
 from dstune.finetuning.ids import new_id, unix_time
+from dstune.finetuning.jobs.device_queue import Machine
 from dstune.finetuning.jobs.folder import JobFolder, write
 from dstune.finetuning.jobs.planner import Estimate
 from dstune.finetuning.jobs.presets import Limits, Preset, Presets, QueueSettings
-from dstune.finetuning.jobs.reconciler import Machine, Reconciler
+from dstune.finetuning.jobs.reconciler import Reconciler
 from dstune.finetuning.jobs.results import Results
 from dstune.finetuning.jobs.states import State
 from dstune.finetuning.jobs.store import JobStore

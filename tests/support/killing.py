@@ -29,8 +29,8 @@ import openai
 from dstune.core.rendezvous import free_port
 from dstune.finetuning.jobs.build import Parts
 from dstune.finetuning.jobs.check import inconsistencies
+from dstune.finetuning.jobs.device_queue import Machine
 from dstune.finetuning.jobs.launcher import ProcessLauncher
-from dstune.finetuning.jobs.reconciler import Machine
 from dstune.finetuning.jobs.states import TERMINAL
 from dstune.finetuning.jobs.tables import Job
 from dstune.finetuning.routes import routes

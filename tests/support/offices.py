@@ -14,8 +14,8 @@ import openai
 
 from dstune.finetuning.jobs.build import Parts
 from dstune.finetuning.jobs.check import inconsistencies
+from dstune.finetuning.jobs.device_queue import Machine
 from dstune.finetuning.jobs.folder import JobFolder, write
-from dstune.finetuning.jobs.reconciler import Machine
 from tests.support.finetuning import Cloud, cloud
 from tests.support.jobs import StubLauncher, StubPlans
 

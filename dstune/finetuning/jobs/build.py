@@ -8,11 +8,12 @@ from pathlib import Path
 
 from dstune.core.errors import Problem, UserError
 from dstune.finetuning.files import Files
+from dstune.finetuning.jobs.device_queue import Machine
 from dstune.finetuning.jobs.launcher import Launcher, ProcessLauncher
 from dstune.finetuning.jobs.planner import Planner, Plans
 from dstune.finetuning.jobs.preset_file import PresetFile
 from dstune.finetuning.jobs.presets import Presets
-from dstune.finetuning.jobs.reconciler import Machine, Reconciler
+from dstune.finetuning.jobs.reconciler import Reconciler
 from dstune.finetuning.jobs.results import Results
 from dstune.finetuning.jobs.service import Jobs
 from dstune.finetuning.jobs.store import JobStore

@@ -20,11 +20,12 @@ from dstune.finetuning.files import Files
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.jobs import objects
 from dstune.finetuning.jobs import request as requests
+from dstune.finetuning.jobs.device_queue import TOO_MANY_DEVICES
 from dstune.finetuning.jobs.folder import NOW, JobFolder
 from dstune.finetuning.jobs.hyperparameters import AUTO
 from dstune.finetuning.jobs.planner import DOES_NOT_FIT, Plans, does_not_fit
 from dstune.finetuning.jobs.presets import LOCAL, Preset, Presets
-from dstune.finetuning.jobs.reconciler import TOO_MANY_DEVICES, Reconciler
+from dstune.finetuning.jobs.reconciler import Reconciler
 from dstune.finetuning.jobs.request import JobRequest
 from dstune.finetuning.jobs.states import Change, State
 from dstune.finetuning.jobs.store import JobStore
@@ -150,7 +151,7 @@ class Jobs:
 
     def run(self) -> None:
         with warm.offer(IDLE_SECONDS) as variables:
-            self._reconciler.variables = variables
+            self._reconciler.queue.variables = variables
             self._run()
 
     def _run(self) -> None:
@@ -159,7 +160,7 @@ class Jobs:
             try:
                 self._reconciler.step()
             except Exception:
-                log.exception("jobs could not be looked after; it is tried again")
+                log.exception("a step of the reconciler failed; it will be retried")
             self._wake.wait(STEP_SECONDS)
         if self.ends_all:
             self._reconciler.save_all()
@@ -241,7 +242,7 @@ class Jobs:
             )
             raise ApiError(400, message, param="method.type", code="unsupported")
         requests.check_grader_of(job_request, preset)
-        if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.capacity()):
+        if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.queue.capacity()):
             message = TOO_MANY_DEVICES.format(preset.fewest, most)
             raise ApiError(400, message, param="model", code=DOES_NOT_FIT)
         epochs = job_request.hyperparameters["n_epochs"]
