@@ -1,5 +1,7 @@
-"""Checks addresses that clients give the server to connect to: https only, and nothing inside the server's own network. The name is
-checked when it is given, and its IP address at every connection, since a name may resolve differently by then."""
+"""Checks addresses that clients give the server to connect to: https only, and nothing inside the server's own network.
+
+The host name is checked in the request, and its IP address at every connection, since a name may resolve differently by then.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Stores the bytes of files: first written to disk and hashed, then moved to their place when complete. The place is a folder of
-the server, or a store that fsspec supports (`s3://BUCKET/FOLDER`)."""
+"""Stores the bytes of files in a folder of the server, or in a store that fsspec supports (`s3://BUCKET/FOLDER`).
+
+Bytes are written to disk and hashed first, and moved to their place when they are complete.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
-"""Makes retries of a creating request idempotent. The official client retries a POST without an answer, and sends no key for it.
-Two requests are the same if they have the same `Idempotency-Key`, or the same API key and content while `x-stainless-retry-count`
-marks a retry, within three times the client's timeout."""
+"""Makes retries of a creating request idempotent.
+
+The official client retries a POST that got no answer, and sends no `Idempotency-Key` with it. Two requests are the same if they
+have the same `Idempotency-Key`. They are also the same if they have the same API key and content, `x-stainless-retry-count` marks
+the second as a retry, and it comes within three times the client's timeout.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Validates images in training files by the limits of OpenAI's vision fine-tuning: JPEG, PNG and WEBP in user messages, at most ten
-images of 10 MB per row. Each is decoded when its file is validated, so that no job fails at a damaged one."""
+"""Validates images in training files by the limits of OpenAI's vision fine-tuning.
+
+A row may have at most ten images of 10 MB (JPEG, PNG or WEBP), in user messages. Each image is decoded when its file is validated,
+so that no job fails at a damaged one.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Validates training files row by row, and converts them to dstune's form. A row must have the shape that OpenAI documents, key by
-key, and be accepted by dstune's reader. Every refusal is a problem with its line and field."""
+"""Validates training files row by row, and converts them to dstune's form.
+
+A row must have the shape that OpenAI documents, key by key, and dstune's reader must accept it. Every refusal is a problem with its
+line and field.
+"""
 
 from __future__ import annotations
 

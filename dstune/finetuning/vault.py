@@ -1,5 +1,7 @@
-"""Secrets of projects, encrypted in the database with a key in a separate file, so that a copy of the database alone reveals
-none."""
+"""Encrypts the secrets of projects in the database.
+
+The key is in a separate file, so that a copy of the database alone reveals no secret.
+"""
 
 from __future__ import annotations
 

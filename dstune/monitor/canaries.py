@@ -1,5 +1,7 @@
-"""Canaries: prompts with fixed answers, which show whether the server still answers as before, independent of its clients'
-requests."""
+"""Asks canaries: prompts with fixed answers, which show whether the server still answers as before.
+
+They do not depend on what clients request.
+"""
 
 from __future__ import annotations
 

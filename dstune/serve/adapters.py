@@ -1,5 +1,7 @@
-"""Check from files, before an engine loads an adapter, that it belongs to the base model being served. Without this check vLLM
-accepted an adapter of another model silently and answered with the base's text."""
+"""Checks from files, before an engine loads an adapter, that the adapter belongs to the served base model.
+
+Without this check vLLM silently accepted an adapter of another model and answered with the base's text.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Writes the reference of an untuned language model: `python -m dstune.serve.base_reference MODEL FILE`. It is a separate process
-because it needs torch, which the gateway does not import."""
+"""Writes the reference of an untuned language model: `python -m dstune.serve.base_reference MODEL FILE`.
+
+It runs as a separate process because it needs torch, which the gateway does not import.
+"""
 
 from __future__ import annotations
 

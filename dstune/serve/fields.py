@@ -1,6 +1,8 @@
-"""The bodies of requests that engines answer: what each field may hold, and which fields a route accepts; any other field is
-refused. A field that the engine would ignore is refused by name, unless its value has no effect (`n=1`, `response_format={"type":
-"text"}`)."""
+"""Validates the bodies of requests that engines answer: what each field may hold, and which fields a route accepts.
+
+Any other field is refused. A field that the engine would ignore is refused by name, unless its value has no effect (`n=1`,
+`response_format={"type": "text"}`).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
-"""Proves that an engine answers as the trained model does. An export holds a reference (`dstune.inference.reference`): held-out
-rows with the tokens of training, the log-probabilities of their targets, and digests of the files that decide all other answers.
-The files are compared first; then the engine renders the same rows and scores the same tokens."""
+"""Proves that an engine answers as the trained model does.
+
+An export holds a reference (`dstune.inference.reference`): held-out rows with the tokens of training, the log-probabilities of
+their targets, and digests of the files that decide all other answers. The files are compared first; then the engine renders the
+same rows and scores the same tokens.
+"""
 
 from __future__ import annotations
 

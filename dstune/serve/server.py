@@ -1,6 +1,8 @@
-"""Runs uvicorn on uvloop and httptools, with dstune's own signal handling (uvicorn's would close the socket at once and exit with
-143). Both use less CPU than asyncio's loop and h11 (benchmarks/serving.py), and uvloop sends the head and the body of an answer at
-once."""
+"""Runs uvicorn on uvloop and httptools, with dstune's own signal handling.
+
+uvicorn's signal handling would close the socket at once and exit with 143. uvloop and httptools use less CPU than asyncio's loop
+and h11 (benchmarks/serving.py), and uvloop sends the head and the body of an answer together.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Resolves the models that the command line names into the files that an engine loads. It only reads files: nothing here imports
-torch."""
+"""Resolves the models that the command line names into the files that an engine loads.
+
+It only reads files: nothing here imports torch.
+"""
 
 from __future__ import annotations
 

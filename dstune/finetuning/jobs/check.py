@@ -1,5 +1,8 @@
-"""Checks that the database and the job folders agree: `python -m dstune.finetuning.jobs.check STATE [--store URL] [--files URL]`
-prints every inconsistency and exits with 1 if there are any. Run it while no job runs."""
+"""Checks that the database and the job folders agree.
+
+`python -m dstune.finetuning.jobs.check STATE [--store URL] [--files URL]` prints every inconsistency and exits with 1 if there are
+any. Run it while no job runs.
+"""
 
 from __future__ import annotations
 

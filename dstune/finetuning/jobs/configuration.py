@@ -1,5 +1,8 @@
-"""Writes the configuration of a job's run as a file that Hydra composes; none of it passes through a command line. Values are
-numbers, generated ids, the operator's settings from models.yaml, and texts without interpolations."""
+"""Writes the configuration of a job's run as a file that Hydra composes.
+
+No value passes through a command line. Values are numbers, generated ids, the operator's settings from models.yaml, and texts
+without interpolations.
+"""
 
 from __future__ import annotations
 

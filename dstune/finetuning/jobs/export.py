@@ -1,5 +1,7 @@
-"""Exports a job's checkpoints: `python -m dstune.finetuning.jobs.export FOLDER`. It is a separate process because it needs
-torch."""
+"""Exports a job's checkpoints: `python -m dstune.finetuning.jobs.export FOLDER`.
+
+It runs as a separate process because it needs torch.
+"""
 
 from __future__ import annotations
 

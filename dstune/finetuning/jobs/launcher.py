@@ -1,5 +1,7 @@
-"""Starts the processes of jobs. Each has its own session, receives a listed part of the environment, and holds its folder's
-lock."""
+"""Starts the processes of jobs.
+
+Each process has its own session, receives only listed variables of the environment, and holds its folder's lock.
+"""
 
 from __future__ import annotations
 

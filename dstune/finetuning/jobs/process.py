@@ -1,6 +1,9 @@
-"""The process of a job: `python -m dstune.finetuning.jobs.process FOLDER LOCK` validates its files, or trains and exports. It has
-its own session and outlives the server. It reads `task.json` and communicates through files only. LOCK is the descriptor of the
-folder's lock, which the server took before starting this process; a training that outlives this process keeps holding it."""
+"""The process of a job: `python -m dstune.finetuning.jobs.process FOLDER LOCK` validates its files, or trains and exports.
+
+It has its own session and outlives the server. It reads `task.json` and communicates through files only. LOCK is the descriptor of
+the folder's lock, which the server took before it started this process; a training that outlives this process keeps holding the
+lock.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The results of a job: its results file, its models and checkpoints. Files are written first, and a row names only what exists, so
-that both appear together."""
+"""Publishes the results of a job: its results file, its models and its checkpoints.
+
+Files are written before the database rows that name them, so a row never names a file that does not exist.
+"""
 
 from __future__ import annotations
 

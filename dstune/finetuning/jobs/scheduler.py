@@ -1,5 +1,7 @@
-"""Chooses which waiting jobs start: by priority, then the organization with the least usage for its weight, then age. A pure
-function of the waiting jobs, the running jobs and the usage."""
+"""Chooses which waiting jobs start: by priority, then the organization with the least usage for its weight, then age.
+
+The choice is a pure function of the waiting jobs, the running jobs and the usage.
+"""
 
 from __future__ import annotations
 

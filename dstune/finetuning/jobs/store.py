@@ -1,5 +1,7 @@
-"""Jobs in the database. Each change of a job's state is one transaction, together with its events and everything else that belongs
-to it."""
+"""Stores jobs in the database.
+
+Each change of a job's state is one transaction, together with its events and everything else that belongs to it.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Builds the pattern of a tokenizer's control tokens by the rule used in training (`data/control.py`). It is a separate process,
-which reads the folder from standard input, because it needs transformers, which the gateway does not import."""
+"""Builds the pattern of a tokenizer's control tokens by the rule used in training (`data/control.py`).
+
+It runs as a separate process because it needs transformers, which the gateway does not import. It reads the tokenizer's folder from
+standard input.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The HTTP/1.1 client for engines: connections stay open, and answers are passed on as raw bytes. aiohttp needs a quarter of
-httpx's CPU time per request here (benchmarks/serving.py), which was most of the gateway's overhead."""
+"""The HTTP/1.1 client for engines: connections stay open, and answers are passed on as raw bytes.
+
+aiohttp needs a quarter of httpx's CPU time per request here (benchmarks/serving.py); with httpx, that time was most of the
+gateway's overhead.
+"""
 
 from __future__ import annotations
 

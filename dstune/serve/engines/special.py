@@ -1,6 +1,8 @@
-"""Texts that an engine's tokenizer would turn into control tokens. dstune trains such a text as plain text, even if it reads like
-the end of a turn (`data/control.py`), and the local engine renders it so. Other engines parse it: a user's message could close its
-turn and speak as the system. Such requests are refused."""
+"""Refuses requests with texts that an engine's tokenizer would turn into control tokens.
+
+dstune trains such a text as plain text, even if it reads like the end of a turn (`data/control.py`), and the local engine renders
+it so. Other engines parse it: a user's message could close its turn and speak as the system.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The protocol of a guard between clients and engines: it sees every request before an engine does, and every answer before the
-client does."""
+"""The protocol of a guard between clients and engines.
+
+A guard sees every request before an engine does, and every answer before the client does.
+"""
 
 from __future__ import annotations
 

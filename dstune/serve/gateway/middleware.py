@@ -1,5 +1,8 @@
-"""Middleware of requests and answers, in plain ASGI. Starlette's own middleware for hosts, origins and errors answers in another
-shape and with other status codes; its base class turns a client's disconnect into an error."""
+"""Middleware of requests and answers, in plain ASGI.
+
+Starlette's own middleware for hosts, origins and errors answers in another shape and with other status codes; its base class turns
+a client's disconnect into an error.
+"""
 
 from __future__ import annotations
 

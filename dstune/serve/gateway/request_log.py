@@ -1,7 +1,9 @@
-"""Logs requests and answers to Parquet files, for monitoring and further training, if `--log-requests` is given. Personal data is
-masked before anything is written (`data.clean`'s rules); an image is replaced by its digest and size. Files can be read by this
-user only; they are closed after ROWS rows, BYTES bytes or SECONDS seconds, and deleted after their retention. A user's name may be
-masked, so rows also hold its hash, keyed by a secret of this folder: by that hash a user's rows are found and deleted."""
+"""Logs requests and answers to Parquet files, for monitoring and further training, if `--log-requests` is given.
+
+Personal data is masked before anything is written (`data.clean`'s rules); an image is replaced by its digest and size. Files can be
+read by this user only; they are closed after ROWS rows, BYTES bytes or SECONDS seconds, and deleted after their retention. A user's
+name may be masked, so rows also hold its hash, keyed by a secret of this folder: that hash finds a user's rows for deletion.
+"""
 
 from __future__ import annotations
 
