@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, folder: Path, **limits: Any):
         self._opened = open_speaker(ModelConfig(path=str(folder)), "last", {})
         self.model = LocalModel(self._opened.__enter__(), "base", None)
-        self.scheduler = Scheduler(self.model.model, self.model.speaking, **limits)
+        self.scheduler = Scheduler(self.model.model, self.model.use_adapter, **limits)
         self.app = LanguageApp(self.model, self.scheduler)
 
     def close(self) -> None:

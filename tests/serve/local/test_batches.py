@@ -118,12 +118,12 @@ def test_a_call_whose_client_has_gone_does_not_end_the_computing(engine):
     last = engine.scheduler.call(lambda: 7)
     held.set()
     first.result(30)
-    assert last.result(30) == 7 and engine.scheduler.alive
+    assert last.result(30) == 7 and engine.scheduler.is_alive
 
 
 def test_a_thread_that_ends_by_a_fault_is_reported(folder, monkeypatch):
     ended = threading.Event()
-    own = Engine(folder, failed=ended.set)
+    own = Engine(folder, on_failure=ended.set)
 
     async def health(client):
         return (await client.get("/health")).status_code, (
@@ -243,9 +243,9 @@ def test_an_adapter_that_does_not_fit_leaves_no_trace_in_other_answers(folder, a
         return answer.status_code, (await client.post("/v1/chat/completions", json=body())).status_code
 
     ended = threading.Event()
-    own = Engine(folder, failed=ended.set)
+    own = Engine(folder, on_failure=ended.set)
     assert own.run(first) == (400, 503)
-    assert ended.wait(30) and not own.scheduler.alive
+    assert ended.wait(30) and not own.scheduler.is_alive
     own.close()
 
     async def later(client):
@@ -254,7 +254,7 @@ def test_an_adapter_that_does_not_fit_leaves_no_trace_in_other_answers(folder, a
         again = (await client.post("/v1/chat/completions", json=body())).json()["choices"]
         return found, plain == again, own.model.names
 
-    own = Engine(folder, failed=ended.set)
+    own = Engine(folder, on_failure=ended.set)
     assert own.run(later) == ([200, 400], True, ["base", "a"])
     own.close()
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dstune.serve.engines.local import encoders
-from dstune.serve.engines.local.encoders import Batcher
+from dstune.serve.engines.local import encoder_batches
+from dstune.serve.engines.local.encoder_batches import Batcher
 from dstune.serve.engines.local.sampling import Chosen
 from dstune.serve.engines.local.text import MOST_UNFINISHED, TextStream
 from dstune.serve.turns import CLIENT
@@ -41,11 +41,11 @@ def test_prompts_are_read_in_turn(engine, monkeypatch):
 
 
 def test_rows_of_encoders_are_computed_in_turn_and_in_parts(monkeypatch):
-    monkeypatch.setattr(encoders, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(encoder_batches, "MOST_CHARACTERS", 100)
     computed: list[list[str]] = []
 
     class Slow(Batcher):
-        def _answered(self, rows):
+        def _compute(self, rows):
             computed.append([row.row["text"] for row in rows])
             time.sleep(0.05)
             return [row.row["text"] for row in rows]

@@ -1,5 +1,7 @@
-"""`/v1/chat/completions` and `/v1/completions` of the local engine: turns a request into sequences and their pieces into
-answers."""
+"""Answers `/v1/chat/completions` and `/v1/completions` in the local engine.
+
+A request becomes sequences for the scheduler, and the pieces of text that these emit become its answers.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from typing import Any
 
 from dstune.data.chat.tool_calls import Call, ToolForm, ToolText, form_of
 from dstune.serve.asgi import event
-from dstune.serve.engines.local.batch import QueueFull, Scheduler, Sequence
+from dstune.serve.engines.local.batch import QueueFull, Scheduler
 from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
 from dstune.serve.engines.local.model import ImageInputs, LocalModel
 from dstune.serve.engines.local.prompts import Conversation, busy, chat_prompt, split_prompts, text_ids, too_long
 from dstune.serve.engines.local.sampling import Chosen, Sampling
+from dstune.serve.engines.local.sequences import Sequence
 from dstune.serve.engines.local.text import Piece, TextStream
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.turns import CLIENT
@@ -30,7 +33,7 @@ class Choice:
     index: int
     prompt: list[int]
     tools: ToolText | None = None
-    names: frozenset[str] = frozenset()
+    tool_names: frozenset[str] = frozenset()
     text: str = ""
     tokens: list[Chosen] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -38,13 +41,13 @@ class Choice:
     finish: str | None = None
     count: int = 0
 
-    def take(self, piece: Piece) -> Piece:
-        """Return `piece` with the part of its text that can be sent now."""
+    def add_piece(self, piece: Piece) -> Piece:
+        """Add a piece to the answer, and return it with the part of its text that can be sent now."""
         if self.tools is not None:
             piece.text = self.tools.push(piece.text)
             if piece.finish:
                 last_text, calls = self.tools.finish()
-                if calls and all(call["function"]["name"] in self.names for call in calls):
+                if calls and all(call["function"]["name"] in self.tool_names for call in calls):
                     self.calls = calls
                     piece.finish = "tool_calls" if piece.finish == "stop" else piece.finish
                 else:
@@ -55,13 +58,15 @@ class Choice:
         return piece
 
 
-Requested = tuple[list[int], list[Sampling], list[Choice]]
+PromptRequest = tuple[list[int], list[Sampling], list[Choice]]
 """A prompt with the sampling settings and choices of its answers."""
 
 
 class Answers:
-    """Shared by both routes: the sequences of a request's prompts and choices, and the output that they emit. Created in the
-    rendering thread; everything else runs in the event loop."""
+    """The answers to a request: the sequences of its prompts and choices, and the output that they emit.
+
+    They are created in the tokenizer's thread; everything else runs in the event loop.
+    """
 
     def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
         self.model, self.scheduler, self.body = model, scheduler, body
@@ -75,41 +80,44 @@ class Answers:
         self._queue: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
         self._sequences: list[Sequence] = []
         self.choices: list[Choice] = []
-        self.requested: list[Requested] = []
+        self.requests: list[PromptRequest] = []
         self.image_inputs: ImageInputs | None = None
         """The model's image inputs for the prompt; set before `submit`."""
 
-    def sampling(self, length: int, index: int, most: int | None) -> Sampling:
-        """Return the sampling settings of answer `index` to a prompt of `length` tokens. Raises ApiError if the context has no room
-        for it."""
+    def sampling(self, length: int, index: int, max_tokens: int | None) -> Sampling:
+        """Return the sampling settings of answer `index` to a prompt of `length` tokens.
+
+        max_tokens: as requested; None for the default. Raises ApiError if the context has no room for the answer.
+        """
         body, limit = self.body, self.model.limit
-        if length + (most or 1) > limit:
-            raise too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
+        if length + (max_tokens or 1) > limit:
+            raise too_long(limit, str(length), max_tokens or 1, "messages" if "messages" in body else "prompt")
         values = dict(self.model.defaults()) | {name: body[name] for name in SAMPLING if name in body}
         stop = body.get("stop") or ()
         seed = body.get("seed")
         values["top_k"] = max(int(values.get("top_k", 0)), 0)
         return Sampling(
-            max_tokens=most or min(DEFAULT_MAX_TOKENS, limit - length),
+            max_tokens=max_tokens or min(DEFAULT_MAX_TOKENS, limit - length),
             seed=secrets.randbits(63) if seed is None else (int(seed) + index) % 2**63,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            logit_bias=self._bias(body.get("logit_bias") or {}),
+            logit_bias=self._read_bias(body.get("logit_bias") or {}),
             logprobs=self.logprobs(),
             **values,
         )
 
     def logprobs(self) -> int | None:
+        """Return how many alternatives are reported for each token; None for no log-probabilities."""
         raise NotImplementedError
 
-    def _bias(self, bias_by_text: Mapping[str, float]) -> dict[int, float]:
-        bias = {int(token): float(value) for token, value in bias_by_text.items()}
+    def _read_bias(self, logit_bias: Mapping[str, float]) -> dict[int, float]:
+        bias = {int(token): float(value) for token, value in logit_bias.items()}
         if unknown := [token for token in bias if token >= self.model.vocabulary]:
             raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
         return bias
 
     def refuse_large(self) -> None:
         """Raise ApiError if the request can never fit into the engine's cache."""
-        for prompt, samplings, _ in self.requested:
+        for prompt, samplings, _ in self.requests:
             tokens = sum(len(prompt) + sampling.max_tokens for sampling in samplings)
             try:
                 self.scheduler.refuse_large(tokens, len(samplings))
@@ -117,11 +125,13 @@ class Answers:
                 raise ApiError(400, f"The request is too large: {error}.", code="context_length_exceeded") from None
 
     def submit(self) -> None:
-        """Submit all answers of the request to the scheduler. Raises ApiError if the queue is full or the request can never fit;
-        nothing of it is computed then."""
+        """Submit all answers of the request to the scheduler.
+
+        Raises ApiError if the queue is full or the request can never fit; then none of its answers is computed.
+        """
         self.refuse_large()
         try:
-            for prompt, samplings, choices in self.requested:
+            for prompt, samplings, choices in self.requests:
                 self._submit(prompt, samplings, choices)
         except BaseException:
             self.cancel()
@@ -164,9 +174,9 @@ class Answers:
         while open_choices:
             choice, piece = await self._queue.get()
             if piece.finish == "error":
-                status = 500 if self.scheduler.alive else 503  # the engine is restarted, so the client may retry
+                status = 500 if self.scheduler.is_alive else 503  # the engine is restarted, so the client may retry
                 raise ApiError(status, f"The engine failed: {piece.error}.", code="engine_error")
-            piece = choice.take(piece)
+            piece = choice.add_piece(piece)
             open_choices -= piece.finish is not None
             if piece.text or piece.tokens or piece.finish:
                 yield choice, piece
@@ -200,6 +210,7 @@ class Answers:
         yield b"data: [DONE]\n\n"
 
     async def answer(self) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed. Raises ApiError if the engine fails."""
         try:
             async for _ in self.pieces():
                 pass
@@ -209,15 +220,19 @@ class Answers:
         return {**self.head(chunk=False), "choices": choices, "usage": self.usage()}
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
+        """Return the fields of an answer, or of a chunk of a stream, beside `choices` and `usage`."""
         raise NotImplementedError
 
     def first_chunks(self) -> list[dict[str, Any]]:
+        """Return the chunks that begin a stream, before any text."""
         return []
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        """Return the chunks of a stream that carry a piece of text."""
         raise NotImplementedError
 
     def final(self, choice: Choice) -> dict[str, Any]:
+        """Return the entry of `choices` for a complete answer."""
         raise NotImplementedError
 
     def token_text(self, token: int) -> str:
@@ -237,28 +252,29 @@ class ChatAnswers(Answers):
         if not model.chats(self.name):
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
         tools = body.get("tools") or None
-        form = self._form(tools)
+        form = self._tool_form(tools)
         if body.get("tool_choice", "auto") not in ("auto", "none"):
-            reason = "tool_choice may be 'auto' or 'none': nothing here can make a model call."
+            reason = "tool_choice must be 'auto' or 'none': this engine cannot force a model to call a tool."
             raise ApiError(400, reason, param="tool_choice", code="unsupported_parameter")
         if body.get("tool_choice") == "none":
             tools = form = None
         self.prompt = chat_prompt(model, self.name, conversation, tools, body.get("chat_template_kwargs"))
         names = frozenset(tool["function"]["name"] for tool in tools or ())
-        most = body.get("max_completion_tokens") or body.get("max_tokens")
-        if (body.get("max_tokens") or most) != most:
+        max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+        if (body.get("max_tokens") or max_tokens) != max_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens differ.", param="max_tokens")
-        samplings = [self.sampling(len(self.prompt), index, most) for index in range(self.n)]
+        samplings = [self.sampling(len(self.prompt), index, max_tokens) for index in range(self.n)]
         choices = [Choice(index, self.prompt, ToolText(form) if form else None, names) for index in range(self.n)]
-        self.requested = [(self.prompt, samplings, choices)]
+        self.requests = [(self.prompt, samplings, choices)]
 
-    def _form(self, tools: Any) -> ToolForm | None:
+    def _tool_form(self, tools: Any) -> ToolForm | None:
+        """Return the form in which the model writes calls; None without tools. Raises ApiError if the template has no known one."""
         if not tools:
             return None
         template = self.model.template(self.name)
         form = form_of(template) if template is not None else None
         if form is None:
-            reason = "The chat template of this model shows no tools, or calls in a form that is not known here."
+            reason = "This model's chat template does not show tools, or writes calls in an unsupported form."
             raise ApiError(400, reason, param="tools", code="unsupported_parameter")
         return form
 
@@ -278,7 +294,7 @@ class ChatAnswers(Answers):
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         chunks = []
-        logprobs = None if self.logprobs() is None else {"content": self._content(piece.tokens), "refusal": None}
+        logprobs = self._logprobs_of(piece.tokens)
         if piece.text or piece.tokens:
             chunks.append(self._chunk(choice.index, {"content": piece.text}, logprobs))
         if choice.calls:
@@ -302,7 +318,7 @@ class ChatAnswers(Answers):
         if choice.calls:
             message["tool_calls"] = choice.calls
             message["content"] = choice.text.strip() or None
-        logprobs = None if self.logprobs() is None else {"content": self._content(choice.tokens), "refusal": None}
+        logprobs = self._logprobs_of(choice.tokens)
         value = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
         return value | ({"token_ids": choice.ids} if self.body.get("return_token_ids") else {})
 
@@ -310,14 +326,17 @@ class ChatAnswers(Answers):
         answer = await super().answer()
         return answer | ({"prompt_token_ids": self.prompt} if self.body.get("return_token_ids") else {})
 
-    def _content(self, tokens: list[Chosen]) -> list[dict[str, Any]]:
-        return [
-            self._token(chosen.token, chosen.logprob)
-            | {"top_logprobs": [self._token(*alternative) for alternative in chosen.top]}
+    def _logprobs_of(self, tokens: list[Chosen]) -> dict[str, Any] | None:
+        if self.logprobs() is None:
+            return None
+        content = [
+            self._token_logprob(chosen.token, chosen.logprob)
+            | {"top_logprobs": [self._token_logprob(*alternative) for alternative in chosen.top]}
             for chosen in tokens
         ]
+        return {"content": content, "refusal": None}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token_logprob(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
 
@@ -334,12 +353,14 @@ class TextAnswers(Answers):
         for number, prompt in enumerate(prompts):
             samplings = [self.sampling(len(prompt), index, max_tokens) for index in range(self.n)]
             choices = [Choice(number * self.n + index, prompt) for index in range(self.n)]
-            self.requested.append((prompt, samplings, choices))
+            self.requests.append((prompt, samplings, choices))
 
     def _ids(self, prompt: Any) -> list[int]:
         ids: list[int] = text_ids(self.model, self.name, prompt) if isinstance(prompt, str) else prompt
         if not ids or max(ids) >= self.model.vocabulary:
-            raise ApiError(400, "Invalid prompt: it holds no tokens, or some that the model lacks.", param="prompt")
+            raise ApiError(
+                400, "Invalid prompt: it has no tokens, or tokens that the model does not have.", param="prompt"
+            )
         return ids
 
     def logprobs(self) -> int | None:

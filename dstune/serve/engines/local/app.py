@@ -72,8 +72,8 @@ class LanguageApp(EngineApp):
     def __init__(self, model: LocalModel, scheduler: Scheduler):
         super().__init__()
         self.model, self.scheduler = model, scheduler
-        self._render = TurnThreads("render")  # one thread: a tokenizer's truncation settings are shared state
-        self._images = TurnThreads("images")  # one thread: only one decoded image is in memory at a time
+        self._tokenizer_thread = TurnThreads("render")  # one thread: a tokenizer's truncation settings are shared state
+        self._image_thread = TurnThreads("images")  # one thread: only one decoded image is in memory at a time
         self._pending_image_bytes: dict[PromptImages, int] = {}
         """Bytes of image inputs whose prompts are not submitted yet."""
         self.routes |= {
@@ -114,28 +114,34 @@ class LanguageApp(EngineApp):
         else:
             prompts = [await self._ids(body, prompt) for prompt in split_prompts(body["prompt"])]
             tokenized = body | {"prompt": prompts}
-            answers = await self._rendered(lambda: TextAnswers(self.model, self.scheduler, tokenized))
+            answers = await self._run_tokenizer(lambda: TextAnswers(self.model, self.scheduler, tokenized))
         answers.submit()
         return answers
 
-    async def _prepare_chat(self, body: dict[str, Any], make: Callable[..., ChatAnswers] = ChatAnswers) -> ChatAnswers:
+    async def _prepare_chat(
+        self, body: dict[str, Any], make_answers: Callable[..., ChatAnswers] = ChatAnswers
+    ) -> ChatAnswers:
         """Prepare the answers to a conversation. Raises ApiError."""
         conversation = await self._read_conversation(body)
-        chat = await self._rendered(lambda: make(self.model, self.scheduler, body, conversation))
+        chat = await self._run_tokenizer(lambda: make_answers(self.model, self.scheduler, body, conversation))
         chat.refuse_large()
         chat.image_inputs = await self._image_inputs(conversation, chat.prompt)
         return chat
 
     async def _read_conversation(self, body: dict[str, Any]) -> Conversation:
         """Read a request's messages and the sizes of their images. Raises ApiError."""
-        conversation = await self._rendered(lambda: read_messages(self.model, str(body["model"]), body["messages"]))
+        conversation = await self._run_tokenizer(
+            lambda: read_messages(self.model, str(body["model"]), body["messages"])
+        )
         if conversation.images is not None:
             await self._each_image(conversation.images, conversation.images.measure)
         return conversation
 
     async def _image_inputs(self, conversation: Conversation, ids: list[int]) -> ImageInputs | None:
-        """Return the model's image inputs for a prompt. Images are decoded only now that the prompt is known to fit. Raises
-        ApiError."""
+        """Return the model's image inputs for a prompt, or None if it has no images. Raises ApiError.
+
+        The prompt must be known to fit: its images are decoded now.
+        """
         images = conversation.images
         if images is None:
             return None
@@ -146,7 +152,7 @@ class LanguageApp(EngineApp):
 
         try:
             await self._each_image(images, images.look, lambda: self._reserve_image_bytes(images))
-            return await self._images.run(CLIENT.get(), build)
+            return await self._image_thread.run(CLIENT.get(), build)
         finally:
             self._pending_image_bytes.pop(images, None)
 
@@ -160,27 +166,34 @@ class LanguageApp(EngineApp):
     async def _each_image(
         self, images: PromptImages, work: Callable[[int], None], after_each: Callable[[], None] = lambda: None
     ) -> None:
-        """Call `work` for each image in a thread; other requests get their turn between two images. after_each: called after
-        each."""
+        """Call `work` in a thread with the number of each image. Other requests get their turn between two images.
 
-        def refusing(number: int) -> None:
+        after_each: called in the event loop after each image.
+        """
+
+        def work_on_image(number: int) -> None:
             with api_errors_for_messages():
                 work(number)
 
         for number in range(len(images)):
-            await self._images.run(CLIENT.get(), partial(refusing, number))
+            await self._image_thread.run(CLIENT.get(), partial(work_on_image, number))
             after_each()
 
-    async def _rendered(self, render: Callable[[], T]) -> T:
-        """Return the result of `render`, which uses the tokenizer. It runs in a thread, since megabytes of text take seconds and
-        would stop all streams."""
-        return await self._render.run(CLIENT.get(), render)
+    async def _run_tokenizer(self, function: Callable[[], T]) -> T:
+        """Return the result of `function`, which uses the tokenizer.
+
+        It runs in a thread, since megabytes of text take seconds and would stop all streams.
+        """
+        return await self._tokenizer_thread.run(CLIENT.get(), function)
 
     async def _ids(self, body: dict[str, Any], prompt: str | list[int]) -> list[int]:
-        """Tokenize each prompt separately, so that other requests get their turn in between. Raises ApiError."""
+        """Return a prompt's tokens. Raises ApiError.
+
+        Each prompt of a request is tokenized separately, so that other requests get their turn in between.
+        """
         if not isinstance(prompt, str):
             return prompt
-        return await self._rendered(lambda: text_ids(self.model, str(body["model"]), prompt))
+        return await self._run_tokenizer(lambda: text_ids(self.model, str(body["model"]), prompt))
 
     def _check_model(self, body: dict[str, Any]) -> str:
         """Return the name of the requested model. Raises ApiError if there is no such model."""
@@ -190,7 +203,7 @@ class LanguageApp(EngineApp):
         return str(name)
 
     async def health(self, body: dict[str, Any]) -> dict[str, Any]:
-        if not self.scheduler.alive:
+        if not self.scheduler.is_alive:
             raise ApiError(500, "The computing thread has ended.", code="engine_error")
         return {"dtype": self.model.dtype, "context": self.model.limit, **self.scheduler.state()}
 
@@ -205,16 +218,16 @@ class LanguageApp(EngineApp):
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         if "prompt_logprobs" in body:
-            return await self._scored(body)
+            return await self._score_prompt(body)
         return await (await self._answers(self.complete, body)).answer()
 
-    async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the log-probability of each token of a prompt, in vLLM's form. Images in it are those of `messages`."""
+    async def _score_prompt(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the log-probability of each token of a prompt, in vLLM's form. Its images are those of `messages`."""
         name = self._check_model(body)
         (ids,) = split_prompts(body["prompt"])
         if isinstance(ids, str):
             text = ids
-            ids = await self._rendered(lambda: self.model.text_ids(name, text))
+            ids = await self._run_tokenizer(lambda: self.model.text_ids(name, text))
         image_inputs = (
             await self._image_inputs(await self._read_conversation(body), ids) if "messages" in body else None
         )
@@ -225,13 +238,11 @@ class LanguageApp(EngineApp):
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._check_model(body)
         if "messages" in body:
-            conversation, parts = (
-                await self._read_conversation(body),
-                (body.get("tools"), body.get("chat_template_kwargs")),
-            )
-            ids = await self._rendered(lambda: chat_prompt(self.model, name, conversation, *parts))
+            conversation = await self._read_conversation(body)
+            tools, arguments = body.get("tools"), body.get("chat_template_kwargs")
+            ids = await self._run_tokenizer(lambda: chat_prompt(self.model, name, conversation, tools, arguments))
         else:
-            ids = await self._rendered(lambda: self.model.text_ids(name, body["prompt"]))
+            ids = await self._run_tokenizer(lambda: self.model.text_ids(name, body["prompt"]))
         return {"tokens": ids, "count": len(ids), "max_model_len": self.model.limit}
 
     async def load(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Key-value caches: joins those of several sequences into one, padded on the left, and splits one again."""
+"""Changes key-value caches: joins those of several sequences, pads them on the left, and applies a function to their tensors."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ def is_joinable(model: Any) -> bool:
 
 
 def new_cache(model: Any, *, plain: bool) -> Any:
-    """Return an empty cache. plain: keep every position, even where a layer attends only to the last ones."""
+    """Return an empty cache. plain: keep every position, even if a layer attends only to the last ones."""
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache() if plain else DynamicCache(config=model.config)
 
 
 def map_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Replace the keys and values of each layer, [batch, heads, positions, width], in place."""
+    """Replace the keys and values of each layer, [batch, heads, positions, width], in place, and return the cache."""
     for layer in cache.layers:
         if layer.is_initialized and layer.keys is not None:
             layer.keys, layer.values = change(layer.keys), change(layer.values)
     return cache
 
 
-def widened(cache: Any, width: int) -> Any:
-    """Return the cache padded on the left to `width` positions."""
+def pad_cache(cache: Any, width: int) -> Any:
+    """Pad a cache on the left to `width` positions, in place, and return it."""
     pad = torch.nn.functional.pad
     return map_cache(cache, lambda tensor: pad(tensor, (0, 0, width - tensor.shape[2], 0)))
 
 
-def joined(first: Any, second: Any) -> Any:
-    """Return one cache with the sequences of both."""
+def join_caches(first: Any, second: Any) -> Any:
+    """Append the sequences of the second cache to the first, in place, and return the first. Both have equally many positions."""
     for first_layer, second_layer in zip(first.layers, second.layers, strict=True):
         if first_layer.is_initialized and first_layer.keys is not None:
             first_layer.keys = torch.cat([first_layer.keys, second_layer.keys])

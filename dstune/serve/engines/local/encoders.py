@@ -2,150 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import logging
 import re
 import secrets
 import struct
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.problems import RowError
-from dstune.inference.predictor import Answer, Predictor
-from dstune.inference.rows import Query, Question
+from dstune.inference.predictor import Predictor
+from dstune.inference.rows import Question
 from dstune.protocols import task_of
 from dstune.serve.engines.local.app import EngineApp
+from dstune.serve.engines.local.encoder_batches import Batcher, RowAnswer
 from dstune.serve.errors import ApiError
-from dstune.serve.turns import CLIENT, Turns
-
-MOST_ROWS = 512
-"""The most rows, from several requests, that are computed together."""
-MOST_CHARACTERS = 65_536
-"""The most characters of these rows together, unless a single row has more. Larger requests are computed in parts, so that others
-get their turn in between."""
-MAX_WAITING = 256
-"""Requests in the queue."""
-BATCH_SIZE = 32
-
-log = logging.getLogger("dstune.serve")
-
-
-class Answered(NamedTuple):
-    answer: Answer
-    ids: list[int]
-    """The tokens of the row that the model read."""
-    length: int
-    """Tokens of the row, including truncated ones."""
-
-    @property
-    def truncation(self) -> dict[str, Any]:
-        """The fields that report truncation in an answer; empty if the model read the full row."""
-        if "truncated" not in self.answer:
-            return {}
-        return {"truncated": True, "tokens": self.length, "tokens_read": len(self.ids)}
-
-
-@dataclass(eq=False)
-class _Job:
-    rows: list[Query]
-    characters: int
-    future: Future[list[Answered]] = field(default_factory=Future)
-
-
-class Batcher:
-    """The thread that answers the rows of all waiting requests in batches. Only this thread uses the tokenizer, whose truncation
-    settings are shared state."""
-
-    def __init__(self, predictor: Predictor):
-        self._predictor = predictor
-        self._jobs: Turns[_Job] = Turns()
-        self._requests = 0
-        threading.Thread(target=self._run, name="compute", daemon=True).start()
-
-    async def answers(self, rows: list[Query]) -> list[Answered]:
-        """Return the answers to a request's rows. Raises ApiError if the queue is full."""
-        if self._requests >= MAX_WAITING:
-            raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"})
-        jobs = list(_jobs_of(rows))
-        self._requests += 1
-        try:
-            for job in jobs:
-                self._jobs.put(CLIENT.get(), job)
-            parts = [await asyncio.wrap_future(job.future) for job in jobs]
-        finally:
-            self._requests -= 1
-            for job in jobs:
-                if job.future.cancel():
-                    self._jobs.remove(CLIENT.get(), job)
-        return [answered for part in parts for answered in part]
-
-    def _run(self) -> None:
-        while True:
-            jobs = [self._jobs.get()]
-            while _fits(jobs) and len(self._jobs):
-                jobs.append(self._jobs.get())
-            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            if not self._answer(jobs):
-                for job in jobs:  # an error in one of them ends that one alone
-                    self._answer([job], alone=True)
-
-    def _answer(self, jobs: Sequence[_Job], *, alone: bool = False) -> bool:
-        """Compute these jobs and return whether they are finished. alone: report an error as the result."""
-        rows = [row for job in jobs for row in job.rows]
-        try:
-            answered = iter(self._answered(rows) if rows else [])
-            answers = [[next(answered) for _ in job.rows] for job in jobs]
-        except Exception as error:
-            if alone:
-                log.exception("rows could not be answered")
-                jobs[0].future.set_exception(ApiError(500, f"The engine failed: {error}.", code="engine_error"))
-            return alone
-        for job, job_answers in zip(jobs, answers, strict=True):
-            job.future.set_result(job_answers)
-        return True
-
-    def _answered(self, rows: list[Query]) -> list[Answered]:
-        samples = self._predictor.samples(rows)
-        ids: list[list[int]] = [[] for _ in rows]
-        lengths = [0] * len(rows)
-        for sample in samples:
-            ids[sample.row] += sample.input_ids.tolist()
-            lengths[sample.row] = sample.length
-        answers = self._predictor.answers_of(samples, rows, BATCH_SIZE, all_labels=True)
-        return [Answered(*row) for row in zip(answers, ids, lengths, strict=True)]
-
-
-def _fits(jobs: Sequence[_Job]) -> bool:
-    """Return whether these jobs fit into one batch."""
-    return sum(len(job.rows) for job in jobs) < MOST_ROWS and sum(job.characters for job in jobs) < MOST_CHARACTERS
-
-
-def _jobs_of(rows: Sequence[Query]) -> Iterator[_Job]:
-    part: list[Query] = []
-    characters = 0
-    for row in rows:
-        length = _characters(row.row)
-        if part and (len(part) == MOST_ROWS or characters + length > MOST_CHARACTERS):
-            yield _Job(part, characters)
-            part, characters = [], 0
-        part.append(row)
-        characters += length
-    if part:
-        yield _Job(part, characters)
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, list | dict):
-        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
-    return 1
 
 
 class EncoderApp(EngineApp):
@@ -156,7 +28,7 @@ class EncoderApp(EngineApp):
         that the model does not have."""
         super().__init__()
         self.name, self.predictor = name, predictor
-        self._neutral = neutral_of(name, predictor.labels, neutral_labels)
+        self._neutral = choose_neutral_labels(name, predictor.labels, neutral_labels)
         self._batcher = Batcher(predictor)
         task = task_of(predictor.config.task)
         self._row_reader: Question = task.question(predictor.labels, predictor.config.data)
@@ -185,9 +57,11 @@ class EncoderApp(EngineApp):
 
     async def _answers(
         self, rows: Sequence[Mapping[str, Any]], param: str, *, refuse_truncation: bool = False
-    ) -> tuple[list[Answered], dict[str, int]]:
-        """Return the answers and the token usage. refuse_truncation: refuse rows longer than the model's limit. Raises ApiError for
-        the first row without an answer."""
+    ) -> tuple[list[RowAnswer], dict[str, int]]:
+        """Return the answers and the token usage. Raises ApiError for the first row without an answer.
+
+        param: the request's field that holds the rows. refuse_truncation: refuse rows longer than the model's limit.
+        """
         queries = []
         for number, row in enumerate(rows):
             try:
@@ -221,7 +95,7 @@ class EncoderApp(EngineApp):
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return one vector per text. A text that is too long is refused, as in OpenAI's API."""
         answered, usage = await self._answers(self._texts(body["input"]), "input", refuse_truncation=True)
-        vectors = [item.answer["vector"] for item in answered]
+        vectors = [row_answer.answer["vector"] for row_answer in answered]
         if body.get("encoding_format") == "base64":
             data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
         else:
@@ -230,7 +104,7 @@ class EncoderApp(EngineApp):
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Classify texts. Of a text that is too long the model reads the beginning, as in training, and the answer reports it."""
+        """Classify texts. Of a text that is too long, the model reads the beginning, as in training, and the answer says so."""
         answered, usage = await self._answers(self._texts(body["input"]), "input")
         items = []
         for number, row_answer in enumerate(answered):
@@ -255,7 +129,8 @@ class EncoderApp(EngineApp):
         if not self._neutral and not is_multi_label and self.predictor.labels:  # one label is always predicted
             listed = ", ".join(self.predictor.labels[:10])
             reason = (
-                f"which of its labels is not to be flagged ({listed}) has to be said: --neutral-label {self.name}=LABEL"
+                f"none of its labels ({listed}) is known to be neutral; name one when the server starts: "
+                f"--neutral-label {self.name}=LABEL"
             )
             raise ApiError(400, f"This model does not moderate: {reason}.", param="model", code="neutral_label_unknown")
         answered, usage = await self._answers(self._texts(body["input"]), "input", refuse_truncation=True)
@@ -303,9 +178,7 @@ class EncoderApp(EngineApp):
         conversations = body["messages"] if isinstance(body["messages"][0], list) else [body["messages"]]
         for number, messages in enumerate(conversations):
             if messages[-1]["role"] != "assistant":
-                reason = (
-                    f"Invalid messages[{number}]: a reward is of an answer, so the last turn must be the assistant's."
-                )
+                reason = f"Invalid messages[{number}]: a reward model scores an answer, so the last turn must be the assistant's."
                 raise ApiError(400, reason, param="messages")
         column = self._row_reader.mapping.get("messages", "messages")
         answered, usage = await self._answers([{column: messages} for messages in conversations], "messages")
@@ -333,7 +206,7 @@ class EncoderApp(EngineApp):
     async def rerank(self, body: dict[str, Any]) -> dict[str, Any]:
         """Rank documents, in vLLM's request shape (`documents`) or that of text-embeddings-inference (`texts`)."""
         if ("documents" in body) == ("texts" in body):
-            raise ApiError(400, "Give documents, or texts.", param="documents")
+            raise ApiError(400, "Give either documents or texts.", param="documents")
         texts = body["documents"] if "documents" in body else body["texts"]
         texts = [texts] if isinstance(texts, str) else texts
         scores, usage = await self._scores([body["query"]] * len(texts), texts)
@@ -358,8 +231,10 @@ class EncoderApp(EngineApp):
         }
 
     async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[Score], dict[str, int]]:
-        """Return a score for each pair (the cosine of the vectors, a regression's value, or the probability of the last of two
-        labels) and the token usage."""
+        """Return a score for each pair of texts, and the token usage.
+
+        The score is the cosine of an embedder's vectors, a regression's value, or the probability of the last of two labels.
+        """
         if self._embeds:
             texts = list(dict.fromkeys([*first, *second]))  # a query is computed once
             answered, usage = await self._answers(self._texts(texts), "text_1", refuse_truncation=True)
@@ -376,7 +251,8 @@ class EncoderApp(EngineApp):
             if len(self.predictor.labels) != 2 or isinstance(answered[0].answer["predicted"], list):
                 raise ApiError(400, "This classifier has no score: it has more than two labels.", param="model")
             return [
-                Score(list(text_1.answer["probabilities"].values())[-1], text_1.truncation) for text_1 in answered
+                Score(list(row_answer.answer["probabilities"].values())[-1], row_answer.truncation)
+                for row_answer in answered
             ], usage
         return [Score(row.answer["predicted"], row.truncation) for row in answered], usage
 
@@ -386,7 +262,7 @@ class Score(NamedTuple):
 
     value: float
     truncation: dict[str, Any]
-    """As `Answered.truncation`."""
+    """As `RowAnswer.truncation`."""
 
 
 NEUTRAL_LABELS = frozenset(
@@ -396,7 +272,7 @@ NEUTRAL_LABELS = frozenset(
 """Well-known names of labels that must not be flagged, in lower case, with a space for `_` and `-`."""
 
 
-def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> frozenset[str]:
+def choose_neutral_labels(name: str, labels: Sequence[str], declared: Sequence[str]) -> frozenset[str]:
     """Return the labels of the model `name` that moderations do not flag. Raises UserError for a declared label that it lacks."""
     if absent := [label for label in declared if label not in labels]:
         reason = "the model has no such label" if labels else "the model has no labels"

@@ -166,7 +166,7 @@ class LocalModel:
         return self._served[name].adapter
 
     @contextmanager
-    def speaking(self, adapter: str) -> Iterator[None]:
+    def use_adapter(self, adapter: str) -> Iterator[None]:
         """Activate the adapter, or the model without one, within the block."""
         if (
             adapter
@@ -265,7 +265,7 @@ class LocalModel:
         """Return the log-probability of each token but the first, given the tokens before it. Call it from the computing thread."""
         device = next(self.model.parameters()).device
         inputs = {} if image_inputs is None else placed_images(image_inputs.inputs_for(0, len(ids)), self.model)
-        with torch.inference_mode(), self.speaking(self.adapter(name)):
+        with torch.inference_mode(), self.use_adapter(self.adapter(name)):
             tokens = torch.tensor([list(ids)], device=device)
             logits = self.model(input_ids=tokens, use_cache=False, **inputs).logits[0]
         logprobs = logits[:-1].float().log_softmax(-1)

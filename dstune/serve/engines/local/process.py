@@ -1,5 +1,7 @@
-"""The process of the local engine: `python -m dstune.serve.engines.local.process`, which reads its settings from standard input. It
-ends when standard input closes, so that it never outlives the gateway."""
+"""The process of the local engine: `python -m dstune.serve.engines.local.process`.
+
+It reads its settings from standard input, and ends when standard input closes, so that it never outlives the gateway.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,18 @@ from dstune.core.errors import DstuneError, to_json
 from dstune.serve.server import Server, make_config, run
 
 
-def run_process(app_of: Callable[[ExitStack, dict[str, Any]], Any]) -> NoReturn:
-    """Serve an application until the parent process ends. Its settings come as one line on standard input."""
+def run_process(make_app: Callable[[ExitStack, dict[str, Any]], Any]) -> NoReturn:
+    """Serve an application until the parent process ends.
+
+    make_app: builds the application from its settings, which come as one line of JSON on standard input.
+    """
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     # A failed load must not look like a crash: the gateway reads the reason from the status file.
     try:
         with ExitStack() as stack:
-            code = run(serve_socket(app_of(stack, settings), settings))
+            code = run(serve_socket(make_app(stack, settings), settings))
     except DstuneError as error:
         Path(settings["status"]).write_text(to_json(error), encoding="utf-8")
         print(f"dstune: {error}", file=sys.stderr, flush=True)
@@ -44,7 +49,12 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
+def build_app(stack: ExitStack, settings: dict[str, Any]) -> Any:
+    """Load the model that `settings` name, and build the application that serves it."""
+    return _build_language_app(stack, settings) if settings["generates"] else _build_encoder_app(settings)
+
+
+def _build_language_app(stack: ExitStack, settings: dict[str, Any]) -> Any:
     from dstune.config.schema import ModelConfig
     from dstune.inference.voices import open_speaker
     from dstune.serve.engines.local.app import LanguageApp
@@ -52,25 +62,25 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
     from dstune.serve.engines.local.model import LocalModel
 
     set_threads(settings)
-    needed = ModelConfig(
+    model_config = ModelConfig(
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
-    speaker = stack.enter_context(open_speaker(needed, "last", {}))
+    speaker = stack.enter_context(open_speaker(model_config, "last", {}))
     compute_in(settings["dtype"], speaker.model)
     model = LocalModel(speaker, settings["base"], settings["adapter"])
     scheduler = Scheduler(
         model.model,
-        model.speaking,
+        model.use_adapter,
         max_sequences=settings["max_sequences"],
         max_waiting=settings["max_waiting"],
         max_cached_tokens=settings["max_cached_tokens"],
-        failed=lambda: os.kill(os.getpid(), signal.SIGTERM),  # the gateway restarts it
+        on_failure=lambda: os.kill(os.getpid(), signal.SIGTERM),  # the gateway restarts it
     )
     stack.callback(scheduler.stop)
     return LanguageApp(model, scheduler)
 
 
-def _encoder(settings: dict[str, Any]) -> Any:
+def _build_encoder_app(settings: dict[str, Any]) -> Any:
     from dstune.config.overrides import quoted
     from dstune.config.schema import ModelConfig
     from dstune.inference.load import find, load
@@ -88,8 +98,10 @@ def _encoder(settings: dict[str, Any]) -> Any:
 
 
 def compute_in(dtype: str, model: Any) -> None:
-    """Convert the parameters to `dtype`, but not the buffers: the frequencies of rotary embeddings stay in fp32 as everywhere
-    else."""
+    """Convert the parameters to `dtype`, if it is not empty.
+
+    Buffers keep their type: the frequencies of rotary embeddings stay in fp32 as everywhere else.
+    """
     import torch
 
     for parameter in model.parameters() if dtype else ():
@@ -120,4 +132,4 @@ async def serve_socket(app: Any, settings: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    run_process(lambda stack, settings: _language(stack, settings) if settings["generates"] else _encoder(settings))
+    run_process(build_app)

@@ -1,6 +1,8 @@
-"""`/v1/responses` of the local engine: read as a conversation, answered in the shape of OpenAI's Responses API. Nothing is stored,
-so no request can refer to an earlier answer. The order of a stream's events follows
-https://platform.openai.com/docs/api-reference/responses-streaming."""
+"""Answers `/v1/responses` in the local engine: read as a conversation, answered in the shape of OpenAI's Responses API.
+
+Nothing is stored, so no request can refer to an earlier answer. The order of a stream's events follows
+https://platform.openai.com/docs/api-reference/responses-streaming.
+"""
 
 from __future__ import annotations
 
