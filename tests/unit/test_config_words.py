@@ -83,7 +83,7 @@ def test_what_the_shell_split_is_joined_in_the_fix():
         (["data.columns={text: Body of (it)}"], """quote its values: 'data.columns={text: "Body of (it)"}'"""),
         (["run.name=a,b"], "quote the value for Hydra inside quotes for the shell: 'run.name=\"a,b\"'"),
         (["data.train=~/x"], f"data.train={Path.home() / 'x'}"),
-        (["run.name=my", "own"], "Then quote both: 'run.name=my own'"),
+        (["run.name=my", "own"], "quote both: 'run.name=my own'"),
     ],
 )
 def test_grammar(words: list[str], fix: str):
