@@ -74,7 +74,7 @@ class Nodes:
             agent.leader.close()
         if agent._link is not None:
             agent._link.close("killed")
-        agent._end_ranks(now=True)
+        agent._end_ranks()
         return agent
 
     def places(self, *ranks: int, size: int, after: int = 0) -> Callable[[], int]:
