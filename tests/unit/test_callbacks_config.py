@@ -63,7 +63,7 @@ def test_a_name_or_a_name_with_arguments(printer, tmp_path, monkeypatch):
         ("printer", "the callback printer needs text"),
         ({"printer": {"text": "a", "evry": 3}}, "did you mean every?"),
         ({"printer": {"text": "a"}, "other": {}}, "neither a name nor"),
-        ("no_such_module:Own", "no_such_module is no module of an installed package"),
+        ("no_such_module:Own", "no_such_module is not a module of an installed package"),
         ("./file.py:Own", "plugins=[./file.py]"),
         ("json:JSONDecoder", "no subclass of dstune.Callback"),
     ],
