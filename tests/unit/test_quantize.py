@@ -201,26 +201,39 @@ def wide_run(tmp_path_factory) -> Path:
     return saved_run(folder, folder / "model", "task=chat", "method=full")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", K_TYPES)
-def test_k_types_by_llama_cpp(wide_run, tmp_path, kind):
-    """Read back by transformers for the loss, and computed by llama.cpp itself."""
+def computed_by_llama_cpp(file: Path) -> torch.Tensor:
+    """The logits of the first row of TOKENS."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install '.[kquants]'")
+    model = llama_cpp.Llama(str(file), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    model.eval(TOKENS[0].tolist())
+    return torch.tensor(model.scores[: TOKENS.shape[1]])
+
+
+def apart(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f16", *K_TYPES])
+def test_llama_cpp_computes_what_transformers_reads_back(wide_run, tmp_path, kind):
+    """llama.cpp also rounds activations to 8 bits for K types: 6% to 14% apart. Without rounding it agrees with the run: 1%."""
+    pytest.importorskip("llama_cpp", reason="pip install '.[kquants]'")
     import gguf
+    from transformers import AutoModelForCausalLM
 
     out, whole = tmp_path / "out", tmp_path / "whole"
     export(wide_run, "--quantize", f"gguf:{kind}", "--out", str(out), "--no-reference")
-    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(out / f"run-{kind}.gguf").tensors}
-    assert f"Q{kind[1]}_K" in types
+    file = out / f"run-{kind}.gguf"
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert ("F16" if kind == "f16" else f"Q{kind[1]}_K") in types
     described = json.loads((out / "dstune.json").read_text())["quantization"]
     assert described["quantized"]["loss"] == pytest.approx(described["original"]["loss"], rel=0.5)
-    export(wide_run, "--out", str(whole), "--no-reference")
-    before = logits(load(whole))[0]
-    model = llama_cpp.Llama(str(out / f"run-{kind}.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
-    model.eval(TOKENS[0].tolist())
-    scores = torch.tensor(model.scores[:32])
-    most = {"6": 0.1, "5": 0.2, "4": 0.35, "3": 0.7, "2": 1.0}[kind[1]]
-    assert (scores - before).square().mean().sqrt() / before.square().mean().sqrt() < most
+    computed = computed_by_llama_cpp(file)
+    read_back = AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name, dtype=torch.float32).eval()
+    assert apart(computed, logits(read_back)[0]) < 0.25
+    if kind == "f16":
+        export(wide_run, "--out", str(whole), "--no-reference")
+        assert apart(computed, logits(load(whole))[0]) < 0.03
 
 
 @pytest.mark.slow
