@@ -354,7 +354,10 @@ def test_settings_of_a_described_data_set_that_are_lost_are_named(tmp_path, monk
     assert "its subset (de)" in lost.reason
     assert "its columns ({})" in lost.reason
     _, found = values("llama-factory", dataset="turns", eval_dataset="training")
-    assert "its format (alpaca); it is read with data.format=conversations" in found.dropped["eval_dataset"].reason
+    assert (
+        "its format (alpaca) is not carried; it is read with data.format=conversations"
+        in found.dropped["eval_dataset"].reason
+    )
     _, found = values("llama-factory", dataset="turns", eval_dataset="turns")
     assert "eval_dataset" not in found.dropped, "both are read alike"
     tree, _ = values("llama-factory", dataset="training", eval_dataset="alike")

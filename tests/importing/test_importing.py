@@ -180,7 +180,7 @@ def test_trl_command_line(monkeypatch, tmp_path):
     assert (config.data.packing, config.trainer.epochs, config.evaluate.every) == (True, 1, 100)
     assert (config.schedule.name, config.trainer.global_batch_size) == ("linear", 2 * 8 * 8)
     assert config.task.train_on_prompt is True
-    assert any("TRL trains on the prompts" in text for text in found.assumed)
+    assert any("TRL also trains on the prompts" in text for text in found.assumed)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_adapters_on_4_bit_weights(tool, raw, expected):
 def test_trl_trains_completions_alone_where_the_file_says_so():
     found = convert({"model_name_or_path": "m", "completion_only_loss": True}, "trl", Path("x.yaml"), 1)
     assert "train_on_prompt" not in found.text
-    assert not any("TRL trains on the prompts" in text for text in found.assumed)
+    assert not any("TRL also trains on the prompts" in text for text in found.assumed)
 
 
 @pytest.mark.parametrize(
