@@ -107,7 +107,7 @@ NO_DROPOUT = re.compile(r".*(dropout|drop_rate|layerdrop|pdrop|drop_path|jitter)
 LAYERS = re.compile(r"(num_|n_)(hidden_)?layers?|num_hidden_layers|n_layer|num_decoder_layers")
 TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "decoder_start_token_id": 2}
 
-DOTS = {"per_layer_config": {"2": {"qk_nope_head_dim": 16}}}
+DOTS = {"head_dim": 16, "per_layer_config": {"2": {"qk_nope_head_dim": 16, "head_dim": 24}}}
 GEMMA4 = {"num_kv_shared_layers": 0, "per_layer_config": {"2": {"head_dim": 16}}}
 ASSISTANT = {
     "hidden_size_per_layer_input": 0,
@@ -119,7 +119,7 @@ ASSISTANT = {
 }
 QWEN4 = {
     "indexer_n_heads": 4,
-    "indexer_kv_heads": 2,
+    "indexer_kv_heads": 1,
     "indexer_head_dim": 8,
     "indexer_budget": 8,
     "indexer_compress_ratio": 4,
@@ -131,6 +131,7 @@ QWEN4 = {
     "ngram_vocab_size_base": 512,
     "split_ngram_parts": 4,
     "layer_types": ["linear_attention", "indexed_attention"],
+    "num_hidden_layers": 2,
 }
 BY_KIND: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
@@ -141,19 +142,24 @@ BY_KIND: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "dbrx": {
-        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2},
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dory": {
-        "n_input_layers": 1,
-        "n_recurrent_layers": 2,
-        "n_output_layers": 1,
-        "num_hidden_layers": 4,
+        # Attention and its MLP count as two layers in a file.
+        "n_input_layers": 2,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 2,
+        "num_hidden_layers": 8,
         "n_recurrent_loops": 2,
-        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"],
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"text_config": DOTS},
+    "dots3_note": {
+        "text_config": DOTS,
+        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    },
     "dots3_note_text": DOTS,
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma4": {"text_config": GEMMA4},
@@ -177,6 +183,7 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "mistral4": {"num_key_value_heads": HEADS, "head_dim": 2 * HEAD_DIM},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
+    "esmc": {"num_key_value_heads": HEADS},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 5},
     "encoder-decoder": {
         "decoder_start_token_id": 1

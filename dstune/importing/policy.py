@@ -47,7 +47,7 @@ OWN_WAY = {
     **dict.fromkeys(("use_transformers_paged", "rollout_func"), "the trained model generates the completions itself"),
     **dict.fromkeys(
         ("vllm_importance_sampling_correction", "vllm_importance_sampling_cap", "vllm_importance_sampling_mode"),
-        "the trained model is also the sampler: nothing needs a correction, and a difference stops the run",
+        "the trained model is also the sampler; with task.rollout=vllm, set task.importance_cap and task.correction",
     ),
     "ds3_gather_for_generation": "weights are gathered if they fit into memory",
     "steps_per_generation": "a step trains on all of its completions",

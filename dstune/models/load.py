@@ -34,6 +34,7 @@ from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
 from dstune.models.base_weights import tensor_files
+from dstune.models.corrections import correct_classes
 from dstune.models.full_width import put_back_to_full_width
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.partitioned_loading import corrected_partitioned_loading
@@ -244,6 +245,7 @@ def load_model(
     model_class = task.model_class(architecture)
     if config.model.unreached_parts is UnreachedParts.frozen:
         model_class = whole_class(model_class, architecture)
+    correct_classes(architecture)
     put_back_to_full_width(architecture, pretrained=config.model.weights is InitialWeights.pretrained)
     options = {"attn_implementation": _attention(config), "dtype": dtype}
     with _errors_name_model_path(config.model):

@@ -101,6 +101,10 @@ def test_what_is_requested():
     ]
 
 
+def test_a_percent_sign_in_the_folder_is_none_of_sbatchs_symbols():
+    assert "--output=/shared/50%%jobs/logs/slurm-%j.log" in directives(script(Path("/shared/50%jobs")))
+
+
 def test_variables_are_named_and_their_values_are_not_there():
     online = tracking_class()(wandb=WandbConfig(mode=WandbMode.online))
     text = script(tracking=online, export_env=["MINE"])

@@ -15,7 +15,7 @@ from dstune.launch.commands import inherited
 from dstune.launch.console import Console
 from dstune.launch.slurm import jobs
 from dstune.launch.slurm.config import SlurmConfig
-from dstune.launch.slurm.script import SCRIPT, job_script, options
+from dstune.launch.slurm.script import SCRIPT, job_script, log_pattern, options
 
 ARRAY = Path("launch") / "array.sbatch"
 
@@ -49,7 +49,7 @@ def array_script(
 ) -> str:
     """Return the script of the array, whose tasks run the scripts of the trials in `runs`."""
     sweep = sweep.absolute()
-    log = str(sweep / "logs" / "slurm-%A_%a.log")
+    log = log_pattern(sweep, "slurm-%A_%a.log")
     array_options = [
         *(
             option

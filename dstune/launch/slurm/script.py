@@ -75,7 +75,7 @@ def job_script(
 
 def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str]) -> list[str]:
     """Return the options of sbatch, in the order of its manual. names: variables that the job inherits."""
-    log = str(run / "logs" / "slurm-%j.log")
+    log = log_pattern(run, "slurm-%j.log")
     lines = [
         f"--job-name={_quoted(config.run.name)}",
         f"--nodes={launch.nodes + launch.spares}",
@@ -174,6 +174,11 @@ def _requeue_lines(launch: SlurmConfig) -> list[str]:
         "  code=75",
         '  scontrol requeue "$SLURM_JOB_ID" || echo "dstune: the job cannot be requeued; dstune train $run continues it" >&2',
     ]
+
+
+def log_pattern(folder: Path, name: str) -> str:
+    """Return the path of a log in `folder` for `--output`. name: has sbatch's symbols, such as `%j` for the number of the job."""
+    return str(folder / "logs").replace("%", "%%") + f"/{name}"  # `%%` is a `%` that stands for itself
 
 
 def _quoted(value: str) -> str:
