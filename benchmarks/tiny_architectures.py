@@ -108,6 +108,14 @@ LAYERS = re.compile(r"(num_|n_)(hidden_)?layers?|num_hidden_layers|n_layer|num_d
 TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "decoder_start_token_id": 2}
 
 DOTS = {"head_dim": 16, "per_layer_config": {"2": {"qk_nope_head_dim": 16, "head_dim": 24}}}
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "moe_layers": [1, 3],
+    "no_rope_layers": [1, 1, 1, 0],
+    "layer_types": [*["chunked_attention"] * 3, "full_attention"],
+    "attention_chunk_size": WINDOW,
+    "floor_scale": WINDOW,
+}
 GEMMA4 = {"num_kv_shared_layers": 0, "per_layer_config": {"2": {"head_dim": 16}}}
 ASSISTANT = {
     "hidden_size_per_layer_input": 0,
@@ -171,6 +179,8 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "num_experts": 4, "moe_topk": 2},
+    "llama4": {"text_config": LLAMA4},
+    "llama4_text": LLAMA4,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": HEAD_DIM, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
@@ -183,7 +193,7 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "mistral4": {"num_key_value_heads": HEADS, "head_dim": 2 * HEAD_DIM},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
-    "esmc": {"num_key_value_heads": HEADS},
+    "esmc": {"num_key_value_heads": HEADS, "vocab_size": VOCABULARY, "mask_token_id": 5},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 5},
     "encoder-decoder": {
         "decoder_start_token_id": 1

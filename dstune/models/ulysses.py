@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as functional
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys, uncut_problem
 from dstune.core.distributed import World, own_group
 from dstune.core.errors import Problem, UserError
 from dstune.models.attention import SpanAttention
 from dstune.models.heads.base import IGNORED
+from dstune.models.row_length import varying_rope
 from dstune.models.spans import SPANS, attention_problem, no_mask, spans_of
 
 
@@ -140,7 +141,7 @@ def refuse(model: PreTrainedModel, parts: int) -> None:
     kind = architecture.model_type
     if reason := attention_problem(model):
         raise UserError(uncut_problem(kind, reason))
-    if kinds := rope_types(architecture) & {"dynamic", "longrope"}:
+    if kinds := varying_rope(architecture):
         named_kinds = ", ".join(sorted(kinds))
         reason = f"its positions ({named_kinds}) depend on the length of the row, and a rank sees a part of it"
         raise UserError(uncut_problem(kind, reason))
@@ -149,10 +150,3 @@ def refuse(model: PreTrainedModel, parts: int) -> None:
         raise UserError(uncut_problem(kind, reason, "model.config_overrides={layerdrop: 0}"))
     if problem := heads_problem(architecture.num_attention_heads, parts):
         raise UserError(problem)
-
-
-def rope_types(architecture: PretrainedConfig) -> set[str]:
-    """Return the kinds of rotary positions in a model's configuration; some have one for each kind of layer."""
-    parameters = getattr(architecture, "rope_parameters", None) or getattr(architecture, "rope_scaling", None) or {}
-    each = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return {str(values.get("rope_type", values.get("type", "default"))) for values in each}

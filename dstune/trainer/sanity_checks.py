@@ -24,6 +24,7 @@ from dstune.models.heads.base import LeavesOutLogits, Rows
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.padding import measure_padding, rows_of_proof
+from dstune.models.row_length import row_length_problem
 from dstune.models.unreached import verify_unreached
 from dstune.protocols import task_of
 from dstune.protocols.task_options import BuildsBatches
@@ -138,7 +139,11 @@ def verify_rows(
 
     If they do, falls back to passing rows unchanged; raises UserError on all ranks if that is impossible or fails too.
     """
-    if config.data.packing and (problem := chosen_tokens_problem(architecture, config.data.max_length)):
+    are_alone = not config.data.packing and config.trainer.micro_batch_size == 1
+    problem = row_length_problem(
+        architecture, config.data.max_length, are_packed=config.data.packing, are_alone=are_alone
+    )
+    if problem:
         raise UserError(problem)
     if rows is not None:
         assert isinstance(head, CausalLmHead)
@@ -147,19 +152,6 @@ def verify_rows(
             head.rows = rows = None
     if rows is None and not has_images:
         check_packing(config, engine, architecture.vocab_size, world)
-
-
-def chosen_tokens_problem(architecture: Any, max_length: int) -> Problem | None:
-    """Return the problem with packed rows for a model whose attention selects some tokens of a row (DeepSeek 3.2), which a check
-    with short samples cannot detect. architecture: the text part of its configuration."""
-    chosen = getattr(architecture, "index_topk", None)
-    if not chosen or max_length <= chosen:  # all of a row's tokens are chosen
-        return None
-    reason = (
-        f"attention of {architecture.model_type} chooses {chosen} tokens of a row (index_topk), and losses of longer packed rows "
-        "differ from those of their samples (by 0.3 to 0.6% in small models)"
-    )
-    return Problem("data.packing", reason, f"data.packing=false, or data.max_length={chosen}", "true")
 
 
 def rows_problem(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,14 +30,28 @@ def test_nothing_is_trained_wrongly_without_a_word() -> None:
     assert sum(entry["status"] == "equal" for entry in TABLE["cases"]) > 20
 
 
-def test_packed_rows_longer_than_what_attention_chooses_are_refused() -> None:
-    from dstune.trainer.sanity_checks import chosen_tokens_problem
+def test_samples_that_a_long_row_would_change_are_refused() -> None:
+    from transformers import Llama4TextConfig, Phi3Config
+
+    from dstune.models.row_length import row_length_problem
+
+    def refused(architecture: Any, length: int, **shape: bool) -> tuple[str, str] | None:
+        problem = row_length_problem(architecture, length, **({"are_packed": True, "are_alone": False} | shape))
+        return None if problem is None else (problem.where, problem.fix)
 
     sparse = SimpleNamespace(model_type="deepseek_v32", index_topk=2048)
-    problem = chosen_tokens_problem(sparse, 4096)
-    assert problem is not None and (problem.where, problem.value) == ("data.packing", "true")
-    assert chosen_tokens_problem(sparse, 2048) is None
-    assert chosen_tokens_problem(SimpleNamespace(model_type="llama"), 4096) is None
+    assert refused(sparse, 4096) == ("data.packing", "data.packing=false, or data.max_length=2048")
+    assert refused(sparse, 2048) is None and refused(sparse, 4096, are_packed=False) is None
+    chunked = Llama4TextConfig()  # chunks of 8,192 tokens; some layers scale their scores from token 8,192 on
+    assert refused(chunked, 16384) == ("data.packing", "data.packing=false, or data.max_length=8191")
+    assert refused(chunked, 8191) is None and refused(chunked, 16384, are_packed=False) is None
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **factors}
+    phi = Phi3Config(max_position_embeddings=131072, rope_parameters=longrope)
+    fix = "data.max_length=4096, or data.packing=false trainer.micro_batch_size=1"
+    assert refused(phi, 8192) == refused(phi, 8192, are_packed=False) == ("data.max_length", fix)
+    assert refused(phi, 4096) is None and refused(phi, 8192, are_packed=False, are_alone=True) is None
+    assert refused(SimpleNamespace(model_type="llama"), 4096) is None
 
 
 def made_again(folder: Path, *options: str) -> list[str]:
