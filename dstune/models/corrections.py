@@ -17,7 +17,7 @@ def correct_classes(architecture: PretrainedConfig) -> None:
 def _correct_llama4() -> None:
     """Give the output of Llama 4's text model the `image_outputs` that its whole model reads (transformers 5.24)."""
     if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
-        MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+        MoeCausalLMOutputWithPast.image_outputs = None
 
 
 CORRECTIONS: Mapping[str, Callable[[], None]] = {"llama4": _correct_llama4}

@@ -10,9 +10,11 @@ import pytest
 import torch
 from support.configs import run_config
 from transformers import AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from dstune.config.schema import ZeroConfig
 from dstune.core.errors import UserError
+from dstune.models.corrections import correct_classes
 from dstune.models.heads.language import EncoderDecoderHead
 from dstune.trainer.first_pass import refuse_failing_model
 from dstune.trainer.sanity_checks import refuse_uneven_gathers
@@ -22,8 +24,9 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from tiny_architectures import build, small_config
 
 
-def test_llama_4_is_refused_with_the_line_that_fails() -> None:
-    """Where a release of transformers trains it, this test fails, and the page about models can say so."""
+def test_a_model_that_fails_is_refused_with_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4. Where a release of transformers trains it, this test fails, and `_correct_llama4` can go."""
+    monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs", raising=False)
     model = build(AutoModelForMultimodalLM, small_config("llama4"))
     with pytest.raises(UserError) as refused, refuse_failing_model("meta-llama/Llama-4", type(model).__name__):
         model(input_ids=torch.arange(4)[None], use_cache=False)
@@ -31,6 +34,8 @@ def test_llama_4_is_refused_with_the_line_that_fails() -> None:
     assert (problem.where, problem.value) == ("model.path", "meta-llama/Llama-4")
     assert "Llama4ForConditionalGeneration fails in its first forward pass" in problem.reason
     assert "modeling_llama4.py" in problem.reason and "image_outputs" in problem.reason
+    correct_classes(model.config)
+    assert model(input_ids=torch.arange(4)[None], use_cache=False).logits.shape[:2] == (1, 4)
 
 
 def test_what_a_model_refuses_in_training_alone() -> None:
