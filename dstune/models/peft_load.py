@@ -1,4 +1,4 @@
-"""Loads adapters by peft, which only warns of weights that it leaves out.
+"""Loads adapters by peft, which leaves out weights that do not fit: it warns of the first adapter's, and only returns the others'.
 
 peft passes the names in an adapter's file through the renamings by which transformers loads the base's files. Some of them change
 names that are right already (transformers 5.24: `mlp.shared_expert.` of Laguna is a pattern that also matches `shared_experts`).
@@ -6,6 +6,7 @@ names that are right already (transformers 5.24: `mlp.shared_expert.` of Laguna 
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 _LEFT_OUT = "Found missing adapter keys"
-"""How peft's warning begins."""
+"""The part of peft's warning before their names; a name of the adapter such as `lora` or `a` puts a sentence in front of it."""
 
 
 def load_peft_adapter(model: Any, folder: Path, name: str = "default") -> Any:
@@ -23,17 +24,25 @@ def load_peft_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     """
     from dstune.models.peft_import import peft
 
+    if isinstance(model, peft.PeftModel):
+        missing = model.load_adapter(folder, adapter_name=name).missing_keys
+        # peft also returns weights of the other adapters if their names contain this one.
+        weight_of_adapter = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+        _refuse_left_out(", ".join(key for key in missing if weight_of_adapter.search(key)))
+        return model
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if isinstance(model, peft.PeftModel):
-            model.load_adapter(folder, adapter_name=name)
-        else:
-            model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
+        model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
     for warning in caught:
-        if (text := str(warning.message)).startswith(_LEFT_OUT):
-            raise ValueError(f"peft does not load all of its weights: {text.partition('[')[2][:200].rstrip('].')}")
+        if _LEFT_OUT in (text := str(warning.message)):
+            _refuse_left_out(text.partition("[")[2].rstrip("]."))
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return model
+
+
+def _refuse_left_out(names: str) -> None:
+    if names:
+        raise ValueError(f"peft does not load all of its weights: {names[:200]}")
 
 
 def unloadable_weights(adapted: Any) -> list[str]:

@@ -171,10 +171,16 @@ def test_adapters_that_peft_could_not_load_again_are_refused(tmp_path: Path) -> 
         "down_proj",
     }
 
-    model = peft.get_peft_model(LagunaForCausalLM(config), peft.LoraConfig(target_modules="all-linear"))
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"does not load all of its weights: .*shared_experts"):
-        load_peft_adapter(LagunaForCausalLM(config), tmp_path / "adapter")
+    for folder, targets in (("partial", "all-linear"), ("complete", ["q_proj"])):
+        model = peft.get_peft_model(LagunaForCausalLM(config), peft.LoraConfig(target_modules=targets))
+        model.save_pretrained(tmp_path / folder)
+    refusal = r"does not load all of its weights: .*shared_experts"
+    with pytest.raises(ValueError, match=refusal):
+        load_peft_adapter(LagunaForCausalLM(config), tmp_path / "partial", "lora")
+    served = load_peft_adapter(LagunaForCausalLM(config), tmp_path / "complete", "first")
+    served = load_peft_adapter(served, tmp_path / "complete", "r")  # the names of the first one's weights contain an r
+    with pytest.raises(ValueError, match=refusal):
+        load_peft_adapter(served, tmp_path / "partial", "second")
 
 
 def test_a_name_that_the_model_has_is_not_renamed() -> None:
