@@ -53,7 +53,7 @@ from dstune.config.architectures import mark_stops
 from dstune.core.errors import UserError
 from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.proof import Server, difference
-from dstune.data.chat.template import ChatTemplate, seen
+from dstune.data.chat.template import ChatTemplate, visible_messages
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import conversation_of, conversation_row
 from dstune.data.problems import RowError
@@ -387,10 +387,11 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
         return "refused", problem
     assert encode.renderer is not None
     last = next(message for message in reversed(row["messages"]) if message["role"] == "assistant")
+    source = freeze_date(tokenizer.get_chat_template(tools=row.get("tools")), DATE)
     marked = tokenizer.apply_chat_template(
-        [encode.renderer.facts.adapted(message) for message in seen(row["messages"])],
+        [encode.renderer.facts.adapted(message) for message in visible_messages(row["messages"], source)],
         tools=row.get("tools"),
-        chat_template=freeze_date(tokenizer.get_chat_template(tools=row.get("tools")), DATE),
+        chat_template=source,
         return_dict=True,
         return_assistant_tokens_mask=True,
         **encode.renderer.arguments_for(last),

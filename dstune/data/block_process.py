@@ -53,9 +53,7 @@ def main() -> None:
         name, begin = requests.get()
         try:
             cache.entry(job.root, name, partial(_make, job, held_out, Position(**begin)))
-        except (
-            UserError
-        ):  # `cache.entry` has written it next to the block; the ranks raise it when they reach the block
+        except UserError:  # written next to the block by `cache.entry`; the ranks raise it when they reach the block
             continue
 
 

@@ -109,7 +109,7 @@ class ChatTemplate:
         source = self.source(tools)
         with self._within_limits():
             rendered = self.tokenizer.apply_chat_template(
-                _visible(messages, source),
+                visible_messages(messages, source),
                 tools=tools or None,
                 chat_template=source,
                 add_generation_prompt=prompt,
@@ -185,7 +185,7 @@ class ChatTemplate:
         with self._within_limits():
             template = _compile_template(source)
             rendered = template.render(
-                messages=_visible(messages, source),
+                messages=visible_messages(messages, source),
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=prompt,
@@ -214,7 +214,7 @@ class ChatTemplate:
         source = self.source(tools)
         with self._within_limits():
             _, indices = render_jinja_template(
-                conversations=[_visible(messages, source)],
+                conversations=[visible_messages(messages, source)],
                 tools=tools or None,
                 chat_template=source,
                 return_assistant_tokens_mask=True,
@@ -224,7 +224,7 @@ class ChatTemplate:
         return sorted((start, end) for start, end in indices[0])
 
 
-def _visible(messages: Messages, source: str) -> Messages:
+def visible_messages(messages: Messages, source: str) -> Messages:
     """Return `messages` as the template `source` gets to see them."""
     unweighted = [{key: value for key, value in message.items() if key not in _LOSS_KEYS} for message in messages]
     return as_template_reads(unweighted, source)
