@@ -25,6 +25,6 @@ class SparkConfig(LaunchConfig):
     master: str | None = setting(None, signed=True)
     """`local[N]`, `spark://HOST:PORT`, ...; the active session's, else spark-submit's, else this machine when not given."""
     interface: str | None = None
-    """Network interface that the ranks talk over, such as ib0; the one that leads to rank 0 when not given."""
+    """Network interface that the ranks communicate over, such as ib0; by default the one that leads to rank 0."""
     grace_seconds: float = setting(10.0, above=0.0, at_most=20.0)
     """Seconds that the other ranks get to end by themselves after one died; then they are killed."""
