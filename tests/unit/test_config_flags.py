@@ -255,14 +255,17 @@ def test_equal_keys_of_choices_are_one_row():
     assert ratios == ["schedule=cosine|linear|warmup_stable_decay", "schedule=constant"]
 
 
-def test_markdown_table_is_a_table():
-    from tools.guides import markdown_table
+def test_tables_of_keys_are_one_for_each_section():
+    from tools.guides import keys_tables
 
-    lines = markdown_table().splitlines()
+    text = keys_tables()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    sections = {setting.key.partition(".")[0] for setting in merged()}
+    assert {line.removeprefix("### ").partition(":")[0] for line in text.splitlines() if line.startswith("#")} == sections
     assert lines[1] == "| --- | --- | --- | --- |"
     for line in lines:
         assert line.replace("\\|", "").count("|") == 5
-    assert len(lines) == 2 + len(merged())
+    assert len(lines) == 2 * len(sections) + len(merged())
 
 
 def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):

@@ -78,6 +78,7 @@ def test_the_page_names_fields_that_the_types_of_plugins_have():
         kind = known[name] if name in known else next(both)
         of_kind = {*dir(kind), *(field for base in kind.__mro__ for field in getattr(base, "__annotations__", ()))}
         assert set(fields) <= of_kind, name
-    options = re.findall(r"(?m)^\| `(\w+)` \| ", text.split('<a id="optional-protocols">')[1].split("**Rules.**")[0])
+    chapter = text.split("### Optional protocols")[1].split('<a id="hooks">')[0]
+    options = re.findall(r"(?m)^\| `(\w+)` \| ", chapter)
     protocols = (*task_options.TASK_OPTIONS, *method_options.METHOD_OPTIONS, *launcher_options.LAUNCHER_OPTIONS)
     assert options == [option.__name__ for option in protocols]
