@@ -26,13 +26,20 @@ ATTACKS_END = "<!-- /attacks -->"
 CONFIGURATION_HEAD = """\
 # Configuration
 
-Made from the schema by `python tools/guides.py`. A name in parentheses behind a key is the choice that has it.
-Values of the command line win over those of a configuration file, which win over those of an experiment, which win over those of
-the other groups. A list is `key=[a,b]`, nothing is `key=null`.
+Every key of a run, with its type, default and meaning. `dstune train --help KEY` prints the same for one key.
+
+```bash
+dstune train experiment=chat_lora optimizer.lr=1e-4          # a group with its choice, and a key with its value
+dstune train my.yaml optimizer.lr=5e-5                       # the same from a file, with one value changed
+dstune train --cfg job experiment=chat_lora                  # print the configuration only
+```
+
+A list is `key=[a,b]`, no value is `key=null`. If a key is set in several places, the command line wins, then your file,
+then the experiment, then the other groups.
 
 ## A file of your own
 
-`dstune train my.yaml` reads what you would otherwise type:
+Write what you would otherwise type into a YAML file, and run `dstune train my.yaml`:
 
 ```yaml
 model: qwen3_4b                # a group with its choice: model=qwen3_4b
@@ -43,44 +50,79 @@ data:
   train: rows.jsonl            # relative to the working directory
 ```
 
-Each top-level name is a group with its choice, a section, or a dotted key. Values behind the file win:
-`dstune train my.yaml optimizer.lr=5e-5`. Every verb that takes `key=value` takes a file too: `dstune plan my.yaml`,
-`dstune data show my.yaml`, `dstune train -m my.yaml optimizer.lr=1e-4,2e-4`. A name that does not exist is refused with its line
-and the nearest name. `run.yaml` records the content of the file as overrides; a run never reads the file again. `dstune init DATA`
-writes such a file for your rows and your machine.
+- Each top-level name is a group with its choice, a section, or a dotted key. A name that does not exist is refused with its line
+  and the nearest name.
+- Values after the file win: `dstune train my.yaml optimizer.lr=5e-5`.
+- Every verb that takes `key=value` takes a file too: `dstune plan my.yaml`, `dstune data show my.yaml`,
+  `dstune train -m my.yaml optimizer.lr=1e-4,2e-4`.
+- `dstune init DATA` writes such a file for your rows and your machine.
+- `run.yaml` records the content of the file as overrides; a run never reads the file again.
+- An experiment (a file with `defaults:`) can be given in the same place, if its list chooses only groups.
+- `plugins:` in a file counts as if you had typed it: its code runs without `dstune trust`. Read other people's files first.
+- A file has at most 256 KiB and 2,000 values.
+"""
+GROUPS_HEAD = """\
+## Groups and their choices
 
-An experiment (a file with `defaults:`) can be given in the same place, if its list chooses groups only. `plugins:` in a file counts
-as if you had typed it, so read the files of others first. A file has at most 256 KiB and 2,000 values.
+`GROUP=CHOICE` selects one of these, such as `method=lora`. If the choices of a group have different keys, only those
+of the selected choice can be set.
+"""
+KEYS_HEAD = """\
+## Keys
+
+A name in parentheses after a key, such as (method=lora), is the choice that has this key. This page is generated from the code
+by `python tools/guides.py`.
 """
 
 
-def markdown_table() -> str:
-    """Return all keys as a Markdown table."""
-    lines = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
+SECTIONS = {
+    "experiment": "a complete configuration for a purpose or a machine",
+    "model": "the model, its weights and its chat template",
+    "data": "sources of rows, columns, cleaning, splits, length, packing",
+    "task": "what is trained on a row",
+    "method": "which weights are trained",
+    "forgetting": "options against forgetting what the model knew",
+    "optimizer": "optimizer and learning rate",
+    "schedule": "learning rate over time",
+    "zero": "the ZeRO stage of DeepSpeed, offloading",
+    "trainer": "length of training, batch sizes, precision, early stopping, callbacks",
+    "checkpoint": "saving checkpoints",
+    "evaluate": "evaluation during and after training",
+    "launch": "processes, machines, schedulers, restarts",
+    "tracking": "Weights & Biases, MLflow, TensorBoard, Trackio",
+    "run": "run directory, resuming, export, time limit",
+    "sweep": "searches over values",
+    "parallel": "sharing a long row or a layer among GPUs",
+    "plugins": "your own code",
+}
+"""What the keys of each section set."""
+
+
+def keys_tables() -> str:
+    """Return all keys as Markdown: a heading and a table for each section."""
+    rows: dict[str, list[str]] = {}
     for setting in merged():
         only = f" ({setting.group})" if "=" in setting.group else ""
         advice = f" *Advice:* {GUIDANCE[setting.key]}" if setting.key in GUIDANCE else ""
         cells = [f"`{setting.key}`{only}", f"`{setting.default}`", setting.type, setting.doc + advice]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        rows.setdefault(setting.key.partition(".")[0], []).append(row)
+    head = "| key | default | values | meaning |\n| --- | --- | --- | --- |"
+    tables = [f"### {section}: {SECTIONS[section]}\n\n{head}\n" + "\n".join(table) for section, table in rows.items()]
+    return "\n\n".join(tables) + "\n"
 
 
 def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
-    """Write groups with their choices and keys as a Markdown table."""
-    keys: dict[str, list[str]] = {}
-    for setting in merged():
-        section, _, key = setting.key.partition(".")
-        if not key:
-            continue  # of no group (`plugins`)
-        if ".NAME." not in setting.key and key not in keys.setdefault(section, []):
-            keys[section].append(key)
-    lines = ["| group | choices | keys |", "| --- | --- | --- |"]
-    for group in ["experiment", *keys]:
+    """Return the groups that have choices, as a Markdown table."""
+    lines = ["| group | sets | choices |", "| --- | --- | --- |"]
+    for group, purpose in SECTIONS.items():
         names = [choice for choice in groups.get(group, ()) if choice != "default"]
+        if not names:
+            continue
         choices = ", ".join(f"`{name}`" for name in names)
         if len(names) > LISTED:
             choices = f"[{len(names)} presets](presets.md), for example `{names[0]}`, `{names[-1]}`"
-        lines.append(f"| `{group}` | {choices} | {' '.join(f'`{key}`' for key in keys.get(group, ()))} |")
+        lines.append(f"| `{group}` | {purpose} | {choices} |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,7 +132,7 @@ def configuration_page() -> str:
 
     with session() as hydra:
         groups = groups_table(group_options(hydra))
-    return f"{CONFIGURATION_HEAD}\n## Groups\n\n{groups}\n## Keys\n\n{markdown_table()}"
+    return f"{CONFIGURATION_HEAD}\n{GROUPS_HEAD}\n{groups}\n{KEYS_HEAD}\n{keys_tables()}"
 
 
 LISTED = 20

@@ -261,7 +261,9 @@ def test_tables_of_keys_are_one_for_each_section():
     text = keys_tables()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     sections = {setting.key.partition(".")[0] for setting in merged()}
-    assert {line.removeprefix("### ").partition(":")[0] for line in text.splitlines() if line.startswith("#")} == sections
+    assert {
+        line.removeprefix("### ").partition(":")[0] for line in text.splitlines() if line.startswith("#")
+    } == sections
     assert lines[1] == "| --- | --- | --- | --- |"
     for line in lines:
         assert line.replace("\\|", "").count("|") == 5
