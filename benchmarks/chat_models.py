@@ -608,7 +608,7 @@ def with_block(page: str, name: str, lines: list[str]) -> str:
 
 def counts_table(counts: dict[str, Counter[str]]) -> list[str]:
     lines = [
-        "| of the forty | own template | with a setting as well | with a packaged template as well |",
+        "| form of conversation | own template | own template, with a setting if needed | also with a packaged template |",
         "| --- " * 4 + "|",
     ]
     for name, state_counts in counts.items():
