@@ -11,18 +11,24 @@ import yaml
 from dstune.config.presets import description
 
 PRESETS_HEAD = """\
-# Presets
+# Presets: models and experiments
 
-Generated from the files in `conf/` by `python tools/guides.py`. A model preset sets the values that differ from the defaults;
-an experiment sets values of all groups. Select either by name; values that you add on the command line take precedence:
+A model preset (`model=NAME`) sets the path of a model and the settings that it needs. An experiment (`experiment=NAME`) is a complete run:
+task, model, method, batch sizes and ZeRO stage, often for given hardware. Values that you add on the command line take precedence:
 
 ```bash
 dstune train model=qwen3_4b method=lora data.train=chats.jsonl
 dstune train experiment=llama3_8b_lora_24gb data.train=chats.jsonl trainer.epochs=2
 ```
 
-If the family of a base model has a chat template, the base model gets it, so that `task=chat` works. The file of an
-experiment explains how much memory it needs.
+A model without a preset works too: set `model.path` to a hub id or a folder. [Which model](models.md) helps you to choose;
+`dstune plan experiment=NAME` prints memory and time on your hardware.
+
+A base model has no chat template of its own. Its preset sets the template of its family (`chat_template=`), so that `task=chat` works.
+Sizes and licences of models marked *unverified* were not checked against the model's page. The comment in the file of an experiment,
+`conf/experiment/NAME.yaml`, has the arithmetic of its memory.
+
+This page is generated from the files in `conf/` by `python tools/guides.py`.
 """
 
 

@@ -19,7 +19,7 @@ ORDER = (
 """Order in tables and messages; plugins come after these. The first one is the default."""
 
 REFUSED = {
-    "adalora": "it takes ranks away by the gradients of single parameters between backward pass and update, and partitioned"
-    " stages do not keep them (method=lora with method.rank_pattern sets ranks by hand)"
+    "adalora": "it lowers ranks by the gradients of single parameters between backward pass and update, and the partitioned ZeRO"
+    " stages do not keep these gradients (method=lora with method.rank_pattern sets ranks by hand)"
 }
 """Well-known methods that dstune does not offer, and why."""

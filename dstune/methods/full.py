@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class FullConfig(MethodConfig):
     """All weights are trained.
 
-    The most accurate where there are enough rows and memory: gradients and optimizer states of every weight.
+    The most accurate method if you have enough rows and memory: every weight has a gradient and optimizer states.
     """
 
     name: str = "full"

@@ -36,7 +36,7 @@ MODULES = {
 class Ia3Config(ModuleAdapterConfig):
     """A trained scale for each key, value and feed-forward feature (Liu et al. 2022, arXiv:2205.05638).
 
-    For few rows, or thousands of adapters on one model: a hundredth of LoRA's parameters, and it merges.
+    Use it for few rows, or for thousands of adapters on one model: it has a hundredth of LoRA's parameters and can be merged.
     """
 
     name: str = "ia3"

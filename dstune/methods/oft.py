@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class OftConfig(ModuleAdapterConfig):
     """Orthogonal rotations of the modules' inputs, block by block (Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847).
 
-    Where the geometry of pretrained features has to survive: angles between neurons stay as they are.
+    Use it if the geometry of the pretrained features has to be preserved: the angles between neurons do not change.
     """
 
     name: str = "oft"

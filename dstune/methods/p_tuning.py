@@ -23,9 +23,9 @@ class PTuningEncoder(Enum):
 
 @dataclass(frozen=True)
 class PTuningConfig(AdapterConfig):
-    """A trained prompt that comes out of a small network (Liu et al. 2021, arXiv:2103.10385).
+    """A trained prompt that a small network computes (Liu et al. 2021, arXiv:2103.10385).
 
-    As `prompt`, easier to train; the network is not exported, so an export is served but not trained on.
+    Like `prompt`, but easier to train. The network is not exported, so an export can be served but not trained further.
     """
 
     name: str = "p_tuning"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class PrefixConfig(AdapterConfig):
     """Trained keys and values in front of every layer's own (Li and Liang 2021, arXiv:2101.00190).
 
-    As `prompt`, with a say in every layer; decoders only.
+    Like `prompt`, but it acts in every layer. For decoders only.
     """
 
     name: str = "prefix"

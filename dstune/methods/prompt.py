@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class PromptConfig(AdapterConfig):
     """Trained token embeddings in front of every row (Lester et al. 2021, arXiv:2104.08691).
 
-    For one served copy of a large model and a prompt for each task; small models learn little from it.
+    Use it to serve one copy of a large model with a prompt for each task. Small models learn little by it.
     """
 
     name: str = "prompt"

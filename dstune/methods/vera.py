@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class VeraConfig(ModuleAdapterConfig):
     """Two trained vectors for each module between fixed random matrices shared by all (Kopiczko et al. 2023, arXiv:2310.11454).
 
-    For many small adapters: a tenth of LoRA's parameters at a higher rank; the shared matrices are saved with each.
+    Use it for many small adapters: a tenth of LoRA's parameters at a higher rank. Every adapter is saved with the shared
+    matrices.
     """
 
     name: str = "vera"

@@ -22,7 +22,7 @@ class AdamWConfig(OptimizerConfig):
 
     name: str = "adamw"
     lr: float = setting(2e-5, at_least=0.0, by_method=True)
-    """Peak learning rate; the method's own where it is not given (docs/methods.md), for task=preference a tenth of that."""
+    """Peak learning rate; if unset, the method's default (docs/methods.md), a tenth of it for task=preference|reinforcement."""
     weight_decay: float = setting(0.01, at_least=0.0)
     """Weight decay; never applied to norms and biases."""
     betas: tuple[float, float] = (0.9, 0.999)

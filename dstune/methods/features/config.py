@@ -11,11 +11,11 @@ from dstune.protocols.method import MethodConfig
 
 @dataclass(frozen=True)
 class FeaturesConfig(MethodConfig):
-    """The frozen body reads every row once; a classifier is trained on what it gave, from the cache.
+    """The frozen body reads every row once; a classifier is trained on the cached features.
 
-    For many epochs, many tries of a classifier, or no GPU: after the first epoch the body does not run. Beside the
-    classifier, scikit-learn's logistic regression and a random forest, which ranks the features by impurity (Breiman 2001).
-    Exported like `head`.
+    Use it for many epochs, for many variants of a classifier, or without a GPU: the body does not run after the first epoch.
+    Optionally, scikit-learn fits a logistic regression and a random forest on the same features; the forest ranks the features
+    by impurity (Breiman 2001). The export is like that of `method=head`.
     """
 
     name: str = "features"

@@ -10,9 +10,9 @@ from dstune.protocols.method import MethodConfig
 
 @dataclass(frozen=True)
 class FreezeConfig(MethodConfig):
-    """A part of the weights stays as it is: embeddings, layers, or what a regular expression finds.
+    """Some weights are frozen: embeddings, layers, or the parameters whose names match a regular expression.
 
-    Between `head` and `full`: frozen weights take no gradients and optimizer states, and keep every bit.
+    Between `head` and `full`: frozen weights need no gradients or optimizer states, and keep every bit.
     """
 
     name: str = "freeze"

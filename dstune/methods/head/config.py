@@ -13,9 +13,10 @@ from dstune.protocols.method import MethodConfig
 class HeadConfig(MethodConfig):
     """Only the task's head is trained; the body stays frozen.
 
-    For few rows, or a body that knows the task's language well already. The body runs forward only; every epoch runs it
-    again, with dropout, which `features` does not. A head with a pooling of its own is exported with its code
-    (`modeling_dstune.py`): dstune loads it as it is, plain transformers with `trust_remote_code=True`.
+    Use it for few rows, or if the body already knows the language of the task well. The body has no backward pass. Every epoch
+    runs the body again, with dropout; `method=features` runs it once. Unless `method.pooling` is `model`, the
+    export contains the head's code (`modeling_dstune.py`): dstune loads it directly, transformers needs
+    `trust_remote_code=True`.
     """
 
     name: str = "head"

@@ -25,10 +25,11 @@ class Unit(Enum):
 
 @dataclass(frozen=True)
 class ImportanceConfig(MethodConfig):
-    """Only the most important share of the weights is trained, the others keep every bit; the scores are reported.
+    """Only the most important share of the weights is trained; the others keep every bit, and the scores are reported.
 
-    To learn which weights a task needs, and to change few of them. Scores by gradients are compared with ablation (rank
-    correlation in importance.json and in the report). Single entries save no memory; whole tensors do.
+    Use it to learn which weights a task needs, or to change only a few. Gradient-based scores are compared with ablation (rank
+    correlation in importance.json and in the report). Training single entries saves no memory; training whole tensors does
+    (`method.unit`).
     """
 
     name: str = "importance"

@@ -22,8 +22,9 @@ class LoraInit(Enum):
 class LoraConfig(ModuleAdapterConfig):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen weights.
 
-    The default: near full fine-tuning at a fraction of its memory, and an adapter of a few MB that merges into the model.
-    DoRA helps low ranks, PiSSA and OLoRA a fast start; rank-stabilised scaling is for high ranks.
+    The default: close to full fine-tuning with a fraction of its memory. The result is an adapter of a few MB that can be merged
+    into the model. DoRA helps at low ranks, PiSSA and OLoRA speed up the start of training, and rank-stabilised scaling is for
+    high ranks.
     """
 
     name: str = "lora"

@@ -11,7 +11,8 @@ from dstune.methods.lora.config import LoraConfig
 class QloraConfig(LoraConfig):
     """Low-rank adapters on frozen weights that are kept in 4-bit NF4 (Dettmers et al. 2023, arXiv:2305.14314).
 
-    Where the frozen weights do not fit otherwise: a quarter of 16 bits, for slower steps and a small loss of accuracy.
+    Use it if the frozen weights do not fit otherwise: they take a quarter of their 16-bit size, at the cost of slower steps and a
+    small loss of accuracy.
     """
 
     name: str = "qlora"

@@ -10,10 +10,11 @@ from dstune.protocols.method import MethodConfig
 
 @dataclass(frozen=True)
 class UlmfitConfig(MethodConfig):
-    """Gradual unfreezing from the top, a lower rate for each layer below (Howard and Ruder 2018, arXiv:1801.06146).
+    """Layers are unfrozen one after another from the top, each at a lower rate than the one above (ULMFiT, arXiv:1801.06146).
 
-    For few rows, and against forgetting: lower layers move late and little. With `schedule=slanted_triangular` these are the
-    three techniques of the paper. All weights have optimizer states from the start.
+    Use it for few rows, and against forgetting: lower layers are trained late and change little. Together with
+    `schedule=slanted_triangular` these are the three techniques of Howard and Ruder (2018). All weights have optimizer states
+    from the start.
     """
 
     name: str = "ulmfit"

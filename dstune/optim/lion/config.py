@@ -14,7 +14,7 @@ class LionConfig(OptimizerConfig):
 
     name: str = "lion"
     lr: float = setting(2e-6, at_least=0.0, by_method=True)
-    """Peak learning rate; a tenth of the method's own (docs/optimizers.md) where it is not given."""
+    """Peak learning rate; if unset, a tenth of the rate for AdamW (docs/optimizers.md)."""
     weight_decay: float = setting(0.1, at_least=0.0)
     """Weight decay; never applied to norms and biases."""
     betas: tuple[float, float] = (0.9, 0.99)

@@ -17,7 +17,7 @@ class MuonConfig(AdamWConfig):
 
     name: str = "muon"
     lr: float = setting(2e-5, at_least=0.0, by_method=True)
-    """Peak learning rate; the method's own where it is not given, as for adamw: updates are scaled to the size of AdamW's."""
+    """Peak learning rate; if unset, the method's default, as for adamw: updates are scaled to the size of AdamW's."""
     momentum: float = setting(0.95, at_least=0.0, below=1.0)
     """Decay rate of the momentum of a matrix."""
     orthogonalization_steps: int = setting(5, at_least=1, at_most=20)
