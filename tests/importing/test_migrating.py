@@ -68,7 +68,7 @@ def settings(config: object) -> dict[str, object]:
 def test_the_runs_side_by_side_are_the_same(tmp_path, monkeypatch):
     """The files of the page, imported, are the configuration that stands beside them."""
     monkeypatch.chdir(tmp_path)
-    inside = PAGE.split("## The same run, side by side")[1].split("## What is called what")[0]
+    inside = PAGE.split("## The same run, side by side")[1].split("## Names of keys in each tool")[0]
     own, *others = re.findall(r"```(?:yaml|sh)\n(.*?)```", inside, re.DOTALL)
     assert len(others) == 3
     Path("my.yaml").write_text(own)
