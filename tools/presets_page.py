@@ -13,8 +13,9 @@ from dstune.config.presets import description
 PRESETS_HEAD = """\
 # Presets: models and experiments
 
-A model preset (`model=NAME`) sets the path of a model and the settings that it needs. An experiment (`experiment=NAME`) is a complete run:
-task, model, method, batch sizes and ZeRO stage, often for given hardware. Values that you add on the command line take precedence:
+A model preset (`model=NAME`) sets the path of a model and the settings that it needs. An experiment (`experiment=NAME`) is a
+complete run: task, model, method, batch sizes and ZeRO stage, often for given hardware. Values that you add on the command line
+take precedence:
 
 ```bash
 dstune train model=qwen3_4b method=lora data.train=chats.jsonl
@@ -22,11 +23,12 @@ dstune train experiment=llama3_8b_lora_24gb data.train=chats.jsonl trainer.epoch
 ```
 
 A model without a preset works too: set `model.path` to a hub id or a folder. [Which model](models.md) helps you to choose;
-`dstune plan experiment=NAME` prints memory and time on your hardware.
+`dstune plan experiment=NAME` prints memory and time on your hardware. Models with experts are explained in
+[mixtures of experts](experts.md).
 
-A base model has no chat template of its own. Its preset sets the template of its family (`chat_template=`), so that `task=chat` works.
-Sizes and licences of models marked *unverified* were not checked against the model's page. The comment in the file of an experiment,
-`conf/experiment/NAME.yaml`, has the arithmetic of its memory.
+A base model has no chat template of its own. Its preset sets the template of its family (`chat_template=`), so that `task=chat`
+works. Sizes and licences of models marked *unverified* were not checked against the model's page. The comment in the file of an
+experiment, `conf/experiment/NAME.yaml`, has the arithmetic of its memory.
 
 This page is generated from the files in `conf/` by `python tools/guides.py`.
 """

@@ -18,4 +18,4 @@ class ForgettingConfig:
     replay: float = setting(0.0, at_least=0.0, below=1.0)
     """Share of an epoch's rows that come from `general`, mixed in like a source of `data.mixture`; 0 is off."""
     general: str | None = None
-    """Rows that stand for what the model must not forget, for `ewc` and `replay`: a value as for `data.train`, in the task's format."""
+    """Rows of what the model must not forget, for `ewc` and `replay`: a value as for `data.train`, in the task's format."""

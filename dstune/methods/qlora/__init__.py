@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture
 
 STAGE_3_ON_CPU = (
-    "on a CPU, bitsandbytes changes the shape of 4-bit weights, but ZeRO-3 gathers them in the shape that it partitioned"
+    "on a CPU, bitsandbytes changes the shape of 4-bit weights, but ZeRO-3 gathers them in the shape it partitioned"
 )
 """Why ZeRO-3 with 4-bit weights is for GPUs only."""
 
