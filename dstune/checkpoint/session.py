@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class Checkpoints(CheckpointAccess):
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # it may belong to another run that is still running and pruning
             if self._has_same_shards(checkpoint, saved):
-                self._engine.load(checkpoint.parent, checkpoint.name)
+                with self._refused_other_weights(checkpoint):
+                    self._engine.load(checkpoint.parent, checkpoint.name)
             else:
                 if why := optimizer_of(self._config.optimizer).why_no_other_layout:
                     raise UserError(
@@ -72,7 +73,8 @@ class Checkpoints(CheckpointAccess):
                             checkpoint.name, why, OF_EARLIER_VERSIONS | saved, OF_EARLIER_VERSIONS | self._facts
                         )
                     )
-                self._engine.restore(Shards(checkpoint))
+                with self._refused_other_weights(checkpoint):
+                    self._engine.restore(Shards(checkpoint))
         return TrainState.from_dict(saved["train"])
 
     def remembered(self, name: str) -> Any:
@@ -187,6 +189,26 @@ class Checkpoints(CheckpointAccess):
         ]
         if problems:
             raise UserError(problems)
+
+    @contextmanager
+    def _refused_other_weights(self, checkpoint: Path) -> Iterator[None]:
+        """Within the block, raise UserError if loading fails because the model trains other weights than the checkpoint holds.
+
+        An adapter that another version of dstune or peft puts on other layers is such a model.
+        """
+        try:
+            yield
+        except (RuntimeError, KeyError) as error:
+            saved, trained = set(Shards(checkpoint).shapes), self._engine.trained_names
+            if not (differing := sorted(saved ^ trained)):
+                raise
+            place = "the checkpoint" if differing[0] in saved else "the model"
+            more = f", and {len(differing) - 1} others" if len(differing) > 1 else ""
+            reason = (
+                f"{checkpoint.name} has other trained weights than the model: {differing[0]} is only in {place}{more}"
+            )
+            fix = "continue with the versions that environment.json of the run names, or start another run with run.dir"
+            raise UserError(Problem("run.dir", reason, fix, str(checkpoint.parent.parent))) from error
 
     def check_space(self) -> None:
         """Report how much disk space the checkpoints will take. Raises UserError if two of them do not fit, unless `run.force` is

@@ -187,6 +187,13 @@ class Engine:
         those of this rank's slices."""
         return sum(full_count(parameter) for parameter in self._trained)
 
+    @property
+    def trained_names(self) -> set[str]:
+        """Names of the optimizer's parameters, including those that will be unfrozen later; a tied weight has each of its names."""
+        trained = {id(parameter) for parameter in self._trained}
+        names = self.module.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in names if id(parameter) in trained}
+
     def whole_count(self, parameter: nn.Parameter) -> int:
         """Return how many elements the complete parameter has: before stage 3 partitioned it, and over all slices."""
         return full_count(parameter) * (1 if self.slices is None else self.slices.parts_of(parameter))

@@ -203,3 +203,23 @@ def test_ranks_hash_neighbours_and_every_file_once(ranks, shares):
     for share, expected in zip(found, shares, strict=False):
         assert share == {names[int(word) if word.isdecimal() else word] for word in expected.split()}
     assert sum(len(share) for share in found) == len(set.union(*found)) == len(names)
+
+
+def test_a_checkpoint_of_other_trained_weights_is_refused_and_other_errors_are_not(tmp_path, monkeypatch):
+    """As an adapter that an earlier version put on more layers."""
+    engine = SimpleNamespace(swaps=False, trained_names={"a.lora_A", "b.lora_A"})
+    checkpoints = Checkpoints(run_config(), tmp_path, engine, SimpleNamespace(), {}, print)
+    saved = {"a.lora_A": None, "b.lora_A": None, "c.lora_A": None}
+    monkeypatch.setattr("dstune.checkpoint.session.Shards", lambda checkpoint: SimpleNamespace(shapes=saved))
+
+    def load() -> None:
+        with checkpoints._refused_other_weights(tmp_path / "checkpoints" / "step-00000002"):
+            raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
+
+    with pytest.raises(
+        UserError, match=r"step-00000002 has other trained weights than the model: c\.lora_A is only in"
+    ):
+        load()
+    del saved["c.lora_A"]
+    with pytest.raises(RuntimeError, match="The size of tensor a"):
+        load()
