@@ -1,16 +1,16 @@
-"""From the rows of metrics.jsonl to curves: one series a metric, smoothed, and thinned without losing spikes."""
+"""Turns the rows of metrics.jsonl into curves: one series per metric, smoothed, and thinned without losing spikes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 DRAWN_POINTS = 600
-"""More points than that make a page slow and a line no better: it is about as many as it has pixels."""
+"""The most points drawn of a curve: about as many as it has pixels, so that more would only make the page slow."""
 SMOOTHED_FROM = 16
-"""Shorter curves are read as they are."""
+"""The fewest points of a curve that is smoothed."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,12 @@ class Series:
 
 
 def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    """Return every metric with a number in some row, in the order of its first appearance. A step logged twice keeps the last."""
+    """Return a series for each metric that has a finite number in some row, in the order of first appearance.
+
+    If a step was logged twice, its last value counts.
+    """
     points_by_name: dict[str, dict[int, float | None]] = {}
-    numbers: set[str] = set()
+    measured_names: set[str] = set()
     for row in rows:
         for name, value in row.items():
             if name == "step" or isinstance(value, (bool, str, list, dict)):
@@ -48,25 +51,25 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
             finite = isinstance(value, (int, float)) and math.isfinite(value)
             points_by_name.setdefault(name, {})[row["step"]] = float(value) if finite else None
             if finite:
-                numbers.add(name)
+                measured_names.add(name)
     curves = {}
     for name, points in points_by_name.items():
-        if name in numbers:
+        if name in measured_names:
             ordered = sorted(points.items())
             curves[name] = Series(tuple(step for step, _ in ordered), tuple(value for _, value in ordered))
     return curves
 
 
 def smoothing_span(points: int) -> int:
-    """Return steps that the smoothed curve averages over: about a twentieth of the run; 0 for curves too short to smooth."""
+    """Return how many points the smoothed curve averages over: about a twentieth of all; 0 for a curve too short to smooth."""
     return max(5, round(points / 20)) if points >= SMOOTHED_FROM else 0
 
 
 def smoothed(series: Series, span: int) -> Series:
-    """Compute the exponential moving average with the centre of mass of `span` steps, without the bias of its start.
+    """Compute the bias-corrected exponential moving average with the centre of mass of a window of `span` points.
 
-    alpha = 2 / (span + 1); the sum of the weights so far divides, so the first value is not dragged towards 0
-    (Kingma and Ba 2015, arXiv:1412.6980, section 3). Gaps stay gaps and weigh nothing.
+    alpha = 2 / (span + 1). The average is divided by the sum of its weights so far, so the first values are not dragged towards 0
+    (Kingma and Ba 2015, arXiv:1412.6980, section 3). Gaps stay gaps and have no weight.
     """
     keep = 1.0 - 2.0 / (span + 1)
     total = weight = 0.0
@@ -81,7 +84,7 @@ def smoothed(series: Series, span: int) -> Series:
 
 
 def thinned(series: Series, limit: int = DRAWN_POINTS) -> Series:
-    """Return at most about `limit` points: the lowest and the highest of each stretch, so that every spike stays visible."""
+    """Return about `limit` points at most: the lowest and the highest of each stretch, so that every spike stays visible."""
     count = len(series.steps)
     if count <= limit:
         return series
@@ -89,15 +92,12 @@ def thinned(series: Series, limit: int = DRAWN_POINTS) -> Series:
     stretches = limit // 2
     for number in range(stretches):
         stretch = range(number * count // stretches, (number + 1) * count // stretches)
-        finite = [index for index in stretch if series.values[index] is not None]
+        finite = [(value, index) for index in stretch if (value := series.values[index]) is not None]
         if not finite:
             indices.append(stretch[0])
             continue
-        extremes = {min(finite, key=_value(series.values)), max(finite, key=_value(series.values))}
-        indices += sorted(extremes)
+        _, lowest = min(finite, key=lambda point: point[0])
+        _, highest = max(finite, key=lambda point: point[0])
+        indices += [lowest, highest]
     indices = sorted({0, *indices, count - 1})
     return Series(tuple(series.steps[index] for index in indices), tuple(series.values[index] for index in indices))
-
-
-def _value(values: Sequence[float | None]) -> Any:
-    return values.__getitem__

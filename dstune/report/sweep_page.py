@@ -1,4 +1,4 @@
-"""The page of a sweep: its trials best first, what each key does, all curves together, and what it cost."""
+"""Builds the page of a sweep: trials ranked by objective, the effect of each key, learning curves, and cost."""
 
 from __future__ import annotations
 
@@ -40,20 +40,23 @@ from dstune.tracking.trials import (
 )
 
 MOST_MARKS = 6
-"""A key with so few values has each at its axis."""
+"""A key with at most this many values has a tick for each of them."""
 OUTLIER_DISTANCES = 4.0
+"""Interquartile ranges beyond a quartile from which a trial's objective counts as diverged."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial with its place in the order, 0 for the best."""
+    """A trial and its rank."""
 
     record: Record
     place: int
+    """Its rank by the first objective: 0 for the best."""
     run: RunFiles | None
+    """None if it never wrote a `run.yaml`."""
     curves: Mapping[str, Series]
-    front: bool
-    """Whether no other trial beats it in all of several objectives."""
+    is_unbeaten: bool
+    """Whether a sweep has several objectives and no other trial beats this one in all of them."""
 
     @property
     def is_coloured(self) -> bool:
@@ -68,22 +71,25 @@ class Trial:
 
 
 def short_name(record: Record) -> str:
-    """Return a trial's number alone where that is in front of its name: the values stand in columns of their own."""
-    number_, _, values_text = record.name.partition("-")
-    return number_ if number_.isdigit() and values_text else record.name
+    """Return the number that begins a trial's name, or else the name: the values in it have columns of their own."""
+    trial_number, _, values_text = record.name.partition("-")
+    return trial_number if trial_number.isdigit() and values_text else record.name
 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis of a plot: positions in per cent, and what stands beside it."""
+    """An axis of a plot."""
 
     ticks: list[tuple[float, str]]
+    """Position in percent, and label, of each tick."""
     names: Sequence[str] = ()
+    """The values of an axis of texts; empty for numbers between `low` and `high`."""
     low: float = 0.0
     high: float = 1.0
     logarithmic: bool = False
 
-    def at(self, value: Any) -> float:
+    def position(self, value: Any) -> float:
+        """Return where a value lies on the axis, in percent; a number outside of it lies at its end."""
         if self.names:
             count = len(self.names)
             return 50.0 if count == 1 else 8 + 84 * self.names.index(format_value(value)) / (count - 1)
@@ -96,48 +102,55 @@ class Scale:
 
 
 def scale(values: Sequence[Any], *, of_key: bool = False, logarithmic: bool = False) -> Scale:
-    """Return room for `values`: by their logarithm where they span much; texts side by side.
+    """Return an axis that shows `values`: logarithmic if they span orders of magnitude, evenly spaced if they are texts.
 
-    of_key: they were chosen, so that a few of them stand at the axis themselves. logarithmic: they were chosen by their logarithm.
+    of_key: whether the values are those of a key, so that a few of them get ticks of their own. logarithmic: whether the sweep
+    searched the key on a logarithmic scale.
     """
     if not are_numbers(values):
         names = sorted({format_value(value) for value in values})
-        empty = Scale([], names=names)
-        return Scale([(empty.at(name), name) for name in names], names=names)
+        axis = Scale([], names=names)
+        return replace(axis, ticks=[(axis.position(name), name) for name in names])
     low, high = float(min(values)), float(max(values))
     if is_logarithmic(values) or (logarithmic and low > 0 and low < high):
         low, high = low / 1.25, high * 1.25
-        empty = Scale([], low=low, high=high, logarithmic=True)
-        marks = [(empty.at(value), number(value, 2)) for value in log_ticks(low, high)]
+        axis = Scale([], low=low, high=high, logarithmic=True)
+        marks = [(axis.position(value), number(value, 2)) for value in log_ticks(low, high)]
     else:
-        room = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
-        low, high = low - room, high + room
-        empty = Scale([], low=low, high=high)
-        at = ticks(low, high, 4)
-        step = at[1] - at[0] if len(at) > 1 else abs(at[0])
-        marks = [(empty.at(value), tick_label(value, step)) for value in at]
+        margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+        axis = Scale([], low=low, high=high)
+        tick_values = ticks(low, high, 4)
+        step = tick_values[1] - tick_values[0] if len(tick_values) > 1 else abs(tick_values[0])
+        marks = [(axis.position(value), tick_label(value, step)) for value in tick_values]
     if of_key and len(set(values)) <= MOST_MARKS:
-        marks = [(empty.at(value), _value(value)) for value in sorted(set(values))]
-    return replace(empty, ticks=marks)
+        marks = [(axis.position(value), _value(value)) for value in sorted(set(values))]
+    return replace(axis, ticks=marks)
 
 
 def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float], int]:
-    """Return what the axis of an objective has to show, and how many trials are so much worse (they diverged) that showing them
-    would press all others into one line: more than four quartile distances behind the quartile."""
+    """Return the objectives that an axis shows, and the number of diverged trials that it leaves out.
+
+    A diverged trial is more than OUTLIER_DISTANCES interquartile ranges beyond the worse quartile: an axis that included it would
+    press all others into one line. lower: whether a smaller value is better.
+    """
     ordered = sorted(values)
     first, third = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
-    room = OUTLIER_DISTANCES * (third - first)
-    inside = [value for value in values if room == 0 or (value <= third + room if lower else value >= first - room)]
+    margin = OUTLIER_DISTANCES * (third - first)
+    inside = [
+        value for value in values if margin == 0 or (value <= third + margin if lower else value >= first - margin)
+    ]
     return inside, len(values) - len(inside)
 
 
 def write(sweep: Path, target: Path) -> None:
-    """Write the page of the sweep at `sweep` to `target`, whole or not at all. Raises OSError, UserError."""
+    """Write the page of the sweep at `sweep` to `target`, complete or not at all. Raises OSError, UserError."""
     html = redact(of_foreign(lambda: page(sweep), str(sweep)))
     files.write(target, html)
 
 
 def page(sweep: Path) -> str:
+    """Return the HTML page of the sweep at `sweep`."""
     objectives = objectives_of(sweep)
     runs = {record.name: _run(sweep, record) for record in read_records(sweep)}
     records = [_with_outcome(record, runs[record.name], objectives) for record in read_records(sweep)]
@@ -178,7 +191,7 @@ def page(sweep: Path) -> str:
 
 
 def _title(sweep: Path) -> str:
-    """Return `run.name` of the sweep; its path where `sweep.yaml` does not tell."""
+    """Return `run.name` of the sweep, or its path if `sweep.yaml` does not state the name."""
     try:
         name = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["config"]["run"]["name"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
@@ -194,12 +207,12 @@ def _run(sweep: Path, record: Record) -> RunFiles | None:
 def _with_outcome(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
     if run is None:
         return record
-    of_best = section(run.config, "run").get("export") == "best"
-    return with_outcome(record, run.result, run.metrics, objectives, of_best)
+    exports_best = section(run.config, "run").get("export") == "best"
+    return with_outcome(record, run.result, run.metrics, objectives, exports_best)
 
 
-def _trial(record: Record, run: RunFiles | None, place: int, front: bool) -> Trial:
-    return Trial(record, place, run, collect(run.metrics) if run else {}, front)
+def _trial(record: Record, run: RunFiles | None, place: int, is_unbeaten: bool) -> Trial:
+    return Trial(record, place, run, collect(run.metrics) if run else {}, is_unbeaten)
 
 
 def _table(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
@@ -246,7 +259,7 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
         worst = max(values) if less_is_better(objective) else min(values)
         figures.append(Figure("worst", number(worst), "of those with an evaluation"))
     figures.append(Figure("time", duration(sum(record.seconds for record in records)), "of all trials together"))
-    done, planned = _work(trials)
+    done, planned = _steps_done_and_planned(trials)
     if planned > done:
         figures.append(
             Figure("steps", f"{done:,}", f"of {planned:,}: {percent(1 - done / planned)} never trained", good=True)
@@ -257,8 +270,8 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
     return figures
 
 
-def _work(trials: Sequence[Trial]) -> tuple[int, int]:
-    """Return the steps of finished trials, and how many they would have been without pruning."""
+def _steps_done_and_planned(trials: Sequence[Trial]) -> tuple[int, int]:
+    """Return the steps that finished trials made, and the steps that they would have made without pruning."""
     done = planned = 0
     for trial in trials:
         steps = _steps(trial)
@@ -275,102 +288,111 @@ def _work(trials: Sequence[Trial]) -> tuple[int, int]:
 def _scatters(
     trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str], logarithmic: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Return the objective over each key; of two objectives also one over the other."""
+    """Return a plot of the objective over each key that varies, and first, if there are two objectives, of one over the other."""
     if len(trials) < 2:
         return []
     plots = [(key, [trial.record.values.get(key) for trial in trials], trials) for key in keys]
     if len(objectives) > 1:
         complete = [trial for trial in trials if trial.value(objectives[1]) is not None]
         plots.insert(0, (plain_name(objectives[1]), [trial.value(objectives[1]) for trial in complete], complete))
-    scatters = []
-    for title, values, plotted in plots:
-        if len({format_value(value) for value in values}) < 2:
-            continue
-        inside, outside = without_outliers(_reached(plotted, objectives[0]), less_is_better(objectives[0]))
-        across, up = scale(values, of_key=title in keys, logarithmic=title in logarithmic), scale(inside)
-        dots = [
-            {
-                "x": across.at(value),
-                "y": round(100 - up.at(trial.value(objectives[0])), 2),
-                "trial": trial,
-                "text": f"{trial.record.name}: {number(trial.value(objectives[0]))}",
-            }
-            for value, trial in zip(values, plotted, strict=True)
-        ]
-        note = ", ".join(
-            filter(None, ["logarithmic" * across.logarithmic, f"{outside} beyond the edge" * bool(outside)])
+    return [
+        _scatter(
+            title, scale(values, of_key=title in keys, logarithmic=title in logarithmic), values, plotted, objectives[0]
         )
-        scatters.append(
-            {
-                "title": title,
-                "note": note,
-                "dots": dots,
-                "x_ticks": across.ticks,
-                "x_names": len(across.names),
-                "y_ticks": [(round(100 - at, 2), label) for at, label in up.ticks],
-            }
-        )
-    return scatters
+        for title, values, plotted in plots
+        if len({format_value(value) for value in values}) > 1
+    ]
 
 
-def _reached(trials: Sequence[Trial], objective: str) -> list[float]:
+def _scatter(
+    title: str, across: Scale, values: Sequence[Any], trials: Sequence[Trial], objective: str
+) -> dict[str, Any]:
+    """Return a plot with a dot for each trial. values: of the horizontal axis `across`, one for each trial."""
+    inside, outside = without_outliers(_objective_values(trials, objective), less_is_better(objective))
+    up = scale(inside)
+    dots = [
+        {
+            "x": across.position(value),
+            "y": round(100 - up.position(trial.value(objective)), 2),
+            "trial": trial,
+            "text": f"{trial.record.name}: {number(trial.value(objective))}",
+        }
+        for value, trial in zip(values, trials, strict=True)
+    ]
+    notes = ["logarithmic" * across.logarithmic, f"{outside} beyond the edge" * bool(outside)]
+    return {
+        "title": title,
+        "note": ", ".join(filter(None, notes)),
+        "dots": dots,
+        "x_ticks": across.ticks,
+        "x_names": len(across.names),
+        "y_ticks": [(round(100 - at, 2), label) for at, label in up.ticks],
+    }
+
+
+def _objective_values(trials: Sequence[Trial], objective: str) -> list[float]:
     return [value for trial in trials if (value := trial.value(objective)) is not None]
 
 
 def _parallel(
     trials: Sequence[Trial], objective: str, keys: Sequence[str], logarithmic: Collection[str]
 ) -> dict[str, Any] | None:
-    """Return a line for each trial through its values to what it reached; from two keys on."""
+    """Return a parallel-coordinates plot: a line for each trial through its values to its objective. None with fewer than two keys
+    that vary, or fewer than three trials."""
     varied = [key for key in keys if len({format_value(trial.record.values.get(key)) for trial in trials}) > 1]
     if len(varied) < 2 or len(trials) < 3:
         return None
     columns: list[tuple[str, list[Any]]] = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]
     scales = [scale(values, of_key=True, logarithmic=key in logarithmic) for key, values in columns]
-    reached = _reached(trials, objective)
-    columns.append((plain_name(objective), reached))
-    scales.append(scale(without_outliers(reached, less_is_better(objective))[0]))
-    at = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
+    objective_values = _objective_values(trials, objective)
+    columns.append((plain_name(objective), objective_values))
+    scales.append(scale(without_outliers(objective_values, less_is_better(objective))[0]))
+    lefts = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
     lines = []
-    for number_, trial in enumerate(trials):
+    for row, trial in enumerate(trials):
         heights = [
-            100 - column_scale.at(values[number_]) for column_scale, (_, values) in zip(scales, columns, strict=True)
+            100 - column_scale.position(values[row]) for column_scale, (_, values) in zip(scales, columns, strict=True)
         ]
-        path = "".join(f"{'L' if x else 'M'}{10 * x:.1f} {10 * y:.1f}" for x, y in zip(at, heights, strict=True))
+        path = "".join(f"{'L' if x else 'M'}{10 * x:.1f} {10 * y:.1f}" for x, y in zip(lefts, heights, strict=True))
         lines.append({"path": path, "trial": trial})
     axes = [
         {"x": x, "name": name, "ticks": [(round(100 - tick, 2), label) for tick, label in column_scale.ticks]}
-        for x, (name, _), column_scale in zip(at, columns, scales, strict=True)
+        for x, (name, _), column_scale in zip(lefts, columns, scales, strict=True)
     ]
     return {"axes": axes, "lines": lines[::-1]}
 
 
 def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
-    """Draw curves of all trials together; those of the best in colour, the others behind them."""
+    """Draw a chart of each metric with the curves of all trials: the best trials in colour, the others behind them."""
     charts: list[Chart] = []
-    for name in dict.fromkeys([*(f"eval/{name}" for name in objectives), "loss", "eval/loss"]):
-        drawn = [trial for trial in trials if name in trial.curves]
-        if not drawn:
-            continue
-        # What a trial reached is compared with that of others which ended too, not with those that are on their way.
-        ended = {
-            trial.record.name: last
-            for trial in drawn
-            if trial.record.status in ("completed", "stopped") and (last := trial.curves[name].last) is not None
-        }
-        inside, diverged = without_outliers(list(ended.values()), less_is_better(name.removeprefix("eval/")))
-        drawn = [trial for trial in drawn if ended.get(trial.record.name) in (None, *inside)]
-        window = smoothing_span(max(len(trial.curves[name].steps) for trial in drawn)) if name == "loss" else 0
-        lines = [
-            Line(
-                trial.record.name,
-                smoothed(trial.curves[name], window) if window else trial.curves[name],
-                trial.place,
-                faint=not trial.is_coloured,
-            )
-            for trial in reversed(drawn)
-        ]
-        steps = [line.series.steps[end] for line in lines for end in (0, -1)]
-        notes = [f"smoothed over {window} steps" * bool(window), f"{diverged} diverged, not drawn" * bool(diverged)]
-        note = ", ".join(filter(None, notes))
-        charts.append(draw(title_of(name), lines, (min(steps), max(steps)), metric=name, note=note, tall=not charts))
+    for metric in dict.fromkeys([*(f"eval/{name}" for name in objectives), "loss", "eval/loss"]):
+        measured = [trial for trial in trials if metric in trial.curves]
+        if measured:
+            charts.append(_chart(metric, measured, tall=not charts))
     return charts
+
+
+def _chart(metric: str, trials: Sequence[Trial], *, tall: bool) -> Chart:
+    """Draw the curves of one metric. trials: those that have measured it."""
+    # A trial counts as diverged only by comparison with others that have ended: one on its way may still come down.
+    last_by_name = {
+        trial.record.name: last
+        for trial in trials
+        if trial.record.status in ("completed", "stopped") and (last := trial.curves[metric].last) is not None
+    }
+    inside, diverged = without_outliers(list(last_by_name.values()), less_is_better(metric.removeprefix("eval/")))
+    drawn = [trial for trial in trials if last_by_name.get(trial.record.name) in (None, *inside)]
+    window = smoothing_span(max(len(trial.curves[metric].steps) for trial in drawn)) if metric == "loss" else 0
+    lines = [
+        Line(
+            trial.record.name,
+            smoothed(trial.curves[metric], window) if window else trial.curves[metric],
+            trial.place,
+            faint=not trial.is_coloured,
+        )
+        for trial in reversed(drawn)
+    ]
+    steps = [line.series.steps[end] for line in lines for end in (0, -1)]
+    notes = [f"smoothed over {window} steps" * bool(window), f"{diverged} diverged, not drawn" * bool(diverged)]
+    note = ", ".join(filter(None, notes))
+    return draw(title_of(metric), lines, (min(steps), max(steps)), metric=metric, note=note, tall=tall)

@@ -175,17 +175,17 @@ def test_trials_that_diverged_do_not_flatten_the_others():
     assert without_outliers(losses, lower=True) == (losses[:-1], 1)
     assert without_outliers([1 - loss for loss in losses], lower=False) == ([1 - loss for loss in losses[:-1]], 1)
     assert without_outliers([0.7, 0.7, 0.7, 3.0], lower=True)[1] == 0, "equal values say nothing about distances"
-    assert scale([0.5, 0.7]).at(3.0) == 100
+    assert scale([0.5, 0.7]).position(3.0) == 100
 
 
 def test_scales():
     assert [label for _, label in scale([4, 8, 16], of_key=True).ticks] == ["4", "8", "16"]
-    assert scale(["b", "a"]).at("a") == 8
-    assert scale(["only"]).at("only") == 50
+    assert scale(["b", "a"]).position("a") == 8
+    assert scale(["only"]).position("only") == 50
     rates = scale([1e-5, 1e-3])
     assert rates.logarithmic
-    assert rates.at(1e-4) == pytest.approx(50, abs=0.1)
-    assert 0 < scale([1.0, 2.0]).at(1.0) < scale([1.0, 2.0]).at(2.0) < 100
+    assert rates.position(1e-4) == pytest.approx(50, abs=0.1)
+    assert 0 < scale([1.0, 2.0]).position(1.0) < scale([1.0, 2.0]).position(2.0) < 100
     assert best_first(0.9, "accuracy") < best_first(0.8, "accuracy")
     assert best_first(0.8, "loss") < best_first(0.9, "loss") < best_first(None, "loss")
 
