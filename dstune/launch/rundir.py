@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 REPLACED = (RUN_FILE, "result.json", "launch.json")
 """Files that every start writes again."""
 KEYWORDS = ("auto", "never")
-"""Values of `run.resume` that are no path."""
+"""Values of `run.resume` that are not paths."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,29 @@ class Before:
 
     path: Path
     created: tuple[Path, ...]
-    """The folders that the launch creates: the directory and those above it, the innermost first."""
+    """The folders that the launch creates: the directory and its parents, the innermost first."""
     files: dict[str, bytes | None]
-    """Content of what a start replaces, by name; None for a file that was not there."""
+    """Content, by name, of the files that a start replaces; None for a file that did not exist."""
     began: tuple[int | None, ...]
-    """When training began there last, by stage: the times of environment.json in nanoseconds."""
+    """When training last began there, by stage: modification times of environment.json in nanoseconds."""
 
     @classmethod
     def of(cls, path: Path) -> Before:
+        """Record the state of the directory `path`."""
         created = [folder for folder in (path, *path.parents) if not folder.exists()]
         copies = [str(file.relative_to(path)) for file in path.glob(f"{plugins.FOLDER}/*.py")]
         files = {name: _content(path / name) for name in (*REPLACED, *copies)}
-        return cls(path, tuple(created), files, _begun(path))
+        return cls(path, tuple(created), files, _begin_times(path))
 
     def restore(self) -> bool:
         """Undo the launch unless training has begun. Returns whether it was undone."""
-        if _begun(self.path) != self.began:
+        if _begin_times(self.path) != self.began:
             return False
         if self.path in self.created:
             if self.path.exists():
                 shutil.rmtree(self.path)
             for folder in self.created[1:]:
-                with suppress(OSError):  # somebody else's run is in it by now
+                with suppress(OSError):  # another run is in it by now
                     folder.rmdir()
             return True
         for name, content in self.files.items():
@@ -78,16 +79,18 @@ class Before:
         return True
 
     def restore_unless_taken(self) -> None:
-        """Undo a launch that has not locked the directory yet. One that another launch has created and locked since stays: two
-        commands of one second choose the same new directory, and one of them may fail while the other trains.
+        """Undo a launch that has not locked the directory yet, unless another launch has created and locked it meanwhile.
+
+        Two commands in the same second choose the same new directory, and one of them may fail while the other trains.
         """
         if self.path not in self.created or not (self.path / records.LOCK).exists():
             self.restore()
 
 
-def _begun(path: Path) -> tuple[int | None, ...]:
-    # What stops the last stage of a run does not undo those before it, which have folders of their own.
-    return tuple(_written_at(file) for file in (path / BEGUN, *sorted(path.glob(f"*/{BEGUN}"))))
+def _begin_times(path: Path) -> tuple[int | None, ...]:
+    """Return when training began in the directory and in the folder of each stage; None for a folder where it has not begun."""
+    # Folders of stages count too: a failure in the last stage must not undo the earlier ones.
+    return tuple(_modified_ns(file) for file in (path / BEGUN, *sorted(path.glob(f"*/{BEGUN}"))))
 
 
 def _content(file: Path) -> bytes | None:
@@ -97,7 +100,7 @@ def _content(file: Path) -> bytes | None:
         return None
 
 
-def _written_at(file: Path) -> int | None:
+def _modified_ns(file: Path) -> int | None:
     try:
         return file.stat().st_mtime_ns
     except OSError:
@@ -111,15 +114,15 @@ class Prepared:
     config: RunConfig
     run_dir: Path
     lock: int | None
-    """Descriptor whose lock keeps other launches out as long as it is open; None where there is nothing to do."""
+    """Descriptor whose lock keeps other launches out while it is open; None if there is nothing to do."""
     before: Before
-    """How the directory was before this launch touched it."""
+    """The directory before this launch changed it."""
     continues: Path | None
     """The checkpoint that the ranks start from; None for a start at step 0."""
     nothing_to_do: bool = False
-    """Whether the directory contains a completed run, and the configuration asks for no further steps."""
+    """Whether the directory contains a completed run, and the configuration requests no further steps."""
     mirror: Mirror | None = None
-    """Where the run's own place cannot be worked in: what copies `run_dir` there."""
+    """Copies `run_dir` to the run's own place, if ranks cannot work there."""
 
     @property
     def place(self) -> Path:
@@ -128,15 +131,15 @@ class Prepared:
 
 
 def path_of(config: RunConfig, run: Path | None = None, now: datetime | None = None) -> Path:
-    """Return the directory of a run: the one named on the command line, `run.dir`, or a new one.
+    """Return the directory of a run: `run` from the command line, else `run.dir`, else a new one.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it is a file, or a folder with something other than a run.
     """
     path = run or (Path(config.run.dir) if config.run.dir else None) or new_directory(config, now)
     if not (path / RUN_FILE).is_file() and path.exists() and (not path.is_dir() or _foreign(path)):
-        reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
-        raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
+        reason = "this folder is not empty and contains no run" if path.is_dir() else "this is a file"
+        raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that contains a run", str(path)))
     return path
 
 
@@ -151,14 +154,15 @@ def choose(
 ) -> Composed:
     """Return the configuration for the directory that it will run in, before anything is written.
 
+    In the result `run.dir` is set, and a continued run has the values that its first start froze.
+
     run: directory of an existing run that was named on the command line (its `run.yaml` is part of `composed`).
-    given: the overrides of this command; those of `composed` hold the ones of the run's earlier starts too.
-    place: the directory, where it is known (`path_of`). work: where its files are, if elsewhere (`dstune.launch.mirror`).
-    The result has `run.dir` set, and what the first start of a continued run froze.
+    given: the overrides of this command; those of `composed` include the ones of the run's earlier starts.
+    place: the directory, if it is known already (`path_of`). work: where its files are, if elsewhere (`dstune.launch.mirror`).
 
     Raises:
-        UserError: the directory holds something else, or a run that `run.resume` or other keys refuse to continue;
-            `run.resume` names a path without a whole checkpoint.
+        UserError: the directory contains something other than a run, or a run that `run.resume` or other keys refuse to continue;
+            or `run.resume` names a path without a complete checkpoint.
     """
     config = composed.config
     resume_from = config.run.resume
@@ -166,25 +170,25 @@ def choose(
     path = work or place
     publish(str(place))
     if (path / RUN_FILE).is_file():
-        # What `run.resume` said when the named run began does not keep it from being continued now.
+        # The value that `run.resume` had when the named run began does not prevent continuing it now.
         is_resume_given = run is None or any(key_of(text) == "run.resume" for text in given)
         composed = _continued(composed, path, given, may_refuse=is_resume_given)
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():
-            composed = _going_on(_stored(Path(resume_from), composed, given), composed)
-    # A change is accepted once, not by every later start.
+            composed = _continue_composed(_stored(Path(resume_from), composed, given), composed)
+    # Changed plugins are accepted for this start alone, not for every later one.
     run_section = replace(composed.config.run, dir=str(place), accept_plugin_changes=False)
     return replace(composed, config=replace(composed.config, run=run_section))
 
 
 def new_directory(config: RunConfig, now: datetime | None = None) -> Path:
-    """Return the directory of a run that names none: `runs/NAME/DATE_TIME`, which nobody has taken yet."""
-    return _fresh(Path("runs") / config.run.name, now or datetime.now())
+    """Return an unused directory `runs/NAME/DATE_TIME` for a run whose configuration names none."""
+    return _unused_directory(Path("runs") / config.run.name, now or datetime.now())
 
 
 def before_launch(composed: Composed, work: Path | None = None) -> Before:
-    """Return the chosen run directory as it is now. work: see `choose`."""
+    """Record the state of the chosen run directory. work: see `choose`."""
     if work is not None:
         return Before.of(work)
     assert composed.config.run.dir is not None, "choose() sets it"
@@ -194,12 +198,13 @@ def before_launch(composed: Composed, work: Path | None = None) -> Before:
 def prepare(
     composed: Composed, before: Before | None = None, message: Callable[[str], None] = lambda text: None
 ) -> Prepared:
-    """Create the chosen run directory, lock it and write its `run.yaml`. before: the directory before this launch touched it.
-    message: told what is waited for.
+    """Create the chosen run directory, lock it and write its `run.yaml`.
+
+    before: the directory before this launch changed it. message: shows the user a line about what the launch waits for.
 
     Raises:
-        UserError: another launch uses the directory, it cannot be written, or what a branch name of `model.revision`
-            stands for has changed since the run began.
+        UserError: another launch uses the directory; it cannot be written; or a setting that a continued run must keep differs,
+            such as the commit that a branch name in `model.revision` stands for.
     """
     config = composed.config
     before = before or before_launch(composed)
@@ -211,7 +216,7 @@ def prepare(
         lock = records.acquire_lock(path)
     except OSError as error:
         reason = f"cannot be created or written: {error.strerror}"
-        raise UserError(Problem("run.dir", reason, "give a folder of yours", str(path))) from None
+        raise UserError(Problem("run.dir", reason, "give a folder that you may write to", str(path))) from None
     with ExitStack() as rollback:
         rollback.callback(os.close, lock)
         rollback.callback(before.restore)
@@ -227,7 +232,7 @@ def prepare(
                 return Prepared(config, path, None, before, store.newest(path), nothing_to_do=True)
         checkpoint = store.resumable(path)
         if checkpoint is None and store.newest(path) is not None:
-            raise UserError(_weights_alone("run.dir", path))
+            raise UserError(_weights_only_problem("run.dir", path))
         if checkpoint is None and config.run.resume not in KEYWORDS:
             checkpoint = checkpoint_of(config.run.resume)
         write_run(run_file, composed)
@@ -236,7 +241,7 @@ def prepare(
 
 
 def _refuse_running_job(path: Path) -> None:
-    """Raises UserError where a job, which holds no lock, uses the directory."""
+    """Raise UserError if a job of a queue uses the directory: jobs hold no lock."""
     record = records.read_launch(path)
     if record is None or not record.jobs:
         return
@@ -245,7 +250,7 @@ def _refuse_running_job(path: Path) -> None:
     except Unreachable:
         if records.read_result(path) is None:
             reason = f"job {record.jobs[-1]} may be running here, and {queue_of(record).name} does not answer"
-            raise UserError(Problem("run.dir", reason, "start it on a login node", str(path))) from None
+            raise UserError(Problem("run.dir", reason, "run this command on a login node", str(path))) from None
         return
     if jobs:
         fix = f"wait for it, stop it with `dstune cancel {path}`, or give another run.dir"
@@ -253,10 +258,10 @@ def _refuse_running_job(path: Path) -> None:
 
 
 def checkpoint_of(run: str) -> Path:
-    """Return the newest whole checkpoint of the run at `run`.
+    """Return the newest complete checkpoint of the run at `run`.
 
     Raises:
-        UserError: no such directory, or no whole checkpoint in it.
+        UserError: there is no such directory, or no complete checkpoint in it.
     """
     path = Path(run)
     if not path.is_dir():
@@ -264,27 +269,30 @@ def checkpoint_of(run: str) -> Path:
         raise UserError(Problem("run.resume", "there is no such run directory", fix, run))
     newest = store.resumable(path)
     if newest is None and store.newest(path) is not None:
-        raise UserError(_weights_alone("run.resume", path))
-    if newest is None:
-        incomplete = [info.path.name for info in store.listing(path)]
-        reason = "this run has no whole checkpoint" + (f" ({', '.join(incomplete)} is torn)" if incomplete else "")
-        if store.is_committed(path):
-            reason = "this is a checkpoint, not a run"
-        fix = f"run.resume={path.parent.parent}" if store.is_committed(path) else "give a run that has saved"
-        raise UserError(Problem("run.resume", reason, fix, run))
-    return newest
+        raise UserError(_weights_only_problem("run.resume", path))
+    if newest is not None:
+        return newest
+    if store.is_committed(path):
+        reason, fix = "this is a checkpoint, not a run", f"run.resume={path.parent.parent}"
+    else:
+        names = ", ".join(info.path.name for info in store.listing(path))
+        reason = "this run has no complete checkpoint" + (f" (incomplete: {names})" if names else "")
+        fix = "give a run that has saved a checkpoint"
+    raise UserError(Problem("run.resume", reason, fix, run))
 
 
-def _weights_alone(key: str, path: Path) -> Problem:
-    reason = "its checkpoints hold weights alone (checkpoint.weights_only), which cannot be continued"
-    return Problem(key, reason, f"`dstune export {path}`, and begin another run from that with model.path", str(path))
+def _weights_only_problem(key: str, path: Path) -> Problem:
+    reason = "its checkpoints contain only weights (checkpoint.weights_only), so it cannot be continued"
+    return Problem(
+        key, reason, f"`dstune export {path}`, then start a new run from the export with model.path", str(path)
+    )
 
 
 def run_directory(path: Path) -> Path:
-    """Return `path`, if it is the directory of a run.
+    """Return `path` if it is the directory of a run.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     if (path / RUN_FILE).is_file():
         return path
@@ -293,21 +301,21 @@ def run_directory(path: Path) -> Path:
         raise UserError(Problem("RUN", "this is a sweep, not a run", fix, str(path)))
     if _holds_runs(path):
         fix = f"`dstune runs {path}` lists them; or give {_similar(path)}"
-        raise UserError(Problem("RUN", "this folder holds runs, and is none itself", fix, str(path)))
+        raise UserError(Problem("RUN", "this folder contains runs, but is not one itself", fix, str(path)))
     reason = "this folder holds no run (no run.yaml)" if path.is_dir() else "there is no such run directory"
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 
 
 def refuse_missing(path: Path) -> None:
-    """Refuse what is not there beside runs (`runs/nope` is a typing error, and no model of the hub), and a folder of runs.
+    """Refuse a path that can only mean a run but is none: `runs/nope` is a typing error there, not a model of the hub.
 
     Raises:
-        UserError: runs are in the folder that `path` would be in; runs are in `path`, which is no model.
+        UserError: `path` does not exist in a folder that contains runs; or it is a folder of runs, and not a model.
     """
-    beside = path.parent
-    missing = beside != Path() and not path.exists() and _holds_runs(beside)
+    parent = path.parent
+    is_missing_run = parent != Path() and not path.exists() and _holds_runs(parent)
     is_model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if missing or (not is_model and _holds_runs(path)):
+    if is_missing_run or (not is_model and _holds_runs(path)):
         run_directory(path)
 
 
@@ -316,37 +324,40 @@ def _holds_runs(folder: Path) -> bool:
 
 
 def _continued(composed: Composed, path: Path, given: Sequence[str], may_refuse: bool) -> Composed:
-    """Return the configuration with which the run at `path` goes on.
+    """Return the configuration with which the run at `path` continues.
 
-    A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
+    A run that has not saved starts at step 0 again, so any setting may differ: its configuration may have been wrong.
+
+    may_refuse: whether `run.resume=never` refuses to continue it.
     """
     resume = composed.config.run.resume
     stored = _stored(path, composed, given)
     if resume == "never" and may_refuse and (path / "metrics.jsonl").exists():
-        fix = "run.resume=auto continues it; another run.dir begins anew"
-        raise UserError(Problem("run.resume", f"{path} holds a run already", fix, "never"))
-    begun_there = stored.config.run.resume == resume or Path(resume).absolute() == path.absolute()
-    if resume not in KEYWORDS and not begun_there:
-        reason = f"{path} holds a run that did not begin from there"
+        fix = "run.resume=auto continues it; another run.dir starts a new run"
+        raise UserError(Problem("run.resume", f"{path} contains a run already", fix, "never"))
+    began_from_there = stored.config.run.resume == resume or Path(resume).absolute() == path.absolute()
+    if resume not in KEYWORDS and not began_from_there:
+        reason = f"{path} contains a run that did not begin from there"
         fix = "give another run.dir, or run.resume=auto to continue it"
         raise UserError(Problem("run.resume", reason, fix, resume))
-    composed = composed if store.resumable(path) is None else _going_on(stored, composed)
+    composed = composed if store.resumable(path) is None else _continue_composed(stored, composed)
     if resume not in KEYWORDS:
         return composed
-    # A run that began from another one and has saved nothing yet begins from there again.
+    # A run that began from another run and has not saved yet begins from there again.
     run_section = replace(composed.config.run, resume=stored.config.run.resume)
     return replace(composed, config=replace(composed.config, run=run_section))
 
 
 def _stored(path: Path, composed: Composed, given: Sequence[str]) -> Composed:
-    """Return what the run at `path` began with. Raises UserError where a saved run would go on with other plugins."""
+    """Return the configuration that the run at `path` began with. Raises UserError if the plugins of a saved run have changed."""
     file = path / RUN_FILE
     if store.resumable(path) is not None and not composed.config.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(file), composed.plugins)
     return read_run_beside(file, composed.config, given)
 
 
-def _going_on(stored: Composed, composed: Composed) -> Composed:
+def _continue_composed(stored: Composed, composed: Composed) -> Composed:
+    """Return the configuration with which `composed` continues the saved run `stored`. Raises UserError."""
     config = continue_run(stored, replace(composed, config=truncate_as_before(stored.config, composed.config)))
     return replace(composed, config=config, origins=kept_origins(stored, config))
 
@@ -364,15 +375,15 @@ def _foreign(path: Path) -> bool:
     return any(entry.name != records.LOCK and not entry.name.endswith(INCOMPLETE) for entry in path.iterdir())
 
 
-def _fresh(parent: Path, now: datetime) -> Path:
-    """Return an unused directory path, named after the time to the second."""
+def _unused_directory(parent: Path, now: datetime) -> Path:
+    """Return a path below `parent` that does not exist, named after the time to the second."""
     path = parent / now.strftime("%Y-%m-%d_%H-%M-%S")
     candidates: Sequence[Path] = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _similar(path: Path) -> str:
-    """Return what the user may have meant: the newest run below or beside `path`."""
+    """Return what the user may have meant: the newest run below `path` or next to it."""
     places = [path, path.parent] if path.is_dir() or path.parent.is_dir() else [Path("runs")]
     runs = [file.parent for place in places for depth in ("*", "*/*") for file in place.glob(f"{depth}/{RUN_FILE}")]
     if not runs:

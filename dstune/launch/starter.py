@@ -1,4 +1,4 @@
-"""The verb `dstune init DATA`: looks at rows and machine, and writes a configuration file to begin from."""
+"""The verb `dstune init DATA`: inspects the rows and the machine, and writes a configuration file to start from."""
 
 from __future__ import annotations
 
@@ -33,39 +33,43 @@ from dstune.planning.hardware import Cluster
 from dstune.protocols import ROW_FORMATS, TASKS, task_of
 
 EPILOG = """\
-`key=value` behind DATA is written into the file as well: `dstune init reviews.csv task=classification model=modernbert_base`.
-`dstune init plugin KIND FILE.py` writes a plugin that works (docs/plugins.md).
+`key=value` after DATA is written into the file as well: `dstune init reviews.csv task=classification model=modernbert_base`.
+`dstune init plugin KIND FILE.py` writes a working plugin (docs/plugins.md).
 """
 READ_ROWS = 1000
-"""At the beginning of the data: what columns and lengths are judged by."""
+"""The first rows of the data, by which columns and lengths are judged."""
 MOST_LABELS = 100
+"""The most different values of a column that is taken for labels."""
 LONGEST_LABEL = 64
+"""Characters."""
 CHARACTERS_A_TOKEN = 3
-"""Of English text a token has 4; too long a row is cut, so the guess is a careful one."""
+"""English text has about 4 characters per token. The estimate is lower, since a row with too many tokens is cut."""
 TEMPLATE_TOKENS = 128
-"""Of a chat template, with a system message of its own."""
-SEEING = "HuggingFaceTB/SmolVLM-256M-Instruct"
-SEEING_ON_GPU = "Qwen/Qwen3-VL-2B-Instruct"
+"""Tokens that a chat template adds to a row, its own system message included."""
+VISION_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
+VISION_MODEL_ON_GPU = "Qwen/Qwen3-VL-2B-Instruct"
 DECODERS = ("qwen3_8b", "qwen3_4b", "qwen3_1.7b", "qwen3_0.6b")
-"""What a GPU may train, the largest first."""
+"""Models to choose from on a GPU, the largest first."""
 
 
 @dataclass
 class Rows:
-    """What the first rows of the data show."""
+    """The number of rows of the data, and what the first of them contain."""
 
     count: int
     place: str
-    """`FILE:LINE` of the first one."""
+    """`FILE:LINE` of the first row."""
     fields: Sequence[Mapping[str, Any]]
+    """The content of the first rows, at most READ_ROWS."""
     longest: int
-    """Characters of the longest one of them, and of all but the longest hundredth."""
+    """Characters of the longest of these rows."""
     usual: int
+    """Characters that 99% of these rows do not exceed."""
 
 
 @dataclass
 class Line:
-    """One setting of the file, with the reason."""
+    """A setting of the file, with its reason as a comment."""
 
     key: str
     value: Any
@@ -74,10 +78,12 @@ class Line:
 
 @dataclass
 class Starter:
+    """The settings of the file."""
+
     lines: list[Line] = field(default_factory=list)
 
     def add(self, key: str, value: Any, comment: str = "") -> None:
-        """Add a setting, unless the user has given it."""
+        """Add a setting, unless it has been set already, as those of the user are."""
         if key not in {line.key for line in self.lines}:
             self.lines.append(Line(key, value, comment))
 
@@ -85,7 +91,7 @@ class Starter:
         return next((line.value for line in self.lines if line.key == key), None)
 
     def overrides(self) -> list[str]:
-        """Return the settings as the command line would have them, choices of groups first."""
+        """Return the settings as overrides of a command line, choices of groups first."""
         ordered = sorted(self.lines, key=lambda line: "." in line.key)
         return [f"{line.key}={_literal(line)}" for line in ordered]
 
@@ -103,10 +109,10 @@ def main(argv: list[str]) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("data", metavar="DATA", help="rows: whatever data.train takes")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that you know already")
+    parser.add_argument("data", metavar="DATA", help="rows: anything that data.train accepts")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that you have decided already")
     parser.add_argument("--output", type=Path, default=Path("my.yaml"), metavar="FILE", help="default my.yaml")
-    parser.add_argument("--force", action="store_true", help="replace the file")
+    parser.add_argument("--force", action="store_true", help="overwrite the file if it exists")
     arguments = parser.parse_intermixed_args(argv)
     _check_output(arguments.output, arguments.force)
     rows = read_rows(arguments.data)
@@ -115,7 +121,7 @@ def main(argv: list[str]) -> int:
     try:
         files.write(arguments.output, text)
     except OSError as error:
-        fix = "give a file in a folder of yours"
+        fix = "give a file in a folder that you may write to"
         raise UserError(
             Problem("--output", f"cannot be written: {error.strerror}", fix, str(arguments.output))
         ) from None
@@ -126,76 +132,75 @@ def main(argv: list[str]) -> int:
 def _check_output(path: Path, force: bool) -> None:
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(
-            Problem("--output", "is no name of a YAML file", f"--output {path.with_suffix('.yaml')}", str(path))
+            Problem("--output", "must end in .yaml or .yml", f"--output {path.with_suffix('.yaml')}", str(path))
         )
     if path.is_dir():
         raise UserError(Problem("--output", "is a folder", f"--output {path / 'my.yaml'}", str(path)))
     if path.exists() and not force:
-        fix = f"--output {_unused(path)} writes another one, --force replaces it"
+        fix = f"--output {_unused_path(path)} writes another file, --force overwrites this one"
         raise UserError(Problem("--output", "exists already", fix, str(path)))
 
 
-def _unused(path: Path) -> Path:
-    """Return the first name like `path` that no file has: my-2.yaml."""
-    names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    return next(name for name in names if not name.exists())
+def _unused_path(path: Path) -> Path:
+    """Return the first path like `path` that does not exist: my-2.yaml."""
+    candidates = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 # ---- rows ----
 
 
 def read_rows(data: str) -> Rows:
-    """Read the first rows of `data`, and count all. Raises UserError where there are none."""
-    files = sources.expand(data, "DATA")
-    raw = list(islice((row for file in files for row in sources.read(file)), READ_ROWS))
-    fields = [row.fields for row in raw if row.fields is not None]
+    """Read the first rows of `data`, and count all of them. Raises UserError if no row can be read."""
+    data_files = sources.expand(data, "DATA")
+    raw_rows = list(islice((row for file in data_files for row in sources.read(file)), READ_ROWS))
+    fields = [row.fields for row in raw_rows if row.fields is not None]
     if not fields:
-        reason = "has no rows that can be read" if raw else "has no rows"
-        raise UserError(Problem("DATA", reason, "give a file with a row a line", data))
-    lengths = sorted(_characters(row) for row in fields)
-    place = next(row.place for row in raw if row.fields is not None)
-    total = len(raw) if len(raw) < READ_ROWS else sum(map(sources.count, files))
+        reason = "none of its rows can be read" if raw_rows else "has no rows"
+        raise UserError(Problem("DATA", reason, "give a file with one row per line", data))
+    lengths = sorted(_count_characters(row) for row in fields)
+    place = next(row.place for row in raw_rows if row.fields is not None)
+    total = len(raw_rows) if len(raw_rows) < READ_ROWS else sum(map(sources.count, data_files))
     return Rows(total, place, fields, lengths[-1], lengths[(len(lengths) - 1) * 99 // 100])
 
 
-def _characters(value: Any) -> int:
+def _count_characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+        return sum(map(_count_characters, value.values()))
+    return sum(map(_count_characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def recognised_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
-    """Yield the task that reads these columns, and how its rows are to be read.
+def recognise_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
+    """Yield the task that reads the columns of the rows, and the settings with which it reads them.
 
-    Raises:
-        UserError: no task reads them.
+    mapping: `data.columns`, the column for each role. Raises UserError if no task reads the columns.
     """
     columns = list(rows.fields[0])
-    fitting = [
-        (name, form)
-        for name, form in ROW_FORMATS.classes().items()
-        if not form.only_named and _reads(form().expand(rows.fields[0]), form, mapping)
+    fitting_formats = [
+        (name, row_format)
+        for name, row_format in ROW_FORMATS.classes().items()
+        if not row_format.only_named and _has_required_columns(row_format().expand(rows.fields[0]), row_format, mapping)
     ]
-    if fitting:
-        # The most columns: a prompt, an answer and a label are feedback, not a conversation.
-        name, form = max(fitting, key=lambda entry: len(entry[1].required))
+    if fitting_formats:
+        # The format with the most columns counts: a prompt, an answer and a label are feedback, not a conversation.
+        name, row_format = max(fitting_formats, key=lambda entry: len(entry[1].required))
         task = next(task for task, cls in TASKS.classes().items() if name in cls(cls.Config()).formats)
         yield Line("task", task, f"the columns are {', '.join(columns)}")
-        for setting in form.further_keys.split():
+        for setting in row_format.further_keys.split():
             yield Line(setting.partition("=")[0], setting.partition("=")[2], "rows with one answer and a verdict")
         if task == "classification":
-            yield from _labels(rows, column_of(form, "label", mapping, columns))
+            yield from _label_settings(rows, column_of(row_format, "label", mapping, columns))
         return
-    yield from _guessed_task(rows, columns)
+    yield from _guess_task(rows, columns)
 
 
-def _reads(columns: Any, form: Any, mapping: Mapping[str, str]) -> bool:
-    return all(column_of(form, role, mapping, columns) in columns for role in form.required)
+def _has_required_columns(columns: Any, row_format: Any, mapping: Mapping[str, str]) -> bool:
+    return all(column_of(row_format, role, mapping, columns) in columns for role in row_format.required)
 
 
-def _labels(rows: Rows, column: str) -> Iterator[Line]:
+def _label_settings(rows: Rows, column: str) -> Iterator[Line]:
     values = [value for row in rows.fields if (value := row.get(column)) is not None]
     if any(isinstance(value, list) for value in values):
         yield Line("task.multi_label", True, "a row has a list of labels")
@@ -203,35 +208,37 @@ def _labels(rows: Rows, column: str) -> Iterator[Line]:
         yield Line("task.regression", True, "the labels are numbers")
 
 
-def _guessed_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
-    """Yield the task of a table whose columns have names of their own. Raises UserError where nothing suggests one."""
+def _guess_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
+    """Yield the task that the values of unknown columns suggest. Raises UserError if they suggest none."""
     texts = {
         column: [str(row[column]) for row in rows.fields if isinstance(row.get(column), (str, int, bool))]
         for column in columns
     }
     texts = {column: values for column, values in texts.items() if len(values) == len(rows.fields)}
-    different = {column: len(set(values)) for column, values in texts.items()}
-    most = min(MOST_LABELS, max(2, len(rows.fields) // 3))
+    value_counts = {column: len(set(values)) for column, values in texts.items()}
+    most_labels = min(MOST_LABELS, max(2, len(rows.fields) // 3))
     labels = [
         column
         for column, values in texts.items()
-        if 2 <= different[column] <= most and max(map(len, values)) <= LONGEST_LABEL
+        if 2 <= value_counts[column] <= most_labels and max(map(len, values)) <= LONGEST_LABEL
     ]
     prose = sorted(
         (column for column, values in texts.items() if column not in labels and any(" " in value for value in values)),
         key=lambda column: -sum(map(len, texts[column])),
     )
     if len(prose) == 1 and labels:
-        label = min(labels, key=lambda column: different[column])
-        yield Line("task", "classification", f"a guess: {different[label]} values of {label!r} beside a text")
-        yield Line("data.columns", {"text": prose[0], "label": label}, "your names of the columns")
+        label = min(labels, key=lambda column: value_counts[column])
+        yield Line(
+            "task", "classification", f"a guess: a text, and {label!r} with {value_counts[label]} different values"
+        )
+        yield Line("data.columns", {"text": prose[0], "label": label}, "your column names")
     elif len(prose) == 2:
         prompt, completion = sorted(prose, key=columns.index)
         yield Line("task", "chat", f"a guess: {completion!r} answers {prompt!r}")
-        yield Line("data.columns", {"prompt": prompt, "completion": completion}, "your names of the columns")
+        yield Line("data.columns", {"prompt": prompt, "completion": completion}, "your column names")
     elif len(prose) == 1:
-        yield Line("task", "causal_lm", "a guess: the only text")
-        yield Line("data.columns", {"text": prose[0]}, "your name of the column")
+        yield Line("task", "causal_lm", f"a guess: {prose[0]!r} is the only column with text")
+        yield Line("data.columns", {"text": prose[0]}, "your column name")
     else:
         reason = f"no task reads the columns {', '.join(columns)}"
         fix = "dstune init DATA task=TASK 'data.columns={ROLE: COLUMN}'; docs/data.md has the roles of each task"
@@ -242,10 +249,10 @@ def _guessed_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
 
 
 def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starter, RunConfig, Cluster]:
-    """Return the settings for rows and machine, with their configuration.
+    """Return the settings for the rows and this machine, their configuration, and the machine.
 
     Raises:
-        UserError: an override is wrong, or the rows do not suit the task that is asked for.
+        UserError: an override is wrong, or the rows do not suit the requested task.
     """
     parsed, problems = parse(overrides)
     if problems:
@@ -253,7 +260,7 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
     starter = Starter(
         [Line(key_of(text), override.value(), "yours") for text, override in zip(overrides, parsed, strict=True)]
     )
-    if overrides:  # whatever is wrong with them, before anything is concluded from them
+    if overrides:  # refuses wrong ones before anything is concluded from them
         compose([*overrides, "data.train=DATA"])
     mapping = {
         **(starter.value("data.columns") or {}),
@@ -264,19 +271,21 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
         },
     }
     if starter.value("task") is None:
-        for line in recognised_task(rows, mapping):
+        for line in recognise_task(rows, mapping):
             starter.add(line.key, line.value, line.comment)
-    number = f"{rows.count:,} rows" if rows.count > 1 else "1 row"
+    row_count = f"{rows.count:,} rows" if rows.count > 1 else "1 row"
     starter.add(
-        "data.train", data, f"{number}; the longest of the first {len(rows.fields):,} has {rows.longest:,} characters"
+        "data.train",
+        data,
+        f"{row_count}; the longest of the first {len(rows.fields):,} has {rows.longest:,} characters",
     )
     config = compose(starter.overrides()).config
-    first = checked_row(config, rows)
+    first_row = normalise_first_row(config, rows)
     cluster = machine.here(config).cluster
     _add_lengths(starter, config, rows, cluster)
-    if COLUMN in first and not starter.value("model"):
-        sees = "the rows hold images: a model of the hub that sees; docs/images.md names others"
-        starter.add("model.path", SEEING_ON_GPU if cluster.device.gpu else SEEING, sees)
+    if COLUMN in first_row and not starter.value("model"):
+        comment = "the rows contain images: a vision-language model of the hub; docs/images.md lists others"
+        starter.add("model.path", VISION_MODEL_ON_GPU if cluster.device.gpu else VISION_MODEL, comment)
     _add_model(starter, config, cluster)
     _add_name(starter, data)
     config = compose(starter.overrides()).config
@@ -284,62 +293,65 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
     return starter, config, cluster
 
 
-def checked_row(config: RunConfig, rows: Rows) -> Mapping[str, Any]:
-    """Return the first row as the task reads it. Raises UserError where it does not suit the task."""
-    first = rows.fields[0]
-    name = recognise(first, config.data.columns, config.data.format, config.task, rows.place)
-    check_task(name, first, config.data.columns, config.data.format, config.task, rows.place)
+def normalise_first_row(config: RunConfig, rows: Rows) -> Mapping[str, Any]:
+    """Return the first row as the task reads it. Raises UserError if the task cannot read it."""
+    row = rows.fields[0]
+    format_name = recognise(row, config.data.columns, config.data.format, config.task, rows.place)
+    check_task(format_name, row, config.data.columns, config.data.format, config.task, rows.place)
     try:
-        return normalise(first, name, config.data.columns, config.task)
+        return normalise(row, format_name, config.data.columns, config.task)
     except RowError as error:
         raise UserError(Problem(rows.place, str(error), "fix the row, or add data.on_bad_row=skip")) from None
 
 
 def _add_lengths(starter: Starter, config: RunConfig, rows: Rows, cluster: Cluster) -> None:
     generates = task_of(config.task).generates
-    most = (4096 if cluster.device.gpu else 1024) if generates else 512
+    longest_allowed = (4096 if cluster.device.gpu else 1024) if generates else 512
     tokens = max(64, rows.usual / CHARACTERS_A_TOKEN) + (TEMPLATE_TOKENS if generates else 0)
-    length = min(most, 2 ** math.ceil(math.log2(tokens)))
-    starter.add("data.max_length", length, f"tokens; 99% of the rows have up to {rows.usual:,} characters")
+    max_length = min(longest_allowed, 2 ** math.ceil(math.log2(tokens)))
+    starter.add("data.max_length", max_length, f"tokens; 99% of the rows have up to {rows.usual:,} characters")
     if generates and rows.count < 500:
-        starter.add("data.packing", False, "with few rows, packed ones would leave few steps")
+        starter.add("data.packing", False, "packing so few rows would leave few steps")
     epochs = 3 if rows.count < 1000 else 2 if rows.count < 10_000 else 1
-    starter.add("trainer.epochs", epochs, "passes over the rows; fewer if the held-out loss rises")
-    batch = 8 if rows.count < 500 else 16 if rows.count < 5000 else 32
-    comment = "rows of a step, on all devices together"
+    starter.add("trainer.epochs", epochs, "passes over the rows; use fewer if the held-out loss rises")
+    batch_size = 8 if rows.count < 500 else 16 if rows.count < 5000 else 32
+    comment = "rows per step, on all devices together"
     if not task_of(config.task).comparable_loss:
-        batch, comment = batch * 4, "rows of a step: each is compared with the others, so more of them teach more"
-    starter.add("trainer.global_batch_size", batch, comment)
+        batch_size *= 4
+        comment = "rows per step: each row is compared with the others, so larger batches teach more"
+    starter.add("trainer.global_batch_size", batch_size, comment)
 
 
 def _add_model(starter: Starter, config: RunConfig, cluster: Cluster) -> None:
-    """Add model and method: the largest that fits with ease, and the smallest where there is no GPU."""
+    """Add model and method: on a GPU the largest model that fits without offloading, on a CPU a small one."""
     task = task_of(config.task)
     model_name = starter.value("model") or starter.value("model.path")
     if not (task.generates or config.task.name == "reward"):
         if not model_name:
-            on_gpu = "a small encoder of 2024; sample://minilm is smaller still"
-            small = "a small encoder that a CPU trains in minutes; with a GPU modernbert_base"
-            starter.add("model", *(("modernbert_base", on_gpu) if cluster.device.gpu else ("minilm", small)))
-        starter.add("method", "full", "every weight; method=lora trains fewer")
+            if cluster.device.gpu:
+                starter.add("model", "modernbert_base", "a small encoder of 2024; sample://minilm is smaller still")
+            else:
+                starter.add(
+                    "model", "minilm", "a small encoder that a CPU trains in minutes; with a GPU, modernbert_base"
+                )
+        starter.add("method", "full", "trains every weight; method=lora trains fewer")
         return
     if not model_name:
-        fitting = _largest(starter, cluster) if cluster.device.gpu else None
-        if fitting is None:
+        largest = _largest_fitting_model(starter, cluster) if cluster.device.gpu else None
+        if largest is None:
             starter.add(
                 "model", "smollm2", "135M parameters, for a machine without a large GPU; or model: {path: OWNER/NAME}"
             )
         else:
-            size = f"the largest of {', '.join(reversed(DECODERS))} that fits; or model: {{path: OWNER/NAME}}"
-            starter.add("model", fitting[0], size)
-            starter.add(
-                "method", fitting[1], "trains adapters on a frozen model" + " in 4 bits" * (fitting[1] == "qlora")
-            )
+            model, method = largest
+            comment = f"the largest of {', '.join(reversed(DECODERS))} that fits; or model: {{path: OWNER/NAME}}"
+            starter.add("model", model, comment)
+            starter.add("method", method, "trains adapters on a frozen model" + " in 4 bits" * (method == "qlora"))
     starter.add("method", "lora", "trains adapters on a frozen model; method=full trains every weight")
 
 
-def _largest(starter: Starter, cluster: Cluster) -> tuple[str, str] | None:
-    """Return the largest model that the plan puts onto the GPUs of this machine, and the method for it."""
+def _largest_fitting_model(starter: Starter, cluster: Cluster) -> tuple[str, str] | None:
+    """Return the largest model that fits on this machine's GPUs without offloading, and the method for it; None if none fits."""
     methods = (starter.value("method"),) if starter.value("method") else ("lora", "qlora")
     for method in methods:
         for model in DECODERS:
@@ -364,7 +376,7 @@ def render(starter: Starter, data: str, cluster: Cluster) -> str:
     device = f"{cluster.per_node} x {cluster.device.name}"
     lines = [
         f"# Written by `dstune init {one_line(shlex.quote(data))}` on {device} with {cluster.device.memory_gib:.1f} GiB each.",
-        "# Values behind the file win: dstune train FILE trainer.epochs=1",
+        "# Values after the file override it: dstune train FILE trainer.epochs=1",
         "# Every key: dstune train --help KEY (for example optimizer.lr), docs/configuration.md",
     ]
     for section in [*dict.fromkeys(line.key.partition(".")[0] for line in sorted(starter.lines, key=_order))]:
@@ -377,12 +389,9 @@ def render(starter: Starter, data: str, cluster: Cluster) -> str:
         for line in section_lines:
             name = "name" if line is choice else line.key.partition(".")[2]
             lines.append(f"  {_line(name, line)}")
-    rate = (
-        ""
-        if starter.value("optimizer.lr") is not None
-        else "# optimizer: {lr: 1e-4}  # the method's own rate if not given\n"
-    )
-    return "\n".join(lines) + "\n" + rate
+    if starter.value("optimizer.lr") is None:
+        lines.append("# optimizer: {lr: 1e-4}  # default: the method's own learning rate")
+    return "\n".join(lines) + "\n"
 
 
 def _order(line: Line) -> int:
@@ -399,12 +408,12 @@ def _line(name: str, line: Line) -> str:
 
 
 def summary(starter: Starter, rows: Rows, config: RunConfig, output: Path) -> str:
-    """Return what was found, and the commands to go on with."""
+    """Return what the command prints: the choices that it made, and the commands to run next."""
     choices = [f"{key}={starter.value(key)}" for key in ("task", "model", "model.path", "method") if starter.value(key)]
     file = shlex.quote(str(output))
     return "\n".join(
         [
-            f"{output} is written: {', '.join(choices)}, {rows.count:,} rows",
+            f"wrote {output}: {', '.join(choices)}, {rows.count:,} rows",
             "",
             f"  dstune data show {file}   # the rows as the model sees them",
             f"  dstune plan {file}        # memory and time",

@@ -184,9 +184,9 @@ def _prepare(
     if mirror is not None:
         work, mirror.keep = mirror.work, composed.config.checkpoint.keep
         if nodes > 1:
-            mirror.require_one_machine(f"a launch of {nodes} nodes")
+            mirror.refuse_other_machines(f"a launch of {nodes} nodes")
         if not launcher_of(composed.config.launch).on_this_machine:
-            mirror.require_one_machine(f"launch={composed.config.launch.name}")
+            mirror.refuse_other_machines(f"launch={composed.config.launch.name}")
     composed = rundir.choose(composed, command.run, given=command.flags.overrides, place=place, work=work)
     before = rundir.before_launch(composed, work)
     origins = dict(composed.origins)

@@ -232,7 +232,7 @@ def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks
     if cut_short:
         (place / records.LEASE).write_text("")
     again = mirror.open_mirror(place, said.append)
-    assert "goes on with" in said[-2]
+    assert "continuing in" in said[-2]
     assert store.newest(again.work).name == store.tag(20)
     assert again.close()
     assert store.newest(place).name == store.tag(20)

@@ -84,7 +84,7 @@ def test_a_stored_run_keeps_the_rate_and_the_stage_that_it_began_with(tmp_path: 
         evaluate=replace(began.config.evaluate, every=0),
     )
     write_run(run / "run.yaml", Composed(config, began.overrides))
-    again = rundir._going_on(read_run(run / "run.yaml"), compose(began.overrides))
+    again = rundir._continue_composed(read_run(run / "run.yaml"), compose(began.overrides))
     assert (again.config.optimizer.lr, again.config.zero.stage, again.config.evaluate.every) == (2e-5, 3, 0)
     assert again.origins == {}
     check_resume(config, again.config)

@@ -85,7 +85,7 @@ def test_never_refuses_a_run(tmp_path):
     run = begin(tmp_path / "run")
     rundir.choose(composed(dir=str(run), resume="never"))  # nothing was trained there yet
     (run / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"run.resume=never: .* holds a run already"):
+    with pytest.raises(UserError, match=r"run.resume=never: .* contains a run already"):
         rundir.choose(composed(dir=str(run), resume="never"))
 
 
@@ -101,7 +101,7 @@ def test_never_counts_when_it_is_given_now(tmp_path):
     (run / "metrics.jsonl").touch()
     stored = read_run(run / "run.yaml")
     now = replace(stored.config, run=replace(stored.config.run, resume="never"))
-    with pytest.raises(UserError, match=r"run.resume=never: .* holds a run already"):
+    with pytest.raises(UserError, match=r"run.resume=never: .* contains a run already"):
         rundir.choose(Composed(now, ["run.resume=never"]), run, given=["run.resume=never"])
 
 
@@ -200,7 +200,7 @@ def test_something_else_in_the_way_is_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     assert chosen(composed(dir=str(tmp_path / "photos"))).dir == str(tmp_path / "photos")  # empty
     (tmp_path / "photos" / "cat.jpg").touch()
-    with pytest.raises(UserError, match="this is not a run, and not empty"):
+    with pytest.raises(UserError, match="this folder is not empty and contains no run"):
         rundir.choose(composed(dir=str(tmp_path / "photos")))
     with pytest.raises(UserError, match="this is a file"):
         rundir.choose(composed(dir=str(tmp_path / "photos" / "cat.jpg")))
@@ -216,7 +216,7 @@ def test_a_start_that_was_cut_short_is_no_obstacle(tmp_path):
 
 def test_starting_from_another_run(tmp_path):
     other = begin(tmp_path / "other")
-    for missing, reason in ((tmp_path / "nothing", "no such run directory"), (other, "no whole checkpoint")):
+    for missing, reason in ((tmp_path / "nothing", "no such run directory"), (other, "no complete checkpoint")):
         with pytest.raises(UserError, match=reason):
             rundir.choose(composed(resume=str(missing), dir=str(tmp_path / "new")))
     checkpoint = save(other, 4)

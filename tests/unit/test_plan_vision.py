@@ -92,7 +92,7 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_images_that_a_row_has_no_room_for(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.max_length"):
         images_of(config(folder, "data.max_length=16"), (8, 64, 64))
-    with pytest.raises(UserError, match="task=causal_lm reads none"):
+    with pytest.raises(UserError, match="task=causal_lm reads no images"):
         images_of(config(folder, "task=causal_lm"), (1, 32, 32))
 
 
@@ -118,7 +118,7 @@ def test_the_command_says_what_it_plans(folder: Path, capsys: pytest.CaptureFixt
     words = [f"model.path={folder / 'model'}", "task=chat", "data.max_length=128", "hardware=2xA100-40G"]
     assert planner.main([*words, "images=2x64x64", "data.packing=false"]) == 0
     shown = capsys.readouterr().out
-    assert "2 images of 64 x 64 pixels in a row (as stated)" in shown and "is frozen" in shown
+    assert "2 images of 64 x 64 pixels per row (as stated)" in shown and "is frozen" in shown
     assert planner.main([*words, "images=64x64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["images"]
     assert found["in_row"] == 128 // found["tokens"], "packed rows have as many as there is room for"

@@ -185,7 +185,7 @@ def test_what_the_user_says_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatc
         (["rows.jsonl", "task=loar"], "there is no such task"),
         (["rows.jsonl", "task=classification"], "task=classification needs"),
         (["rows.jsonl", "optimizer.lr=-1"], "must be"),
-        (["rows.jsonl", "--output", "my.txt"], "no name of a YAML file"),
+        (["rows.jsonl", "--output", "my.txt"], "must end in .yaml"),
         (["rows.jsonl", "--output", "there.yaml"], "exists already"),
         (["rows.jsonl", "--output", "no/my.yaml"], "cannot be written"),
     ],
