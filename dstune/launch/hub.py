@@ -1,6 +1,6 @@
-"""A model of the hub: its revision as a commit, its files in the cache, and the hub's refusals as messages.
+"""Fetches a model from the hub: resolves its revision to a commit, downloads its files, and explains the hub's refusals.
 
-Files are chosen by name, so that a repository with the same weights in several formats is not downloaded twice.
+Files are chosen by name, so that only one format is downloaded if a repository has the same weights in several.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CODE = re.compile(r".+\.py")
 def fetch(
     config: ModelConfig, stage: Callable[[str], None], check_description: Callable[[Path], None]
 ) -> tuple[str, Path]:
-    """Return the commit that `config.revision` (the main branch when None) stands for, and the folder of its files.
+    """Return the commit that `config.revision` (the main branch if None) stands for, and the folder with its files.
 
-    Offline (HF_HUB_OFFLINE=1, or no connection) the cache has to hold it. check_description: called with the folder
-    before the weights are downloaded into it; may raise UserError.
+    Offline (HF_HUB_OFFLINE=1, or no connection), the files must be in the cache. stage: shows a line of progress.
+    check_description: called with the folder before the weights are downloaded into it; may raise UserError.
 
     Raises:
-        UserError: absent, private, gated, offline and not cached, or without weights in safetensors.
+        UserError: the model is absent, private or gated; it is not in the cache while offline; or it has no safetensors.
     """
     if is_offline():
         snapshot = _cached(config, "HF_HUB_OFFLINE is set")
@@ -52,7 +52,7 @@ def fetch(
 
 
 def is_offline() -> bool:
-    """Return whether the user forbids contact with the hub."""
+    """Return whether an environment variable forbids contact with the hub."""
     words = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("TRANSFORMERS_OFFLINE", ""))
     return any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
 
@@ -76,7 +76,7 @@ def _download(
 
 
 def weight_files(config: ModelConfig, names: Sequence[str]) -> list[str]:
-    """Return the weights to download: `model*.safetensors`, else whatever safetensors there are.
+    """Return the names of the weight files to download: `model*.safetensors`, else any other safetensors.
 
     Raises:
         UserError: there are none.
@@ -113,7 +113,7 @@ def _cached(config: ModelConfig, why: str) -> Path:
         "with `hf auth login`"
     )
     try:
-        # Any file finds the snapshot; whether all that is needed is in it, its folder tells.
+        # One file is enough to find the snapshot; its folder then shows whether the weights are there.
         folder = snapshot_download(
             config.path, revision=config.revision, local_files_only=True, allow_patterns=["config.json"]
         )
@@ -121,7 +121,9 @@ def _cached(config: ModelConfig, why: str) -> Path:
         raise UserError(Problem("model.path", reason, fix, config.path)) from error
     suffixes = {file.suffix for file in Path(folder).iterdir()}
     if config.weights is InitialWeights.pretrained and not suffixes & {".safetensors", ".bin", ".pt"}:
-        raise UserError(Problem("model.path", f"{reason} whole: its weights are missing", fix, config.path))
+        raise UserError(
+            Problem("model.path", f"{why}, and the cache holds this model without its weights", fix, config.path)
+        )
     return Path(folder)
 
 
@@ -139,7 +141,7 @@ class HubRequest:
 
     @property
     def page(self) -> str:
-        """Where a person looks it up."""
+        """The address of its page."""
         return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.name}"
 
 
@@ -150,17 +152,17 @@ def refusal(request: HubRequest, error: Exception) -> Problem | None:
     key, kind, page = request.key, request.kind, request.page
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         reason = f"the hub's cache cannot be written ({error.strerror})"
-        return Problem("HF_HOME", reason, "set HF_HOME to a folder with room", str(error.filename or ""))
+        return Problem("HF_HOME", reason, "set HF_HOME to a writable folder with free space", str(error.filename or ""))
     signed_in = "log in with `hf auth login` or set HF_TOKEN"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         reason = f"access to this {kind} has to be granted"
-        return Problem(key, reason, f"ask for it at {page}, then {signed_in}", request.name)
+        return Problem(key, reason, f"request access at {page}, then {signed_in}", request.name)
     if isinstance(error, errors.RevisionNotFoundError):
         fix = f"see the branches and tags at {page}/tree/main"
         return Problem(request.revision_key, f"{request.name} has no such revision", fix, str(request.revision))
     if isinstance(error, errors.RepositoryNotFoundError):
-        # The hub answers 401 for what does not exist, as for what is private and asked for without a token.
+        # The hub answers 401 without a token both for repositories that do not exist and for private ones.
         local_kind = "folder" if kind == "model" else "file or folder"
         reason = f"the hub has no such {kind}, or it is private, and there is no such {local_kind} either"
         return Problem(key, reason, f"check {page}; if it is private, {signed_in}", request.name)
@@ -176,13 +178,13 @@ def refusal(request: HubRequest, error: Exception) -> Problem | None:
 
 
 def is_connection_problem(error: BaseException) -> bool:
-    """Return whether the connection failed: time-outs, refused connections, failing name servers, the hub's own failures (5xx,
+    """Return whether the error is a failed connection: a time-out, a refusal, a failing name server, or a failure of the hub (5xx,
     429)."""
-    chain: list[Any] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    causes: list[Any] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
     return any(
-        isinstance(link, OSError)
-        or type(link).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-        for link in chain
+        isinstance(cause, OSError)
+        or type(cause).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+        for cause in causes
     )

@@ -1,4 +1,4 @@
-"""The verb `dstune runs`: the runs below a folder, or the trials of a sweep, in the terminal."""
+"""The verb `dstune runs`: lists the runs below a folder, or the trials of a sweep, in the terminal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from dstune.tracking.trials import MAX_SECONDS, Record, best_first, is_sweep, ob
 
 @dataclass(frozen=True)
 class Listed:
-    """One line."""
+    """A run or trial in the list."""
 
     run: str
+    """Its directory."""
     status: str
     reason: str
     step: int
@@ -33,23 +34,23 @@ class Listed:
     """The step of that evaluation."""
     seconds: float | None
     began: float | None
-    """Seconds since the epoch."""
+    """Start time in seconds since the epoch."""
     values: dict[str, Any]
-    """Of a trial: its value of each key that the sweep varies."""
+    """For a trial, its value of each key that the sweep varies."""
 
 
 def main(argv: list[str]) -> int:
     """Run `dstune runs [DIR...] [--sort METRIC] [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    listed_runs = [line for folder in arguments.folders for line in listed(folder)]
+    listed_runs = [run for folder in arguments.folders for run in listed(folder)]
     if arguments.sort:
-        metric_names = dict.fromkeys(name for line in listed_runs for name in line.metrics)
+        metric_names = dict.fromkeys(name for run in listed_runs for name in run.metrics)
         if arguments.sort not in metric_names:
-            fix = f"one of {', '.join(metric_names)}" if metric_names else "runs that have evaluated"
+            fix = f"one of {', '.join(metric_names)}" if metric_names else "give runs that have evaluated"
             raise UserError(Problem("--sort", "none of these runs has such a metric", fix, arguments.sort))
-        listed_runs.sort(key=lambda line: best_first(line.metrics.get(arguments.sort), arguments.sort))
+        listed_runs.sort(key=lambda run: best_first(run.metrics.get(arguments.sort), arguments.sort))
     if arguments.json:
-        print(json.dumps({"runs": [asdict(line) for line in listed_runs]}))
+        print(json.dumps({"runs": [asdict(run) for run in listed_runs]}))
     else:
         print(as_text(listed_runs, arguments.folders, arguments.sort))
     return EXIT_DONE
@@ -63,30 +64,30 @@ def _parser() -> VerbParser:
     parser.add_argument(
         "--sort",
         metavar="METRIC",
-        help="best first by this held-out metric (else the newest first; of a sweep the best)",
+        help="sort by this held-out metric, the best first (default: the newest first; for a sweep, the best by its objective)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def listed(folder: Path) -> list[Listed]:
-    """Return the runs below `folder`, the newest first; of a sweep all trials, the best first. Raises UserError."""
+    """Return the runs below `folder`, the newest first, or all trials of a sweep, the best first. Raises UserError."""
     if is_sweep(folder):
-        return [_of_trial(folder, record) for record in ranked(read_records(folder), objectives_of(folder)[0])]
-    lines = [_of_any(path) for path in find_runs([folder])]
-    return sorted(lines, key=lambda line: -(line.began or 0.0))
+        return [_list_trial(folder, record) for record in ranked(read_records(folder), objectives_of(folder)[0])]
+    runs = [_list_directory(path) for path in find_runs([folder])]
+    return sorted(runs, key=lambda run: -(run.began or 0.0))
 
 
-def _of_any(path: Path, record: Record | None = None) -> Listed:
-    """List a directory even if it cannot be read: one that somebody else may have made takes no other run from the list."""
+def _list_directory(path: Path, record: Record | None = None) -> Listed:
+    """List a run directory, as unreadable if its files are damaged: another user's files must not hide the other runs."""
     try:
-        return _of_run(path, record)
+        return _list_run(path, record)
     except (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         reason = f"its files cannot be read: {one_line(str(error) or type(error).__name__)}"
         return Listed(str(path), "unreadable", reason, 0, {}, None, None, None, dict(record.values) if record else {})
 
 
-def _of_run(path: Path, record: Record | None = None) -> Listed:
+def _list_run(path: Path, record: Record | None = None) -> Listed:
     status = status_of(path)
     logged, result = records.read_metrics(path), records.read_result(path) or {}
     metrics = {name: value for name, value in (logged.eval_last or {}).items() if isinstance(value, (int, float))}
@@ -109,58 +110,58 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
 
 def _seconds(value: Any) -> float | None:
     """Return `value` if it is a number of seconds that a clock can show, otherwise None."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and 0 <= value < MAX_SECONDS else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < MAX_SECONDS else None
 
 
-def _of_trial(sweep: Path, record: Record) -> Listed:
+def _list_trial(sweep: Path, record: Record) -> Listed:
     path = sweep / record.name
     if (path / RUN_FILE).is_file():
-        return _of_any(path, record)
+        return _list_directory(path, record)
     return Listed(str(path), record.status, record.reason, 0, {}, None, record.seconds, None, dict(record.values))
 
 
 def as_text(listed_runs: list[Listed], folders: list[Path], first: str | None = None) -> str:
-    """Return a table; the metrics are the one to look at `first` and those that most runs have, the loss before others."""
+    """Return the runs as a table with up to three metrics: `first` before all, then the loss, then those that most runs have."""
     counts: dict[str, int] = {}
-    for line in listed_runs:
-        for name in line.metrics:
+    for run in listed_runs:
+        for name in run.metrics:
             counts[name] = counts.get(name, 0) + 1
     metric_columns = sorted(counts, key=lambda name: (name != first, name != "loss", -counts[name]))[:3]
-    keys = list(dict.fromkeys(key for line in listed_runs for key in line.values))
-    above = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
-    # An evaluation is of an earlier step where a run goes on or was stopped since.
-    earlier = ["measured at"] * any(line.measured not in (None, line.step) for line in listed_runs)
-    heading = ["run", "status", "step", *earlier, *metric_columns, *keys, "time", "began"]
+    keys = list(dict.fromkeys(key for run in listed_runs for key in run.values))
+    parent = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    # The last evaluation of a run that has trained since is of an earlier step.
+    step_columns = ["measured at"] * any(run.measured not in (None, run.step) for run in listed_runs)
+    heading = ["run", "status", "step", *step_columns, *metric_columns, *keys, "time", "began"]
     rows = [
         [
-            _below(line.run, above),
-            line.status,
-            str(line.step),
-            *(["-" if line.measured is None else f"step {line.measured}"] * len(earlier)),
-            *(cell(line.metrics.get(name, "-")) for name in metric_columns),
-            *(cell(line.values.get(key)) for key in keys),
-            duration(line.seconds),
-            "" if line.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began)),
+            _relative_to(parent, run.run),
+            run.status,
+            str(run.step),
+            *(["-" if run.measured is None else f"step {run.measured}"] * len(step_columns)),
+            *(cell(run.metrics.get(name, "-")) for name in metric_columns),
+            *(cell(run.values.get(key)) for key in keys),
+            duration(run.seconds),
+            "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began)),
         ]
-        for line in listed_runs
+        for run in listed_runs
     ]
-    return f"{above}\n{table(heading, rows)}"
+    return f"{parent}\n{table(heading, rows)}"
 
 
-def _below(run: str, folder: Path) -> str:
+def _relative_to(folder: Path, run: str) -> str:
     path = Path(run)
-    inside = path.is_relative_to(folder) and path != folder
-    return str(path.relative_to(folder)) if inside else run
+    is_inside = path.is_relative_to(folder) and path != folder
+    return str(path.relative_to(folder)) if is_inside else run
 
 
 def cell(value: object) -> str:
-    """Return a metric or a setting in a column of `table`."""
+    """Return a metric or a setting as the text of a cell of `table`."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
     """Return a table as text, with columns as wide as their widest cell."""
-    widths = [max(len(row[at]) for row in (heading, *rows)) for at in range(len(heading))]
+    widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (heading, *rows))
     return "\n".join(line.rstrip() for line in lines)

@@ -298,7 +298,7 @@ def test_offline_by_choice(hub, monkeypatch):
     assert hub.requested == []
     assert hub.requests == [("v1", ["config.json"], True)]
     (hub.snapshot / "model.safetensors").unlink()
-    assert "does not hold this model whole: its weights are missing" in refusal("owner/name")
+    assert "the cache holds this model without its weights" in refusal("owner/name")
     hub.cached = False
     message = refusal("owner/name", revision="v1")
     assert "HF_HUB_OFFLINE is set" in message

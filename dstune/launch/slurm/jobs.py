@@ -1,4 +1,4 @@
-"""SLURM's own commands: submit, ask, cancel."""
+"""Runs SLURM's commands: submits, queries and cancels jobs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,11 @@ from dstune.core.paths import STOP_FILE, STOP_REASON
 from dstune.launch import records
 from dstune.protocols.launcher import FAIL, PASS, SKIP, Check, Queue, Unreachable
 
-FINAL = {
-    *(
-        "COMPLETED",
-        "FAILED",
-        "TIMEOUT",
-        "CANCELLED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "BOOT_FAIL",
-        "DEADLINE",
-    ),
-    "REVOKED",
-}
+FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"}
+FINAL |= {"DEADLINE", "REVOKED"}
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 SECONDS = 60
+"""Limit of a command."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class Job:
     state: str
     """PENDING, RUNNING, COMPLETING, ... as squeue names it."""
     reason: str
-    """Why it waits, or its nodes."""
+    """Why it waits; for a job that does not wait, its nodes."""
 
     @property
     def is_over(self) -> bool:
@@ -58,11 +47,13 @@ class Job:
 
 
 def submit(script: Path, content: str, env: Mapping[str, str], after: str | None = None) -> str:
-    """Submit and return the number of the job. content: of `script`, which somebody may have changed since it was written.
-    after: a job whose end it waits for.
+    """Submit a job and return its number.
+
+    content: the text of the job script, submitted in place of the file `script`, which may have been changed since it was written.
+    after: the number of a job whose end this job waits for.
 
     Raises:
-        UserError: there is no sbatch here, it gives no answer, or it refuses; with its own words.
+        UserError: there is no sbatch here, it does not answer, or it refuses the job; the message has sbatch's own words.
     """
     require("sbatch")
     dependency = [f"--dependency=afterany:{after}"] if after else []
@@ -70,57 +61,54 @@ def submit(script: Path, content: str, env: Mapping[str, str], after: str | None
     try:
         done = subprocess.run(command, input=content, capture_output=True, text=True, timeout=SECONDS, env=dict(env))
     except subprocess.TimeoutExpired:
-        reason = f"sbatch gives no answer within {SECONDS} s, and the job may be in the queue all the same"
-        fix = "look at `squeue --me`: `scancel JOB` takes it out; then start again"
+        reason = f"sbatch did not answer within {SECONDS} s; the job may be in the queue nevertheless"
+        fix = "if `squeue --me` lists it, remove it with `scancel JOB`; then start again"
         raise UserError(Problem("launch=slurm", reason, fix)) from None
     if done.returncode != 0:
-        message = (
-            "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()) or "no reason"
-        )
+        errors = [line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()]
         fix = f"change the keys of launch, or look at {script}"
-        raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {message}", fix))
+        raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {'; '.join(errors) or 'no reason'}", fix))
     number = done.stdout.strip().split(";")[0]
     if not SlurmQueue.job.fullmatch(number):
-        raise UserError(
-            Problem("launch=slurm", f"sbatch answers with no number of a job: {number[:80]}", f"sbatch {script}")
-        )
+        reason = f"sbatch printed no job number, but: {number[:80]}"
+        raise UserError(Problem("launch=slurm", reason, f"check that `sbatch {script}` works"))
     return number
 
 
 def ask(ids: Sequence[str]) -> list[Job]:
-    """Return the jobs among `ids` that SLURM still knows, in this order.
+    """Return the jobs among `ids` that SLURM still knows, in the same order.
 
     Raises:
-        Unreachable: no answer, which says nothing about the jobs.
+        Unreachable: squeue does not answer, which says nothing about the jobs.
     """
     job_by_id: dict[str, Job] = {}
-    for number in ids:  # one by one: an unknown one would make squeue refuse all
+    for number in ids:  # one by one: an unknown number would make squeue refuse all of them
         done = _squeue("--array", "--states=all", f"--jobs={number}", "--format=%i|%A|%T|%r|%N")
         if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
             raise Unreachable(done.stderr.strip())
-        # The task of an array goes by two names, ARRAY_TASK and the number that it knows itself by; until they start, all tasks
-        # have the array's for the latter, which the last one keeps.
-        named_jobs, numbered = [], []
+        # A task of an array has two ids: ARRAY_TASK, and a job number of its own. Until the tasks start, all of them have the
+        # array's number as their job number, and the last one keeps it.
+        by_task_id, by_job_number = [], []
         for line in done.stdout.splitlines():
             if line.count("|") < 4:
-                continue  # a notice of the site's own
-            array_id, raw, state, fields = line.split("|", 3)
+                continue  # a notice that the site prints
+            task_id, job_number, state, fields = line.split("|", 3)
             reason, _, nodes = fields.rpartition("|")
             job = Job(number, state, reason if state in WAITING else nodes or reason)
-            named_jobs += [job] if array_id == number else []
-            numbered += [job] if raw == number else []
-        if candidates := named_jobs or sorted(numbered, key=lambda job: job.is_waiting):
+            by_task_id += [job] if task_id == number else []
+            by_job_number += [job] if job_number == number else []
+        if candidates := by_task_id or sorted(by_job_number, key=lambda job: job.is_waiting):
             job_by_id[number] = candidates[0]
     return [job_by_id[number] for number in ids if number in job_by_id]
 
 
 def alive(ids: Sequence[str]) -> list[Job]:
-    """Return those that wait or run. Raises Unreachable."""
+    """Return the jobs among `ids` that wait or run. Raises Unreachable."""
     return [job for job in ask(ids) if not job.is_over]
 
 
 def named(name: str) -> list[str]:
-    """Return the numbers of this user's jobs of a name that are not over. Raises Unreachable."""
+    """Return the numbers of this user's unfinished jobs with a name. Raises Unreachable."""
     done = _squeue("--me", f"--name={name}", "--format=%A")
     if done.returncode != 0:
         raise Unreachable(done.stderr.strip())
@@ -136,18 +124,20 @@ def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """Raises Unreachable."""
+    """Cancel jobs. Raises Unreachable."""
     try:
         subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        reason = f"scancel gives no answer within {SECONDS} s; `squeue --me` shows whether {', '.join(ids)} is left"
+        reason = (
+            f"scancel did not answer within {SECONDS} s; `squeue --me` shows whether it has removed {', '.join(ids)}"
+        )
         raise Unreachable(reason) from None
 
 
 def require(program: str) -> None:
-    """Raises UserError where SLURM's client is not installed."""
+    """Raise UserError if SLURM's client program is not installed."""
     if shutil.which(program) is None:
-        fix = "start it on a login node of the cluster, or choose launch=local or launch=hostfile"
+        fix = "run this command on a login node of the cluster, or choose launch=local or launch=hostfile"
         raise UserError(Problem("launch=slurm", f"there is no {program} on this machine", fix))
 
 
@@ -156,12 +146,13 @@ def ask_to_stop(jobs: Sequence[str], run_dir: Path) -> None:
     for job in alive(jobs):
         if job.is_waiting:
             cancel([job.id])
-        elif not (run_dir / STOP_FILE).exists() and STOP_REASON not in _reason(run_dir):
+        elif not (run_dir / STOP_FILE).exists() and not _has_stopped(run_dir):
             files.write(run_dir / STOP_FILE, "")
 
 
-def _reason(run_dir: Path) -> str:
-    return str((records.read_result(run_dir) or {}).get("reason"))
+def _has_stopped(run_dir: Path) -> bool:
+    """Return whether the run has ended because of an earlier request to stop."""
+    return STOP_REASON in str((records.read_result(run_dir) or {}).get("reason"))
 
 
 def probe(*, needed: bool) -> Check:
@@ -179,15 +170,20 @@ def probe(*, needed: bool) -> Check:
     if done.returncode != 0:
         message = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
         return Check(
-            "slurm", FAIL if needed else SKIP, f"the controller does not answer: {message}", "run it on a login node"
+            "slurm",
+            FAIL if needed else SKIP,
+            f"SLURM's controller does not answer: {message}",
+            "run this command on a login node",
         )
     return Check("slurm", PASS, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[:8]))
 
 
 class SlurmQueue(Queue):
+    """SLURM as a queue of jobs."""
+
     name = "SLURM"
     job = re.compile(r"\d+(_\d+)?")
-    """The number of a job, or of one of an array."""
+    """The number of a job, or of a task of an array."""
     variables = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 
     def require(self, *, cancel: bool = False) -> None:
