@@ -1,4 +1,4 @@
-"""A run as an object: what it logged, its result, and what its model answers."""
+"""Represents a run as an object: its metrics, its result, and its model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
 
 MAX_METRICS = 8
+"""Metrics in the table that a notebook shows."""
 
 
 class Run:
-    """A run directory. Everything is read from its files, so it may belong to a run that is still training.
+    """A run, read from the files of its directory whenever it is asked, so that it may still be training.
 
     Returned by `dstune.train` and `dstune.load_run`.
     """
@@ -36,16 +37,18 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`running`, `pending`, `completed`, `stopped`, `preempted`, `failed`, `dead`: as `dstune status` reports it."""
+        """`running`, `pending`, `completed`, `stopped`, `preempted`, `failed` or `dead`, as `dstune status` reports it."""
         from dstune.launch.manage import status_of
 
         return status_of(self.dir).state
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One mapping for each row of `metrics.jsonl`, in order: `pandas.DataFrame(run.metrics)` is a table of them.
+        """One mapping for each row of `metrics.jsonl`, in order: `pandas.DataFrame(run.metrics)` makes a table of them.
 
         Training steps have `loss`, `lr`, `grad_norm`, ...; evaluations have `eval/NAME`.
+
+        Raises UserError if the file cannot be read.
         """
         rows, file = [], self.dir / "metrics.jsonl"
         try:
@@ -53,28 +56,30 @@ class Run:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(Problem(str(file), f"cannot be read: {error.strerror}", "a run of your own")) from None
+            fix = "give a run whose files you may read"
+            raise UserError(Problem(str(file), f"cannot be read: {error.strerror}", fix)) from None
         for line in lines:
-            with suppress(ValueError):  # the last line of a run that is writing it
+            with suppress(ValueError):  # a running process may be writing the last line
                 rows.append(parse_json(line))
         return [row for row in rows if isinstance(row, dict)]
 
     @property
     def result(self) -> dict[str, Any]:
-        """`result.json`: status, steps, metrics before and after, checkpoint, export. Empty while the run trains."""
+        """The content of `result.json`: status, steps, metrics before and after training, checkpoint, export. Empty until the run
+        ends."""
         from dstune.launch.records import read_result
 
         return read_result(self.dir) or {}
 
     @property
     def config(self) -> Any:
-        """The configuration that the run trained with (`dstune.config.schema.RunConfig`), for example `config.trainer.seed`."""
+        """The configuration of the run (`dstune.config.schema.RunConfig`), for example `run.config.trainer.seed`."""
         from dstune.config.run_file import read_run
 
         return read_run(self.dir / "run.yaml").config
 
     def report(self) -> Report:
-        """Write `report.html` again and return it; a notebook shows it."""
+        """Write `report.html` anew and return it; a notebook shows the page."""
         from dstune.report.page import REPORT_FILE, write
 
         write([self.dir], self.dir / REPORT_FILE)
@@ -158,11 +163,11 @@ def _number(value: Any) -> str:
 def load_run(path: str | Path, *, trust: Sequence[str] = ()) -> Run:
     """Return the run in the directory `path`, whoever started it: `dstune.load_run("runs/sentiment/2026-01-31_10-00-00")`.
 
-    trust: keys of its `run.yaml` that run code or reach out, and are believed although you have not signed them, such as
-        `["model.trust_remote_code"]` (docs/security.md).
+    trust: keys of its `run.yaml` to accept although you have not signed them, such as `["model.trust_remote_code"]`. These are keys
+        that run code or contact other machines (docs/security.md).
 
     Raises:
-        UserError: there is no run, or `trust` names a key that no run has.
+        UserError: `path` is not the directory of a run, or `trust` names a key that no run has.
     """
     from dstune.api.launching import refuse_lone
 

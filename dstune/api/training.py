@@ -1,4 +1,4 @@
-"""`dstune.train`: a run from Python, composed, launched and kept as the command line does it."""
+"""`dstune.train`: composes, launches and stores a run from Python as the command line does."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def train(
 ) -> Run:
     """Train a model and return its run. Blocks until the run has ended, and shows its progress.
 
-    The same configuration, launch and run directory as `dstune train`: every key, group and experiment of the command line
-    is an override here, and `dstune status`, `cancel`, `report`, ... work with the run. Ranks are processes of their own;
-    an interrupt (Ctrl-C, the stop button of a notebook) makes them save and stop. Inside a launcher of your own (`torchrun`)
-    this process is a rank, and every rank calls this function with the same arguments.
+    Configuration, launch and run directory are those of `dstune train`: every key, group and experiment of the command line
+    is an override here, and `dstune status`, `cancel`, `report`, ... work with the run. Ranks run in separate processes; an
+    interrupt (Ctrl-C, the stop button of a notebook) makes them save and stop. Inside a launcher of your own (`torchrun`),
+    this process is a rank, and every rank must call this function with the same arguments.
 
     Args:
         overrides: `"KEY=VALUE"` or `"GROUP=CHOICE"`: `"experiment=sentiment"`, `"trainer.epochs=2"`, `"method=lora"`; a mapping of
             choices and sections, `{"method": "lora", "optimizer": {"lr": 1e-4}}`; or the name of a configuration file, `"my.yaml"`.
-            Texts win over mappings and files.
-        train: rows to train on: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame` or a DataFrame of Spark, written
-            into the run directory; or files or a table, as in `data.train`.
-        validation: held-out rows, likewise.
-        test: rows that are measured once at the end, likewise.
-        callbacks: `"my_module:Printer"`, `"./printer.py:Printer"` or the class itself, registered with `@dstune.callback`. A class
-            of a notebook cell or a script travels to the ranks as a file with its source, so it may use modules, what it imports
-            and plain constants, and nothing else of the cell.
-        plugins: files and modules that register tasks, methods, metrics, ..., as the key `plugins`.
-        config_dirs: folders with groups of your own, as `--config-dir`.
-        launch: where the ranks run, as the group `launch`: `"local"`, `"spark"` (the active session), ...
-        progress: whether to show what happens; without it everything is in the run directory only.
-        settings: none; `epochs=3` is refused with the key that it means.
+            `"KEY=VALUE"` overrides mappings and files.
+        train: rows to train on: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame` or a Spark DataFrame, which are
+            written into the run directory; or files or a table, as in `data.train`.
+        validation: held-out rows, in the same forms.
+        test: rows that are evaluated once at the end, in the same forms.
+        callbacks: `"my_module:Printer"`, `"./printer.py:Printer"` or the class itself, registered with `@dstune.callback`. The
+            source of a class from a notebook cell or a script is sent to the ranks as a file, so the class may use only modules,
+            its own imports and plain constants of the cell.
+        plugins: files and modules that register tasks, methods, metrics, ..., like the key `plugins`.
+        config_dirs: folders with your own configuration groups, like `--config-dir`.
+        launch: where the ranks run, like the group `launch`: `"local"`, `"spark"` (the active session), ...
+        progress: whether to show progress; if False, it is only in the files of the run directory.
+        settings: not supported: `epochs=3` is refused with the override to write instead.
 
     Returns:
         The run: `run.metrics`, `run.result`, `run.report()`, `run.predict(rows)`, `run.generate(prompt)`,
@@ -61,7 +61,7 @@ def train(
     Raises:
         UserError: the configuration or the data is wrong; `problems` lists everything, each with a fix.
         Preempted: a signal or `run.time_limit` stopped the run after a save; `dstune.load_run(DIR).resume()` continues it.
-        TrainingFailed: the run could not go on.
+        TrainingFailed: the run failed.
 
     Example:
         >>> rows = [{"text": "a great film", "label": "good"}, ...]
@@ -76,7 +76,8 @@ def train(
     words = words_of(overrides)
     check_overrides(words)
     refuse_lone(callbacks=callbacks, plugins=plugins, config_dirs=config_dirs)
-    words = (*words, *(() if launch is None else (f"launch={launch}",)))
+    if launch is not None:
+        words = (*words, f"launch={launch}")
     splits = {
         name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None
     }
@@ -92,26 +93,27 @@ def train(
 def _with_plugins(
     overrides: Sequence[str], callbacks: Sequence[str | type], plugins: Sequence[str | os.PathLike[str]]
 ) -> list[str]:
-    """Return the overrides with `plugins` and `trainer.callbacks`. Raises UserError: a callback that cannot reach the ranks."""
+    """Return the overrides with `plugins` and `trainer.callbacks` added. Raises UserError if a callback cannot be sent to the
+    ranks."""
     from dstune.config.overrides import key_of, quoted
     from dstune.core.plugins import activate, load_built_ins
 
-    specs = [_importable(entry) for entry in callbacks]
+    specs = [_import_spec(callback) for callback in callbacks]
     if callbacks and any(key_of(text) == "trainer.callbacks" for text in overrides):
-        raise UserError(Problem("trainer.callbacks", "is given beside callbacks=...", "leave one of them out"))
-    files = list(dict.fromkeys([*(os.fspath(entry) for entry in plugins), *specs]))
+        raise UserError(Problem("trainer.callbacks", "is given as well as callbacks=...", "leave one of them out"))
+    files = list(dict.fromkeys([*(os.fspath(plugin) for plugin in plugins), *specs]))
     words = list(overrides)
     if files:
         words.append(f"plugins=[{','.join(quoted(file) for file in files)}]")
     if specs:
         load_built_ins()
         activate(files)
-        words.append(f"trainer.callbacks=[{','.join(_registered(spec) for spec in specs)}]")
+        words.append(f"trainer.callbacks=[{','.join(_registered_name(spec) for spec in specs)}]")
     return words
 
 
-def _importable(callback: Any) -> str:
-    """Return the module and class of a callback, as ranks import it."""
+def _import_spec(callback: Any) -> str:
+    """Return MODULE:CLASS or FILE:CLASS, from which ranks import a callback. Raises UserError."""
     if isinstance(callback, str):
         if ":" in callback:
             return callback
@@ -125,25 +127,27 @@ def _importable(callback: Any) -> str:
     return f"{callback.__module__}:{callback.__name__}"
 
 
-def _registered(spec: str) -> str:
-    """Return the name under which a callback is registered; its plugin is active."""
+def _registered_name(spec: str) -> str:
+    """Return the name under which a callback of an active plugin is registered. Raises UserError if it is none."""
     from dstune.core.plugins import members_of
     from dstune.protocols import CALLBACKS
 
-    member = spec.rpartition(":")[2]
-    names = [cls.name for kind, cls in members_of(spec) if kind is CALLBACKS and cls.__name__ == member]
+    class_name = spec.rpartition(":")[2]
+    names = [cls.name for kind, cls in members_of(spec) if kind is CALLBACKS and cls.__name__ == class_name]
     if not names:
-        raise UserError(Problem("callbacks", f"{member} is no callback", "derive it from dstune.Callback", spec))
+        fix = "derive it from dstune.Callback, and decorate it with @dstune.callback"
+        raise UserError(Problem("callbacks", f"{class_name} is not a registered callback", fix, spec))
     return names[-1]
 
 
 def _with_rows(
     overrides: list[str], config_dirs: Sequence[str], splits: dict[str, Any]
 ) -> tuple[list[str], WriteRows | None]:
-    """Return the overrides with a key for each split, and what writes rows from memory into the run directory.
+    """Return the overrides with a key for each split, and a function that writes rows from memory into the run directory (None if
+    there are no such rows).
 
     Raises:
-        UserError: a split is given twice, or the run directory cannot be determined since the overrides are wrong.
+        UserError: a split is given twice, or the overrides are wrong, so that the run directory cannot be determined.
     """
     from dstune.config.compose import compose
     from dstune.config.overrides import key_of, quoted
@@ -153,23 +157,23 @@ def _with_rows(
     twice = [name for name in splits if f"data.{name}" in given_keys]
     if twice:
         fix = "leave one of them out"
-        raise UserError(Problem(f"data.{name}", f"is given beside {name}=...", fix) for name in twice)
+        raise UserError(Problem(f"data.{name}", f"is given as well as {name}=...", fix) for name in twice)
     words = [
         *overrides,
         *(f"data.{name}={quoted(os.fspath(rows))}" for name, rows in splits.items() if memory.is_file(rows)),
     ]
-    held = {name: rows for name, rows in splits.items() if not memory.is_file(rows)}
-    if not held:
+    in_memory = {name: rows for name, rows in splits.items() if not memory.is_file(rows)}
+    if not in_memory:
         return words, None
-    names = {name: memory.file_name(rows, name) for name, rows in held.items()}
+    names = {name: memory.file_name(rows, name) for name, rows in in_memory.items()}
     config = compose([*words, *(f"data.{name}={file}" for name, file in names.items())], config_dirs).config
     run_dir = Path(config.run.dir) if config.run.dir else new_directory(config)
     if not config.run.dir:
         words.append(f"run.dir={quoted(str(run_dir))}")
     words += [f"data.{name}={quoted(str(run_dir.absolute() / file))}" for name, file in names.items()]
 
-    def write(chosen: Path) -> None:
-        for name, rows in held.items():
-            memory.write(rows, chosen / names[name], name)
+    def write(folder: Path) -> None:
+        for name, rows in in_memory.items():
+            memory.write(rows, folder / names[name], name)
 
     return words, write

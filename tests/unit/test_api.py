@@ -197,7 +197,7 @@ def test_a_run_keeps_the_rows_that_it_has_trained_on(tmp_path):
 
 
 def test_a_split_may_not_be_given_twice():
-    with pytest.raises(UserError, match="is given beside train"):
+    with pytest.raises(UserError, match="is given as well as train"):
         training._with_rows(["data.train=a.jsonl"], [], {"train": ROWS})
 
 
