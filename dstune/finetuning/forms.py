@@ -69,7 +69,7 @@ async def _read(request: Request, reader: _Reader, boundary: bytes) -> None:
         seconds = time.monotonic() - began
         if seconds >= WINDOW_SECONDS:
             if size < seconds * LEAST_BYTES_A_SECOND:
-                raise ApiError(408, f"The body comes with less than {LEAST_BYTES_A_SECOND} bytes a second.")
+                raise ApiError(408, f"The body arrives at less than {LEAST_BYTES_A_SECOND} bytes per second.")
             began, size = time.monotonic(), 0
         parser.write(chunk)
         if reader.waiting >= CHUNK:

@@ -1,4 +1,4 @@
-"""Starts, proves, watches and restarts all engines and the models that they serve."""
+"""Starts, proves, watches and restarts all engines with the models that they serve."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Model:
     ready: bool = True
     """False while its engine restarts, until the model is proven again."""
     failed: str = ""
-    """Why an adapter is no longer served since its engine was restarted; the engine's other models still are."""
+    """Why an adapter was refused when its engine was restarted; the engine's other models are still served."""
     version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -117,11 +117,12 @@ class Fleet:
         names = [source.name for source in sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(
-                Problem("MODEL", "two models have this name", "NAME=PATH names one", name) for name in twice
+                Problem("MODEL", "two models have this name", "give one another name: NAME=PATH", name)
+                for name in twice
             )
         if self._named_base and not any(source.adapter and source.generates for source in sources):
-            reason = "no adapter is served whose base could have this name"
-            raise UserError(Problem("--base-name", reason, "NAME=PATH names a model", self._named_base))
+            reason = "names the base of adapters, but no adapter of a language model is served"
+            raise UserError(Problem("--base-name", reason, "to name a model, give NAME=PATH", self._named_base))
         groups: list[_Group] = []
         by_base: dict[tuple[str, ...], _Group] = {}
         for source in sorted(sources, key=lambda entry: entry.adapter):  # full models first: one may be a base
@@ -135,7 +136,8 @@ class Fleet:
                 if shared:
                     taken_names = [*names, *(entry.base for entry in groups)]
                     if self._named_base in taken_names:
-                        raise UserError(Problem("--base-name", "the name is taken", value=self._named_base))
+                        reason = "another model or base has this name"
+                        raise UserError(Problem("--base-name", reason, "give another name", self._named_base))
                     name = self._named_base or self._base_name(source.base, taken_names)
                     base = base_source(source, name, one_template=self._one_template)
                 group = _Group(self._engine_of(base, base.name), base.name, serves_base=not shared)
@@ -177,7 +179,7 @@ class Fleet:
             try:
                 await self._load(group, name, adapter)
             except (DstuneError, EngineDown, Unprovable, OSError) as error:
-                # An unreachable external server has refused nothing: the next turn tries again.
+                # An external server that cannot be reached has refused nothing: the next restart tries again.
                 is_down = isinstance(error, EngineDown) and not isinstance(error, EngineFault)
                 is_temporary = is_down and not engine.starts_process
                 if is_temporary or not (after_restart and engine.alive()):
@@ -186,6 +188,7 @@ class Fleet:
                 self.models[name] = replace(self.models[name], ready=False, failed=str(error))
 
     async def _load(self, group: _Group, name: str, source: Source) -> None:
+        """Load and prove an adapter, and list it. Raises Refused, UserError, EngineDown; the adapter is unloaded then."""
         assert source.folder is not None
         await group.engine.load_adapter(name, source.folder)
         try:
@@ -197,6 +200,7 @@ class Fleet:
         self._add_to_models(Model(source, group.engine, proof, parent=group.base))
 
     def _accepted(self, name: str, proof: Proof) -> Proof:
+        """Return the proof, and log it. Raises Refused for an unproven model if a proof is required."""
         if proof.status == "unproven":
             if self._require_proof:
                 raise Refused(f"{name} is {proof}")
@@ -218,10 +222,13 @@ class Fleet:
     async def add(self, source: Source) -> Model:
         """Serve another adapter while requests run. Raises UserError, Refused, EngineDown."""
         if not NAME.fullmatch(source.name):
-            raise UserError(Problem("name", "is no name for a model", value=source.name))
+            reason = "is not a valid model name"
+            fix = "use letters, digits and . _ : / @ -, beginning with a letter or digit"
+            raise UserError(Problem("name", reason, fix, source.name))
         self._check_started()
         if not (source.adapter and source.generates):
-            raise UserError(Problem("path", "is no adapter of a language model", "start a server for it", source.path))
+            fix = "start a server for it"
+            raise UserError(Problem("path", "is not an adapter of a language model", fix, source.path))
         if source.name in self._adding:
             raise UserError(Problem("name", "a model of this name is being added", value=source.name))
         self._adding.add(source.name)
@@ -241,9 +248,8 @@ class Fleet:
             async with group.busy:
                 listed_model = self.models.get(source.name)
                 is_readded = listed_model is not None and listed_model.failed and source.name in group.adapters
-                if not is_readded and (
-                    listed_model or any(source.name in group_entry.adapters for group_entry in self._groups)
-                ):
+                is_taken = listed_model is not None or any(source.name in other.adapters for other in self._groups)
+                if is_taken and not is_readded:
                     fix = '"replace": true gives its name to another adapter'
                     raise UserError(Problem("name", "a model has this name already", fix, source.name))
                 await self._load(group, source.name, source)
@@ -257,13 +263,14 @@ class Fleet:
         self._check_started()
         group = next((group for group in self._groups if source.name in group.adapters), None)
         if group is None or not (source.adapter and source.generates):
-            raise UserError(Problem("name", "is no adapter that is served", value=source.name))
+            raise UserError(Problem("name", "is not the name of a served adapter", value=source.name))
         adapters.check(source, group.engine.source, one_template=self._one_template)
         async with group.busy:
             previous = group.adapters.get(source.name)
             listed = self.models.get(source.name)
             if previous is None or listed is None or not listed.ready:
-                raise UserError(Problem("name", "is not served now, so it can be removed and added", value=source.name))
+                fix = "remove it and add it again"
+                raise UserError(Problem("name", "is not being served now, so it cannot be replaced", fix, source.name))
             proof = await self._prove_on_trial(group, source)
             replaced = self._replacing[source.name] = asyncio.Event()
             try:
@@ -313,7 +320,7 @@ class Fleet:
                     if model is None or not model.failed:
                         await group.engine.unload_adapter(name)
                 return
-        raise UserError(Problem("name", "is no adapter that is served", value=name))
+        raise UserError(Problem("name", "is not the name of a served adapter", value=name))
 
     # -- watching
 
@@ -336,12 +343,8 @@ class Fleet:
             self._mark_unready(engine)
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE
-            symptom = (
-                "has ended; it is started again"
-                if engine.starts_process
-                else "is away or was replaced; it is asked again"
-            )
-            log.error("the engine %s of %s %s in %g s", engine.name, group.base, symptom, pause)
+            symptom = "has ended" if engine.starts_process else "does not answer or was replaced"
+            log.error("the engine %s of %s %s; trying again in %g s", engine.name, group.base, symptom, pause)
             try:
                 await engine.stop(0)
                 await asyncio.sleep(pause)

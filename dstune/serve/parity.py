@@ -1,8 +1,8 @@
 """Proves that an engine answers as the trained model does.
 
-An export holds a reference (`dstune.inference.reference`): held-out rows with the tokens of training, the log-probabilities of
-their targets, and digests of the files that decide all other answers. The files are compared first; then the engine renders the
-same rows and scores the same tokens.
+An export contains a reference (`dstune.inference.reference`): held-out rows with the tokens of training, the log-probabilities of
+their targets, and digests of the files on which all other answers depend. The files are compared first; then the engine renders
+the same rows and scores the same tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dstune.serve.images import shows_image
 from dstune.serve.source import Source
 
 MOST_BYTES = 64 << 20
+"""The largest reference that is read."""
 
 BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 """Allowed differences of log-probabilities from the reference, which is in fp32. For fp32: the largest difference of a token; for
@@ -48,9 +49,9 @@ RENEW = "`dstune export RUN --reference`"
 
 PARTS = {
     "training": "on training rows, since none were held out",
-    "base": "as transformers answers with these files, which no training of ours has made",
+    "base": "compared with transformers' answers, since dstune did not train this model",
 }
-"""What a proof calls references without held-out rows."""
+"""What a proof says about a reference without held-out rows, by its `part`."""
 
 
 class Refused(DstuneError):
@@ -77,7 +78,7 @@ class Proof:
             return f"{self.status}: {self.detail}" if self.detail else self.status
         effect = "" if self.effect is None else f", {self.effect:.2g} from its base"
         detail = f"; {self.detail}" if self.detail else ""
-        return f"proven: {self.rows} rows, tokens equal, {self.difference:.2g} of at most {self.bound:g} apart{effect}{detail}"
+        return f"proven: {self.rows} rows, tokens equal, difference {self.difference:.2g} (at most {self.bound:g}){effect}{detail}"
 
 
 def read_reference(folder: Path | None) -> dict[str, Any] | None:
@@ -91,7 +92,7 @@ def read_reference(folder: Path | None) -> dict[str, Any] | None:
         if reference["format"] not in (1, 2) or not rows or not all(isinstance(row, dict) for row in list(rows)):
             raise ValueError("has another format, or no rows")
         if reference["format"] == 2 and valid_digests(reference["files"]) is None:
-            raise ValueError("its digests of files are none")
+            raise ValueError("its digests of files are not valid")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} cannot be read: {error}; `dstune export` writes a new one") from None
     return dict(reference)
@@ -150,50 +151,53 @@ def _missing_files(source: Source) -> str:
     return missing_contents(source.folder, record, folder)
 
 
+Scored = tuple[Mapping[str, Any], list[float]]
+"""A row of the reference, with the log-probabilities that the engine reports for its first targets."""
+
+
 async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:
-    seeing = [row for row in rows if shows_images(row)]
-    if seeing and not engine.reads_images:
+    """Prove a language model. Raises Refused, Unprovable, EngineDown."""
+    image_rows = sum(map(shows_images, rows))
+    if image_rows and not engine.reads_images:
         rows = [row for row in rows if not shows_images(row)]
         if not rows:
             raise Unprovable(f"the engine {engine.name} reads no images, and all rows of the reference show some")
     for number, row in enumerate(rows, 1):  # tokens first: some engines report nothing else
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
-    bound, compared, proven_with_images = (
-        _allowed_difference(engine),
-        0,
-        0,
-    )  # rows for which it reports at least one target
-    largest, scored = 0.0, []
+    bound = _allowed_difference(engine)
+    largest = 0.0
+    scored: list[Scored] = []
     for number, row in enumerate(rows, 1):
         logprobs = await _logprobs(engine, name, row)
-        compared += bool(logprobs)
-        proven_with_images += bool(logprobs) and shows_images(row)
-        different = _difference(logprobs, row["logprobs"][: len(logprobs)], engine.dtype)
-        if not different <= bound:
+        difference = _difference(logprobs, row["logprobs"][: len(logprobs)], engine.dtype)
+        if not difference <= bound:
             raise Refused(
-                f"{name} is not the model that was trained: the log-probabilities of row {number} of its reference are "
-                f"{different:.3g} apart, {engine.dtype} allows {bound:g}. Another base, revision, adapter or number format "
-                "is loaded."
+                f"{name} is not the model that was trained: the log-probabilities of row {number} of its reference differ by "
+                f"{difference:.3g}, {engine.dtype} allows {bound:g}. Another base, revision, adapter or number format is loaded."
             )
-        largest = max(largest, different)
+        largest = max(largest, difference)
         if logprobs:
             scored.append((row, logprobs))
-    if compared < max(LEAST_COMPARED * len(rows), 1):
-        raise Unprovable(f"the engine reports log-probabilities of {compared} of {len(rows)} rows of the reference")
-    effect = None
-    if base is not None:
-        effect = Effect([row for row, _ in scored], engine.dtype)
-        for row, logprobs in scored:
-            if effect.needs(row):
-                effect.add_row(row, logprobs, await _logprobs(engine, base, row))
-    if effect is not None and (reason := effect.problem()):
+    if len(scored) < max(LEAST_COMPARED * len(rows), 1):
+        raise Unprovable(f"the engine reports log-probabilities of {len(scored)} of {len(rows)} rows of the reference")
+    effect = None if base is None else await _measure_effect(engine, name, base, scored)
+    scored_image_rows = sum(shows_images(row) for row, _ in scored)
+    detail = _detail_about_images(image_rows, scored_image_rows, engine)
+    return Proof("proven", detail, len(scored), largest, bound, effect, engine.dtype)
+
+
+async def _measure_effect(engine: Engine, name: str, base: str, scored: Sequence[Scored]) -> float:
+    """Return the largest difference between an adapter and its base. Raises Refused if it is less than training measured."""
+    effect = Effect([row for row, _ in scored], engine.dtype)
+    for row, logprobs in scored:
+        if effect.needs(row):
+            effect.add_row(row, logprobs, await _logprobs(engine, base, row))
+    if reason := effect.problem():
         raise Refused(
             f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
         )
-    measured = None if effect is None else effect.largest
-    detail = _of_images(len(seeing), proven_with_images, engine)
-    return Proof("proven", detail, compared, largest, bound, measured, engine.dtype)
+    return effect.largest
 
 
 def shows_images(row: Mapping[str, Any]) -> bool:
@@ -207,13 +211,14 @@ async def _logprobs(engine: Engine, name: str, row: Mapping[str, Any]) -> list[f
     return await engine.logprobs(name, row["prompt_ids"], row["target_ids"])
 
 
-def _of_images(rows: int, proven: int, engine: Engine) -> str:
-    """Return what a proof says of the reference's rows with images; empty if there are none."""
-    if not rows:
+def _detail_about_images(image_rows: int, scored: int, engine: Engine) -> str:
+    """Return what a proof says about the reference's rows with images; empty if there are none. scored: how many of them the engine
+    scored."""
+    if not image_rows:
         return ""
     if not engine.reads_images:
         return f"on text alone: the engine {engine.name} reads no images"
-    return f"{proven} of these rows show images" if proven else "on text alone: the engine scored no prompt with images"
+    return f"{scored} of these rows show images" if scored else "on text alone: the engine scored no prompt with images"
 
 
 class Effect:
@@ -223,53 +228,58 @@ class Effect:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], dtype: str):
         """rows: the reference's rows for which the engine reports log-probabilities."""
-        self._dtype, self.largest = dtype, 0.0
-        self._expected = all("base_logprobs" in row for row in rows)
-        self._along = self._length = 0.0
+        self._dtype = dtype
+        self.largest = 0.0
+        """The largest difference of a row from the base."""
+        self._has_base_logprobs = all("base_logprobs" in row for row in rows)
+        self._projection = self._squared_length = 0.0
+        """Sums over targets: the product of the engine's change and that of training, and the square of the latter."""
         self._probed = rows
-        if self._expected:
-            self._probed = sorted(rows, key=_largest_change, reverse=True)[:ROWS_OF_EFFECT]
+        if self._has_base_logprobs:
+            self._probed = sorted(rows, key=_squared_change, reverse=True)[:ROWS_OF_EFFECT]
 
     def needs(self, row: Mapping[str, Any]) -> bool:
         """Return whether the base must score this row too."""
-        if not self._expected:
+        if not self._has_base_logprobs:
             return self.largest < EFFECT * BOUNDS[self._dtype]
         return any(row is probed_row for probed_row in self._probed)
 
     def add_row(self, row: Mapping[str, Any], logprobs: Sequence[float], base_logprobs: Sequence[float]) -> None:
         """Add a row of the reference, with the engine's log-probabilities of its targets with the adapter and without."""
         self.largest = max(self.largest, _difference(logprobs, base_logprobs, self._dtype))
-        if self._expected:
+        if self._has_base_logprobs:
             count = len(logprobs)  # an engine may report only the first targets
             changes = zip(row["logprobs"][:count], row["base_logprobs"][:count], strict=True)
             trained_change = [adapted - base for adapted, base in changes]
-            self._length += sum(value * value for value in trained_change)
-            self._along += sum(
+            self._squared_length += sum(value * value for value in trained_change)
+            self._projection += sum(
                 value * (adapted - base)
                 for value, adapted, base in zip(trained_change, logprobs, base_logprobs, strict=True)
             )
 
     def problem(self) -> str:
-        """Return why the effect differs from that of training; empty if it does not."""
-        if self._expected:
-            share = self._along / self._length if self._length else 0.0
+        """Return why the effect is too small; empty if it is not."""
+        if self._has_base_logprobs:
+            share = self._projection / self._squared_length if self._squared_length else 0.0
             if share >= SHARE:
                 return ""
-            shown_share = f"at most {self.largest:.3g} from its base"
-            return f"it shows {share:.0%} of what it changed in training, {shown_share}; {SHARE:.0%} is the least"
+            shown = f"it shows {share:.0%} of what it changed in training, at most {self.largest:.3g} from its base"
+            return f"{shown}; {SHARE:.0%} is the least"
         if self.largest >= EFFECT * BOUNDS[self._dtype]:
             return ""
         return (
             f"in {len(self._probed)} rows it is at most {self.largest:.3g} from its base, less than {EFFECT} times the bound of "
-            f"{BOUNDS[self._dtype]:g} (`dstune export` stores what the base says, by which a smaller effect is proven)"
+            f"{BOUNDS[self._dtype]:g} (`dstune export` also stores the base's log-probabilities, which prove a smaller effect)"
         )
 
 
-def _largest_change(row: Mapping[str, Any]) -> float:
+def _squared_change(row: Mapping[str, Any]) -> float:
+    """Return the squared length of the change of a row's log-probabilities in training."""
     return sum((adapted - base) ** 2 for adapted, base in zip(row["logprobs"], row["base_logprobs"], strict=True))
 
 
 async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]) -> Proof:
+    """Prove an encoder. Raises Refused, Unprovable, EngineDown."""
     bound = _allowed_difference(engine)
     engine_answer = await engine.answers([row["row"] for row in rows])
     largest = 0.0
@@ -280,13 +290,14 @@ async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]])
         numbers, expected = _numbers(answer), _numbers(row["answer"])
         if len(numbers) != len(expected):
             raise Refused(f"{name} gives {len(numbers)} numbers for row {number} of its reference, not {len(expected)}")
-        different = _distance(numbers, expected) if "vector" in answer else _difference(numbers, expected, engine.dtype)
-        if not different <= bound or _words(answer, engine.dtype) != _words(row["answer"], engine.dtype):
+        is_vector = "vector" in answer
+        difference = _distance(numbers, expected) if is_vector else _difference(numbers, expected, engine.dtype)
+        if not difference <= bound or _words(answer, engine.dtype) != _words(row["answer"], engine.dtype):
             raise Refused(
-                f"{name} is not the model that was trained: its answer to row {number} of its reference is {different:.3g} "
-                f"apart, {engine.dtype} allows {bound:g}"
+                f"{name} is not the model that was trained: its answer to row {number} of its reference differs by "
+                f"{difference:.3g}, {engine.dtype} allows {bound:g}"
             )
-        largest = max(largest, different)
+        largest = max(largest, difference)
     return Proof("proven", "", len(rows), largest, bound, None, engine.dtype)
 
 
@@ -315,7 +326,7 @@ def _words(answer: Mapping[str, Any], dtype: str) -> Any:
 
 
 def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str) -> float:
-    """Return the largest difference; NaN if any value is not a number."""
+    """Return the difference as `BOUNDS` defines it: the largest for fp32, the mean for other formats. NaN if a value is NaN."""
     differences = [abs(first - second) for first, second in zip(logprobs, expected, strict=True)]
     if any(math.isnan(value) for value in differences):
         return math.nan

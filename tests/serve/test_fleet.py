@@ -218,7 +218,7 @@ def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tm
             await fleet.add(adapter("good"))
         with pytest.raises(UserError, match="was trained on elsewhere"):
             await fleet.add(stub_source("new", folder=tmp_path, adapter=True, base="elsewhere"))
-        with pytest.raises(UserError, match="is no adapter"):
+        with pytest.raises(UserError, match="is not an adapter"):
             await fleet.add(stub_source("new"))
         await fleet.remove("good")
         assert (list(fleet.models), made[0].loaded) == (["base"], [])
@@ -252,7 +252,7 @@ def test_a_name_is_given_to_another_adapter_when_that_is_proven(tmp_path):
     async def test():
         await fleet.start([stub_source("base"), adapter("old")])
         created = fleet.models["mine"].created
-        with pytest.raises(UserError, match="is no adapter that is served"):
+        with pytest.raises(UserError, match="is not the name of a served adapter"):
             await fleet.replace(stub_source("other", folder=tmp_path / "new", adapter=True, base="base"))
         with pytest.raises(Refused, match="not the model that was trained"):
             await fleet.replace(adapter("zeros"))

@@ -95,7 +95,7 @@ class Engine:
     starts: int = 0
     _folder: Path | None = field(default=None, repr=False)
 
-    # -- what subclasses say
+    # -- what subclasses define
 
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
@@ -274,11 +274,11 @@ class Engine:
     async def ended(self) -> None:
         """Wait until the process has ended. For a server that dstune did not start, wait until two health checks in a row fail: it
         may come back with another model, and without the loaded adapters."""
-        silent = 0
-        while self.alive() and silent < 2:
+        failed_checks = 0
+        while self.alive() and failed_checks < 2:
             await asyncio.sleep(0.1 if self.starts_process else self.health_seconds)
             if not self.starts_process:
-                silent = 0 if await self._still_answers() else silent + 1
+                failed_checks = 0 if await self._still_answers() else failed_checks + 1
 
     async def _still_answers(self) -> bool:
         """Return whether an external server still answers as it did at the start."""
@@ -320,15 +320,15 @@ class Engine:
                 status, content = await self.client.ask(method, path, None if body is None else dumps(body))
         except FAILURES as error:
             raise EngineDown(f"{self.name} does not answer: {error or type(error).__name__}") from error
-        if status == 404 and _explains(content):
+        if status == 404 and _names_missing_object(content):
             raise UserError(Problem(self.name, f"does not find what {path} needs: {_message(content)}"))
         if status in (404, 405, 501):
             raise Unprovable(f"{self.name} has no {method} {path}")
         if 400 <= status < 500:
             raise UserError(Problem(self.name, f"refuses {path}: {_message(content)}"))
         if status != 200:
-            passing = status in (502, 503, 504)  # from a proxy in front of it
-            raise (EngineDown if passing else EngineFault)(f"{self.name} answers {path} with {status}")
+            is_from_proxy = status in (502, 503, 504)
+            raise (EngineDown if is_from_proxy else EngineFault)(f"{self.name} answers {path} with {status}")
         value = _value(content)
         return value if isinstance(value, dict) else {}
 
@@ -337,7 +337,7 @@ def prompt_logprobs(entries: Any, ids: Sequence[int]) -> list[float]:
     """Return the log-probabilities of all tokens of a prompt but the first. entries: `prompt_logprobs` of vLLM's API, one entry
     a token. Raises Unprovable if the engine sent none."""
     if not entries:
-        raise Unprovable("the engine tells no log-probabilities of a prompt")
+        raise Unprovable("the engine does not report log-probabilities of prompts")
     return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], ids[1:], strict=True)]
 
 
@@ -366,8 +366,8 @@ def _value(content: bytes) -> Any:
         return None
 
 
-def _explains(content: bytes) -> bool:
-    """Return whether a 404 is about more than the route, for which servers answer "Not Found" alone."""
+def _names_missing_object(content: bytes) -> bool:
+    """Return whether a 404 says what is missing: for an unknown route, servers answer "Not Found" alone."""
     value = _value(content)
     error = value.get("error", value) if isinstance(value, dict) else None
     message = error.get("message") if isinstance(error, dict) else None

@@ -1,6 +1,7 @@
-"""vLLM in an environment of its own: started by its command line, or running already; spoken to by HTTP alone.
+"""Serves with vLLM, in a separate Python environment: starts it by its command line, or uses a running server.
 
-What it does with adapters, templates and dates is in docs/serving.md; its modules move between releases, so none is imported.
+dstune talks to vLLM by HTTP alone and imports none of its modules, since they move between releases. docs/serving.md describes what
+vLLM does with adapters, templates and dates.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TOOLS = frozenset({"tools", "tool_choice"})
 COMPLETION = _SAMPLING | {"model", "prompt", "echo"}
 RESPONSE = frozenset({"model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "user"})
 RESPONSE |= {"safety_identifier"}
-OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
+ENCODER_ROUTES: Mapping[str, Mapping[str, frozenset[str]]] = {
     "embed": {
         "/v1/embeddings": frozenset({"model", "input", "encoding_format", "dimensions", "user"}),
         "/rerank": frozenset({"model", "query", "documents", "top_n", "user"}),
@@ -59,11 +60,12 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
     "answer": {},
     "reward": {},
 }
+"""Routes, with the request fields that they act on, for each kind of answer that an encoder serves (`Source.serves`)."""
 PARSERS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json"))
 """How templates mark a tool call, and vLLM's name of the parser for it."""
 
 DTYPES = {"auto": "", "half": "float16", "float": "float32"}
-"""vLLM's aliases of number formats; `auto` is the stored one."""
+"""vLLM's aliases of number formats; `auto` stands for the stored format."""
 
 OVERRIDES = frozenset(
     {"--chat-template", "--default-chat-template-kwargs", "--tokenizer", "--tokenizer-mode", "--tokenizer-revision"}
@@ -74,22 +76,27 @@ OVERRIDES = frozenset(
 CONTENT_FORMAT = "--chat-template-content-format"
 
 LEAST_RANK = 16
+"""The smallest value passed as `--max-lora-rank`."""
 _PYTHON_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Variables of dstune's own Python, which vLLM's process does not inherit."""
 
 
 @dataclass
 class VllmEngine(Engine):
+    """A vLLM server."""
+
     name: ClassVar[str] = "vllm"
     reads_images: ClassVar[bool] = True
     python: str | None = None
-    """Of vLLM's environment; None for a server that already runs at `address`."""
+    """The Python of vLLM's environment; None for a server that already runs at `address`."""
     address: str | None = None
     key: str = ""
+    """The API key of a server that already runs."""
     arguments: list[str] = field(default_factory=list)
-    """The user's arguments, which come last."""
+    """The user's arguments, which come last on the command line."""
     number_format: str = ""
     max_rank: int = 0
+    """The largest rank of the adapters that will be loaded; 0 without adapters."""
 
     def __post_init__(self) -> None:
         self.starts_process = self.address is None  # type: ignore[misc]
@@ -114,12 +121,12 @@ class VllmEngine(Engine):
         if self.source.generates:
             chat = CHAT | (TOOLS if self.parser else set())
             return {"/v1/chat/completions": chat, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
-        return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
+        return {path: fields for kind in self.source.serves for path, fields in ENCODER_ROUTES[kind].items()}
 
     @property
     def unseen_settings(self) -> str:
         if self.address is not None:
-            return "compared by rows alone: the server reads template, tokenizer and generation settings of its own"
+            return "compared by rows alone: the server has its own template, tokenizer and generation settings"
         return overriding_arguments(self.arguments, OVERRIDES)
 
     def expect(self, adapter: Source) -> None:
@@ -132,7 +139,7 @@ class VllmEngine(Engine):
         program = Path(self.python).parent / "vllm"
         if not program.is_file():
             fix = "name the Python of an environment in which `pip install vllm` was run"
-            raise UserError(Problem("--engine-python", "there is no program `vllm` beside it", fix, self.python))
+            raise UserError(Problem("--engine-python", "there is no program `vllm` in its folder", fix, self.python))
         source = self.source
         options = ["serve", source.load_from, "--uds", str(folder / "http"), "--served-model-name", self.base]
         if source.load_revision:
@@ -193,7 +200,7 @@ class VllmEngine(Engine):
                 listed = (await self.ask("GET", "/v1/models", None))["data"]
             places = {model["id"]: model.get("root") for model in listed if model["id"] in self._loaded}
         except (EngineDown, Unprovable, UserError, TimeoutError, LookupError, TypeError, AttributeError):
-            return True  # it does not state them
+            return True  # it does not list its models
         place_by_name = {name: place for name, place in self._places.items() if name in self._loaded}
         self._places = places | place_by_name
         return all(name in places and places[name] == place for name, place in place_by_name.items())
@@ -213,11 +220,12 @@ class VllmEngine(Engine):
         if not any(map(shows_image, request.get("messages", ()))):
             return await super().prompt_ids(model, request)
         # `/tokenize` may omit the tokens that stand for images in the model.
-        ids: list[int] | None = (await self._rendered(model, request, add_generation_prompt=True)).get(
-            "prompt_token_ids"
-        )
+        rendered = await self._rendered(model, request, add_generation_prompt=True)
+        ids: list[int] | None = rendered.get("prompt_token_ids")
         if ids is None:
-            raise Unprovable("this vLLM does not tell the tokens of a prompt with images (return_token_ids)")
+            raise Unprovable(
+                "this version of vLLM does not report the tokens of a prompt with images (return_token_ids)"
+            )
         return ids
 
     async def logprobs_with_images(self, model: str, row: Mapping[str, Any]) -> list[float]:
@@ -231,10 +239,10 @@ class VllmEngine(Engine):
         rendered = await self._rendered(model, {**row, "messages": answered}, **fields)
         ids: list[int] = rendered.get("prompt_token_ids") or []
         row_ids = [*row["prompt_ids"], *row["target_ids"]]
-        equal = sum(itertools.takewhile(bool, map(int.__eq__, ids, row_ids)))
-        if equal <= len(row["prompt_ids"]):
+        equal_count = sum(itertools.takewhile(bool, map(int.__eq__, ids, row_ids)))
+        if equal_count <= len(row["prompt_ids"]):
             return []
-        return prompt_logprobs(rendered.get("prompt_logprobs"), ids)[len(row["prompt_ids"]) - 1 : equal - 1]
+        return prompt_logprobs(rendered.get("prompt_logprobs"), ids)[len(row["prompt_ids"]) - 1 : equal_count - 1]
 
     async def _rendered(self, model: str, row: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
         """Return vLLM's response about the prompt that it renders from a row's messages."""
@@ -250,13 +258,12 @@ class VllmEngine(Engine):
         return await self.ask("POST", "/v1/chat/completions", body)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        most = int(self._user_argument("--max-lora-rank") or self.max_rank)
-        if self.address is None and (rank := _rank(folder)) > most:
-            reason = f"its rank is {rank}, the engine was started for at most {most}"
+        max_rank = int(self._user_argument("--max-lora-rank") or self.max_rank)
+        if self.address is None and (rank := _rank(folder)) > max_rank:
+            reason = f"its rank is {rank}, but the engine was started for ranks up to {max_rank}"
             raise UserError(Problem(name, reason, f"start it with `-- --enable-lora --max-lora-rank {rank}`"))
-        if (
-            self.address is not None
-        ):  # an adapter that an earlier gateway loaded is still there, and may be another version
+        if self.address is not None:
+            # A running server may still have an adapter of this name, of another version, from an earlier gateway.
             with contextlib.suppress(UserError, Unprovable):
                 await self.unload_adapter(name)
         await super().load_adapter(name, folder)
@@ -269,9 +276,9 @@ class VllmEngine(Engine):
 
     def _user_argument(self, flag: str) -> str:
         """Return the value of `flag` in the user's arguments; empty if it is not among them."""
-        for number, word in enumerate(self.arguments):
-            if word == flag and number + 1 < len(self.arguments):
-                return self.arguments[number + 1]
+        for index, word in enumerate(self.arguments):
+            if word == flag and index + 1 < len(self.arguments):
+                return self.arguments[index + 1]
             if word.startswith(f"{flag}="):
                 return word.partition("=")[2]
         return ""
@@ -310,6 +317,7 @@ def _with_details(request_input: Any) -> Any:
 
 
 def _rank(folder: Path | None) -> int:
+    """Return the largest rank of an adapter."""
     assert folder is not None
     settings = object_in(folder / "adapter_config.json")
     return max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])

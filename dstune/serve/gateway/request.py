@@ -45,11 +45,11 @@ EXPOSED = b"x-request-id, retry-after, openai-organization, openai-processing-ms
 """Response headers that pages of other sites may read."""
 
 UNREAD_BYTES = 786_432
-"""How much is still read of a body that is refused."""
+"""How much of a refused body is still read."""
 
 
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-"""JSON may escape a character as a surrogate pair. Half of one alone is not text and cannot be passed on."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escaped surrogate in JSON. A pair of them stands for a character; one alone is not text and cannot be passed on."""
 
 LARGE_BYTES = 262_144
 """Larger bodies are parsed and checked in a thread."""
@@ -60,8 +60,8 @@ LEAST_BYTES_A_SECOND = 1024
 """Minimum rate of a body that arrives in pieces, after its first `body_seconds`."""
 
 
-_NO_HEADER = re.compile(r"[^ -~]")
-"""A line break in a client's value would begin a header of the client's own."""
+_NOT_IN_HEADER = re.compile(r"[^ -~]")
+"""Characters replaced in header values: a line break in a client's value would begin a header that the client chooses."""
 
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Request(requests.Request):
         self.held_bytes = 0
         self._body_ended = False
         self._unread = UNREAD_BYTES
-        self._may_hold_halves = False
+        self._may_have_lone_surrogates = False
         self.id = f"req_{secrets.token_hex(16)}"
         self.began = time.monotonic()
         self.first_byte: float | None = None
@@ -138,7 +138,7 @@ class Request(requests.Request):
         """Return the value of a header; empty if it is absent. Raises ApiError if it occurs several times."""
         values = self._values.get(name.encode(), [])
         if len(values) > 1:
-            raise ApiError(400, f"The header {name} is there more than once.")
+            raise ApiError(400, f"The header {name} occurs more than once.")
         return values[0].decode("latin-1") if values else ""
 
     def query(
@@ -154,7 +154,7 @@ class Request(requests.Request):
             if name not in names and (family not in families or name.endswith("[]")):
                 raise ApiError(400, f"Unknown parameter: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
             if name in value_by_name:
-                raise ApiError(400, f"The parameter {name[:80]!r} is there twice.", param=name[:80])
+                raise ApiError(400, f"The parameter {name[:80]!r} occurs twice.", param=name[:80])
             value_by_name[name] = value
         return value_by_name
 
@@ -216,10 +216,10 @@ class Request(requests.Request):
                 async with asyncio.timeout(self.settings.body_seconds):
                     message = await self.receive()
             except TimeoutError:
-                raise ApiError(408, f"Nothing came for {self.settings.body_seconds:g} s.") from None
+                raise ApiError(408, f"Nothing of the body arrived for {self.settings.body_seconds:g} s.") from None
             seconds = time.monotonic() - began
             if seconds > self.settings.body_seconds and size < seconds * LEAST_BYTES_A_SECOND:
-                raise ApiError(408, f"The body comes with less than {LEAST_BYTES_A_SECOND} bytes a second.")
+                raise ApiError(408, f"The body arrives at less than {LEAST_BYTES_A_SECOND} bytes per second.")
             if message["type"] == "http.disconnect":
                 raise ClientGone
             part: bytes = message.get("body", b"")
@@ -249,7 +249,7 @@ class Request(requests.Request):
         except ValueError:
             raise too_large from None
         except TimeoutError:
-            raise ApiError(408, f"The body was not there after {self.settings.body_seconds:g} s.") from None
+            raise ApiError(408, f"The body did not arrive within {self.settings.body_seconds:g} s.") from None
         self.body_bytes = len(body)
         return await self.run_in_thread(lambda: self._parsed(body))
 
@@ -269,22 +269,22 @@ class Request(requests.Request):
         if excess := excess_of(body, self.settings.max_depth):
             raise ApiError(400, f"The body {excess}.")
         self.digest = hashlib.sha256(body).hexdigest()
-        self._may_hold_halves = bool(_HALF.search(body))
+        self._may_have_lone_surrogates = bool(_SURROGATE.search(body))
         try:
             value = json.loads(body.decode(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
-            raise ApiError(400, "The body is no JSON.") from None
+            raise ApiError(400, "The body is not valid JSON.") from None
         if not isinstance(value, dict):
             raise ApiError(400, "The body must be a JSON object.")
         return value
 
     def refuse_halves(self, body: dict[str, Any]) -> None:
         """Raises ApiError if a text in the body contains half of a surrogate pair, which cannot be passed on."""
-        if self._may_hold_halves:
+        if self._may_have_lone_surrogates:
             try:
                 dumps(body)
             except UnicodeEncodeError:
-                raise ApiError(400, "The body holds half of a character (a lone surrogate).") from None
+                raise ApiError(400, "The body contains half of a character (a lone surrogate).") from None
 
     # -- response
 
@@ -304,7 +304,7 @@ class Request(requests.Request):
             self.status = message["status"]
             own_headers = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
             own_headers += [
-                (name, _NO_HEADER.sub("?", ", ".join(values)).encode())
+                (name, _NOT_IN_HEADER.sub("?", ", ".join(values)).encode())
                 for name, values in self._notes.items()
                 if values
             ]
@@ -364,4 +364,4 @@ class Request(requests.Request):
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -21,7 +21,7 @@ CHAT |= {"chat_template_kwargs", "safety_identifier"}
 COMPLETION = _SAMPLING | {"model", "prompt"}
 RESPONSE = frozenset({"model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "user"})
 RESPONSE |= {"safety_identifier"}
-OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
+ENCODER_ROUTES: Mapping[str, Mapping[str, frozenset[str]]] = {
     "embed": {
         "/v1/embeddings": frozenset({"model", "input", "encoding_format", "user"}),
         "/rerank": frozenset({"model", "query", "documents", "texts", "top_n", "return_text", "user"}),
@@ -53,7 +53,7 @@ class LocalEngine(Engine):
     def routes(self) -> Mapping[str, frozenset[str]]:
         if self.source.generates:
             return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
-        return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
+        return {path: fields for kind in self.source.serves for path, fields in ENCODER_ROUTES[kind].items()}
 
     def fits_without_max_tokens(self, answers: int, most: int) -> bool:
         return answers * DEFAULT_MAX_TOKENS <= most
