@@ -1,4 +1,4 @@
-"""The verb `dstune cycle`."""
+"""The verb `dstune cycle`: runs a cycle, shows its state, and records a person's decisions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def main(argv: list[str]) -> int:
     """Run `dstune cycle CONFIG [ACTION]`. Raises UserError, Preempted, TrainingFailed; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.action != "schedule" and (arguments.scheduler or arguments.output):
-        raise UserError(Problem("--for", "is for `schedule` alone", "dstune cycle CONFIG schedule --for cron"))
+        option = "--for" if arguments.scheduler else "--output"
+        raise UserError(Problem(option, "only works with `schedule`", "dstune cycle CONFIG schedule --for cron"))
     settings = read_settings(arguments.config)
     if arguments.auto_promote:
         if arguments.action != "run":
-            raise UserError(Problem("--auto-promote", "is for a cycle alone", "dstune cycle CONFIG --auto-promote"))
+            raise UserError(Problem("--auto-promote", "only works with `run`", "dstune cycle CONFIG --auto-promote"))
         settings = replace(settings, auto_promote=settings.auto_promote or AutoPromote())
     if arguments.action == "schedule":
         from dstune.cycle.schedule import write_schedule
@@ -62,7 +63,8 @@ def _say(text: str) -> None:
 def _parser() -> VerbParser:
     parser = VerbParser(
         prog="dstune cycle",
-        description="Collect rows that a person stood up for, train, judge, and give the candidate a share of the traffic.",
+        description="Collect rows that people have labelled, corrected or accepted, train a candidate on them, judge it, and give "
+        "it a share of the traffic.",
     )
     parser.add_argument(
         "config", type=Path, metavar="CONFIG", help="a YAML file: run, folder, data, gates (docs/cycle.md)"
@@ -72,20 +74,25 @@ def _parser() -> VerbParser:
         nargs="?",
         choices=ACTIONS,
         default="run",
-        help="run (default) goes on where the last cycle was stopped; judge puts the challenger to the gates again, after rows "
-        "were added; challenge (gives it its share of the traffic), promote and rollback are a person's",
+        help="run (default) starts a cycle, or continues one that was interrupted; judge checks the challenger against the gates "
+        "again, after rows were added; a person decides challenge (which gives it its share of the traffic), promote and rollback",
     )
     bounds = AutoPromote()
     parser.add_argument(
         "--auto-promote",
         action="store_true",
-        help="promote without a person within the bounds of `auto_promote`; where CONFIG has none, if the gain on at least "
-        f"{bounds.least_new_rows} held-out new rows lies above {bounds.least_gain:g}",
+        help="promote without a person within the bounds of `auto_promote`; if CONFIG has none, promote if the gain on at least "
+        f"{bounds.least_new_rows} new held-out rows exceeds {bounds.least_gain:g}",
     )
-    parser.add_argument("--by", metavar="NAME", help="who decides, for the ledger (default: the user of the process)")
-    parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the ledger")
     parser.add_argument(
-        "--for", dest="scheduler", choices=("cron", "slurm", "databricks"), help="with `schedule`: what runs the cycles"
+        "--by", metavar="NAME", help="who decides, as recorded in the ledger (default: your user name on this machine)"
+    )
+    parser.add_argument("--reason", default="", metavar="TEXT", help="the reason, as recorded in the ledger")
+    parser.add_argument(
+        "--for",
+        dest="scheduler",
+        choices=("cron", "slurm", "databricks"),
+        help="with `schedule`: the scheduler that runs the cycles (default: cron)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="with `schedule`: the file to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -93,7 +100,7 @@ def _parser() -> VerbParser:
 
 
 def _decide(settings: CycleSettings, action: str, by: str, reason: str) -> dict[str, Any]:
-    """Give the challenger its share, promote it, or roll back. Raises UserError."""
+    """Give the challenger its share, promote it, or roll back; record the decision and return the status. Raises UserError."""
     registry, ledger = Registry.read(settings.folder), Ledger(settings.folder)
     number = max((version["cycle"] for version in registry.versions.values()), default=0)
     version_before = None
@@ -104,7 +111,7 @@ def _decide(settings: CycleSettings, action: str, by: str, reason: str) -> dict[
     else:
         version_before, version = registry.roll_back(settings.alias)
     registry.write()
-    ledger.append(number, action, version, reason or "no reason was given", by=by, before=version_before)
+    ledger.append(number, action, version, reason or "no reason given", by=by, before=version_before)
     return _status(settings)
 
 
