@@ -42,7 +42,10 @@ class CanaryResult:
 
 
 def read_canaries(path: Path) -> list[Canary]:
-    """Read canaries from a file: `messages`, `prompt` or `text`, and `expected`. Raises UserError with all invalid rows."""
+    """Read canaries from a file with a JSON object per line: `messages`, `prompt` or `text`, and `expected`.
+
+    Raises UserError with the first ten invalid rows.
+    """
     canaries, problems = [], []
     try:
         with open_file(path) as stream:
@@ -58,7 +61,8 @@ def read_canaries(path: Path) -> list[Canary]:
                     (name for name in ("messages", "prompt", "text") if isinstance(row, dict) and row.get(name)), None
                 )
                 if name is None or not isinstance(row.get("expected"), str):
-                    problems.append(Problem(where, "is no canary", '{"prompt": "...", "expected": "..."}'))
+                    reason = "is not a canary: it needs messages, prompt or text, and expected"
+                    problems.append(Problem(where, reason, 'for example {"prompt": "...", "expected": "..."}'))
                 else:
                     canaries.append(Canary(where, {name: row[name]}, row["expected"]))
     except OSError as error:
@@ -73,8 +77,10 @@ def read_canaries(path: Path) -> list[Canary]:
 
 
 def ask_canaries(canaries: list[Canary], server: str, model: str) -> CanaryResult:
-    """Send each canary to a server, with greedy decoding, and compare the answers word for word. The key is that of DSTUNE_API_KEY.
-    Raises UserError if the server does not answer, which says nothing about the model."""
+    """Send each canary to a server, with greedy decoding, and compare the answers exactly. The key is that of DSTUNE_API_KEY.
+
+    Raises UserError if the server does not answer, which says nothing about the model.
+    """
     changed = [canary.place for canary in canaries if _answer(canary, server, model) != canary.expected]
     return CanaryResult(len(canaries), tuple(changed))
 
@@ -97,9 +103,9 @@ def _post(url: str, body: dict[str, Any]) -> Any:
             return parse_json(response.read())
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code}"
-        fix = f"a client's key in {KEY_VARIABLE}" if error.code == 401 else "look at the server's log"
+        fix = f"set {KEY_VARIABLE} to a client's key" if error.code == 401 else "look at the server's log"
         raise UserError(Problem("--server", reason, fix, url)) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            Problem("--server", f"does not answer: {error}", "the address of `dstune serve`", url)
+            Problem("--server", f"does not answer: {error}", "give the address that `dstune serve` prints", url)
         ) from None

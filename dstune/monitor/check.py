@@ -35,9 +35,10 @@ class Settings:
     """Chance of a false alarm within `checks` checks."""
     checks: int = 12
     share: float = 0.2
-    """Share of the live rows whose move to another topic should be detected: the power is stated for it."""
+    """The share of the live rows for which the power is stated: how surely a move of so many to one topic would be detected."""
     least_effect: float = 0.02
-    """Differences that are surely smaller do not count, however significant: a share of rows."""
+    """The least effect that counts, as a share of the rows: a difference is no drift if its whole interval is below, however
+    significant it is."""
     streams: bool = True
     seed: int = 0
 
@@ -188,6 +189,7 @@ def _changes(sides: Sides, streams: Mapping[str, tuple[np.ndarray, np.ndarray]],
 
 
 def _verdict(check: Check, live_rows: int) -> tuple[str, str]:
+    """Return the verdict and its reason."""
     drifting = [finding for finding in check.findings if finding.drifts]
     if drifting or check.streams:
         names = list(
@@ -196,24 +198,20 @@ def _verdict(check: Check, live_rows: int) -> tuple[str, str]:
         return DRIFT, f"{', '.join(names)}: beyond the error budget"
     power = check.power
     if power is not None and not power.can_alarm:
-        reason = (
-            f"the error budget of a check is too small for {check.permutations:,} permutations: nothing could alarm"
-        )
-        return UNDECIDED, f"{reason}; take fewer --checks or a larger --alpha"
+        reason = f"no signal could raise an alarm: the error budget of a check is too small for {check.permutations:,} permutations"
+        return UNDECIDED, f"{reason}; give fewer --checks or a larger --alpha"
     if power is None:
-        return (
-            UNDECIDED,
-            f"too few rows: {live_rows} live ones; give at least {reading.FEWEST} of each side, better 500",
-        )
-    shows = f"a move of {power.share:.0%} of them to one topic of the reference shows in {power.power:.0%} of cases"
+        reason = f"too few rows: {live_rows} live ones; give at least {reading.FEWEST} on each side, better 500"
+        return UNDECIDED, reason
+    detection = f"a move of {power.share:.0%} of them to one topic would be detected in {power.power:.0%} of cases"
     if power.power < WANTED:
         needed = (
             f"{power.live_rows_needed:,} live rows"
             if power.live_rows_needed is not None
-            else f"{power.rows_needed:,} rows of each side"
+            else f"{power.rows_needed:,} rows on each side"
         )
-        return UNDECIDED, f"too few rows: {power.live_rows:,}; {shows}; it takes {needed} for {WANTED:.0%}"
-    return NONE, f"no signal of {power.live_rows:,} rows exceeds the error budget; {shows}"
+        return UNDECIDED, f"too few rows: {power.live_rows:,}; {detection}; {WANTED:.0%} needs {needed}"
+    return NONE, f"no signal of {power.live_rows:,} rows exceeds the error budget; {detection}"
 
 
 def _locate(check: Check, sides: Sides, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""The verb `dstune monitor`."""
+"""The verb `dstune monitor`: compares live rows with those of a run, and reports one verdict."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from dstune.monitor.vectors import WORDS, embed
 EXIT_DRIFT = 3
 RESULT, PAGE = "monitor.json", "report.html"
 BLIND_SPOTS = (
-    "answers that have become wrong although people ask as before: only labels, corrections and ratings show them",
-    "rows that are too few to show in the power stated above",
-    "what the logs lack: failed requests, text beyond 16 turns or 8,000 characters of one, and what redaction masked",
-    "users who depend on each other: conversations count as independent (--one-per user takes one of each user)",
-    "a change of all rows at once that keeps embeddings, lengths, languages and confidence as they were",
+    "answers that have become wrong although the questions are as before: only labels, corrections and ratings show them",
+    "changes of fewer rows than the power stated above can detect",
+    "what the logs lack: failed requests, text beyond 16 turns or 8,000 characters of a turn, and what redaction masked",
+    "dependence between conversations: they count as independent (--one-per user takes one conversation of each user)",
+    "a change of the rows that leaves embeddings, lengths, languages and confidence as they were",
 )
 
 
@@ -140,17 +140,17 @@ def compare(
     check = run_check(Sides(reference.rows, live.rows, vectors, reference.name), table, budget, settings)
     if canaries and canaries["changed"]:
         check.verdict = DRIFT
-        check.reason = (
-            f"{len(canaries['changed'])} of {canaries['asked']} canaries are answered otherwise; {check.reason}"
-        )
+        check.reason = f"{len(canaries['changed'])} of {canaries['asked']} canaries have another answer than before; {check.reason}"
     return Outcome(check, live, reference, embeddings, canaries, "" if run is None else str(run))
 
 
 def exit_code(result: Mapping[str, Any], *, fails: bool) -> int:
+    """Return the exit code. fails: whether drift is a failure."""
     return EXIT_DRIFT if fails and result["verdict"] == DRIFT else EXIT_DONE
 
 
 def read_reference_config(run: Path) -> Any:
+    """Return the configuration of a run, for reading its rows."""
     from dstune.config.run_file import read_run
     from dstune.config.trust import Use
 
@@ -166,48 +166,55 @@ def _canaries(arguments: argparse.Namespace) -> dict[str, Any] | None:
     canaries = read_canaries(arguments.canaries)
     if arguments.server is None or arguments.served_name is None:
         fix = "--server http://127.0.0.1:8000 --served-name NAME, as the server prints them"
-        raise UserError(Problem("--canaries", "a server has to be asked", fix, str(arguments.canaries)))
-    outcome = ask_canaries(canaries, arguments.server.rstrip("/").removesuffix("/v1"), arguments.served_name)
-    return {"asked": outcome.count, "changed": list(outcome.changed)}
+        raise UserError(Problem("--canaries", "needs the server to ask", fix, str(arguments.canaries)))
+    result = ask_canaries(canaries, arguments.server.rstrip("/").removesuffix("/v1"), arguments.served_name)
+    return {"asked": result.count, "changed": list(result.changed)}
 
 
 def _parser() -> VerbParser:
     parser = VerbParser(
         prog="dstune monitor",
-        description="Compare live rows with those that a run was trained and measured on: one verdict, within one error budget.",
+        description="Compare live rows with the training and validation rows of a run: one verdict, within one error budget.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of the served model")
     parser.add_argument(
         "--data",
         required=True,
         metavar="LOGS",
-        help="the folder of `dstune serve --log-requests` (--state), or rows as data.train names them: files, delta://PATH",
+        help="the state folder of a `dstune serve --log-requests` (its --state), or rows in any form of data.train: files, "
+        "delta://PATH",
     )
-    parser.add_argument("--window", metavar="TIME", help="how far back: 12h, 7d (default for a server's logs), 2w")
-    parser.add_argument("--reference", metavar="FILE", help="compare with these rows, not the run's own")
-    parser.add_argument("--store", metavar="URL", help="the server's database, where it is not beside its logs")
-    parser.add_argument("--one-per", choices=("user", "key"), help="take one conversation of each")
+    parser.add_argument(
+        "--window", metavar="TIME", help="how far to look back: 12h, 7d (default for a server's logs), 2w"
+    )
+    parser.add_argument("--reference", metavar="FILE", help="compare with these rows instead of the run's own")
+    parser.add_argument("--store", metavar="URL", help="the server's database, if it is not next to its logs")
+    parser.add_argument("--one-per", choices=("user", "key"), help="use one conversation per user, or per key")
     add_test_options(parser)
     parser.add_argument(
-        "--checks", type=int, default=12, metavar="N", help="checks that share the budget of false alarms (default 12)"
+        "--checks", type=int, default=12, metavar="N", help="number of checks that share the error budget (default 12)"
     )
     parser.add_argument(
         "--model-rows",
         type=int,
         default=1000,
         metavar="N",
-        help="rows of each side that the model is asked for its confidence, and labelled live ones for its loss (default 1000; "
-        "0 asks it nothing)",
+        help="rows of each side on which the model's confidence is measured, and labelled live rows on which its loss is (default "
+        "1000; 0 does not run the model)",
     )
     parser.add_argument(
         "--no-streams", dest="streams", action="store_false", help="do not look for a change within the window"
     )
     parser.add_argument(
-        "--canaries", type=Path, metavar="FILE", help="prompts with the answers that the server has to give"
+        "--canaries", type=Path, metavar="FILE", help="prompts with the answers that the server must give"
     )
-    parser.add_argument("--server", metavar="URL", help="which server the canaries ask; a key in DSTUNE_API_KEY")
-    parser.add_argument("--served-name", metavar="NAME", help="under which the model is served there")
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (default RUN/{FOLDER}/{PAGE})")
+    parser.add_argument(
+        "--server", metavar="URL", help="the server to send the canaries to; DSTUNE_API_KEY has a client's key"
+    )
+    parser.add_argument("--served-name", metavar="NAME", help="the name under which that server serves the model")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"where to write the page (default RUN/{FOLDER}/{PAGE})"
+    )
     return parser
 
 
@@ -217,7 +224,7 @@ def add_test_options(parser: argparse.ArgumentParser) -> None:
         "--embeddings",
         default=WORDS,
         metavar="MODEL",
-        help="a model for task=embedding such as sample://minilm, or `words` (default), which needs none",
+        help="a model for task=embedding, such as sample://minilm; or `words` (default), which needs no model",
     )
     parser.add_argument(
         "--alpha",
@@ -231,17 +238,22 @@ def add_test_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="share of the rows whose move to one topic is to be found; decides which rows are too few (default 0.2)",
+        help="a move of this share of the rows to one topic should be detected; if there are too few rows for that, the verdict is "
+        "`undecided` (default 0.2)",
     )
     parser.add_argument(
-        "--rows", type=int, default=10_000, metavar="N", help="at most so many of each side (default 10000)"
+        "--rows",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="the most rows of each side that are compared (default 10000)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--fail-on-drift", action="store_true", help="leave with exit code 3 if there is drift")
+    parser.add_argument("--fail-on-drift", action="store_true", help="exit with code 3 if there is drift")
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises UserError with every number that is out of range."""
+    """Raise UserError with every number that is out of range."""
     problems = []
     if not 0 < arguments.alpha < 0.5:
         problems.append(Problem("--alpha", "must be between 0 and 0.5", "--alpha 0.05", str(arguments.alpha)))
@@ -252,7 +264,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         if value < least:
             problems.append(Problem(f"--{name.replace('_', '-')}", f"must be at least {least}", value=str(value)))
     if arguments.rows > 50_000:
-        problems.append(Problem("--rows", "must be at most 50000: more rows bring nothing", value=str(arguments.rows)))
+        reason = "must be at most 50000: more rows do not help"
+        problems.append(Problem("--rows", reason, "--rows 50000", str(arguments.rows)))
     if getattr(arguments, "checks", 1) > 366:
         problems.append(Problem("--checks", "must be at most 366", value=str(arguments.checks)))
     if problems:
@@ -260,7 +273,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the result; texts of examples are only printed to the screen."""
+    """Print the result. Only text for the screen includes examples of rows, JSON does not."""
     if as_json:
         print(json.dumps(result))
         return
@@ -269,7 +282,7 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
     print(f"{check.verdict}: {check.reason}\n{rows}")
     for option, left_out in (("--data", outcome.live.left_out), ("--reference", outcome.reference.left_out)):
         if left_out:
-            print(f"{left_out:,} rows of {option} were left out: at most {READ_ROWS:,} are held")
+            print(f"{left_out:,} rows of {option} were left out: at most {READ_ROWS:,} are read")
     print(f"  {'signal':<14} {'live':>7} {'reference':>9} {'p':>8} {'corrected':>9}  effect (95%)")
     for finding in sorted(check.findings, key=lambda finding: finding.corrected_p):
         effect = finding.effect
@@ -278,7 +291,7 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
             f"{'*' if finding.drifts else ' '} {finding.name:<14} {finding.live_rows:>7,} {finding.reference_rows:>9,} "
             f"{finding.p:>8.4f} {finding.corrected_p:>9.4f}  {size}"
         )
-    print(f"corrected: for all signals and {check.budget.checks} checks; drift at {check.budget.alpha:g}")
+    print(f"corrected: for all signals and {check.budget.checks} checks; drift at {check.budget.alpha:g} or less")
     for name, reason in check.unmeasured.items():
         print(f"  {name}: not compared: {reason}")
     for change in check.streams:
@@ -287,7 +300,7 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
         power = check.power
         print(
             f"power: {power.power:.0%} for a move of {power.share:.0%} of the rows to one topic of the reference; "
-            f"80% takes {power.rows_needed:,} rows of each side"
+            f"80% needs {power.rows_needed:,} rows on each side"
         )
     if check.since is not None:
         print(f"since: {iso(check.since)}")

@@ -77,8 +77,8 @@ def asked_texts(row: Mapping[str, Any]) -> tuple[str, ...]:
     for name in PROMPT_FIELDS:
         text = _text(_draw_text(row.get(name), row))
         if text:
-            further = _text(row.get("text_pair", row.get("context", row.get("text_2"))))
-            return (_truncate(f"{text}\n{further}") if further else text,)
+            second_text = _text(row.get("text_pair", row.get("context", row.get("text_2"))))
+            return (_truncate(f"{text}\n{second_text}") if second_text else text,)
     return ()
 
 
@@ -119,16 +119,16 @@ def joined(turns: Iterable[Conversation]) -> list[Conversation]:
     """Join requests of one user that each repeat the previous turns, as chat clients send them; an equal request belongs to the
     same conversation. turns: in time order."""
     conversations: list[Conversation] = []
-    open_ones: dict[tuple[str | None, str | None, str], list[int]] = {}
+    indices_by_beginning: dict[tuple[str | None, str | None, str], list[int]] = {}
     for turn in turns:
-        begins = (turn.key, turn.user, turn.texts[0])
-        for number in reversed(open_ones.setdefault(begins, [])):
-            earlier = conversations[number]
+        indices = indices_by_beginning.setdefault((turn.key, turn.user, turn.texts[0]), [])
+        for index in reversed(indices):
+            earlier = conversations[index]
             if turn.texts[: len(earlier.texts)] == earlier.texts:
-                conversations[number] = _continued(earlier, turn)
+                conversations[index] = _continued(earlier, turn)
                 break
         else:
-            open_ones[begins].append(len(conversations))
+            indices.append(len(conversations))
             conversations.append(turn)
     return conversations
 

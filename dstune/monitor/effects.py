@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 Z = 1.959964
+"""The 97.5% quantile of the normal distribution."""
 PSI_ROWS = 500
 """Rows of each side below which the population stability index is refused: without drift it exceeds its usual limit 0.1 in a third
 of cases at 200 rows, and hardly ever at 500 (`benchmarks/drift.py psi`)."""
@@ -41,13 +42,14 @@ def auc(live: np.ndarray, reference: np.ndarray) -> Effect:
     """Return the area under the ROC curve, with an interval by DeLong's variance (Biometrics 44, 1988)."""
     from scipy.stats import rankdata
 
-    together = rankdata(np.concatenate([live, reference]))
-    of_live = (together[: len(live)] - rankdata(live)) / len(reference)
-    of_reference = 1 - (together[len(live) :] - rankdata(reference)) / len(live)
-    value = float(of_live.mean())
-    variance = _variance(of_live) / len(live) + _variance(of_reference) / len(reference)
-    room = Z * float(np.sqrt(variance))
-    return Effect("auc", value, max(0.0, value - room), min(1.0, value + room))
+    ranks = rankdata(np.concatenate([live, reference]))
+    # For each live row, the share of reference rows with a smaller value; for each reference row, of live rows with a larger one.
+    share_below = (ranks[: len(live)] - rankdata(live)) / len(reference)
+    share_above = 1 - (ranks[len(live) :] - rankdata(reference)) / len(live)
+    value = float(share_below.mean())
+    variance = _variance(share_below) / len(live) + _variance(share_above) / len(reference)
+    half_width = Z * float(np.sqrt(variance))
+    return Effect("auc", value, max(0.0, value - half_width), min(1.0, value + half_width))
 
 
 def _variance(values: np.ndarray) -> float:
@@ -68,20 +70,19 @@ def share_change(
     live_share: float, live_rows: int, reference_share: float, reference_rows: int, detail: str = ""
 ) -> Effect:
     """Return the change of a share, with an interval by Newcombe's method 10 (Statistics in Medicine 17, 1998)."""
-    (low_now, high_now), (low_before, high_before) = (
-        _wilson(live_share, live_rows),
-        _wilson(reference_share, reference_rows),
-    )
+    live_low, live_high = _wilson_interval(live_share, live_rows)
+    reference_low, reference_high = _wilson_interval(reference_share, reference_rows)
     change = live_share - reference_share
-    low = change - float(np.hypot(live_share - low_now, high_before - reference_share))
-    high = change + float(np.hypot(high_now - live_share, reference_share - low_before))
+    low = change - float(np.hypot(live_share - live_low, reference_high - reference_share))
+    high = change + float(np.hypot(live_high - live_share, reference_share - reference_low))
     return Effect("share", change, low, high, detail)
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
+def _wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share of `count` rows."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    room = Z / (1 + Z**2 / count) * float(np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)))
-    return centre - room, centre + room
+    half_width = Z / (1 + Z**2 / count) * float(np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)))
+    return centre - half_width, centre + half_width
 
 
 def psi(live: np.ndarray, reference: np.ndarray) -> float | None:

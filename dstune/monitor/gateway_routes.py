@@ -34,7 +34,7 @@ class MonitorRoutes(Routes):
             default=[],
             type=Path,
             metavar="RUN",
-            help="show what `dstune monitor RUN` found last in /metrics; may be repeated",
+            help="export the newest result of `dstune monitor RUN` in /metrics; may be repeated",
         )
 
     def is_served(self, arguments: argparse.Namespace) -> bool:
@@ -43,7 +43,7 @@ class MonitorRoutes(Routes):
     def check(self, arguments: argparse.Namespace) -> Iterator[Problem]:
         for run in arguments.monitor:
             if not (run / "run.yaml").is_file():
-                yield Problem("--monitor", "this folder holds no run (no run.yaml)", "a run directory", str(run))
+                yield Problem("--monitor", "this folder holds no run (no run.yaml)", "give a run directory", str(run))
 
     def open(self, arguments: argparse.Namespace, state: Path, runtime: Path) -> None:
         self._runs = [run.resolve() for run in arguments.monitor]
@@ -77,9 +77,13 @@ class DriftGauges:
         verdict = GaugeMetricFamily(
             "dstune_drift_verdict", "1 for the verdict of the newest check", labels=["run", "verdict"]
         )
-        p_value = GaugeMetricFamily("dstune_drift_corrected_p", "For all signals and checks", labels=["run", "signal"])
+        p_value = GaugeMetricFamily(
+            "dstune_drift_corrected_p", "p-value, corrected for all signals and checks", labels=["run", "signal"]
+        )
         effect = GaugeMetricFamily("dstune_drift_effect", "Effect size, see monitor.json", labels=["run", "signal"])
-        checked = GaugeMetricFamily("dstune_drift_checked_seconds", "When, in seconds of the epoch", labels=["run"])
+        checked = GaugeMetricFamily(
+            "dstune_drift_checked_seconds", "Time of the newest check, in seconds since the epoch", labels=["run"]
+        )
         for run in self._runs:
             result, name = read_result(run), run.name
             if result.get("verdict") not in VERDICTS:

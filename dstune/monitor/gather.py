@@ -29,7 +29,7 @@ WINDOW_BEFORE = "the window before"
 
 @dataclass(frozen=True)
 class Live:
-    """The live side."""
+    """The live side of a check."""
 
     rows: list[Conversation]
     earlier: list[Conversation]
@@ -37,7 +37,7 @@ class Live:
     begin: float | None
     end: float | None
     from_server: bool
-    """Logs have a limited retention, so none of their text is written anywhere."""
+    """Whether the rows are a server's logs. Their retention is limited, so none of their text is written anywhere."""
     versions: list[str] = field(default_factory=list)
     largest_user: float = 0.0
     """The largest share of the conversations that comes from one user."""
@@ -63,7 +63,7 @@ def window_seconds(text: str) -> float:
     match = re.fullmatch(r"(\d{1,4})([hdw])", text)
     if match is None or not int(match[1]):
         raise UserError(
-            Problem("--window", "is no length of time", "a number of hours, days or weeks: 12h, 7d, 2w", text)
+            Problem("--window", "is not a length of time", "give a number of hours, days or weeks: 12h, 7d, 2w", text)
         )
     return int(match[1]) * UNITS[match[2]]
 
@@ -71,7 +71,8 @@ def window_seconds(text: str) -> float:
 def read_live(
     spec: str, window: str | None, config: RunConfig | None, *, store: str | None, per: str | None, most: int
 ) -> Live:
-    """Return the conversations of the window, and of the previous one. Raises UserError."""
+    """Return the conversations of the window and of the previous one. per: `user` or `key`, to take one conversation of each. most:
+    the most conversations of a window. Raises UserError."""
     folder = log_folder(spec)
     seconds = window_seconds(window or "7d") if window or folder is not None else None
     left_out = 0
@@ -86,7 +87,7 @@ def read_live(
         end = max(times) if times else None
         if seconds is not None and len(times) < len(rows):
             reason = "there are rows without a time"
-            fix = "a column created, time, timestamp or date; or leave --window out to compare all rows"
+            fix = "add a column created, time, timestamp or date; or leave --window out to compare all rows"
             raise UserError(Problem("--window", reason, fix, str(window)))
     begin = None if seconds is None or end is None else end - seconds
     inside = [row for row in rows if begin is None or (row.time or 0.0) >= begin]
@@ -130,7 +131,7 @@ def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool)
         assert run is not None
         run_rows = read_run_rows(run, most)
         validation = sampled(run_rows.validation, most)
-        # Fill up with training rows as far as there is room: they come from the same distribution.
+        # Training rows fill up the rest: they come from the same distribution.
         train = sampled(run_rows.train, max(most - len(validation), 0))
         reference = Reference([*validation, *train], validation, run_rows.config)
     if not mask:
@@ -158,21 +159,21 @@ def _add_model_signals(
 ) -> None:
     assert reference.config is not None
     held_out = sampled(reference.validation, model_rows)
-    chosen, labelled = _sample_rows_for_model(live, model_rows, with_loss=not task_of(reference.config.task).generates)
-    numbers = sorted({*chosen, *labelled})
-    asked = [*held_out, *(live[number] for number in numbers)]
+    sample, labelled = _sample_rows_for_model(live, model_rows, with_loss=not task_of(reference.config.task).generates)
+    measured = sorted({*sample, *labelled})
     try:
-        values_by_signal = model_signals.measure(run, reference.config, asked)
+        conversations = [*held_out, *(live[index] for index in measured)]
+        values_by_signal = model_signals.measure(run, reference.config, conversations)
     except UserError as error:
         table.unmeasured["model"] = error.problems[0].reason
         return
     for name, values in values_by_signal.items():
-        nothing: Any = "" if values.dtype.kind == "U" else np.nan
-        of_live = np.full(len(live), nothing, dtype=values.dtype)
-        of_live[numbers] = values[len(held_out) :]
+        missing_value: Any = "" if values.dtype.kind == "U" else np.nan
+        live_values = np.full(len(live), missing_value, dtype=values.dtype)
+        live_values[measured] = values[len(held_out) :]
         if name != "loss":
-            of_live[np.setdiff1d(numbers, chosen)] = nothing
-        table.add(name, VALIDATION, values[: len(held_out)], of_live)
+            live_values[np.setdiff1d(measured, sample)] = missing_value
+        table.add(name, VALIDATION, values[: len(held_out)], live_values)
 
 
 def _sample_rows_for_model(live: Sequence[Conversation], most: int, *, with_loss: bool) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from dstune.monitor.two_sample import MeanDiscrepancy
 
 TOPICS = 8
 WANTED = 0.8
+"""The power that enough rows have."""
 MOST_ROWS = 1_000_000
 FEWEST_REFERENCE = 40
 """The fewest rows from which topics can be formed."""
@@ -53,7 +55,7 @@ def estimate_power(
         return None
     if level == 0:
         return Power(share, 0.0, int(is_live.sum()), len(reference), None, MOST_ROWS, can_alarm=False)
-    gains, spreads = _topics(reference, share, seed)
+    gains, spreads = _effects_of_topics(reference, share, seed)
     live_rows, reference_rows = int(is_live.sum()), len(reference)
     scale = 1 / live_rows + 1 / reference_rows
     ordered = np.sort(permuted)
@@ -72,12 +74,12 @@ def estimate_power(
         power_at(live_rows, reference_rows),
         live_rows,
         reference_rows,
-        _smallest(lambda rows: power_at(rows, reference_rows)),
-        _smallest(lambda rows: power_at(rows, rows)) or MOST_ROWS,
+        _fewest_rows(lambda rows: power_at(rows, reference_rows)),
+        _fewest_rows(lambda rows: power_at(rows, rows)) or MOST_ROWS,
     )
 
 
-def _topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _effects_of_topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return, by topic, the growth of the squared discrepancy and 4 times the variance of the witness function, [topics]."""
     from sklearn.cluster import KMeans
 
@@ -89,9 +91,8 @@ def _topics(reference: np.ndarray, share: float, seed: int) -> tuple[np.ndarray,
     return share**2 * np.sum(differences**2, axis=1), 4 * share**2 * witness.var(axis=0)
 
 
-def _smallest(power_at: object) -> int | None:
-    """Return the smallest number of rows with 80% power, by bisection; None if MOST_ROWS does not reach it."""
-    assert callable(power_at)
+def _fewest_rows(power_at: Callable[[float], float]) -> int | None:
+    """Return the smallest number of rows with 80% power, by bisection to 1%; None if MOST_ROWS does not reach it."""
     low, high = 2, MOST_ROWS
     if power_at(high) < WANTED:
         return None

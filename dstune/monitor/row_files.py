@@ -8,7 +8,6 @@ import heapq
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,11 @@ if TYPE_CHECKING:
     from dstune.data.labels import ChosenRows
 
 TIMES = ("created", "created_at", "time", "timestamp", "date")
+UNITS_OF_TIME = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""The least number that is read as nanoseconds, microseconds and milliseconds since the epoch, and how many of them are a second.
+Each least number stands for a moment in 1973; smaller numbers are seconds."""
+FIRST_TIME, END_OF_TIME = -62_135_596_800.0, 253_402_300_800.0
+"""The years 1 to 9999, in seconds since the epoch."""
 USERS = ("user", "user_hash", "user_id")
 CONVERSATIONS = ("conversation", "conversation_id", "thread_id", "session_id")
 """Columns that group rows into conversations."""
@@ -75,14 +79,14 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
         config = measured_alone(config)
     if config.data.streaming or config.data.mixture:
         key = "data.streaming" if config.data.streaming else "data.mixture"
-        reason = "the training rows of a stream or a mixture are not read again"
-        raise UserError(Problem(key, reason, "--reference FILE with rows as they were at training time", str(run)))
+        reason = "the training rows of a stream or a mixture cannot be read again"
+        fix = "give --reference FILE with rows like those of the training"
+        raise UserError(Problem(key, reason, fix, str(run)))
     with tempfile.TemporaryDirectory(prefix="dstune-rows-") as scratch:
         chosen = choose(_tables(config, Path(scratch)), config)
         parts = {part: _lowest(rows, most) for part, rows in chosen.items()}
-        if (
-            general is not None
-        ):  # `forgetting.replay`: general rows that were trained on in addition to those of the task
+        if general is not None:
+            # `forgetting.replay`: general rows were trained on in addition to those of the task.
             folder = Path(scratch) / "general"
             folder.mkdir()
             table = _tables(general, folder)["train"]
@@ -109,13 +113,16 @@ def _lowest(rows: ChosenRows, most: int | None) -> list[tuple[int, str, str]]:
     """Return the hash, place and JSON of at most `most` rows, those with the lowest hashes."""
     order = rows.hashes.argsort(kind="stable")[:most]
     numbers = zip(rows.hashes[order].tolist(), rows.indices[order].tolist(), strict=True)
-    return [(lot, rows.table.place(number), rows.table.data[number]["row"]) for lot, number in numbers]
+    return [(row_hash, rows.table.place(number), rows.table.data[number]["row"]) for row_hash, number in numbers]
 
 
 def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newest: bool = False) -> FileRows:
-    """Read the rows of anything that `data.train` accepts; rows of one conversation are joined. Of more than READ_ROWS rows, a
-    sample of complete conversations is read, always the same one. config: of a run with the same columns and task. newest: of more
-    than READ_ROWS rows, read the latest ones; rows without a time are included. Raises UserError."""
+    """Read the rows of anything that `data.train` accepts, and join the rows of each conversation.
+
+    Of more than READ_ROWS rows, a sample of complete conversations is read, always the same one. key: the option that has `spec`,
+    for messages. config: that of a run with the same columns and task. newest: of more than READ_ROWS rows, read the latest ones;
+    rows without a time are included. Raises UserError.
+    """
     from dstune.data import sources
 
     data = DataConfig() if config is None else config.data
@@ -133,8 +140,8 @@ def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newe
             (heapq.heappush if count < READ_ROWS else heapq.heappushpop)(heap, (rank, count, conversation))
             count += 1
     if not heap:
-        reason = "no row of it asks anything: columns that are read are messages, prompt, text, source, question and the like"
-        raise UserError(Problem(key, reason, "give rows as the run was trained on", spec))
+        reason = "none of its rows has a question: the columns read are messages, prompt, text, source, question and similar ones"
+        raise UserError(Problem(key, reason, "give rows in the form of the run's training rows", spec))
     in_order = sorted(heap, key=lambda entry: entry[1])
     return FileRows(_merge_conversations([conversation for *_, conversation in in_order]), count - len(heap))
 
@@ -177,14 +184,19 @@ def _name(value: Any) -> str | None:
 
 
 def _time(value: Any) -> float | None:
-    if isinstance(value, datetime.datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) / (1000.0 if value > 1e11 else 1.0)  # milliseconds
+    """Return a time in seconds since the epoch; None if it is none, or outside of the years 1 to 9999."""
     if isinstance(value, str):
-        with suppress(ValueError):
-            return _time(datetime.datetime.fromisoformat(value))
-    return None
+        try:
+            value = datetime.datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    if isinstance(value, datetime.datetime):
+        seconds = (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+    elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e20:
+        seconds = value / next((per_second for least, per_second in UNITS_OF_TIME if value > least), 1.0)
+    else:
+        return None
+    return seconds if FIRST_TIME <= seconds < END_OF_TIME else None
 
 
 def _conversation_name(row: Conversation, number: int) -> str:
@@ -202,7 +214,7 @@ def _merge_conversations(rows: list[Conversation]) -> list[Conversation]:
 
 
 def redact_conversations(conversations: list[Conversation]) -> Iterator[Conversation]:
-    """Yield the conversations with secrets and personal data masked as in a server's logs; otherwise every mask would be a
+    """Yield the conversations with secrets and personal data masked as in a server's logs; otherwise every mask would count as a
     difference."""
     from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
 

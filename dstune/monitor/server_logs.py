@@ -18,7 +18,7 @@ REQUESTS = "requests"
 COLUMNS = frozenset({"id", "created", "request", "answer", "status", "route"})
 PASSED = frozenset({"passed", "unchecked"})
 MOST_TEXT = 32 << 20
-"""Characters of a request's JSON."""
+"""The most characters of a request's JSON; longer requests are left out."""
 
 
 def log_folder(place: str) -> Path | None:
@@ -80,7 +80,8 @@ def _rows(folder: Path, since: float) -> Iterator[dict[str, Any]]:
         except (pa.ArrowException, OSError) as error:
             raise UserError(Problem(str(file), f"cannot be read: {error}", "remove the file")) from error
         if missing := sorted(COLUMNS - set(table.column_names)):
-            raise UserError(Problem(str(file), f"is no log of requests: it lacks the column {missing[0]}"))
+            reason = f"is not a log of requests: it lacks the column {missing[0]}"
+            raise UserError(Problem(str(file), reason, "remove the file"))
         begin = datetime.datetime.fromtimestamp(since, datetime.UTC)
         yield from table.filter(pc.greater_equal(table["created"], pa.scalar(begin, table["created"].type))).to_pylist()
 
@@ -116,9 +117,9 @@ def _fields(body: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     """Return the question of a request: its messages (for `/v1/responses`, after its instructions) or its first text."""
     if isinstance(body.get("messages"), list):
         return {"messages": body["messages"]}
-    if isinstance(asked := body.get("input"), list) and all(isinstance(item, dict) for item in asked):
+    if isinstance(items := body.get("input"), list) and all(isinstance(item, dict) for item in items):
         instructions = body.get("instructions")
-        return {"messages": [*([{"role": "system", "content": instructions}] if instructions else ()), *asked]}
+        return {"messages": [*([{"role": "system", "content": instructions}] if instructions else ()), *items]}
     return {"text": texts[0]}
 
 
@@ -142,18 +143,18 @@ def _answer_text(answer: Any) -> str | None:
 def _with_feedback(
     conversation: Conversation, feedback: Mapping[str, Mapping[str, Any]], flagged: Mapping[str, bool]
 ) -> Conversation:
-    words = next((feedback[name] for name in conversation.requests if name in feedback), {})
+    entry = next((feedback[name] for name in conversation.requests if name in feedback), {})
     return replace(
         conversation,
-        label=None if conversation.is_batch else words.get("label"),
-        correction=None if conversation.is_batch else words.get("correction"),
-        rating=words.get("rating"),
+        label=None if conversation.is_batch else entry.get("label"),
+        correction=None if conversation.is_batch else entry.get("correction"),
+        rating=entry.get("rating"),
         is_flagged=flagged.get(conversation.place) if flagged else None,
     )
 
 
 def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
-    """Return clients' feedback, by the id of the request and that of the answer."""
+    """Return clients' feedback, by the id of the request and by that of the answer."""
     from dstune.serve import extra
     from dstune.serve.state import open_database
 

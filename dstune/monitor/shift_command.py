@@ -1,4 +1,4 @@
-"""The verb `dstune data shift`."""
+"""The verb `dstune data shift`: compares two sets of rows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ def main(argv: list[str]) -> int:
     """Run `dstune data shift A B` and return the exit code: 3 for a difference with --fail-on-drift. Raises UserError."""
     parser = VerbParser(
         prog="dstune data shift",
-        description="How far the rows B are from the rows A: of a model's validation rows, of last month's.",
+        description="Measure how far the rows B are from the rows A, such as a model's validation rows or last month's rows.",
     )
-    for name, help_text in (
-        ("a", "rows to compare with: a run (its validation rows), a file, a table"),
-        ("b", "rows, as A"),
-    ):
-        parser.add_argument(name, metavar=name.upper(), help=help_text)
+    parser.add_argument("a", metavar="A", help="rows to compare with: a run (its validation rows), a file or a table")
+    parser.add_argument("b", metavar="B", help="rows to compare, in the same forms")
     add_test_options(parser)
     arguments = parser.parse_args(argv)
     check_numbers(arguments)

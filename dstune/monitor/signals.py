@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ class Signal:
         return {self.name: LargestGap(self.values) if self.kind == "number" else CategoryShares(self.values)}
 
     def effect(self) -> Effect:
+        """Return the size of the difference between the two sides."""
         live, reference = self.values[self.is_live], self.values[~self.is_live]
         if self.kind == "vectors":
             return classifier_effect(self.values, self.is_live)
@@ -63,10 +64,9 @@ def classifier_effect(vectors: np.ndarray, is_live: np.ndarray) -> Effect:
         scores = fold_scores(vectors, is_live, part)
         effects_of_parts.append(effects.auc(scores[is_live[part]], scores[~is_live[part]]))
     value = float(np.mean([effect.value for effect in effects_of_parts]))
-    room = float(
-        np.sqrt(np.sum([((effect.high - effect.low) / 2) ** 2 for effect in effects_of_parts])) / len(effects_of_parts)
-    )
-    return Effect("auc", value, max(0.0, value - room), min(1.0, value + room))
+    half_widths = [(effect.high - effect.low) / 2 for effect in effects_of_parts]
+    half_width = float(np.sqrt(np.sum([width**2 for width in half_widths])) / len(half_widths))
+    return Effect("auc", value, max(0.0, value - half_width), min(1.0, value + half_width))
 
 
 def folds(is_live: np.ndarray) -> list[np.ndarray]:
@@ -104,7 +104,7 @@ class SignalTable:
         counts = int(np.sum(is_measured & is_live)), int(np.sum(is_measured & ~is_live))
         if min(counts) < FEWEST:
             self.unmeasured[name] = (
-                f"{counts[0]} live and {counts[1]} reference rows have it: it takes {FEWEST} of each"
+                f"only {counts[0]} live and {counts[1]} reference rows have a value, of {FEWEST} needed on each side"
             )
         elif values.ndim == 1 and len(np.unique(values[is_measured])) < 2:
             self.unmeasured[name] = f"all rows have the same value, {values[is_measured][0]}"
@@ -123,13 +123,13 @@ class SignalTable:
 def add_text_signals(
     table: SignalTable, reference: Sequence[Conversation], live: Sequence[Conversation], against: str
 ) -> None:
-    """Add lengths, numbers of turns and languages."""
-    for name, reading in (("characters", _characters), ("turns", _turns)):
+    """Add the signals of text: length, number of turns, and language."""
+    for name, measure in (("characters", _characters), ("turns", _turns)):
         table.add(
             name,
             against,
-            np.array([reading(conversation) for conversation in reference]),
-            np.array([reading(conversation) for conversation in live]),
+            np.array([measure(conversation) for conversation in reference]),
+            np.array([measure(conversation) for conversation in live]),
         )
     try:
         from dstune.data.clean.language import language
@@ -142,6 +142,7 @@ def add_text_signals(
 
 
 def _characters(conversation: Conversation) -> float:
+    """Return the logarithm of the length, since lengths span orders of magnitude."""
     return math.log1p(len(conversation.text))
 
 
@@ -150,6 +151,7 @@ def _turns(conversation: Conversation) -> float:
 
 
 def labels(conversations: Sequence[Conversation]) -> np.ndarray:
+    """Return the label of each conversation; "" if it has none."""
     return np.array([conversation.label or "" for conversation in conversations], dtype=np.str_)
 
 
@@ -157,9 +159,9 @@ def add_outcomes(
     table: SignalTable, earlier: Sequence[Conversation], live: Sequence[Conversation], against: str
 ) -> None:
     """Add ratings and the guard's flags, which training rows lack."""
-    for name, reading in (("rating", _rating), ("guard flags", _flag)):
+    for name, measure in (("rating", _rating), ("guard flags", _flag)):
         sides = [
-            np.array([reading(conversation) for conversation in side], dtype=np.float64) for side in (earlier, live)
+            np.array([measure(conversation) for conversation in side], dtype=np.float64) for side in (earlier, live)
         ]
         if any(np.isfinite(side).any() for side in sides):
             table.add(name, against, *sides)
@@ -171,14 +173,6 @@ def _rating(conversation: Conversation) -> float:
 
 def _flag(conversation: Conversation) -> float:
     return math.nan if conversation.is_flagged is None else float(conversation.is_flagged)
-
-
-def add_model_signals(
-    table: SignalTable, reference: Mapping[str, np.ndarray], live: Mapping[str, np.ndarray], against: str
-) -> None:
-    """Add the model's signals. reference, live: the values of each side, by signal."""
-    for name in sorted(reference.keys() & live.keys()):
-        table.add(name, against, reference[name], live[name])
 
 
 def by_time(conversations: Sequence[Conversation]) -> np.ndarray | None:

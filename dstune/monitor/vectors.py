@@ -18,16 +18,18 @@ TOKEN = r"(?u)\w+|[^\w\s]"
 
 
 def embed(conversations: Sequence[Conversation], model: str, batch_size: int = 64) -> np.ndarray:
-    """Return float32 [conversations, dimensions], each row of length 1: the mean over a conversation's turns. model: `words`, or a
-    model for task=embedding. Words are weighted and reduced by all rows of both sides together, so that memberships can be
-    exchanged. Raises UserError."""
-    owners = np.array(
-        [number for number, owner_conversation in enumerate(conversations) for _ in owner_conversation.texts]
+    """Return float32 [conversations, dimensions], each row of length 1: the mean over a conversation's turns.
+
+    model: `words`, or a model for task=embedding. Words are weighted and reduced over the rows of both sides together, so that rows
+    can be exchanged between the sides. Raises UserError.
+    """
+    conversation_of_turn = np.array(
+        [index for index, conversation in enumerate(conversations) for _ in conversation.texts]
     )
     texts = [text for conversation in conversations for text in conversation.texts]
     turns = _by_words(texts) if model == WORDS else _by_model(texts, model, batch_size)
     sums = np.zeros((len(conversations), turns.shape[1]), dtype=np.float64)
-    np.add.at(sums, owners, turns)
+    np.add.at(sums, conversation_of_turn, turns)
     return np.asarray((sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32))
 
 
@@ -58,7 +60,7 @@ def _by_model(texts: Sequence[str], model: str, batch_size: int) -> np.ndarray:
     answers = predict(model, list(texts), *([] if knows_task else ["task=embedding"]), batch_size=batch_size)
     if not answers or "vector" not in answers[0]:
         reason = "the model gives no vectors"
-        fix = "a model for task=embedding, for example sample://minilm, or `words`"
+        fix = "give a model for task=embedding, for example sample://minilm, or `words`"
         raise UserError(Problem("--embeddings", reason, fix, model))
     size = len(answers[0]["vector"])
     return np.array([answer.get("vector", [0.0] * size) for answer in answers], dtype=np.float32)

@@ -8,7 +8,7 @@ from dstune.core.verb import Verb, verb
 @verb
 class Monitor(Verb):
     name = "monitor"
-    summary = "whether live rows are still those that a run was trained on"
+    summary = "whether live rows still resemble those that a run was trained on"
     action = "dstune.monitor.command:main"
     other_names = ((("drift", "watch"), "`dstune monitor RUN --data LOGS`"),)
 
@@ -16,5 +16,5 @@ class Monitor(Verb):
 @verb
 class DataShift(Verb):
     name = "data shift"
-    summary = "how far rows are from others, or from a run's"
+    summary = "how far rows are from other rows, or from a run's"
     action = "dstune.monitor.shift_command:main"

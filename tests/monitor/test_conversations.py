@@ -19,6 +19,7 @@ from dstune.core.errors import UserError
 from dstune.cycle.settings import CycleSettings
 from dstune.cycle.steps import Cycle
 from dstune.monitor import row_files
+from dstune.monitor.check import iso
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
 from dstune.monitor.gather import Reference, _add_model_signals, read_live
 from dstune.monitor.row_files import conversation_of_row, read_file_rows, read_run_parts
@@ -88,6 +89,18 @@ def test_of_one_user_all_conversations_are_alike() -> None:
     assert {row.place for row in one_per(rows, "user")} == {row.place for row in one_per([*reversed(rows)], "user")}
 
 
+@pytest.mark.parametrize("moment", [1_767_323_045, 1_767_323_045_000, 1_767_323_045 * 10**6, 1_767_323_045 * 10**9])
+def test_numbers_are_times_in_seconds_or_smaller_units(moment: float) -> None:
+    row = conversation_of_row({"text": "a", "time": moment}, "f:1")
+    assert row is not None and iso(row.time) == "2026-01-02T03:04:05+00:00"
+
+
+@pytest.mark.parametrize("moment", [10**400, 1e300, math.inf, math.nan, -1e300, 1e20, "soon", True])
+def test_numbers_that_no_calendar_has_are_no_times(moment: object) -> None:
+    row = conversation_of_row({"text": "a", "time": moment}, "f:1")
+    assert row is not None and row.time is None
+
+
 def test_a_sample_is_the_same_each_time_and_whatever_else_is_there() -> None:
     rows = [turn(str(number), f"text {number}") for number in range(100)]
     few = sampled(rows, 10)
@@ -108,7 +121,7 @@ def test_rows_of_a_file_with_a_conversation_are_joined(tmp_path: Path) -> None:
     assert [row.texts for row in found] == [("a", "c"), ("b",)]
     assert found[0].time == found[1].time == datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).timestamp()
     file.write_text('{"nothing": 1}')
-    with pytest.raises(UserError, match="asks anything"):
+    with pytest.raises(UserError, match="has a question"):
         read_file_rows(str(file), "--data")
 
 

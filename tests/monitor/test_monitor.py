@@ -128,7 +128,7 @@ def test_no_word_of_a_server_s_logs_is_written(run: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--window=7"], "no length of time"),
+        (["--window=7"], "not a length of time"),
         (["--alpha=0", "--rows=3", "--checks=0"], "at least 20"),
         (["--canaries=missing.jsonl"], "cannot be read"),
         (["--embeddings=/nowhere/model"], "MODEL"),

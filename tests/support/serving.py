@@ -24,7 +24,7 @@ from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
 from dstune.serve.engines.base import Command, Engine, EngineDown
 from dstune.serve.engines.base import Limits as EngineLimits
 from dstune.serve.engines.http import Upstream
-from dstune.serve.engines.local.engine import CHAT, COMPLETION, OF_TASK
+from dstune.serve.engines.local.engine import CHAT, COMPLETION, ENCODER_ROUTES
 from dstune.serve.engines.vllm import RESPONSE
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway.app import Gateway
@@ -156,7 +156,7 @@ class StubEngine(Engine):
 
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
-        encoders = {path: fields for kind in OF_TASK.values() for path, fields in kind.items()}
+        encoders = {path: fields for kind in ENCODER_ROUTES.values() for path, fields in kind.items()}
         language = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
         return self.own_routes or language | encoders
 

@@ -257,7 +257,7 @@ def test_pickled_weights_are_refused_before_anything_is_downloaded(hub):
         (http(errors.HfHubHTTPError, 403), "model.path", "refuses access (403)", "https://huggingface.co/owner/name"),
         (http(errors.HfHubHTTPError, 404), "model.path", "(404)", "https://huggingface.co/owner/name"),
         (errors.HFValidationError("bad id"), "model.path", "neither a folder nor a hub id", "sample://"),
-        (OSError(errno.ENOSPC, "No space left on device", "/cache"), "HF_HOME", "cannot be written", "room"),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache"), "HF_HOME", "cannot be written", "free space"),
     ],
 )
 def test_refusals_of_the_hub_name_the_page(hub, error, key, reason, fix):

@@ -336,9 +336,9 @@ def test_slurms_programs_that_hang_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         slurm.submit(config, config.launch, tmp_path)
     queued, left = error.value.problems
-    assert "sbatch gives no answer" in queued.reason
+    assert "sbatch did not answer" in queued.reason
     assert "squeue --me" in str(queued.fix)
-    assert "scancel gives no answer" in left.reason
+    assert "scancel did not answer" in left.reason
     assert left.fix == "scancel 41"
 
 
