@@ -1,4 +1,4 @@
-"""Base of optimizers with a special update for parameter groups of one kind, and AdamW's update for the others."""
+"""Base of optimizers with a special update for parameter groups of one kind and AdamW's update for the others."""
 
 from __future__ import annotations
 

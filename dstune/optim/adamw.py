@@ -32,6 +32,7 @@ class AdamWConfig(OptimizerConfig):
 
 
 def betas_problem(betas: tuple[float, float], example: str) -> Iterator[Problem]:
+    """Yield a problem if a decay rate is out of range. example: valid rates."""
     if not all(0 <= beta < 1 for beta in betas):
         yield Problem("optimizer.betas", "each has to be in [0, 1)", f"for example {example}", format_value(betas))
 

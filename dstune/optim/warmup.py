@@ -16,6 +16,8 @@ from dstune.protocols.optimizer import ScheduleConfig
 
 @dataclass(frozen=True)
 class WarmupConfig(ScheduleConfig):
+    """Keys of the warm-up."""
+
     warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
     """Share of the optimizer steps over which the rate rises linearly: step s of w, from 0, has (s + 1) / w of the peak, so that
     no step is spent at a rate of 0 (transformers: s / w)."""
@@ -25,6 +27,8 @@ class WarmupConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class DecayConfig(WarmupConfig):
+    """Keys of the warm-up and the decay."""
+
     min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
     """Final rate as a share of the peak."""
 
@@ -49,6 +53,7 @@ class WarmupSchedule(Schedule):
         raise NotImplementedError
 
     def warmup_steps(self, total_steps: int) -> int:
+        """Return the steps of the warm-up."""
         if self.config.warmup_steps is not None:
             return int(self.config.warmup_steps)
         return math.ceil(self.config.warmup_ratio * total_steps)
@@ -78,7 +83,7 @@ class WarmupSchedule(Schedule):
             yield Problem(
                 "schedule.warmup_steps",
                 f"warm-up and decay ({decay:g} of {max_steps} steps) together are longer than the run",
-                "fewer warm-up steps or a smaller schedule.decay_ratio",
+                "give fewer warm-up steps or a smaller schedule.decay_ratio",
                 format_value(schedule.warmup_steps),
             )
 

@@ -25,8 +25,8 @@ class AdamW8bit(Optimizer):
     decoupled_weight_decay = True
     states_per_parameter = 2
     why_no_other_layout = (
-        f"optimizer=adamw_8bit rounds its states in blocks of {BLOCK} elements of what a rank has, and in this layout"
-        " ranks have other elements"
+        f"optimizer=adamw_8bit rounds its states in blocks of {BLOCK} elements of a rank's partition, and in this layout the"
+        " partitions are different"
     )
 
     def check(self) -> Iterator[Problem]:
@@ -34,14 +34,14 @@ class AdamW8bit(Optimizer):
 
     def check_run(self, run: RunConfig) -> Iterator[Problem]:
         if run.zero.offload_optimizer is not OptimizerOffload.none:
-            reason = "states in 8 bits that lie in host memory or on a disk are not shown to work"
+            reason = "8-bit states in host memory or on a disk have not been tested"
             fix = "zero.offload_optimizer=none, or optimizer=adamw"
             yield Problem("zero.offload_optimizer", reason, fix, run.zero.offload_optimizer.name)
         if (parallelism := parallelism_of(run.parallel)).weight_ranks > 1:
-            reason = "states in 8 bits of slices of weights are not shown to work"
+            reason = "8-bit states have not been tested where each rank has slices of the weights"
             yield Problem("parallel", reason, "parallel=none, or optimizer=adamw", parallelism.name)
         if method_of(run.method).alters_updates:
-            reason = f"method={run.method.name} changes updates and states, and those in 8 bits are not shown to work"
+            reason = f"method={run.method.name} changes updates and states, which has not been tested with 8-bit states"
             yield Problem("optimizer", reason, "optimizer=adamw", "adamw_8bit")
 
     def missing(self) -> Iterator[Problem]:

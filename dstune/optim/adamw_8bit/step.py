@@ -58,7 +58,7 @@ class AdamW8bitStep(BesideAdamW):
         )
 
     def _code(self, device: torch.device, *, signed: bool) -> Tensor:
-        """Return the 256 values that the values of a byte represent."""
+        """Return the 256 numbers that a byte can stand for."""
         from bitsandbytes.functional import create_dynamic_map
 
         if (device, signed) not in self._codes:
@@ -67,8 +67,8 @@ class AdamW8bitStep(BesideAdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch converts states to the parameter's type. Bytes are whole numbers up to 255, which survive the way there and back.
-        for number, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
-            for name, value in state_dict["state"].get(number, {}).items():
+        # torch has converted the states to the parameter's type. Bytes survive that: every type represents integers up to 255.
+        for index, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
+            for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and value.dtype is torch.uint8:
                     self.state[parameter][name] = self.state[parameter][name].to(torch.uint8)

@@ -28,9 +28,9 @@ class Lion(Optimizer):
         yield from betas_problem(self.config.betas, "[0.9,0.99]")
         in_update, decay = self.config.betas
         if decay < in_update:
-            reason = "the momentum would forget faster than the update that reads it"
-            value = format_value(self.config.betas)
-            yield Problem("optimizer.betas", reason, "a second number that is not below the first", value)
+            reason = "the momentum would decay faster than the update expects"
+            fix = "give a second number that is at least the first, for example [0.9,0.99]"
+            yield Problem("optimizer.betas", reason, fix, format_value(self.config.betas))
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         from dstune.optim.lion.step import LionStep

@@ -1,4 +1,4 @@
-"""optimizer=muon: orthogonal updates of matrices (Jordan et al. 2024), AdamW for the rest."""
+"""optimizer=muon: orthogonal updates of matrices (Jordan et al. 2024), AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
 
 IN_A_LAYER = re.compile(r"\.\d+\.")
+"""Found in the names of parameters inside of layers."""
 STACKED = ".experts."
+"""Found in the names of stacked experts, [experts, rows, columns]."""
 
 
 @optimizer
@@ -33,16 +35,14 @@ class Muon(Optimizer):
 
     def check_run(self, run: RunConfig) -> Iterator[Problem]:
         if run.zero.offload_optimizer is OptimizerOffload.nvme:
-            reason = "an update needs whole matrices, and states on a disk are in memory a part at a time"
+            reason = "an update needs complete matrices, but of states on a disk only a part is in memory at a time"
             fix = "zero.offload_optimizer=cpu, or optimizer=adamw"
             yield Problem("zero.offload_optimizer", reason, fix, "nvme")
         if (parallelism := parallelism_of(run.parallel)).weight_ranks > 1:
-            reason = "an update needs whole matrices, and each rank has slices of them"
+            reason = "an update needs complete matrices, but each rank has only slices of them"
             yield Problem("parallel", reason, "parallel=none, or optimizer=adamw", parallelism.name)
         if method_of(run.method).alters_updates:
-            reason = (
-                f"method={run.method.name} changes updates entry by entry, and an orthogonal one is of a whole matrix"
-            )
+            reason = f"method={run.method.name} changes updates entry by entry, but orthogonal updates are of complete matrices"
             yield Problem("optimizer", reason, "optimizer=adamw", "muon")
 
     def kind(self, name: str, shape: Sequence[int], *, is_table: bool) -> str:
