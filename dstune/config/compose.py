@@ -1,6 +1,6 @@
 """Composes the frozen `RunConfig` from `key=value` overrides (`run_file.py` stores it).
 
-Only this folder uses Hydra; nothing outside of it sees a DictConfig.
+Only this folder uses Hydra: no other code sees a DictConfig.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 REPLACES_QUICKSTART = ("experiment", "model", "model.path", "data", "data.train", "data.mixture")
-"""What names an experiment, a model or training rows; a file of `model` or `data` has the path of one, and a mixture has rows."""
+"""Keys that choose an experiment, a model or training rows; if any of them is given, quickstart is not used."""
 
 Result = TypeVar("Result")
 
@@ -50,15 +50,15 @@ Result = TypeVar("Result")
 def compose(
     overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), *, keep_plugins: bool = False
 ) -> Composed:
-    """Compose the configuration for these overrides; it is not validated yet (`validate.validate`).
+    """Compose the configuration for these overrides. It is not validated yet (`validate.validate`).
 
-    Without an experiment, model or training rows among the overrides this is `experiment=quickstart`. A chat template's date is
-    frozen to today, `run.dir` may stay None.
+    If the overrides choose no experiment, model or training rows, `experiment=quickstart` is used. The date of a chat template is
+    frozen to today; `run.dir` may stay None.
 
-    keep_plugins: the active plugins stay the active ones, whatever the working directory and the overrides name.
+    keep_plugins: leave the active plugins as they are, whatever the working directory and the overrides request.
 
     Raises:
-        UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
+        UserError: everything that is wrong with the overrides, or with a YAML file that they choose.
     """
     requested = with_default_experiment(with_preset_names(overrides))
     if not keep_plugins:
@@ -78,9 +78,9 @@ def compose(
 
 
 def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Put the content of the file that zero.path names into a composition.
+    """Replace values of a composition by those of the file that `zero.path` names.
 
-    A composition that refers to variables which only the run will have stays as it is.
+    A composition stays as it is if it refers to environment variables that only the run will have.
 
     Raises:
         UserError: as `compose` does.
@@ -97,14 +97,14 @@ def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> No
     from dstune.config.zero_file import given_by, with_file
 
     config = typed_config(plain, "the composed configuration")
-    before, after = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides)))
-    for section in (name for name in before if after[name] != before[name]):
-        if after[section].get("name") != before[section].get("name"):
-            composed[section] = after[section]  # another choice with other keys
+    without_file, with_values = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides)))
+    for section in (name for name in without_file if with_values[name] != without_file[name]):
+        if with_values[section].get("name") != without_file[section].get("name"):
+            composed[section] = with_values[section]  # another choice, with other keys
             continue
-        # Key by key, so that all others stay as written, with their references.
-        for key, value in after[section].items():
-            if value != before[section][key]:
+        # Key by key, so that all other keys stay as written, with their references.
+        for key, value in with_values[section].items():
+            if value != without_file[section][key]:
                 composed[section][key] = value
 
 
@@ -115,7 +115,7 @@ def frozen_at_start() -> tuple[str, ...]:
 
 
 def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Iterator[Problem]:
-    """Yield a model or data that was asked for by name while the experiment's file itself says which: its word would win unseen."""
+    """Yield a problem for each choice of model or data that the experiment's file overrides: the user would not notice it."""
     value_by_key = {user_overrides.key_of(text): text.partition("=")[2] for text in overrides}
     if "experiment" not in value_by_key:
         return
@@ -127,37 +127,37 @@ def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Ite
         composed_value = getattr(getattr(config, group), key)
         if file_value is not None and file_value != composed_value:
             experiment, choice = value_by_key["experiment"], value_by_key[group]
-            reason = (
-                f"experiment={experiment} says {group}.{key}={composed_value}, which wins over the file of {choice}"
-            )
+            reason = f"experiment={experiment} sets {group}.{key}={composed_value}, which overrides {group}={choice}"
             yield Problem(group, reason, f"{group}.{key}={file_value}", value_by_key[group])
 
 
 def typed_config(raw: Any, where: str) -> RunConfig:
-    """Build the configuration from a tree of plain values. Raises UserError with what `validate` can tell of the good sections,
-    too."""
+    """Build the configuration from a tree of plain values.
+
+    Raises UserError with all problems of the values, and those that `validate` finds in the sections without problems.
+    """
     config, problems = partly_from_dict(raw, where)
     if problems:
-        from dstune.config.validate import find_problems  # which showing a configuration does not need
+        from dstune.config.validate import find_problems  # not at the top: showing a configuration does not need it
 
         raise UserError(problems + find_problems(config, {problem.where.split(".", 1)[0] for problem in problems}))
     return config
 
 
 def with_default_experiment(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides, with `experiment=quickstart` in front if they name no experiment, model or training rows."""
+    """Return the overrides, with `experiment=quickstart` in front if they choose no experiment, model or training rows."""
     keys = [user_overrides.key_of(text) for text in overrides]
-    names_a_run = any(key in REPLACES_QUICKSTART or key.startswith("data.mixture.") for key in keys)
-    return list(overrides) if names_a_run else [DEFAULT_EXPERIMENT, *overrides]
+    has_choice = any(key in REPLACES_QUICKSTART or key.startswith("data.mixture.") for key in keys)
+    return list(overrides) if has_choice else [DEFAULT_EXPERIMENT, *overrides]
 
 
 def compose_dict_config(hydra: Hydra, overrides: list[str]) -> DictConfig:
-    """Compose with Hydra, its own `hydra` section included, with the defaults of the method."""
+    """Compose with Hydra, and fill in the method's defaults. The result includes Hydra's own section `hydra`."""
     return _compose(hydra, overrides)[0]
 
 
 def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
-    """Return the same, and where these defaults come from."""
+    """Return the composition as `compose_dict_config` does, and the origin of each default of the method."""
     from hydra.types import RunMode
 
     composed = hydra.compose_config(ROOT_CONFIG, overrides, RunMode.RUN)
@@ -167,7 +167,7 @@ def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, 
 
 
 def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str]], Result]) -> Result:
-    """Return `action(overrides)`, where whatever Hydra refuses becomes a `UserError` with all problems of the overrides."""
+    """Return `action(overrides)`. If Hydra refuses them, raise UserError with all problems of the overrides."""
     with warnings.catch_warnings():
         # A folder of hydra.searchpath that does not exist is a mistake, not a warning.
         warnings.simplefilter("error", UserWarning)
@@ -175,35 +175,37 @@ def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str
 
 
 def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Result]) -> Result:
-    parsed, unread = user_overrides.parse(texts)
+    parsed, syntax_problems = user_overrides.parse(texts)
 
-    def mistakes() -> list[Problem]:
+    def find_mistakes() -> list[Problem]:
         searched = [str(override.input_line) for override in parsed if override.key_or_group == "hydra.searchpath"]
         try:
             groups = group_options(hydra, searched)
             checked = user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
         except UserWarning as warning:
-            return [*unread, problem_of(warning, hydra)]
-        problems = unread + checked.problems
-        doubtful = checked.doubtful | {user_overrides.meant_by(problem.where) for problem in unread}
+            return [*syntax_problems, problem_of(warning, hydra)]
+        problems = syntax_problems + checked.problems
+        doubtful = checked.doubtful | {user_overrides.meant_by(problem.where) for problem in syntax_problems}
         return problems and problems + _further_problems(hydra, checked.good, doubtful)
 
-    if (unread or any(user_overrides.hydra_would_take(override) for override in parsed)) and (problems := mistakes()):
+    # Hydra would accept some mistakes, so these are looked for first.
+    must_check = bool(syntax_problems) or any(user_overrides.hydra_would_take(override) for override in parsed)
+    if must_check and (problems := find_mistakes()):
         raise UserError(problems)
     try:
         return action(texts)
     except UserError:
         raise
     except Exception as error:  # Hydra and OmegaConf raise their own exceptions, ValueError, YAMLError, ...
-        problems = mistakes() or [problem_of(error, hydra)]
+        problems = find_mistakes() or [problem_of(error, hydra)]
     raise UserError(problems)
 
 
 def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]) -> list[Problem]:
-    """Return what is wrong beside names and types, as far as the good overrides can tell."""
+    """Return problems other than wrong names and types, as far as the good overrides show them."""
     try:
         raw = _plain(compose_dict_config(hydra, [str(override.input_line) for override in good]))
-    except Exception:  # something is wrong with a file too, which is told once the overrides are right
+    except Exception:  # a file is wrong too, which is reported once the overrides are right
         return []
     from dstune.config.validate import find_problems
 
@@ -212,14 +214,14 @@ def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]
 
 
 def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
-    """Return the class of each section for these (good) choices of groups; the default one where a file is broken.
+    """Return the class of each section for these (good) choices of groups; the default class if a file is broken.
 
-    What is wrong with the file itself is reported when nothing is wrong with the overrides.
+    Problems of a file are reported only once the overrides have none.
     """
     classes = default_classes()
     try:
         composed = compose_dict_config(hydra, overrides)
-    except Exception:  # see run_hydra
+    except Exception:  # of Hydra or OmegaConf, as in `_run_hydra`
         return classes
     for section in CHOICES:
         with suppress(UserError):
@@ -231,7 +233,7 @@ def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:
-    """Return the sections as plain values, references resolved; those to the environment become `EnvironmentText`.
+    """Return the sections as plain values. References are resolved; those to the environment become `EnvironmentText`.
 
     Raises:
         UserError: all references that cannot be resolved.
@@ -256,7 +258,7 @@ def _plain_node(node: Any, path: str, root: DictConfig, problems: list[Problem])
 
     def item(key: Any, where: str) -> Any:
         if OmegaConf.is_missing(node, key):
-            problems.append(Problem(where, "a value has to be given", f"{where}=VALUE"))
+            problems.append(Problem(where, "needs a value", f"{where}=VALUE"))
             return None
         if not OmegaConf.is_interpolation(node, key):
             return _plain_node(node[key], where, root, problems)
@@ -285,21 +287,21 @@ def _written(node: Any, key: Any) -> str:
 
 
 def _expand(text: str, where: str, root: DictConfig) -> str:
-    """Return a reference with those to other keys replaced by their text, so that only `${oc.env:...}` stays.
+    """Replace references to other keys inside `text` by the text of those keys, so that only `${oc.env:...}` stays.
 
-    A key that refers to a key that refers to the environment must not be saved with its value either.
+    A key that refers to the environment through another key must not be saved with its value either.
     """
     from omegaconf import ListConfig, OmegaConf
 
     def replaced(match: re.Match[str]) -> str:
         name = match[1].strip()
-        steps = name.lstrip(".")  # ${.name} is a sibling, ${..name} one level up
-        above = _steps(where)[: -(len(name) - len(steps))] if steps != name else []
-        *holder, last = [*above, *_steps(steps)]
-        node = OmegaConf.select(root, ".".join(holder)) if holder else root
+        path = name.lstrip(".")  # ${.name} is a sibling, ${..name} one level up
+        base = _steps(where)[: -(len(name) - len(path))] if path != name else []
+        *parents, last = [*base, *_steps(path)]
+        node = OmegaConf.select(root, ".".join(parents)) if parents else root
         key = int(last) if isinstance(node, ListConfig) else last
         if OmegaConf.is_interpolation(node, key):
-            return _expand(_written(node, key), ".".join([*holder, last]), root)
+            return _expand(_written(node, key), ".".join([*parents, last]), root)
         return str(node[key])
 
     text_before = None
@@ -309,4 +311,5 @@ def _expand(text: str, where: str, root: DictConfig) -> str:
 
 
 def _steps(key: str) -> list[str]:
+    """Split `a.b[0]` into `a`, `b` and `0`."""
     return key.replace("[", ".").replace("]", "").split(".")

@@ -26,7 +26,7 @@ MAY_CHANGE = (
     "trainer.spike.",
     "sweep.",
 )
-"""Sections that a continued run may change: they decide where it runs and what it writes, not what it computes."""
+"""Prefixes of keys that a continued run may change: they decide where it runs and what it writes, not what it computes."""
 
 MAY_CHANGE_KEYS = (
     "data.workers",
@@ -39,22 +39,25 @@ MAY_CHANGE_KEYS = (
     "trainer.early_stopping.max_gap",
     "model.trust_remote_code",
 )
+"""Further keys that a continued run may change."""
 LENGTHS = ("trainer.max_steps", "trainer.epochs")
 """Keys whose values may increase."""
 
 
-ANEW = "begin a new run from its weights (another run.dir with model.path=RUN/export; of adapters method.adapter=RUN)"
-"""What lets a run go on with what may not change within it."""
+ANEW = (
+    "start a new run from its weights (another run.dir with model.path=RUN/export, or for adapters method.adapter=RUN)"
+)
+"""How to continue training with a value that may not change within a run."""
 
 
 def continue_run(old: Composed, new: Composed) -> RunConfig:
     """Return the configuration with which `new` continues the run of `old`.
 
-    What the command does not say now, or says as it did then, comes from the run: a default that has changed since, or what
-    the first start filled in (a template's date, the commit of a branch), changes no existing run.
+    Values that the command does not set, or sets as it did at the start, come from the run. So no existing run changes if a default
+    has changed since, and a run keeps what its first start filled in (a template's date, the commit of a branch).
 
     Raises:
-        UserError: keys that change the trajectory differ (`check_resume`).
+        UserError: keys that would change the run's trajectory differ (`check_resume`).
     """
     tree = _from_stored(to_dict(old.config), to_dict(new.config), "", _newly_given(old, new))
     config = from_dict(tree, "the composed configuration")
@@ -63,7 +66,7 @@ def continue_run(old: Composed, new: Composed) -> RunConfig:
 
 
 def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
-    """Return where the values come from that a run which goes on as `config` has not changed."""
+    """Return the origins of the values that stay the same when a run continues as `config`."""
 
     def same(key: str) -> bool:
         value = attrgetter(key)
@@ -72,89 +75,85 @@ def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
         except AttributeError:  # a key of another choice
             return False
 
-    # Keys of a stranger's run.yaml may be any text.
+    # A run.yaml from somebody else may have any text as a key.
     return {key: origin for key, origin in stored.origins.items() if key in all_keys() and same(key)}
 
 
 OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")
-"""Keys whose defaults mean something else than what the run began with."""
+"""Keys that are never taken from the stored run: they only concern one command."""
 
 
 def _from_stored(
-    stored: dict[str, Any], composed: dict[str, Any], prefix: str, given: Callable[[str], bool]
+    stored: dict[str, Any], composed: dict[str, Any], prefix: str, is_given: Callable[[str], bool]
 ) -> dict[str, Any]:
     """Return `composed` with the stored value of every key that the command does not set."""
     result = dict(composed)
     for name, value in stored.items():
         key = f"{prefix}{name}"
-        now: Any = composed.get(name)
-        if key in CHOICES and value["name"] != now["name"]:
-            if not given(key):  # chosen when the run began
-                result[name] = value | {leaf: now[leaf] for leaf in now if leaf in value and given(f"{key}.{leaf}")}
-        elif isinstance(value, dict) and isinstance(now, dict) and key not in all_keys():
-            result[name] = _from_stored(value, now, f"{key}.", given)
-        elif name in composed and key not in OF_THIS_COMMAND and not given(key):
+        new_value: Any = composed.get(name)
+        if key in CHOICES and value["name"] != new_value["name"]:
+            if not is_given(key):  # chosen when the run began
+                new_leaves = {
+                    leaf: new_value[leaf] for leaf in new_value if leaf in value and is_given(f"{key}.{leaf}")
+                }
+                result[name] = value | new_leaves
+        elif isinstance(value, dict) and isinstance(new_value, dict) and key not in all_keys():
+            result[name] = _from_stored(value, new_value, f"{key}.", is_given)
+        elif name in composed and key not in OF_THIS_COMMAND and not is_given(key):
             result[name] = value
     return result
 
 
 def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
-    """Return a function that tells whether a key, or the choice of a group, is given by the command of `new` otherwise than by that
-    of `old`, or by one of the user's own files."""
-    new_overrides = {
-        key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides
-    }
-    sections_given = tuple(f"{key}." for key in new_overrides)
-    everything = "experiment" in new_overrides
+    """Return a function that says whether a key, or the choice of a group, is given now: by an override of `new` that `old` did not
+    have, or by one of the user's own files."""
+    new_keys = {key for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
+    new_sections = tuple(f"{key}." for key in new_keys)
+    has_new_experiment = "experiment" in new_keys
     with session(new.config_dirs) as hydra:
         keys_of_files = keys_of_own_files(hydra, new.overrides)
 
-    def given(key: str) -> bool:
-        inside = any(name.startswith(f"{key}.") for name in new_overrides) and key in all_keys()  # data.columns.text=a
-        return everything or key in new_overrides or key.startswith(sections_given) or inside or key in keys_of_files
+    def is_given(key: str) -> bool:
+        if has_new_experiment or key in new_keys or key.startswith(new_sections) or key in keys_of_files:
+            return True
+        return key in all_keys() and any(name.startswith(f"{key}.") for name in new_keys)  # data.columns.text=a
 
-    return given
+    return is_given
 
 
 def check_resume(old: RunConfig, new: RunConfig) -> None:
-    """Check that a run that `old` began may go on as `new`.
+    """Check that a run that began as `old` may continue as `new`.
 
-    Launch, ZeRO, tracking, run, checkpoint and evaluation settings may change, and the run may become longer.
-    Everything else would change the trajectory, so it has to be equal.
+    The keys of MAY_CHANGE and MAY_CHANGE_KEYS may differ, and the run may become longer. Any other difference would change the
+    trajectory, so it is refused.
 
     Raises:
         UserError: every key that may not change, with the old value as fix.
     """
-    value_before, after = (dict(dotted(to_dict(config), all_keys())) for config in (old, new))
+    old_values, new_values = (dict(dotted(to_dict(config), all_keys())) for config in (old, new))
     problems = []
     for section in ("task", "method", "optimizer", "schedule"):
-        key = f"{section}.name"
-        if value_before[key] != after[key]:
-            problems.append(
-                Problem(
-                    section,
-                    f"the run began with {value_before[key]}",
-                    f"{section}={value_before[key]}",
-                    format_value(after[key]),
-                )
-            )
+        old_name, new_name = old_values[f"{section}.name"], new_values[f"{section}.name"]
+        if old_name != new_name:
+            reason = f"the run began with {old_name}"
+            problems.append(Problem(section, reason, f"{section}={old_name}", format_value(new_name)))
     changed_groups = tuple(f"{problem.where}." for problem in problems)
-    for key in [*value_before, *(key for key in after if key not in value_before)]:
-        then, now = value_before.get(key), after.get(key)
-        free = key.startswith(MAY_CHANGE)
-        if then == now or free or key in MAY_CHANGE_KEYS or key.startswith(changed_groups):
+    for key in [*old_values, *(key for key in new_values if key not in old_values)]:
+        old_value, new_value = old_values.get(key), new_values.get(key)
+        may_differ = key.startswith((*MAY_CHANGE, *changed_groups)) or key in MAY_CHANGE_KEYS or key in LENGTHS
+        if old_value == new_value or may_differ:
             continue
-        if key in LENGTHS or (key == "model.path" and now == f"./{then}" and old.model.revision is None):
-            continue  # a folder, named so that it cannot be a hub id
-        reason = f"the run began with {format_value(then)}, and another value would change its course"
-        problems.append(Problem(key, reason, f"{key}={format_value(then)}, or {ANEW}", format_value(now)))
+        if key == "model.path" and new_value == f"./{old_value}" and old.model.revision is None:
+            continue  # the same folder, written so that it cannot be a hub id
+        reason = f"the run began with {format_value(old_value)}, and another value would change its course"
+        problems.append(Problem(key, reason, f"{key}={format_value(old_value)}, or {ANEW}", format_value(new_value)))
     problems += _length_problems(old.trainer, new.trainer)
     if problems:
         raise UserError(problems)
 
 
 def _length_problems(old: TrainerConfig, new: TrainerConfig) -> Iterator[Problem]:
-    """Yield problems with the length: a run may become longer in the unit that its length was given in."""
+    """Yield problems with the length: a run may only become longer, in the unit in which its length was given."""
     if old.max_steps is None:
         longer = f"trainer.epochs={2 * old.epochs} would double it"
         if new.max_steps is not None:
