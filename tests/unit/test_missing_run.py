@@ -37,7 +37,7 @@ def test_every_verb_says_that_there_is_no_such_run(a_run, words):
     ids=lambda words: words[0],
 )
 def test_a_folder_of_runs_is_no_model(a_run, words):
-    with pytest.raises(UserError, match="this folder holds runs"):
+    with pytest.raises(UserError, match="this folder contains runs"):
         run(words)
 
 
