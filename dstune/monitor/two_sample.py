@@ -17,8 +17,9 @@ import numpy as np
 CHUNK = 256
 """Permutations that are computed together: memory holds [rows, CHUNK] numbers."""
 FREQUENCIES = 512
+"""Random frequencies that approximate the kernel."""
 EXACT_KERNEL_ROWS = 1500
-"""Up to this many rows of both sides, MMD uses its exact kernel; beyond, as many products as random features need."""
+"""Up to this many rows of both sides together, MMD uses the exact kernel; with more rows, random features cost less."""
 BANDWIDTH_ROWS = 1000
 MOST_CATEGORIES = 20
 TIE = 1e-5
@@ -83,9 +84,10 @@ def upper_tail(statistics: np.ndarray) -> np.ndarray:
 
 
 class MeanDiscrepancy:
-    """Squared maximum mean discrepancy of a Gaussian kernel (Gretton and others, JMLR 13, 2012), its bandwidth the median distance.
+    """Squared maximum mean discrepancy with a Gaussian kernel (Gretton and others, JMLR 13, 2012); the bandwidth is the median
+    distance.
 
-    The biased estimate: for fixed sizes it differs from the unbiased one by a constant, so the test is the same.
+    This is the biased estimate. For fixed numbers of rows it differs from the unbiased one by a constant, so the test is the same.
     """
 
     def __init__(self, vectors: np.ndarray, seed: int = 0):
@@ -103,7 +105,7 @@ class MeanDiscrepancy:
 
 
 def _mean_difference(live: np.ndarray) -> np.ndarray:
-    """Return weights [rows, columns] by which a sum over rows is the live mean less the reference mean."""
+    """Return weights [rows, columns] with which the sum over rows is the live mean minus the reference mean."""
     count = live.sum(axis=0, dtype=np.float64)
     return np.asarray((live / count - (1 - live) / (len(live) - count)).astype(np.float32))
 
@@ -132,10 +134,10 @@ def gaussian_features(vectors: np.ndarray, seed: int) -> np.ndarray:
 
 
 class DomainClassifier:
-    """How well a ridge classifier tells live from reference rows that it has not seen: the difference of its mean scores.
+    """The statistic of a ridge classifier that tells live from reference rows which it has not seen: the difference of mean scores.
 
-    Each row is left out once. For least squares the score of a row that is left out follows from one fit of all rows,
-    y - (y - Hy) / (1 - h), H the projection and h its diagonal, so that a permutation costs two products.
+    Each row is left out once. For least squares, the score of a left-out row follows from one fit of all rows: it is
+    y - (y - Hy) / (1 - h), where H is the projection and h its diagonal. So a permutation costs two products.
     """
 
     def __init__(self, vectors: np.ndarray):
