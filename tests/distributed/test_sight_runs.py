@@ -204,7 +204,7 @@ def test_bad_images_are_counted_with_their_rows(place: Path, capsys: pytest.Capt
     given = ["task=chat", f"model.path={place / 'model'}", f"data.train={rows}", "--rows", "1"]
     assert main(["data", "show", *given]) == 2
     error = capsys.readouterr().err
-    assert f"{rows}:4: image 1 ('image3.png') cannot be read" in error
+    assert f"{rows}:4: image 1 ('image3.png') is not there; data.image_folder" in error
     assert main(["data", "show", *given, "data.on_bad_row=skip"]) == 0
     assert "bad" in capsys.readouterr().out
     long = ["task=chat", f"model.path={place / 'model'}", f"data.train={place / 'data' / 'rows.jsonl'}"]

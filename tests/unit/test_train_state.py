@@ -143,7 +143,7 @@ def test_what_nobody_would_do_after_an_evaluation_is_refused(action):
         def on_evaluate(self, run, evaluation):
             return Request(action)
 
-    with pytest.raises(UserError, match=f"the callback late asks for {action.name} where"):
+    with pytest.raises(UserError, match=f"the callback late asks for {action.name} in a hook"):
         CallbackList([Late()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
 
 
@@ -198,9 +198,9 @@ def test_a_metric_hides_no_other():
 
     both = [callback(metrics={"gain": np.float32(0.5)}), Other()]
     assert CallbackList(both[:1]).metrics(*STEP, ("loss", "lr")) == {"gain": 0.5}
-    with pytest.raises(UserError, match="other returned the metric gain, which the callback mine has written"):
+    with pytest.raises(UserError, match="other returned the metric gain, which the callback mine already writes"):
         CallbackList(both).metrics(*STEP, ())
-    with pytest.raises(UserError, match="mine returned the metric loss, which the training loop has written"):
+    with pytest.raises(UserError, match="mine returned the metric loss, which the training loop already writes"):
         CallbackList([callback(metrics={"loss": 99.0})]).metrics(*STEP, ("loss", "lr"))
 
 
