@@ -18,7 +18,12 @@ from torch import nn
 from dstune.core.distributed import World
 from dstune.protocols import Optimizer
 from dstune.zero import fewer_reads, swap
-from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
+from dstune.zero.fewer_gathers import (
+    gather_persistent_together,
+    handle_layers_whole,
+    handle_repeating_modules_whole,
+    wait_for_copies_only,
+)
 from dstune.zero.hooks import forget, without_hooks
 from dstune.zero.masks import Change, masked_weight_decay, zero_gradients
 from dstune.zero.matrices import Matrices, UsesMatrices
@@ -134,6 +139,7 @@ class Engine:
         if self.stage == 3:
             wait_for_copies_only()
             _announce_borrowed_weights(model)
+            handle_repeating_modules_whole(model)
             if one_pass:
                 handle_layers_whole(model)
         self.swaps = swap.device(settings) == "nvme"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 SEQUENTIAL_DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
 """Model types whose layers share no weights, are called once each, and take the hidden states as their first input."""
@@ -31,6 +32,25 @@ def handle_layers_whole(model: nn.Module) -> None:
     for layer in layers:
         layer.register_forward_pre_hook(_require_input_gradient)
         set_z3_leaf_module(layer, True)
+
+
+REPEATING = {"qwen4_exp_text": "indexer"}
+"""By model type, the modules that call one of their parts once for each token of a row."""
+
+
+def handle_repeating_modules_whole(model: nn.Module) -> None:
+    """Let ZeRO-3 gather each module of `REPEATING` as a unit.
+
+    Part by part, ranks with rows of different lengths would gather weights in a different order, and gloo or NCCL would end or hang.
+    No gradient may pass through such a module: Qwen 4's indexer only chooses tokens.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    config = getattr(model, "config", None)
+    kind = config.get_text_config().model_type if isinstance(config, PretrainedConfig) else ""
+    for name, module in model.named_modules():
+        if kind in REPEATING and name.endswith(f".{REPEATING[kind]}"):
+            set_z3_leaf_module(module, True)
 
 
 def gather_persistent_together(optimizer: Any) -> None:
