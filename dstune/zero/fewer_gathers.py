@@ -41,8 +41,8 @@ REPEATING = {"qwen4_exp_text": "indexer"}
 def handle_repeating_modules_whole(model: nn.Module) -> None:
     """Let ZeRO-3 gather each module of `REPEATING` as a unit.
 
-    Part by part, ranks with rows of different lengths would gather weights in a different order, and gloo or NCCL would end or hang.
-    No gradient may pass through such a module: Qwen 4's indexer only chooses tokens.
+    Part by part, ranks with rows of different lengths would gather weights in a different order, and gloo or NCCL would end or
+    hang. No gradient may pass through such a module: Qwen 4's indexer only chooses tokens.
     """
     from deepspeed.utils import set_z3_leaf_module
 

@@ -11,7 +11,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.z3_leaf_module import z3_leaf_module
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
+from dstune.zero.fewer_gathers import (
+    REPEATING,
+    gather_persistent_together,
+    handle_layers_whole,
+    handle_repeating_modules_whole,
+)
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -64,3 +69,12 @@ def test_what_is_not_there_comes_in_one_message() -> None:
     assert messages == [[parameters[0], parameters[2]]]
     assert parameters[0].all_gather([parameters[0]]) == "one by one"
     gather_persistent_together(SimpleNamespace(persistent_parameters=[]))
+
+
+def test_a_module_that_repeats_its_parts_is_gathered_as_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REPEATING, "llama", "self_attn")
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    handle_repeating_modules_whole(model)
+    units = {name for name, module in model.named_modules() if z3_leaf_module(module)}
+    assert units == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    handle_repeating_modules_whole(torch.nn.Linear(2, 2))
