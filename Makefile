@@ -22,7 +22,7 @@ help:
 	@echo "make test-fast   configuration, launcher and planner without ranks, while you edit (under 2 minutes)"
 	@echo "make test        before you push: unit tests, and one of each proof on ranks (about 12 minutes on 2 cores)"
 	@echo "make test-again  what failed in the run before, one test at a time"
-	@echo "make test-ci     everything but soak and real models: every proof of exactness (45 to 52 minutes on 2 cores)"
+	@echo "make test-ci     everything but soak and real models: every proof of exactness (about 44 minutes on 2 cores)"
 	@echo "make test-ci-part CI_PART=3/8   the third of eight parts of what it has beside make test"
 	@echo "make test-slow   what it leaves out: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment, further layouts and launchers (one to two hours)"
 	@echo "make test-all    make test-ci, then make test-slow"

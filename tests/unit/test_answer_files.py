@@ -246,7 +246,7 @@ def test_a_model_that_no_run_has_trained_is_held_against_transformers(tmp_path):
     source = replace(resolve("m", str(base)), reference=own)
     engine = AnswersAsReferred(source, "m", base, base, Limits())
     proof = asyncio.run(prove(engine, "m", source))
-    assert (proof.status, proof.rows) == ("proven", len(CONVERSATIONS)) and "no training of ours" in proof.detail
+    assert (proof.status, proof.rows) == ("proven", len(CONVERSATIONS)) and "did not train this model" in proof.detail
     default_system(base)
     with pytest.raises(Refused, match="chat_template"):
         asyncio.run(prove(engine, "m", source))

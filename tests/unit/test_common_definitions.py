@@ -28,7 +28,7 @@ STATED = {
     "task.label_smoothing": "conservative",
     "task.no_answer": "nothing but articles",
     "method.init": "`olora` has peft's first values",
-    "optimizer.lr": "the method's own",
+    "optimizer.lr": "the method's default",
 }
 
 
