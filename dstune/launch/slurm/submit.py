@@ -145,7 +145,7 @@ def _stop(jobs: Sequence[str], run_dir: Path, console: Console, received: Sequen
         try:
             queue.cancel(jobs)
         except Unreachable as error:
-            console.message(f"dstune: SLURM does not answer ({error}); press Ctrl-C again to repeat the request")
+            console.message(f"dstune: SLURM does not answer ({error}); send the signal again to repeat the request")
         return
     message = f"received {received[0]}: saving at the end of this step; again to stop at once without saving"
     console.message(f"dstune: {message}")
