@@ -115,9 +115,9 @@ def test_trials_end_when_the_sweep_is_killed(workplace: Commands):
 def test_optuna_ends_a_trial_that_falls_behind(workplace: Commands):
     """The second trial does not learn: it leaves at an evaluation, says so, and frees its place for the third."""
     pytest.importorskip("optuna")
-    words = overrides(
-        30, "data.train=dialogues.jsonl", "optimizer.lr=1e-2,1e-9,5e-3", "evaluate.every=3", "sweep.dir=pruned"
-    )
+    # 90 steps of 12 ms, so that the request to end reaches the trial well before its last step.
+    further = ("evaluate.every=9", "checkpoint.every=0", "sweep.dir=pruned")
+    words = overrides(90, "data.train=dialogues.jsonl", "optimizer.lr=1e-2,1e-9,5e-3", *further)
     optuna = ["hydra/sweeper=optuna", "sweep.sampler=grid", "sweep.pruner=median", "sweep.startup_trials=1"]
     done = workplace.run("train", "-m", *words, *optuna, "tracking.wandb.mode=offline", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,7 +127,7 @@ def test_optuna_ends_a_trial_that_falls_behind(workplace: Commands):
     run_dir = workplace.folder / "pruned" / trials[1e-9]["name"]
     ended = result(run_dir)
     assert ended["status"] == "pruned"
-    assert ended["steps"] < 30
+    assert ended["steps"] < 90
     assert ended["reason"] == trials[1e-9]["reason"]
     assert "pruned (median) at step" in ended["reason"]
     assert not list((run_dir / "checkpoints").glob("step-*")), "a pruned trial is not saved"
