@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.fields import Automatic, setting
+from dstune.config.fields import setting
 from dstune.core.errors import Problem
-from dstune.protocols import method_of
+from dstune.protocols import method_of, task_of
+from dstune.protocols.task_options import BuildsBatches
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
@@ -41,16 +42,35 @@ def check_rope(config: RunConfig) -> Iterator[Problem]:
                 "model.rope.factor", "it has no effect without model.rope.type", f"{KEY}=yarn", str(rope.factor)
             )
         return
-    rows = config.trainer.micro_batch_size
-    if rope.type is RopeType.dynamic and (config.data.packing or rows is Automatic.auto or rows != 1):
+    if rope.type is RopeType.dynamic and not has_lone_samples(config):
         reason = "its frequencies follow the longest row of a micro-batch, so a sample's loss would depend on the rows beside it"
-        fix = f"{KEY}=yarn, or data.packing=false trainer.micro_batch_size=1"
-        yield Problem(KEY, reason, fix, rope.type.value)
+        fixes = (f"{KEY}=yarn", *lone_samples_fix(config))
+        yield Problem(KEY, reason, ", or ".join(fixes), rope.type.value)
     if method_of(config.method).adapter and config.run.export.name != "none":
         reason = (
             "an exported adapter cannot contain it, so servers would load the base model with its original positions"
         )
         yield Problem(KEY, reason, "run.export=none, then `dstune export RUN --merge` after training", rope.type.value)
+
+
+def has_lone_samples(config: RunConfig) -> bool:
+    """Return whether every forward pass has one sample, in training and evaluation."""
+    rows = config.trainer.micro_batch_size
+    sizes = {rows, config.evaluate.micro_batch_size or rows}
+    return not config.data.packing and sizes == {1} and not _has_several_rows(config)
+
+
+def lone_samples_fix(config: RunConfig) -> tuple[str, ...]:
+    """Return the settings that give every forward pass one sample; empty if the task does not allow it."""
+    if _has_several_rows(config):
+        return ()
+    of_evaluation = "" if config.evaluate.micro_batch_size is None else " evaluate.micro_batch_size=1"
+    return (f"data.packing=false trainer.micro_batch_size=1{of_evaluation}",)
+
+
+def _has_several_rows(config: RunConfig) -> bool:
+    """Return whether a sample has several rows, such as the two answers of a preference."""
+    return isinstance(task_of(config.task), BuildsBatches)
 
 
 def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Problem]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dstune.config.rope import has_lone_samples, lone_samples_fix
+from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 
 
@@ -19,26 +21,24 @@ class Limit:
     """Whether a row is computed right if it has one sample; otherwise a micro-batch must be one sample."""
 
 
-def row_length_problem(architecture: Any, max_length: int, *, are_packed: bool, are_alone: bool) -> Problem | None:
-    """Return the problem with rows of up to `max_length` tokens whose samples would not be computed as they are alone.
+def row_length_problem(config: RunConfig, architecture: Any) -> Problem | None:
+    """Return the problem with rows of up to `data.max_length` tokens whose samples would not be computed as they are alone.
 
-    architecture: the text part of the model's configuration. are_packed: rows have several samples. are_alone: a micro-batch is
-    one sample.
+    architecture: the text part of the model's configuration.
     """
     limits = [
-        *(_packing_limits(architecture) if are_packed else ()),
-        *(() if are_alone else _rope_limits(architecture)),
+        *(_packing_limits(architecture) if config.data.packing else ()),
+        *(() if has_lone_samples(config) else _rope_limits(architecture)),
     ]
-    passed = [limit for limit in limits if max_length > limit.tokens]
+    passed = [limit for limit in limits if config.data.max_length > limit.tokens]
     if not passed:
         return None
     shortest = min(passed, key=lambda limit: limit.tokens)
+    shorter = f"data.max_length={shortest.tokens}"
     if shortest.is_of_packing:
-        return Problem(
-            "data.packing", shortest.reason, f"data.packing=false, or data.max_length={shortest.tokens}", "true"
-        )
-    fix = f"data.max_length={shortest.tokens}, or data.packing=false trainer.micro_batch_size=1"
-    return Problem("data.max_length", shortest.reason, fix, str(max_length))
+        return Problem("data.packing", shortest.reason, f"data.packing=false, or {shorter}", "true")
+    fix = ", or ".join((shorter, *lone_samples_fix(config)))
+    return Problem("data.max_length", shortest.reason, fix, str(config.data.max_length))
 
 
 def _packing_limits(architecture: Any) -> Iterator[Limit]:

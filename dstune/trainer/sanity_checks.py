@@ -139,10 +139,7 @@ def verify_rows(
 
     If they do, falls back to passing rows unchanged; raises UserError on all ranks if that is impossible or fails too.
     """
-    are_alone = not config.data.packing and config.trainer.micro_batch_size == 1
-    problem = row_length_problem(
-        architecture, config.data.max_length, are_packed=config.data.packing, are_alone=are_alone
-    )
+    problem = row_length_problem(config, architecture)
     if problem:
         raise UserError(problem)
     if rows is not None:

@@ -33,24 +33,31 @@ def test_nothing_is_trained_wrongly_without_a_word() -> None:
 def test_samples_that_a_long_row_would_change_are_refused() -> None:
     from transformers import Llama4TextConfig, Phi3Config
 
+    from dstune.config.compose import compose
     from dstune.models.row_length import row_length_problem
 
-    def refused(architecture: Any, length: int, **shape: bool) -> tuple[str, str] | None:
-        problem = row_length_problem(architecture, length, **({"are_packed": True, "are_alone": False} | shape))
+    def refused(architecture: Any, length: int, *words: str) -> tuple[str, str] | None:
+        config = compose(["model=smollm2", "data=chitchat", f"data.max_length={length}", *words]).config
+        problem = row_length_problem(config, architecture)
         return None if problem is None else (problem.where, problem.fix)
 
+    padded, alone = "data.packing=false", ["data.packing=false", "trainer.micro_batch_size=1"]
     sparse = SimpleNamespace(model_type="deepseek_v32", index_topk=2048)
     assert refused(sparse, 4096) == ("data.packing", "data.packing=false, or data.max_length=2048")
-    assert refused(sparse, 2048) is None and refused(sparse, 4096, are_packed=False) is None
+    assert refused(sparse, 2048) is None and refused(sparse, 4096, padded) is None
     chunked = Llama4TextConfig()  # chunks of 8,192 tokens; some layers scale their scores from token 8,192 on
     assert refused(chunked, 16384) == ("data.packing", "data.packing=false, or data.max_length=8191")
-    assert refused(chunked, 8191) is None and refused(chunked, 16384, are_packed=False) is None
+    assert refused(chunked, 8191) is None and refused(chunked, 16384, padded) is None
     factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **factors}
     phi = Phi3Config(max_position_embeddings=131072, rope_parameters=longrope)
     fix = "data.max_length=4096, or data.packing=false trainer.micro_batch_size=1"
-    assert refused(phi, 8192) == refused(phi, 8192, are_packed=False) == ("data.max_length", fix)
-    assert refused(phi, 4096) is None and refused(phi, 8192, are_packed=False, are_alone=True) is None
+    assert refused(phi, 8192) == refused(phi, 8192, padded) == ("data.max_length", fix)
+    assert refused(phi, 4096) is None and refused(phi, 8192, *alone) is None
+    several = refused(phi, 8192, *alone, "evaluate.micro_batch_size=2")
+    assert several == ("data.max_length", f"{fix} evaluate.micro_batch_size=1")
+    pairs = ["task=preference", "data.packing=false"]
+    assert refused(phi, 8192, *alone, *pairs) == ("data.max_length", "data.max_length=4096")
     assert refused(SimpleNamespace(model_type="llama"), 4096) is None
 
 

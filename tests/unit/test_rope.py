@@ -87,6 +87,7 @@ def test_models_whose_positions_are_not_extended(values: dict, reason: str) -> N
         (["model.rope.type=dynamic", "data.packing=true"], "model.rope.type"),
         (["model.rope.type=dynamic", "data.packing=false", "trainer.micro_batch_size=2"], "model.rope.type"),
         (["model.rope.type=dynamic", *ROWS], None),
+        (["model.rope.type=dynamic", *ROWS, "evaluate.micro_batch_size=4"], "model.rope.type"),
         (["model.rope.type=yarn"], None),
         (["model.rope.type=yarn", "method=lora"], "model.rope.type"),
         (["model.rope.type=yarn", "method=lora", "run.export=none"], None),
