@@ -341,7 +341,7 @@ def _measure_untuned(model: Model, config: RunConfig, overrides: list[str], data
     shots = ["--shots", "0"] if task_of(config.task).few_shot else []
     printed = io.StringIO()
     with redirect_stdout(printed):
-        code = evaluate.ask([model.path, *words, *shots, "--json"])
+        code = evaluate.run_command([model.path, *words, *shots, "--json"])
     if code == EXIT_PREEMPTED:  # the signal means the verb, not only this model
         raise DstuneError(f"stopped while {model.path} was evaluated")
     if code != EXIT_DONE:

@@ -45,18 +45,18 @@ from dstune.tracking.jsonl import json_text
 
 def main(argv: list[str]) -> int:
     """Run `dstune evaluate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
-    code = ask(argv)
-    return EXIT_FAILED if code == EXIT_PREEMPTED else code  # there is nothing saved to go on from
+    code = run_command(argv)
+    return EXIT_FAILED if code == EXIT_PREEMPTED else code  # an evaluation saves nothing that it could resume from
 
 
-def ask(argv: list[str]) -> int:
+def run_command(argv: list[str]) -> int:
     """Run like `main`, but return EXIT_PREEMPTED if a signal ended the ranks."""
     arguments = parse(argv)
     console = Console(sys.stderr if arguments.json else sys.stdout)
     if arguments.harness:
         return _harness(arguments, console.stage)
     if arguments.safety:
-        return safety.ask(arguments, console, _configuration)
+        return safety.measure_changes(arguments, console, _configuration)
     code, result = measure(arguments, console)
     if result is not None:
         rows = result.pop("row_results", [])
@@ -67,7 +67,7 @@ def ask(argv: list[str]) -> int:
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[str, Any] | None]:
-    """Return the exit code of the ranks, and their measurements. Raises UserError."""
+    """Evaluate on ranks. Returns their exit code and, if it is 0, the result. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)
@@ -89,8 +89,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
 
 
 def measure_weights(run: Path, folder: Path) -> dict[str, Any] | None:
-    """Measure the complete model in `folder` on the rows that `run` held out; return None if it held none out. Raises UserError and
-    TrainingFailed."""
+    """Evaluate the complete model in `folder` on the rows that `run` held out; return None if it held none out. Raises UserError
+    and TrainingFailed."""
     data = _read(run, []).data
     if not (data.validation or data.split.holds_out):
         return None
@@ -147,17 +147,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--shots",
         type=_numbers,
         metavar="N[,N...]",
-        help="the untuned model instead, asked with so many worked examples in front of each row (0 is none)",
+        help="evaluate the untuned model instead, prompted with N worked examples before each row (0: none)",
     )
     parser.add_argument(
         "--prompted",
         metavar="MODEL",
-        help="with --shots and a run: the model to ask; its own base model when not given",
+        help="with --shots and a run: the model to prompt (default: its base model)",
     )
     parser.add_argument(
-        "--harness", metavar="TASK[,TASK...]", help="tasks of lm-evaluation-harness instead (needs the extra `harness`)"
+        "--harness",
+        metavar="TASK[,TASK...]",
+        help="run tasks of lm-evaluation-harness instead (needs the extra `harness`)",
     )
-    parser.add_argument("--harness-path", type=Path, metavar="FOLDER", help="a folder with harness tasks of your own")
+    parser.add_argument("--harness-path", type=Path, metavar="FOLDER", help="a folder with your own harness tasks")
     parser.add_argument(
         "--grader",
         action="append",
@@ -168,12 +170,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--safety",
         action="store_true",
-        help="ask the packaged probes instead, and look for rows that the model recites: what fine-tuning changed",
+        help="run the packaged probes instead and look for rows that the model recites: what fine-tuning changed",
     )
     parser.add_argument(
         "--against",
         metavar="MODEL",
-        help="with --safety: the model to compare with; of a run its own base model when not given",
+        help="with --safety: the model to compare with (default for a run: its base model)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
@@ -186,7 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments.target = local_path(arguments.target, "MODEL")
     path = Path(arguments.target)
     if path.is_file():
-        fix = f"give a run, an export or a model; rows are given behind it: data.{arguments.split}=FILE"
+        fix = f"give a run, an export or a model, and the rows after it: data.{arguments.split}=FILE"
         raise UserError(Problem("MODEL", "this is a file", fix, arguments.target))
     if store.is_checkpoint(path):
         if arguments.checkpoint != "last":
@@ -199,13 +201,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         refuse_place(arguments.output, arguments.force)
     safety.check(arguments)
     if arguments.checkpoint != "last" and (arguments.shots is not None or not _is_run(arguments.target)):
-        reason = "only a run has checkpoints" if arguments.shots is None else "with --shots the untuned model is asked"
+        reason = "only a run has checkpoints" if arguments.shots is None else "--shots prompts the untuned model"
         fix = f"give {arguments.target} without a checkpoint"
         raise UserError(Problem("--checkpoint", reason, fix, arguments.checkpoint))
     if arguments.prompted and (arguments.shots is None or not _is_run(arguments.target)):
         fix = "dstune evaluate RUN --shots 0,4 --prompted MODEL"
         raise UserError(
-            Problem("--prompted", "it is a run's rows that another model is asked", fix, arguments.prompted)
+            Problem(
+                "--prompted",
+                "it needs --shots and a run, whose rows the model is prompted with",
+                fix,
+                arguments.prompted,
+            )
         )
     return arguments
 
@@ -224,8 +231,8 @@ def _is_run(target: str) -> bool:
 def _configuration(
     arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]
 ) -> tuple[RunConfig, Path | None]:
-    """Return what the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
-    become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
+    """Return the configuration that the ranks evaluate, with the data of the run or of the overrides: of a complete model; or, if a
+    run's adapter cannot be merged, of the base model and the method, with the adapter's checkpoint. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
     stored = None
     if (path / "run.yaml").is_file():
@@ -255,9 +262,9 @@ def _configuration(
     data = config.data
     names_rows = any(word.startswith(f"data.{arguments.split}=") for word in arguments.overrides)
     if stored is not None and names_rows and arguments.split != "train":
-        data = replace(data, train=None, mixture={})  # rows of their own; those of the training are nothing to them
+        data = replace(data, train=None, mixture={})  # the training rows are not needed
     if not data.train and not data.mixture:
-        # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
+        # Preparation needs training rows. Here they are the measured rows themselves, which is no leak.
         data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
     if isinstance(task := task_of(config.task), EvaluatesOtherwise):
         task.check_evaluation()
@@ -267,7 +274,7 @@ def _configuration(
         method=config.method if checkpoint else METHODS.default(),
         launch=on_this_machine(config.launch),
         tracking=tracking_class()(),
-        parallel=NoParallelConfig(),  # without gradients a rank holds a long row
+        parallel=NoParallelConfig(),  # without gradients a long row fits on one rank
     )
     validate(config)
     return preflight.resolve_run(config, stage, trains=False), checkpoint
@@ -291,7 +298,7 @@ def _with_graders(task: TaskConfig, files: list[str]) -> TaskConfig:
     """Return `task` with these graders in addition to its rewards. Raises UserError if the task does not score the model's
     answers."""
     if not hasattr(task, "graders"):
-        reason = f"task={task.name} does not let the model answer prompts to be scored"
+        reason = f"task={task.name} has no answers to prompts that a grader could score"
         fix = "dstune evaluate MODEL task=reinforcement data.validation=PROMPTS --grader FILE; of a run give RUN/export"
         raise UserError(Problem("--grader", reason, fix, files[0]))
     graders = [str(Path(file).absolute()) for file in files]
@@ -308,13 +315,13 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
     """Return the configuration for prompting the untuned model, with training rows for the examples. Raises UserError."""
     problems = []
     if not config.data.train and not config.data.mixture and any(arguments.shots):
-        reason = "worked examples are drawn from training rows"
+        reason = "worked examples come from training rows"
         problems.append(Problem("--shots", reason, "data.train=FILE, or --shots 0", str(max(arguments.shots))))
     if not task_of(config.task).few_shot:
         reason = f"task={config.task.name} has no answers that a prompted model could give"
         problems.append(Problem("--shots", reason, "leave --shots out"))
     if is_multi_task(config):
-        reason = "the rows are of several tasks, and worked examples are of one"
+        reason = "the rows belong to several tasks, but worked examples show one task"
         problems.append(Problem("--shots", reason, "leave --shots out"))
     if config.data.streaming:
         problems.append(Problem("data.streaming", "examples are drawn from all training rows", "data.streaming=false"))

@@ -28,9 +28,10 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """Return metrics by task of the model in `folder` (or of the adapter there).
 
-    config: `model` and `evaluate.max_rows`, `evaluate.micro_batch_size` count. task_files: a folder with tasks of the
-    user's own. shots: worked examples; as each task has it when not given.
-    Raises UserError for a task that is not there, or data that cannot be had.
+    config: only `model`, `evaluate.max_rows` and `evaluate.micro_batch_size` are used. task_files: a folder with the user's tasks.
+    shots: number of worked examples; each task's default if None.
+
+    Raises UserError if a task does not exist or its data cannot be loaded.
     """
     require()
     from lm_eval import simple_evaluate
@@ -64,7 +65,7 @@ def run(
             bootstrap_iters=1000,
         )
     except (OSError, ConnectionError) as error:
-        reason = f"its rows cannot be had: {first_line(error)}"
+        reason = f"its rows cannot be loaded: {first_line(error)}"
         fix = "run it once where the model hub is reachable, or give tasks with local rows (--harness-path FOLDER)"
         raise UserError(Problem("--harness", reason, fix, ",".join(tasks))) from error
     assert outcome is not None, "there is one process"
@@ -81,7 +82,7 @@ def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(target: str, results: dict[str, dict[str, Any]], message: Callable[[str], None] = print) -> None:
-    """Print a table for people."""
+    """Print the results as a table."""
     message(f"{target}: lm-evaluation-harness")
     rows = [(task, name, value) for task, metrics in results.items() for name, value in metrics.items()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

@@ -69,12 +69,11 @@ def evaluate(
 ) -> None:
     """Evaluate the whole model in `config.model` on a split; rank 0 writes `result.json` into `directory`.
 
-    checkpoint: with one, the model is the base of the adapter that is in it.
+    checkpoint: of an adapter, whose base is `config.model`; None if the model is complete. shots: numbers of worked examples; for
+    each, the untuned model is prompted instead. with_rows: whether the result contains the answer to each row. safety: run the
+    probes of `trainer.safety` instead.
 
-    shots: ask it with so many worked examples in front of each row instead. with_rows: the result tells each row's answer.
-    safety: ask probes instead (`trainer.safety`).
-
-    Raises UserError where there is no such split, or the model does not fit the task.
+    Raises UserError if the split does not exist, or the model does not fit the task.
     """
     console = Console() if world.is_main else None
     if console:
@@ -101,7 +100,7 @@ def evaluate(
         world.barrier()
         return
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
-    doing = "evaluating" if shots is None else "asking the untuned model"
+    doing = "evaluating" if shots is None else "prompting the untuned model"
     progress = partial(console.activity, doing) if console else None
     if shots is None:
         measured, row_results = _measure(evaluator, part, config, data.labels, progress)
@@ -148,7 +147,7 @@ def _build(
     *,
     prompted: bool,
 ) -> tuple[Engine, Head]:
-    """Return the engine and the head. prompted: the model is asked as the language model that it is."""
+    """Return the engine and the head. prompted: use the model as a language model, whatever the task's head."""
     loaded = baseline.as_language_model(config) if prompted else config
     settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     activity.info("loading the model")
@@ -178,7 +177,7 @@ def _build(
 def _measure(
     evaluator: Evaluator, part: Split, config: RunConfig, labels: Sequence[str], progress: Callable[..., None] | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluate `part`. Returns the fields that the result gets from it, and the result of each row."""
+    """Evaluate `part`. Returns fields of `result.json`, and the result of each row."""
     evaluation = evaluator(part, progress)
     measured: dict[str, Any] = {"metrics": evaluation.metrics}
     changes = evaluator.counterfactual(part)
@@ -192,8 +191,10 @@ def _measure(
 def results_in_file_order(
     evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return the result of each row, with `row` as its FILE:LINE, in the order of the files. Training rows and caches of an earlier
-    version have no places: their results keep the order of evaluation."""
+    """Return the result of each row, with its FILE:LINE as `row`, in the order of the files.
+
+    The places of training rows, and of rows cached by an earlier version, are unknown: their results keep the order of evaluation.
+    """
     results = evaluation.row_results(labels)
     measured = limited(part, config.evaluate.max_rows, config.task)
     if evaluation.generated:

@@ -1,4 +1,4 @@
-"""`dstune evaluate RUN --safety`: answers to probes and recited rows, of a model and of the one that it was made from."""
+"""`dstune evaluate RUN --safety`: compares a model with its base: answers to probes, and rows that it recites."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Configure = Callable[[argparse.Namespace, Path, Callable[[str], None]], tuple[Ru
 
 
 class _Failed(Exception):
-    """Ranks ended with this exit code, and have said why."""
+    """The ranks failed with this exit code and have printed the reason."""
 
     def __init__(self, code: int):
         self.code = code
@@ -48,10 +48,10 @@ def check(arguments: argparse.Namespace) -> None:
         return
     others = ("shots", "harness", "grader", "output")
     if flags := [f"--{name}" for name in others if getattr(arguments, name) not in (None, [])]:
-        raise UserError(Problem(name, "--safety asks questions of its own", f"leave {name} out") for name in flags)
+        raise UserError(Problem(name, "--safety brings its own questions", f"leave {name} out") for name in flags)
 
 
-def ask(arguments: argparse.Namespace, console: Console, configure: Configure) -> int:
+def measure_changes(arguments: argparse.Namespace, console: Console, configure: Configure) -> int:
     """Measure both models, print the changes, and store them in the run. Raises UserError; returns the exit code."""
     run = Path(arguments.target)
     is_run = (run / "run.yaml").is_file()
@@ -101,13 +101,13 @@ def _measured(
         if code != EXIT_DONE:
             raise _Failed(code)
         result = records.read_result(directory)
-        assert result is not None, "the supervisor saw to it"
+        assert result is not None, "the supervisor writes a result"
         measured: dict[str, Any] = result["safety"]
         return measured
 
 
 def _alone(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rates of a model that is not compared with another one."""
+    """Return the rates of a model that is not compared with another."""
     probes = [
         {
             "name": name,
@@ -138,12 +138,12 @@ def _print(arguments: argparse.Namespace, safety: dict[str, Any], show: Callable
 
 def show_rates(target: str, safety: dict[str, Any]) -> None:
     """Print a line for each probe and kind of rows."""
-    print(f"{target}: safety and truth, compared with no other model (--against MODEL)")
+    print(f"{target}: safety and truth, not compared with another model (--against MODEL)")
     for probe in safety["probes"]:
         print(f"  {probe['title']:<52} {probe['share']:>6.1%} of {probe['questions']}")
     for row in safety["rows"]:
         print(
-            f"  {row['kind'] + ' rows recited':<52} {row['recited']} of {row['rows']}, {row['share']:.1%} of their rest"
+            f"  {row['kind'] + ' rows recited':<52} {row['recited']} of {row['rows']}, {row['share']:.1%} of their continuations"
         )
     if safety["not_measured"]:
         print(f"  rows: {safety['not_measured']}")
@@ -158,7 +158,7 @@ def show_changes(target: str, safety: dict[str, Any]) -> None:
         counted = f"{row['recited_before']} -> {row['recited_after']} of {row['rows']}"
         verdict = "  memorised" if changes.is_planted_known(row) else ""
         print(
-            f"  {row['kind'] + ' rows, share of their rest recited':<52} {_change(row)}; whole rests {counted}{verdict}"
+            f"  {row['kind'] + ' rows, share of continuation recited':<52} {_change(row)}; recited whole {counted}{verdict}"
         )
     if (beyond := safety["beyond_held_out"]) is not None:
         interval = f"{beyond['difference']:+.1%} ({beyond['low']:+.1%} to {beyond['high']:+.1%})"

@@ -72,7 +72,7 @@ def test_two_ranks_with_partitioned_weights_measure_the_same_afterwards(memorise
 def test_a_model_alone_is_asked_and_a_classifier_is_refused(memorised: Commands) -> None:
     done = memorised.run("evaluate", "model", "task=chat", "data.train=train.jsonl", "launch.processes=1", "--safety")
     assert done.returncode == 0, done.stderr
-    assert "compared with no other model" in done.stdout and "training rows recited" in done.stdout
+    assert "not compared with another model" in done.stdout and "training rows recited" in done.stdout
     write_pairs(memorised.folder / "pairs.jsonl", 4)
     refused = memorised.run("evaluate", "model", "task=seq2seq", "data.train=pairs.jsonl", "--safety")
     assert refused.returncode == 2 and "writes targets for sources" in refused.stderr

@@ -192,14 +192,14 @@ def test_the_rows_of_a_probe_have_any_name(shelf, monkeypatch, name):
         given = compose([word for word in argv[1:] if word.startswith("data.")]).config.data.validation
         raise UserError(Problem("here", f"asked on {given}"))
 
-    monkeypatch.setattr(evaluate, "ask", ask)
+    monkeypatch.setattr(evaluate, "run_command", ask)
     with pytest.raises(UserError) as refused:
         catalogue.main([str(shelf / "decoder"), "task=chat", "--probe", name, "hardware=H100"])
     assert f"not evaluated: asked on {name}" in str(refused.value)
 
 
 def test_a_signal_ends_the_probe_and_not_one_model_alone(shelf, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "ask", lambda argv: EXIT_PREEMPTED)
+    monkeypatch.setattr(evaluate, "run_command", lambda argv: EXIT_PREEMPTED)
     words = [str(shelf / "decoder"), "task=chat", "--probe", "rows.jsonl", "hardware=H100"]
     with pytest.raises(DstuneError, match=rf"stopped while {shelf / 'decoder'} was evaluated"):
         catalogue.main(words)
