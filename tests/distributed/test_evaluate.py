@@ -114,7 +114,7 @@ def test_an_earlier_checkpoint_is_measured_as_it_was_then(shelf, capsys):
 def test_a_checkpoint_of_what_is_no_run_is_refused(shelf):
     with pytest.raises(UserError, match="only a run has checkpoints"):
         evaluate.main([str(shelf.models["decoder"]), "--checkpoint", "best"])
-    with pytest.raises(UserError, match="the untuned model is asked"):
+    with pytest.raises(UserError, match="--shots prompts the untuned model"):
         evaluate.main([str(shelf.folder / "lora-2"), "--checkpoint", "2", "--shots", "0"])
 
 
