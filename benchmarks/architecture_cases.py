@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from architecture_variants import VARIANTS
+
 GROUPS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -123,10 +125,10 @@ def all_cases(kinds: list[str] | None, part: str | None, every: bool) -> list[Ca
     pairs = [
         (group, kind)
         for group, mapping in GROUPS.items()
-        for kind in getattr(modeling_auto, mapping)
+        for kind in (*getattr(modeling_auto, mapping), *VARIANTS[group])
         if kinds is None or kind in kinds or f"{group}:{kind}" in kinds
     ]
-    pairs.sort(key=lambda pair: pair[1] not in USUAL)
+    pairs.sort(key=lambda pair: pair[1].partition("@")[0] not in USUAL)
     if part:
         number, parts = map(int, part.split("/"))
         pairs = pairs[number - 1 :: parts]

@@ -71,7 +71,8 @@ def page(table: dict[str, Any]) -> str:
     lines = [
         INTRODUCTION.format(
             versions=", ".join(f"{name} {number}" for name, number in table["versions"].items()),
-            kinds=len(kinds),
+            kinds=sum("@" not in kind for _, kind in kinds),
+            variants=sum("@" in kind for _, kind in kinds),
             cases=len(cases),
             counts=", ".join(f"{number} {word}" for word, number in count.items() if number),
             **{key: f"{value:.0e}" for key, value in figures.items()},
@@ -124,6 +125,10 @@ Which architectures of transformers dstune trains, and which it refuses. `benchm
 Every architecture is built from the defaults of its configuration class, shrunk to some thousand weights, and trained for two steps
 of SGD on two ranks. A plain loop trains the same checkpoint with each sample alone: nothing packed, padded, masked or partitioned.
 
+A row such as `deberta-v2@v3` is a variant: the architecture as a published model configures it, where that is not the default of
+the class (`benchmarks/architecture_variants.py`): tied embeddings, YaRN, LongRoPE and Llama 3's rotary scaling, sliding windows,
+groups of experts, convolutions, layers that share keys and values, relative attention.
+
 - *trained*: losses, gradient norms, the change of all weights, and the logits of the export as transformers or peft load it are
   those of the plain loop.
 - *refused*: `dstune train` ended with exit code 2 before the first step and said why.
@@ -152,5 +157,5 @@ head that is skipped, rotary embeddings that turn 1% faster, a target that is le
 of them (`benchmarks/architecture_faults.py`). Twenty of the architectures are tried again in continuous integration
 (`tests/unit/test_architectures.py`).
 
-{kinds} architectures in {cases} cases: {counts}. The largest relative differences of what counts as trained: loss {loss}, gradient
-norm {norm}, change of the weights {update}, logits {logits}."""
+{kinds} architectures and {variants} variants in {cases} cases: {counts}. The largest relative differences of what counts as
+trained: loss {loss}, gradient norm {norm}, change of the weights {update}, logits {logits}."""

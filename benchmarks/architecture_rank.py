@@ -15,6 +15,7 @@ from typing import Any
 
 from architecture_cases import Case, model_class_of, note
 from architecture_compare import compare
+from architecture_variants import VARIANTS
 
 
 class Unbuilt(Exception):
@@ -31,7 +32,8 @@ def checkpoint(case: Case, folder: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        config = small_config(case.kind)
+        kind, _, variant = case.kind.partition("@")
+        config = small_config(kind, VARIANTS[case.group][case.kind] if variant else None)
         if case.group == "classification":
             config.id2label, config.label2id = {0: "left", 1: "right"}, {"left": 0, "right": 1}
             config.num_labels = 2

@@ -285,15 +285,15 @@ def _token(value: Any) -> Any:
     return VOCABULARY - 2 if isinstance(value, int) and value >= VOCABULARY else value
 
 
-def small_config(kind: str) -> Any:
-    """Return the configuration of a kind with small sizes."""
+def small_config(kind: str, variant: Mapping[str, Any] | None = None) -> Any:
+    """Return the configuration of a kind with small sizes. variant: values to put in place of its defaults."""
     from transformers import CONFIG_MAPPING
 
     config_class: Any = CONFIG_MAPPING[kind]
     values = shrunk(config_class().to_dict())
     for name in ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         values.pop(name, None)
-    return config_class.from_dict(_merged(values, BY_KIND.get(kind, {})))
+    return config_class.from_dict({**_merged(values, BY_KIND.get(kind, {})), **(variant or {})})
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
