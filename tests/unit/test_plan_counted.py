@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from architecture_cases import Case, model_class_of  # noqa: E402
+from architecture_variants import VARIANTS  # noqa: E402
 from tiny_architectures import build, small_config  # noqa: E402
 
 from dstune.config.compose import compose  # noqa: E402
@@ -45,7 +46,8 @@ FEW = (
 
 def save(kind: str, folder: Path) -> Any:
     """A tiny checkpoint of the class that a published one names."""
-    config = small_config(kind)
+    name, _, variant = kind.partition("@")
+    config = small_config(name, VARIANTS["causal"][kind] if variant else None)
     case = Case("causal", kind, "full", True, 3)
     model = build(model_class_of(case, config), config)
     if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
@@ -83,7 +85,7 @@ def test_a_plan_lists_the_tensors_of_the_checkpoint(tmp_path: Path, monkeypatch:
 @pytest.mark.ci
 def test_every_causal_architecture_is_planned_with_all_its_tensors(tmp_path: Path) -> None:
     models, differing = {}, []
-    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for kind in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS["causal"]):
         try:
             models[kind] = save(kind, tmp_path / kind)
         except Exception:  # the shrunk defaults of the class are no model
@@ -105,7 +107,7 @@ def test_every_causal_architecture_is_planned_with_all_its_tensors(tmp_path: Pat
         if sorted(t.shape for t in found.tensors) != sorted(expected.values()):
             differing.append(kind)
     assert differing == []
-    assert len(models) > 100
+    assert len(models) > 100 and set(VARIANTS["causal"]) <= set(models)
 
 
 @pytest.mark.parametrize(
