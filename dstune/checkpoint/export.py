@@ -111,7 +111,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
 
 def check_gguf(config: RunConfig, architecture: Any) -> None:
     """Raise UserError if the run's model or its tokenizer cannot be written as GGUF."""
-    from dstune.checkpoint.gguf_file import check_architecture
+    from dstune.checkpoint.gguf_families import check_architecture
     from dstune.checkpoint.gguf_vocabulary import read_vocabulary
     from dstune.models.load import load_tokenizer
 

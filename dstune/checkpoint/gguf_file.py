@@ -1,42 +1,37 @@
 """Writes a complete model as one GGUF file for llama.cpp and its users, with tokenizer, chat template and end of turn.
 
-The `gguf` package maps the names of tensors. This module makes the two changes that llama.cpp expects: rows of the query and key
-projections of Llama and Mistral are in the order of Meta's rotary embedding, and Gemma's norms have 1 added.
+The `gguf` package maps the names of tensors; `gguf_families` has what differs between architectures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.core.errors import Problem, UserError
+from dstune.checkpoint.gguf_families import CONVOLUTION, EXPERT, FAMILIES, add_sizes, check_architecture, rope_tensors
 
 if TYPE_CHECKING:
     import numpy as np
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
-"""Supported model types of transformers, and llama.cpp's names for them."""
+ROUTER = "ffn_gate_inp.weight"
+"""End of the names of routers, which are f32 in every file: a rounded router chooses other experts."""
 
 BLOCK = 32
 """In all types with fewer than 16 bits, this many neighbouring elements of a row share a scale."""
 
 
-def check_architecture(config: Any) -> None:
-    """Raise UserError if a model with this configuration cannot be written as GGUF."""
-    name = config.model_type
-    if name not in ARCHITECTURES:
-        fix = f"GGUF is written for {', '.join(ARCHITECTURES)}; others export without --gguf"
-        raise UserError(Problem("--gguf", "this architecture is not written as GGUF", fix, name))
-    kind = _rope(config).get("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        reason = f"rotary embeddings of the type {kind} are not written as GGUF"
-        raise UserError(Problem("--gguf", reason, "export without --gguf", name))
-    if ARCHITECTURES[name] == "llama" and getattr(config, "attention_bias", False):
-        raise UserError(
-            Problem("--gguf", "attention with biases is not written as GGUF", "export without --gguf", name)
-        )
+@dataclass
+class Stored:
+    """A tensor of a GGUF file."""
+
+    name: str
+    parts: list[str]
+    """Its tensors in transformers: itself, or the same matrix of each expert in turn."""
+    shape: list[int]
+    kind: str
 
 
 def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
@@ -47,6 +42,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     the architecture or the tokenizer.
     """
     import gguf
+    import numpy as np
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer
 
@@ -55,39 +51,83 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     check_architecture(config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    architecture = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(file, architecture)
+    writer = gguf.GGUFWriter(file, FAMILIES[config.model_type].architecture)
     writer.add_name(name)
-    _add_sizes(writer, config)
+    add_sizes(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     writer.add_file_type(file_type(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-    number = next(n for n, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
-    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    opened = {place: safe_open(folder / place, framework="pt") for place in set(tensor_files(folder).values())}
-    plan: list[tuple[str, str]] = []
-    for tensor, place in tensor_files(folder).items():
-        mapped = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
-        assert mapped is not None, f"the gguf package has no name for {tensor}"
-        shape = opened[place].get_slice(tensor).get_shape()
-        stored = _stored(shape, kind)
-        size = _bytes(gguf, shape, stored)
-        writer.add_tensor_info(mapped, shape, _plain_type(stored), size, gguf.GGMLQuantizationType[stored])
-        plan.append((tensor, stored))
-    rope_factors = _rope_factors(config)
-    if rope_factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", rope_factors.shape, rope_factors.dtype, rope_factors.nbytes)
+    places = tensor_files(folder)
+    opened = {place: safe_open(folder / place, framework="pt") for place in set(places.values())}
+    shapes = {tensor: opened[place].get_slice(tensor).get_shape() for tensor, place in places.items()}
+    plan = stored_tensors(config, shapes, kind)
+    for stored in plan:
+        size = _bytes(gguf, stored.shape, stored.kind)
+        kind_number = gguf.GGMLQuantizationType[stored.kind]
+        writer.add_tensor_info(stored.name, stored.shape, _plain_type(stored.kind), size, kind_number)
+    factors = rope_tensors(config)
+    for tensor, values in factors.items():
+        writer.add_tensor_info(tensor, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    places = tensor_files(folder)
-    for tensor, stored in plan:
-        array = _arranged(opened[places[tensor]].get_tensor(tensor).float().numpy(), tensor, config)
-        writer.write_tensor_data(gguf.quantize(array, gguf.GGMLQuantizationType[stored]))
-    if rope_factors is not None:
-        writer.write_tensor_data(rope_factors)
+    family = FAMILIES[config.model_type]
+    for stored in plan:
+        arrays = (
+            family.arranged(opened[places[part]].get_tensor(part).float().numpy(), part, config)
+            for part in stored.parts
+        )
+        encoded = [gguf.quantize(array, gguf.GGMLQuantizationType[stored.kind]) for array in arrays]
+        writer.write_tensor_data(encoded[0] if len(encoded) == 1 else np.stack(encoded))
+    for values in factors.values():
+        writer.write_tensor_data(values)
     writer.close()
+
+
+def stored_tensors(config: Any, shapes: dict[str, list[int]], kind: str) -> list[Stored]:
+    """Return the tensors of the GGUF file of a model. shapes: of its tensors in transformers, by name."""
+    import gguf
+
+    architecture = FAMILIES[config.model_type].architecture
+    number = next(number for number, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    parts: dict[str, list[str]] = {}
+    for tensor in shapes:
+        parts.setdefault(EXPERT.sub("", tensor), []).append(tensor)
+    tensors = []
+    for tensor, of_experts in parts.items():
+        name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"the gguf package has no name for {tensor}"
+        shape = list(shapes[of_experts[0]])
+        if tensor.endswith(CONVOLUTION):
+            shape = [shape[0], shape[2]]
+        if EXPERT.search(of_experts[0]):
+            of_experts.sort(key=_expert)
+            shape = [len(of_experts), *shape]
+        is_exact = name.endswith(ROUTER) or tensor.endswith(CONVOLUTION)
+        tensors.append(Stored(name, of_experts, shape, "F32" if is_exact else _type_of(shape, kind)))
+    return tensors
+
+
+def _expert(tensor: str) -> int:
+    match = EXPERT.search(tensor)
+    assert match is not None
+    return int(match[1])
+
+
+def read_weights(file: Path, config: Any, names: dict[str, list[int]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of a model from its GGUF file, dequantized, float32. names: their names and shapes in transformers."""
+    import gguf
+
+    family = FAMILIES[config.model_type]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for stored in stored_tensors(config, names, "f32"):
+        tensor = tensors[stored.name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(stored.shape)
+        each = values if len(stored.parts) > 1 else values[None]
+        for part, weight in zip(stored.parts, each, strict=True):
+            yield part, family.restored(weight, part, config)
 
 
 def file_type(kind: str) -> int:
@@ -97,7 +137,7 @@ def file_type(kind: str) -> int:
     return int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
 
 
-def _stored(shape: list[int], kind: str) -> str:
+def _type_of(shape: list[int], kind: str) -> str:
     if len(shape) < 2:
         return "F32"
     return "F16" if kind.startswith("q") and shape[-1] % BLOCK else kind.upper()
@@ -112,58 +152,6 @@ def _plain_type(stored: str) -> Any:
 def _bytes(gguf: Any, shape: list[int], stored: str) -> int:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[stored]]
     return int(math.prod(shape) // block * size)
-
-
-def _arranged(weight: np.ndarray, name: str, config: Any) -> np.ndarray:
-    """Return `weight` changed to what llama.cpp expects."""
-    if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
-        return weight + 1
-    if ARCHITECTURES[config.model_type] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-        # The two halves of a head's rows become neighbours: [heads, 2, half, columns] -> [heads, half, 2, columns].
-        halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
-        return halves.swapaxes(1, 2).reshape(weight.shape)
-    return weight
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """Return the parameters of the rotary embedding; if kinds of layers differ, those of layers with full attention."""
-    parameters: dict[str, Any] = config.rope_parameters or {}
-    return parameters.get("full_attention", parameters)
-
-
-def _rope_factors(config: Any) -> np.ndarray | None:
-    """Return the divisors of the rotary embedding's frequencies in Llama 3, float32 [head size / 2]; None for other models."""
-    if _rope(config).get("rope_type") != "llama3":
-        return None
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    exponents = torch.arange(0, _head_size(config), 2, dtype=torch.float32) / _head_size(config)
-    factors: np.ndarray = (_rope(config)["rope_theta"] ** -exponents / scaled).numpy()
-    return factors
-
-
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _add_sizes(writer: Any, config: Any) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(_rope(config).get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(_head_size(config))
-    writer.add_key_length(_head_size(config))
-    writer.add_value_length(_head_size(config))
-    if config.model_type == "gemma3_text":
-        writer.add_sliding_window(config.sliding_window)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:

@@ -15,8 +15,13 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
-"""Regular expressions that split text, and llama.cpp's names for them."""
+_SPLITS = {
+    (_LLAMA3, True): "llama-bpe",
+    (_LLAMA3, False): "dbrx",
+    (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"), False): "qwen2",
+}
+"""Regular expressions that split text, and whether a part that is a token is taken as it is, without merging (`ignore_merges`);
+llama.cpp's name for both."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,15 @@ def _split_name(state: dict[str, Any]) -> str:
     pre_tokenizer = state["pre_tokenizer"] or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     names = [step["type"] for step in steps]
-    if names == ["ByteLevel"] and steps[0]["use_regex"] and not state["normalizer"]:
-        return "gpt-2"
-    if names == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        return "smollm"
+    ignores_merges = bool(state["model"].get("ignore_merges"))
     if names == ["Split", "ByteLevel"]:
-        pattern = steps[0]["pattern"].get("Regex", "")
-        if pattern in _SPLITS:
-            return _SPLITS[pattern]
+        if name := _SPLITS.get((steps[0]["pattern"].get("Regex", ""), ignores_merges)):
+            return name
+    elif not ignores_merges:
+        if names == ["ByteLevel"] and steps[0]["use_regex"] and not state["normalizer"]:
+            return "gpt-2"
+        if names == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+            return "smollm"
     raise _unknown(f"a tokenizer that splits text by {', '.join(names) or 'nothing'}")
 
 

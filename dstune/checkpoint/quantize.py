@@ -172,21 +172,31 @@ def _meta() -> Any:
 
 
 def _read_gguf_back(file: Path, whole: Path, folder: Path) -> Path:
-    """Load the GGUF model `file` with transformers and save it to `folder`, with the other files of `whole`; return `folder`."""
+    """Write the weights of the GGUF model `file` to `folder` as transformers stores them, with the other files of `whole`; return
+    `folder`."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
 
-    stored = object_in(whole / "config.json").get("dtype", "float32")
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, stored),
-    )
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
+    from dstune.checkpoint.gguf_file import read_weights
+    from dstune.models.base_weights import tensor_files
+
+    folder.mkdir()
+    places, shapes, dtypes = tensor_files(whole), {}, {}
+    for place in set(places.values()):
+        with safe_open(whole / place, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                stored = opened.get_slice(name)
+                shapes[name], dtypes[name] = stored.get_shape(), stored.get_dtype()
+    by_file: dict[str, dict[str, torch.Tensor]] = {}
+    for name, weight in read_weights(file, AutoConfig.from_pretrained(whole), shapes):
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(dtypes[name], torch.float32)
+        by_file.setdefault(places[name], {})[name] = torch.from_numpy(weight.copy()).to(dtype)
+    for place, tensors in by_file.items():
+        save_file(tensors, folder / place, metadata={"format": "pt"})
     for path in whole.iterdir():
-        if path.is_file() and not path.name.startswith("model"):
+        if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, folder / path.name)
     return folder
 

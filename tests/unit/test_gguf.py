@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from dstune.checkpoint import store
-from dstune.checkpoint.gguf_file import check_architecture, write_gguf
+from dstune.checkpoint.gguf_families import check_architecture, context_length
+from dstune.checkpoint.gguf_file import write_gguf
 from dstune.checkpoint.gguf_vocabulary import read_vocabulary
 from dstune.config.compose import compose
 from dstune.config.run_file import write_run
@@ -210,16 +212,55 @@ def test_pieces_of_another_kind_are_refused_by_name(normalizer, before, named, t
 # -- what is refused, and the verb ------------------------------------------------------------------------------------
 
 
-def test_other_architectures_are_refused_by_name(tmp_path):
-    from transformers import GPT2Config, LlamaConfig
+def test_other_architectures_are_refused_by_name():
+    from transformers import GPT2Config
 
     with pytest.raises(UserError, match=r"gpt2(.|\n)*llama, mistral"):
         check_architecture(GPT2Config())
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(UserError, match="linear"):
-        check_architecture(LlamaConfig(rope_parameters=rope))
-    with pytest.raises(UserError, match="biases"):
-        check_architecture(LlamaConfig(attention_bias=True))
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "mscale": 0.7}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+BIDIRECTIONAL = {"use_bidirectional_attention": True}
+SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("Llama", {"rope_parameters": DYNAMIC}, "of the type dynamic"),
+        ("Llama", {"rope_parameters": YARN}, "their own scale"),
+        ("Llama", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "a part of each head"),
+        ("Gemma2", {"query_pre_attn_scalar": 100}, "divides scores by the root of 256"),
+        ("Gemma2", {"final_logit_softcapping": None}, "caps scores and logits"),
+        ("Gemma3Text", SLIDING, "every 6th layer"),
+        ("Gemma3Text", BIDIRECTIONAL, "both directions"),
+        ("Gemma3Text", {"rope_local_base_freq": 5000.0}, "base 10,000"),
+        ("SmolLM3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}, "every 4th layer"),
+        ("Olmo3", SLIDING, "every 4th layer"),
+        ("Olmo3", {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": YARN}}, "in windows"),
+        ("Qwen3Moe", {"norm_topk_prob": False}, "weights of the chosen experts"),
+        ("Qwen3Moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, "experts in every layer"),
+    ],
+)
+def test_what_llama_cpp_would_compute_differently_is_refused(kind: str, changes: dict, reason: str):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")
+    usual = {"Qwen3Moe": {"norm_topk_prob": True}}.get(kind, {})
+    check_architecture(config(**usual))
+    with pytest.raises(UserError, match=reason):
+        check_architecture(config(**copy.deepcopy(changes)))
+
+
+def test_a_window_that_llama_cpp_ignores_limits_the_context():
+    from transformers import Gemma2Config, MistralConfig, Qwen2Config
+
+    assert context_length(MistralConfig(sliding_window=4096, max_position_embeddings=32768)) == 4096
+    assert context_length(MistralConfig(sliding_window=None, max_position_embeddings=32768)) == 32768
+    assert context_length(Gemma2Config()) == 8192
+    assert context_length(Qwen2Config(max_position_embeddings=32768)) == 32768
 
 
 def test_other_tokenizers_are_refused_by_name(tmp_path):

@@ -1,0 +1,192 @@
+"""GGUF files of each architecture: llama.cpp computes the logits that transformers computes, and weights are read back exactly."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dstune.checkpoint import gguf_vocabulary
+from dstune.checkpoint.gguf_file import read_weights, write_gguf
+from tests.support.gguf_models import SIZES, save_byte_level
+
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.8],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+    "original_max_position_embeddings": 4096,
+}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
+}
+LAYERS = {"num_hidden_layers": 4}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama with llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": (
+        "Llama",
+        {"head_dim": 32, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mixtral": ("Mixtral", EXPERTS),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3 with yarn": ("Qwen3", {"head_dim": 32, "rope_parameters": YARN}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 64, "norm_topk_prob": True, "head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma3_text": (
+        "Gemma3",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 6},
+    ),
+    "smollm3": ("SmolLM3", LAYERS),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", LAYERS | {"sliding_window": 8}),
+    "olmo3 with yarn": (
+        "Olmo3",
+        LAYERS | {"sliding_window": 8, "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}},
+    ),
+    "granite": ("Granite", GRANITE),
+    "phi3": ("Phi3", {}),
+    "phi3 with longrope": (
+        "Phi3",
+        {"rope_parameters": LONGROPE, "max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
+    ),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "lfm2": (
+        "Lfm2",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "intermediate_size": 100,
+            "block_multiple_of": 32,
+        },
+    ),
+    "seed_oss": ("SeedOss", {"head_dim": 32}),
+}
+
+
+def save(folder: Path, name: str) -> Any:
+    import transformers
+
+    kind, changes = CASES[name]
+    rows = save_byte_level(folder)
+    values = copy.deepcopy(SIZES | {"vocab_size": rows} | changes)  # transformers writes into rope parameters
+    config = getattr(transformers, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(**values)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases are zero and norms one; every tensor counts
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_read_back(tmp_path: Path, name: str) -> None:
+    from safetensors.torch import load_file
+
+    model = save(tmp_path, name)
+    before = load_file(tmp_path / "model.safetensors")
+    write_gguf(tmp_path, tmp_path / "model.gguf", "f32", "model")
+    names = {key: list(weight.shape) for key, weight in before.items()}
+    found = dict(read_weights(tmp_path / "model.gguf", model.config, names))
+    assert set(found) == set(before)
+    for key, weight in before.items():
+        torch.testing.assert_close(torch.from_numpy(found[key].copy()), weight, rtol=1e-6, atol=1e-6)
+
+
+def distances(folder: Path, model: Any, kind: str) -> torch.Tensor:
+    """The largest difference of llama.cpp's logits from the model's at each token, relative to the largest logit."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install '.[kquants]'")
+    write_gguf(folder, folder / "model.gguf", kind, "model")
+    tokens = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(1))
+    served = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    served.eval(tokens[0].tolist())
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits[0]
+    return (torch.tensor(served.scores[: tokens.shape[1]]) - expected).abs().amax(1) / expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_llama_cpp_computes_the_same_logits(tmp_path: Path, name: str) -> None:
+    assert distances(tmp_path, save(tmp_path, name), "f32").max() < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "lfm2", "phi3"])
+def test_stacked_experts_and_convolutions_in_eight_bits(tmp_path: Path, name: str) -> None:
+    import gguf
+
+    # Of most tokens: at some of them the rounding chooses other experts.
+    assert 1e-3 < distances(tmp_path, save(tmp_path, name), "q8_0").median() < 0.1
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for tensor, kind in types.items():
+        exact = "norm" in tensor or "ffn_gate_inp" in tensor or "shortconv.conv" in tensor
+        assert kind == ("F32" if exact else "Q8_0"), tensor
+
+
+TEXTS = [
+    "Numbers like 1234567 and words, don't they?  They'LL\n\n\n  see: x=3.14;\ttabs",
+    "ÉCOLE naïve 東京 2024年 🙂🙂 -- «quoted» <|im_start|>user\nhi<|im_end|>\n",
+    "   leading, and the words they like\r\n\r\n",
+]
+SPLITS = {
+    "gpt-2": (None, False),
+    "llama-bpe": (gguf_vocabulary._LLAMA3, True),
+    "dbrx": (gguf_vocabulary._LLAMA3, False),
+    "qwen2": (gguf_vocabulary._LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"), False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPLITS)
+def test_llama_cpp_splits_texts_as_the_tokenizer_does(tmp_path: Path, name: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install '.[kquants]'")
+    from transformers import AutoTokenizer
+
+    save(tmp_path, "llama")
+    pattern, ignores_merges = SPLITS[name]
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["ignore_merges"] = ignores_merges
+    # A token that no merges make: only a tokenizer that ignores merges finds it.
+    vocabulary = state["model"]["vocab"]
+    replaced = next(token for token in vocabulary if len(token) > 4)
+    vocabulary["Ġtheyxlike"] = vocabulary.pop(replaced)
+    state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "".join(merge) != replaced]
+    if pattern:
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "f32", "model")
+    served = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    assert served.metadata["tokenizer.ggml.pre"] == name
+    for text in [*TEXTS, "and theyxlike it"]:
+        expected = tokenizer(text)["input_ids"]
+        assert served.tokenize(text.encode(), add_bos=False, special=True) == expected, text
+    found = vocabulary["Ġtheyxlike"] in tokenizer("and theyxlike it")["input_ids"]
+    assert found == ignores_merges
