@@ -116,7 +116,7 @@ def check_gguf(config: RunConfig, architecture: Any) -> None:
     from dstune.models.load import load_tokenizer
 
     check_architecture(architecture)
-    read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
+    read_vocabulary(load_tokenizer(config.model), architecture.get_text_config().vocab_size)
 
 
 def write_gguf_export(config: RunConfig, whole: Path, folder: Path, kind: str) -> Path:

@@ -22,6 +22,8 @@ Describe = Callable[[Any, Any], None]
 Limits = Callable[[Any], Iterator[str]]
 """Yields what llama.cpp would compute differently from a model with this configuration."""
 
+OF_TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "model.embedding_norm.", "lm_head.")
+"""Beginnings of the names of a language model's tensors."""
 EXPERT = re.compile(r"(?<=experts\.)(\d+)\.")
 CONVOLUTION = ".conv.conv.weight"
 """End of the names of LFM 2's convolutions, which are f32 in every file: their rows are shorter than a block."""
@@ -50,6 +52,8 @@ class Family:
     """Whether llama.cpp applies `sliding_window`."""
     rotates_part: bool = False
     """Whether `partial_rotary_factor` may be below 1."""
+    has_own_yarn: bool = False
+    """Whether `describe` and `limits` cover the further parameters of YaRN."""
     describe: Describe = _nothing
     limits: Limits = _no_limits
 
@@ -106,6 +110,11 @@ def _describe_granite(writer: Any, config: Any) -> None:
     writer.add_embedding_scale(config.embedding_multiplier)
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_logit_scale(config.logits_scaling)
+
+
+def _describe_ministral3(writer: Any, config: Any) -> None:
+    writer.add_rope_scaling_yarn_log_mul(rope(config)["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope(config)["llama_4_scaling_beta"])
 
 
 def _describe_lfm2(writer: Any, config: Any) -> None:
@@ -177,6 +186,12 @@ def _olmo3_limits(config: Any) -> Iterator[str]:
         yield "llama.cpp turns positions in windows without scaling and with the base of the other layers"
 
 
+def _ministral3_limits(config: Any) -> Iterator[str]:
+    scales = rope(config).get("mscale"), rope(config).get("mscale_all_dim")
+    if rope(config).get("rope_type") != "yarn" or scales != (1.0, 1.0) or "llama_4_scaling_beta" not in rope(config):
+        yield "llama.cpp turns positions of this architecture by yarn with mscale=1, mscale_all_dim=1 and llama_4_scaling_beta"
+
+
 def _qwen3_moe_limits(config: Any) -> Iterator[str]:
     if not config.norm_topk_prob:
         yield "llama.cpp normalizes the weights of the chosen experts, this model does not"
@@ -187,9 +202,20 @@ def _qwen3_moe_limits(config: Any) -> Iterator[str]:
 FAMILIES = {
     "llama": Family("llama", interleaves_rope=True),
     "mistral": Family("llama", interleaves_rope=True),
+    "ministral3": Family(
+        "mistral3",
+        interleaves_rope=True,
+        has_own_yarn=True,
+        describe=_describe_ministral3,
+        limits=_ministral3_limits,
+    ),
     "mixtral": Family("llama", interleaves_rope=True, describe=_describe_experts),
     "qwen2": Family("qwen2"),
+    "qwen2_5_vl_text": Family("qwen2"),
     "qwen3": Family("qwen3"),
+    "qwen3_vl_text": Family(
+        "qwen3"
+    ),  # the three positions of a text token are the same, so its rotary embedding is Qwen 3's
     "qwen3_moe": Family("qwen3moe", describe=_describe_experts, limits=_qwen3_moe_limits),
     "gemma2": Family(
         "gemma2", adds_one_to_norms=True, has_windows=True, describe=_describe_gemma2, limits=_gemma2_limits
@@ -206,17 +232,19 @@ FAMILIES = {
     "lfm2": Family("lfm2", describe=_describe_lfm2),
     "seed_oss": Family("seed_oss"),
 }
-"""By model type of transformers."""
+"""By model type of transformers, of the text part of models that take images."""
 
 
 # -- all families -----------------------------------------------------------------------------------------------------
 
 
 def check_architecture(config: Any) -> None:
-    """Raise UserError if a model with this configuration cannot be written as GGUF."""
+    """Raise UserError if a model with this configuration, or its text part, cannot be written as GGUF."""
+    config = config.get_text_config()
     name = config.model_type
     if name not in FAMILIES:
-        fix = f"GGUF is written for {', '.join(FAMILIES)}; others export without --gguf"
+        written = ", ".join(family.removesuffix("_text") for family in FAMILIES)
+        fix = f"GGUF is written for {written}; others export without --gguf"
         raise UserError(Problem("--gguf", "this architecture is not written as GGUF", fix, name))
     problems = [*_rope_limits(config), *FAMILIES[name].limits(config)]
     fix = "export without --gguf"
@@ -229,10 +257,22 @@ def _rope_limits(config: Any) -> Iterator[str]:
     allowed = ("default", "llama3", "linear", "yarn", *(("longrope",) if config.model_type == "phi3" else ()))
     if kind not in allowed:
         yield f"rotary embeddings of the type {kind} are not written as GGUF"
-    elif kind == "yarn" and any(rope(config).get(key) for key in ("mscale", "mscale_all_dim", "attention_factor")):
+    elif (
+        kind == "yarn"
+        and not FAMILIES[config.model_type].has_own_yarn
+        and any(rope(config).get(key) for key in ("mscale", "mscale_all_dim", "attention_factor"))
+    ):
         yield "rotary embeddings of the type yarn with their own scale (mscale, attention_factor) are not written as GGUF"
     if not FAMILIES[config.model_type].rotates_part and rope(config).get("partial_rotary_factor", 1.0) != 1.0:
         yield "rotary embeddings of a part of each head are not written as GGUF"
+
+
+def text_name(tensor: str) -> str | None:
+    """Return the name that a tensor of a model with images has in its language model alone; None if it belongs to another part."""
+    if "language_model." in tensor:
+        bare = tensor.replace("language_model.", "").removeprefix("model.")
+        tensor = bare if bare.startswith("lm_head.") else f"model.{bare}"
+    return tensor if tensor.startswith(OF_TEXT) else None
 
 
 def rope(config: Any) -> dict[str, Any]:

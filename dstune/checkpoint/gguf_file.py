@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.checkpoint.gguf_families import CONVOLUTION, EXPERT, FAMILIES, add_sizes, check_architecture, rope_tensors
+from dstune.checkpoint.gguf_families import (
+    CONVOLUTION,
+    EXPERT,
+    FAMILIES,
+    add_sizes,
+    check_architecture,
+    rope_tensors,
+    text_name,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +56,9 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
 
     from dstune.models.base_weights import tensor_files
 
-    config = AutoConfig.from_pretrained(folder)
-    check_architecture(config)
+    whole = AutoConfig.from_pretrained(folder)
+    check_architecture(whole)
+    config = whole.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     writer = gguf.GGUFWriter(file, FAMILIES[config.model_type].architecture)
     writer.add_name(name)
@@ -86,7 +95,10 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
 
 
 def stored_tensors(config: Any, shapes: dict[str, list[int]], kind: str) -> list[Stored]:
-    """Return the tensors of the GGUF file of a model. shapes: of its tensors in transformers, by name."""
+    """Return the tensors of the GGUF file of a model, without those of parts for images.
+
+    config: of the text part. shapes: of the model's tensors in transformers, by name.
+    """
     import gguf
 
     architecture = FAMILIES[config.model_type].architecture
@@ -94,7 +106,8 @@ def stored_tensors(config: Any, shapes: dict[str, list[int]], kind: str) -> list
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     parts: dict[str, list[str]] = {}
     for tensor in shapes:
-        parts.setdefault(EXPERT.sub("", tensor), []).append(tensor)
+        if name := text_name(tensor):
+            parts.setdefault(EXPERT.sub("", name), []).append(tensor)
     tensors = []
     for tensor, of_experts in parts.items():
         name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
@@ -117,7 +130,10 @@ def _expert(tensor: str) -> int:
 
 
 def read_weights(file: Path, config: Any, names: dict[str, list[int]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of a model from its GGUF file, dequantized, float32. names: their names and shapes in transformers."""
+    """Yield the tensors of a model from its GGUF file, dequantized, float32.
+
+    config: of the text part. names: names and shapes of the model's tensors in transformers; those for images are left out.
+    """
     import gguf
 
     family = FAMILIES[config.model_type]

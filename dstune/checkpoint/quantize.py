@@ -190,9 +190,12 @@ def _read_gguf_back(file: Path, whole: Path, folder: Path) -> Path:
                 stored = opened.get_slice(name)
                 shapes[name], dtypes[name] = stored.get_shape(), stored.get_dtype()
     by_file: dict[str, dict[str, torch.Tensor]] = {}
-    for name, weight in read_weights(file, AutoConfig.from_pretrained(whole), shapes):
+    for name, weight in read_weights(file, AutoConfig.from_pretrained(whole).get_text_config(), shapes):
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(dtypes[name], torch.float32)
         by_file.setdefault(places[name], {})[name] = torch.from_numpy(weight.copy()).to(dtype)
+    for name in shapes.keys() - {name for tensors in by_file.values() for name in tensors}:  # parts for images
+        with safe_open(whole / places[name], framework="pt") as opened:
+            by_file.setdefault(places[name], {})[name] = opened.get_tensor(name)
     for place, tensors in by_file.items():
         save_file(tensors, folder / place, metadata={"format": "pt"})
     for path in whole.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def adapt(
     from dstune.models.peft_import import peft
 
     try:
-        with gathered(whole):
+        with gathered(whole), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers warns of what peft calls
             adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(refused(first_line(error))) from error
