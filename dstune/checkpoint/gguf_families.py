@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dstune.checkpoint import gguf_linear_attention
 from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ Limits = Callable[[Any], Iterator[str]]
 OF_TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "model.embedding_norm.", "lm_head.")
 """Beginnings of the names of a language model's tensors."""
 EXPERT = re.compile(r"(?<=experts\.)(\d+)\.")
-CONVOLUTION = ".conv.conv.weight"
-"""End of the names of LFM 2's convolutions, which are f32 in every file: their rows are shorter than a block."""
+CONVOLUTION = (".conv.conv.weight", ".conv1d.weight")
+"""Ends of the names of convolutions, which are f32 in every file: their rows are shorter than a block."""
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 """Numbers of layers at which llama.cpp scales scores as Gemma's models of 27 billion parameters do."""
 
@@ -59,6 +60,8 @@ class Family:
 
     def arranged(self, weight: np.ndarray, name: str, config: Any) -> np.ndarray:
         """Return `weight` as llama.cpp expects it. name: of the tensor in transformers."""
+        if ".linear_attn." in name:
+            return gguf_linear_attention.arranged(weight, name, config)
         if name.endswith(CONVOLUTION):  # [channels, 1, taps] without the axis of one input channel
             return weight[:, 0]
         if self.adds_one_to_norms and name.endswith("norm.weight"):
@@ -71,6 +74,8 @@ class Family:
 
     def restored(self, weight: np.ndarray, name: str, config: Any) -> np.ndarray:
         """Return `weight` of a GGUF file as transformers expects it, the inverse of `arranged`."""
+        if ".linear_attn." in name:
+            return gguf_linear_attention.arranged(weight, name, config, backwards=True)
         if name.endswith(CONVOLUTION):
             return weight[:, None]
         if self.adds_one_to_norms and name.endswith("norm.weight"):
@@ -217,6 +222,13 @@ FAMILIES = {
         "qwen3"
     ),  # the three positions of a text token are the same, so its rotary embedding is Qwen 3's
     "qwen3_moe": Family("qwen3moe", describe=_describe_experts, limits=_qwen3_moe_limits),
+    "qwen3_5_text": Family(
+        "qwen35",
+        adds_one_to_norms=True,
+        rotates_part=True,
+        describe=gguf_linear_attention.describe,
+        limits=gguf_linear_attention.limits,
+    ),
     "gemma2": Family(
         "gemma2", adds_one_to_norms=True, has_windows=True, describe=_describe_gemma2, limits=_gemma2_limits
     ),

@@ -110,7 +110,7 @@ def stored_tensors(config: Any, shapes: dict[str, list[int]], kind: str) -> list
             parts.setdefault(EXPERT.sub("", name), []).append(tensor)
     tensors = []
     for tensor, of_experts in parts.items():
-        name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(tensor.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         assert name is not None, f"the gguf package has no name for {tensor}"
         shape = list(shapes[of_experts[0]])
         if tensor.endswith(CONVOLUTION):

@@ -90,6 +90,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+QWEN35 = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": PLAIN | {"partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0}
 WITH_IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {
@@ -102,6 +110,7 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
     },
     "mistral3": {"model_type": "ministral3", **MINISTRAL3},
     "qwen2_5_vl": {"head_dim": 16, "rope_parameters": PLAIN | {"mrope_section": [4, 2, 2]}},
+    "qwen3_5": QWEN35 | {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_hidden_layers": 4},
     "qwen3_vl": {"head_dim": 32, "rope_parameters": PLAIN | {"mrope_section": [6, 5, 5]}},
 }
 
@@ -192,10 +201,11 @@ def test_stacked_experts_and_convolutions_in_eight_bits(tmp_path: Path, name: st
 
 TEXTS = [
     "Numbers like 1234567 and words, don't they?  They'LL\n\n\n  see: x=3.14;\ttabs",
-    "ÉCOLE naïve 東京 2024年 🙂🙂 -- «quoted» <|im_start|>user\nhi<|im_end|>\n",
+    "ÉCOLE naïve สวัสดีครับ 東京 2024年 🙂🙂 -- «quoted» <|im_start|>user\nhi<|im_end|>\n",
     "   leading, and the words they like\r\n\r\n",
 ]
 SPLITS = {
+    "qwen35": (gguf_vocabulary._QWEN35, False),
     "gpt-2": (None, False),
     "llama-bpe": (gguf_vocabulary._LLAMA3, True),
     "dbrx": (gguf_vocabulary._LLAMA3, False),
