@@ -10,9 +10,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem
+from dstune.core.parsing import object_in, read_object
+from dstune.protocols import Method
+from dstune.protocols.method_options import QuantizesWeights
 
 COMPRESSED = {
     "float-quantized": "FP8",
@@ -58,7 +62,9 @@ def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
         case "compressed-tensors":
             format_name = str(settings.get("format"))
             format_title = COMPRESSED.get(format_name)
-            obstacle = "" if format_title else f"compressed-tensors' format {format_name} is not known here"
+            obstacle = (
+                _obstacle(settings) if format_title else f"compressed-tensors' format {format_name} is not known here"
+            )
             return StoredFormat(format_title or format_name, "compressed-tensors", obstacle)
         case "bitsandbytes":
             return None
@@ -72,6 +78,39 @@ def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
     )
 
 
+def _obstacle(settings: Mapping[str, Any]) -> str:
+    """Return why weights of a known format of compressed-tensors cannot be converted back; empty if they can."""
+    groups = settings.get("config_groups")
+    groups = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
+    if any(scheme.get("actorder") in ("group", True) for scheme in weights):
+        return "their columns are in the order of their activations (actorder: group), which is no longer read"
+    for of_experts in (False, True):  # transformers converts experts by their own group, and all else by the first
+        targets = [(scheme, str(group.get("targets"))) for scheme, group in zip(weights, groups, strict=False)]
+        schemes = [scheme for scheme, target in targets if ("experts" in target) == of_experts]
+        if any(scheme != schemes[0] for scheme in schemes):
+            return "some layers are stored in another format than others, and transformers reads all as the first"
+    return ""
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """Return the `config.json` in `folder`, with what ModelOpt says of its quantization; None if there is none."""
+    values = read_object(folder / "config.json")
+    return None if values is None else with_modelopt(values, folder)
+
+
+def with_modelopt(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a `config.json` with the quantization that earlier versions of ModelOpt write to a file of its own in `folder`."""
+    if quantization_of(values) is not None:
+        return values
+    settings = object_in(folder / "hf_quant_config.json").get("quantization")
+    return (
+        values | {"quantization_config": {"quant_method": "modelopt", **settings}}
+        if isinstance(settings, dict)
+        else values
+    )
+
+
 def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return `quantization_config` of a complete `config.json`: that of the file, or of the language model in it."""
     for place in (values, values.get("text_config")):
@@ -81,12 +120,34 @@ def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bool) -> Problem | None:
+def bitsandbytes_bits(values: Mapping[str, Any]) -> int | None:
+    """Return the bits of a weight, 4 or 8, if bitsandbytes quantized the weights; else None."""
+    settings = quantization_of(values) or {}
+    if str(settings.get("quant_method")).lower() != OWN_BITS:
+        return None
+    return 8 if settings.get("load_in_8bit") else 4
+
+
+def describe_stored_format(values: Mapping[str, Any]) -> str:
+    """Say how the weights are stored and what happens to them on loading; empty if they are not quantized, or cannot be read."""
+    if (bits := bitsandbytes_bits(values)) is not None:
+        return f"its weights are stored in {bits} bits by bitsandbytes, and stay so"
+    stored = stored_format(values)
+    if stored is None or stored.obstacle:
+        return ""
+    return f"its weights are stored in {stored.name} and dequantized while they are loaded"
+
+
+def stored_format_problem(values: Mapping[str, Any], path: str, method: Method) -> Problem | None:
     """Return the problem if training cannot start from the format of a model's weights; else None.
 
-    values: the model's `config.json`. path: the model, as the user gave it. quantizes: whether the method quantizes the weights
-    itself, as `method=qlora` does.
+    values: the model's `config.json`. path: the model, as the user gave it.
     """
+    quantizes = isinstance(method, QuantizesWeights)
+    if (bits := bitsandbytes_bits(values)) is not None and not method.adapter:
+        reason = f"its weights are stored in {bits} bits by bitsandbytes, and so cannot be trained themselves"
+        adapters = "method=qlora" if bits == 4 else "method=lora"
+        return Problem("method", reason, f"{adapters}, or a copy of the model in 16 bits", method.name)
     stored = stored_format(values)
     if stored is None:
         return None
@@ -99,5 +160,5 @@ def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bo
         return Problem("model.path", reason, "pip install '.[quantized]' in a clone of dstune", path)
     if quantizes:
         reason = f"{statement}, and this method needs weights in 16 bits, which it quantizes to 4 bits while loading"
-        return Problem("method", reason, "method=lora, or a copy of the model in 16 bits", "qlora")
+        return Problem("method", reason, "method=lora, or a copy of the model in 16 bits", method.name)
     return None

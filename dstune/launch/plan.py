@@ -19,7 +19,7 @@ from dstune.config.overrides import key_of
 from dstune.config.run_file import read_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective
-from dstune.config.stored_formats import stored_format
+from dstune.config.stored_formats import describe_stored_format
 from dstune.config.validate import find_problems
 from dstune.core.arguments import is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
@@ -395,8 +395,8 @@ def _counted(s: Setup) -> list[str]:
 
 def _stored(config: RunConfig) -> list[str]:
     """Return how the weights are stored, if that differs from how they are trained."""
-    stored = stored_format(whole_config_json(config.model))
-    return [f"its weights are stored in {stored.name} and dequantized while they are loaded"] if stored else []
+    description = describe_stored_format(whole_config_json(config.model))
+    return [description] if description else []
 
 
 def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:

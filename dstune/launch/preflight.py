@@ -24,7 +24,7 @@ from dstune.config.forgetting import with_replay
 from dstune.config.multi_task import tasks_of
 from dstune.config.rope import rope_problems
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
-from dstune.config.stored_formats import stored_format, stored_format_problem
+from dstune.config.stored_formats import describe_stored_format, read_description, stored_format_problem
 from dstune.config.validate import at_stage
 from dstune.core.errors import Problem, UserError, collected
 from dstune.core.model_names import HUB_ID, refuse_ambiguous_folder
@@ -43,7 +43,7 @@ from dstune.launch.stages import choose
 from dstune.planning.source import config_json
 from dstune.planning.stage import is_open
 from dstune.protocols import TRACKERS, method_of, optimizer_of, parallelism_of, task_of
-from dstune.protocols.method_options import HasRequirements, QuantizesWeights, StartsFromAdapters
+from dstune.protocols.method_options import HasRequirements, StartsFromAdapters
 from dstune.protocols.task import TaskConfig
 from dstune.protocols.task_options import NeedsReference
 
@@ -235,9 +235,8 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
 
 
 def _tell_stored_format(folder: Path, config: ModelConfig, stage: Stage) -> None:
-    stored = stored_format(read_object(folder / "config.json") or {})
-    if stored is not None and not stored.obstacle:
-        stage(f"model {config.path}: its weights are stored in {stored.name} and dequantized while they are loaded")
+    if description := describe_stored_format(read_description(folder) or {}):
+        stage(f"model {config.path}: {description}")
 
 
 def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
@@ -319,7 +318,7 @@ def check_folder(folder: Path, config: ModelConfig, run: RunConfig | None = None
 
 def description_problems(folder: Path, config: ModelConfig, run: RunConfig | None = None) -> list[Problem]:
     """Return what is wrong with the files that describe the model (the weights may not be there yet), for `run` if it is given."""
-    architecture = read_object(folder / "config.json")
+    architecture = read_description(folder)
     if architecture is None:
         return [_no_config(folder, config)]
     problems = size_problems(architecture | config.config_overrides, value=config.path)
@@ -336,8 +335,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     problems += sharing_problems(layers, run)
     problems += rope_problems(layers, config.rope)
     if run is not None and config.weights is InitialWeights.pretrained:
-        quantizes = isinstance(method_of(run.method), QuantizesWeights)
-        stored = stored_format_problem(architecture, config.path, quantizes=quantizes)
+        stored = stored_format_problem(architecture, config.path, method_of(run.method))
         problems += [] if stored is None else [stored]
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"

@@ -9,6 +9,7 @@ from typing import Any
 from dstune import samples
 from dstune.config.registered import fetched_path
 from dstune.config.schema import ModelConfig, UnreachedParts
+from dstune.config.stored_formats import with_modelopt
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
 from dstune.planning.architectures.tensors import Architecture
@@ -42,7 +43,7 @@ def whole_config_json(model: ModelConfig) -> dict[str, Any]:
     """Return the model's `config.json` as it is. Raises UserError as `config_json`."""
     for file in _places(model):
         if file.is_file():
-            values = _read(file, model)
+            values = with_modelopt(_read(file, model), file.parent)
             break
     else:
         if model.path not in CONFIGS:

@@ -20,7 +20,6 @@ from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
 from dstune.planning.vision import Images, tower_of, trained_part
 from dstune.protocols import method_of, parallelism_of
-from dstune.protocols.method_options import QuantizesWeights
 
 
 def is_open(config: RunConfig) -> bool:
@@ -80,8 +79,7 @@ def setup_on(
     """
     values: dict[str, Any] = source.config_json(config.model)
     whole = source.whole_config_json(config.model) | config.model.config_overrides
-    quantizes = isinstance(method_of(config.method), QuantizesWeights)
-    if (problem := stored_format_problem(whole, config.model.path, quantizes=quantizes)) is not None:
+    if (problem := stored_format_problem(whole, config.model.path, method_of(config.method))) is not None:
         raise UserError(problem)
     model = architecture.architecture_or_count(values, whole, head_of(config), labels_of(config))
     parallel = parallelism_of(config.parallel)
