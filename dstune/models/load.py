@@ -35,7 +35,7 @@ from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
 from dstune.models.base_weights import tensor_files
 from dstune.models.corrections import correct_classes
-from dstune.models.full_width import put_back_to_full_width
+from dstune.models.full_width import put_back_to_full_width, refuse_unread_scales
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.partitioned_loading import corrected_partitioned_loading
 from dstune.models.pooled import PooledForSequenceClassification
@@ -254,6 +254,7 @@ def load_model(
             new = [name for name, _ in model.named_parameters()]
         else:
             model, loading = _pretrained(config, model_class, architecture, options)
+            refuse_unread_scales(model, loading["unexpected_keys"], config.model.path)
             _refuse_erased_padding(config, model)
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
