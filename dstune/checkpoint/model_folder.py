@@ -27,6 +27,7 @@ from dstune.checkpoint.surroundings import Surroundings
 from dstune.checkpoint.weights import Source, saved_tensors, tied_names, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
+from dstune.config.stored_formats import bitsandbytes_bits, quantization_of
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import with_arguments
 from dstune.data.stopping import stop_token_ids
@@ -97,6 +98,7 @@ def write_model(
     if built.adapted and not merge and config.model.weights is not InitialWeights.random:
         _save_adapter(config, built, trained, folder, surroundings)
     else:
+        refuse_rounded_base(config.model)
         weights = _Sources(config, tokenizer, labels, built, trained)
         if weights.untied:
             refuse_rows_beside(trained, config.method.name)
@@ -130,6 +132,13 @@ def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:
         reason = f"it trains parameters that the exported model does not have: {listed}"
         fix = "keep the model's parameter names, or derive the method from dstune.methods._peft.Adapter"
         raise UserError(Problem("method", reason, fix, method))
+
+
+def refuse_rounded_base(config: ModelConfig) -> None:
+    """Raise UserError if bitsandbytes quantized the weights of the base, since a sum with an adapter has no place in them."""
+    if config.weights is not InitialWeights.random and (bits := bitsandbytes_bits(load_config(config).to_dict())):
+        reason = f"the base model's weights are stored in {bits} bits by bitsandbytes, which no adapter is merged into"
+        raise UserError(Problem("--merge", reason, "export the adapter, without --merge", config.path))
 
 
 def refuse_rows_beside(trained: Iterable[str], method: str) -> None:
@@ -344,7 +353,7 @@ class _Sources:
             return drawn
         files = _in_files(config.model, self._built, missing)
         loaded: dict[str, Tensor] = {}
-        # Only transformers can load tensors that it joins from several, or an enlarged vocabulary.
+        # Only transformers can load tensors that it joins from several or dequantizes, or an enlarged vocabulary.
         if missing.keys() - files.keys():
             loaded = load_model(config, tokenizer, labels, self._built.dtype).state_dict()
         return _Base(files, loaded)
@@ -371,23 +380,29 @@ class _Base(Mapping[str, Tensor]):
 
 
 def _in_files(config: ModelConfig, built: _Built, shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
-    """Return the tensors with these names and shapes that the base's files contain in the same form."""
+    """Return the tensors with these names and shapes that the base's files contain in the same form: not quantized, for example."""
     try:
         keys = Loading.of(built.model, built.state, BaseFiles(config)).keys
-        return BaseWeights(config, built.model.base_model_prefix, shapes, keys, partial=True)
+        weights = BaseWeights(config, built.model.base_model_prefix, shapes, keys, partial=True)
     except LookupError:  # no file of a usual name
         return {}
+    # Numbers of one byte are codes that have no value without their scales.
+    codes = {name for name in weights if built.names[name].is_floating_point() and weights.dtype(name).itemsize == 1}
+    unquantized = {name: shape for name, shape in shapes.items() if name not in codes}
+    return BaseWeights(config, built.model.base_model_prefix, unquantized, keys, partial=True) if codes else weights
 
 
 def dropped_sources(config: ModelConfig, model: Any, state: Mapping[str, Tensor]) -> dict[str, Source]:
     """Return the tensors of the base's files that transformers does not load into `model`, by their keys in the files.
 
-    Empty unless the base has the same class as the model: what a classifier drops of a language model is that model's head.
+    Empty unless the base has the same class as the model: what a classifier drops of a language model is that model's head. Empty
+    too if the base is quantized: its scales do not belong to the weights of the export, and its other heads need theirs.
     state: the `state_dict` of `model` without adapters.
     """
     if config.weights is InitialWeights.random:
         return {}
-    if type(model).__name__ not in (load_config(config).architectures or ()):
+    architecture = load_config(config)
+    if type(model).__name__ not in (architecture.architectures or ()) or quantization_of(architecture.to_dict()):
         return {}
     try:
         files = BaseFiles(config)
