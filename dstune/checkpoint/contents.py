@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dstune.config.stored_formats import quantization_of
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in, parse_json
 
@@ -66,6 +67,8 @@ def _missing_of_base(config: Mapping[str, Any], names: set[str], base: Path) -> 
             return "it has the language model of its base alone"
     if base_config.get("architectures") != config.get("architectures"):
         return ""  # another head
+    if quantization_of(base_config) != quantization_of(config):
+        return ""  # scales, and weights under other names
     absent = [name for name in sorted(_tensor_names(base)) if not _is_among(name, names)]
     absent = [name for name in absent if name != "lm_head.weight"]  # tied in the export
     return f"it lacks {len(absent)} tensors of its base, first {absent[0]}" if absent else ""

@@ -137,8 +137,8 @@ def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:
 def refuse_rounded_base(config: ModelConfig) -> None:
     """Raise UserError if bitsandbytes quantized the weights of the base, since a sum with an adapter has no place in them."""
     if config.weights is not InitialWeights.random and (bits := bitsandbytes_bits(load_config(config).to_dict())):
-        reason = f"the base model's weights are stored in {bits} bits by bitsandbytes, which no adapter is merged into"
-        raise UserError(Problem("--merge", reason, "export the adapter, without --merge", config.path))
+        reason = f"the weights of {config.path} are stored in {bits} bits by bitsandbytes, and no adapter can be merged into them"
+        raise UserError(Problem("--merge", reason, "export the adapter, without --merge"))
 
 
 def refuse_rows_beside(trained: Iterable[str], method: str) -> None:

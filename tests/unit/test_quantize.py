@@ -15,7 +15,7 @@ from dstune.core.errors import UserError
 from dstune.inference import export_command
 from dstune.models.activation_rounding import round_activations
 from tests.support.generation import saved_run
-from tests.support.gguf_models import SIZES, save_byte_level, save_model
+from tests.support.gguf_models import MODELS, SIZES, save_byte_level, save_model
 from tests.support.tiny import save_encoder, write_dialogues
 
 TOKENS = torch.arange(3, 67).view(2, 32)
@@ -126,6 +126,15 @@ def test_gguf_is_measured_as_transformers_reads_it(run, tmp_path, capsys, kind):
     before, after = described["original"]["loss"], described["quantized"]["loss"]
     assert 0 < abs(after / before - 1) < {"q8_0": 0.01, "q4_0": 0.3}[kind]
     assert f"{before:.4f} as trained, {after:.4f} as gguf:{kind} ({after - before:+.4f})" in capsys.readouterr().out
+
+
+def test_heads_of_any_size_are_read_back(tmp_path, monkeypatch):
+    """transformers takes those of a Qwen 3 for 128 wide."""
+    monkeypatch.setitem(MODELS, "qwen3", ("Qwen3", {"head_dim": 32}))
+    run = saved_run(tmp_path, save_model(tmp_path / "model", "qwen3"), "task=chat", "method=full")
+    export(run, "--quantize", "gguf:q8_0", "--out", str(tmp_path / "out"), "--no-reference")
+    described = json.loads((tmp_path / "out" / "dstune.json").read_text())["quantization"]
+    assert described["quantized"]["loss"] == pytest.approx(described["original"]["loss"], rel=0.02)
 
 
 def test_an_export_that_fails_leaves_the_former_one(run, tmp_path):

@@ -212,5 +212,5 @@ def test_nothing_is_merged_into_weights_of_bitsandbytes(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    with pytest.raises(UserError, match="stored in 4 bits by bitsandbytes"):
+    with pytest.raises(UserError, match="are stored in 4 bits by bitsandbytes, and no adapter"):
         refuse_rounded_base(compose([f"model.path={tmp_path}", "data.train=x.jsonl"]).config.model)
