@@ -103,8 +103,12 @@ def prune(config: RunConfig, arguments: argparse.Namespace, argv: Sequence[str])
     import torch
 
     from dstune.compression import cut
-    from dstune.models.load import load_model, load_tokenizer
+    from dstune.config.stored_formats import bitsandbytes_bits
+    from dstune.models.load import load_config, load_model, load_tokenizer
 
+    if bits := bitsandbytes_bits(load_config(config.model).to_dict()):
+        reason = f"its weights are stored in {bits} bits by bitsandbytes, which cannot be cut"
+        raise UserError(Problem("MODEL", reason, "a copy of the model in 16 bits", arguments.model))
     tokenizer = load_tokenizer(config.model)
     model = load_model(config, tokenizer, (), torch.float32).eval()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())

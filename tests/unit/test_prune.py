@@ -114,3 +114,12 @@ def test_what_it_refuses(place):
     assert not (place / "refused").exists()
     with pytest.raises(UserError, match="exists already"):
         main([str(place / "model"), "--output", str(place / "model"), "--layers", "2"])
+
+
+def test_weights_of_bitsandbytes_are_refused(tmp_path):
+    save_decoder(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(UserError, match="stored in 4 bits by bitsandbytes, which cannot be cut"):
+        main([str(tmp_path / "model"), "--output", str(tmp_path / "pruned"), "--layers", "1"])
