@@ -36,7 +36,7 @@ def save_pair(kind: str, folder: Path, plain: Path) -> tuple[Path, Path]:
         build(AutoModelForCausalLM, config).save_pretrained(stored)
         save_tokenizer(stored)
     shutil.copytree(stored, dense)
-    values = store_in_fp8(stored) if kind == "fp8" else store_in_mxfp4(stored)
+    values = store_in_fp8(stored, block=24) if kind == "fp8" else store_in_mxfp4(stored)  # 24: divides no size
     save_file(
         {name: value.contiguous() for name, value in values.items()}, dense / "model.safetensors", {"format": "pt"}
     )

@@ -72,6 +72,9 @@ def test_a_folder_is_held_against_its_base(tmp_path: Path) -> None:
     ):
         folder = write(tmp_path / name, config, names, *PROCESSOR)
         assert (missing_contents(folder, {}, base) == "") is whole, name
+    quantized = WHOLE | {"quantization_config": {"quant_method": "fp8"}}
+    scaled = write(tmp_path / "scaled", quantized, [*ALL, f"{LAYER}_scale_inv"], *PROCESSOR)
+    assert missing_contents(tmp_path / "same", {}, scaled) == ""  # its weights were dequantized
     bare = write(tmp_path / "bare", {"architectures": ["GPT2LMHeadModel"]}, ["h.0.attn.weight", "wte.weight"])
     prefixed = ["transformer.h.0.attn.weight", "transformer.wte.weight"]
     assert (
