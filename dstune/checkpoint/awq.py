@@ -25,8 +25,8 @@ from dstune.core.rank_env import RankEnv
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUP = 128
-"""Weights of a row that share a scale. If it does not divide all rows of a model, the largest smaller number that does."""
+GROUPS = (128, 64, 32)
+"""Numbers of weights of a row that may share a scale: the sizes that vLLM's kernels for GPUs (Marlin) take."""
 BLOCKS, TOKENS = 128, 512
 """Pieces of text for the search of scales, and their length in tokens, as in the code of the paper."""
 ALONE = RankEnv(0, 1, 0, 1, "alone")
@@ -82,7 +82,7 @@ def write_awq(whole: Path, folder: Path, blocks: list[Tensor]) -> None:
             seqlen=blocks[0].shape[-1],
             iters=0,
             batch_size=1,
-            group_size=_group_size(model),
+            group_size=group_size(model),
             device_map="cuda" if torch.cuda.is_available() else "cpu",
         )
         try:
@@ -103,11 +103,12 @@ def write_awq(whole: Path, folder: Path, blocks: list[Tensor]) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _group_size(model: Any) -> int:
+def group_size(model: Any) -> int | None:
+    """Return the largest of `GROUPS` that divides the rows of all linear layers; None if none does."""
     from torch import nn
 
     sizes = {module.in_features for module in model.modules() if isinstance(module, nn.Linear)}
-    return next(size for size in range(GROUP, 0, -1) if not any(inputs % size for inputs in sizes))
+    return next((group for group in GROUPS if not any(inputs % group for inputs in sizes)), None)
 
 
 @contextmanager

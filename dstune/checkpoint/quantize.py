@@ -130,6 +130,11 @@ def _check_model(config: RunConfig, quantization: Quantization) -> None:
     if stacked and not _published_one_by_one(architecture.model_type):
         raise refuse("experts of this architecture are published as one stacked tensor, for which FP8 is not written")
     if quantization.format == "awq":
+        from dstune.checkpoint.awq import GROUPS, group_size
+
+        if group_size(model) is None:
+            sizes = " or ".join(map(str, GROUPS))
+            raise refuse(f"weights share scales in groups of {sizes}, and none of them divides all rows of the model")
         require_package(quantization)
         from auto_round.algorithms.transforms.awq.mappings import AWQ_MAPPING_REGISTRY
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dstune.checkpoint.awq import group_size
 from dstune.checkpoint.contents import missing_contents
 from dstune.checkpoint.quantization import GGUF_TYPES, K_TYPES, parse_quantization, require_package
 from dstune.core.errors import UserError
@@ -180,6 +181,20 @@ def test_other_models_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"causal language models|not written as GGUF"):
             export(run, "--quantize", text)
     assert not list(run.glob("export*"))
+
+
+@pytest.mark.parametrize(("outer", "inner", "group"), [(128, 256, 128), (576, 1536, 64), (64, 96, 32), (64, 80, None)])
+def test_groups_are_of_sizes_that_servers_take(outer, inner, group):
+    """576: SmolLM2-135M, whose rows 96 divides too."""
+    model = torch.nn.Sequential(torch.nn.Linear(outer, inner), torch.nn.Linear(inner, outer))
+    assert group_size(model) == group
+
+
+def test_a_model_that_no_group_divides_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "llama", ("Llama", {"intermediate_size": 80}))
+    run = saved_run(tmp_path, save_model(tmp_path / "model", "llama"), "task=chat", "method=full")
+    with pytest.raises(UserError, match="groups of 128 or 64 or 32, and none of them divides"):
+        export(run, "--quantize", "awq")
 
 
 @pytest.mark.parametrize(
