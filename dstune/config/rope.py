@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -73,8 +74,11 @@ def _has_several_rows(config: RunConfig) -> bool:
     return isinstance(task_of(config.task), BuildsBatches)
 
 
-def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Problem]:
-    """Yield why the positions of a language model cannot be extended. values: the language model's part of `config.json`."""
+def rope_problems(values: Mapping[str, Any], rope: RopeConfig, max_length: int = 0) -> Iterator[Problem]:
+    """Yield why the positions of a language model cannot be extended, or not to rows of `max_length` tokens.
+
+    values: the language model's part of `config.json`.
+    """
     if rope.type is None:
         return
     kind, settings = str(values.get("model_type")), rope_settings(values)
@@ -84,6 +88,8 @@ def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Probl
     elif (present := settings.get("rope_type") or settings.get("type") or "default") != "default":
         reason = f"the positions of this model are extended already ({present}, factor {settings.get('factor')})"
         yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
+    elif values.get("alibi") or values.get("position_embedding_type", "rope") not in ("rope", "rotary"):
+        yield not_rotary(kind, rope)
     elif not settings and "rope_theta" not in values:
         yield Problem(
             KEY, f"the config.json of this {kind} model describes no rotary embeddings", "leave it out", rope.type.value
@@ -91,6 +97,17 @@ def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Probl
     elif type(values.get("max_position_embeddings")) is not int:
         reason = "config.json does not say how many positions the model was made for (max_position_embeddings)"
         yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
+    elif max_length > (longest := int((positions := values["max_position_embeddings"]) * rope.factor)):
+        reason = f"model.rope.factor={rope.factor:g} extends the {positions:,} positions of this model to {longest:,}"
+        fix = f"data.max_length={longest}, or model.rope.factor={math.ceil(max_length / positions)}"
+        yield Problem("data.max_length", reason, fix, str(max_length))
+
+
+def not_rotary(model: str, rope: RopeConfig) -> Problem:
+    """Return the problem that the positions of `model` are not rotary, although its `config.json` has settings of rotary ones."""
+    assert rope.type is not None
+    reason = f"the positions of this {model} model are not rotary, so there is nothing to extend"
+    return Problem(KEY, reason, "leave model.rope out", rope.type.value)
 
 
 def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:

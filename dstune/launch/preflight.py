@@ -333,7 +333,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     decoder = architecture.get("text_config")  # of a model that reads images too
     layers = architecture | (decoder if isinstance(decoder, dict) else {}) | config.config_overrides
     problems += sharing_problems(layers, run)
-    problems += rope_problems(layers, config.rope)
+    problems += rope_problems(layers, config.rope, run.data.max_length if run is not None else 0)
     if run is not None and config.weights is InitialWeights.pretrained:
         stored = stored_format_problem(architecture, config.path, method_of(run.method))
         problems += [] if stored is None else [stored]

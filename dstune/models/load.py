@@ -28,7 +28,7 @@ from dstune.config.architectures import (
     size_problems,
 )
 from dstune.config.registered import fetched_path
-from dstune.config.rope import extended_rope, rope_problems
+from dstune.config.rope import extended_rope, not_rotary, rope_problems
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig, UnreachedParts
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
@@ -182,8 +182,19 @@ def _extend_positions(architecture: PretrainedConfig, config: ModelConfig) -> No
     if problems := list(rope_problems(text.to_dict(), config.rope)):
         raise UserError(problems)
     settings, positions = extended_rope(config.rope, text.max_position_embeddings)
+    if getattr(text, "head_dim", 0) is None:  # of Mixtral: transformers' formula of yarn multiplies it
+        text.head_dim = text.hidden_size // text.num_attention_heads
     text.rope_parameters = {**text.rope_parameters, **settings}
     text.max_position_embeddings = positions
+
+
+def _refuse_unextended(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Raise UserError if no module of `model` computes the positions that `model.rope` asks for: some architectures have its
+    settings without rotary embeddings (Zamba 2)."""
+    if config.rope.type is None:
+        return
+    if not any(getattr(module, "rope_type", None) == config.rope.type.value for module in model.modules()):
+        raise UserError(not_rotary(str(model.config.get_text_config().model_type), config.rope))
 
 
 def _control_tokens(config: ModelConfig) -> tuple[str, ...]:
@@ -258,6 +269,7 @@ def load_model(
             _refuse_erased_padding(config, model)
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
+    _refuse_unextended(model, config.model)
     if isinstance(task, ChangesLoadedModel):
         new = task.after_load(model, new)
     freeze_unreached(model, config.model)

@@ -16,9 +16,10 @@ from dstune.config.rope import RopeConfig, rope_problems
 from dstune.config.schema import Precision
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
+from dstune.launch.preflight import description_problems
 from dstune.methods.features.config import FeaturesConfig
 from dstune.methods.features.vectors import _key
-from dstune.models.load import load_config, load_model, load_tokenizer
+from dstune.models.load import _refuse_unextended, load_config, load_model, load_tokenizer
 from dstune.tasks.preference.reference import identity_at_start
 
 POSITIONS = 128
@@ -70,6 +71,11 @@ def test_frequencies_are_those_of_transformers(decoder: Path, tmp_path: Path, ki
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "several kinds"),
         ({}, "no rotary embeddings"),
         ({"rope_theta": 1e4, "max_position_embeddings": None}, "how many positions"),
+        ({"rope_theta": 1e4, "alibi": True}, "not rotary"),  # Falcon RW
+        (
+            {"rope_parameters": {"rope_type": "default"}, "position_embedding_type": "nope"},
+            "not rotary",
+        ),  # Granite 4 hybrid
     ],
 )
 def test_models_whose_positions_are_not_extended(values: dict, reason: str) -> None:
@@ -78,6 +84,45 @@ def test_models_whose_positions_are_not_extended(values: dict, reason: str) -> N
     assert problem.where == "model.rope.type"
     assert re.search(reason, problem.reason)
     assert not list(rope_problems(values, RopeConfig()))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_rows_beyond_the_extended_positions_are_refused(decoder: Path, kind: str) -> None:
+    words = [f"model.rope.type={kind}", "model.rope.factor=4", *ROWS]
+    assert not description_problems(decoder, (fits := run(decoder, *words, "data.max_length=512")).model, fits)
+    longer = run(decoder, *words, "data.max_length=513")
+    (problem,) = description_problems(decoder, longer.model, longer)
+    assert (problem.where, problem.value) == ("data.max_length", "513")
+    assert problem.reason == "model.rope.factor=4 extends the 128 positions of this model to 512"
+    assert problem.fix == "data.max_length=512, or model.rope.factor=5"
+
+
+def test_a_model_without_rotary_modules_is_refused_after_loading(decoder: Path) -> None:
+    """Zamba 2 has the settings of rotary embeddings, but computes them only with `use_mem_rope`."""
+    config = run(decoder, "model.rope.type=yarn")
+    model = load_model(config, load_tokenizer(config.model), (), torch.float32)
+    _refuse_unextended(model, config.model)
+    model.model.rotary_emb = torch.nn.Identity()
+    with pytest.raises(UserError, match="this llama model are not rotary"):
+        _refuse_unextended(model, config.model)
+
+
+def test_yarn_of_a_model_that_leaves_the_size_of_its_heads_out(tmp_path: Path) -> None:
+    """Mixtral: transformers multiplies `head_dim`, which is None, also when it loads the export."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    save_decoder(tmp_path / "decoder")
+    sizes = {"vocab_size": 105, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, max_position_embeddings=64)).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tmp_path / "decoder").save_pretrained(tmp_path / "moe")
+    config = run(tmp_path / "moe", "model.rope.type=yarn")
+    model = load_model(config, load_tokenizer(config.model), (), torch.float32).eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    tokens = torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens, use_cache=False).logits, loaded(tokens, use_cache=False).logits)
 
 
 @pytest.mark.parametrize(
