@@ -89,6 +89,12 @@ def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:
     return Problem("model.path", reason, fix, model.path)
 
 
+def noisy_encoder_decoder_problem(architecture: str, alpha: float) -> Problem:
+    """Return the problem that NEFTune's noise is defined for the one row that a decoder reads, not for a source and a target."""
+    reason = f"{architecture} is an encoder-decoder, and NEFTune was measured for decoders only"
+    return Problem("model.neftune_alpha", reason, "model.neftune_alpha=0", f"{alpha:g}")
+
+
 def packed_encoder_decoder_problem(architecture: str) -> Problem:
     """Return the problem that the rows of an encoder-decoder cannot be packed, since each target belongs to one source."""
     reason = f"{architecture} is an encoder-decoder: the decoder would attend to the sources of all samples in a row"

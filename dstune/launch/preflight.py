@@ -17,7 +17,12 @@ from typing import Any
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
 from dstune.config import registered
-from dstune.config.architectures import encoder_decoder_problem, packed_encoder_decoder_problem, size_problems
+from dstune.config.architectures import (
+    encoder_decoder_problem,
+    noisy_encoder_decoder_problem,
+    packed_encoder_decoder_problem,
+    size_problems,
+)
 from dstune.config.convert import format_value
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
@@ -328,6 +333,8 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
             problems.append(encoder_decoder_problem(config, kind))
         elif run.data.packing:
             problems.append(packed_encoder_decoder_problem(kind))
+        if config.neftune_alpha:
+            problems.append(noisy_encoder_decoder_problem(kind, config.neftune_alpha))
         refused = method_of(run.method).encoder_decoder_problem(kind)
         problems += [] if refused is None else [refused]
     decoder = architecture.get("text_config")  # of a model that reads images too

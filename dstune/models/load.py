@@ -24,6 +24,7 @@ from dstune.config.architectures import (
     mark_encoder_decoder,
     mark_stops,
     mark_vision,
+    noisy_encoder_decoder_problem,
     packed_encoder_decoder_problem,
     size_problems,
 )
@@ -232,6 +233,8 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
             raise UserError(encoder_decoder_problem(config.model, architecture.model_type))
         if config.data.packing:
             raise UserError(packed_encoder_decoder_problem(architecture.model_type))
+        if alpha := config.model.neftune_alpha:
+            raise UserError(noisy_encoder_decoder_problem(architecture.model_type, alpha))
         refused = method_of(config.method).encoder_decoder_problem(architecture.model_type)
         if refused is not None:
             raise UserError(refused)

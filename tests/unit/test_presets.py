@@ -179,6 +179,9 @@ def test_encoder_decoders_are_refused_with_the_task_they_need(tmp_path, kind):
     assert any("data.packing" in text and "encoder-decoder" in text for text in problems)
     separate = replace(packed, data=DataConfig(train="x", packing=False))
     assert not any("encoder-decoder" in str(problem) for problem in description_problems(tmp_path, model, separate))
+    noisy = replace(model, neftune_alpha=5.0)  # the lengths of sources are not those of targets
+    (problem, *_) = description_problems(tmp_path, noisy, replace(separate, model=noisy))
+    assert (problem.where, problem.value) == ("model.neftune_alpha", "5")
 
 
 def test_a_template_that_is_neither_a_name_nor_a_file_is_refused(tmp_path):
