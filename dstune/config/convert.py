@@ -278,6 +278,8 @@ def example(key: str) -> str:
         return f"{typed(key, format_value(default))} (the default)"
     if is_optional(hint):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if options := options_of(hint):
+        return f"for example {typed(key, options[0])}"
     other = {list: "[NAME,NAME]", dict: "{NAME: VALUE}"}.get(typing.get_origin(hint), "VALUE")
     return f"for example {typed(key, EXAMPLES.get(hint, other))}"
 
