@@ -255,6 +255,9 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
             "trainer.precision=bf16, or model.attention=sdpa",
             model.attention.name,
         )
+    if not all(token.strip() for token in model.add_tokens):
+        reason = "a token needs at least one character that is no white space"
+        yield Problem("model.add_tokens", reason, "leave it out, or for example [TOOL]", format_value(model.add_tokens))
     if model.neftune_alpha:
         yield from _check_noise(config)
     yield from check_rope(config)
@@ -266,7 +269,7 @@ def _check_noise(config: RunConfig) -> Iterator[Problem]:
     task, method, parallelism = task_of(config.task), method_of(config.method), parallelism_of(config.parallel)
     reason = ""
     if not task.language:
-        reason = f"it was measured only for causal language models, which task={task.name} does not train"
+        reason = f"it was measured only for the next-token loss of a causal language model, which task={task.name} does not have"
     elif method.in_front:
         reason = f"method={method.name} trains positions in front of the embeddings, which get no noise in the paper"
     elif parallelism.size > 1:

@@ -12,6 +12,7 @@ import torch
 
 from dstune.config.cadence import cadence
 from dstune.config.convert import format_value
+from dstune.config.rope import RopeType
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
 from dstune.core.secrets import redacted
@@ -37,6 +38,8 @@ from dstune.zero.parts import full_count
 FEW_STEPS = 20
 """A run with fewer optimizer steps gets a warning: adapters at their usual rate hardly change in so few."""
 MAX_LISTED_LABELS = 12
+SEARCHED_ROWS = 2000
+"""Training rows that are searched for the tokens of `model.add_tokens`."""
 
 
 def describe(
@@ -153,6 +156,50 @@ def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
     yield f"{warning} ({conversion}{passes}), in which a model learns little: {fix}"
 
 
+def beyond_positions(run: Training) -> Iterator[str]:
+    """Yield a warning if training rows are longer than the model's computed (rotary) positions. Rows beyond learned positions were
+    cut before."""
+    architecture = getattr(run.engine.module, "config", None)
+    if architecture is None or architecture.is_encoder_decoder:
+        return
+    positions, lengths = (
+        getattr(architecture.get_text_config(), "max_position_embeddings", None),
+        run.data.train.lengths,
+    )
+    if (
+        run.config.model.rope.type is RopeType.dynamic
+        or not positions
+        or not (beyond := int((lengths > positions).sum()))
+    ):
+        return
+    yield (
+        f"{beyond:,} of {len(lengths):,} train rows are longer than the {positions:,} positions that the model was made for "
+        f"(the longest has {lengths.max():,} tokens), and servers cut or refuse such rows: data.max_length={positions}, or "
+        "extend the positions (model.rope)"
+    )
+
+
+def unprinted_tokens(run: Training, tokenizer: Any) -> Iterator[str]:
+    """Yield a warning if tokens of `model.add_tokens` are in none of the first training rows, so that nothing trains them."""
+    tokens, table = run.config.model.add_tokens, run.data.train.table
+    if not tokens or not run.world.is_main:
+        return
+    rows = table.select(range(min(SEARCHED_ROWS, len(table))))
+    seen = {
+        token
+        for row in rows
+        for name, ids in row.items()
+        if name.endswith(("input_ids", "target_ids"))
+        for token in ids
+    }
+    absent = [token for token in tokens if tokenizer.convert_tokens_to_ids(token) not in seen]
+    if absent:
+        yield (
+            f"none of the first {len(rows):,} train samples has {', '.join(absent)} of model.add_tokens, so nothing trains the new "
+            "embeddings. The chat template has to print such tokens: in the text of a row they are encoded as text"
+        )
+
+
 def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     """Yield warnings about settings and data that are allowed but probably not intended."""
     yield from few_steps(config, run)
@@ -172,6 +219,7 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     if run.data.validation is not None and (held_out := len(run.data.validation.lengths)) < FEW_ROWS:
         few = f"{held_out} validation row{'s' * (held_out != 1)}: metrics of so few say little"
         yield f"{few} (data.split.validation, or data.validation=FILE)"
+    yield from beyond_positions(run)
     if isinstance(method := method_of(config.method), GivesCautions):
         yield from method.cautions(run)
     if config.trainer.profile_steps and run.total_steps - run.state.step <= UNTIMED_STEPS:

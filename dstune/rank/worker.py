@@ -33,7 +33,7 @@ from dstune.protocols.task_options import HoldsModels
 from dstune.rank.finalize import finish
 from dstune.rank.process import exit_now, guarded
 from dstune.rank.setup import BuiltModel, Setup, activity
-from dstune.rank.startup import describe, measure_untuned, show_samples
+from dstune.rank.startup import describe, measure_untuned, show_samples, unprinted_tokens
 from dstune.rank.zero_stage import choose_zero_stage
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
@@ -111,6 +111,8 @@ def run_training(
     run_dir, module = run.run_dir, built.module
     try:
         describe(run.config, run_dir, run, module, built.model, preparation)
+        for warning in unprinted_tokens(run, tokenizer):
+            run.message(f"warning: {warning}")
         run.state.planned_steps = run.total_steps
         show_samples(run, tokenizer, before=True)
         measure_untuned(run, run_dir, module, tokenizer)

@@ -64,6 +64,8 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ("task.labels", LABELS, ("task.labels=[a]",), ("task.labels=[]",)),
     ("task.labels", LABELS, ("task.labels=[a,'']",), ("task.labels=[a,b]",)),
     ("model.path", CHAT, ("model.path=''",), ("model.path=x",)),
+    ("model.add_tokens", CHAT, ("model.add_tokens=[TOOL,'']",), ("model.add_tokens=[TOOL]",)),
+    ("model.neftune_alpha", LABELS, ("model.neftune_alpha=5",), ("model.neftune_alpha=0",)),
     ("model.revision", CHAT, ("model.revision=main",), ("model.revision=main", "model.path=x/y")),
     (
         "model.attention",
@@ -348,6 +350,11 @@ def test_steps_and_epochs_cannot_be_swapped():
     check_resume(by_epochs, longer)
     with pytest.raises(UserError, match=r"trainer\.epochs=1: a run can become longer, not shorter than 2"):
         check_resume(longer, by_epochs)
+
+
+def test_a_wrong_word_of_an_optional_choice_gets_one_that_exists() -> None:
+    (problem,) = problems((*CHAT, "model.rope.type=longrope"))
+    assert problem.fix == "for example model.rope.type=yarn"
 
 
 @pytest.mark.parametrize(

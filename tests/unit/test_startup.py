@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dstune.config.compose import compose
 from dstune.planning.fillers import fillers
-from dstune.rank.startup import cautions, label_counts
+from dstune.rank.startup import cautions, label_counts, unprinted_tokens
 from dstune.trainer.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
@@ -25,9 +27,11 @@ def startup_messages(
     state: TrainState | None = None,
     held_out: int = 100,
     module: nn.Module | None = None,
+    lengths: Sequence[int] = (8,),
 ) -> list[str]:
     config = compose(["data=chitchat", *overrides]).config
-    data = SimpleNamespace(report=report or {}, validation=SimpleNamespace(lengths=[8] * held_out))
+    train = SimpleNamespace(lengths=np.array(lengths))
+    data = SimpleNamespace(report=report or {}, train=train, validation=SimpleNamespace(lengths=[8] * held_out))
     engine = SimpleNamespace(module=module or nn.Linear(2, 2))
     world = SimpleNamespace(size=1, local_size=1)
     data_loader = SimpleNamespace(rows=lambda: 16 * steps, steps=lambda epochs: steps * epochs)
@@ -51,6 +55,37 @@ def test_rows_that_were_cut_are_counted() -> None:
     )
     # This task splits long rows: nothing is lost.
     assert startup_messages("task=causal_lm", "data=files", "data.train=x.jsonl", report=REPORT) == []
+
+
+def test_rows_beyond_rotary_positions_are_counted() -> None:
+    """They train, at positions that the model has never seen."""
+    from transformers import GPT2Config, LlamaConfig
+
+    module = nn.Linear(2, 2)
+    module.config = LlamaConfig(max_position_embeddings=64)  # type: ignore[assignment]
+    (line,) = startup_messages(module=module, lengths=[64, 65, 90])
+    assert line.startswith(
+        "2 of 3 train rows are longer than the 64 positions that the model was made for (the longest has 90 "
+    )
+    assert "data.max_length=64, or extend" in line
+    assert not startup_messages(module=module, lengths=[64])
+    assert not startup_messages("model.rope.type=dynamic", module=module, lengths=[90])
+    module.config = GPT2Config()  # type: ignore[assignment]  # with another name for learned positions, to which rows are cut
+    assert not startup_messages(module=module, lengths=[1024])
+
+
+def test_added_tokens_that_no_sample_has_are_named() -> None:
+    from datasets import Dataset
+
+    config = compose(["data=chitchat", "model.add_tokens=[TOOL,PLAN]"]).config
+    table = Dataset.from_dict({"input_ids": [[1, 2]], "rejected_input_ids": [[3]], "labels": [[7, 7]]})
+    run = SimpleNamespace(
+        config=config, data=SimpleNamespace(train=SimpleNamespace(table=table)), world=SimpleNamespace(is_main=True)
+    )
+    ids = {"TOOL": 3, "PLAN": 7}
+    (line,) = unprinted_tokens(run, SimpleNamespace(convert_tokens_to_ids=ids.get))
+    assert line.startswith("none of the first 1 train samples has PLAN of model.add_tokens")
+    assert not list(unprinted_tokens(run, SimpleNamespace(convert_tokens_to_ids={"TOOL": 3, "PLAN": 1}.get)))
 
 
 @pytest.mark.parametrize(
