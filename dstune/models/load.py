@@ -35,7 +35,7 @@ from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
 from dstune.models.base_weights import tensor_files
-from dstune.models.corrections import correct_classes
+from dstune.models.corrections import correct_classes, forget_longest_row
 from dstune.models.full_width import put_back_to_full_width, refuse_unread_scales
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.partitioned_loading import corrected_partitioned_loading
@@ -273,6 +273,7 @@ def load_model(
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
     _refuse_unextended(model, config.model)
+    forget_longest_row(model)
     if isinstance(task, ChangesLoadedModel):
         new = task.after_load(model, new)
     freeze_unreached(model, config.model)

@@ -86,6 +86,21 @@ def test_models_whose_positions_are_not_extended(values: dict, reason: str) -> N
     assert not list(rope_problems(values, RopeConfig()))
 
 
+def test_dynamic_frequencies_do_not_depend_on_the_rows_before(decoder: Path) -> None:
+    """transformers keeps those of the longest row so far."""
+    config = run(decoder, "model.rope.type=dynamic", *ROWS)
+    model = load_model(config, load_tokenizer(config.model), (), torch.float32).eval()
+
+    def logits(length: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.arange(length)[None] % 50, use_cache=False).logits
+
+    lengths = (POSITIONS + 22, POSITIONS - 28, POSITIONS + 72)
+    first = {length: logits(length) for length in lengths}
+    for length in lengths:
+        assert torch.equal(logits(length), first[length])
+
+
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
 def test_rows_beyond_the_extended_positions_are_refused(decoder: Path, kind: str) -> None:
     words = [f"model.rope.type={kind}", "model.rope.factor=4", *ROWS]
