@@ -60,7 +60,7 @@ def compose(
     Raises:
         UserError: everything that is wrong with the overrides, or with a YAML file that they choose.
     """
-    requested = with_default_experiment(with_preset_names(overrides))
+    requested = with_default_experiment(with_preset_names(overrides, config_dirs))
     if not keep_plugins:
         activate_requested(requested, config_dirs)
     with session(config_dirs) as hydra:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from dstune.config import preset_names
 from dstune.config.names import nearest, sections
 from dstune.config.words import packaged_choices
 from dstune.core.errors import Problem
-from dstune.core.parsing import parse_yaml
 from dstune.protocols import METHODS as METHOD_ROOMS
 
 SWITCHES = ("true", "1", "yes", "on")
@@ -209,7 +208,10 @@ def _choice_words(group: str, value: str) -> str | None:
     """Return what to type instead of `group=value`, a choice that does not exist; None if the value is not a known habit."""
     plain = _plain(value)
     if group == "model":
-        return None if Path(value).is_dir() or "/" in value or value.startswith("sample:") else model_words(value)
+        if Path(value).is_dir() or value.startswith(("sample:", ".", "~", "/")):
+            return None
+        has_owner = "/" in value and preset_names.without_address(value) == value
+        return None if has_owner else model_words(value)
     if group == "tracking":
         return TRACKERS.get(plain)
     if group == "method" and plain in METHODS:
@@ -243,58 +245,56 @@ def model_words(name: str) -> str:
     """Return what to type for a model that the user calls `name`: `model=PRESET` if it has a preset, else `model.path=...`."""
     if name in packaged_choices()["model"]:
         return f"model={name}"
-    if "/" in name or Path(name).is_dir():
+    if Path(name).is_dir():
         return f"model.path={name}"
-    prepared = {path.rpartition("/")[2].lower(): (preset, path) for preset, path in _preset_paths()}
-    if name.lower() in prepared:
-        preset, path = prepared[name.lower()]
-        return f"model={preset} ({path}); another model of the hub is model.path=OWNER/NAME"
+    if preset := preset_names.preset_meant(name):
+        return f"model={preset.name} ({preset.path}); another model of the hub is model.path=OWNER/NAME"
+    name = preset_names.without_address(name)
+    if "/" in name:
+        return f"model.path={name}"
     if name.lower() in HUB_NAMES:
         return f"model.path={HUB_NAMES[name.lower()]}"
-    similar = nearest(name, packaged_choices()["model"], cutoff=0.75)
-    if similar is not None:
-        return f"did you mean model={similar}? Another model of the hub is model.path=OWNER/NAME"
+    candidates = preset_names.candidates(name)
+    if not candidates and (similar := preset_names.nearest_preset(name)):
+        candidates = [similar]
+    elsewhere = "another model of the hub is model.path=OWNER/NAME"
+    if len(candidates) == 1:
+        return f"did you mean model={candidates[0].name} ({candidates[0].path})? Another model of the hub is model.path=OWNER/NAME"
+    if candidates:
+        listed = ", ".join(f"model={preset.name} ({preset.path})" for preset in candidates)
+        return f"this may be {listed}; {elsewhere}"
+    if relatives := preset_names.family(name):
+        return f"presets of this family: {', '.join(f'model={preset.name}' for preset in relatives)}; {elsewhere}"
     return f"model.path=OWNER/{name} for a model of the hub, model.path=./FOLDER for a folder; `dstune models` lists prepared ones"
 
 
-def with_preset_names(overrides: Sequence[str]) -> list[str]:
-    """Return `overrides` with the name of the preset instead of another spelling in `model=...`: `qwen3-4b`, or the model's name on
-    the hub without its owner.
+def with_preset_names(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> list[str]:
+    """Return `overrides` with the name of the preset instead of another spelling in `model=...`: `qwen3-4b`, the model's name on
+    the hub with or without its owner, or Ollama's `qwen3:4b`.
 
     A name that could mean several presets, or that is the user's own choice, stays unchanged.
     """
-    return [_with_preset_name(text) for text in overrides]
+    searched = [path for text in overrides if text.startswith("hydra.searchpath=") for path in _FOLDERS.findall(text)]
+    return [_with_preset_name(text, [*config_dirs, *searched]) for text in overrides]
 
 
-def _with_preset_name(text: str) -> str:
+_FOLDERS = re.compile(r"file://([^,\]'\"]+)")
+"""Folders in a value of `hydra.searchpath`."""
+
+
+def _with_preset_name(text: str, config_dirs: Sequence[str | Path]) -> str:
     key, equals, value = text.partition("=")
-    if key != "model" or not equals or not re.fullmatch(r"[\w .-]+", value) or value in packaged_choices()["model"]:
+    if key != "model" or not equals or value in packaged_choices()["model"]:
         return text
-    spelling = _letters(value)
-    presets = {
-        name for name, path in _preset_paths() if spelling in (_letters(name), _letters(path.rpartition("/")[2]))
-    }
-    return f"model={presets.pop()}" if len(presets) == 1 else text
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[-_\s]+", "", name.lower())
+    if any((Path(folder) / "model" / f"{value}.yaml").is_file() for folder in config_dirs):
+        return text
+    preset = preset_names.preset_meant(value)
+    return f"model={preset.name}" if preset else text
 
 
 def as_fix(words: str) -> str:
     """Return an answer as the fix of a problem: `write KEY=VALUE`, or a sentence as it is."""
     return f"write {words}" if re.match(r"'?[a-z_.]+=", words) else words
-
-
-def _preset_paths() -> Sequence[tuple[str, str]]:
-    """Return (preset, path of its model) for each packaged file of the group `model`."""
-    from dstune.config.hydra_session import config_folder
-
-    paths = []
-    for file in sorted((config_folder() / "model").glob("*.yaml")):
-        content: Any = parse_yaml(file.read_text(encoding="utf-8"))
-        paths.append((file.stem, str(content.get("path", ""))))
-    return paths
 
 
 def _plain(value: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
-from dstune.config import habits
+from dstune.config import habits, preset_names
 from dstune.config.compose import compose
 from dstune.config.flags import hydra_flags
 from dstune.config.habits import ANSWERS, HUB_NAMES, METHODS, SCHEDULES, TASK_WORDS, TRACKERS, answer, as_fix
@@ -34,7 +35,7 @@ SLIPS = {
     "optimizer.lr=[1e-4,1e-3]": "a run for each of them: dstune train --multirun optimizer.lr=0.0001,0.001",
     "trainer.seed=[1,2]": "a run for each of them: dstune train --multirun trainer.seed=1,2",
     "model=gpt2": "write model.path=openai-community/gpt2",
-    "model=qwen3_4bb": "did you mean model=qwen3_4b?",
+    "model=qwen3_4bb": "did you mean model=qwen3_4b (Qwen/Qwen3-4B)?",
     "model=nothing-like-it": "write model.path=OWNER/nothing-like-it for a model of the hub",
     "epochs=3": "did you mean trainer.epochs=3?",
     "per_device_train_batch_size=4": "did you mean trainer.micro_batch_size=4?",
@@ -141,22 +142,78 @@ def test_keys_of_other_tools_exist_here():
     [
         ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
         ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"),
+        ("Llama 3.1 8B", "meta-llama/Llama-3.1-8B"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("https://huggingface.co/Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("hf.co/qwen/qwen3-8b", "Qwen/Qwen3-8B"),
         ("qwen3-4b", "Qwen/Qwen3-4B"),
         ("Qwen3.5-4B", "Qwen/Qwen3.5-4B"),
+        ("qwen3_5_4b", "Qwen/Qwen3.5-4B"),
         ("gpt-oss-20b", "openai/gpt-oss-20b"),
         ("Gemma4-31B-it", "google/gemma-4-31B-it"),
         ("gemma-4-31b-it", "google/gemma-4-31B-it"),
+        ("Mistral-7B-v0.3", "mistralai/Mistral-7B-v0.3"),
+        # Ollama's names, whose models are chat models.
+        ("llama3.1:8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("qwen3:8b", "Qwen/Qwen3-8B"),
+        ("gemma4:e4b", "google/gemma-4-E4B-it"),
+        ("gemma2:9b", "google/gemma-2-9b-it"),
+        ("mistral:7b", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("embeddinggemma:300m", "google/embeddinggemma-300m"),
     ],
 )
 def test_a_preset_is_known_by_any_usual_spelling(spelling: str, path: str) -> None:
     assert compose([f"model={spelling}", "data.train=x.jsonl"]).config.model.path == path
 
 
+@pytest.mark.parametrize(
+    ("name", "named", "unnamed"),
+    [
+        ("llama3.1", ["llama3_8b", "llama3_8b_instruct", "llama3_70b"], ["llama3_1b"]),
+        ("llama3:8b", ["llama3_8b", "llama3_8b_instruct"], []),  # Llama 3 is not Llama 3.1
+        ("meta-llama-3-8b", ["llama3_8b"], []),
+        ("qwen3", ["qwen3_4b", "qwen3_8b"], ["qwen3.5_4b"]),
+        ("gemma4", ["gemma4_31b_it"], ["gemma3_1b"]),
+        ("gemma-4-31b", ["gemma4_31b_it"], ["gemma3_1b"]),
+        ("smollm3", ["smollm3_3b", "smollm3_3b_base"], ["smollm2"]),
+        ("qwen3:30b", ["qwen3_30b_a3b"], ["qwen3_32b"]),
+        ("phi4-mini", ["phi4_mini_instruct"], ["phi4"]),
+        ("olmo-3-7b", ["olmo3_7b_instruct"], []),  # the base model has another name
+        ("deepseek-r1:8b", ["deepseek_r1_llama_8b"], ["deepseek_r1_qwen_7b"]),
+        ("gwen3-8b", ["qwen3_8b"], []),
+        ("lama3_8b", ["llama3_8b"], []),
+    ],
+)
+def test_an_incomplete_name_is_refused_with_the_presets_that_it_may_mean(
+    name: str, named: list[str], unnamed: list[str]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        compose([f"model={name}", "data.train=x.jsonl"])
+    offered_presets = re.findall(r"model=([\w.]*\w)", refused.value.problems[0].fix)
+    assert set(named) <= set(offered_presets) and not set(unnamed) & set(offered_presets)
+
+
+def test_another_size_is_no_slip() -> None:
+    with pytest.raises(UserError) as refused:
+        compose(["model=gemma2:3b", "data.train=x.jsonl"])
+    assert refused.value.problems[0].fix.startswith("presets of this family: model=gemma2_27b, ")
+
+
 def test_no_two_presets_have_one_spelling() -> None:
-    names = [habits._letters(name) for name, _ in habits._preset_paths()]
+    names = [preset_names.parts_of(preset.name) for preset in preset_names.presets()]
     assert len(set(names)) == len(names)
     assert habits.with_preset_names(["model=llama", "model=org/qwen3-4b", "task=chat"]) == [
         "model=llama",
         "model=org/qwen3-4b",
         "task=chat",
     ]
+
+
+def test_a_choice_of_the_user_is_no_other_spelling(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "qwen3-4b.yaml").write_text("path: sample://minilm\n")
+    for overrides, folders in ([], [tmp_path]), ([f"hydra.searchpath=[file://{tmp_path}]"], []):
+        composed = compose([*overrides, "model=qwen3-4b", "data.train=x.jsonl"], folders)
+        assert composed.config.model.path == "sample://minilm"
