@@ -55,11 +55,28 @@ def row_limit(values: Mapping[str, Any]) -> int | None:
     return positions - reserved if isinstance(positions, int) and positions > reserved else None
 
 
-MAX_LAYERS = 10_000
-"""Largest accepted number of layers of a model, and of experts of a layer."""
+MAX_LAYERS = 2_000
+"""Largest accepted number of layers of a model."""
+MAX_EXPERTS = 100_000
+"""Largest accepted number of experts of a layer."""
 MAX_SIZE = 2**31
 """Largest accepted size of a dimension, in elements."""
-_SIZE = re.compile(r".*(_size|_dim|_heads|_embd|_ff|_model|_inner)")
+_LIMITS = (
+    (re.compile(r"(.*_)?(size|dim|heads|embd|ff|model|inner)(_per_\w+)?"), MAX_SIZE),
+    (re.compile(r".*expert.*"), MAX_EXPERTS),
+    (re.compile(r".*layer.*|depth"), MAX_LAYERS),
+)
+"""Limits of numbers in a `config.json` by their keys; the first that matches applies."""
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""Sizes that have to be whole numbers where they are given."""
 
 
 def size_problems(values: Mapping[str, Any], where: str = "model.path", value: str = "") -> list[Problem]:
@@ -68,18 +85,31 @@ def size_problems(values: Mapping[str, Any], where: str = "model.path", value: s
     values: its content. where, value: the key that chose the model, and its value, for the problems.
     """
     problems = []
+
+    def refuse(key: str, number: object, reason: str) -> None:
+        text = f"its config.json has {key} = {str(number)[:30]}, which is {reason}"
+        problems.append(Problem(where, text, "choose a model with a correct config.json", value))
+
     for key, number in values.items():
         if isinstance(number, dict):
             problems += size_problems(number, where, value)
+        if key in _REQUIRED and not _is_whole(number):
+            refuse(key, number, "no whole number")
+            continue
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue
-        limit = MAX_SIZE if _SIZE.fullmatch(key) else MAX_LAYERS if "layer" in key or "expert" in key else math.inf
-        least = 0 if key.startswith("num_") else -math.inf
+        limit = next((limit for keys, limit in _LIMITS if keys.fullmatch(key)), math.inf)
+        least = 0 if key.startswith("num_") or key in _REQUIRED else -math.inf
         if number > limit or number < least:
-            bound = f"more than {limit:,}" if number > limit else "less than 0"
-            reason = f"its config.json has {key} = {str(number)[:30]}, which is {bound}"
-            problems.append(Problem(where, reason, "choose a model with a correct config.json", value))
+            refuse(key, number, f"more than {limit:,}" if number > limit else "less than 0")
     return problems
+
+
+def _is_whole(number: object) -> bool:
+    """Return whether the value of a size is no text, truth value or fraction. Some models have a list or a table of sizes."""
+    if isinstance(number, float):
+        return number.is_integer()
+    return not isinstance(number, (str, bool))
 
 
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:

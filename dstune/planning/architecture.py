@@ -63,9 +63,12 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
         raise UserError(problems)
     try:
         built = _BUILDERS[kind](values, head, labels)
-        if all(isinstance(length, int) for tensor in built.tensors for length in tensor.shape):
+        if any(type(length) is not int for tensor in built.tensors for length in tensor.shape):
+            reason = "its config.json has a size that is no whole number"
+        elif (part := _missing_part(built)) is None:
             return built
-        reason = "its config.json has a size that is no whole number"
+        else:
+            reason = f"its config.json describes a model without {part}"
     except KeyError as missing:
         reason = f"its config.json has no {missing.args[0]}"
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -93,6 +96,13 @@ def architecture_or_count(
     if problems := size_problems(whole):
         raise UserError(problems)
     return counted.counted(whole, head, labels)
+
+
+def _missing_part(built: Architecture) -> str | None:
+    """Return what a size below 1 leaves a model without; None if it has all of its parts."""
+    sizes = {"layers": built.layers, "attention heads": built.heads, "vocabulary": built.vocabulary}
+    sizes["width"] = min(length for tensor in built.tensors for length in tensor.shape)
+    return next((part for part, size in sizes.items() if size < 1), None)
 
 
 def sliced(model: Architecture, parts: int) -> Architecture:

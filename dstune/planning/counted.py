@@ -24,8 +24,8 @@ from dstune.core.parsing import read_object
 from dstune.core.paths import cache_root
 from dstune.planning.architectures.tensors import Architecture, Tensor
 
-CHILD_SECONDS = 300
-"""Time limit of the child in seconds; the largest published models take one."""
+CHILD_SECONDS, SECONDS_OF_MODEL = 60, 5
+"""Time limit of the child in seconds, and more for each further model; the largest published models take one."""
 FORMAT = 3
 """Format of the cached inventories."""
 
@@ -73,19 +73,20 @@ def _place(values: Mapping[str, Any], head: str, labels: int) -> Path:
 def _ask(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[dict[str, Any]]:
     request = json.dumps({"head": head, "labels": labels, "configs": configs})
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    limit = CHILD_SECONDS + SECONDS_OF_MODEL * (len(configs) - 1)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "dstune.models.inventory"],
             input=request,
             capture_output=True,
             text=True,
-            timeout=CHILD_SECONDS,
+            timeout=limit,
             env=child_environment() | offline,
         )
         answers: list[dict[str, Any]] = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         lines = [] if isinstance(error, subprocess.TimeoutExpired) else done.stderr.strip().splitlines()
-        reason = lines[-1][:200] if lines else f"no answer within {CHILD_SECONDS} s"
+        reason = lines[-1][:200] if lines else f"no answer within {limit} s"
         fix = "choose a model with a correct config.json"
         raise UserError(Problem("model.path", f"its tensors cannot be counted: {reason}", fix)) from None
     return answers
@@ -97,9 +98,12 @@ def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
     Raises:
         UserError: transformers has no such model.
     """
+    kind = whole.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        reason = f"its config.json has {'no model_type' if kind is None else 'a model_type that is no name'}"
+        raise UserError(Problem("model.path", reason, "give a whole config.json, of a model for transformers"))
     (inventory,) = count([whole], head, labels)
     if "error" in inventory:
-        kind = str(whole.get("model_type") or "(config.json names none)")
         reason = f"transformers cannot build the architecture {kind} from its config.json: {inventory['error']}"
         raise UserError(Problem("model.path", reason, "a whole config.json, of an architecture that transformers has"))
     return from_inventory(inventory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -178,6 +179,26 @@ def test_experts_are_counted_under_the_name_that_transformers_saves_them() -> No
 def test_an_unknown_architecture_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="mamba"):
         architecture(json.loads('{"model_type": "mamba"}'))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"hidden_size": -4096}, "hidden_size = -4096, which is less than 0"),
+        ({"vocab_size": -5}, "vocab_size = -5, which is less than 0"),
+        ({"hidden_size": 0}, "without width"),
+        ({"vocab_size": 0}, "without vocabulary"),
+        ({"num_hidden_layers": 0}, "without layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True, which is no whole number"),
+        ({"num_hidden_layers": 32.5}, "num_hidden_layers = 32.5, which is no whole number"),
+        ({"hidden_size": "4096"}, "hidden_size = 4096, which is no whole number"),
+        ({"num_hidden_layers": 5_000}, "num_hidden_layers = 5000, which is more than 2,000"),
+    ],
+    ids=str,
+)
+def test_impossible_sizes_are_refused_by_their_keys(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=re.escape(reason)):
+        architecture(DECODER | {"model_type": "llama"} | values)
 
 
 def test_patterns_of_ranks_and_magnitudes_are_those_of_peft() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import save_tokenizer
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ from architecture_cases import Case, model_class_of  # noqa: E402
 from architecture_variants import VARIANTS  # noqa: E402
 from tiny_architectures import build, small_config  # noqa: E402
 
+from dstune.config.architectures import size_problems  # noqa: E402
 from dstune.config.compose import compose  # noqa: E402
 from dstune.core.errors import UserError  # noqa: E402
 from dstune.models.inventory import inventory  # noqa: E402
@@ -148,7 +150,8 @@ def test_what_linear_attention_and_experts_cost_is_known() -> None:
     ("values", "reason"),
     [
         ({"model_type": "unheard-of", "hidden_size": 8}, "unheard-of"),
-        ({"hidden_size": 8}, "names none"),
+        ({"hidden_size": 8}, "no model_type"),
+        ({"model_type": ["llama"]}, "a model_type that is no name"),
         ({"model_type": "qwen3_next", "hidden_size": "wide"}, "hidden_size"),
     ],
 )
@@ -166,11 +169,37 @@ def test_what_transformers_cannot_build_is_refused(
         architecture_or_count(values, values, LANGUAGE_MODEL)
 
 
-def test_a_config_json_that_would_never_end_reaches_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 9_999, "num_experts": 9_999},
+        {"vision_config": {"depth": 10**8}},
+        {"num_experts": 10**7},
+        {"num_hidden_layers": "many"},
+    ],
+    ids=str,
+)
+def test_a_config_json_that_would_never_end_reaches_no_child(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(counted, "_ask", lambda *_: pytest.fail("it was asked"))
-    values = {"model_type": "qwen3_next", "num_hidden_layers": 10**9}
-    with pytest.raises(UserError, match="num_hidden_layers"):
-        architecture_or_count(values, values, LANGUAGE_MODEL)
+    whole = {"model_type": "qwen3_next"} | values
+    with pytest.raises(UserError, match=r"num_hidden_layers|depth|num_experts"):
+        architecture_or_count(whole, whole, LANGUAGE_MODEL)
+
+
+def test_no_architecture_of_transformers_is_beyond_the_limits() -> None:
+    """Gemma 3n and 4 have a second vocabulary, whose key has `layer` in its name."""
+    beyond = {}
+    for kind in CONFIG_MAPPING:
+        try:
+            values = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+        except Exception:  # a part has no default, or needs a package
+            continue
+        if problems := size_problems(values):
+            beyond[kind] = problems[0].reason
+    assert beyond == {"vilt": "its config.json has num_images = -1, which is less than 0"}  # which reads no text alone
 
 
 def test_a_child_that_dies_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
