@@ -103,7 +103,7 @@ def test_unknown_names_are_answered_with_their_line_and_the_nearest_name(write, 
     more = ["optimizer.weight_decay=0,0.1"] if "-m" in verb else []
     found = {problem["where"]: problem["fix"] for problem in exit_of(capsys, *verb, "my.yaml", *more)}
     assert found == {
-        "my.yaml:1: modle": "did you mean model=qwen3_4b (Qwen/Qwen3-4B)?",
+        "my.yaml:1: modle": "did you mean model=qwen3_4b?",
         "my.yaml:2: method": "did you mean method=lora?",
         "my.yaml:5: trainer.epoch": "did you mean trainer.epochs=3?",
         "my.yaml:6: optimizer.lr": "optimizer.lr=2e-05 (the default)",
