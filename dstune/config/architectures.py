@@ -67,6 +67,8 @@ _LIMITS = (
     (re.compile(r".*layer.*|depth"), MAX_LAYERS),
 )
 """Limits of numbers in a `config.json` by their keys; the first that matches applies."""
+_BY_LAYER = re.compile(r"pattern|layers?_|_layers?")
+"""Keys of lists or texts with an entry for each layer."""
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -93,6 +95,8 @@ def size_problems(values: Mapping[str, Any], where: str = "model.path", value: s
     for key, number in values.items():
         if isinstance(number, dict):
             problems += size_problems(number, where, value)
+        if isinstance(number, (str, list)) and _BY_LAYER.search(key) and len(number) > MAX_LAYERS:
+            refuse(key, f"{len(number):,} layers", f"more than {MAX_LAYERS:,}")
         if key in _REQUIRED and not _is_whole(number):
             refuse(key, number, "no whole number")
             continue

@@ -284,6 +284,7 @@ def as_json(estimate: Planned, price: float | None, config: RunConfig) -> dict[s
         "model": {
             "path": config.model.path,
             "parameters": estimate.parameters,
+            **({"active": estimate.setup.model.active_parameters} if estimate.setup.model.experts else {}),
             "trained": estimate.trained,
             **({"unreached": estimate.setup.unreached} if estimate.setup.unreached else {}),
             "precision": estimate.precision.value,
@@ -349,7 +350,7 @@ def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Se
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
     lines = [
         (
-            f"{config.model.path}: {estimate.parameters / 1e9:.3f}B parameters, {estimate.trained / 1e6:.1f}M trained "
+            f"{config.model.path}: {estimate.parameters / 1e9:.3f}B parameters, {_active(s)}{estimate.trained / 1e6:.1f}M trained "
             f"({config.method.name}), {estimate.precision.value}, rows of {s.length} tokens"
             + (f"; beside them {s.unreached / 1e9:.3f}B frozen that text never reaches" if s.unreached else "")
         ),
@@ -383,6 +384,11 @@ def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Se
     return "\n".join(lines)
 
 
+def _active(s: Setup) -> str:
+    """Return how many parameters a token uses, of a model with experts."""
+    return f"{s.model.active_parameters / 1e9:.3f}B of them for a token, " if s.model.experts else ""
+
+
 def _counted(s: Setup) -> list[str]:
     """Return what is estimated of a model without a closed form."""
     if not s.model.is_counted:
@@ -406,12 +412,15 @@ def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
         return [f"no: {_nothing_fits(estimate)}"]
     cluster = estimate.cluster
     host = _node_gib(best)
-    room = "" if cluster.host_gib is None else f" of {cluster.host_gib:.0f}"
-    of_node = f", and {host:.0f}{room} GiB of the memory of each node" if host >= 1 else ""
+    of_node, condition = "", ""
+    if host >= 1 and cluster.host_gib is not None:
+        of_node = f", and {host:.0f} of {cluster.host_gib:.0f} GiB of the memory of each node"
+    elif host >= 1:  # nobody said how much a node has
+        condition = f", if each node has {host:.0f} GiB of memory for it (hardware.host_gib=)"
     time = f"a step of {best.time.seconds:.2f} s, {best.time.tokens_per_second:,.0f} tokens/s"
     overrides = [f"{key}={_value(value)}" for key, value in best.overrides(estimate.setup).items()]
     lines = [
-        f"yes: {best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}",
+        f"yes{condition}: {best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}",
         f"recommended: {' '.join(overrides) or 'as configured'}",
     ]
     if words is not None:

@@ -5,6 +5,7 @@ builds on the meta device."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,10 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], str, int], Architecture]] = {
 }
 
 
+class MissingValue(UserError):
+    """A `config.json` leaves out a size for which only transformers has a default."""
+
+
 def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: int = 2) -> Architecture:
     """Return the architecture that a `config.json` describes, with the head of a task.
 
@@ -71,6 +76,7 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
             reason = f"its config.json describes a model without {part}"
     except KeyError as missing:
         reason = f"its config.json has no {missing.args[0]}"
+        raise MissingValue(Problem("model.path", reason, "give a whole config.json")) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"its config.json has a value of another kind than a model's: {error}"
     raise UserError(Problem("model.path", reason, "give a whole config.json"))
@@ -84,7 +90,8 @@ def is_known(values: Mapping[str, Any]) -> bool:
 def architecture_or_count(
     values: Mapping[str, Any], whole: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: int = 2
 ) -> Architecture:
-    """Build as `architecture`; where there is no closed form, counted by a child process (`planning.counted`).
+    """Build as `architecture`; where there is no closed form, or a size is missing, counted by a child process
+    (`planning.counted`).
 
     values: the language model's part of `whole`, a `config.json`.
 
@@ -92,7 +99,8 @@ def architecture_or_count(
         UserError: as `architecture`, and where transformers has no such architecture.
     """
     if is_known(values):
-        return architecture(values, head, labels)
+        with suppress(MissingValue):
+            return architecture(values, head, labels)
     if problems := size_problems(whole):
         raise UserError(problems)
     return counted.counted(whole, head, labels)

@@ -104,7 +104,7 @@ def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
         raise UserError(Problem("model.path", reason, "give a whole config.json, of a model for transformers"))
     (inventory,) = count([whole], head, labels)
     if "error" in inventory:
-        reason = f"transformers cannot build the architecture {kind} from its config.json: {inventory['error']}"
+        reason = f"transformers cannot build the architecture {kind[:100]} from its config.json: {inventory['error']}"
         raise UserError(Problem("model.path", reason, "a whole config.json, of an architecture that transformers has"))
     return from_inventory(inventory)
 

@@ -273,7 +273,8 @@ def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
 
 
 def _dropout(values: dict[str, Any]) -> float:
-    return float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0)
+    rates = (values.get(key) for key in ("hidden_dropout_prob", "dropout_rate", "dropout"))
+    return next((float(rate) for rate in rates if isinstance(rate, int | float) and rate), 0.0)
 
 
 PREFETCH, LIVE = 50_000_000, 1_000_000_000

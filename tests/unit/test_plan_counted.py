@@ -177,15 +177,17 @@ def test_what_transformers_cannot_build_is_refused(
         {"vision_config": {"depth": 10**8}},
         {"num_experts": 10**7},
         {"num_hidden_layers": "many"},
+        {"layer_types": ["linear_attention"] * 10_000},
+        {"hybrid_override_pattern": "M" * 10_000},
     ],
-    ids=str,
+    ids=lambda values: str(values)[:40],
 )
 def test_a_config_json_that_would_never_end_reaches_no_child(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counted, "_ask", lambda *_: pytest.fail("it was asked"))
     whole = {"model_type": "qwen3_next"} | values
-    with pytest.raises(UserError, match=r"num_hidden_layers|depth|num_experts"):
+    with pytest.raises(UserError, match=r"num_hidden_layers|depth|num_experts|layer_types|pattern"):
         architecture_or_count(whole, whole, LANGUAGE_MODEL)
 
 
@@ -200,6 +202,18 @@ def test_no_architecture_of_transformers_is_beyond_the_limits() -> None:
         if problems := size_problems(values):
             beyond[kind] = problems[0].reason
     assert beyond == {"vilt": "its config.json has num_images = -1, which is less than 0"}  # which reads no text alone
+
+
+def test_a_size_that_config_json_leaves_out_is_the_one_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published Gemma 3 4B has no numbers of heads; other models leave out other sizes."""
+    monkeypatch.setattr(counted, "_ask", lambda configs, head, labels: [inventory(configs[0], head, labels)])
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    assert architecture_or_count(text, text, LANGUAGE_MODEL).parameters == 3_880_263_168
+    small = {"model_type": "qwen2", "vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 8, "hidden_size": 64}
+    assert architecture_or_count(small, small).heads == 32  # transformers' default
 
 
 def test_a_child_that_dies_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from dstune.planning.flops import forward_flops
 from dstune.planning.hardware import DEVICES, GIB, Cluster
 from dstune.planning.memory import memory
 from dstune.planning.published import CONFIGS
-from dstune.planning.setup import Setup, setup
+from dstune.planning.setup import Setup, _dropout, setup
 from dstune.planning.stage import resolved_precision
 from dstune.planning.time import communication, speed_of, step_time
 
@@ -69,6 +69,11 @@ def test_a_layer_keeps_41_times_its_positions_and_width() -> None:
     expected = (2 * 2 + 4 + 28 + 3 + 2) * 1024 * 4096
     sums, scales = 4 * 32 * 1024, 2 * 4 * 1024
     assert activations.layer(s).saved == expected + sums + scales
+
+
+def test_a_rate_of_dropout_that_is_no_number_is_none() -> None:
+    assert _dropout({"hidden_dropout_prob": "x", "dropout": 0.1}) == 0.1
+    assert _dropout({"hidden_dropout_prob": 0.0, "dropout_rate": ["x"]}) == 0.0
 
 
 def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:

@@ -261,13 +261,22 @@ def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
 def test_a_plan_says_first_whether_and_how(capsys: pytest.CaptureFixture[str]):
     words = ["model=llama3_70b", "method=full", "data.max_length=2048", "zero.offload_optimizer=none"]
     lines = lines_of(capsys, *words, "hardware=8xH100-80G")
-    assert lines[3].startswith("yes: ") and "GiB of the memory of each node" in lines[3]
+    assert re.match(
+        r"yes, if each node has \d+ GiB of memory for it \(hardware.host_gib=\): [\d.]+ of 79.2 GiB", lines[3]
+    )
     recommended = lines[4].removeprefix("recommended: ").split()
     kept = [word for word in words if word != "zero.offload_optimizer=none"]
     assert lines[5].split() == ["dstune", "train", *kept, *recommended], "what is recommended replaces what was given"
     table = {line.split()[0]: line.split() for line in lines[7:12] if line}
     assert [table[name][1] for name in ("full", "lora", "qlora")] == ["yes", "yes", "yes"]
     assert float(table["full"][3]) > 500 > float(table["lora"][2])
+
+
+def test_a_plan_says_how_much_of_a_model_with_experts_a_token_uses(capsys: pytest.CaptureFixture[str]):
+    words = ["model=qwen3_30b_a3b", "method=lora", "hardware=H100-80G"]
+    assert "30.532B parameters, 3.353B of them for a token, " in lines_of(capsys, *words)[0]
+    assert plan_json(capsys, *words)["model"]["active"] == pytest.approx(3.353e9, rel=1e-3)
+    assert "active" not in plan_json(capsys, "model=qwen3_8b", *words[1:])["model"]
 
 
 def test_a_plan_that_does_not_fit_says_so_first_and_what_would(capsys: pytest.CaptureFixture[str]):

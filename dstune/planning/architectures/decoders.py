@@ -14,7 +14,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": False, "tie_word_embeddings": False, "head_dim": 128},
     "gemma": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 256},
     "gemma2": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 256},
-    "gemma3_text": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 256, "vocab_size": 262208},
+    "gemma3_text": {
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
     "smollm3": {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "head_dim": None},
     "mixtral": {
         "tie_word_embeddings": False,

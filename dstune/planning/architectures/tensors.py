@@ -75,6 +75,12 @@ class Architecture:
     def parameters(self) -> int:
         return sum(tensor.count for tensor in self.tensors)
 
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: of the experts, the share that it is sent to."""
+        experts = [tensor for tensor in self.tensors if len(tensor.shape) == 3 and 0 < tensor.used < 1]
+        return self.parameters - sum(round(tensor.count * (1 - tensor.used)) for tensor in experts)
+
     def of_layer(self, index: int) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self.tensors if tensor.layer == index)
 
