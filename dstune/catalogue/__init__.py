@@ -33,7 +33,7 @@ from dstune.planning import counted, source
 from dstune.planning.architecture import is_known
 from dstune.planning.hardware import Cluster
 from dstune.planning.plan import effort
-from dstune.planning.published_today import TODAY
+from dstune.planning.published import PUBLISHED
 from dstune.planning.setup import head_of, labels_of
 from dstune.protocols import TASKS, task_of
 from dstune.protocols.task import TaskConfig
@@ -55,8 +55,9 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
 ENCODER_DECODERS = ("t5", "bart")
 """Architectures by `model_type`. All others that the planner knows are decoders."""
 
-PUBLISHED = {model.path: model for model in TODAY}
 HUB_MODELS = 10
+UNVERIFIED = "?"
+"""Marks the licence of a model whose entry nobody compared with its page."""
 
 
 @dataclass
@@ -261,9 +262,9 @@ def _describe(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     if not _suits(kind, config.task) or (published and published.use != "chat" and task_of(config.task).generates):
         return False
     lengths = (values.get(key) for key in ("max_position_embeddings", "n_positions"))
-    model.context = next((length for length in lengths if type(length) is int and length > 0), None)
-    if model.context is None and published is not None:
-        model.context = published.context
+    model.context = published.context if published is not None else None
+    if model.context is None:
+        model.context = next((length for length in lengths if type(length) is int and length > 0), None)
     try:
         estimate = planner.planned(run_config, cluster)
     except DstuneError as error:
@@ -372,7 +373,13 @@ def _table(models: list[Model], config: RunConfig, cluster: Cluster, metric: str
         gated = "" if model.gated is None else "yes" if model.gated else "no"
         size = "" if model.parameters is None else f"{model.parameters / 1e6:,.0f}M"
         cells = [model.choose, "yes" if model.here else "", size, f"{model.context:,}" if model.context else ""]
-        cells += [model.licence, gated, str(model.year or ""), model.modality, model.zero or model.note]
+        cells += [
+            model.licence + UNVERIFIED * (model.source == "unverified"),
+            gated,
+            str(model.year or ""),
+            model.modality,
+            model.zero or model.note,
+        ]
         if metric:
             cells.append(model.note if model.score is None else f"{model.score:.4f}")
         lines.append(cells)
@@ -384,5 +391,7 @@ def _table(models: list[Model], config: RunConfig, cluster: Cluster, metric: str
             cell.rjust(widths[at]) if at in right_aligned else cell.ljust(widths[at]) for at, cell in enumerate(line)
         ]
         rows.append("  ".join(padded).rstrip())
+    unverified = any(model.source == "unverified" for model in models)
+    mark = f"; {UNVERIFIED}: licence, year and context from memory, read the model's page" if unverified else ""
     advice = "" if os.environ.get("HF_HUB_OFFLINE") else "; --hub WORDS also searches the hub"
-    return "\n".join([head, *rows, f"{len(models)} models{advice}"])
+    return "\n".join([head, *rows, f"{len(models)} models{mark}{advice}"])

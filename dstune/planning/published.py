@@ -7,9 +7,10 @@ against those that are stated for the models, entered by hand as well.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from dstune.planning.published_today import TODAY, decoder_config
+from dstune.planning.published_today import TODAY, Published, decoder_config
 
 
 def _llama(*numbers: int, **fields: Any) -> dict[str, Any]:
@@ -175,3 +176,60 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "facebook/bart-large-cnn": _bart(50264, 1024, 4096, 12, 16),
 }
 CONFIGS |= {model.path: model.config for model in TODAY}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the catalogue says of an earlier model, beside its sizes in `CONFIGS`. The fields are those of `Published`."""
+
+    licence: str
+    year: int
+    context: int
+    source: str
+    gated: bool = False
+    modality: str = "text"
+    use: str = "chat"
+    verified: str = ""
+    """Empty: these models' licences, years and contexts were written down from memory."""
+
+
+_MAKERS = {
+    "meta-llama/Llama-3.1": ("llama3.1", 2024, 131072, True),
+    "meta-llama/Llama-3.2": ("llama3.2", 2024, 131072, True),
+    "meta-llama/Llama-3.3": ("llama3.3", 2024, 131072, True),
+    "mistralai/Mistral-7B": ("apache-2.0", 2024, 32768, False),
+    "mistralai/Mixtral": ("apache-2.0", 2023, 32768, False),
+    "mistralai/Mistral-Nemo": ("apache-2.0", 2024, 131072, False),
+    "mistralai/Mistral-Small-24B": ("apache-2.0", 2025, 32768, False),
+    "Qwen/Qwen2.5-3B": ("qwen-research", 2024, 32768, False),  # unlike the other sizes
+    "Qwen/Qwen2.5": ("apache-2.0", 2024, 32768, False),
+    "Qwen/Qwen3": ("apache-2.0", 2025, 40960, False),
+    "google/gemma-2": ("gemma", 2024, 8192, True),
+    "google/gemma-3": ("gemma", 2025, 32768, True),
+    "HuggingFaceTB/SmolLM2": ("apache-2.0", 2024, 8192, False),
+    "HuggingFaceTB/SmolLM3": ("apache-2.0", 2025, 65536, False),
+    "google-bert/bert": ("apache-2.0", 2018, 512, False),
+    "microsoft/deberta-v3": ("mit", 2021, 512, False),
+    "answerdotai/ModernBERT": ("apache-2.0", 2024, 8192, False),
+    "google-t5/t5": ("apache-2.0", 2019, 512, False),
+    "google/flan-t5": ("apache-2.0", 2022, 512, False),
+    "facebook/bart-large-cnn": ("mit", 2020, 1024, False),
+    "facebook/bart": ("apache-2.0", 2019, 1024, False),
+}
+"""Licence, year, context and whether access must be requested, by the start of a path; the first that matches."""
+
+
+def _facts(path: str) -> Facts | None:
+    return next(
+        (
+            Facts(licence, year, context, f"huggingface.co/{path}", gated)
+            for start, (licence, year, context, gated) in _MAKERS.items()
+            if path.startswith(start)
+        ),
+        None,
+    )
+
+
+PUBLISHED: dict[str, Published | Facts] = {path: facts for path in CONFIGS if (facts := _facts(path)) is not None}
+PUBLISHED |= {model.path: model for model in TODAY}
+"""Licence, year, context and kind of every model in `CONFIGS` that the hub has, by its path."""

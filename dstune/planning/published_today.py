@@ -13,6 +13,10 @@ READ = "2026-12-01"
 MAXTEXT = "github.com/AI-Hypercomputer/maxtext/blob/e591f30c/src/maxtext/configs/models/{}.yml"
 CLASS = "huggingface.co/docs/transformers/model_doc/{} (defaults of transformers 5.24)"
 PAGE = "huggingface.co/{}/blob/main/config.json"
+WHATMODEL = "github.com/jakemanger/whatmodel/blob/main/pages/model/{}.md (sizes: defaults of transformers 5.24)"
+KERAS = "github.com/keras-team/keras-hub/blob/master/keras_hub/src/models/gemma3/gemma3_presets.py"
+MINIMAX = "huggingface.co/collections/MiniMaxAI/minimax-m2"
+XINFERENCE = "inference.readthedocs.io/en/latest/models/builtin/llm/{}.html"
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,39 @@ def _gemma4(
     return {"model_type": "gemma4", "text_config": text, "vision_config": vision, "audio_config": audio}
 
 
+def _qwen3_vl(hidden: int, inner: int, layers: int, heads: int, tower: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+    text = decoder_config("qwen3_vl_text", 151936, hidden, inner, layers, heads, 8, head_dim=128)
+    vision = {"out_hidden_size": hidden, "patch_size": 16, "num_position_embeddings": 2304, **tower}
+    tie = {"tie_word_embeddings": tied}
+    return {"model_type": "qwen3_vl", "text_config": text | tie, "vision_config": vision, **tie}
+
+
+SMALL_VL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+LARGE_VL = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+
+
+def _gemma3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int = 256) -> dict[str, Any]:
+    text = decoder_config(
+        "gemma3_text", 262208, hidden, inner, layers, heads, kv_heads, head_dim=head_dim, sliding_window=1024
+    )
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 896}
+    vision |= {"num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    return {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+
+
+def _minimax_m2() -> dict[str, Any]:
+    experts = {"num_local_experts": 256, "num_experts_per_tok": 8}
+    stored = {"quantization_config": {"quant_method": "fp8"}}
+    return decoder_config("minimax_m2", 200064, 3072, 1536, 62, 48, 8, head_dim=128, **experts, **stored)
+
+
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+PIXTRAL |= {"num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14}
+
+
 def _ministral3(hidden: int, inner: int, layers: int, *, tied: bool) -> dict[str, Any]:
     text = decoder_config("ministral3", 131072, hidden, inner, layers, 32, 8, head_dim=128, tie_word_embeddings=tied)
-    vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    vision |= {"num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14}
-    return {"model_type": "mistral3", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    return {"model_type": "mistral3", "text_config": text, "vision_config": PIXTRAL, "tie_word_embeddings": tied}
 
 
 def _latent_attention(kind: str, hidden: int, inner: int, layers: int, heads: int, **fields: Any) -> dict[str, Any]:
@@ -143,6 +175,8 @@ GRANITE |= {"mamba_n_heads": 64, "mamba_d_head": 64, "mamba_n_groups": 1, "tie_w
 MAMBA_4 = ["attention" if index in (5, 15, 25, 35) else "mamba" for index in range(40)]
 LFM2_16 = ["full_attention" if index in (2, 5, 8, 10, 12, 14) else "conv" for index in range(16)]
 LFM2_30 = ["full_attention" if index in (2, 5, 9, 13, 17, 21, 24, 27) else "conv" for index in range(30)]
+LFM2_MOE_24 = ["full_attention" if index in (2, 6, 10, 14, 18, 21) else "conv" for index in range(24)]
+SUPER = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
 NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 
@@ -168,9 +202,32 @@ TODAY: tuple[Published, ...] = (
         MAXTEXT.format("qwen3.5-35b-a3b"), modality="text, images"),
     Published("Qwen/Qwen3.5-397B-A17B", 397, _qwen35_experts(4096, 1024, 60, 32, 64, 512, 10), "apache-2.0", 2026, 262144,
         MAXTEXT.format("qwen3.5-397b-a17b"), modality="text, images"),
+    # Qwen 3.6 and 3.8 have the architecture of 3.5.
+    Published("Qwen/Qwen3.6-27B", 27, _qwen35(5120, 17408, 64, 24, 4, 48, (27, 1152, 4304)), "apache-2.0", 2026, 262144,
+        "huggingface.co/Prince-1/Qwen3.6-27B", modality="text, images"),
+    Published("Qwen/Qwen3.6-35B-A3B", 35, _qwen35_experts(2048, 512, 40, 16, 32, 256, 8), "apache-2.0", 2026, 262144,
+        "docs.nvidia.com/nemo/megatron-bridge/0.6.0/models/qwen/qwen35-vl.html", modality="text, images"),
+    Published("Qwen/Qwen3.8-27B", 27, _qwen35(5120, 17408, 64, 24, 4, 48, (27, 1152, 4304)), "apache-2.0", 2026, 262144,
+        XINFERENCE.format("qwen3.8"), modality="text, images"),
+    Published("Qwen/Qwen3-4B-Instruct-2507", 4, decoder_config("qwen3", 151936, 2560, 9728, 36, 32, 8, head_dim=128,
+        tie_word_embeddings=True), "apache-2.0", 2025, 262144, PAGE.format("Qwen/Qwen3-4B-Instruct-2507"), ""),
+    Published("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.5, decoder_config("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768), "apache-2.0", 2025, 262144,
+        PAGE.format("Qwen/Qwen3-30B-A3B-Instruct-2507"), ""),
+    Published("Qwen/Qwen3-VL-2B-Instruct", 2.1, _qwen3_vl(2048, 6144, 28, 16, SMALL_VL, tied=True), "apache-2.0", 2025,
+        262144, PAGE.format("Qwen/Qwen3-VL-2B-Instruct"), "", modality="text, images"),
+    Published("Qwen/Qwen3-VL-8B-Instruct", 8.8, _qwen3_vl(4096, 12288, 36, 32, LARGE_VL, tied=False), "apache-2.0", 2025,
+        262144, PAGE.format("Qwen/Qwen3-VL-8B-Instruct"), "", modality="text, images"),
     Published("Qwen/Qwen3-Next-80B-A3B-Instruct", 80, decoder_config("qwen3_next", 151936, 2048, 5120, 48, 16, 2, head_dim=256,
         num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, shared_expert_intermediate_size=512,
         linear_num_value_heads=32), "apache-2.0", 2025, 262144, MAXTEXT.format("qwen3-next-80b-a3b")),
+    # Gemma 3: the number of parameters without the tower was compared with the page.
+    Published("google/gemma-3-4b-it", 4.3, _gemma3(2560, 10240, 34, 8, 4), "gemma", 2025, 131072, KERAS, gated=True,
+        modality="text, images"),
+    Published("google/gemma-3-12b-it", 12.2, _gemma3(3840, 15360, 48, 16, 8), "gemma", 2025, 131072, KERAS, gated=True,
+        modality="text, images"),
+    Published("google/gemma-3-27b-it", 27.4, _gemma3(5376, 21504, 62, 32, 16, head_dim=128), "gemma", 2025, 131072, KERAS,
+        gated=True, modality="text, images"),
     # Gemma 4: small ones with an embedding for each layer, large ones with keys that are values too.
     Published("google/gemma-4-E2B-it", 5.1, _gemma4(1536, 6144, 35, 8, 1, SMALL_TOWER, every=5,
         hidden_size_per_layer_input=256, num_kv_shared_layers=20, use_double_wide_mlp=True, sliding_window=512), "apache-2.0",
@@ -191,6 +248,8 @@ TODAY: tuple[Published, ...] = (
         2025, 262144, CLASS.format("ministral3"), modality="text, images"),
     Published("mistralai/Ministral-3-14B-Instruct-2512-BF16", 13.9, _ministral3(5120, 16384, 40, tied=False), "apache-2.0",
         2025, 262144, PAGE.format("mistralai/Ministral-3-14B-Base-2512"), "", modality="text, images"),
+    Published("mistralai/Mistral-Small-4-119B-2603", 119, {"model_type": "mistral3", "text_config": {"model_type": "mistral4"},
+        "vision_config": PIXTRAL}, "apache-2.0", 2026, 262144, WHATMODEL.format("mistral-small-4"), modality="text, images"),
     # gpt-oss: experts in MXFP4, dequantized while they are loaded.
     Published("openai/gpt-oss-20b", 20.9, decoder_config("gpt_oss", 201088, 2880, 2880, 24, 64, 8, num_local_experts=32, **GPT_OSS),
         "apache-2.0", 2025, 131072, MAXTEXT.format("gpt-oss-20b")),
@@ -202,6 +261,9 @@ TODAY: tuple[Published, ...] = (
     Published("zai-org/GLM-4.5-Air", 106, decoder_config("glm4_moe", 151552, 4096, 10944, 46, 96, 8, head_dim=128,
         attention_bias=True, n_routed_experts=128, moe_intermediate_size=1408, num_experts_per_tok=8, n_shared_experts=1,
         first_k_dense_replace=1), "mit", 2025, 131072, PAGE.format("PrimeIntellect/INTELLECT-3-Base")),
+    Published("zai-org/GLM-4.6", 355, decoder_config("glm4_moe", 151552, 5120, 12288, 92, 96, 8, head_dim=128, attention_bias=True,
+        use_qk_norm=True, n_routed_experts=160, moe_intermediate_size=1536, num_experts_per_tok=8, n_shared_experts=1,
+        first_k_dense_replace=3), "mit", 2025, 202752, XINFERENCE.format("glm-4.6")),
     Published("zai-org/GLM-4.7", 358, decoder_config("glm4_moe", 151552, 5120, 12288, 92, 96, 8, head_dim=128, attention_bias=True,
         use_qk_norm=True, n_routed_experts=160, moe_intermediate_size=1536, num_experts_per_tok=8, n_shared_experts=1,
         first_k_dense_replace=3), "mit", 2025, 202752, "huggingface.co/zai-org/GLM-4.7/blob/refs/pr/49/config.json"),
@@ -223,15 +285,25 @@ TODAY: tuple[Published, ...] = (
         **GRANITE | {"layer_types": MAMBA_4, "mamba_n_heads": 48, "shared_intermediate_size": 1024, "num_local_experts": 64,
         "num_experts_per_tok": 6}), "apache-2.0", 2025, 131072,
         PAGE.format("inference-optimization/granite-4.0-h-tiny-FP8-dynamic")),
+    # LFM2: config.json has 128,000 positions, the model cards state 32,768 (featherless.ai/models/LiquidAI/LFM2-1.2B too).
     Published("LiquidAI/LFM2-350M", 0.35, decoder_config("lfm2", 65536, 1024, 6656, 16, 16, 8, layer_types=LFM2_16,
         block_auto_adjust_ff_dim=True, block_multiple_of=256, block_ffn_dim_multiplier=1.0, tie_word_embeddings=True),
-        "lfm1.0", 2025, 128000, PAGE.format("Thorge-AI/lfm2-web-runtime-weights")),
+        "lfm1.0", 2025, 32768, PAGE.format("Thorge-AI/lfm2-web-runtime-weights")),
     Published("LiquidAI/LFM2-1.2B", 1.2, decoder_config("lfm2", 65536, 2048, 12288, 16, 32, 8, layer_types=LFM2_16,
         block_auto_adjust_ff_dim=True, block_multiple_of=256, block_ffn_dim_multiplier=1.0, tie_word_embeddings=True),
-        "lfm1.0", 2025, 128000, PAGE.format("saranshagarwal2020/p-vector")),
+        "lfm1.0", 2025, 32768, PAGE.format("saranshagarwal2020/p-vector")),
     Published("LiquidAI/LFM2-2.6B", 2.6, decoder_config("lfm2", 65536, 2048, 10752, 30, 32, 8, layer_types=LFM2_30,
-        block_auto_adjust_ff_dim=False, tie_word_embeddings=True), "lfm1.0", 2025, 128000,
+        block_auto_adjust_ff_dim=False, tie_word_embeddings=True), "lfm1.0", 2025, 32768,
         PAGE.format("LiquidAI/LFM2-2.6B-Transcript-ONNX")),
+    Published("LiquidAI/LFM2-8B-A1B", 8.3, decoder_config("lfm2_moe", 65536, 2048, 7168, 24, 32, 8, layer_types=LFM2_MOE_24,
+        moe_intermediate_size=1792, num_dense_layers=2, num_experts=32, num_experts_per_tok=4), "lfm1.0", 2025, 32768,
+        PAGE.format("LiquidAI/LFM2-8B-A1B"), ""),
+    Published("LiquidAI/LFM3-1.7B", 1.73, {"model_type": "lfm3"}, "lfm1.0", 2026, 128000, WHATMODEL.format("lfm3-1-7b")),
+    Published("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16", 120.7, decoder_config("nemotron_h", 131072, 4096, 2688, 88, 32, 2,
+        head_dim=128, hybrid_override_pattern=SUPER, mamba_num_heads=128, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+        n_routed_experts=512, num_experts_per_tok=22, moe_intermediate_size=2688, moe_shared_expert_intermediate_size=5376,
+        n_shared_experts=1, moe_latent_size=1024), "nvidia-open-model", 2026, 262144,
+        PAGE.format("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"), ""),
     Published("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 31.6, decoder_config("nemotron_h", 131072, 2688, 1856, 52, 32, 2,
         head_dim=128, hybrid_override_pattern=NANO, mamba_num_heads=64, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
         n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712,
@@ -242,6 +314,8 @@ TODAY: tuple[Published, ...] = (
     Published("microsoft/Phi-4-mini-instruct", 3.8, decoder_config("phi3", 200064, 3072, 8192, 32, 24, 8, tie_word_embeddings=True,
         partial_rotary_factor=0.75), "mit", 2025, 131072,
         "huggingface.co/onnx-community/Phi-4-mini-instruct-ONNX-GQA/blame/39b0c116/config.json"),
+    Published("meta-llama/Llama-3.2-3B-Instruct", 3.2, decoder_config("llama", 128256, 3072, 8192, 28, 24, 8, head_dim=128,
+        tie_word_embeddings=True), "llama3.2", 2024, 131072, PAGE.format("meta-llama/Llama-3.2-3B-Instruct"), "", gated=True),
     Published("meta-llama/Llama-4-Scout-17B-16E-Instruct", 109, {"model_type": "llama4", "text_config": decoder_config(
         "llama4_text", 202048, 5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16384, num_local_experts=16,
         num_experts_per_tok=1, interleave_moe_layer_step=1), "vision_config": {"hidden_size": 1408, "intermediate_size": 5632,
@@ -251,16 +325,22 @@ TODAY: tuple[Published, ...] = (
         n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=1, n_group=1,
         topk_group=1, quantization_config={"quant_method": "fp8"}), "modified-mit", 2025, 262144,
         MAXTEXT.format("kimi-k2-1t")),
+    Published("moonshotai/Kimi-K2.6", 1026, {"model_type": "kimi_k25", "text_config": _latent_attention(
+        "deepseek_v3", 7168, 18432, 61, 64, vocab_size=163840, n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=1,
+        n_group=1, topk_group=1)}, "modified-mit", 2026, 262144, PAGE.format("moonshotai/Kimi-K2.6"), "",
+        modality="text, images"),
     Published("moonshotai/Kimi-Linear-48B-A3B-Instruct", 48, {"model_type": "kimi_linear"}, "mit", 2025, 1048576,
         CLASS.format("kimi_linear")),
-    Published("MiniMaxAI/MiniMax-M2", 229, decoder_config("minimax_m2", 200064, 3072, 1536, 62, 48, 8, head_dim=128,
-        num_local_experts=256, num_experts_per_tok=8, quantization_config={"quant_method": "fp8"}), "modified-mit", 2025,
+    Published("MiniMaxAI/MiniMax-M2", 229, _minimax_m2(), "modified-mit", 2025,
         196608, CLASS.format("minimax_m2")),
+    Published("MiniMaxAI/MiniMax-M2.5", 229, _minimax_m2(), "modified-mit", 2026, 196608, MINIMAX),
+    Published("MiniMaxAI/MiniMax-M2.7", 229, _minimax_m2(), "modified-mit", 2026, 196608, MINIMAX),
+    Published("deepseek-ai/DeepSeek-V4-Flash", 284, {"model_type": "deepseek_v4", "quantization_config": {"quant_method": "fp8"}},
+        "mit", 2026, 1048576, CLASS.format("deepseek_v4")),
     Published("deepseek-ai/DeepSeek-V3.2", 671, _latent_attention("deepseek_v32", 7168, 18432, 61, 128, vocab_size=129280,
         n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=3,
         quantization_config={"quant_method": "fp8"}), "mit", 2025, 163840, MAXTEXT.format("deepseek3.2-671b")),
-    Published("MiniMaxAI/MiniMax-M2.1", 229, decoder_config("minimax_m2", 200064, 3072, 1536, 62, 48, 8, head_dim=128,
-        num_local_experts=256, num_experts_per_tok=8, quantization_config={"quant_method": "fp8"}), "modified-mit", 2025,
+    Published("MiniMaxAI/MiniMax-M2.1", 229, _minimax_m2(), "modified-mit", 2025,
         196608, PAGE.format("QuixiAI/MiniMax-M2.1-bf16")),
     Published("deepseek-ai/DeepSeek-R1-0528", 671, _latent_attention("deepseek_v3", 7168, 18432, 61, 128, vocab_size=129280,
         n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=3,

@@ -16,6 +16,7 @@ from dstune.config.presets import model_files
 from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.evaluation import command as evaluate
 from dstune.launch import plan
+from dstune.planning.published import PUBLISHED
 from dstune.planning.published_today import TODAY
 
 PREPARED = ("bert_base", "t5_small", "qwen3_4b", "llama3_8b", "llama3_70b")
@@ -90,6 +91,20 @@ def test_models_of_today_tell_what_they_are_and_who_says_so(shelf, capsys, monke
     assert "model.path=Qwen/Qwen3-Embedding-0.6B" not in found
     embedding = listed(capsys, "task=embedding", "data.packing=false", "hardware=24G")
     assert embedding["model.path=Qwen/Qwen3-Embedding-0.6B"]["source"] == "unverified"
+    assert catalogue.main(["task=embedding", "data.packing=false", "hardware=24G"]) == 0
+    text = capsys.readouterr().out
+    assert "apache-2.0?" in text and "; ?: licence, year and context from memory" in text
+
+
+def test_every_preset_of_the_hub_has_licence_year_and_context():
+    paths = [yaml.safe_load(file.read_text())["path"] for file in model_files()]
+    missing = [path for path in paths if not path.startswith("sample://") and path not in PUBLISHED]
+    assert not missing
+    assert PUBLISHED["Qwen/Qwen2.5-3B-Instruct"].licence == "qwen-research"  # and that of the other sizes is not
+    assert PUBLISHED["Qwen/Qwen2.5-7B-Instruct"].licence == "apache-2.0"
+    gated = {path for path in paths if path in PUBLISHED and PUBLISHED[path].gated}
+    said = {yaml.safe_load(f.read_text())["path"] for f in model_files() if "Gated" in f.read_text()}
+    assert gated == said, "a preset's comment says so too"
 
 
 @pytest.mark.parametrize("device", ["8xH100-80G", "2xRTX4090"])
