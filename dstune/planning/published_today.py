@@ -325,9 +325,9 @@ TODAY: tuple[Published, ...] = (
         n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=1, n_group=1,
         topk_group=1, quantization_config={"quant_method": "fp8"}), "modified-mit", 2025, 262144,
         MAXTEXT.format("kimi-k2-1t")),
-    Published("moonshotai/Kimi-K2.6", 1026, {"model_type": "kimi_k25", "text_config": _latent_attention(
-        "deepseek_v3", 7168, 18432, 61, 64, vocab_size=163840, n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=1,
-        n_group=1, topk_group=1)}, "modified-mit", 2026, 262144, PAGE.format("moonshotai/Kimi-K2.6"), "",
+    Published("moonshotai/Kimi-K2.6", 1026, {"model_type": "kimi_k25", "text_config": _latent_attention("deepseek_v3", 7168,
+        18432, 61, 64, vocab_size=163840, n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048,
+        first_k_dense_replace=1, n_group=1, topk_group=1)}, "modified-mit", 2026, 262144, PAGE.format("moonshotai/Kimi-K2.6"), "",
         modality="text, images"),
     Published("moonshotai/Kimi-Linear-48B-A3B-Instruct", 48, {"model_type": "kimi_linear"}, "mit", 2025, 1048576,
         CLASS.format("kimi_linear")),

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from support.tiny import save_bart, save_decoder, save_encoder
 
 from dstune import catalogue

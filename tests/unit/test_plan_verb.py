@@ -15,7 +15,7 @@ import pytest
 
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
-from dstune.launch.plan import main, parse, plan_of, planned
+from dstune.launch.plan import configuration, main, parse, plan_of, planned
 from dstune.planning.hardware import DEVICES
 from dstune.planning.hardware import parse as hardware
 
@@ -294,3 +294,27 @@ def test_a_plan_as_json_has_the_methods_beside_its_fields(capsys: pytest.Capture
     assert found["host_gib_per_node"] == 0
     other = json.loads("\n".join(lines_of(capsys, "model=minilm", "task=classification", "hardware=RTX4090", "--json")))
     assert other["methods"] == {}, "of a task that generates no text"
+
+
+EXPERIMENTS = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+PLANNED = re.compile(r"^# `dstune plan` with (hardware=.+): ([\d.]+) GiB of ([\d.]+)\.$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in EXPERIMENTS if PLANNED.search(file.read_text())], ids=lambda file: file.stem
+)
+def test_the_memory_in_an_experiments_comment_is_that_of_the_plan(file: Path):
+    found = PLANNED.search(file.read_text())
+    assert found is not None
+    words, memory, device = found.groups()
+    arguments = parse([f"experiment={file.stem}", *words.split()])
+    estimate = plan_of(configuration(arguments), arguments)
+    assert estimate.plan.configured.fits
+    assert estimate.plan.configured.memory_gib == pytest.approx(float(memory), abs=0.06)
+    assert estimate.cluster.device.memory_gib == pytest.approx(float(device), abs=0.06)
+
+
+def test_every_experiment_for_a_gpu_says_what_it_is_planned_to_take():
+    named = [file.stem for file in EXPERIMENTS if re.search(r"(24gb|80gb|gpus?|nodes|offload)$", file.stem)]
+    assert len(named) >= 13
+    assert [name for name in named if not PLANNED.search((EXPERIMENTS[0].parent / f"{name}.yaml").read_text())] == []
