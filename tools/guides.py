@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # as a script it finds its own folder only
 
 from benchmarks.attacks import table as attacks_table  # noqa: E402
 from dstune.config.documentation import merged  # noqa: E402
-from dstune.config.guidance import GUIDANCE  # noqa: E402
+from dstune.config.guidance import advice_of  # noqa: E402
 from dstune.config.hydra_session import config_folders  # noqa: E402
 from tools.methods_page import methods_page  # noqa: E402
 from tools.presets_page import presets_page  # noqa: E402
@@ -103,7 +103,8 @@ def keys_tables() -> str:
     rows: dict[str, list[str]] = {}
     for setting in merged():
         only = f" ({setting.group})" if "=" in setting.group else ""
-        advice = f" *Advice:* {GUIDANCE[setting.key]}" if setting.key in GUIDANCE else ""
+        text = advice_of(setting.key, setting.group)
+        advice = f" *Advice:* {text}" if text else ""
         cells = [f"`{setting.key}`{only}", f"`{setting.default}`", setting.type, setting.doc + advice]
         row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         rows.setdefault(setting.key.partition(".")[0], []).append(row)

@@ -12,13 +12,13 @@ class AugmentConfig:
     copies: int = setting(0, at_least=0)
     """Changed copies of each training row (task=classification); held-out rows are never changed. 0 is off."""
     balance: bool = False
-    """Copy rows of rarer classes until each has as many as the largest one: changed, or as they are where nothing changes."""
+    """Copy rows of rarer classes until each has as many as the largest one: changed by the keys below, or as they are."""
     delete: float = setting(0.0, at_least=0.0, below=1.0)
-    """Chance of each word of a copy to be left out (arXiv:1901.11196)."""
+    """Probability that a word of a copy is deleted (arXiv:1901.11196)."""
     swap: float = setting(0.0, at_least=0.0, at_most=1.0)
-    """Swaps of two words of a copy, as a share of its words (arXiv:1901.11196)."""
+    """Number of swaps of two words in a copy, as a share of its words (arXiv:1901.11196)."""
     synonyms: str | None = None
-    """File with the columns `word` and `synonym`; words of a copy that it knows are replaced."""
+    """File with the columns `word` and `synonym`, from which words of a copy are replaced."""
     synonym_share: float = setting(0.2, above=0.0, at_most=1.0)
     """Words that are replaced, as a share of a copy's words."""
     models: list[str] = setting([])
@@ -26,9 +26,9 @@ class AugmentConfig:
     prompt: str = "{text}"
     """Prompt of a rewriting model; `{text}` is the row's text. A decoder gets the prompt in its chat template."""
     temperature: float = setting(0.8, at_least=0.0)
-    """Of the rewriting models; 0 takes the most probable token."""
+    """Sampling temperature of the rewriting models; 0 takes the most probable token."""
     max_new_tokens: int = setting(128, at_least=1)
-    """Longest text that they write."""
+    """Longest text that a rewriting model writes, in tokens."""
     seed: int = setting(0, at_least=0)
     """Another seed makes other copies."""
 

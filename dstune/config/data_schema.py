@@ -134,9 +134,9 @@ class SourceConfig:
     columns: dict[str, str] = setting({})
     """Column names by role; they win over `data.columns`."""
     task: LanguageTaskName | None = None
-    """What its rows are, where it is another task than the run's: several tasks at once, each with metrics of its own."""
+    """Task of its rows, if it is not the run's: several tasks are trained at once, each with its own metrics."""
     prompt: str | None = None
-    """What the model reads for a source text of these rows, in place of `task.prompt`: a task may be told by its prompt."""
+    """Replaces `task.prompt` for these rows, so that the prompt can tell the tasks apart."""
     subset: str | None = None
     """Configuration of a data set on the hub."""
     revision: str | None = None
@@ -158,7 +158,7 @@ class DataConfig:
     test: str | None = None
     """Test rows, evaluated once at the end."""
     guard: str | None = None
-    """Rows of what the model is not to forget, in the format of the task: evaluated before and after training."""
+    """Rows that show what the model must not forget, in the task's format: evaluated before and after training."""
     ood: str | None = None
     """Rows of another domain, in the format of the task: evaluated before and after training, beside the validation rows."""
     subset: str | None = None
@@ -172,11 +172,11 @@ class DataConfig:
     tokenizer: str | None = None
     """The tokenizer that made the token ids of `format: tokens` (hub id, folder or sample): the model's, or one equal to it."""
     image_folder: str | None = None
-    """Folder that paths of images begin in and must not leave; that of the rows' file when not given."""
+    """Folder that image paths are relative to and must not leave; the folder of the rows' file when not given."""
     text_rows: TextRows = TextRows.line
     """What is a row of a plain text file (.txt, .md): a line, a paragraph, the whole document, or `tagged` words (CoNLL)."""
     max_length: int = setting(1024, at_least=8)
-    """Longest row in tokens; longer ones are cut, also to the positions of a model that has a learned vector for each."""
+    """Longest row in tokens; longer ones are cut. The number of learned position embeddings of a model is a limit too."""
     packing: bool = True
     """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
     padding: Padding = Padding.checked

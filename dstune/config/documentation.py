@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dstune.config.by_method import RATE
 from dstune.config.convert import describe, example, format_value
 from dstune.config.fields import BY_METHOD, DOC
-from dstune.config.guidance import GUIDANCE
+from dstune.config.guidance import advice_of
 from dstune.config.names import (
     ROOT_KEYS,
     classes_of,
@@ -224,7 +224,8 @@ def _key_text(key: str) -> str:
         names = registered_values().get(key)
         kind = f"{setting.type}; there are: {', '.join(names)}" if names else setting.type
         bounds = _bounds(setting)
-        advice = _wrapped("advice", GUIDANCE[key]) if key in GUIDANCE and not lines else []
+        text = "" if any("  advice" in line for line in lines) else advice_of(key, setting.group)
+        advice = _wrapped("advice", text) if text else []
         lines += [f"{key}{where}", *_wrapped("type", kind + (f", {bounds}" if bounds else ""))]
         lines += [*_wrapped("default", _default_of(setting)), *_wrapped("meaning", setting.doc), *advice]
     return "\n".join([*lines, *_wrapped("example", f"dstune train ... {_example(key)}")])

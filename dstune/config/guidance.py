@@ -33,3 +33,12 @@ GUIDANCE = {
     "task.beta": "0.1 stays close to the reference, 0.01 lets the model move further.",
 }
 """By key."""
+
+ONLY_OF = {"task.beta": {"preference"}, "method.rank": {"lora", "qlora"}}
+"""Choices that the advice is for, where a key of that name means something else in others (`method.rank` of VeRA)."""
+
+
+def advice_of(key: str, group: str) -> str:
+    """Return the advice for a key; empty if there is none. group: the choices that have it, such as `method=lora|qlora`."""
+    choices = set(group.partition("=")[2].split("|"))
+    return GUIDANCE.get(key, "") if choices & ONLY_OF.get(key, choices) else ""

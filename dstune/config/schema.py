@@ -103,8 +103,8 @@ class ModelConfig:
     weights: InitialWeights = InitialWeights.pretrained
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
     attention: Attention = Attention.auto
-    """Attention implementation; for a language model's rows `auto` takes a GPU's kernel for packed rows, and on a CPU lets samples
-    attend one by one; else sdpa, or eager for an architecture without it."""
+    """Attention implementation. For a language model, `auto` takes the GPU's kernel for packed rows, and on a CPU computes
+    attention sample by sample; for others it is sdpa, or eager for an architecture without sdpa."""
     fused_norms: bool = True
     """On a GPU in half precision, compute RMS norms by torch's kernel where it is at least as exact as the model's own."""
     fused_activations: bool = False
@@ -120,7 +120,7 @@ class ModelConfig:
     prompt_template: str | None = None
     """Plain text around questions and answers, for a base model without a chat template: `alpaca`, `llama2` or `vicuna`."""
     add_tokens: list[str] = setting([])
-    """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
+    """Control tokens of your own `chat_template`: added if the vocabulary lacks them, and trained even with adapters."""
     neftune_alpha: float = setting(0.0, at_least=0.0)
     """Noise on the embeddings of a causal language model while it trains (NEFTune, arXiv:2310.05914): at most
     `alpha / sqrt(tokens of the sample * width)`, 5 in the paper; 0 for none."""
@@ -139,14 +139,14 @@ class ZeroConfig:
     """What DeepSpeed ZeRO partitions over the ranks (Rajbhandari et al. 2020, arXiv:1910.02054)."""
 
     stage: int | Automatic = setting(Automatic.auto, at_least=0, at_most=3)
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters; `auto` takes the fastest one that fits, by the plan, when a
-    run begins."""
+    """What the ranks partition: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too; `auto` takes the fastest one that
+    fits, by the plan, when a run begins."""
     offload_optimizer: OptimizerOffload = OptimizerOffload.none
     """Keep optimizer states and fp32 weights in host memory (`cpu`, stages 1 to 3) or on a disk (`nvme`, stage 3)."""
     offload_param: Offload = Offload.none
     """Keep partitioned parameters in host memory (stage 3)."""
     nvme_path: str = "/var/tmp"
-    """Folder on a local disk of each node that `offload_optimizer=nvme` writes to; the run's files go with its end."""
+    """Folder on a local disk of each node that `offload_optimizer=nvme` writes to; its files are deleted when the run ends."""
     reduce_bucket_size: int = setting(50_000_000, at_least=1)
     """Elements reduced at a time; a larger bucket communicates better and takes more memory."""
     overlap_comm: bool = True
@@ -180,18 +180,18 @@ class EarlyStoppingConfig:
     min_delta: float = setting(0.0, at_least=0.0)
     """Smallest change that counts as an improvement."""
     max_gap: float | None = setting(None, above=0.0)
-    """Stop when the held-out loss is this far above the training loss since the evaluation before; never when not given."""
+    """Stop when the held-out loss is this far above the training loss since the previous evaluation; never when not given."""
 
 
 @dataclass(frozen=True)
 class SpikeConfig:
     action: SpikeAction = SpikeAction.none
-    """What a leap of the loss leads to: `warn`, `skip` the update, or `rollback` to the last checkpoint and leave out the
+    """What to do when the loss spikes: `warn`, `skip` the update, or `rollback` to the last checkpoint and leave out the
     data since."""
     z_score: float = setting(8.0, above=0.0)
-    """Robust standard deviations above the median of the last losses from which on a loss is a spike."""
+    """A loss is a spike if it is this many robust standard deviations above the median of the last losses."""
     window: int = setting(64, at_least=8)
-    """Losses that are compared with; judged from half as many on."""
+    """Number of past losses to compare with; detection begins when half of them exist."""
     limit: int = setting(10, at_least=1)
     """Spikes that are skipped or rolled back before the run stops."""
 
@@ -211,7 +211,7 @@ class TrainerConfig:
     max_steps: int | None = setting(None, at_least=1)
     """Optimizer steps; replaces `epochs` when given, with as many passes as that takes."""
     epochs: int = setting(1, at_least=1)
-    """Passes over the training rows, when `max_steps` is not given."""
+    """Passes over the training rows; ignored if `max_steps` is given."""
     micro_batch_size: int | Automatic = setting(4, at_least=1)
     """Rows in one forward and backward pass of one rank; `auto` measures before the first step what fits and is fastest."""
     global_batch_size: int = setting(16, at_least=1)
@@ -226,7 +226,7 @@ class TrainerConfig:
     """Compute activations again in the backward pass instead of keeping them: all, or (`selective`) all but products of matrices
     and attention."""
     mlp_tiles: int = setting(1, at_least=1, at_most=1024)
-    """Compute feed-forward layers in so many pieces of the positions, each again in the backward pass: for long rows."""
+    """Number of pieces in which feed-forward layers compute a row, each recomputed in the backward pass: for long rows."""
     seed: int = setting(0, at_least=0)
     """Seed of the data order, dropout and new weights."""
     deterministic: bool = False
@@ -236,10 +236,10 @@ class TrainerConfig:
     max_nonfinite_steps: int = setting(10, at_least=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
     stall_seconds: float | Automatic = setting(Automatic.auto, at_least=0.0)
-    """A rank that makes no progress for so long (saving: ten times as long) ends, with its Python stacks in its log; 0 waits for
+    """A rank that makes no progress for this long (saving: ten times as long) ends, with its Python stacks in its log; 0 waits for
     ever. `auto`: in a step 20 times the slowest of the last 100 steps, and at least 120 s; 1800 s elsewhere."""
     profile_steps: int = setting(0, at_least=0, at_most=100)
-    """Record so many steps of each launch, after its first two, with torch's profiler into `RUN/profile/`; 0 is off."""
+    """Steps of each launch, after its first two, that torch's profiler records into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     callbacks: list[Any] = setting([], signed=_by_module)
@@ -258,7 +258,7 @@ class CheckpointConfig:
     """How often to save: a number of optimizer steps, passes over the rows (`1 epoch`) or a share of the run (`25%`); 0 saves at
     the end (and when preempted) only."""
     keep: int = setting(2, at_least=1)
-    """Newest checkpoints that are kept; the best one is kept beside them."""
+    """Number of newest checkpoints to keep; the best one is kept too."""
     weights_only: bool = False
     """Save weights without the optimizer's states, in a quarter of the space. Only a save when preempted can be continued."""
     mode: SaveMode = SaveMode["sync"]
@@ -281,17 +281,17 @@ class EvaluateConfig:
     max_new_tokens: int = setting(48, at_least=1)
     """Longest answer to a sample prompt, in tokens."""
     slices: list[str] = setting([])
-    """Columns of the rows by whose values metrics are given apart, with the worst value and the gap between them."""
+    """Columns for whose values metrics are reported separately, with the worst value and the gap."""
     slice_metric: str | None = None
-    """The metric that tells the worst slice; when not given the task's own (docs/tasks.md)."""
+    """Metric that decides which slice is the worst; the task's own when not given (docs/tasks.md)."""
     min_slice_rows: int = setting(10, at_least=1)
     """A slice with fewer rows is shown, but cannot be the worst or the best one."""
     counterfactual: str | None = None
-    """File with terms to swap (columns `from` and `to`): how much changes in held-out rows where only they do."""
+    """File with terms to swap (columns `from` and `to`) in held-out rows, to measure how much predictions then change."""
     generate_rows: int | None = setting(100, at_least=0)
-    """Of seq2seq rows, how many targets are generated and scored at an evaluation; 0 none, null those of all rows."""
+    """Number of seq2seq rows whose targets are generated and scored at an evaluation; 0 for none, null for all rows."""
     baseline_shots: list[int] = setting([])
-    """Before training, ask the untuned model too, with so many worked examples (`[0,4]`), and report what it reaches."""
+    """Before training, ask the untuned model too, with this many worked examples (`[0,4]`), and report what it reaches."""
     safety: bool = False
     """Before and after training, ask the packaged probes (refusals, answers from a source, ...) and look for training rows that the
     model recites: docs/what-changed.md. About 240 answers of up to 32 tokens."""
@@ -353,7 +353,7 @@ class RunSection:
     accept_plugin_changes: bool = False
     """Continue a run although a plugin is not the one that it began with; its results may differ from there on."""
     force: bool = False
-    """Start although an estimate says no (memory, room for two checkpoints on the disk); what is certain stays refused."""
+    """Start even if memory or disk space (for two checkpoints) is estimated to be too small; certain failures stay refused."""
 
 
 class Choices(Mapping[str, Mapping[str, type]]):

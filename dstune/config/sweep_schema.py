@@ -35,7 +35,7 @@ class GridConfig:
     """Directory of the sweep, with one in it for each trial; `runs/NAME/sweep-ID` when not given. ID follows from the
     settings, so the same command continues."""
     parallel: int = setting(1, at_least=1)
-    """Trials at a time. They share the GPUs (or cores) of this machine; with launch=slurm, jobs in flight."""
+    """Trials that run at the same time. They share the GPUs (or cores) of this machine; with launch=slurm, jobs in flight."""
     space: dict[str, Any] = setting({})
     """Values of keys in a file, as a list or as on the command line: `{optimizer.lr: [1e-5, 1e-4], method.rank: "8,16"}`."""
     objective: list[str] = setting([])
@@ -54,13 +54,13 @@ class OptunaConfig(GridConfig):
 
     name: str = "optuna"
     trials: int = setting(20, at_least=1)
-    """Trials that are wanted in all, those of earlier starts and other machines included."""
+    """Total number of trials, including those of earlier starts and other machines."""
     sampler: Sampler = Sampler.tpe
     """How values are chosen: `tpe`, `random`, `grid`, `qmc` (quasi-random), `gp` (Gaussian process), `cmaes`, `nsgaii`."""
     seed: int = setting(0, at_least=0)
     """Seed of the sampler."""
     pruner: Pruner = Pruner.none
-    """What ends trials early that fall behind at the same step: `median`, `asha` (successive halving) or `hyperband`."""
+    """How trials that fall behind at the same step are ended early: `median`, `asha` (successive halving) or `hyperband`."""
     min_steps: int | None = setting(None, at_least=1)
     """No trial is ended before this optimizer step; `evaluate.every` when not given."""
     startup_trials: int = setting(4, at_least=1)

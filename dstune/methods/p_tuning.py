@@ -34,7 +34,7 @@ class PTuningConfig(AdapterConfig):
     encoder: PTuningEncoder = PTuningEncoder.mlp
     """The network: three linear layers, or an LSTM in front of two."""
     encoder_size: int = setting(128, at_least=1)
-    """Its width."""
+    """Width of the network."""
     encoder_layers: int = setting(2, at_least=1)
     """Layers of the LSTM."""
     encoder_dropout: float = setting(0.0, at_least=0.0, below=1.0)

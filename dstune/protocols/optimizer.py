@@ -24,7 +24,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Weight decay; never applied to norms and biases."""
     vision_lr: float | None = field(default=None, metadata={"at_least": 0.0})
-    """Peak learning rate of a tower that sees and its projector, with `model.train_vision`; `lr` when not given."""
+    """Peak learning rate of the vision tower and its projector, with `model.train_vision`; `lr` when not given."""
 
 
 @dataclass(frozen=True)

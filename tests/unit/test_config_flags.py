@@ -224,6 +224,13 @@ def test_help_of_what_does_not_exist_names_the_nearest():
         assert f"--help {similar}" in refused("--help", name).problems[0].fix
 
 
+def test_advice_is_for_the_choice_that_it_was_written_for():
+    preference, distillation = topic("task.beta", {}).split("task.beta   (task=distillation)")
+    assert "stays close to the reference" in preference and "advice" not in distillation
+    lora, vera = topic("method.rank", {}).split("method.rank   (method=vera)")
+    assert "8 to 16 for style" in lora and "advice" not in vera
+
+
 def test_every_key_has_help(capsys: pytest.CaptureFixture[str]):
     assert set(GUIDANCE) <= set(all_keys())
     for key in [*all_keys()]:

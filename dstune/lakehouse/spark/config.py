@@ -21,7 +21,7 @@ class SparkConfig(LaunchConfig):
     )
     name: str = "spark"
     processes: int | None = setting(None, at_least=1)
-    """Ranks, each a task; as many as Spark runs at once when not given."""
+    """Number of ranks, each a Spark task; as many as Spark runs at once when not given."""
     master: str | None = setting(None, signed=True)
     """`local[N]`, `spark://HOST:PORT`, ...; the active session's, else spark-submit's, else this machine when not given."""
     interface: str | None = None

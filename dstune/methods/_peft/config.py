@@ -24,4 +24,4 @@ class ModuleAdapterConfig(AdapterConfig):
     target_modules: list[str] = setting(["all-linear"])
     """Module name endings that get an adapter; `all-linear` is every linear layer except the head."""
     modules_to_save: list[str] = setting([])
-    """Modules trained whole and saved beside the adapter (a new classification head always is)."""
+    """Modules that are trained completely and saved with the adapter (a new classification head always is)."""

@@ -23,8 +23,8 @@ class FreezeConfig(MethodConfig):
     last_layers: int = setting(0, at_least=0)
     """Freeze this many layers from the top."""
     parameters: list[str] = setting([])
-    """Freeze the parameters whose name one of these regular expressions finds: `[mlp, 'layers\\.[0-3]\\.']`."""
+    """Freeze the parameters whose name matches one of these regular expressions: `[mlp, 'layers\\.[0-3]\\.']`."""
     trained: list[str] = setting([])
-    """Regular expressions of what is trained although the other keys freeze it: `[norm, bias$]`."""
+    """Regular expressions for parameters that are trained although other keys freeze them: `[norm, bias$]`."""
     layer_decay: float = setting(1.0, above=0.0, at_most=1.0)
     """Rate of a layer as a share of that of the layer above it; 1 is one rate for all."""

@@ -43,4 +43,4 @@ class ImportanceConfig(MethodConfig):
     score_steps: int = setting(8, at_least=1)
     """Optimizer steps of a throw-away training along which gradients are scored."""
     ablation_rows: int = setting(0, at_least=0)
-    """Validation rows on which each tensor is left out in turn and the loss of it is measured; 0 leaves it out."""
+    """Validation rows on which the loss is measured without each tensor in turn; 0 skips this."""

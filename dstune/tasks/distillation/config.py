@@ -30,8 +30,8 @@ class DistillationConfig(ChatConfig):
     """Share of steps that train on the model's own answers to the prompts of the rows, sampled as `task=reinforcement` samples
     (GKD's lambda; TRL: `lmbda`, 0.5 there)."""
     max_new_tokens: int = setting(128, at_least=1)
-    """Tokens of such an answer at most."""
+    """Longest such answer, in tokens."""
     sampling_temperature: float = setting(1.0, above=0.0)
-    """Of sampling such answers."""
+    """Temperature at which these answers are sampled."""
     text_weight: float = setting(0.0, at_least=0.0, at_most=1.0)
     """Share of the cross entropy of the rows' own tokens in the loss (axolotl: `kd_ce_alpha`); the rest is the divergence."""

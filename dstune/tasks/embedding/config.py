@@ -21,8 +21,8 @@ class EmbeddingConfig(TaskConfig):
 
     name: str = "embedding"
     pooling: Pooling = Pooling.mean
-    """What of the last layer is the text's vector: the `mean` of its tokens, the first (`cls`) or the `last` one."""
+    """Which states of the last layer become the text's vector: the `mean` of its tokens, the first (`cls`) or the `last` one."""
     temperature: float = setting(0.05, above=0.0)
-    """Cosines are divided by it; a lower one looks at the nearest texts more."""
+    """Cosine similarities are divided by this; a lower value gives the nearest texts more weight."""
     symmetric: bool = False
-    """Let positives find their anchors as well."""
+    """Train the other direction too: from each positive to its anchor."""

@@ -38,7 +38,7 @@ class PreferenceConfig(TaskConfig):
     """Share of pairs taken to be the wrong way round (`dpo` only): the conservative loss, a weighted mean of both directions (TRL's
     `sigmoid`; its `robust` is another one)."""
     gamma: float = setting(1.0, at_least=0.0)
-    """By how much the better answer has to win (`simpo` only), on the scale of beta times the log-probability."""
+    """Margin by which the better answer has to win (`simpo` only), on the scale of beta times the log-probability."""
     desirable_weight: float = setting(1.0, above=0.0)
     """Weight of the loss of good answers (`kto` only)."""
     undesirable_weight: float = setting(1.0, above=0.0)

@@ -14,7 +14,7 @@ class QuestionAnsweringConfig(TaskConfig):
 
     name: str = "question_answering"
     no_answer: bool = False
-    """Some questions have no answer in their text, as in SQuAD 2: the model has to tell so. Metrics are then those of SQuAD 2's
+    """Some questions have no answer in their text, as in SQuAD 2, and the model has to say so. Metrics are then those of SQuAD 2's
     script: of an answer that is nothing but articles and punctuation no word is left, so that only an empty answer is right;
     without this key SQuAD 1.1's script gives it an F1 of 0."""
     threshold: float = 0.0

@@ -15,7 +15,7 @@ class Seq2SeqConfig(TaskConfig):
 
     name: str = "seq2seq"
     prompt: str = "{source}"
-    """What the model reads, `{source}` in it: `"Translate to Spanish: {source}"`."""
+    """What the model reads, with `{source}` in it: `"Translate to Spanish: {source}"`."""
     chat: bool = True
     """Use the chat template of a decoder, if it has one. Otherwise the target follows the prompt and `separator`."""
     separator: str = "\n"

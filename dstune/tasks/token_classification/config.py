@@ -21,11 +21,11 @@ class TokenClassificationConfig(TaskConfig):
 
     name: str = "token_classification"
     labels: list[str] = setting([])
-    """Tag names in the order of their indices; found in the training rows when empty. Names tags that are numbers."""
+    """Tag names in the order of their indices; found in the training rows when empty. Gives names to tags that are numbers."""
     scheme: TagScheme = TagScheme.auto
-    """`bio`: entities by B- and I- tags, which are checked; `plain`: any tags; `auto`: `bio` where all tags look so."""
+    """`bio`: entities by B- and I- tags, which are checked; `plain`: any tags; `auto`: `bio` if all tags have this form."""
     repair: bool = False
-    """Let an I- tag that continues no entity begin one (as in IOB1), where the row would else be a bad row."""
+    """Let an I- tag that continues no entity begin one (as in IOB1); otherwise its row is a bad row."""
     subwords: TrainedSubwords = TrainedSubwords.first
     """Sub-words of a word that count in the loss; metrics count the first one only."""
     stride: int = setting(64, at_least=0)

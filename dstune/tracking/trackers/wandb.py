@@ -51,9 +51,9 @@ class WandbConfig:
     entity: str | None = setting(None, signed=True)
     """Account or team."""
     name: str | None = None
-    """Of the run there; `run.name` when null."""
+    """Name of the run in W&B; `run.name` when null."""
     id: str | None = setting(None, signed=True)
-    """Of the run there; drawn when null."""
+    """Id of the run in W&B; random when null."""
 
 
 @tracker
