@@ -5,7 +5,6 @@ builds on the meta device."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -99,8 +98,11 @@ def architecture_or_count(
         UserError: as `architecture`, and where transformers has no such architecture.
     """
     if is_known(values):
-        with suppress(MissingValue):
+        try:
             return architecture(values, head, labels)
+        except MissingValue:
+            if not {"hidden_size", "num_hidden_layers"} <= set(values):
+                raise  # nothing but defaults would be counted
     if problems := size_problems(whole):
         raise UserError(problems)
     return counted.counted(whole, head, labels)

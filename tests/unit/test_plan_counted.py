@@ -214,6 +214,8 @@ def test_a_size_that_config_json_leaves_out_is_the_one_of_transformers(
     assert architecture_or_count(text, text, LANGUAGE_MODEL).parameters == 3_880_263_168
     small = {"model_type": "qwen2", "vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 8, "hidden_size": 64}
     assert architecture_or_count(small, small).heads == 32  # transformers' default
+    with pytest.raises(UserError, match="has no num_hidden_layers"):
+        architecture_or_count({"model_type": "llama"}, {"model_type": "llama"})
 
 
 def test_a_child_that_dies_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
