@@ -92,7 +92,7 @@ def size_problems(values: Mapping[str, Any], where: str = "model.path", value: s
         text = f"its config.json has {key} = {str(number)[:30]}, which is {reason}"
         problems.append(Problem(where, text, "choose a model with a correct config.json", value))
 
-    for key, number in values.items():
+    for key, number in ((str(key), number) for key, number in values.items()):  # `id2label` has numbers for keys
         if isinstance(number, dict):
             problems += size_problems(number, where, value)
         if isinstance(number, (str, list)) and _BY_LAYER.search(key) and len(number) > MAX_LAYERS:
