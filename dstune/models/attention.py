@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -25,6 +25,17 @@ from dstune.models.spans import (
 )
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
+
+
+def implementations_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the names of the attention of a model and of those in it, by their keys, as `set_attn_implementation` takes them.
+
+    They may differ: the encoder of sound in VibeVoice has none that another one could replace.
+    """
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {"": config._attn_implementation} | {
+        key: implementations_of(part) for key, part in parts.items() if isinstance(part, PretrainedConfig)
+    }
 
 
 class SpanAttention:
@@ -46,12 +57,17 @@ class SpanAttention:
         AttentionInterface.register(self.NAME, self._attention)
         AttentionMaskInterface.register(self.NAME, sdpa_mask)  # for forward passes without spans, as in generation
         self._model, self._original = model, model.config._attn_implementation
+        self._originals = implementations_of(model.config)
         model.set_attn_implementation(self.NAME)
+
+    def uninstall(self) -> None:
+        """Give the model back the attention that it was loaded with."""
+        self._model.set_attn_implementation(self._originals)
 
     @contextmanager
     def original_attention(self) -> Iterator[None]:
         """Give the model back the attention that it was loaded with, within the block."""
-        self._model.set_attn_implementation(self._original)
+        self.uninstall()
         yield
         self._model.set_attn_implementation(self.NAME)
 
@@ -138,7 +154,7 @@ class SamplesApart(SpanAttention):
 
     def refuse(self, reason: str) -> str:
         """Give the model back the attention that it was loaded with; return the message about it."""
-        self._model.set_attn_implementation(self._original)
+        self.uninstall()
         return (
             f"model.attention=auto: {self._original}, since samples that attend one by one have other logits ({reason})"
         )

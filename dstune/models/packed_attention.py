@@ -187,7 +187,7 @@ class PackedAttention(SpanAttention):
 
     def refuse(self, reason: str) -> str:
         """Give the model back the attention that it was loaded with, and return the message about it."""
-        self._model.set_attn_implementation(self._original)
+        self.uninstall()
         return (
             f"model.attention={self._requested}: {self._original}, since rows have other logits than their samples alone by"
             f" {self.kernel.name} ({reason})"

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dstune.core.errors import UserError
+from dstune.models.attention import implementations_of
 from dstune.models.packing import TOLERANCE, Forward
 from dstune.models.spans import SPANS, attention_problem, no_mask, pop_spans, refuse_unknown, window_of
 
@@ -173,6 +174,7 @@ def share_prompts(model: PreTrainedModel, forward: Forward, device: torch.device
         return None
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.dstune_replaced_attention = implementations_of(model.config)
     model.set_attn_implementation(NAME)
     config = model.config.get_text_config()
     try:
@@ -183,7 +185,8 @@ def share_prompts(model: PreTrainedModel, forward: Forward, device: torch.device
 
 def stop_sharing(model: PreTrainedModel) -> None:
     """Undo `share_prompts`."""
-    model.set_attn_implementation("sdpa")
+    replaced: Any = model.dstune_replaced_attention
+    model.set_attn_implementation(replaced)
 
 
 def _difference(forward: Forward, vocabulary: int, window: int | None, device: torch.device) -> float:
