@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ class Mapped:
     def of(cls, config: ModelConfig, architecture: PretrainedConfig) -> Mapped | None:
         """Plan to map the files. None if they hold several types or quantized weights, if transformers joins tensors while it loads
         them (those of experts), or for a model with its own code, since only that may know how to make its buffers."""
-        changes = get_checkpoint_conversion_mapping(architecture.get_text_config().model_type) or ()
-        joined = any(isinstance(change, WeightConverter) for change in changes)
+        joined = any(
+            isinstance(change, WeightConverter)
+            for part in parts_of(architecture)
+            for change in get_checkpoint_conversion_mapping(part.model_type) or ()
+        )
         own_code = config.trust_remote_code and getattr(architecture, "auto_map", None)
         if joined or own_code or getattr(architecture, "quantization_config", None):
             return None
@@ -50,6 +54,15 @@ class Mapped:
             return None  # `load_model` says what is wrong with them
         dtype = STORED.get(stored.pop()) if len(stored) == 1 else None
         return None if dtype is None else cls(digest.hexdigest(), dtype)
+
+
+def parts_of(architecture: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield a configuration, and those of the models in it."""
+    yield architecture
+    for name in architecture.sub_configs:
+        part = getattr(architecture, name, None)
+        if isinstance(part, PretrainedConfig):
+            yield from parts_of(part)
 
 
 def _add_file(digest: Any, path: Path) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Split
 
@@ -20,16 +21,23 @@ def corrected_partitioned_loading() -> Iterator[None]:
     """Within the block, let transformers load into partitioned weights what it loads into whole ones.
 
     Names that the model has keep their tensors (`name_in_model`). Joined tensors are split by the whole shapes of their parts: a
-    partitioned parameter reports the shape [0], and Sarvam MoE stores queries, keys and values as one tensor.
+    partitioned parameter reports the shape [0], and Sarvam MoE stores queries, keys and values as one tensor. Modules whose
+    tensors are all loaded are not initialized: Nemotron's diarization would index its loaded weights, of shape [0], for that.
     """
-    convert = Split.convert
+    convert, initialize = Split.convert, PreTrainedModel._initialize_weights
 
     def split(operation: Split, *arguments: Any, model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]:
         return convert(operation, *arguments, model=_WholeShapes(model), **options)
 
+    def initialize_missing(model: PreTrainedModel, module: nn.Module, *arguments: Any) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        if not tensors or not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            initialize(model, module, *arguments)
+
     with (
         patch("transformers.core_model_loading.rename_source_key", name_in_model),
         patch.object(Split, "convert", split),
+        patch.object(PreTrainedModel, "_initialize_weights", initialize_missing),
     ):
         yield
 
