@@ -27,6 +27,7 @@ from dstune.config.convert import format_value
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.multi_task import tasks_of
+from dstune.config.requirements import requirement_problem
 from dstune.config.rope import rope_problems
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
 from dstune.config.stored_formats import describe_stored_format, read_description, stored_format_problem
@@ -327,8 +328,10 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     if architecture is None:
         return [_no_config(folder, config)]
     problems = size_problems(architecture | config.config_overrides, value=config.path)
+    requirement = requirement_problem(architecture, config.path)
+    problems += [] if requirement is None else [requirement]
     kind = str(architecture.get("model_type"))
-    if run is not None and architecture.get("is_encoder_decoder"):
+    if run is not None and architecture.get("is_encoder_decoder") and requirement is None:
         if not all(task_of(task).encoder_decoder for task in (run.task, *tasks_of(run).values())):
             problems.append(encoder_decoder_problem(config, kind))
         elif run.data.packing:

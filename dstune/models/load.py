@@ -29,6 +29,7 @@ from dstune.config.architectures import (
     size_problems,
 )
 from dstune.config.registered import fetched_path
+from dstune.config.requirements import requirement_problem
 from dstune.config.rope import extended_rope, not_rotary, rope_problems
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig, UnreachedParts
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
@@ -144,9 +145,14 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _architecture(config: ModelConfig) -> PretrainedConfig:
-    """Read the model's `config.json` as transformers does. Raises UserError if it cannot be read or has sizes of no model."""
+    """Read the model's `config.json` as transformers does. Raises UserError if it cannot be read, has sizes of no model, or is of a
+    model that cannot be built or trained here."""
     path = local_path(config.path)
-    if problems := size_problems(object_in(Path(path) / "config.json"), value=config.path):
+    values = object_in(Path(path) / "config.json")
+    problems = size_problems(values, value=config.path)
+    if (requirement := requirement_problem(values, config.path)) is not None:
+        problems.append(requirement)
+    if problems:
         raise UserError(problems)
     with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):
         return AutoConfig.from_pretrained(path, **_local_loading_options(config))

@@ -8,6 +8,7 @@ from typing import Any
 
 from dstune.config.parallel_rules import ranks_problem
 from dstune.config.precision import FIRST_BF16, automatic
+from dstune.config.requirements import requirement_problem
 from dstune.config.schema import Automatic, Precision, RunConfig
 from dstune.config.stored_formats import stored_format_problem
 from dstune.config.validate import TILED, allowed_stages, at_stage, tiles_problem
@@ -79,6 +80,8 @@ def setup_on(
     """
     values: dict[str, Any] = source.config_json(config.model)
     whole = source.whole_config_json(config.model) | config.model.config_overrides
+    if (problem := requirement_problem(whole, config.model.path)) is not None:
+        raise UserError(problem)
     if (problem := stored_format_problem(whole, config.model.path, method_of(config.method))) is not None:
         raise UserError(problem)
     model = architecture.architecture_or_count(values, whole, head_of(config), labels_of(config))
