@@ -146,6 +146,21 @@ PIXTRAL = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 40
 PIXTRAL |= {"num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14}
 
 
+def _gemma3n(inner: int, layers: int, shared: int) -> dict[str, Any]:
+    """Describe a Gemma 3n. shared: layers at the end that reuse the keys and values of an earlier layer."""
+    kinds = ["full_attention" if (index + 1) % 5 == 0 else "sliding_attention" for index in range(layers)]
+    settings = {"layer_types": kinds, "head_dim": 256, "num_kv_shared_layers": shared, "final_logit_softcapping": 30.0}
+    settings |= {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "sliding_window": 512}
+    text = decoder_config("gemma3n_text", 262400, 2048, inner, layers, 8, 2, **settings)
+    vision = {"model_type": "gemma3n_vision", "architecture": "mobilenetv5_300m_enc", "hidden_size": 2048}
+    return {
+        "model_type": "gemma3n",
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": {"model_type": "gemma3n_audio"},
+    }
+
+
 def _ministral3(hidden: int, inner: int, layers: int, *, tied: bool) -> dict[str, Any]:
     text = decoder_config("ministral3", 131072, hidden, inner, layers, 32, 8, head_dim=128, tie_word_embeddings=tied)
     return {"model_type": "mistral3", "text_config": text, "vision_config": PIXTRAL, "tie_word_embeddings": tied}
@@ -241,6 +256,12 @@ TODAY: tuple[Published, ...] = (
     Published("google/gemma-4-31B-it", 31, _gemma4(5376, 21504, 60, 32, 16, LARGE_TOWER, num_global_key_value_heads=4,
         attention_k_eq_v=True, sliding_window=1024), "apache-2.0", 2026, 262144, MAXTEXT.format("gemma4-31b"),
         modality="text, images"),
+    # Gemma 3n: its vision tower needs the package timm.
+    Published("google/gemma-3n-E2B-it", 5, _gemma3n(8192, 30, 10), "gemma", 2025, 32768,
+        "github.com/Kuba-csproj/ai-edge-torch/blob/1d663aa5/ai_edge_torch/generative/examples/gemma3n/gemma3n.py", gated=True,
+        modality="text, images, sound"),
+    Published("google/gemma-3n-E4B-it", 8, _gemma3n(16384, 35, 15), "gemma", 2025, 32768, CLASS.format("gemma3n"), gated=True,
+        modality="text, images, sound"),
     # Ministral 3: the instruct checkpoints without BF16 in their name are stored in FP8.
     Published("mistralai/Ministral-3-3B-Instruct-2512-BF16", 3.8, _ministral3(3072, 9216, 26, tied=True), "apache-2.0", 2025,
         262144, PAGE.format("rootlocalghost/ERNIE-Image"), modality="text, images"),

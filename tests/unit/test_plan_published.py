@@ -81,6 +81,9 @@ COUNTED = {
     "Qwen/Qwen3.5-35B-A3B": 34_660_610_688,
     "Qwen/Qwen3.5-397B-A17B": 396_346_350_336,
     "Qwen/Qwen3-Next-80B-A3B-Instruct": 79_674_391_296,
+    # Without keys and values of layers that share those of others, which the files have: 21 and 31 million.
+    "google/gemma-3n-E2B-it": 4_435_182_688,
+    "google/gemma-3n-E4B-it": 6_835_235_568,
     "google/gemma-4-E2B-it": 4_628_569_344,
     "google/gemma-4-E4B-it": 7_463_013_376,
     "google/gemma-4-26B-A4B-it": 25_233_141_760,
