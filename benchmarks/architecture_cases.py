@@ -153,6 +153,7 @@ def model_class_of(case: Case, config: Any) -> Any:
         AutoModelForMultimodalLM,
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
+        AutoModelForTextToWaveform,
     )
 
     if case.group == "classification":
@@ -161,6 +162,8 @@ def model_class_of(case: Case, config: Any) -> Any:
         return AutoModelForSeq2SeqLM
     if getattr(config, "text_config", None) is not None and type(config) in AutoModelForMultimodalLM._model_mapping:
         return AutoModelForMultimodalLM
+    if type(config) in AutoModelForTextToWaveform._model_mapping:
+        return AutoModelForTextToWaveform
     return AutoModelForCausalLM
 
 

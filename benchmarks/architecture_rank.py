@@ -44,6 +44,8 @@ def checkpoint(case: Case, folder: Path) -> Path:
         if elements > 20_000_000:
             raise Unbuilt(f"{elements:,} weights are left")
         model.save_pretrained(folder)
+    except ImportError:  # a package is missing: dstune has to refuse by the configuration alone
+        config.save_pretrained(folder)
     except Unbuilt:
         raise
     except Exception as error:
