@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dstune.config.architectures import size_problems
 from dstune.config.convert import load
 from dstune.models.inventory import inventory
 from dstune.planning import counted
@@ -163,6 +164,14 @@ def test_models_of_today_have_as_many_parameters_as_their_makers_say(model: Publ
     rounded = 0.15 * model.billions if model.billions < 5 else 0.5 if model.billions < 15 else 0.03 * model.billions
     assert billions == pytest.approx(model.billions, abs=rounded)
     assert found.parameters == COUNTED[model.path]
+
+
+def test_sizes_of_real_models_are_accepted() -> None:
+    assert not [problem for model in TODAY for problem in size_problems(model.config)]
+    assert not size_problems({"vocab_size_per_layer_input": 262144, "num_experts": 16384})  # of Gemma 3n and 4, of Doge
+    assert (
+        len(size_problems({"num_experts": 10**6, "num_hidden_layers": 10**5, "vocab_size_per_layer_input": 2**40})) == 3
+    )
 
 
 def test_each_model_of_today_has_a_source() -> None:
