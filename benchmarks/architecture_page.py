@@ -135,7 +135,6 @@ groups of experts, convolutions, layers that share keys and values, relative att
 - *fails*: an error with a traceback before the first step.
 - *differs*: trained, and not as the plain loop. The reason is below the table.
 - *not built*: the shrunk defaults of the class do not make a model that runs, so the architecture was not tested.
-- *not run*: the same.
 
 Packed rows of models whose attention chooses some tokens of a row (`index_topk`: `deepseek_v32`, `glm_moe_dsa`) had losses that
 differed by 3e-3 and 6e-3. Such rows are refused since; padded ones are trained.
