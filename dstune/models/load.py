@@ -39,7 +39,7 @@ from dstune.models.base_weights import tensor_files
 from dstune.models.corrections import correct_classes, forget_longest_row
 from dstune.models.full_width import put_back_to_full_width, refuse_unread_scales
 from dstune.models.mapped import Mapped, take_buffers
-from dstune.models.partitioned_loading import corrected_partitioned_loading
+from dstune.models.partitioned_loading import corrected_partitioned_loading, import_parts
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
@@ -265,6 +265,8 @@ def load_model(
     model_class = task.model_class(architecture)
     if config.model.unreached_parts is UnreachedParts.frozen:
         model_class = whole_class(model_class, architecture)
+    if partitioning():
+        import_parts(architecture)
     correct_classes(architecture)
     put_back_to_full_width(architecture, pretrained=config.model.weights is InitialWeights.pretrained)
     options = {"attn_implementation": _attention(config), "dtype": dtype}

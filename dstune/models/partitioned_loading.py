@@ -9,10 +9,11 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import Split
 
 from dstune.models.base_weights import name_in_model
+from dstune.models.mapped import parts_of
 from dstune.zero.parts import full_shape
 
 
@@ -40,6 +41,17 @@ def corrected_partitioned_loading() -> Iterator[None]:
         patch.object(PreTrainedModel, "_initialize_weights", initialize_missing),
     ):
         yield
+
+
+def import_parts(architecture: PretrainedConfig) -> None:
+    """Import the code of each model in a configuration, before DeepSpeed's `zero.Init` begins.
+
+    `zero.Init` wraps the constructor of a class that is defined within it, and at its end puts back the one without decorators.
+    The experts of Nemotron H, for example, would have no configuration in the next model of a process.
+    """
+    for part in parts_of(architecture):
+        if type(part) in MODEL_MAPPING:
+            MODEL_MAPPING[type(part)]
 
 
 class _WholeShapes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,17 @@ def test_loaded_weights_without_a_shape_are_not_initialized() -> None:
         module._is_hf_initialized = False
     with pytest.raises(IndexError):  # without the correction
         model.initialize_weights()
+
+
+def test_the_code_of_each_part_is_imported() -> None:
+    program = """
+import sys
+from transformers import AutoConfig
+from dstune.models.partitioned_loading import import_parts
+part = "transformers.models.nemotron_h.modeling_nemotron_h"
+architecture = AutoConfig.for_model("nemo_speechlm")
+assert part not in sys.modules
+import_parts(architecture)
+assert part in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
