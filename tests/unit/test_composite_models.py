@@ -13,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from support.tiny import save_decoder
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM
 
 from dstune.config.schema import ModelConfig
 from dstune.models.attention import SamplesApart, implementations_of
@@ -21,10 +21,10 @@ from dstune.models.mapped import Mapped
 from dstune.models.partitioned_loading import corrected_partitioned_loading
 
 
-def tiny(kind: str) -> Any:
+def tiny(kind: str, model_class: Any = AutoModelForSeq2SeqLM) -> Any:
     from tiny_architectures import build, small_config
 
-    return build(AutoModelForSeq2SeqLM, small_config(kind))
+    return build(model_class, small_config(kind))
 
 
 def test_a_model_gets_back_the_attention_of_each_part() -> None:
@@ -39,7 +39,7 @@ def test_a_model_gets_back_the_attention_of_each_part() -> None:
 
 
 def test_weights_that_a_part_joins_are_not_mapped(tmp_path: Path) -> None:
-    tiny("nemo_speechlm").save_pretrained(tmp_path / "parts")  # its encoders store queries, keys and values as one
+    tiny("dots3_note", AutoModelForMultimodalLM).save_pretrained(tmp_path / "parts")  # only those of its vision encoder
     save_decoder(tmp_path / "plain")
     architectures = {name: AutoConfig.from_pretrained(tmp_path / name) for name in ("parts", "plain")}
     mapped = {name: Mapped.of(ModelConfig(path=str(tmp_path / name)), architectures[name]) for name in architectures}
