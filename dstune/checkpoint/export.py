@@ -111,12 +111,13 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
 
 def check_gguf(config: RunConfig, architecture: Any) -> None:
     """Raise UserError if the run's model or its tokenizer cannot be written as GGUF."""
-    from dstune.checkpoint.gguf_families import check_architecture
+    from dstune.checkpoint.gguf_families import FAMILIES, check_architecture
     from dstune.checkpoint.gguf_vocabulary import read_vocabulary
     from dstune.models.load import load_tokenizer
 
     check_architecture(architecture)
-    read_vocabulary(load_tokenizer(config.model), architecture.get_text_config().vocab_size)
+    text = architecture.get_text_config()
+    read_vocabulary(load_tokenizer(config.model), text.vocab_size, FAMILIES[text.model_type].vocabulary)
 
 
 def write_gguf_export(config: RunConfig, whole: Path, folder: Path, kind: str) -> Path:

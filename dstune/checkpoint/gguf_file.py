@@ -11,15 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.checkpoint.gguf_families import (
-    CONVOLUTION,
-    EXPERT,
-    FAMILIES,
-    add_sizes,
-    check_architecture,
-    rope_tensors,
-    text_name,
-)
+from dstune.checkpoint.gguf_families import CONVOLUTION, EXPERT, FAMILIES, check_architecture, metadata_of, text_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,10 +52,12 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     check_architecture(whole)
     config = whole.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    writer = gguf.GGUFWriter(file, FAMILIES[config.model_type].architecture)
+    family = FAMILIES[config.model_type]
+    writer = gguf.GGUFWriter(file, family.architecture)
     writer.add_name(name)
-    add_sizes(writer, config)
-    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    for key, value in metadata_of(config).items():
+        getattr(writer, f"add_{key}")(value)
+    _add_tokenizer(writer, tokenizer, config.vocab_size, family.vocabulary)
     writer.add_file_type(file_type(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
@@ -75,13 +69,12 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
         size = _bytes(gguf, stored.shape, stored.kind)
         kind_number = gguf.GGMLQuantizationType[stored.kind]
         writer.add_tensor_info(stored.name, stored.shape, _plain_type(stored.kind), size, kind_number)
-    factors = rope_tensors(config)
+    factors = family.rope_factors(config)
     for tensor, values in factors.items():
         writer.add_tensor_info(tensor, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    family = FAMILIES[config.model_type]
     for stored in plan:
         arrays = (
             family.arranged(opened[places[part]].get_tensor(part).float().numpy(), part, config)
@@ -110,7 +103,10 @@ def stored_tensors(config: Any, shapes: dict[str, list[int]], kind: str) -> list
             parts.setdefault(EXPERT.sub("", name), []).append(tensor)
     tensors = []
     for tensor, of_experts in parts.items():
-        name = names.get_name(tensor.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+        name = names.get_name(
+            tensor.replace(".dt_bias", ".dt_proj.bias").replace(".layer_scalar", ".layer_scalar.weight"),
+            try_suffixes=(".weight", ".bias"),
+        )
         assert name is not None, f"the gguf package has no name for {tensor}"
         shape = list(shapes[of_experts[0]])
         if tensor.endswith(CONVOLUTION):
@@ -170,14 +166,15 @@ def _bytes(gguf: Any, shape: list[int], stored: str) -> int:
     return int(math.prod(shape) // block * size)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Any, size: int, kind: str) -> None:
     from dstune.checkpoint.gguf_vocabulary import read_vocabulary
     from dstune.data.named_templates import joined
     from dstune.data.stopping import stop_token_ids
 
-    vocabulary = read_vocabulary(tokenizer, size)
+    vocabulary = read_vocabulary(tokenizer, size, kind)
     writer.add_tokenizer_model(vocabulary.kind)
-    writer.add_tokenizer_pre(vocabulary.pre)
+    if vocabulary.pre:
+        writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     if vocabulary.merges:

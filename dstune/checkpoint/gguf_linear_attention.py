@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def describe(writer: Any, config: Any) -> None:
-    """Add the sizes of linear attention to a writer of the `gguf` package."""
-    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
-    writer.add_ssm_state_size(config.linear_key_head_dim)
-    writer.add_ssm_group_count(config.linear_num_key_heads)
-    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
-    writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
-    writer.add_full_attention_interval(_interval(config))
+def metadata(config: Any) -> dict[str, Any]:
+    """Return the sizes of linear attention, and which part of a head each of the three positions turns."""
     sections = list((config.rope_parameters or {}).get("mrope_section") or ())
-    writer.add_rope_dimension_sections((sections + [0] * 4)[:4])
+    return {
+        "ssm_conv_kernel": config.linear_conv_kernel_dim,
+        "ssm_state_size": config.linear_key_head_dim,
+        "ssm_group_count": config.linear_num_key_heads,
+        "ssm_time_step_rank": config.linear_num_value_heads,
+        "ssm_inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
+        "full_attention_interval": _interval(config),
+        "rope_dimension_sections": (sections + [0] * 4)[:4],
+    }
 
 
 def limits(config: Any) -> Iterator[str]:

@@ -32,9 +32,10 @@ llama.cpp's name for both."""
 @dataclass(frozen=True)
 class Vocabulary:
     kind: str
-    """`gpt2`: byte-level BPE with merges; `llama`: SentencePiece, whose merges follow from the scores."""
+    """`gpt2`: byte-level BPE with merges; `llama`: SentencePiece, whose merges follow from the scores; `gemma4`: SentencePiece
+    with merges."""
     pre: str
-    """llama.cpp's name for how text is split before merging."""
+    """llama.cpp's name for how text is split before merging; empty if that follows from the kind."""
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
@@ -43,8 +44,10 @@ class Vocabulary:
     """Whether the tokenizer prepends a space to a text (SentencePiece only): Llama 2's and Mistral's do, Gemma's does not."""
 
 
-def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: Any, size: int, kind: str = "") -> Vocabulary:
     """Return the vocabulary of a fast tokenizer, padded to `size`, the number of rows in the model's embedding.
+
+    kind: llama.cpp's name for a vocabulary of SentencePiece that it merges by the list of merges, as Gemma 4's.
 
     Raises UserError if the tokenizer works in a way that GGUF cannot describe.
     """
@@ -69,9 +72,14 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if is_sentencepiece:
         # Scores express the order of the merges, which is the order of the vocabulary.
         scores = [-float(index) for index in range(size)]
+        if kind:
+            return Vocabulary(kind, "", tokens, kinds, _merges(model), scores, _space_prefix(state))
         return Vocabulary("llama", "default", tokens, kinds, [], scores, _space_prefix(state))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return Vocabulary("gpt2", _split_name(state), tokens, kinds, merges, [])
+    return Vocabulary("gpt2", _split_name(state), tokens, kinds, _merges(model), [])
+
+
+def _merges(model: dict[str, Any]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
 _TO_PIECES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

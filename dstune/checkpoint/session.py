@@ -243,7 +243,7 @@ def _other_layout(checkpoint: str, why: str, before: dict[str, Any], now: dict[s
             parts > 1
         )
 
-    reason = f"{checkpoint} was written on {layout(before)}, and {why}"
+    reason = f"{checkpoint} was written on {layout(before)}, this run has {layout(now)}, and {why}"
     stage = before["zero_stage"]
     fix = f"as many ranks (launch.processes, launch.nodes) with zero=stage{stage}, or another run from the weights"
-    return Problem("optimizer", reason, fix, layout(now))
+    return Problem("optimizer", reason, fix)

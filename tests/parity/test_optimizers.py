@@ -290,7 +290,7 @@ def test_states_in_8_bits_are_not_continued_in_another_layout(workshop):  # noqa
     run_ranks(PROGRAM, 2, [workshop.case("bytes-2", "zero=stage2", *more, limit)])
     case = workshop.case("bytes-3", "zero=stage3", *more, directory="bytes-2")
     with pytest.raises(
-        AssertionError, match=r"was written on 2 ranks at ZeRO stage 2, and optimizer=adamw_8bit rounds"
+        AssertionError, match=r"written on 2 ranks at ZeRO stage 2, this run has .*, and optimizer=adamw_8bit rounds"
     ):
         run_ranks(PROGRAM, 2, [case])
     assert len(workshop.rows("bytes-2")) == 1

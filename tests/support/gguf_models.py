@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from dstune.testing.tiny import CHATML
@@ -65,3 +66,25 @@ def save_model(folder: Path, name: str, *, begins: bool = False) -> Path:
     torch.manual_seed(0)
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
     return folder
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def save_pieces(folder: Path, normalizer: dict | None, before: dict | None) -> int:
+    """A tokenizer with bytes to fall back on, as those of Llama 2 and Gemma are; its size."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    merges = [("▁", "a"), ("▁a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    state = json.loads(tokenizer.to_str()) | {"normalizer": normalizer, "pre_tokenizer": before}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(folder)
+    return len(wrapped)

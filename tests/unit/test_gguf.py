@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dstune.checkpoint import store
-from dstune.checkpoint.gguf_families import check_architecture, context_length
+from dstune.checkpoint.gguf_families import check_architecture, metadata_of
 from dstune.checkpoint.gguf_file import write_gguf
 from dstune.checkpoint.gguf_vocabulary import read_vocabulary
 from dstune.config.compose import compose
@@ -20,7 +20,7 @@ from dstune.core.errors import UserError
 from dstune.data.named_templates import joined
 from dstune.inference import export_command
 from dstune.testing.tiny import CHATML
-from tests.support.gguf_models import MODELS, SIZES, save_byte_level, save_model
+from tests.support.gguf_models import MODELS, PREPEND, REPLACE, SIZES, SPLIT, save_byte_level, save_model, save_pieces
 from tests.support.tiny import save_decoder
 
 TEXT = "Numbers like 1234 and words, don't they?  <|im_start|>user\nhi<|im_end|>\n"
@@ -141,30 +141,9 @@ def test_the_frequencies_of_llama_3(tmp_path):
 
 # -- SentencePiece ----------------------------------------------------------------------------------------------------
 
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
-SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-
 
 def metaspace(scheme: str, *, split: bool = False) -> dict:
     return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
-
-
-def save_pieces(folder: Path, normalizer: dict | None, before: dict | None) -> int:
-    """A tokenizer with bytes to fall back on, as those of Llama 2 and Gemma are; its size."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab"]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    merges = [("▁", "a"), ("▁a", "b")]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    state = json.loads(tokenizer.to_str()) | {"normalizer": normalizer, "pre_tokenizer": before}
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    wrapped.save_pretrained(folder)
-    return len(wrapped)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +201,7 @@ def test_other_architectures_are_refused_by_name():
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "mscale": 0.7}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 BIDIRECTIONAL = {"use_bidirectional_attention": True}
 SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -237,6 +217,11 @@ SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_at
         ("Gemma3Text", SLIDING, "every 6th layer"),
         ("Gemma3Text", BIDIRECTIONAL, "both directions"),
         ("Gemma3Text", {"rope_local_base_freq": 5000.0}, "base 10,000"),
+        ("Gemma4Text", EXPERTS, "mixtures of experts"),
+        ("Gemma4Text", {"per_layer_config": {"0": {"head_dim": 64}}}, "heads of one size"),
+        ("Qwen3_5Text", SLIDING | {"layer_types": ["full_attention", "linear_attention"]}, "every 1th layer"),
+        ("Qwen3_5Text", {"linear_value_head_dim": 64}, "keys and values of one size"),
+        ("Ministral3", {"rope_parameters": PLAIN}, "by yarn with mscale=1"),
         ("SmolLM3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}, "every 4th layer"),
         ("Olmo3", SLIDING, "every 4th layer"),
         ("Olmo3", {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": YARN}}, "in windows"),
@@ -257,10 +242,13 @@ def test_what_llama_cpp_would_compute_differently_is_refused(kind: str, changes:
 def test_a_window_that_llama_cpp_ignores_limits_the_context():
     from transformers import Gemma2Config, MistralConfig, Qwen2Config
 
-    assert context_length(MistralConfig(sliding_window=4096, max_position_embeddings=32768)) == 4096
-    assert context_length(MistralConfig(sliding_window=None, max_position_embeddings=32768)) == 32768
-    assert context_length(Gemma2Config()) == 8192
-    assert context_length(Qwen2Config(max_position_embeddings=32768)) == 32768
+    def context(config) -> int:
+        return metadata_of(config)["context_length"]
+
+    assert context(MistralConfig(sliding_window=4096, max_position_embeddings=32768)) == 4096
+    assert context(MistralConfig(sliding_window=None, max_position_embeddings=32768)) == 32768
+    assert context(Gemma2Config()) == 8192
+    assert context(Qwen2Config(max_position_embeddings=32768)) == 32768
 
 
 def test_other_tokenizers_are_refused_by_name(tmp_path):
