@@ -115,6 +115,9 @@ def check_gguf(config: RunConfig, architecture: Any) -> None:
     from dstune.checkpoint.gguf_vocabulary import read_vocabulary
     from dstune.models.load import load_tokenizer
 
+    if not task_of(config.task).generates:
+        reason = f"task={config.task.name} trains no model that writes text, and GGUF is written for those alone"
+        raise UserError(Problem("--gguf", reason, "export without --gguf", architecture.model_type))
     check_architecture(architecture)
     text = architecture.get_text_config()
     read_vocabulary(load_tokenizer(config.model), text.vocab_size, FAMILIES[text.model_type].vocabulary)

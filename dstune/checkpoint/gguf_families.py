@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 Metadata = Callable[[Any], dict[str, Any]]
 """Returns what an architecture has beside `common_metadata`, or in place of it, for a configuration."""
 
-OF_TEXT = (
-    "model.layers.",
-    "model.embed_tokens",
-    "model.per_layer_",
-    "model.norm.",
-    "model.embedding_norm.",
-    "lm_head.",
-)
-"""Beginnings of the names of a language model's tensors."""
+OF_OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector|embed_vision|embed_audio|audio_tower)\.")
+"""Names of tensors of the parts for images and sound."""
 EXPERT = re.compile(r"(?<=experts\.)(\d+)\.")
 CONVOLUTION = (".conv.conv.weight", ".conv1d.weight")
 """Ends of the names of convolutions, which are f32 in every file: their rows are shorter than a block."""
@@ -162,8 +155,8 @@ def text_name(tensor: str) -> str | None:
     """Return the name that a tensor of a model with images has in its language model alone; None if it belongs to another part."""
     if "language_model." in tensor:
         bare = tensor.replace("language_model.", "").removeprefix("model.")
-        tensor = bare if bare.startswith("lm_head.") else f"model.{bare}"
-    return tensor if tensor.startswith(OF_TEXT) else None
+        return bare if bare.startswith("lm_head.") else f"model.{bare}"
+    return None if OF_OTHER_PARTS.search(tensor) else tensor
 
 
 def metadata_of(config: Any) -> dict[str, Any]:

@@ -175,10 +175,22 @@ def test_a_missing_package_names_its_extra(monkeypatch, text, extra):
     require_package(parse_quantization("gguf:q8_0"))
 
 
+@pytest.mark.parametrize("task", ["classification", "reward", "embedding"])
+def test_a_head_that_writes_no_text_is_not_left_out(tmp_path, task):
+    from dstune.checkpoint.export import check_gguf
+    from dstune.config.compose import compose
+    from dstune.models.load import load_config
+
+    data = ["data.train=rows.jsonl", "data.packing=false"]
+    config = compose([f"model.path={save_model(tmp_path / 'model', 'llama')}", f"task={task}", *data]).config
+    with pytest.raises(UserError, match=f"task={task} trains no model that writes text"):
+        check_gguf(config, load_config(config.model))
+
+
 def test_other_models_are_refused(tmp_path):
     run = saved_run(tmp_path, save_encoder(tmp_path / "model"), "task=classification", "method=full")
     for text in ("fp8", "gguf:q8_0"):
-        with pytest.raises(UserError, match=r"causal language models|not written as GGUF"):
+        with pytest.raises(UserError, match=r"causal language models|writes text"):
             export(run, "--quantize", text)
     assert not list(run.glob("export*"))
 
