@@ -217,7 +217,7 @@ def test_the_public_harness_measures_what_a_plain_loop_does(bench, capsys, tmp_p
 def test_what_cannot_be_evaluated_is_refused(bench, monkeypatch):
     with pytest.raises(UserError, match="--prompted"):
         evaluate.main([str(bench.model), *bench.pairs, "--prompted", "x", "--shots", "0"])
-    with pytest.raises(UserError, match="drawn from training rows"):
+    with pytest.raises(UserError, match="worked examples come from training rows"):
         evaluate.main([str(bench.model), "task=seq2seq", "data=files", "data.validation=x.jsonl", "--shots", "4"])
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"(?s)lm-eval is not installed.*'\.\[harness\]'"):
