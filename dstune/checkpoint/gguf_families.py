@@ -23,6 +23,8 @@ Metadata = Callable[[Any], dict[str, Any]]
 
 OF_OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector|embed_vision|embed_audio|audio_tower)\.")
 """Names of tensors of the parts for images and sound."""
+WITH_OTHER_PARTS = ("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+"""Model types of which the language model alone is written. Others name its tensors differently (SmolVLM)."""
 EXPERT = re.compile(r"(?<=experts\.)(\d+)\.")
 CONVOLUTION = (".conv.conv.weight", ".conv1d.weight")
 """Ends of the names of convolutions, which are f32 in every file: their rows are shorter than a block."""
@@ -137,12 +139,13 @@ FAMILIES = {
 
 def check_architecture(config: Any) -> None:
     """Raise UserError if a model with this configuration, or its text part, cannot be written as GGUF."""
-    config = config.get_text_config()
+    whole, config = config, config.get_text_config()
     name = config.model_type
-    if name not in FAMILIES:
+    is_part = config is not whole
+    if name not in FAMILIES or (is_part and whole.model_type not in WITH_OTHER_PARTS):
         written = ", ".join(family.removesuffix("_text") for family in FAMILIES)
         fix = f"GGUF is written for {written}; others export without --gguf"
-        raise UserError(Problem("--gguf", "this architecture is not written as GGUF", fix, name))
+        raise UserError(Problem("--gguf", "this architecture is not written as GGUF", fix, whole.model_type))
     family = FAMILIES[name]
     of_rope = () if family.has_own_rope else gguf_limits.rope_limits(config, rotates_part=family.rotates_part)
     problems = [*of_rope, *family.limits(config)]

@@ -93,6 +93,8 @@ def rope_limits(config: Any, *, rotates_part: bool) -> Iterator[str]:
     allowed = ("default", "llama3", "linear", "yarn", *(("longrope",) if config.model_type == "phi3" else ()))
     if kind not in allowed:
         yield f"rotary embeddings of the type {kind} are not written as GGUF"
+    elif kind == "yarn" and rope(config).get("truncate") is False:
+        yield "llama.cpp rounds the bounds of yarn to whole dimensions, this model does not (truncate)"
     elif kind == "yarn" and any(rope(config).get(key) for key in ("mscale", "mscale_all_dim", "attention_factor")):
         yield "rotary embeddings of the type yarn with their own scale (mscale, attention_factor) are not written as GGUF"
     if not rotates_part and rope(config).get("partial_rotary_factor", 1.0) != 1.0:

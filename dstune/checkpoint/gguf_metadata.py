@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -102,6 +101,7 @@ def head_size(config: Any) -> int:
 
 def _rope_scaling(config: Any) -> dict[str, Any]:
     import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters, original = rope(config), _original_positions(config)
     match parameters.get("rope_type", "default"):
@@ -116,10 +116,7 @@ def _rope_scaling(config: Any) -> dict[str, Any]:
                 "rope_scaling_yarn_beta_slow": parameters.get("beta_slow") or 1.0,
             }
         case "longrope":
-            stretched = config.max_position_embeddings / original
-            factor = parameters.get("attention_factor")
-            if factor is None:  # as transformers computes it
-                factor = 1.0 if stretched <= 1 else math.sqrt(1 + math.log(stretched) / math.log(original))
+            _, factor = ROPE_INIT_FUNCTIONS["longrope"](config, device="cpu")
             return {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": factor}
     return {}
 

@@ -192,10 +192,12 @@ def test_pieces_of_another_kind_are_refused_by_name(normalizer, before, named, t
 
 
 def test_other_architectures_are_refused_by_name():
-    from transformers import GPT2Config
+    from transformers import GPT2Config, SmolVLMConfig
 
     with pytest.raises(UserError, match=r"gpt2(.|\n)*llama, mistral"):
         check_architecture(GPT2Config())
+    with pytest.raises(UserError, match=r"smolvlm(.|\n)*llama, mistral"):  # its language model is a Llama
+        check_architecture(SmolVLMConfig())
 
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -211,6 +213,7 @@ SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_at
     [
         ("Llama", {"rope_parameters": DYNAMIC}, "of the type dynamic"),
         ("Llama", {"rope_parameters": YARN}, "their own scale"),
+        ("Llama", {"rope_parameters": YARN | {"mscale": None, "truncate": False}}, "bounds of yarn"),
         ("Llama", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "a part of each head"),
         ("Gemma2", {"query_pre_attn_scalar": 100}, "divides scores by the root of 256"),
         ("Gemma2", {"final_logit_softcapping": None}, "caps scores and logits"),
