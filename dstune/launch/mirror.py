@@ -32,6 +32,7 @@ from dstune.core.parsing import object_in, read_object
 from dstune.core.paths import BEGUN, SAVE_FILE, STOP_FILE
 from dstune.core.secrets import publish
 from dstune.launch import records
+from dstune.launch.processes import process_namespace
 
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 10.0
@@ -119,7 +120,9 @@ class Mirror:
 
     def _refuse_live_lease(self, lease: dict[str, Any] | None) -> None:
         """Raise UserError if the lease at the place belongs to a launch that is alive; waits up to ALIVE_SECONDS to find out."""
-        if lease is None or (lease.get("machine") == _machine() and not psutil.pid_exists(lease.get("pid", 0))):
+        if lease is None or (
+            lease.get("machine") == process_namespace() and not psutil.pid_exists(lease.get("pid", 0))
+        ):
             return
         host = lease.get("host", "another machine")
         self._message(
@@ -250,7 +253,7 @@ class Mirror:
             "id": self._id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "machine": _machine(),
+            "machine": process_namespace(),
             "beat": self._beat,
         }
         try:
@@ -411,14 +414,6 @@ def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
         f"dstune: {place} refuses what a run does ({mirror.refusals}): the run works in {mirror.work} and is copied after each save"
     )
     return mirror
-
-
-def _machine() -> str:
-    """Return an identifier of this boot and container: process ids can only be compared where it is the same."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex  # equals no other, so that other launches watch the lease instead of the process
 
 
 def _marker(checkpoint: Path) -> bytes:

@@ -15,11 +15,21 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 
 MARK = "DSTUNE_LAUNCH_ID"  # `dstune.core.rank_env.LAUNCH_ID`, which the guard cannot import
+
+
+def process_namespace() -> str:
+    """Return an identifier of this boot and container: process ids can only be compared where it is the same."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex  # equals no other
 
 
 def processes_of(launch_id: str, sessions: Iterable[int] = ()) -> list[psutil.Process]:

@@ -19,7 +19,7 @@ import pytest
 from dstune.core.errors import TrainingFailed
 from dstune.core.lease import LEASE, Lease, refuse_if_superseded
 from dstune.launch import records
-from dstune.launch.agents import AGENT, wire
+from dstune.launch.agents import wire
 from dstune.launch.agents.agent import Agent
 from dstune.launch.agents.leader import PAUSE_SECONDS
 from dstune.launch.agents.task import Settings, Task
@@ -309,8 +309,7 @@ def test_a_pause_shorter_than_the_silence_starts_nothing_again(run_dir):
 
 @pytest.mark.ci
 def test_the_process_of_a_node_outlives_kills_and_leaves_with_its_connection(run_dir):
-    mark = "test:node1"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), AGENT: mark}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     settings = {"nodes": 1, "expected": 1, "min_nodes": 1}
     command = [sys.executable, "-u", "-m", "dstune.launch.agents"]
 

@@ -1,8 +1,6 @@
 """Supervise a run on several nodes. An agent on each node starts the node's ranks and outlives them; one of the agents is the
 leader, which decides when all ranks start together."""
 
-AGENT = "DSTUNE_AGENT"
-"""Variable with the launch and the node, which marks an agent and all its descendants. A second agent on a node ends the first."""
 ORDER = "DSTUNE_AGENT_ORDER"
 """Variable with the position of an agent's node among the nodes of a SLURM job."""
 BATCH_NODE = "DSTUNE_AGENT_BATCH_NODE"

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -27,15 +28,19 @@ from dstune.core import files
 from dstune.core.lease import Lease, new_holder
 from dstune.core.rank_env import FORK_SERVER
 from dstune.core.rendezvous import SECRET_FILE
-from dstune.launch.agents import AGENT, BATCH_NODE, ORDER
+from dstune.launch.agents import BATCH_NODE, ORDER
 from dstune.launch.agents.agent import Agent
 from dstune.launch.agents.task import Settings, Task, task_from_json
 from dstune.launch.local import warm
+from dstune.launch.processes import process_namespace
 from dstune.launch.verdict import exit_reason
 
 POLL_SECONDS = 0.2
 STARTS, PER_SECONDS = 5, 30.0
 """An agent that ends STARTS times within PER_SECONDS is not restarted."""
+KILL_SECONDS = 5.0
+"""How long to wait for an earlier keeper and its descendants after they were killed."""
+KEEPER_MODULE = "dstune.launch.agents"
 WITHOUT_SCRIPT = 100
 """Added to the exit code of the run, which is smaller, if the node that runs the script of the SLURM job was lost."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
@@ -44,7 +49,7 @@ PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 def main(argv: Sequence[str]) -> int:
     if argv:
         task = slurm_task(argv)
-        dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
+        dead_holder = replace_earlier_keeper(task)
         if (code := keep(task, dead_holder=dead_holder)) >= WITHOUT_SCRIPT:
             from dstune.launch.slurm.job import end_without_script
 
@@ -53,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         return code
     line = sys.stdin.buffer.readline()
     task = task_from_json(json.loads(line))
-    dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
+    dead_holder = replace_earlier_keeper(task)
     print("ready", flush=True)
     return keep(task, standard_input=sys.stdin.fileno(), dead_holder=dead_holder)
 
@@ -79,21 +84,76 @@ def slurm_task(argv: Sequence[str]) -> Task:
     )
 
 
-def end_earlier(task: Task, mark: str) -> str:
-    """End the agent that an earlier connection or job step started on this node, and its ranks.
+@dataclass(frozen=True)
+class KeeperRecord:
+    """Which process keeps a node's agent running. Each node of a run has a file of its own with its newest record."""
 
-    Such an agent may still run because it has not noticed that the network broke. mark: value of `AGENT` for this node.
-    Returns the holder of the lease if that agent was it; else an empty string.
-    """
-    # Parents, such as the process that starts a container, carry the mark too.
-    own_pids = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    for process in psutil.process_iter() if mark else ():
+    launch: str
+    node: str
+    namespace: str
+    """`process_namespace()` of the keeper."""
+    pid: int
+    started: float
+    """Creation time of the process, in seconds since the epoch."""
+
+    def process(self) -> psutil.Process | None:
+        """Return the keeper if it still runs where this process can see it.
+
+        The record's file may be older than a reboot, or come with a copied run directory, so a process that merely has the same
+        id is not it.
+        """
+        if self.namespace != process_namespace() or self.pid == os.getpid():
+            return None
         with suppress(psutil.Error, OSError):
-            if process.pid not in own_pids and process.environ().get(AGENT) == mark:
-                process.kill()
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.started) < 1.0 and KEEPER_MODULE in process.cmdline():
+                return process
+        return None
+
+
+def replace_earlier_keeper(task: Task) -> str:
+    """End the keeper that an earlier connection or job step of this launch started on this node, and record this process.
+
+    Such a keeper, with its agent and ranks, may still run because it has not noticed that the network broke. Returns the holder
+    of the lease if that keeper's agent held it; else an empty string.
+    """
+    file = Path(task.run_dir) / "launch" / f"keeper-{task.order}.json"
+    earlier = read_keeper(file)
+    if earlier is not None and (earlier.launch, earlier.node) == (task.launch, task.node):
+        end_keeper(earlier)
+    this = psutil.Process()
+    record = KeeperRecord(task.launch, task.node, process_namespace(), this.pid, this.create_time())
+    files.write(file, json.dumps(asdict(record)), mode=0o600)
     lease = Lease(Path(task.run_dir))
-    record = lease.read(lease.newest())
-    return record.holder if mark and record and (record.launch, record.node) == (task.launch, task.node) else ""
+    holder = lease.read(lease.newest())
+    return holder.holder if holder and (holder.launch, holder.node) == (task.launch, task.node) else ""
+
+
+def read_keeper(file: Path) -> KeeperRecord | None:
+    """Return the record in `file`; None if there is none that this user alone could have written."""
+    try:
+        record = KeeperRecord(**json.loads(files.read_own(file)))
+    except (OSError, ValueError, TypeError):
+        return None
+    texts = (record.launch, record.node, record.namespace)
+    is_valid = (
+        all(isinstance(text, str) for text in texts) and type(record.pid) is int and type(record.started) is float
+    )
+    return record if is_valid else None
+
+
+def end_keeper(record: KeeperRecord) -> None:
+    """Kill the keeper and all its descendants, and wait until they are gone."""
+    keeper = record.process()
+    if keeper is None:
+        return
+    with suppress(psutil.Error, OSError):
+        keeper.suspend()  # so that it does not restart the agent while this process looks for descendants
+        processes = [keeper, *keeper.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.Error, OSError):
+                process.kill()
+        psutil.wait_procs(processes, timeout=KILL_SECONDS)
 
 
 def keep(task: Task, standard_input: int | None = None, dead_holder: str = "") -> int:

@@ -23,7 +23,6 @@ from dstune.core.child_python import python_path
 from dstune.core.errors import EXIT_FAILED, Problem, UserError
 from dstune.core.limits import readable
 from dstune.launch import attempt, records
-from dstune.launch.agents import AGENT
 from dstune.launch.agents.leader import MESSAGES
 from dstune.launch.agents.status import GROUP_FILE, read_group
 from dstune.launch.agents.task import Task
@@ -125,7 +124,7 @@ class AgentsOnHosts:
                 raise UserError(Problem("launch.hostfile", reason, fix, host))
 
     def _open(self, task: Task) -> None:
-        environment = [f"PYTHONPATH={python_path('')}", "PYTHONSAFEPATH=1", f"{AGENT}={task.launch}:{task.node}"]
+        environment = [f"PYTHONPATH={python_path('')}", "PYTHONSAFEPATH=1"]
         words = ["env", *environment, sys.executable, "-u", "-m", "dstune.launch.agents"]
         with files.append(self._log) as log:
             agent = subprocess.Popen(

@@ -20,7 +20,7 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from dstune.core.paths import STOP_REASON
 from dstune.core.rendezvous import leave_secret
 from dstune.launch import attempt, records
-from dstune.launch.agents import AGENT, BATCH_NODE, ORDER
+from dstune.launch.agents import BATCH_NODE, ORDER
 from dstune.launch.agents.status import GROUP_FILE, GroupStatus, read_group
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
 from dstune.launch.verdict import Verdict
@@ -61,8 +61,7 @@ def run_agents(run_dir: Path, command: Sequence[str]) -> int:
     for order, node in enumerate(nodes):
         log = run_dir.absolute() / "logs" / f"agent-{order}.log"
         options = [f"--nodelist={node}", f"--output={log}", "--open-mode=append"]
-        launch = ".".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-        variables = {AGENT: f"{launch}:{node}", ORDER: str(order), BATCH_NODE: os.environ.get("SLURMD_NODENAME", "")}
+        variables = {ORDER: str(order), BATCH_NODE: os.environ.get("SLURMD_NODENAME", "")}
         steps.append(NodeStep(node, [srun, *options, *words], {**os.environ, **variables}))
     deadline: float | None = None
     while any(step.process.poll() is None for step in steps):
