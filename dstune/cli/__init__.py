@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -101,7 +102,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run the verb of the command line. Raises DstuneError."""
-    verb, *other_words = arguments or ["--help"]
+    verb, *other_words = without_local_rank(arguments, os.environ) or ["--help"]
     if other_words and f"{verb} {other_words[0]}" in VERBS.without_installed():  # of a wing, such as `data shift`
         verb, *other_words = f"{verb} {other_words[0]}", *other_words[1:]
     if verb in ("--help", "-h", "help"):
@@ -122,6 +123,16 @@ def run(arguments: list[str]) -> int:
 
     with trust.from_flags(other_words) as words:
         return _run_verb(verb, words)
+
+
+def without_local_rank(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+    """Return the command line without the flag that `deepspeed` puts before the arguments of the module that it starts.
+
+    DeepSpeed passes `--local_rank=N` unless it is called with `--no_local_rank`, torch's former launcher `--local-rank=N`. Both
+    set `LOCAL_RANK` too, which is what dstune reads.
+    """
+    match = re.fullmatch(r"--local[_-]rank=(\d+)", arguments[0]) if arguments else None
+    return arguments[1:] if match and environment.get("LOCAL_RANK") == match[1] else arguments
 
 
 def _run_verb(name: str, words: list[str]) -> int:
@@ -169,10 +180,15 @@ def unknown_verb(word: str) -> Problem:
     import difflib
 
     names = list(VERBS)
-    if "=" in word:
-        return Problem("command line", "the verb is missing", f"dstune train {word}", word)
+    if re.match(r"--local[_-]rank\b", word):
+        reason = (
+            "this is a flag of a launcher, and no launcher has started this process (LOCAL_RANK is unset or differs)"
+        )
+        return Problem("command line", reason, "remove it", word)
     if word.startswith("-"):
         return Problem("command line", "flags go after the verb", f"dstune VERB {word}", word)
+    if "=" in word:
+        return Problem("command line", "the verb is missing", f"dstune train {word}", word)
     if word in (verb_by_other_name := other_names()):
         return Problem("verb", "there is no such verb", verb_by_other_name[word], word)
     nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.6)

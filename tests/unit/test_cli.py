@@ -275,6 +275,19 @@ def test_other_ranks_prepare_nothing_and_stay_off_the_net(monkeypatch, inside):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_the_flag_that_launchers_put_before_the_verb_is_dropped(monkeypatch, inside, flag):
+    env = as_rank(monkeypatch, 1)
+    assert cli.main([flag, "train", "trainer.max_steps=3", "run.dir=r"]) == 0
+    assert inside == [env, 0]
+
+
+def test_that_flag_outside_a_launcher_is_refused(monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert cli.main(["--local_rank=0", "train"]) == 2
+    assert "fix: remove it" in capsys.readouterr().err
+
+
 def test_a_world_of_one_is_a_worker_too(monkeypatch, inside):
     as_rank(monkeypatch, 0, size=1)
     assert cli.main(["train", "run.dir=r"]) == 0
