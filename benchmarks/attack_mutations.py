@@ -526,6 +526,23 @@ _BY_ATTACK: dict[str, Mutation] = {
         "lakehouse/inside.py", "_refuse_growing(entry.path)", "pass"
     ),
     # Images.
+    "judged_programs.test_a_program_holds_no_memory_outside_of_its_limit": undo(
+        "grading/system_calls.py", '    "memfd_create": (319, 279),\n', ""
+    ),
+    "judged_programs.test_the_processes_of_a_program_have_one_limit_of_memory": undo(
+        "grading/sandbox.py", "if private_bytes(process.pid) > limits.memory_bytes:", "if False:", count=2
+    ),
+    "judged_programs.test_a_program_that_changes_its_streams_costs_no_other_row_its_score": undo(
+        "grading/sandbox.py",
+        "stderr=subprocess.PIPE,",
+        "stderr=(errors := tempfile.TemporaryFile()),",
+        ("grading/sandbox.py", " and process.stderr is not None", ""),
+        ("grading/sandbox.py", "for stream in (process.stdout, process.stderr):", "for stream in (process.stdout,):"),
+        ("grading/sandbox.py", "error = error_end.decode", "error = (errors.seek(905), errors.read(4096))[1].decode"),
+    ),
+    "judged_programs.test_a_judge_that_fails_costs_one_row_its_score": undo(
+        "rewards/code.py", "except Exception as error:", "except ArithmeticError as error:"
+    ),
     "pictures.test_no_decoder_begins_with_a_bomb": undo(
         "data/images/store.py", "if width * height > MAX_PIXELS:", "if False:", case="12"
     ),

@@ -3,7 +3,11 @@
 A program sees an empty file system with the interpreter and the system's libraries, read-only. It has no network, sees no process
 but its own, and gets none of the user's environment variables. Time, memory, processes, files and output are limited; when its
 time is over, everything that it has started is killed. The kernel refuses system calls that no such program needs
-(`system_calls.py`).
+(`system_calls.py`), and those that hold memory outside of any process: `memfd_create`, System V and shared anonymous memory.
+
+What a program can hold of the machine's memory is the sum of: `memory_bytes` for its processes together (measured every
+`MEASURED_SECONDS`), `disk_bytes` for its files, the kernel's limit for the pipes of one user (64 MiB by default), and the
+buffers of at most `processes` x `descriptors` sockets.
 
 The sandbox needs Linux 5.12 and the right to make user namespaces (`sandbox_child.py`). Without these, features that run programs
 are refused.
@@ -15,7 +19,7 @@ import functools
 import json
 import logging
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -36,6 +40,12 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache
 """Paths of the machine that a program may read, besides the interpreter."""
 START_SECONDS = 10.0
 """Time to build the sandbox, in addition to the program's own time."""
+MEASURED_SECONDS = 0.05
+"""Time between two measurements of the memory of a program's processes."""
+LOOKED_AT_BYTES = 2**28
+"""Below this much memory, pages that several processes share are not worth a closer look."""
+ERROR_BYTES = 4096
+"""How much of the end of standard error is reported."""
 AT_ONCE = 4
 """Number of programs that rewards run at the same time."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -48,11 +58,15 @@ class Limits:
     seconds: float = 120.0
     """Wall-clock time of the program, and about the CPU time of each of its processes."""
     memory_bytes: int = 2 * 2**30
-    """Address space of each process."""
+    """Memory of all processes together, and address space of each of them."""
     disk_bytes: int = 2**28
-    """All files together; they are in memory."""
+    """All files together; they are in memory. Also the limit of standard error, of which the end is reported."""
+    files: int = 10_000
+    """Number of files and folders, which take memory of the kernel even if they are empty."""
     processes: int = 16
     """Processes and threads."""
+    descriptors: int = 64
+    """Open files, pipes and sockets of each process. The buffers of a socket hold about 200 KiB."""
     output_bytes: int = 2**20
     """Standard output."""
 
@@ -75,17 +89,14 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
     Raises:
         RuntimeError: there is no sandbox on this machine.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root,
-        tempfile.TemporaryFile() as errors,
-        _pipe() as (reading, writing),
-    ):
+    with tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root, _pipe() as (reading, writing):
         values = asdict(limits) | {"root": root, "paths": SYSTEM, "cpu_seconds": int(limits.seconds) + 1}
+        # Each stream is a pipe: a program can change the flags of its own end, but of a file it would change this process's too.
         process = subprocess.Popen(
             [sys.executable, "-I", str(CHILD), json.dumps(values | {"stands": writing.fileno()})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=subprocess.PIPE,
             cwd="/",
             env=ONE_THREAD,
             start_new_session=True,
@@ -93,13 +104,12 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
         )
         writing.close()
         try:
-            output, failure = _collect_output(process, json.dumps({"source": source, "stdin": stdin}).encode(), limits)
+            request = json.dumps({"source": source, "stdin": stdin}).encode()
+            output, error_end, failure = _collect_output(process, request, limits)
         finally:
             _end(process)
-        size = errors.seek(0, os.SEEK_END)
-        errors.seek(max(0, size - 4096))
-        error = errors.read().decode(errors="replace").strip()
-        stands = select.select([reading], [], [], 0)[0] and reading.read(1)
+        error = error_end.decode(errors="replace").strip()
+        stands = _is_readable(reading) and reading.read(1)
     if not stands:
         raise RuntimeError(error or failure or f"its first process ended with exit code {process.returncode}")
     if stands == UNFILTERED:
@@ -116,6 +126,12 @@ def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
     reading, writing = os.pipe()
     with FileIO(reading, "r") as reader, FileIO(writing, "w") as writer:
         yield reader, writer
+
+
+def _is_readable(reading: FileIO) -> bool:
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(reading, selectors.EVENT_READ)
+        return bool(waiting.select(0))
 
 
 @functools.cache
@@ -145,32 +161,86 @@ def missing_reason() -> str:
     return "" if outcome.output == "inside\n" else f"a program cannot be started in it: {outcome.failure}"
 
 
-def _collect_output(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, str]:
-    """Return what the program printed, and the limit that it exceeded (empty if none). The caller ends the process.
+def _collect_output(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, bytes, str]:
+    """Return what the program printed, the end of its standard error, and the limit that it exceeded (empty if none). The caller
+    ends the process.
 
     request: the program and its input, as JSON.
     """
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    too_long = f"it took longer than {limits.seconds:g} s"
     deadline = time.monotonic() + limits.seconds + START_SECONDS
     # Writing cannot block for long: the child reads the complete request before it runs anything.
     with suppress(BrokenPipeError):
         process.stdin.write(request)
     with suppress(BrokenPipeError):
         process.stdin.close()
-    output = b""
-    while True:
-        seconds_left = deadline - time.monotonic()
-        if seconds_left <= 0 or not select.select([process.stdout], [], [], seconds_left)[0]:
-            return output, f"it took longer than {limits.seconds:g} s"
-        part = os.read(process.stdout.fileno(), 2**16)
-        if not part:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-                return output, ""
-            return output, f"it took longer than {limits.seconds:g} s"
-        output += part
-        if len(output) > limits.output_bytes:
-            return output[: limits.output_bytes], f"it printed more than {limits.output_bytes:,} bytes"
+    output, error, error_size = b"", b"", 0
+    measured_at = time.monotonic()
+    with selectors.DefaultSelector() as waiting:
+        for stream in (process.stdout, process.stderr):
+            waiting.register(stream, selectors.EVENT_READ)
+        while waiting.get_map():
+            now = time.monotonic()
+            if now >= deadline:
+                return output, error, too_long
+            if now >= measured_at + MEASURED_SECONDS:
+                if private_bytes(process.pid) > limits.memory_bytes:
+                    return output, error, f"it took more than {limits.memory_bytes / 2**30:g} GiB of memory"
+                measured_at = time.monotonic()
+            for key, _ in waiting.select(min(deadline - now, MEASURED_SECONDS)):
+                part = os.read(key.fd, 2**16)
+                if not part:
+                    waiting.unregister(key.fileobj)
+                elif key.fileobj is process.stdout:
+                    output += part
+                else:
+                    error, error_size = (error + part)[-ERROR_BYTES:], error_size + len(part)
+            if len(output) > limits.output_bytes:
+                return output[: limits.output_bytes], error, f"it printed more than {limits.output_bytes:,} bytes"
+            if error_size > limits.disk_bytes:
+                return output, error, f"it printed more than {limits.disk_bytes:,} bytes to standard error"
+    # The program may close its streams and go on.
+    while process.poll() is None:
+        if time.monotonic() >= deadline:
+            return output, error, too_long
+        if private_bytes(process.pid) > limits.memory_bytes:
+            return output, error, f"it took more than {limits.memory_bytes / 2**30:g} GiB of memory"
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(MEASURED_SECONDS)
+    return output, error, ""
+
+
+def private_bytes(process: int) -> int:
+    """Return the memory that `process` and its descendants hold for themselves, resident or swapped out, without files.
+
+    A page that processes share since a fork counts once if this process may see shares (as root), else in each of them.
+    """
+    processes, at = [process], 0
+    while at < len(processes):
+        with suppress(OSError):
+            for task in os.listdir(f"/proc/{processes[at]}/task"):
+                children = Path(f"/proc/{processes[at]}/task/{task}/children").read_text()
+                processes += map(int, children.split())
+        at += 1
+    total = sum(_private_bytes_of(process, "status", ("RssAnon:", "VmSwap:")) for process in processes)
+    if total < LOOKED_AT_BYTES:
+        return total
+    with suppress(PermissionError):
+        # The smallest of several, since the shares grow while they are read if processes end meanwhile.
+        for _ in range(3):
+            shares = sum(_private_bytes_of(process, "smaps_rollup", ("Pss_Anon:", "SwapPss:")) for process in processes)
+            total = min(total, shares)
+    return total
+
+
+def _private_bytes_of(process: int, file: str, names: tuple[str, ...]) -> int:
+    """Return the sum of the lines `names` of a process's `file` in /proc; 0 if it has ended. Raises PermissionError."""
+    try:
+        lines = Path(f"/proc/{process}/{file}").read_text(errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(names))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -178,6 +248,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in (process.stdin, process.stdout, process.stderr):
         with suppress(OSError, AttributeError):
             pipe.close()  # type: ignore[union-attr]

@@ -42,14 +42,14 @@ OUT_OF_TIME = 124
 SYSTEM_CALLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "system_calls.py")
 FILTERED, UNFILTERED = b"f", b"u"
 """Byte that the sandbox writes to `stands` when the program is about to run: with or without a filter of system calls."""
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
+"""Without /dev/zero, since to map it shared makes memory that belongs to no process."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
     limits = json.loads(sys.argv[1])
-    limit(resource.RLIMIT_FSIZE, limits["disk_bytes"])  # now, since standard error is a file of the machine
     program = json.loads(sys.stdin.buffer.read())
     # Loaded by its path, since `python -I` does not find the package, and now, since the file will soon be out of sight.
     deny_system_calls = runpy.run_path(SYSTEM_CALLS)["deny_system_calls"]
@@ -141,7 +141,13 @@ def build_file_system(limits: dict[str, Any]) -> None:
     """Mount an empty file system at `root`, show the interpreter and the system's libraries in it, and make it the root."""
     root = limits["root"]
     mount("none", "/", None, RECURSIVE | PRIVATE)
-    mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, f"size={limits['disk_bytes']},mode=755")
+    mount(
+        "tmpfs",
+        root,
+        "tmpfs",
+        NO_SUID | NO_DEVICES,
+        f"size={limits['disk_bytes']},nr_inodes={limits['files']},mode=755",
+    )
     for path in dict.fromkeys([*limits["paths"], sys.base_prefix, sys.prefix]):
         show_read_only(path, root)
     os.makedirs(f"{root}/dev")
@@ -151,7 +157,7 @@ def build_file_system(limits: dict[str, Any]) -> None:
     with suppress(OSError):  # not allowed in containers that hide parts of their own /proc
         mount("proc", f"{root}/proc", "proc", NO_SUID | NO_DEVICES)
     for folder in ("tmp", "work", "old"):
-        os.makedirs(f"{root}/{folder}")
+        os.makedirs(f"{root}/{folder}", exist_ok=True)  # the interpreter may lie below it
         os.chmod(f"{root}/{folder}", 0o1777)
     os.chdir(root)
     check(libc.syscall(PIVOT_ROOT[os.uname().machine], b".", b"old"), "pivot_root")
@@ -211,7 +217,7 @@ def set_limits(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_NPROC, limits["processes"]),
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
-        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_NOFILE, limits["descriptors"]),
         (resource.RLIMIT_CORE, 0),
     ):
         limit(kind, amount)

@@ -38,6 +38,7 @@ DENIED = {
     "keyctl": (250, 219),
     "lookup_dcookie": (212, 18),
     "mbind": (237, 235),
+    "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "migrate_pages": (256, 238),
     "modify_ldt": (154, None),
@@ -45,6 +46,8 @@ DENIED = {
     "mount_setattr": (442, 442),
     "move_mount": (429, 429),
     "move_pages": (279, 239),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
     "name_to_handle_at": (303, 264),
     "nfsservctl": (180, 42),
     "open_by_handle_at": (304, 265),
@@ -63,10 +66,13 @@ DENIED = {
     "reboot": (169, 142),
     "request_key": (249, 218),
     "set_mempolicy": (238, 237),
+    "semget": (64, 190),
     "setdomainname": (171, 162),
     "sethostname": (170, 161),
     "setns": (308, 268),
     "settimeofday": (164, 170),
+    "shmat": (30, 196),
+    "shmget": (29, 194),
     "swapoff": (168, 225),
     "swapon": (167, 224),
     "syslog": (103, 116),
@@ -74,8 +80,18 @@ DENIED = {
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
     "vhangup": (153, 58),
+    "vmsplice": (278, 75),
 }
-"""System calls that no program under test needs, and that attacks on the kernel begin with. They fail with EPERM."""
+"""System calls that no program under test needs, and that attacks on the kernel begin with, or that hold memory outside of any
+process. They fail with EPERM."""
+DENIED_ARGUMENTS = (
+    # (name, numbers of the call, index of the argument, its value, whether that is a set of bits of which all are set)
+    ("fcntl", (72, 25), 1, 1031, False),  # F_SETPIPE_SZ
+    ("mmap", (9, 222), 3, 0x21, True),  # MAP_SHARED | MAP_ANONYMOUS
+    ("setsockopt", (54, 208), 2, 7, False),  # SO_SNDBUF
+    ("setsockopt", (54, 208), 2, 8, False),  # SO_RCVBUF
+)
+"""Calls that fail with EPERM with one value of an argument only: they make buffers larger, or memory that belongs to no process."""
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 NEW_NAMESPACES = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
@@ -88,7 +104,7 @@ X32 = 0x40000000
 """Bit in the numbers of the x32 calls, a second set of calls on x86_64."""
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
 """Offsets in `struct seccomp_data`; that of the argument is its lower half, on little-endian machines."""
-LOAD, EQUALS, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, EQUALS, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 PR_SET_SECCOMP, FILTER = 22, 2
 
@@ -130,6 +146,10 @@ def filter_of(machine: str) -> list[Instruction]:
             program += [(EQUALS, 0, 1, number), (RETURN, 0, 0, FAIL | errno.EPERM)]
     # A filter cannot follow the pointer to clone3's flags. With ENOSYS, the C library falls back to `clone`.
     program += [(EQUALS, 0, 1, CLONE3[index]), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
+    for _, numbers, argument, value, are_bits in DENIED_ARGUMENTS:
+        test = [(AND, 0, 0, value)] if are_bits else []
+        test += [(EQUALS, 0, 1, value), (RETURN, 0, 0, FAIL | errno.EPERM), (LOAD, 0, 0, NUMBER)]
+        program += [(EQUALS, 0, 1 + len(test), numbers[index]), (LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument), *test]
     program += [(EQUALS, 0, 4, CLONE[index]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     program += [(ANY_BIT, 0, 1, NEW_NAMESPACES), (RETURN, 0, 0, FAIL | errno.EPERM), (RETURN, 0, 0, ALLOW)]
     program += [(EQUALS, 0, 2 + len(FAMILIES), SOCKET[index]), (LOAD, 0, 0, FIRST_ARGUMENT)]

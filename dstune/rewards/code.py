@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import secrets
@@ -12,6 +13,8 @@ from typing import Any
 
 from dstune.grading.sandbox import AT_ONCE, Limits, run_program
 from dstune.protocols import Reward, reward
+
+log = logging.getLogger(__name__)
 
 MOST_TESTS = 100
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -36,8 +39,17 @@ class CodeTests(Reward):
         limits = self.limits or Limits(seconds=10.0)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(
-                pool.map(lambda text, tests: passed(text, tests, limits, self.seconds), completions, columns["tests"])
+                pool.map(lambda text, tests: judged(text, tests, limits, self.seconds), completions, columns["tests"])
             )
+
+
+def judged(completion: str, tests: Any, limits: Limits, seconds: float) -> float | None:
+    """Return what `passed` does; None if the judge itself fails, so that the other completions keep their scores."""
+    try:
+        return passed(completion, tests, limits, seconds)
+    except Exception as error:
+        log.warning("a completion has no score of its tests: %s: %s", type(error).__name__, error)
+        return None
 
 
 def passed(completion: str, tests: Any, limits: Limits, seconds: float = math.inf) -> float | None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ ESCAPES = {
     "output": ("while True: print('x' * 10**6)", "printed more than"),
     "error output": (
         "import sys\nwhile True: sys.stderr.write('x' * 10**6)",
-        "too much|File too large|longer than|xxx",
+        "too much|File too large|longer than|printed more than",
     ),
     "the process that started it": ("import os; os.kill(1, 9); os.kill(-1, 9)", "not permitted|ended by"),
     "privileges": ("import os; os.setuid(0)", "not permitted"),
@@ -200,7 +200,7 @@ def test_a_machine_without_a_filter_of_system_calls_is_named_once(tmp_path, monk
     ]
 
 
-def run_as_nobody(source: str, folder: Path) -> sandbox.Outcome:
+def run_as_nobody(source: str, folder: Path, limits: Limits | None = None) -> sandbox.Outcome:
     """The same by a process of `nobody`, whose interpreter is one that everybody may read."""
     for name in ("__init__", "sandbox", "sandbox_child", "system_calls"):
         package = folder / "dstune" / "grading"
@@ -209,13 +209,16 @@ def run_as_nobody(source: str, folder: Path) -> sandbox.Outcome:
     (folder / "dstune" / "__init__.py").write_text("")
     folder.chmod(0o755)
     program = "import dataclasses, json, sys; from dstune.grading.sandbox import Limits, run_program\n"
-    program += "print(json.dumps(dataclasses.asdict(run_program(sys.stdin.read(), '', Limits(seconds=20)))))"
+    program += (
+        "print(json.dumps(dataclasses.asdict(run_program(sys.stdin.read(), '', Limits(**json.loads(sys.argv[1]))))))"
+    )
     interpreters = [f"{sys.base_prefix}/bin/python3", "/usr/bin/python3"]
     python = next((path for path in interpreters if is_readable_by_all(Path(path).resolve())), None)
     if python is None:
         pytest.skip("no interpreter that everybody may read")
+    values = json.dumps(asdict(limits or Limits(seconds=20)))
     done = subprocess.run(
-        [python, "-c", program], input=source, cwd=folder, user=65534, group=65534, extra_groups=[],
+        [python, "-c", program, values], input=source, cwd=folder, user=65534, group=65534, extra_groups=[],
         env={"TMPDIR": "/tmp"}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -86,7 +86,7 @@ class Graders:
         arguments = {"source": source, "sample": sample.values["sample"], "item": dict(sample.item)}
         try:
             outcome = run_program(PYTHON_GRADER, json.dumps(arguments), self.limits)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise GraderFailed("python_grader_server_error", str(error)) from None
         try:
             if outcome.failure:

@@ -1,0 +1,35 @@
+"""Attacks by programs that the model, or a stranger, has written and a reward runs."""
+
+from __future__ import annotations
+
+from benchmarks.attack_table.attack import Attack
+
+_PROGRAMS = "judged programs"
+
+PROGRAMS = (
+    Attack(
+        "memory outside of any process: `memfd_create`, System V, POSIX and shared anonymous memory, `/dev/zero`, pages given to a "
+        "pipe, larger pipes and sockets, empty files",
+        _PROGRAMS,
+        "refused by the filter of system calls; files, their number and descriptors have limits",
+        "judged_programs.test_a_program_holds_no_memory_outside_of_its_limit",
+    ),
+    Attack(
+        "many processes, each of which takes less than the limit",
+        _PROGRAMS,
+        "the memory of all of them is measured every 50 ms and has one limit",
+        "judged_programs.test_the_processes_of_a_program_have_one_limit_of_memory",
+    ),
+    Attack(
+        "`O_DIRECT` on a stream that the program shares with its judge, whose own read then fails",
+        _PROGRAMS,
+        "each stream is a pipe, of which each side has its own flags",
+        "judged_programs.test_a_program_that_changes_its_streams_costs_no_other_row_its_score",
+    ),
+    Attack(
+        "whatever else makes the judge of one row fail",
+        _PROGRAMS,
+        "that row has no score, and the others of its batch have theirs",
+        "judged_programs.test_a_judge_that_fails_costs_one_row_its_score",
+    ),
+)

@@ -1,0 +1,228 @@
+"""What a judged program can hold of the machine's memory, and what it can do to its judge."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from dstune.grading import sandbox
+from dstune.grading.sandbox import Limits
+from dstune.rewards.code import CodeTests
+from tests.unit.test_rewards import needs_sandbox, run_as_nobody
+
+MIB = 2**20
+LIMITS = Limits(seconds=20, memory_bytes=2**28, disk_bytes=2**24)
+
+START = """
+import ctypes, errno, mmap, os, resource, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.shmat.restype = ctypes.c_void_p
+part, held = 2**24, 0
+def report():
+    print(held >> 20, flush=True)
+    os._exit(0)
+def refused(error):
+    assert error in (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOSYS, errno.ENOSPC, errno.ENOMEM, errno.EMFILE), error
+"""
+HOLDERS = {
+    "memfd": """
+try:
+    descriptor = os.memfd_create("x")
+    while held < 2**30:
+        held += os.write(descriptor, bytes(part))
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "System V": """
+while held < 2**30:
+    segment = libc.shmget(0, part, 0o1600)
+    if segment < 0:
+        refused(ctypes.get_errno())
+        report()
+    held += part
+report()
+""",
+    "POSIX": """
+for name in (b"/x", b"/y"):
+    descriptor = libc.shm_open(name, os.O_RDWR | os.O_CREAT, 0o600)
+    if descriptor >= 0:
+        held += os.write(descriptor, bytes(part))
+report()
+""",
+    "shared and anonymous": """
+try:
+    while held < 2**30:
+        mapped = mmap.mmap(-1, part)
+        mapped.write(bytes(part))
+        if os.fork() == 0:
+            libc.pause()
+        mapped.close()
+        held += part
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "/dev/zero": """
+try:
+    descriptor = os.open("/dev/zero", os.O_RDWR)
+    while held < 2**30:
+        mapped = mmap.mmap(descriptor, part)
+        mapped.write(bytes(part))
+        held += part
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "tmpfs": """
+try:
+    with open("/tmp/x", "wb", buffering=0) as file:
+        while held < 2**30:
+            held += file.write(bytes(part))
+except OSError:
+    pass
+report()
+""",
+    "empty files": """
+try:
+    while held < 2**30:
+        os.mkdir(f"/tmp/{held}")
+        held += 2**10
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "pipes": """
+import fcntl
+kept = []
+try:
+    while held < 2**30:
+        kept.append(os.pipe())
+        try:
+            fcntl.fcntl(kept[-1][1], 1031, 2**20)
+        except OSError as error:
+            refused(error.errno)
+        os.set_blocking(kept[-1][1], False)
+        try:
+            while True:
+                held += os.write(kept[-1][1], bytes(2**16))
+        except BlockingIOError:
+            pass
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "sockets": """
+kept = []
+try:
+    while held < 2**30:
+        kept.append(socket.socketpair())
+        for end in kept[-1]:
+            try:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**22)
+            except OSError as error:
+                refused(error.errno)
+            end.setblocking(False)
+            try:
+                while True:
+                    held += end.send(bytes(2**15))
+            except BlockingIOError:
+                pass
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "pages given to a pipe": """
+class Vector(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+reading, writing = os.pipe()
+page = mmap.mmap(-1, 2**16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+vector = Vector(ctypes.addressof(ctypes.c_char.from_buffer(page)), 2**16)
+if libc.vmsplice(writing, ctypes.byref(vector), 1, 8) > 0:
+    held = 2**30
+report()
+""",
+}
+MOST_MIB = {"tmpfs": 16, "empty files": 10, "pipes": 8, "sockets": 16}
+"""What each may hold, of the limits above: those that are missing may hold nothing."""
+
+EVERYWHERE = """
+import time
+for number in range(8):
+    if os.fork() == 0:
+        kept = bytearray(2**27)
+        kept[::4096] = bytes(len(kept[::4096]))
+        time.sleep(60)
+time.sleep(60)
+"""
+
+
+def outcome_of(source: str, user: str) -> sandbox.Outcome:
+    if user == "root":
+        return sandbox.run_program(source, "", LIMITS)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        return run_as_nobody(source, Path(folder), LIMITS)
+
+
+USERS = ["root", "nobody"] if os.geteuid() == 0 else ["root"]
+
+
+@needs_sandbox
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_program_holds_no_memory_outside_of_its_limit(holder: str, user: str) -> None:
+    outcome = outcome_of(START + HOLDERS[holder], user)
+    assert not outcome.failure, outcome
+    assert int(outcome.output) <= MOST_MIB.get(holder, 0)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("user", USERS)
+def test_the_processes_of_a_program_have_one_limit_of_memory(user: str) -> None:
+    """Eight times 128 MiB, each of which is below the limit of one process."""
+    outcome = outcome_of(START + EVERYWHERE, user)
+    assert outcome.failure == "it took more than 0.25 GiB of memory"
+
+
+@needs_sandbox
+def test_memory_that_processes_share_since_a_fork_counts_once_where_it_can_be_seen() -> None:
+    if os.geteuid():
+        pytest.skip("needs root, which may read the shares of a page")
+    source = """
+import time
+kept = bytearray(2**27)
+kept[::4096] = bytes(len(kept[::4096]))
+for number in range(8):
+    if os.fork() == 0:
+        time.sleep(1)
+        os._exit(0)
+time.sleep(1)
+print("done", flush=True)
+"""
+    assert outcome_of(START + source, "root").output == "done\n"
+
+
+@needs_sandbox
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_program_that_changes_its_streams_costs_no_other_row_its_score(stream: int) -> None:
+    """O_DIRECT on a file that judge and program share made the judge's own read fail."""
+    flags = f"fcntl.fcntl({stream}, fcntl.F_SETFL, os.O_DIRECT | os.O_NONBLOCK | os.O_APPEND)"
+    spoiled = f"import fcntl, os\nos.write(2, b'x' * 5001)\n{flags}\nprint(4)"
+    tests = [[{"input": "", "output": "4"}]] * 3
+    scores = CodeTests()(None, ["print(4)", spoiled, "print(5)"], None, tests=tests)
+    assert scores == [1.0, 1.0, 0.0]
+
+
+@needs_sandbox
+def test_a_judge_that_fails_costs_one_row_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_program(source: str, stdin: str, limits: Limits) -> sandbox.Outcome:
+        if "fails" in source:
+            raise OSError("the judge fails")
+        return sandbox.run_program(source, stdin, limits)
+
+    monkeypatch.setattr("dstune.rewards.code.run_program", run_program)
+    tests = [[{"input": "", "output": "4"}]] * 2
+    assert CodeTests()(None, ["fails", "print(4)"], None, tests=tests) == [None, 1.0]
