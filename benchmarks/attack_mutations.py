@@ -25,6 +25,17 @@ _BY_ATTACK: dict[str, Mutation] = {
     "forked_ranks.test_the_server_has_no_secret_and_other_processes_see_a_fork_as_the_rank": undo(
         "launch/local/warm.py", " and not is_secret(name, value)", ""
     ),
+    "forked_ranks.test_a_rank_finds_no_secret_of_an_earlier_one_in_its_memory": undo(
+        "launch/local/fork_server.py",
+        "        reading, writing = os.pipe()\n        try:\n            if os.fork() == 0:\n                os.close(reading)\n",
+        "        reading, writing = os.pipe()\n        self.read = socket.recv_fds(connection, MOST_BYTES, 3, socket.MSG_PEEK)\n"
+        "        try:\n            if os.fork() == 0:\n                os.close(reading)\n",
+    ),
+    "forked_ranks.test_a_request_that_is_none_ends_nothing": undo(
+        "launch/local/fork_server.py",
+        "except BaseException as error:  # of a malformed",
+        "except ValueError as error:  #",
+    ),
     "groups.test_the_secret_of_a_slurm_job_is_for_this_user_alone": undo(
         "core/rendezvous.py", "SECRET_FILE, secrets.token_hex(32), mode=0o600)", "SECRET_FILE, secrets.token_hex(32))"
     ),

@@ -36,6 +36,18 @@ PROCESSES = (
         "forked_ranks.test_the_server_has_no_secret_and_other_processes_see_a_fork_as_the_rank",
     ),
     Attack(
+        "a run searches its memory for secrets of an earlier one that was forked from the same process",
+        "fork server",
+        "the process reads no request: it forks, and the fork reads it",
+        "forked_ranks.test_a_rank_finds_no_secret_of_an_earlier_one_in_its_memory",
+    ),
+    Attack(
+        "a request 200,000 deep, or none at all",
+        "fork server",
+        "read in a fork, within the limits of JSON",
+        "forked_ranks.test_a_request_that_is_none_ends_nothing",
+    ),
+    Attack(
         "the secret of a SLURM job is read by another user",
         "script of the job",
         "a file of mode 0600",

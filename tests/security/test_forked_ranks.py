@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from support.command import wait_until
 from support.forks import ARGV, asking_fixture  # noqa: F401 (a fixture)
+from support.memory_of_a_rank import planted_in
 
 from dstune.core.rank_env import LAUNCH_ID
 from dstune.launch.local import fork_server
@@ -73,3 +75,49 @@ def test_the_server_has_no_secret_and_other_processes_see_a_fork_as_the_rank(ask
     process.send_signal(signal.SIGKILL)
     wait_until(lambda: process.poll() is not None)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_rank_finds_no_secret_of_an_earlier_one_in_its_memory(asking) -> None:
+    """Twenty secrets of runs that were started, were declined, or whose request was broken; its own shows that it can search."""
+
+    sizes = iter(range(0, 40_000, 1_000))
+
+    def planted() -> str:
+        """A secret in a text of another size each time, so that the next request does not overwrite it by chance."""
+        return "planted-" + secrets.token_hex(16) + "x" * next(sizes)
+
+    rank = asking()
+    for _ in range(3):
+        rank.ask(planted(), HF_TOKEN=planted(), DSTUNE_TRUST_KEY=planted(), HTTPS_PROXY=f"http://me:{planted()}@proxy")
+    for _ in range(2):
+        rank.declines(PYTHONHASHSEED="1", HF_TOKEN=planted(), WANDB_API_KEY=planted())
+    for _ in range(4):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(20)
+            connection.connect(str(rank.folder / fork_server.SOCKET))
+            connection.send(json.dumps({"env": {"HF_TOKEN": planted()}, "imports": 3}).encode())
+            connection.recv(1000)
+    assert not planted_in(rank.process.pid), "each later rank is a copy of that memory"
+    own = "planted-" + secrets.token_hex(16)
+    with (rank.tmp_path / "log").open("ab") as log:
+        argv = [*ARGV[:-1], "support.memory_of_a_rank"]
+        process = rank.server.start(argv, rank.env | {"HF_TOKEN": own}, stdout=None, stderr=log)
+    assert process is not None and process.stdout is not None, rank.messages
+    with process.stdout:
+        found = json.loads(process.stdout.readline())
+    wait_until(lambda: process.poll() is not None)
+    assert found == [own], f"{len(found) - 1} secrets of others"
+    assert rank.process.pid, "one server did all of that"
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 10_000, "[]", "3", "\ud800"])
+def test_a_request_that_is_none_ends_nothing(asking, text: str) -> None:
+    rank = asking()
+    assert rank.ask()[2] == 7
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(20)
+        connection.connect(str(rank.folder / fork_server.SOCKET))
+        connection.send(text.encode("utf-8", "surrogatepass"))
+        assert b"cold" in connection.recv(1000)
+    assert rank.ask()[2] == 7
+    assert not rank.messages

@@ -4,12 +4,12 @@ SOCKET is the descriptor of a listening Unix socket in FOLDER. OWNER is `PID SEC
 or after SECONDS without a request (0: never). IMPORTS names further modules besides those of every rank, separated by commas.
 `dstune.launch.local.warm` starts the server and sends it requests.
 
-The server itself only forks. For each request it forks a keeper, which forks the rank, reports the rank's pid and later how it
-ended, and kills it when the client (the requesting process) goes. So killing the server ends no run that it has started. No
-rank sees a secret of another one: the server has only the variables that imports may read (`warm.import_environment`), and keeps
-no request.
+The server itself only forks, and reads no request: what it read would stay in its memory, and each later rank has a copy of that
+memory. For each connection it forks a keeper, which reads the request, forks the rank, reports the rank's pid and later how it
+ended, and kills it when the client (the requesting process) goes. So killing the server ends no run that it has started, and no
+rank can find a secret of another one. The server has only the variables that imports may read (`warm.import_environment`).
 
-The server must have no CUDA context, process group or thread, which it checks before every fork. If a forked rank would differ
+The server must have no CUDA context, process group or thread, which is checked at every request. If a forked rank would differ
 from one that starts cold, the server declines with the reason, and the client starts its rank cold.
 """
 
@@ -30,9 +30,10 @@ import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dstune.core import rank_env
+from dstune.core.parsing import parse_json
 from dstune.launch.local import forking
 
 SOCKET = "socket"
@@ -54,6 +55,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 """Signals that a scheduler sends to every process of a job. The server and the keepers ignore them: they end once nobody needs
 them."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+LAST = b"l"
+"""What a fork writes if the server shall serve no later request."""
 
 
 class Declined(Exception):
@@ -79,28 +84,55 @@ class Server:
         self._descriptors = open_descriptors()
 
     def answer(self, connection: socket.socket) -> bool:
-        """Serve one request, and return whether the server can serve later ones too."""
+        """Serve one request in a fork, and return whether the server can serve later ones too."""
         if peer_user(connection) != os.getuid():  # a second barrier: the folder of the socket is closed to other users
             return True
+        threads = len(os.listdir("/proc/self/task"))  # a fork has one alone
+        reading, writing = os.pipe()
+        try:
+            if os.fork() == 0:
+                os.close(reading)
+                self._serve(connection, writing, threads)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the client may be gone
+                send(connection, {"cold": str(error)})
+            return True
+        finally:
+            os.close(writing)
+            verdict = os.read(reading, 1)
+            os.close(reading)
+        return verdict != LAST
+
+    def _serve(self, connection: socket.socket, verdict: int, threads: int) -> NoReturn:
+        """Read a request in a fork of the server, write to the pipe `verdict` whether it is the server's last one, and become the
+        keeper of the rank. threads: of the server."""
         streams: list[int] = []
         try:
             connection.settimeout(REQUEST_SECONDS)
             data, streams, _, _ = socket.recv_fds(connection, MOST_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
-            if data:
-                request = json.loads(data)
-                if "end" in request:
-                    return False
-                self._check_sources()
-                self._check(request, {*streams, connection.fileno()})
-                self._fork(connection, request, streams)
-        except (Declined, OSError, ValueError, KeyError, TypeError) as error:  # the last three: a malformed request
-            with contextlib.suppress(OSError):  # the client may be gone
-                send(connection, {"cold": str(error)})
-            return not isinstance(error, Stale)
-        finally:
-            for descriptor in streams:
+            if not data:
+                os._exit(0)
+            request = parse_json(data)
+            if "end" in request:
+                os.write(verdict, LAST)
+                os._exit(0)
+            if threads != 1:
+                raise Declined(f"the process with the imports has {threads} threads")
+            self._check_sources()
+            self._check(request, {*streams, connection.fileno(), verdict})
+            os.close(verdict)  # so that the server goes on
+            for descriptor in self._server_descriptors:
                 os.close(descriptor)
-        return True
+            request["env"] = self._variables_of_imports | request["env"]
+            keep(connection, request, streams, self._places)
+        except BaseException as error:  # of a malformed request too
+            if isinstance(error, Stale):
+                os.write(verdict, LAST)
+            reason = str(error) if isinstance(error, Declined) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):  # the client may be gone
+                send(connection, {"cold": reason})
+        finally:
+            os._exit(1)
 
     def _check_sources(self) -> None:
         """Raise Stale if an imported file or the set of installed packages has changed since the imports began."""
@@ -125,28 +157,12 @@ class Server:
         for name in forking.MEMORY_LIMITS:
             if request["limits"][name][0] != -1:
                 raise Declined(f"{name} limits the memory of this run")
-        if (threads := len(os.listdir("/proc/self/task"))) != 1:
-            raise Declined(f"the process with the imports has {threads} threads")
         leaked = open_descriptors().keys() - self._descriptors.keys() - request_descriptors
         if leaked:
             raise Declined(f"the process with the imports has {len(leaked)} leaked descriptor(s)")
         torch = sys.modules.get("torch")
         if torch is not None and (torch.cuda.is_initialized() or torch.distributed.is_initialized()):
             raise Declined("an import has begun to use a GPU or a process group")
-
-    def _fork(self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]) -> None:
-        """Fork the keeper of a rank."""
-        if os.fork() == 0:
-            try:
-                for descriptor in self._server_descriptors:
-                    os.close(descriptor)
-                request["env"] = self._variables_of_imports | request["env"]
-                keep(connection, request, streams, self._places)
-            except BaseException as error:
-                with contextlib.suppress(OSError):
-                    send(connection, {"cold": f"{type(error).__name__}: {error}"})
-            finally:
-                os._exit(1)
 
 
 class Stale(Declined):
