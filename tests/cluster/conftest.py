@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,21 @@ from cluster import slurm as slurm_module
 from cluster.machines import Machines
 from cluster.slurm import Slurm
 from support.command import Commands, exact, overrides_of_run, result
+from support.routes import missing_packages, refused_skip, routes
 from support.tiny import save_decoder, write_dialogues
 
 STEPS = 40
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail the test of a route that was skipped although its packages are installed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if problem := refused_skip(f"cluster/{item.path.name}::{item.name}", reason, missing_packages(), routes()):
+            report.outcome, report.longrepr = "failed", problem
+    return report
 
 
 @pytest.fixture(scope="session")
