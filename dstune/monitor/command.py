@@ -70,6 +70,7 @@ class Outcome:
                 "window_before": len(self.live.earlier),
                 "largest_user": self.live.largest_user,
                 "live_left_out": self.live.left_out,
+                "live_ahead_of_now": self.live.ahead_of_now,
                 "reference_left_out": self.reference.left_out,
             },
             "versions": self.live.versions,
@@ -282,7 +283,9 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
     print(f"{check.verdict}: {check.reason}\n{rows}")
     for option, left_out in (("--data", outcome.live.left_out), ("--reference", outcome.reference.left_out)):
         if left_out:
-            print(f"{left_out:,} rows of {option} were left out: at most {READ_ROWS:,} are read")
+            print(f"{left_out:,} rows of {option} were left out: at most {READ_ROWS:,} conversations are read")
+    if outcome.live.ahead_of_now:
+        print(f"{outcome.live.ahead_of_now:,} rows of --data were left out: their time is ahead of now")
     print(f"  {'signal':<14} {'live':>7} {'reference':>9} {'p':>8} {'corrected':>9}  effect (95%)")
     for finding in sorted(check.findings, key=lambda finding: finding.corrected_p):
         effect = finding.effect

@@ -118,22 +118,25 @@ def _truncate(text: str) -> str:
 def joined(turns: Iterable[Conversation]) -> list[Conversation]:
     """Join requests of one user that each repeat the previous turns, as chat clients send them; an equal request belongs to the
     same conversation. turns: in time order."""
-    conversations: list[Conversation] = []
-    indices_by_beginning: dict[tuple[str | None, str | None, str], list[int]] = {}
+    conversations: dict[tuple[str | None, str | None, str], list[Conversation]] = {}
     for turn in turns:
-        indices = indices_by_beginning.setdefault((turn.key, turn.user, turn.texts[0]), [])
-        for index in reversed(indices):
-            earlier = conversations[index]
-            if turn.texts[: len(earlier.texts)] == earlier.texts:
-                conversations[index] = _continued(earlier, turn)
-                break
-        else:
-            indices.append(len(conversations))
-            conversations.append(turn)
-    return conversations
+        join_request(conversations.setdefault((turn.key, turn.user, turn.texts[0]), []), turn)
+    # Those of a beginning lie together: the order of all is that of their first requests.
+    return sorted((one for group in conversations.values() for one in group), key=lambda one: one.time or 0.0)
 
 
-def _continued(earlier: Conversation, later: Conversation) -> Conversation:
+def join_request(conversations: list[Conversation], request: Conversation) -> None:
+    """Add a request to the newest conversation whose turns it repeats, or as a new one. conversations: those of its user."""
+    for index in reversed(range(len(conversations))):
+        earlier = conversations[index]
+        if request.texts[: len(earlier.texts)] == earlier.texts:
+            conversations[index] = continued(earlier, request)
+            return
+    conversations.append(request)
+
+
+def continued(earlier: Conversation, later: Conversation) -> Conversation:
+    """Return a conversation with its next request, whose texts are all turns. It keeps the place and the time of its beginning."""
     flags = [flag for flag in (earlier.is_flagged, later.is_flagged) if flag is not None]
     ratings = [rating for rating in (earlier.rating, later.rating) if rating is not None]
     return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class MonitorRoutes(Routes):
                 yield Problem("--monitor", "this folder holds no run (no run.yaml)", "give a run directory", str(run))
 
     def open(self, arguments: argparse.Namespace, state: Path, runtime: Path) -> None:
-        self._runs = [run.resolve() for run in arguments.monitor]
+        self._runs = list(dict.fromkeys(run.resolve() for run in arguments.monitor))
 
     def routes(self, gateway: Gateway) -> Sequence[Route]:
         from dstune.serve.gateway.app import Route
@@ -67,7 +68,7 @@ class DriftGauges:
     or a scheduler."""
 
     def __init__(self, runs: Sequence[Path]):
-        self._runs = runs
+        self._names = _names(runs)
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily
@@ -84,8 +85,8 @@ class DriftGauges:
         checked = GaugeMetricFamily(
             "dstune_drift_checked_seconds", "Time of the newest check, in seconds since the epoch", labels=["run"]
         )
-        for run in self._runs:
-            result, name = read_result(run), run.name
+        for run, name in self._names.items():
+            result = read_result(run)
             if result.get("verdict") not in VERDICTS:
                 continue
             for verdict_name in VERDICTS:
@@ -95,6 +96,13 @@ class DriftGauges:
                 effect.add_metric([name, signal["name"]], float(signal["effect"]["value"]))
             checked.add_metric([name], datetime.datetime.fromisoformat(str(result["checked"])).timestamp())
         yield from (verdict, p_value, effect, checked)
+
+
+def _names(runs: Sequence[Path]) -> dict[Path, str]:
+    """Return the label of each run: the end of its path, as short as tells it from the other runs. Each run is listed once."""
+    ends = {run: ["/".join(run.parts[-count:]) for count in range(1, len(run.parts) + 1)] for run in runs}
+    count = Counter(end for names in ends.values() for end in names)
+    return {run: next((end for end in names if count[end] == 1), str(run)) for run, names in ends.items()}
 
 
 def _signals(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dstune.monitor import model_signals
 from dstune.monitor import signals as reading
 from dstune.monitor.check import REFERENCE
 from dstune.monitor.conversations import Conversation, one_per, sampled
-from dstune.monitor.row_files import read_file_rows, read_run_rows, redact_conversations
+from dstune.monitor.row_files import CLOCK_SKEW, read_file_rows, read_run_rows, redact_conversations
 from dstune.monitor.server_logs import log_folder, read_log
 from dstune.monitor.signals import SignalTable
 from dstune.protocols import task_of
@@ -43,6 +44,8 @@ class Live:
     """The largest share of the conversations that comes from one user."""
     left_out: int = 0
     """Rows of `--data` that were not used: the oldest if there is a window, else all outside a sample."""
+    ahead_of_now: int = 0
+    """Rows of `--data` that were left out of the window because their time is ahead of now."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,16 @@ def read_live(
     the most conversations of a window. Raises UserError."""
     folder = log_folder(spec)
     seconds = window_seconds(window or "7d") if window or folder is not None else None
-    left_out = 0
+    left_out = ahead_of_now = 0
     if folder is not None:
         assert seconds is not None
         end: float | None = time.time()
         rows = read_log(folder, time.time() - 2 * seconds, store)
     else:
         read = read_file_rows(spec, "--data", config, newest=seconds is not None)
-        rows, left_out = read.rows, read.left_out
+        rows, left_out, ahead_of_now = read.rows, read.left_out, read.ahead_of_now
         times = [row.time for row in rows if row.time is not None]
-        end = max(times) if times else None
+        end = max((moment for moment in times if moment <= time.time() + CLOCK_SKEW), default=None)
         if seconds is not None and len(times) < len(rows):
             reason = "there are rows without a time"
             fix = "add a column created, time, timestamp or date; or leave --window out to compare all rows"
@@ -98,9 +101,11 @@ def read_live(
     ]
     if not inside:
         reason = "no conversation in this window"
+        if ahead_of_now:
+            reason += f": {ahead_of_now:,} row{'s have' if ahead_of_now > 1 else ' has'} a time ahead of now"
         raise UserError(Problem("--data", reason, "--window with a longer time, or other rows", spec))
-    users = [row.user for row in inside if row.user is not None]
-    largest = max(map(users.count, set(users)), default=0) / len(inside) if len(users) < 20_000 else 0.0
+    users = Counter(row.user for row in inside if row.user is not None)
+    largest = max(users.values(), default=0) / len(inside)
     if per is not None:
         inside, earlier = one_per(inside, per), one_per(earlier, per)
     versions = sorted({row.version for row in inside if row.version})
@@ -113,6 +118,7 @@ def read_live(
         versions,
         largest_user=largest,
         left_out=left_out,
+        ahead_of_now=ahead_of_now,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import heapq
+import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
-from dstune.monitor.conversations import Conversation, asked_texts
+from dstune.monitor.conversations import TURNS, Conversation, asked_texts, continued, join_request
 
 if TYPE_CHECKING:
     from dstune.data.ingest import Table
@@ -35,7 +37,9 @@ CONVERSATIONS = ("conversation", "conversation_id", "thread_id", "session_id")
 """Columns that group rows into conversations."""
 ANSWERS = ("label", "labels", "tags", "answers", "score", "completion", "target")
 READ_ROWS = 200_000
-"""The most rows of `--data` or `--reference` that are held at once; a sample of them is compared."""
+"""The most conversations of `--data` or `--reference` that are held at once; a sample of them is compared."""
+CLOCK_SKEW = 86_400.0
+"""Seconds by which a row's time may be ahead of now: clocks differ, and times without a zone are read as UTC."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,24 @@ class FileRows:
 
     rows: list[Conversation]
     left_out: int = 0
-    """Rows beyond READ_ROWS."""
+    """Rows of the conversations beyond READ_ROWS."""
+    ahead_of_now: int = 0
+    """Rows that were left out because their time is ahead of now."""
 
 
 def read_run_rows(run: Path, most: int) -> RunRows:
     """Return at most `most` rows of each part, those with the lowest hashes. Raises UserError."""
     config, parts = read_run_parts(run, most)
-    rows_by_part = {
-        part: [row for place, fields in rows if (row := conversation_of_row(fields, place)) is not None]
-        for part, rows in parts.items()
-    }
-    return RunRows(config, rows_by_part.get("train", []), rows_by_part.get("validation", []))
+    return RunRows(config, _conversations(parts.get("train", [])), _conversations(parts.get("validation", [])))
+
+
+def _conversations(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Conversation]:
+    """Return the conversations of rows, each with its place, by the rules for live rows: otherwise the two sides would differ."""
+    read = _Reading(newest=False)
+    for place, fields in rows:
+        if (row := conversation_of_row(fields, place)) is not None:
+            read.add(row)
+    return read.conversations()
 
 
 def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[str, list[tuple[str, dict[str, Any]]]]]:
@@ -119,41 +130,126 @@ def _lowest(rows: ChosenRows, most: int | None) -> list[tuple[int, str, str]]:
 def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newest: bool = False) -> FileRows:
     """Read the rows of anything that `data.train` accepts, and join the rows of each conversation.
 
-    Of more than READ_ROWS rows, a sample of complete conversations is read, always the same one. key: the option that has `spec`,
-    for messages. config: that of a run with the same columns and task. newest: of more than READ_ROWS rows, read the latest ones;
-    rows without a time are included. Raises UserError.
+    Rows belong together if they have the same conversation key. Without one, a request that repeats the previous turns of its user
+    continues their conversation, and equal requests count once. Of more than READ_ROWS conversations, a sample of complete ones is
+    read, always the same one. key: the option that has `spec`, for messages. config: that of a run with the same columns and task.
+    newest: of more than READ_ROWS conversations, read those that began last, and leave out rows whose time is ahead of now; rows
+    without a time are included. Raises UserError.
     """
     from dstune.data import sources
 
     data = DataConfig() if config is None else config.data
-    heap: list[tuple[float, int, Conversation]] = []
-    count = 0
+    read, ahead_of_now = _Reading(newest=newest), 0
+    latest = time.time() + CLOCK_SKEW
     for file in sources.expand(spec, key, split="train", text_rows=data.text_rows):
         for raw in sources.read(file):
             if raw.fields is None:
                 continue
             fields = {role: raw.fields[column] for role, column in data.columns.items() if column in raw.fields}
-            conversation = conversation_of_row({**raw.fields, **fields}, raw.place)
-            if conversation is None:
+            row = conversation_of_row({**raw.fields, **fields}, raw.place)
+            if row is None:
                 continue
-            rank = _recency(conversation) if newest else _hash_order(conversation, count)
-            (heapq.heappush if count < READ_ROWS else heapq.heappushpop)(heap, (rank, count, conversation))
-            count += 1
-    if not heap:
+            if newest and row.time is not None and row.time > latest:
+                ahead_of_now += 1
+            else:
+                read.add(row)
+    rows = read.conversations()
+    if not rows and not ahead_of_now:
         reason = "none of its rows has a question: the columns read are messages, prompt, text, source, question and similar ones"
         raise UserError(Problem(key, reason, "give rows in the form of the run's training rows", spec))
-    in_order = sorted(heap, key=lambda entry: entry[1])
-    return FileRows(_merge_conversations([conversation for *_, conversation in in_order]), count - len(heap))
+    return FileRows(rows, read.left_out, ahead_of_now)
+
+
+@dataclass
+class _Group:
+    """Conversations that are read or left out together: the one of a key, or all of a user that begin with the same text."""
+
+    rank: float
+    order: int
+    """Number of its first row."""
+    conversations: list[Conversation]
+    rows: int = 0
+
+
+class _Reading:
+    """Joins rows to conversations while they are read, and holds at most READ_ROWS conversations, all of them complete."""
+
+    def __init__(self, *, newest: bool) -> None:
+        self._newest = newest
+        self._groups: dict[str, _Group] = {}
+        self._least: list[tuple[float, int, str]] = []
+        """A heap of the groups, the next one to leave out first."""
+        self._left_out: set[bytes] = set()
+        """Digests of conversation keys: rows of such a conversation may still follow."""
+        self._rows = self._conversations = 0
+        self.left_out = 0
+
+    def add(self, row: Conversation) -> None:
+        name = _group_name(row)
+        group = self._groups.get(name)
+        self._rows += 1
+        if group is None and row.key is not None and _digest(name) in self._left_out:
+            self.left_out += 1
+            return
+        if group is None:
+            group = _Group(_recency(row) if self._newest else _hash_order(name), self._rows, [])
+            self._groups[name] = group
+            heapq.heappush(self._least, (group.rank, group.order, name))
+        group.rows += 1
+        before = len(group.conversations)
+        _join(group.conversations, row)
+        self._conversations += len(group.conversations) - before
+        while self._conversations > READ_ROWS and len(self._groups) > 1:
+            self._leave_out_a_group()
+
+    def _leave_out_a_group(self) -> None:
+        _, _, name = heapq.heappop(self._least)
+        group = self._groups.pop(name)
+        self._conversations -= len(group.conversations)
+        self.left_out += group.rows
+        if group.conversations[0].key is not None:
+            self._left_out.add(_digest(name))
+
+    def conversations(self) -> list[Conversation]:
+        """Return the conversations, in the order of their groups' first rows."""
+        return [conversation for group in self._groups.values() for conversation in group.conversations]
+
+
+def _group_name(row: Conversation) -> str:
+    if row.key is not None:
+        return f"key {row.key}"
+    # Rows of unknown users may come from anybody: only equal ones count as the same request.
+    return json.dumps(row.texts if row.user is None else [row.user, row.texts[0]])
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8]
 
 
 def _recency(row: Conversation) -> float:
     return math.inf if row.time is None else row.time
 
 
-def _hash_order(row: Conversation, number: int) -> float:
-    """Return a pseudorandom number that depends only on the row's conversation, or on its place if it has none."""
-    digest = hashlib.sha256(_conversation_name(row, number).encode("utf-8", "surrogatepass")).digest()
-    return float(int.from_bytes(digest[:6]))
+def _hash_order(name: str) -> float:
+    """Return a pseudorandom number that depends only on the group's name."""
+    return float(int.from_bytes(_digest(name)[:6]))
+
+
+def _join(conversations: list[Conversation], row: Conversation) -> None:
+    """Add a row to the conversation that it belongs to, or as a new one. conversations: those of its group."""
+    if row.key is not None and conversations:
+        conversations[0] = _with_row(conversations[0], row)
+    else:
+        join_request(conversations, row)
+
+
+def _with_row(earlier: Conversation, row: Conversation) -> Conversation:
+    """Return a conversation with its next row, which may repeat all earlier turns, only the last ones (a retry), or none."""
+    if row.texts[: len(earlier.texts)] == earlier.texts:
+        return continued(earlier, row)
+    if earlier.texts[-len(row.texts) :] == row.texts:
+        return earlier
+    return replace(earlier, texts=(*earlier.texts, *row.texts)[:TURNS])
 
 
 def conversation_of_row(row: Mapping[str, Any], place: str) -> Conversation | None:
@@ -197,20 +293,6 @@ def _time(value: Any) -> float | None:
     else:
         return None
     return seconds if FIRST_TIME <= seconds < END_OF_TIME else None
-
-
-def _conversation_name(row: Conversation, number: int) -> str:
-    return f"c {row.key}" if row.key is not None else f"r {number}"
-
-
-def _merge_conversations(rows: list[Conversation]) -> list[Conversation]:
-    """Join the texts of rows with the same conversation key; a row without one is a conversation by itself."""
-    conversations: dict[str, Conversation] = {}
-    for number, row in enumerate(rows):
-        name = _conversation_name(row, number)
-        earlier = conversations.get(name)
-        conversations[name] = row if earlier is None else replace(earlier, texts=(*earlier.texts, *row.texts))
-    return [*conversations.values()]
 
 
 def redact_conversations(conversations: list[Conversation]) -> Iterator[Conversation]:

@@ -21,7 +21,7 @@ from dstune.cycle.steps import Cycle
 from dstune.monitor import row_files
 from dstune.monitor.check import iso
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
-from dstune.monitor.gather import Reference, _add_model_signals, read_live
+from dstune.monitor.gather import Reference, _add_model_signals, read_live, read_reference
 from dstune.monitor.row_files import conversation_of_row, read_file_rows, read_run_parts
 from dstune.monitor.server_logs import _conversation, _with_feedback, log_folder, read_log
 from dstune.monitor.signals import SignalTable
@@ -123,6 +123,81 @@ def test_rows_of_a_file_with_a_conversation_are_joined(tmp_path: Path) -> None:
     file.write_text('{"nothing": 1}')
     with pytest.raises(UserError, match="has a question"):
         read_file_rows(str(file), "--data")
+
+
+def write_lines(file: Path, rows: list[dict]) -> str:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+@pytest.mark.parametrize("user", [{}, {"user": "ann"}])
+def test_a_request_that_a_file_repeats_counts_once(tmp_path: Path, user: dict) -> None:
+    rows = [{"text": f"t {number}", "created": 1767323045 + number, **user} for number in range(10)]
+    repeated = [row | {"created": row["created"] + 60} for row in rows[:2] for _ in range(3)]
+    other = [rows[0] | {"user": "ben"}] if user else []
+    live = read_live(
+        write_lines(tmp_path / "rows.jsonl", [*rows, *repeated, *other]), None, None, store=None, per=None, most=99
+    )
+    assert sorted(row.text for row in live.rows) == sorted(row["text"] for row in [*rows, *other])
+    assert min(row.time or 0 for row in live.rows) == 1767323045  # the time of the first request, not of a retry
+
+
+def test_turns_that_a_client_sends_again_in_a_file_count_once(tmp_path: Path) -> None:
+    """By the name of the conversation or by that of the user, as in a server's logs."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "b"}]
+    for name in ("conversation_id", "user"):
+        rows = [{"messages": messages, name: "c"} for messages in (turns[:1], turns[:1], turns, turns)]
+        (conversation,) = read_file_rows(write_lines(tmp_path / "rows.jsonl", rows), "--data").rows
+        assert conversation.texts == ("a", "b")
+    rows = [{"text": text, "conversation_id": 1} for text in ("a", "b", "b", "a")]
+    (conversation,) = read_file_rows(write_lines(tmp_path / "rows.jsonl", rows), "--data").rows
+    assert conversation.texts == ("a", "b", "a")
+
+
+def test_rows_of_a_run_count_as_those_of_a_file(tmp_path: Path) -> None:
+    rows = write_labelled(tmp_path / "rows.jsonl", 40)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines, *lines[:20]]) + "\n")
+    words = ["model.path=/nowhere", "data=files", f"data.train={rows}", "data.split.validation=0.25"]
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run" / "run.yaml", compose([*words, "task=classification", "task.labels=[left,right]"]))
+    reference = read_reference(tmp_path / "run", None, 1000, mask=False)
+    assert len({row.text for row in reference.rows}) == len(reference.rows) == 40
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_a_conversation_is_read_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, newest: bool
+) -> None:
+    """Its turns lie apart in the file, each among those of others."""
+    monkeypatch.setattr(row_files, "READ_ROWS", 7)
+    rows = [
+        {"text": f"{number} {turn}", "conversation_id": number, "created": 1767323045 + 100 * turn + number}
+        for turn in range(3)
+        for number in range(40)
+    ]
+    read = read_file_rows(write_lines(tmp_path / "rows.jsonl", rows), "--data", newest=newest)
+    assert {len(row.texts) for row in read.rows} == {3} and (len(read.rows), read.left_out) == (7, 3 * 33)
+    if newest:
+        assert [row.key for row in read.rows] == [str(number) for number in range(33, 40)]
+
+
+def test_times_ahead_of_now_are_left_out_of_a_window_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"t {number}", "created": 1767323045 + number} for number in range(30)]
+    ahead = [{"text": "when?", "created": "2100-01-01T00:00:00+00:00"}]
+    file = write_lines(tmp_path / "rows.jsonl", [*rows, *ahead])
+    live = read_live(file, "1h", None, store=None, per=None, most=99)
+    assert (len(live.rows), live.end, live.ahead_of_now) == (30, rows[-1]["created"], 1)
+    live = read_live(file, None, None, store=None, per=None, most=99)
+    assert (len(live.rows), live.end, live.ahead_of_now) == (31, rows[-1]["created"], 0)
+    with pytest.raises(UserError, match="1 row has a time ahead of now"):
+        read_live(write_lines(tmp_path / "ahead.jsonl", ahead), "1h", None, store=None, per=None, most=99)
+
+
+def test_the_largest_user_of_many_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"t {number}", "user": "often" if number % 4 == 0 else number} for number in range(24_000)]
+    live = read_live(write_lines(tmp_path / "rows.jsonl", rows), None, None, store=None, per=None, most=99)
+    assert live.largest_user == 0.25
 
 
 def test_of_many_rows_the_newest_or_a_sample_of_all_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

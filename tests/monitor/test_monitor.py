@@ -13,6 +13,7 @@ from dstune.cli import main
 from dstune.config.run_file import read_run
 from dstune.monitor.command import read_result
 from dstune.monitor.conversations import Conversation
+from dstune.monitor.gateway_routes import DriftGauges
 from dstune.monitor.model_signals import measure
 from dstune.serve import options
 from dstune.serve.gateway.request_log import RequestLog
@@ -181,6 +182,17 @@ def test_a_server_shows_the_newest_result(run: Path, tmp_path: Path) -> None:
     state.mkdir()
     run_served(test, state)
     assert list(service.check(options.parsed(["model", "--monitor", str(tmp_path)])))
+
+
+def test_runs_of_the_same_name_have_series_of_their_own(tmp_path: Path) -> None:
+    runs = [tmp_path / place for place in ("a/x/run", "b/x/run", "other")]
+    for number, run in enumerate(runs):
+        (run / "monitor").mkdir(parents=True)
+        result = {"verdict": "none", "checked": f"2026-01-02T03:04:0{number}+00:00", "signals": []}
+        (run / "monitor" / "monitor.json").write_text(json.dumps(result))
+    checked = [*DriftGauges([*runs, runs[0]]).collect()][-1]
+    labels = [sample.labels["run"] for sample in checked.samples]
+    assert labels == ["a/x/run", "b/x/run", "other"]
 
 
 def test_a_language_model_is_measured_by_the_loss_of_what_was_asked(tmp_path: Path) -> None:
