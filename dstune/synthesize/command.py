@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import threading
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core import files
+from dstune.core.api_client import ApiClient, ServerUnreachable
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.synthesize import card, options
 from dstune.synthesize.grading import Graders
 from dstune.synthesize.journal import Answer, Journal
 from dstune.synthesize.pipeline import Settings, make_rows
 from dstune.synthesize.requests import KINDS, Ask, Item, digest_of, make_requests
-from dstune.synthesize.teacher import Address, Teacher, TeacherUnreachable, check_address
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     ended: DstuneError | None = None
     try:
         stopped = ask_all(arguments, [ask for ask in requests if ask.key not in journal.answers], journal)
-    except TeacherUnreachable as error:
+    except ServerUnreachable as error:
         ended, stopped = error, ""
     try:
         made = make_rows(kind, items, arguments.samples, journal.answers, settings, graders)
@@ -58,7 +57,7 @@ def main(argv: list[str]) -> int:
     )
     print(note + (f"; left out: {reasons}" if reasons else ""))
     if ended is not None:
-        raise TeacherUnreachable(f"{ended} (the same command goes on with {len(requests) - answered:,} requests)")
+        raise ServerUnreachable(f"{ended} (the same command goes on with {len(requests) - answered:,} requests)")
     if stopped:
         print(f"dstune: {stopped}", file=sys.stderr)
         return EXIT_PREEMPTED
@@ -107,17 +106,10 @@ def ask_all(arguments: argparse.Namespace, requests: Sequence[Ask], journal: Jou
     """Ask the teacher for all of `requests`; why it stopped before the end, empty where it did not.
 
     Raises:
-        TeacherUnreachable: it gave no answer to one of them; the others that were under way are in the journal.
+        ServerUnreachable: it gave no answer to one of them; the others that were under way are in the journal.
     """
     stop = threading.Event()
-    address = Address(
-        check_address("--teacher", arguments.teacher),
-        arguments.model,
-        os.environ.get(arguments.key_variable, ""),
-        arguments.attempts,
-        arguments.seconds,
-    )
-    teacher = Teacher(address, stop.wait)  # type: ignore[arg-type]
+    teacher = ApiClient(options.address_of(arguments, "--teacher", arguments.teacher), stop.wait)
     remaining, reason = list(reversed(requests)), ""
     with _interruptible(stop), ThreadPoolExecutor(arguments.at_once) as pool:
         running: set[Future[Answer]] = set()
@@ -144,15 +136,16 @@ def ask_all(arguments: argparse.Namespace, requests: Sequence[Ask], journal: Jou
             raise
 
 
-def answer_of(teacher: Teacher, arguments: argparse.Namespace, ask: Ask) -> Answer:
-    """Send the teacher one request and return its answer. Raises TeacherUnreachable, UserError."""
+def answer_of(teacher: ApiClient, arguments: argparse.Namespace, ask: Ask) -> Answer:
+    """Send the teacher one request and return its answer. Raises ServerUnreachable, UserError."""
     body = {
+        "model": arguments.model,
         "messages": ask.messages,
         "temperature": arguments.temperature,
         "max_tokens": arguments.max_tokens,
         "seed": ask.seed,
     }
-    answered = teacher.ask("/chat/completions", body)
+    answered = teacher.post("/chat/completions", body)
     try:
         choice = answered["choices"][0]
         text = choice["message"].get("content") or ""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dstune.core.api_client import ApiClient
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import REWARDS
+from dstune.synthesize import options
 from dstune.synthesize.requests import Draft
-from dstune.synthesize.teacher import Address, Teacher, check_address
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.reward_process import RewardProcess
 
@@ -26,7 +26,8 @@ class Graders:
     """The graders by name, with the lowest score that a draft may have."""
 
     least: dict[str, float | None]
-    reward_model: Teacher | None = None
+    reward_model: ApiClient | None = None
+    reward_model_name: str = ""
     reward_least: float | None = None
     grader_files: list[str] = field(default_factory=list)
     """Files with graders of the fine-tuning API, which are named after the files."""
@@ -53,10 +54,8 @@ class Graders:
             raise UserError(problems)
         model = None
         if arguments.reward_url is not None:
-            url = check_address("--reward-url", arguments.reward_url)
-            key = os.environ.get(arguments.key_variable, "")
-            model = Teacher(Address(url, arguments.reward_model, key, arguments.attempts, arguments.seconds))
-        return cls(least, model, arguments.reward_least, graders)
+            model = ApiClient(options.address_of(arguments, "--reward-url", arguments.reward_url))
+        return cls(least, model, arguments.reward_model or "", arguments.reward_least, graders)
 
     def score(self, name: str, drafts: Sequence[Draft]) -> list[float | None]:
         """Score drafts by the reward `name`. Raises UserError if it can score none of them."""
@@ -83,12 +82,13 @@ class Graders:
         return scores
 
     def score_by_model(self, drafts: Sequence[Draft]) -> list[float | None]:
-        """Score drafts by the reward model. Raises TeacherUnreachable, UserError."""
+        """Score drafts by the reward model. Raises ServerUnreachable, UserError."""
         assert self.reward_model is not None
         scores: list[float | None] = []
         for start in range(0, len(drafts), AT_ONCE):
             some = drafts[start : start + AT_ONCE]
-            answered = self.reward_model.ask("/rewards", {"messages": [draft.row["messages"] for draft in some]})
+            body = {"model": self.reward_model_name, "messages": [draft.row["messages"] for draft in some]}
+            answered = self.reward_model.post("/rewards", body)
             try:
                 scores += [float(item["score"]) for item in answered["data"]]
             except (KeyError, TypeError, ValueError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+from dstune.core.api_client import Address, check_address
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import Problem, UserError
 from dstune.synthesize.requests import KINDS
-from dstune.synthesize.teacher import check_address
 
 DESCRIPTION = """\
 Let a served model write rows, filter them, and write down where each came from. OUTPUT/rows.jsonl has the rows, left_out.jsonl the
@@ -76,6 +77,18 @@ def make_parser() -> VerbParser:
         help="leave out rows so alike, 0.8 to 1 (the extra `clean`)",
     )
     return parser
+
+
+def address_of(arguments: argparse.Namespace, flag: str, url: str) -> Address:
+    """Return the address that `flag` names, with the key. Raises UserError."""
+    return Address(
+        check_address(flag, url),
+        os.environ.get(arguments.key_variable, ""),
+        attempts=arguments.attempts,
+        seconds=arguments.seconds,
+        flag=flag,
+        fix=f"check {flag}, the model's name and the variable with the key",
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:

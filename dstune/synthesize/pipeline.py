@@ -57,7 +57,7 @@ def make_rows(
     settings: Settings,
     graders: Graders,
 ) -> Synthesis:
-    """Return the rows to keep and those left out. Raises UserError; TeacherUnreachable for the reward model."""
+    """Return the rows to keep and those left out. Raises UserError; ServerUnreachable for the reward model."""
     made = Synthesis()
     judged: list[Judged] = []
     for item in items:

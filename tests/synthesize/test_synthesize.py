@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from dstune.core import api_client
+from dstune.core.api_client import ServerUnreachable
 from dstune.core.errors import UserError
-from dstune.synthesize import teacher
 from dstune.synthesize.command import main
 from dstune.synthesize.filters import HeldOut
 from dstune.synthesize.requests import passages
-from dstune.synthesize.teacher import TeacherUnreachable
 from tests.support.teacher_double import Double, serving, words_of
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(teacher, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(api_client, "FIRST_PAUSE", 0.001)
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -210,7 +210,7 @@ def test_a_teacher_that_is_away_is_asked_again(tmp_path, capsys):
         double.bodies.clear()
         double.write = gone_after_eight
         flags = ["--attempts", "2", "--at-once", "2"]
-        with pytest.raises(TeacherUnreachable) as raised:
+        with pytest.raises(ServerUnreachable) as raised:
             synthesize("answers", url, source, tmp_path / "away", *flags)
     assert raised.value.exit_code == 1
     kept = lines(tmp_path / "away" / "rows.jsonl")

@@ -1,0 +1,234 @@
+"""A client of an OpenAI-compatible server; requests that failed are repeated if that may help."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlencode, urlsplit
+
+from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.core.network import LOOPBACK
+from dstune.core.parsing import parse_json
+
+RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may succeed."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds; the pause doubles after every attempt."""
+LONGEST_WAIT = 300.0
+"""Seconds that a server may ask for with Retry-After; more is shortened to this."""
+MOST_BYTES = 2**26
+"""Size limit of an answer that is held in memory."""
+BLOCK = 1 << 20
+FAILURES = (OSError, http.client.HTTPException)
+
+Result = TypeVar("Result")
+
+
+class ServerUnreachable(DstuneError):
+    """The server gave no answer in any attempt."""
+
+
+class RequestRefused(UserError):
+    """The server refuses a request for what it is."""
+
+    def __init__(self, problem: Problem, status: int, detail: str, parameter: str):
+        """status: of HTTP. detail: the server's message. parameter: what it refuses in the body, empty if unnamed."""
+        super().__init__(problem)
+        self.status, self.detail, self.parameter = status, detail, parameter
+
+
+@dataclass(frozen=True)
+class Address:
+    """The address of a server, and how it is asked."""
+
+    url: str
+    """The common beginning of its paths, usually up to `/v1`."""
+    key: str = field(default="", repr=False)
+    key_header: str = "authorization"
+    """Any other header than this one carries the key without `Bearer`."""
+    query: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of every request."""
+    attempts: int = 6
+    seconds: float = 300.0
+    """Time limit for the server's next bytes."""
+    flag: str = "--server"
+    """The flag that named it, for messages."""
+    fix: str = "check the address, and the variable with the key"
+    """What to do if it refuses a request."""
+
+
+def check_address(flag: str, url: str) -> str:
+    """Return the address without a trailing `/`. Raises UserError if it is invalid, or would send keys and prompts unencrypted."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise UserError(Problem(flag, "is no address of a server", "https://HOST[:PORT]/v1", url))
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        reason = "keys and prompts would go in the clear"
+        fix = "https://..., or a tunnel: ssh -L 8000:localhost:8000 HOST and http://localhost:8000/v1"
+        raise UserError(Problem(flag, reason, fix, url))
+    return url.rstrip("/")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key must not go to another address."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class ApiClient:
+    """Sends requests to one address; threads may share it."""
+
+    def __init__(self, address: Address, pause: Callable[[float], object] | None = None):
+        """pause: waits for a number of seconds, unless the program is stopped."""
+        self.address = address
+        self._closing = threading.Event()
+        self._pause = pause or self._closing.wait
+        self._not_before = 0.0
+        """No thread sends a request before this monotonic time: a limit of the rate holds for all of them."""
+        handlers: list[Any] = [_NoRedirect()]
+        if urlsplit(address.url).hostname in LOOPBACK:
+            handlers.append(urllib.request.ProxyHandler({}))
+        else:
+            handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context()))
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def close(self) -> None:
+        """Stop retrying."""
+        self._closing.set()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the JSON object that answers `body`. Raises like `get`."""
+        return self._repeat(lambda: self._object(self._request(path, {}, json.dumps(body).encode())))
+
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return the JSON object at `path`.
+
+        Raises:
+            ServerUnreachable: no answer came in `attempts`.
+            RequestRefused: the request is refused for what it is.
+        """
+        return self._repeat(lambda: self._object(self._request(path, query or {})))
+
+    def download(self, path: str, start: int, write: Callable[[int, bytes], None]) -> int:
+        """Pass the bytes at `path` to `write` in blocks, each with its position, and return how many bytes there are.
+
+        start: the number of bytes that an earlier download wrote. Where the connection is cut, the download goes on at this
+        position; a server that takes no ranges begins anew, which `write` learns from the position 0. Raises like `get`.
+        """
+        position = start
+
+        def once() -> int:
+            nonlocal position
+            request = self._request(path, {})
+            if position:
+                request.add_header("range", f"bytes={position}-")
+            try:
+                response = self._opener.open(request, timeout=self.address.seconds)
+            except urllib.error.HTTPError as error:
+                if error.code != 416:
+                    raise
+                error.close()
+                position = 0
+                raise ConnectionError("the server has fewer bytes than were downloaded") from None
+            with response:
+                if response.status != 206:
+                    position = 0
+                    write(0, b"")
+                elif not _begins_at(response.headers.get("content-range"), position):
+                    position = 0
+                    raise ConnectionError("the server sent another range")
+                length = response.headers.get("content-length")
+                end = position + int(length) if length and length.isdigit() else None
+                while block := response.read(BLOCK):
+                    write(position, block)
+                    position += len(block)
+                if end is not None and position < end:
+                    raise ConnectionError(f"the connection was cut after {position:,} of {end:,} bytes")
+            return position
+
+        return self._repeat(once)
+
+    def _repeat(self, once: Callable[[], Result]) -> Result:
+        pause, reason = FIRST_PAUSE, ""
+        for attempt in range(self.address.attempts):
+            if attempt:
+                self._pause(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, LONGEST_PAUSE)
+            if not self._closing.is_set() and (wait := self._not_before - time.monotonic()) > 0:
+                self._pause(wait)
+            if self._closing.is_set():
+                break
+            try:
+                return once()
+            except urllib.error.HTTPError as error:
+                with error:
+                    detail, parameter = self._error_detail(error)
+                reason = f"HTTP {error.code} {detail}".strip()
+                if error.code not in RETRIED_STATUSES:
+                    problem = Problem(self.address.flag, reason, self.address.fix, self.address.url)
+                    raise RequestRefused(problem, error.code, detail, parameter) from None
+                if wait := _retry_after(error.headers.get("retry-after")):
+                    self._not_before = max(self._not_before, time.monotonic() + wait)
+            except FAILURES as error:
+                reason = str(error) or type(error).__name__
+            except ValueError as error:
+                reason = f"the answer is no JSON object: {error}"
+        tried = f"after {self.address.attempts} attempts" if not self._closing.is_set() else "before the end"
+        raise ServerUnreachable(f"{self.address.url} gave no answer {tried}: {reason}")
+
+    def _request(self, path: str, query: Mapping[str, str], data: bytes | None = None) -> urllib.request.Request:
+        headers = {"user-agent": "dstune"}
+        if data is not None:
+            headers["content-type"] = "application/json"
+        if self.address.key:
+            prefix = "Bearer " if self.address.key_header == "authorization" else ""
+            headers[self.address.key_header] = prefix + self.address.key
+        parameters = urlencode({**query, **self.address.query})
+        url = self.address.url + path + (f"?{parameters}" if parameters else "")
+        return urllib.request.Request(url, data, headers, method="GET" if data is None else "POST")
+
+    def _object(self, request: urllib.request.Request) -> dict[str, Any]:
+        with self._opener.open(request, timeout=self.address.seconds) as response:
+            content = response.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        answer = parse_json(content)
+        if not isinstance(answer, dict):
+            raise ValueError("it is of another type")
+        return answer
+
+    def _error_detail(self, error: urllib.error.HTTPError) -> tuple[str, str]:
+        """Return the message in the body of an HTTP error, shortened and without the key, and the parameter that it names."""
+        try:
+            content = parse_json(error.read(65_536))
+        except (ValueError, *FAILURES):
+            return "", ""
+        message = content.get("error", content) if isinstance(content, dict) else content
+        text, parameter = (
+            (message.get("message", message), message.get("param")) if isinstance(message, dict) else (message, "")
+        )
+        detail = str(text)
+        if self.address.key:
+            detail = detail.replace(self.address.key, "<KEY>")
+        return detail[:300], str(parameter or "")
+
+
+def _begins_at(content_range: str | None, position: int) -> bool:
+    return (content_range or "").startswith(f"bytes {position}-")
+
+
+def _retry_after(value: str | None) -> float:
+    try:
+        return min(max(float(value or 0), 0.0), LONGEST_WAIT)
+    except ValueError:  # a date
+        return 0.0
