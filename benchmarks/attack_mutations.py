@@ -554,6 +554,20 @@ _BY_ATTACK: dict[str, Mutation] = {
     "judged_programs.test_a_judge_that_fails_costs_one_row_its_score": undo(
         "rewards/code.py", "except Exception as error:", "except ArithmeticError as error:"
     ),
+    "forgotten_users.test_a_start_without_the_log_deletes_what_an_earlier_one_logged": undo(
+        "serve/command.py", "if not arguments.log_requests and not folder.is_dir():", "if not arguments.log_requests:"
+    ),
+    "forgotten_users.test_either_name_of_a_user_deletes_the_rows": undo(
+        "serve/gateway/recording.py",
+        "or_(AnswerRow.user == user, AnswerRow.safety_identifier == user)",
+        "AnswerRow.user == user",
+    ),
+    "models_of_others.test_the_file_of_a_model_names_no_kernel_of_a_hub": undo(
+        "core/stored_implementations.py",
+        "if requested is not None and not is_on_this_machine(requested):",
+        "if False:",
+        case="model",
+    ),
     "pictures.test_no_decoder_begins_with_a_bomb": undo(
         "data/images/store.py", "if width * height > MAX_PIXELS:", "if False:", case="12"
     ),

@@ -144,4 +144,10 @@ CODE = (
         "not carried over, and reported",
         "import.test_references_are_not_carried_over",
     ),
+    Attack(
+        "`attn_implementation` or `experts_implementation` of a `config.json` names a repository of kernels",
+        "models",
+        "left out, with a warning, unless transformers itself has it",
+        "models_of_others.test_the_file_of_a_model_names_no_kernel_of_a_hub",
+    ),
 )

@@ -179,4 +179,16 @@ SERVER = (
         "they start when there is space; running ones end well",
         "finetuning_api.test_a_running_job_ends_well_in_a_project_without_space",
     ),
+    Attack(
+        "texts of a deleted user, or past their retention, stay after a start without `--log-requests`",
+        "`dstune serve`, logged requests",
+        "the folder of an earlier start is opened, to delete from it",
+        "forgotten_users.test_a_start_without_the_log_deletes_what_an_earlier_one_logged",
+    ),
+    Attack(
+        "a user is deleted by the other of the two names in a request: `user`, `safety_identifier`",
+        "`dstune serve`, answers and logged requests",
+        "both are recorded",
+        "forgotten_users.test_either_name_of_a_user_deletes_the_rows",
+    ),
 )

@@ -17,6 +17,7 @@ from dstune.config.architectures import mark_encoder_decoder, mark_vision
 from dstune.config.registered import local_path
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError, files_of_others, first_line
+from dstune.core.stored_implementations import without_stored_implementations
 from dstune.core.tokenizers import open_tokenizer
 from dstune.inference.resolve_model import (
     adapted_modules,
@@ -237,7 +238,7 @@ def _architecture(source: dict[str, Any], requested: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     with files_of_others("MODEL", requested.path, "its config.json", "give a hub id or a folder with a config.json"):
-        return AutoConfig.from_pretrained(**source)
+        return without_stored_implementations(AutoConfig.from_pretrained(**source))
 
 
 def _language_model(
@@ -268,7 +269,7 @@ def _language_model(
         "MODEL", requested.path, "its model", "give a folder with config.json and safetensors weights"
     ):
         model, loading = kind.from_pretrained(
-            **source, **options, dtype=dtype, use_safetensors=True, output_loading_info=True
+            **source, **options, config=architecture, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     absent = sorted(loading["missing_keys"])
     if absent:

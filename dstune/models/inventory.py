@@ -30,6 +30,7 @@ from transformers import (
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
+from dstune.core.stored_implementations import without_stored_implementations
 from dstune.models.unreached import count_by_part, find_unreached, is_within, whole_class
 from dstune.planning.adapters import UNADAPTED
 from dstune.planning.architectures.tensors import CLASSIFIER, LANGUAGE_MODEL, TOKEN_CLASSIFIER
@@ -81,7 +82,8 @@ def _config(values: Mapping[str, Any]) -> PretrainedConfig:
     plain = {key: value for key, value in values.items() if key not in ("quantization_config", "auto_map")}
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = without_stored_implementations(loaded)
     return config
 
 

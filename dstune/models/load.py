@@ -34,6 +34,7 @@ from dstune.config.rope import extended_rope, not_rotary, rope_problems
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig, UnreachedParts
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
+from dstune.core.stored_implementations import without_stored_implementations
 from dstune.core.tokenizers import open_tokenizer
 from dstune.models.base_weights import tensor_files
 from dstune.models.corrections import correct_classes, forget_longest_row
@@ -155,7 +156,7 @@ def _architecture(config: ModelConfig) -> PretrainedConfig:
     if problems:
         raise UserError(problems)
     with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):
-        return AutoConfig.from_pretrained(path, **_local_loading_options(config))
+        return without_stored_implementations(AutoConfig.from_pretrained(path, **_local_loading_options(config)))
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:

@@ -145,7 +145,8 @@ class _Opened:
 
         listening = _bind(arguments.host, arguments.port)
         database = open_database(state, arguments.store, create=True)
-        return _Opened(database, Recorder(database, _request_log(arguments, state)), listening)
+        recorder = Recorder(database, _request_log(arguments, state), logs=arguments.log_requests)
+        return _Opened(database, recorder, listening)
 
 
 async def _serve(
@@ -232,18 +233,22 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _request_log(arguments: argparse.Namespace, state: Path) -> Any:
-    if not arguments.log_requests:
+    """Return the log of requests. A start without `--log-requests` opens the one of an earlier start too: its rows are
+    deleted after `--log-days` and with their user all the same. None if there is none."""
+    folder = state / "requests"
+    if not arguments.log_requests and not folder.is_dir():
         return None
     from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
     from dstune.serve.gateway.request_log import RequestLog
 
-    check_personal_data()  # raises if the extra `clean` is missing
+    if arguments.log_requests:
+        check_personal_data()  # raises if the extra `clean` is missing
 
     def redact(text: str) -> str:
         masked = mask(text, find_secrets(text))
         return mask(masked, find_personal_data(masked))
 
-    return RequestLog(state / "requests", redact, arguments.log_days)
+    return RequestLog(folder, redact, arguments.log_days)
 
 
 def first_keys(keys: Keys, state: Path) -> None:

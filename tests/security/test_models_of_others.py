@@ -91,3 +91,37 @@ def test_a_folder_that_is_written_as_one_is_taken(model: Path) -> None:
     assert "./Org/Model" in told[0]
     with pytest.raises(UserError, match=r"\./Org/Model"):
         source.resolve("", "Org/Model", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("part", ["model", "part of it"])
+def test_the_file_of_a_model_names_no_kernel_of_a_hub(part: str, tmp_path: Path) -> None:
+    """transformers downloads "OWNER/NAME" and runs it."""
+    from dstune.config.compose import compose
+    from dstune.models.load import load_config
+
+    values = {"attn_implementation": "someone/kernel", "experts_implementation": "someone/experts"}
+    config: dict[str, object] = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, **values}
+    if part != "model":
+        config = {
+            "model_type": "llava",
+            "text_config": config,
+            "vision_config": {"model_type": "clip_vision_model", **values},
+        }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_config(compose([f"model.path={tmp_path}", "data=chitchat"]).config.model)
+    requested = [
+        one.__dict__.get(f"_{kind}_implementation_internal")
+        for one in (loaded, *(getattr(loaded, name) for name in type(loaded).sub_configs))
+        for kind in ("attn", "experts")
+    ]
+    assert set(requested) == {None}
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_the_file_of_a_model_may_name_what_transformers_has(name: str, tmp_path: Path) -> None:
+    from dstune.config.compose import compose
+    from dstune.models.load import load_config
+
+    config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "attn_implementation": name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(compose([f"model.path={tmp_path}", "data=chitchat"]).config.model)._attn_implementation == name

@@ -11,6 +11,7 @@ from typing import Any
 from dstune import samples
 from dstune.config.augment_schema import AugmentConfig
 from dstune.core.errors import Problem, UserError, first_line
+from dstune.core.stored_implementations import without_stored_implementations
 from dstune.core.tokenizers import open_tokenizer
 from dstune.data.chat.template import ChatTemplate
 
@@ -74,9 +75,9 @@ def _load(path: str) -> tuple[Any, Any]:
 
     local = str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
     try:
-        config = AutoConfig.from_pretrained(local, local_files_only=True)
+        config = without_stored_implementations(AutoConfig.from_pretrained(local, local_files_only=True))
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(local, local_files_only=True)
+        model = kind.from_pretrained(local, config=config, local_files_only=True)
         tokenizer = open_tokenizer(local, where="data.augment.models", local_files_only=True)
     except (OSError, ValueError) as error:
         reason = f"cannot be loaded: {first_line(error)}"

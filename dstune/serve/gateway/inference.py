@@ -79,8 +79,8 @@ class Inference:
 
     async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
         """Answer a request, whose body has been checked."""
-        user = body.get("user") or body.get("safety_identifier")
-        request.end_user = user if isinstance(user, str) else None
+        names = [name for key in ("user", "safety_identifier") if isinstance(name := body.get(key), str) and name]
+        request.end_user, request.safety_identifier, *_ = [*dict.fromkeys(names), None, None]
         async with self.admission.place(request.key, request.receive):
             guarded = None
             if self.guard is not None:

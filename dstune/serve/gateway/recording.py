@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import delete, func, insert, or_, select
 from sqlalchemy.exc import DataError, IntegrityError
 
 from dstune.serve.asgi import ClientGone
@@ -74,8 +74,11 @@ class Record:
 class Recorder:
     """Writes answers to the database in batches, in the background."""
 
-    def __init__(self, database: Database, request_log: RequestLog | None = None):
+    def __init__(self, database: Database, request_log: RequestLog | None = None, *, logs: bool = True):
+        """request_log: the folder with logged requests. logs: False if its rows are only deleted, after their retention or with
+        their user, and no more are added."""
         self._database, self._log = database, request_log
+        self._logs = logs and request_log is not None
         self._rows: list[dict[str, Any]] = []
         self._task: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
@@ -97,7 +100,7 @@ class Recorder:
 
     @contextmanager
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[Record]:
-        record = Record(keeps_text=self._log is not None)
+        record = Record(keeps_text=self._logs)
         status = 500
         try:
             yield record
@@ -116,6 +119,7 @@ class Recorder:
             "model": request.model,
             "version": request.version,
             "user": request.end_user,
+            "safety_identifier": request.safety_identifier,
             "status": status,
             "tokens": record.used,
             "input_tokens": record.input_tokens,
@@ -123,7 +127,7 @@ class Recorder:
             "created": now(),
         }
         self._rows.append(row)
-        if self._log is not None:
+        if self._logs and self._log is not None:
             self._log.add(row, request.path, body, bytes(record.text), request.body_bytes)
 
     async def forget(self, user: str) -> int:
@@ -135,7 +139,7 @@ class Recorder:
         return removed
 
     def _remove(self, user: str) -> int:
-        of_user = AnswerRow.user == user
+        of_user = or_(AnswerRow.user == user, AnswerRow.safety_identifier == user)
         with self._database.writing.begin() as session:
             session.execute(delete(Feedback).where(Feedback.answer.in_(select(AnswerRow.id).where(of_user))))
             # A heavy user has more rows than a statement can list.

@@ -99,6 +99,8 @@ class Request(requests.Request):
         """The name that the client requested, if it stands for several models."""
         self.version = ""
         self.end_user: str | None = None
+        self.safety_identifier: str | None = None
+        """The other name of the user, if the request has both."""
         """The end user that the client names."""
         self.label = "none"
         """Its route's path, for metrics and the log."""

@@ -35,7 +35,7 @@ BYTES = 64 << 20
 MOST_ROWS, MOST_BYTES = 3 * ROWS, 256 << 20
 """Limits of what waits for a disk that cannot be written; older rows are lost then."""
 COLUMNS = (
-    *("id", "response", "created", "key", "user", "user_hash", "model", "version", "route", "status"),
+    *("id", "response", "created", "key", "user", "user_hash", "safety_hash", "model", "version", "route", "status"),
     *("request", "answer"),
 )
 
@@ -122,7 +122,10 @@ class RequestLog:
 
         table = pq.read_table(file)
         if "user_hash" in table.column_names:
-            is_other_user = pc.not_equal(table["user_hash"], self._hash(user))
+            is_other_user = pc.fill_null(pc.not_equal(table["user_hash"], self._hash(user)), True)
+            if "safety_hash" in table.column_names:
+                is_other_name = pc.fill_null(pc.not_equal(table["safety_hash"], self._hash(user)), True)
+                is_other_user = pc.and_(is_other_user, is_other_name)
         else:  # a file without hashes: remove all rows whose masked name is the same
             is_other_user = pc.not_equal(table["user"], self._redact(user))
         remaining = table.filter(pc.fill_null(is_other_user, True))
@@ -156,7 +159,8 @@ class RequestLog:
         columns = {
             name: json.dumps(value, ensure_ascii=False) for name, value in (("request", request), ("answer", answer))
         }
-        return row | {"user": user, "user_hash": row["user"] and self._hash(row["user"])} | columns
+        names = (("user_hash", row["user"]), ("safety_hash", row.get("safety_identifier")))
+        return row | {"user": user} | {column: name and self._hash(name) for column, name in names} | columns
 
     def _redact_but_digests(self, text: str) -> str:
         return text if LOGGED.fullmatch(text) else self._redact(text)

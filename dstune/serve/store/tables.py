@@ -67,6 +67,8 @@ class AnswerRow(Table):
     model: Mapped[str] = mapped_column(String(256))
     version: Mapped[str] = mapped_column(String(128))
     user: Mapped[str | None] = mapped_column(String(256), default=None, index=True)
+    safety_identifier: Mapped[str | None] = mapped_column(String(256), default=None, index=True)
+    """The other name of a user that a request may have; None if `user` is the same."""
     status: Mapped[int] = mapped_column(Integer)
     tokens: Mapped[int] = mapped_column(Integer, default=0)
     """Tokens of the prompt and the answer."""
