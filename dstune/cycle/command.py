@@ -131,7 +131,8 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(status))
         return
     for name, version in status["versions"].items():
-        print(f"{name:<6} {version['status']:<10} from {version['parent'] or version['run']}")
+        deleted = "  holds deleted rows" if version.get("holds_forgotten") else ""
+        print(f"{name:<6} {version['status']:<10} from {version['parent'] or version['run']}{deleted}")
     for alias, shares in status["aliases"].items():
         print(f"{alias}: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
     for line in status["ledger"]:

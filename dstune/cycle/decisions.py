@@ -27,7 +27,10 @@ def summarize(gates: Sequence[GateLine]) -> tuple[str, str]:
         return "passed", passed
     sets = [gate for gate in gates if gate["is_set"]]
     is_shown = any(verdict_of(gate) == PASSED for gate in sets)
-    is_held = any(gate["is_set"] and (_has_enough_rows(gate) or _is_lossy(gate)) for gate in undecided)
+    is_held = any(
+        gate.get("holds", False) or (gate["is_set"] and (_has_enough_rows(gate) or _is_lossy(gate)))
+        for gate in undecided
+    )
     state = "passed" if is_shown and not is_held else "undecided"
     return state, f"{passed}, undecided: {_needs(undecided)}"
 

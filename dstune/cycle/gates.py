@@ -111,7 +111,7 @@ def compare(
     for name in gates.probes:
         probe = PROBES[name]()
         comparisons.append(
-            Comparison(probe.title, _probed(probe, current), _probed(probe, candidate), gates.probe_margin)
+            Comparison(probe.title, _probed(probe, current), _probed(probe, candidate), gates.probe_margin, holds=True)
         )
     for name, rows in prompts.items():
         answers = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))

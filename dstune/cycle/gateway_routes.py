@@ -52,6 +52,7 @@ class AliasRoutes(Routes):
     def attach(self, gateway: Gateway) -> None:
         assert self._aliases is not None
         gateway.inference.resolve_alias = self._aliases.version
+        gateway.metrics.add_collector(DeletedRowsGauge(self._aliases))
 
     async def _list(self, gateway: Gateway, request: Request) -> None:
         assert self._aliases is not None
@@ -89,6 +90,22 @@ class Aliases:
 
         shares = self.read().aliases.get(alias)
         return None if shares is None else chosen_version(shares, served, conversation_name(body))
+
+
+class DeletedRowsGauge:
+    """Exports which versions were trained on rows that were deleted since."""
+
+    def __init__(self, aliases: Aliases):
+        self._aliases = aliases
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        description = "1 if the version was trained on rows that were deleted since"
+        family = GaugeMetricFamily("dstune_version_holds_deleted_rows", description, labels=["version"])
+        for name, version in self._aliases.read().versions.items():
+            family.add_metric([name], float(bool(version.get("holds_forgotten"))))
+        yield family
 
 
 def conversation_name(body: Mapping[str, Any]) -> str:

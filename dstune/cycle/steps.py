@@ -129,7 +129,7 @@ class Cycle:
         if result["rows"] < self.settings.least_rows:
             return "nothing", f"{result['rows']} new rows, fewer than least_rows={self.settings.least_rows}", facts
         if result["tried"]:
-            return "nothing", "the same rows as those of the last candidate, which was refused", facts
+            return "nothing", "the same rows as those of a candidate that was refused or rolled back", facts
         return "trains", f"{result['rows']} new rows from version {result['start']}", facts
 
     def _collect(self) -> dict[str, Any]:
@@ -148,8 +148,9 @@ class Cycle:
             dropped["shares words with rows that are measured"] = len(train) - len(clean)
         save(self._rows_file(self.number), [*clean, *held_out])
         digest = digest_of_row({"rows": sorted(row.digest for row in clean)})
-        refused = [line for line in self.ledger.lines if line["step"] == "register" and line["decision"] == "refused"]
-        tried = bool(refused) and self._collected(refused[-1]["cycle"]).get("digest") == digest
+        # A version that a person rolled back has this status too.
+        refused = [version["cycle"] for version in self.registry.versions.values() if version["status"] == "refused"]
+        tried = any(self._collected(cycle).get("digest") == digest for cycle in refused)
         start = self._start()
         return {
             "rows": len(clean), "held_out": len(held_out), "dropped": dropped, "forgotten": forgotten,

@@ -39,6 +39,8 @@ class Comparison:
     unit: str = SHARES
     is_set: bool = False
     """Whether these are all rows of a set; at least one set has to pass."""
+    holds: bool = False
+    """Whether a loss that is shown holds the candidate even if the rows are too few to decide."""
     keeps_each: bool = False
     """Whether the rows are not a sample: every row that the current version gets right has to stay right."""
 
@@ -60,6 +62,8 @@ class GateResult:
     is_set: bool = False
     rows_needed: int | None = None
     """For an undecided gate: the number of rows with which an equally good candidate would pass; None if no number suffices."""
+    holds: bool = False
+    """Whether the candidate is held although this is no set: it is shown to lose something, at the level `error`."""
 
     @property
     def gain(self) -> float:
@@ -97,7 +101,7 @@ def _decide_sampled(comparison: Comparison, error: float, worse: float, sets: in
         reason = f"undecided on {len(difference)} rows ({reason}): {_need(needed, len(difference))}"
     return GateResult(
         comparison.name, len(difference), float(current.mean()), float(candidate.mean()), low, high, margin, verdict, reason,
-        comparison.is_set, needed,
+        comparison.is_set, needed, comparison.holds and -bounds(-difference, error) < 0,
     )  # fmt: skip
 
 

@@ -176,3 +176,18 @@ def test_a_cycle_starts_from_the_version_alone(tmp_path: Path) -> None:
     assert (config.model.path, config.model.weights.name, config.model.revision) == (str(tmp_path), "pretrained", None)
     assert config.model.rope.type is None and config.model.config_overrides == {}
     assert config.method == compose(words[:5]).config.method
+
+
+def test_a_version_that_was_rolled_back_is_not_trained_again_from_the_same_rows(base: Path) -> None:
+    write_labelled(base / "feedback.jsonl", 50, seed=5)
+    settings = CycleSettings(
+        base / "run", base / "cycle", str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0,
+        gates=Gates(margin=0.2),
+    )  # fmt: skip
+    assert steps.Cycle(settings).run() == "challenges"
+    registry = steps.Cycle(settings).registry
+    registry.roll_back(settings.alias)
+    registry.write()
+    assert steps.Cycle(settings).run() == "nothing"
+    write_labelled(base / "feedback.jsonl", 80, seed=5)
+    assert steps.Cycle(settings).run() == "challenges"

@@ -57,7 +57,7 @@ def test_the_page_says_what_the_ledger_says(tmp_path: Path) -> None:
     text = Page(page.read_text()).text
     assert f"Versions of {ALIAS} current v3 challenger v4 3 cycles" in text
     assert 'validation: topic="<b>"' in text and "<b>" not in page.read_text()
-    assert "read fifty answers" in text and "some were deleted since" in text
+    assert "read fifty answers" in text and "holds deleted rows" in text
     assert text.count("of-the-year.jsonl") >= 2  # the gates' table, and a chart
     empty = write_page(tmp_path, ALIAS)
     assert "Gates" not in empty.read_text()

@@ -12,9 +12,10 @@ import pytest
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.cycle.collect import Contamination, Row, _limited, digest_of_row
+from dstune.cycle.command import _show, _status
 from dstune.cycle.decisions import decide_candidate, summarize
 from dstune.cycle.gates import Gates, Judge, agreements, compare, judge_all, swapped_row
-from dstune.cycle.gateway_routes import Aliases, conversation_name
+from dstune.cycle.gateway_routes import Aliases, DeletedRowsGauge, conversation_name
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.refusals import check_gates, check_task
 from dstune.cycle.registry import Registry, chosen_version
@@ -407,3 +408,26 @@ def test_schedulers_get_files_that_they_take(tmp_path: Path) -> None:
     compile((tmp_path / "cycle" / "dstune_cycle.py").read_text(), "dstune_cycle.py", "exec")
     with pytest.raises(UserError, match="exists already"):
         write_schedule(path, settings, "cron", None)
+
+
+def test_a_probe_that_shows_a_loss_holds_a_candidate_however_few_its_questions(tmp_path: Path) -> None:
+    settings = CycleSettings(tmp_path / "run", tmp_path, "rows.jsonl", auto_promote=AutoPromote())
+    good = [Comparison(name, *changed(1500, 60, 0), 0.02, is_set=True) for name in ("validation", "new rows")]
+    for lost, decision in ((7, "held"), (0, "promoted")):
+        probe = Comparison("refusals", *changed(25, 0, lost), 0.05, holds=True)
+        gates = [vars(result) for result in decide([*good, probe], 0.025, 10)]
+        assert gates[-1]["verdict"] == "undecided"
+        assert decide_candidate(settings, gates, 0.1)[0] == decision
+
+
+def test_a_version_that_was_trained_on_deleted_rows_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = registry(tmp_path)
+    found.versions["v1"]["holds_forgotten"] = True
+    found.write()
+    _show(_status(CycleSettings(tmp_path / "run", tmp_path, "rows.jsonl")), as_json=False)
+    assert "v1     current    from r  holds deleted rows" in capsys.readouterr().out
+    (family,) = DeletedRowsGauge(Aliases(tmp_path)).collect()
+    values = {sample.labels["version"]: sample.value for sample in family.samples}
+    assert values == {"v1": 1.0, "v2": 0.0}
