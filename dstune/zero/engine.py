@@ -18,6 +18,7 @@ from torch import nn
 from dstune.core.distributed import World
 from dstune.protocols import Optimizer
 from dstune.zero import fewer_reads, swap
+from dstune.zero.even_gradients import EvenGradients
 from dstune.zero.fewer_gathers import (
     gather_persistent_together,
     handle_layers_whole,
@@ -167,6 +168,9 @@ class Engine:
         """Whether the first update has been checked to have written all states to the disk."""
         trained_by_name = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._first_gradients = swap.FirstGradients(trained_by_name) if self.swaps else None
+        self._even_gradients: EvenGradients | None = None
+        if optimizer is not None and self.stage in (1, 2) and self._engine.dp_world_size > 1:
+            self._even_gradients = EvenGradients(self._engine.optimizer)
         self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
 
     def _initialize(self, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
@@ -269,6 +273,8 @@ class Engine:
             self._first_gradients = None
         loss_scale, lowest = self._loss_scale()
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
+        if self._even_gradients is not None:
+            self._even_gradients.before_step()
         with _without_overflow_message() if vetoed else nullcontext():
             self._engine.step()
         if scaler:  # a veto is no overflow: it must not lower the loss scale
@@ -346,6 +352,8 @@ class Engine:
     def _require_gradients(self, number: int, required: bool) -> None:
         for name in self._group_names[number]:
             self._parameters[name].requires_grad_(required)
+        if self._even_gradients is not None:
+            self._even_gradients.restart()
 
     @contextmanager
     def _all_trained(self) -> Iterator[None]:

@@ -211,3 +211,24 @@ def test_a_run_that_is_continued_ends_with_the_same_bits(shop: Shop, monkeypatch
     whole, continued = (Weights(store.newest(Path(run))) for run in runs)
     assert set(whole) == set(continued)
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_without_images_has_zeros_for_the_tower(shop: Shop, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each micro-batch is one row, so that a rank often computes one without an image while another has one."""
+    monkeypatch.setenv("DSTUNE_CACHE", str(shop.folder / "cache"))
+    cases = [
+        shop.case(
+            "llava",
+            stage,
+            packed=False,
+            sees=True,
+            ranks=ranks,
+            name="-single",
+            changes=["trainer.micro_batch_size=1", f"zero.reduce_bucket_size={bucket}"],
+        )
+        for stage, bucket in ((0, 10**6), (1, 1000), (2, 10**6), (3, 10**6))
+    ]
+    run_ranks(PROGRAM, ranks, cases)
+    for case in cases:
+        compare(shop.plain("llava", sees=True), Path(case["run_dir"]))
