@@ -7,7 +7,7 @@ from typing import Any
 
 from dstune.cycle.gates import KEY, NEW_ROWS
 from dstune.cycle.settings import CycleSettings
-from dstune.cycle.verdicts import PASSED, UNDECIDED, WORSE, verdict_of
+from dstune.grading.verdicts import PASSED, UNDECIDED, WORSE, verdict_of
 
 REFUSED, HELD, CHALLENGES, PROMOTED = "refused", "held", "challenges", "promoted"
 

@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 
 from dstune.cycle.settings import Gates
-from dstune.cycle.verdicts import PASSED, SHARES, WORSE, Comparison, GateResult, decide, level_of_worse
 from dstune.grading.paired import bootstrap_means
+from dstune.grading.verdicts import (
+    FEWEST,
+    PASSED,
+    SHARES,
+    SLICE_ROWS,
+    WORSE,
+    Comparison,
+    GateResult,
+    decide,
+    level_of_worse,
+)
 from dstune.protocols import PROBES
 from dstune.protocols.probe import Probe, asked
-
-SLICE_ROWS = 20
-"""A slice with fewer rows is not judged."""
-FEWEST = 5
-"""A set with fewer rows is not judged."""
 
 NEW_ROWS = "new rows"
 KEY = "key "

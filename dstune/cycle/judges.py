@@ -12,7 +12,7 @@ import numpy as np
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.schema import ModelConfig, RunConfig
 from dstune.cycle.gates import Judge
-from dstune.cycle.verdicts import LOG_PROBABILITIES
+from dstune.grading.verdicts import LOG_PROBABILITIES
 from dstune.monitor.conversations import asked_texts
 from dstune.protocols import task_of
 

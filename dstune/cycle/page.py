@@ -12,7 +12,7 @@ from dstune.core import files
 from dstune.core.secrets import redact
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
-from dstune.cycle.verdicts import verdict_of
+from dstune.grading.verdicts import verdict_of
 from dstune.report.charts import Chart, Line, draw
 from dstune.report.html import render
 from dstune.report.series import Series

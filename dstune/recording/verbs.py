@@ -1,4 +1,4 @@
-"""`dstune record`."""
+"""`dstune record` and `dstune compare`."""
 
 from __future__ import annotations
 
@@ -11,3 +11,10 @@ class Record(Verb):
     summary = "keep jobs, files, models and answers of a hosted service before it is switched off"
     action = "dstune.recording.command:main"
     other_names = ((("backup", "snapshot"), "`dstune record FOLDER --server URL`"),)
+
+
+@verb
+class Compare(Verb):
+    name = "compare"
+    summary = "whether a new model answers your prompts as well as the old one, from two recordings"
+    action = "dstune.recording.compare:main"

@@ -12,7 +12,7 @@ from dstune.cli import main
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.page import write_page
 from dstune.cycle.registry import Registry
-from dstune.cycle.verdicts import Comparison, decide
+from dstune.grading.verdicts import Comparison, decide
 from tests.support import topics
 from tests.support.boxes import SHOWN, overlaps
 from tests.support.pages import Page

@@ -21,7 +21,7 @@ from dstune.cycle.refusals import check_gates, check_task
 from dstune.cycle.registry import Registry, chosen_version
 from dstune.cycle.schedule import write_schedule
 from dstune.cycle.settings import AutoPromote, CycleSettings, read_settings
-from dstune.cycle.verdicts import LOG_PROBABILITIES, Comparison, decide, rows_needed
+from dstune.grading.verdicts import LOG_PROBABILITIES, Comparison, decide, rows_needed
 
 
 def registry(folder: Path) -> Registry:

@@ -31,7 +31,7 @@ VERBS = {
     "guard": {"guard"},
     "importing": {"import"},
     "monitor": {"monitor"},
-    "recording": {"record"},
+    "recording": {"compare", "record"},
     "synthesize": {"synthesize"},
     "cycle": {"cycle"},
 }

@@ -20,7 +20,7 @@ from dstune.cli import main
 from dstune.cycle import training
 from dstune.cycle.decisions import summarize
 from dstune.cycle.registry import Registry
-from dstune.cycle.verdicts import Comparison, decide
+from dstune.grading.verdicts import Comparison, decide
 from support import warm_start
 from tests.support import topics
 from tests.support.cycling import ARRIVING, CLIENTS, FIRST, TRAINING, Place, Say, read_lines

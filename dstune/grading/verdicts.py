@@ -1,6 +1,6 @@
 """Decide from paired scores whether a candidate is as good within the allowed loss, certainly worse, or neither.
 
-All gates of a cycle share one error budget, `gates.error`:
+All gates of a comparison share one error budget, `error`:
 
 - A gate passes if the candidate is shown to lose less than the margin, at the level `error`. A candidate that loses more in one set
   passes all of them only if the test errs on that set, so passing needs no correction (intersection-union test: Berger 1982).
@@ -20,6 +20,10 @@ from typing import Any
 import numpy as np
 
 PASSED, WORSE, UNDECIDED = "passed", "worse", "undecided"
+SLICE_ROWS = 20
+"""A slice with fewer rows is not judged."""
+FEWEST = 5
+"""A set with fewer rows is not judged."""
 POWER = 0.8
 """Probability that an equally good candidate passes all sets, if each has the number of rows that its gate asks for."""
 
