@@ -108,10 +108,10 @@ def test_a_grid_that_wandb_records_offline(ready, local_curve):
     words = sweep_words("launch.processes=2", "sweep.dir=grid", "optimizer.lr=1e-3,2e-3", "tracking.wandb.mode=offline")
     done = ready.run("train", "-m", *words, "--json", timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = json.loads(done.stdout)["trials"]
-    assert {first["status"], second["status"]} == {"completed"}
-    assert first_difference(exact(ready.folder / first["run"]), local_curve) == ""
-    for trial in (first, second):
+    trials = {trial["values"]["optimizer.lr"]: trial for trial in json.loads(done.stdout)["trials"]}
+    assert {trial["status"] for trial in trials.values()} == {"completed"}
+    assert first_difference(exact(ready.folder / trials[1e-3]["run"]), local_curve) == ""
+    for trial in trials.values():
         [folder] = (ready.folder / trial["run"] / "wandb").glob("offline-run-*")
         assert next(folder.glob("*.wandb")).stat().st_size > 0
 
