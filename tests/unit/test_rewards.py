@@ -281,7 +281,8 @@ class Counts(dstune.Reward):
 class Knows(dstune.Reward):
     name = "knows"
     def __call__(self, prompts, completions, completion_ids, **columns):
-        return [float("A_TOKEN_OF_MINE" in os.environ), float("PLAIN_OF_MINE" in os.environ)]
+        secrets = {"A_TOKEN_OF_MINE", "DSTUNE_TRUST_KEY", "ENGINE_KEY", "HTTPS_PROXY"}
+        return [float(bool(secrets & set(os.environ))), float("PLAIN_OF_MINE" in os.environ)]
 
 @dstune.reward
 def like_trl(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **kwargs):
@@ -305,7 +306,9 @@ def hostile(tmp_path, monkeypatch):
     file = tmp_path / "hostile.py"
     file.write_text(HOSTILE)
     plugins.activate([str(file)])
-    monkeypatch.setenv("A_TOKEN_OF_MINE", "secret")
+    for name in ("A_TOKEN_OF_MINE", "DSTUNE_TRUST_KEY", "ENGINE_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:password@proxy:3128")
     monkeypatch.setenv("PLAIN_OF_MINE", "plain")
     process = RewardProcess(ReinforcementConfig(rewards=[*NAMES, "exact_answer"], reward_seconds=3.0))
     yield lambda name: process(name, ["p", "p"], ["a", "b"], [[1], [2]], {"answer": ["a", "a"]}).scores, process

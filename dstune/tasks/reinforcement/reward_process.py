@@ -20,6 +20,7 @@ from typing import Any
 from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 from dstune.core.registry import Registry
+from dstune.core.secrets import is_secret
 from dstune.grading.sandbox import AT_ONCE
 from dstune.grading.sandbox import START_SECONDS as PROGRAM_START
 from dstune.protocols import ENVIRONMENTS, REWARDS
@@ -145,7 +146,9 @@ class RewardProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,
-            env=child_environment({name: value for name, value in os.environ.items() if not _is_secret(name)}),
+            env=child_environment(
+                {name: value for name, value in os.environ.items() if not _may_be_secret(name, value)}
+            ),
             start_new_session=True,
         )
         self.starts += 1
@@ -220,6 +223,8 @@ def _write(descriptor: int, content: bytes, deadline: float) -> None:
             view = view[os.write(descriptor, view[: 2**16]) :]
 
 
-def _is_secret(name: str) -> bool:
-    """Return whether a variable may hold a secret: rewards run code of many authors on texts of the model."""
-    return any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL"))
+def _may_be_secret(name: str, value: str) -> bool:
+    """Return whether a variable may hold a secret, also where its name only contains such a word: rewards run code of many authors
+    on texts of the model."""
+    words = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
+    return is_secret(name, value) or any(word in name.upper() for word in words)
