@@ -138,6 +138,7 @@ def typed_config(raw: Any, where: str) -> RunConfig:
     """
     config, problems = partly_from_dict(raw, where)
     if problems:
+        problems = [by_method.with_composed_default(problem, raw) for problem in problems]
         from dstune.config.validate import find_problems  # not at the top: showing a configuration does not need it
 
         raise UserError(problems + find_problems(config, {problem.where.split(".", 1)[0] for problem in problems}))
@@ -186,7 +187,7 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
             return [*syntax_problems, problem_of(warning, hydra)]
         problems = syntax_problems + checked.problems
         doubtful = checked.doubtful | {user_overrides.meant_by(problem.where) for problem in syntax_problems}
-        return problems and problems + _further_problems(hydra, checked.good, doubtful)
+        return problems and _with_further_problems(hydra, problems, checked.good, doubtful)
 
     # Hydra would accept some mistakes, so these are looked for first.
     must_check = bool(syntax_problems) or any(user_overrides.hydra_would_take(override) for override in parsed)
@@ -201,16 +202,21 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
     raise UserError(problems)
 
 
-def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]) -> list[Problem]:
-    """Return problems other than wrong names and types, as far as the good overrides show them."""
+def _with_further_problems(
+    hydra: Hydra, problems: list[Problem], good: Sequence[Override], doubtful: set[str]
+) -> list[Problem]:
+    """Return `problems`, and those other than wrong names and types, as far as the good overrides show them."""
     try:
         raw = _plain(compose_dict_config(hydra, [str(override.input_line) for override in good]))
     except Exception:  # a file is wrong too, which is reported once the overrides are right
-        return []
+        return problems
     from dstune.config.validate import find_problems
 
-    config, problems = partly_from_dict(raw, "the composed configuration")
-    return problems + find_problems(config, doubtful | {problem.where.split(".", 1)[0] for problem in problems})
+    config, further = partly_from_dict(raw, "the composed configuration")
+    further += find_problems(config, doubtful | {problem.where.split(".", 1)[0] for problem in further})
+    # The default of a choice that does not exist is not known.
+    known = {section: value for section, value in raw.items() if section not in {problem.where for problem in problems}}
+    return [by_method.with_composed_default(problem, known) for problem in (*problems, *further)]
 
 
 def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:

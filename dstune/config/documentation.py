@@ -32,7 +32,7 @@ from dstune.config.schema import CHOICES
 from dstune.core.errors import Problem, UserError
 from dstune.core.plugin_files import KEY
 from dstune.core.registry import on_change
-from dstune.protocols import METHODS, TASKS
+from dstune.protocols import METHODS, OPTIMIZERS, TASKS
 
 
 class Setting(NamedTuple):
@@ -240,7 +240,8 @@ def _example(key: str) -> str:
 def _default_of(setting: Setting) -> str:
     if setting.key != RATE or BY_METHOD not in _metadata(setting.key, setting.group):
         return setting.default
-    rates = {name: cls.learning_rate for name, cls in METHODS.classes().items()}
+    share = OPTIMIZERS.classes()[setting.group.partition("=")[2].split("|")[0]].rate_share
+    rates = {name: cls.learning_rate * share for name, cls in METHODS.classes().items()}
     by_rate: dict[float, list[str]] = {}
     for name, rate in rates.items():
         by_rate.setdefault(rate, []).append(name)

@@ -263,7 +263,7 @@ def model_words(name: str) -> str:
     if candidates:
         listed = ", ".join(f"model={preset.name} ({preset.path})" for preset in candidates)
         return f"this may be {listed}; {elsewhere}"
-    if relatives := preset_names.family(name):
+    if relatives := preset_names.family(name) or preset_names.nearest_family(name):
         return f"presets of this family: {', '.join(f'model={preset.name}' for preset in relatives)}; {elsewhere}"
     return f"model.path=OWNER/{name} for a model of the hub, model.path=./FOLDER for a folder; `dstune models` lists prepared ones"
 

@@ -60,7 +60,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield (key, (reason, fix)) for every setting that other settings make useless, whether the user gave it or not."""
     data, trainer, zero = config.data, config.trainer, config.zero
     if trainer.max_steps is not None:
-        yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")
+        fix = "leave it out" if data.streaming else "trainer.max_steps=null"
+        yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", fix)
     yield from schedule_of(config.schedule).without_effect()
     for part in ("validation", "test"):
         if file := getattr(data, part):

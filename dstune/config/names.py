@@ -251,6 +251,6 @@ def suggest_key(key: str, valid: Iterable[str]) -> str | None:
     else:
         candidates = valid
     by_last = {name.rsplit(".", 1)[-1]: name for name in candidates}
-    if similar := nearest(last, by_last, 0.6 if candidates is not valid else 0.75):
+    if similar := nearest(last, by_last, 0.6 if candidates is not valid else 0.76):
         return by_last[similar]
     return nearest(plain, valid, cutoff=0.8) if candidates is valid else None

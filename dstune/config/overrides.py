@@ -119,7 +119,7 @@ def _one_value(key: str, value: str) -> str:
     hint = all_keys().get(key)
     if typing.get_origin(hint) in (list, tuple):
         return f"{key}=[{value}]"
-    if hint is str or (hint is not None and is_optional(hint) and str in typing.get_args(hint)):
+    if _takes_any_text(f"{key}={value}"):
         return QUOTED_FIX.format(key=key, value=value)
     return f"`dstune train --multirun` starts them; one of them is {key}={value.split(',')[0]}"
 
@@ -148,7 +148,7 @@ def _grammar_problem(text: str, previous: str) -> Problem:
     key = key.lstrip("+")
     if not equals:
         fix = meaning(text) or ENTRY
-        if "=" in previous and not previous.startswith("~") and text:  # `run.name=my run` without quotes
+        if text and _takes_any_text(previous):  # `run.name=my run` without quotes
             fix = f"{fix}; or, if it belongs to the word before, quote both: {shlex.quote(f'{previous} {text}')}"
         return Problem(text or "''", "expected KEY=VALUE", fix)
     if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
@@ -162,6 +162,13 @@ def _grammar_problem(text: str, previous: str) -> Problem:
     return Problem(
         key, "the value has characters with a meaning in Hydra", QUOTED_FIX.format(key=key, value=value), value
     )
+
+
+def _takes_any_text(setting: str) -> bool:
+    """Return whether `setting` (`KEY=VALUE`) gives a text, which may have spaces."""
+    key, equals, _ = setting.partition("=")
+    hint = all_keys().get(key.lstrip("+"))
+    return bool(equals) and (hint is str or (hint is not None and is_optional(hint) and str in typing.get_args(hint)))
 
 
 def is_group_choice(override: Override, groups: Mapping[str, Sequence[str]]) -> bool:

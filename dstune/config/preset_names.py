@@ -156,6 +156,17 @@ def nearest_preset(name: str) -> Preset | None:
     return by_letters[similar[0]] if similar else None
 
 
+def nearest_family(name: str) -> list[Preset]:
+    """Return the presets of the family whose name is most similar to the first word of a name and has its number, as for `lama3`;
+    empty if there is none."""
+    parts = parts_of(name)
+    families = {preset_parts[0] for preset in presets() if (preset_parts := parts_of(preset.name))}
+    if not parts or parts[0] in families:
+        return []
+    similar = difflib.get_close_matches(parts[0], families, n=1, cutoff=0.75)
+    return family(" ".join((similar[0], *parts[1:]))) if similar else []
+
+
 def _digits(name: str) -> str:
     return re.sub(r"\D", "", name)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+from dstune.config import by_method
 from dstune.config.augment_rules import check_augment
 from dstune.config.cadence import check_cadences
 from dstune.config.callbacks import check_callbacks
@@ -111,7 +112,9 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_tracking,
         lambda view: check_sweep(view, metrics_of_run(view)),
     )
-    problems = [*check_ranges(config), *check_secrets(config)]
+    composed = {section: {"name": getattr(config, section).name} for section in ("optimizer", "method", "task")}
+    in_range = (by_method.with_composed_default(problem, composed) for problem in check_ranges(config))
+    problems = [*in_range, *check_secrets(config)]
     for rule in rules:
         reads, view = watched(config, doubtful)
         problems += [problem for problem in rule(view) if not reads.doubtful_value]

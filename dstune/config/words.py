@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dstune.config.convert import example, typed
-from dstune.config.names import all_keys, sections, suggest_key
+from dstune.config.names import all_keys, choices_with, sections, suggest_key
+from dstune.config.schema import CHOICES
 from dstune.core.errors import Problem
 
 DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".zip")
@@ -18,7 +19,7 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
     after it."""
     choices = packaged_choices()
     if word in all_keys():
-        return example(word)
+        return _example_with_choice(word)
     if word in choices and following and following[0] in choices[word]:
         return f"write {word}={following[0]}"
     for group, names in choices.items():
@@ -39,6 +40,15 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
     if len(path.parts) == 1 and (similar := suggest_key(word, all_keys())):
         return f"did you mean {similar}=VALUE?"
     return None
+
+
+def _example_with_choice(key: str) -> str:
+    """Return an example that sets `key`, with the choice that has it, if not every choice of its section does."""
+    choices, section = choices_with(key), key.partition(".")[0]
+    if len(choices) == len(CHOICES.get(section, {})):
+        return example(key)
+    setting = example(key).removeprefix("for example ").removesuffix(" (the default)")
+    return f"for example {choices[0]} {setting}"
 
 
 def packaged_choices() -> dict[str, list[str]]:

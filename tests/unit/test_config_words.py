@@ -156,3 +156,45 @@ def test_arguments_of_a_verb(words: list[str], problem: Problem):
     with pytest.raises(UserError) as caught:
         parser.parse_args(words)
     assert caught.value.problems == [problem]
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["method=lora"], "optimizer.lr=0.0002 (the default)"),
+        (["optimizer=lion"], "optimizer.lr=2e-06 (the default)"),
+        (["optimizer=lion", "method=lora"], "optimizer.lr=2e-05 (the default)"),
+        (["optimizer=sgd"], "optimizer.lr=0.001 (the default)"),
+        (["method=loar"], "leave it out, and optimizer.lr is the default of the method"),
+    ],
+)
+def test_a_default_in_a_fix_is_what_composing_gives(words: list[str], fix: str):
+    with pytest.raises(UserError) as caught:
+        compose(["data.train=x.jsonl", "optimizer.lr=fast", *words])
+    assert fix in {problem.fix for problem in caught.value.problems if problem.where == "optimizer.lr"}
+    if fix.startswith("optimizer.lr="):
+        rate = float(fix.split("=")[1].split()[0])
+        assert compose(["data.train=x.jsonl", *words]).config.optimizer.lr == rate
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["data=chitchat", "method.dora"], "for example method=lora method.dora=false"),
+        (["data=chitchat", "text"], "for example trainer.max_steps=100"),
+        (
+            ["run.name=my", "own"],
+            "for example trainer.max_steps=100; or, if it belongs to the word before, quote both: 'run.name=my own'",
+        ),
+    ],
+)
+def test_a_bare_word_gets_a_fix_that_is_accepted(words: list[str], fix: str):
+    [problem] = parse(words)[1]
+    assert problem.fix == fix
+
+
+@pytest.mark.parametrize(("name", "preset"), [("lama3", "model=llama3_8b"), ("gwen3", "model=qwen3_8b")])
+def test_a_misspelt_family_leads_to_its_presets(name: str, preset: str):
+    with pytest.raises(UserError) as caught:
+        compose(["data=chitchat", f"model={name}"])
+    assert preset in caught.value.problems[0].fix
