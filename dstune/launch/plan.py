@@ -359,7 +359,7 @@ def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Se
         *_stored(config),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
         "",
-        *_verdict(estimate, words),
+        *_verdict(estimate, words, config),
         *_compared(estimate),
         "",
         f"as configured ({_configured(estimate)}):",
@@ -405,7 +405,7 @@ def _stored(config: RunConfig) -> list[str]:
     return [description] if description else []
 
 
-def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
+def _verdict(estimate: Planned, words: Sequence[str] | None, config: RunConfig) -> list[str]:
     """Return whether the run fits, what it needs, and the recommended command."""
     best = estimate.plan.recommended
     if best is None:
@@ -419,15 +419,42 @@ def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
         condition = f", if each node has {host:.0f} GiB of memory for it (hardware.host_gib=)"
     time = f"a step of {best.time.seconds:.2f} s, {best.time.tokens_per_second:,.0f} tokens/s"
     overrides = [f"{key}={_value(value)}" for key, value in best.overrides(estimate.setup).items()]
-    lines = [
-        f"yes{condition}: {best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}",
-        f"recommended: {' '.join(overrides) or 'as configured'}",
-    ]
+    fits = f"{best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}"
+    as_recommended = f"yes, as recommended{condition}: {fits}"
+    verdict = [_configured_verdict(estimate), as_recommended] if overrides else [f"yes{condition}: {fits}"]
+    lines = [*verdict, f"recommended: {' '.join(overrides) or 'as configured'}"]
     if words is not None:
         changed = {key_of(word) for word in overrides}
         command = ["dstune", "train", *(word for word in words if key_of(word) not in changed), *overrides]
-        lines.append(f"  {shlex.join(command)}")
+        refused = _set_by_file(command[2:], config) if overrides else []
+        first = f'with "auto" in {config.zero.path} for what sets {" and ".join(refused)}: ' if refused else ""
+        lines.append(f"  {first}{shlex.join(command)}")
     return lines
+
+
+def _set_by_file(words: Sequence[str], config: RunConfig) -> list[str]:
+    """Return the keys of the words that the file `zero.path` sets to another value, for which they would be refused."""
+    if config.zero.path is None:
+        return []
+    flags = hydra_flags(list(words))
+    try:
+        compose(flags.overrides, flags.config_dirs)
+    except UserError as error:
+        return [problem.where for problem in error.problems if problem.where in map(key_of, words)]
+    return []
+
+
+def _configured_verdict(estimate: Planned) -> str:
+    """Return whether the run fits as configured."""
+    choice, cluster = estimate.plan.configured, estimate.cluster
+    if choice.fits:
+        time = f"a step of {choice.time.seconds:.2f} s, {choice.time.tokens_per_second:,.0f} tokens/s"
+        return f"yes, as configured: {choice.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank; {time}"
+    if choice.memory_gib > cluster.device.memory_gib or cluster.host_gib is None:
+        takes = f"{choice.memory_gib:.1f} GiB a rank, there are {cluster.device.memory_gib:.1f}"
+    else:
+        takes = f"{_node_gib(choice):.0f} GiB of the memory of each node, there are {cluster.host_gib:.0f}"
+    return f"no, not as configured: it takes {takes}"
 
 
 def _node_gib(choice: Choice) -> float:
@@ -443,7 +470,8 @@ def _compared(estimate: Planned) -> list[str]:
     for method, other in estimate.others.items():
         best = other.plan.recommended
         choice = best or min(other.plan.choices, key=lambda choice: choice.memory_gib)
-        how = ", ".join(filter(None, [choice.zero, _offload(choice, other).removeprefix("none").lstrip("+")]))
+        rows = f"micro-batch {choice.setup.micro_batch_size}"
+        how = ", ".join(filter(None, [choice.zero, _offload(choice, other).removeprefix("none").lstrip("+"), rows]))
         lines.append(
             f"{method:<9}{'yes' if best else 'no':<6}{choice.memory_gib:>11.1f}{_node_gib(choice):>15.0f}"
             f"{choice.time.seconds:>9.2f} s{choice.time.tokens_per_second:>12,.0f}  {how}"
@@ -499,7 +527,10 @@ def _columns(estimate: Planned, price: float | None, config: RunConfig) -> list[
     share = max(1, -(-estimate.setup.global_batch_size // estimate.setup.groups))
     host = ["on the host: GiB of its memory that a rank takes;"] if _hosted(estimate) else []
     return [
-        f"micro-batch: most rows of a pass that fit, of the {share} that trainer.global_batch_size leaves a rank;",
+        (
+            f"micro-batch: rows of a pass, as fast as any that fit of the {share} that trainer.global_batch_size leaves a "
+            "rank: the configured ones, or the fewest;"
+        ),
         *host,
         f"step, tokens/s: an optimizer step, over all ranks; sent a step: by each rank; {time}{cost}",
     ]

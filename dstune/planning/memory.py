@@ -150,7 +150,7 @@ def _all(s: Setup) -> tuple:
 
 
 def _weights(s: Setup) -> int:
-    frozen, trained = (s.frozen + s.unreached) * s.frozen_bits // 8, s.trained_count * s.weight_bytes
+    frozen, trained = s.frozen_bytes, s.trained_count * s.weight_bytes
     if s.stage < 3:
         return frozen + trained
     if s.offload_param and s.on_gpu:

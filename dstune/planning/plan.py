@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from dstune.config.schema import Selective
 from dstune.planning.hardware import GIB, Cluster
@@ -30,6 +31,10 @@ GPU the prediction itself contains a margin."""
 ROOMY = 0.9
 """A choice that takes at most this share of a device's memory is preferred to an equally fast one that takes more, since a plan can
 be wrong by up to a tenth."""
+
+
+SAME_SPEED = 0.01
+"""Choices whose times differ by at most this share are equally fast: then the one that takes less memory is better."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,19 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     def choice(setup: Setup, zero: str, offload: str) -> Choice:
         return _choice(setup, cluster, speeds, zero, offload)
 
+    def fastest(setup: Setup, zero: str, offload: str) -> Choice:
+        """Return the choice with the smallest micro-batch that is about as fast as the fastest one that fits; with the configured
+        one if that is as fast and leaves memory free."""
+        sizes = (choice(replace(setup, micro_batch_size=size), zero, offload) for size in _sizes(setup))
+        fitting = list(takewhile(lambda tried: tried.fits, sizes))
+        if not fitting:
+            return choice(replace(setup, micro_batch_size=1), zero, offload)
+        enough = (1 + SAME_SPEED) * min(tried.time.seconds for tried in fitting)
+        equal = [tried for tried in fitting if tried.time.seconds <= enough]
+        kept = (tried for tried in equal if tried.setup.micro_batch_size == setup.micro_batch_size)
+        as_is = next((tried for tried in kept if tried.memory_gib <= ROOMY * cluster.device.memory_gib), None)
+        return as_is or equal[0]
+
     def largest(setup: Setup, zero: str, offload: str) -> Choice:
         """Return the choice with the largest micro-batch that fits; with one row if none fits."""
         best = choice(replace(setup, micro_batch_size=1), zero, offload)
@@ -102,7 +120,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
         for zero, offload in CANDIDATES:
             setup = variant(replace(configured, checkpointing=checkpointing), zero, offload)
             if setup is not None:
-                yield largest(setup, zero, offload)
+                yield (largest if any_rows else fastest)(setup, zero, offload)
 
     as_configured = (largest if any_rows else choice)(configured, f"stage{configured.stage}", _offload(configured))
     choices = list(variants(configured.checkpointing))
@@ -143,10 +161,10 @@ def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str,
 
 def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
     """Return the fastest choice that fits; None if none does. Among choices of about the same speed, one without offloading wins,
-    then one that leaves memory free (`ROOMY`)."""
+    then one that leaves memory free (`ROOMY`). More memory is only taken for more speed (`SAME_SPEED`)."""
     fitting = [row for row in choices if row.fits]
     roomy_gib = ROOMY * cluster.device.memory_gib
-    return min(
+    best = min(
         fitting,
         key=lambda row: (
             round(row.time.seconds / _fastest(fitting), 1),
@@ -157,6 +175,16 @@ def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
         ),
         default=None,
     )
+    if best is None:
+        return None
+    equal = [
+        row
+        for row in fitting
+        if row.time.seconds <= (1 + SAME_SPEED) * best.time.seconds
+        and row.setup.stage <= best.setup.stage
+        and row.offload in ("none", best.offload)
+    ]
+    return min(equal, key=lambda row: (row.memory_gib, row.time.seconds))
 
 
 def _offload(setup: Setup) -> str:
@@ -186,7 +214,7 @@ def _fastest(rows: list[Choice]) -> float:
 def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
     """Return `setup` with the stage `zero` and offloading `offload` of `CANDIDATES`; None if it cannot be trained that way."""
     stage = int(zero.removeprefix("stage"))
-    if stage == 3 and setup.frozen_bits == 4:
+    if stage == 3 and setup.rounded:
         return None  # zero.Init does not support quantized weights
     if offload != "none" and not setup.on_gpu:
         return None  # offloading saves nothing on a CPU
@@ -194,7 +222,7 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
         return None  # not supported if ranks share weights
     # In bf16, DeepSpeed's stage 0 makes an optimizer step without gradients at initialization, so stage 0 uses fp32.
     weight_bytes = 4 if stage == 0 else setup.weight_bytes
-    frozen_bits = 8 * weight_bytes if setup.frozen_bits > 4 else setup.frozen_bits
+    frozen_bits = setup.frozen_bits if setup.rounded else 8 * weight_bytes
     return replace(
         setup,
         stage=stage,

@@ -30,6 +30,10 @@ from dstune.protocols.task_options import TrainsOnRollouts
 CLASSES_UNKNOWN = 2
 """Number of classes assumed if the labels are only found in the rows: a head of a few thousand weights."""
 
+SCALE_BITS_OF_64 = 9
+"""Bits for the scale of 64 rounded weights: 8 with double quantization, and 32 for each 256 scales (Dettmers et al. 2023,
+arXiv:2305.14314, section 3), rounded up."""
+
 PADDING = 8
 """Rows without packing are padded to a multiple of this."""
 
@@ -63,7 +67,7 @@ class Setup:
     weight_bytes: int
     """Bytes of a weight in the model: 2 or 4."""
     frozen_bits: int
-    """Bits of a frozen weight: 4 for QLoRA, otherwise as many as a trained one."""
+    """Bits of a frozen weight that the method rounds: 4 for QLoRA, otherwise as many as a trained one."""
     moments: int
     """Optimizer tensors per weight, in addition to the fp32 weight: 2 for Adam."""
     state_bytes: float
@@ -108,6 +112,9 @@ class Setup:
     rows."""
     written: int = 0
     """Maximum tokens of each such text; 0 if the model writes none."""
+    rounded: int = 0
+    """Number of frozen weights that the method rounds to `frozen_bits`: those of linear layers in blocks. The other frozen
+    weights (embeddings, norms, the projection to the vocabulary) are stored like trained ones."""
     own_sums: bool = False
     """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
     held: tuple[HeldModel, ...] = ()
@@ -132,6 +139,12 @@ class Setup:
     @property
     def trained_count(self) -> int:
         return sum(tensor.count for tensor in self.trained)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of all frozen weights, those that text never reaches included."""
+        whole = (self.frozen + self.unreached - self.rounded) * self.weight_bytes
+        return whole + (self.rounded * self.frozen_bits + self.rounded * SCALE_BITS_OF_64 // 64) // 8
 
     @property
     def total(self) -> int:
@@ -239,8 +252,15 @@ def setup(
         slices=slices,
         answers=_answers_per_row(config),
         written=_written(config),
+        rounded=_rounded(model, trained) if isinstance(method, QuantizesWeights) else 0,
         own_sums=weight_bytes == 2 and zero.gradient_dtype is GradientDtype.model,
     )
+
+
+def _rounded(model: Architecture, trained: Sequence[Tensor]) -> int:
+    """Return how many frozen weights a method rounds that rounds the linear layers of blocks."""
+    names = {tensor.name for tensor in trained}
+    return sum(t.count for t in model.tensors if t.linear and t.layer is not None and t.name not in names)
 
 
 def _state_bytes(config: RunConfig, trained: Sequence[Tensor]) -> float:

@@ -102,7 +102,7 @@ def communication(s: Setup) -> int:
         return int(3 * around * trained * p) + exchanged
     if s.stage == 2:  # each micro-batch is all-reduced in buckets; weights are gathered after the update
         return int((2 * s.micro_batches + 1) * around * trained * p) + exchanged
-    weights = s.frozen * s.frozen_bits // 8 + trained * p
+    weights = s.frozen_bytes + trained * p
     return int(s.micro_batches * around * (2 * weights + trained * p)) + exchanged
 
 
@@ -169,6 +169,10 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     share_of_step = s.trained_count / (1 if s.stage == 0 else s.ranks)
     exposed += inside / speed.link
     optimizer = share_of_step / speed.weights
+    if s.rounded:  # each pass reads the rounded weights, writes them in full and reads these
+        passes = 3 if s.checkpointing is True else 2
+        moved = s.rounded * (s.frozen_bits / 8 + 2 * s.weight_bytes)
+        compute += count * passes * moved / (speed.saved * TRAFFIC_PER_SAVED_BYTE)
     of_images, moved_by_images = _of_images(s)
     compute += count * of_images / speed.flops
     kept_bytes += moved_by_images

@@ -261,13 +261,15 @@ def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
 def test_a_plan_says_first_whether_and_how(capsys: pytest.CaptureFixture[str]):
     words = ["model=llama3_70b", "method=full", "data.max_length=2048", "zero.offload_optimizer=none"]
     lines = lines_of(capsys, *words, "hardware=8xH100-80G")
+    assert re.match(r"no, not as configured: it takes [\d.]+ GiB a rank, there are 79.2", lines[3])
     assert re.match(
-        r"yes, if each node has \d+ GiB of memory for it \(hardware.host_gib=\): [\d.]+ of 79.2 GiB", lines[3]
+        r"yes, as recommended, if each node has \d+ GiB of memory for it \(hardware.host_gib=\): [\d.]+ of 79.2 GiB",
+        lines[4],
     )
-    recommended = lines[4].removeprefix("recommended: ").split()
+    recommended = lines[5].removeprefix("recommended: ").split()
     kept = [word for word in words if word != "zero.offload_optimizer=none"]
-    assert lines[5].split() == ["dstune", "train", *kept, *recommended], "what is recommended replaces what was given"
-    table = {line.split()[0]: line.split() for line in lines[7:12] if line}
+    assert lines[6].split() == ["dstune", "train", *kept, *recommended], "what is recommended replaces what was given"
+    table = {line.split()[0]: line.split() for line in lines[8:13] if line}
     assert [table[name][1] for name in ("full", "lora", "qlora")] == ["yes", "yes", "yes"]
     assert float(table["full"][3]) > 500 > float(table["lora"][2])
 
@@ -318,3 +320,40 @@ def test_every_experiment_for_a_gpu_says_what_it_is_planned_to_take():
     named = [file.stem for file in EXPERIMENTS if re.search(r"(24gb|80gb|gpus?|nodes|offload)$", file.stem)]
     assert len(named) >= 13
     assert [name for name in named if not PLANNED.search((EXPERIMENTS[0].parent / f"{name}.yaml").read_text())] == []
+
+
+def test_qlora_counts_embeddings_and_head_whole(capsys: pytest.CaptureFixture[str]):
+    words = ["model=llama3_8b", "method=qlora", "zero=stage1", "hardware=H100-80G", "trainer.micro_batch_size=1"]
+    found = plan_json(capsys, *words)["configured"]["parts_gib"]
+    tables = 2 * 128256 * 4096 * 2
+    rounded = (8_030_261_248 - tables // 2) / 2
+    assert (tables + rounded) / 2**30 < found["weights"] < 1.1 * (tables + rounded) / 2**30
+
+
+def test_qlora_pays_for_dequantizing(capsys: pytest.CaptureFixture[str]):
+    words = ["model=llama3_8b", "zero=stage1", "hardware=H100-80G", "trainer.micro_batch_size=1"]
+    seconds = [plan_json(capsys, *words, f"method={name}")["configured"]["step_seconds"] for name in ("lora", "qlora")]
+    assert 1.05 < seconds[1] / seconds[0] < 2
+
+
+def test_the_first_line_answers_for_the_configured_run(capsys: pytest.CaptureFixture[str]):
+    lines = lines_of(capsys, "model=llama3_8b", "method=lora", "hardware=24G", "trainer.micro_batch_size=8")
+    assert lines[3].startswith("no, not as configured")
+    assert lines[4].startswith("yes, as recommended")
+
+
+@pytest.mark.parametrize("words", [["method=lora", "hardware=H100-80G"], ["method=full", "hardware=8xH100-80G"]])
+def test_no_more_memory_is_recommended_for_the_same_speed(capsys: pytest.CaptureFixture[str], words: list[str]):
+    found = plan_json(capsys, "model=llama3_8b", "zero=stage3", "data.max_length=2048", *words)
+    changed = found["recommended"]
+    stage = f"stage{changed.get('zero.stage', 3)}"
+    [best] = [row for row in found["choices"] if (row["zero"], row["offload"]) == (stage, "none")]
+    as_fast = [
+        row
+        for row in found["choices"]
+        if row["fits"]
+        and row["offload"] == "none"
+        and row["zero"] <= best["zero"]  # a higher stage is no simpler run
+        and row["step_seconds"] <= best["step_seconds"]
+    ]
+    assert best["memory_gib_per_rank"] <= min(row["memory_gib_per_rank"] for row in as_fast)
