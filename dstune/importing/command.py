@@ -111,5 +111,5 @@ def report(experiment: Experiment, output: Path | None) -> str:
             lines.append("put it into a folder named experiment, so that --config-dir finds it")
         else:
             command = shlex.join(["dstune", "train", "--config-dir", str(folder), f"experiment={output.stem}"])
-            lines.append(f"next: {command}")
+            lines.append(f"then: {command}" if experiment.problems else f"next: {command}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -24,7 +25,7 @@ from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.core.text import one_line
 from dstune.data import sources
-from dstune.data.formats import check_task, column_of, recognise
+from dstune.data.formats import check_task, column_of, columns_read, recognise
 from dstune.data.images.places import COLUMN
 from dstune.data.rows import RowError, normalise
 from dstune.launch import machine
@@ -65,6 +66,10 @@ class Rows:
     """Characters of the longest of these rows."""
     usual: int
     """Characters that 99% of these rows do not exceed."""
+    places: Sequence[str] = ()
+    """`FILE:LINE` of each of `fields`."""
+    unreadable: Sequence[str] = ()
+    """`FILE:LINE: reason` of the first rows that cannot be read."""
 
 
 @dataclass
@@ -161,7 +166,9 @@ def read_rows(data: str) -> Rows:
     lengths = sorted(_count_characters(row) for row in fields)
     place = next(row.place for row in raw_rows if row.fields is not None)
     total = len(raw_rows) if len(raw_rows) < READ_ROWS else sum(map(sources.count, data_files))
-    return Rows(total, place, fields, lengths[-1], lengths[(len(lengths) - 1) * 99 // 100])
+    places = [row.place for row in raw_rows if row.fields is not None]
+    unreadable = [f"{row.place}: {row.error}" for row in raw_rows if row.fields is None]
+    return Rows(total, place, fields, lengths[-1], lengths[(len(lengths) - 1) * 99 // 100], places, unreadable)
 
 
 def _count_characters(value: Any) -> int:
@@ -183,6 +190,11 @@ def recognise_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
         for name, row_format in ROW_FORMATS.classes().items()
         if not row_format.only_named and _has_required_columns(row_format().expand(rows.fields[0]), row_format, mapping)
     ]
+    fullest = max((len(row_format.required) for _, row_format in fitting_formats), default=0)
+    # A prompt alone would leave its answer unread.
+    if fullest < 2 and not mapping and (pair := _usual_pair(rows, columns)):
+        yield from pair
+        return
     if fitting_formats:
         # The format with the most columns counts: a prompt, an answer and a label are feedback, not a conversation.
         name, row_format = max(fitting_formats, key=lambda entry: len(entry[1].required))
@@ -194,6 +206,33 @@ def recognise_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
             yield from _label_settings(rows, column_of(row_format, "label", mapping, columns))
         return
     yield from _guess_task(rows, columns)
+
+
+QUESTIONS = ("question", "instruction", "prompt", "query", "problem", "input", "user")
+ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "assistant")
+PAIRS: tuple[tuple[str, tuple[str, str], tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        "seq2seq",
+        ("source", "target"),
+        ("text", "document", "article", "dialogue"),
+        ("summary", "highlights", "abstract"),
+    ),
+    ("embedding", ("anchor", "positive"), ("query", "question"), ("passage", "document", "positive_passage")),
+    ("chat", ("prompt", "completion"), QUESTIONS, ANSWERS),
+)
+"""Tasks by the usual names of two columns with text: the task, the roles, and the names of each."""
+
+
+def _usual_pair(rows: Rows, columns: list[str]) -> list[Line]:
+    """Return the task of two columns with usual names, and `data.columns` for it; empty if no two columns have them."""
+    names = {column.lower(): column for column in columns if isinstance(rows.fields[0].get(column), str)}
+    for task, roles, first_names, second_names in PAIRS:
+        first = next((names[name] for name in first_names if name in names), None)
+        second = next((names[name] for name in second_names if name in names), None)
+        if first is not None and second is not None:
+            comment = f"{first!r} and {second!r}; the columns are {', '.join(columns)}"
+            return [Line("task", task, comment), Line("data.columns", dict(zip(roles, (first, second), strict=True)))]
+    return []
 
 
 def _has_required_columns(columns: Any, row_format: Any, mapping: Mapping[str, str]) -> bool:
@@ -296,12 +335,16 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
 def normalise_first_row(config: RunConfig, rows: Rows) -> Mapping[str, Any]:
     """Return the first row as the task reads it. Raises UserError if the task cannot read it."""
     row = rows.fields[0]
-    format_name = recognise(row, config.data.columns, config.data.format, config.task, rows.place)
+    format_name = _format_of(row, config, rows.place)
     check_task(format_name, row, config.data.columns, config.data.format, config.task, rows.place)
     try:
         return normalise(row, format_name, config.data.columns, config.task)
     except RowError as error:
         raise UserError(Problem(rows.place, str(error), "fix the row, or add data.on_bad_row=skip")) from None
+
+
+def _format_of(row: Mapping[str, Any], config: RunConfig, place: str) -> str:
+    return recognise(row, config.data.columns, config.data.format, config.task, place)
 
 
 def _add_lengths(starter: Starter, config: RunConfig, rows: Rows, cluster: Cluster) -> None:
@@ -407,6 +450,39 @@ def _line(name: str, line: Line) -> str:
     return f"{name}: {value}" + (f"  # {one_line(line.comment)}" if line.comment else "")
 
 
+MOST_OF_ONE_LABEL = 0.9
+"""Share of the rows with the same label above which a classifier may learn to say nothing else."""
+
+
+def remarks(rows: Rows, config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the first rows, or left out of them, for the task: bad rows, columns that it does not read, missing
+    labels, and one label that most rows have."""
+    row_format = ROW_FORMATS[_format_of(rows.fields[0], config, rows.place)]
+    bad = list(rows.unreadable)
+    for row, place in zip(rows.fields, rows.places, strict=True):
+        try:
+            normalise(row, row_format.name, config.data.columns, config.task)
+        except RowError as error:
+            bad.append(f"{place}: {error}")
+    first_rows = f"the first {len(rows.fields) + len(rows.unreadable):,}"
+    if bad:
+        yield f"{len(bad):,} of {first_rows} rows cannot be read; {bad[0]} (data.on_bad_row=skip leaves them out)"
+    columns = list(dict.fromkeys(column for row in rows.fields for column in row))
+    unread = [column for column in columns if column not in columns_read(row_format, config.data.columns, columns)]
+    if unread and not row_format.keeps_columns:
+        yield f"not read: {', '.join(unread)}"
+    if "label" in row_format.required:
+        column = column_of(row_format, "label", config.data.columns, columns)
+        labels = [
+            label for row in rows.fields if isinstance(label := row.get(column), (str, int, bool)) and label != ""
+        ]
+        missing = sum(row.get(column) in (None, "", []) for row in rows.fields)
+        if missing:
+            yield f"{missing:,} of {first_rows} rows have no {column}"
+        if len(labels) > 1 and (most := Counter(labels).most_common(1)[0])[1] > MOST_OF_ONE_LABEL * len(labels):
+            yield f"{most[1]:,} of {len(labels):,} rows have {column} {most[0]!r}: see task.balanced, and judge by f1 or mcc"
+
+
 def summary(starter: Starter, rows: Rows, config: RunConfig, output: Path) -> str:
     """Return what the command prints: the choices that it made, and the commands to run next."""
     choices = [f"{key}={starter.value(key)}" for key in ("task", "model", "model.path", "method") if starter.value(key)]
@@ -414,6 +490,7 @@ def summary(starter: Starter, rows: Rows, config: RunConfig, output: Path) -> st
     return "\n".join(
         [
             f"wrote {output}: {', '.join(choices)}, {rows.count:,} rows",
+            *(f"  {remark}" for remark in remarks(rows, config)),
             "",
             f"  dstune data show {file}   # the rows as the model sees them",
             f"  dstune plan {file}        # memory and time",

@@ -51,6 +51,11 @@ ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [{"customer": f"my order {i} is late", "agent": f"we look into order {i} at once"} for i in range(30)],
         {"task.name": "chat", "data.columns": {"prompt": "customer", "completion": "agent"}},
     ),
+    "question and answer": ([{"question": "How are you?", "answer": "I am well."}], {"task.name": "chat"}),
+    "instruction and response": ([{"instruction": "Add 1 and 1", "response": "2"}], {"task.name": "chat"}),
+    "query and passage": ([{"query": "who is Ada", "passage": "Ada was a mathematician"}], {"task.name": "embedding"}),
+    "text and summary": ([{"text": "a long story", "summary": "a story"}], {"task.name": "seq2seq"}),
+    "article and highlights": ([{"article": "a long story", "highlights": "a story"}], {"task.name": "seq2seq"}),
 }  # fmt: skip
 
 
@@ -221,3 +226,16 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         check(["init", "--help"])
     assert "init plugin KIND" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_the_rows_is_said(folder: Path, capsys):
+    rows = [{"text": f"film {i}", "label": "good" if i % 20 else "bad", "year": 1990} for i in range(40)]
+    file = write_rows([*rows, {"text": "film", "label": None, "year": 1990}, {"text": 3, "label": "good", "year": 1}])
+    with Path(file).open("a") as stream:
+        stream.write("{not json\n")
+    assert main([file]) == 0
+    out = capsys.readouterr().out
+    assert "cannot be read; rows.jsonl:" in out
+    assert "not read: year" in out
+    assert "rows have no label" in out
+    assert "rows have label 'good'" in out
