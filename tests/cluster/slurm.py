@@ -1,5 +1,5 @@
 """SLURM's real daemons on the machines of `machines.py`: slurmctld on `head`, a slurmd on each node with two GPUs that
-are none (devices like /dev/null). No systemd, no cgroups, no accounting.
+are none (devices like /dev/null), and two more on `head` (`TWINS`). No systemd, no cgroups, no accounting.
 
 Needs Debian's slurmctld, slurmd, slurm-client, munge.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 from cluster.machines import Machines
 
 PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+TWINS = ("twin1", "twin2")
+"""Two nodes of SLURM on one host, which see each other's processes, in the partition `twins`."""
 CONFIGURATION = """\
 ClusterName=cluster
 SlurmctldHost=head(10.77.0.100)
@@ -84,7 +86,7 @@ class Slurm:
             self._write_files()
             self._start_munge()
             self._daemon("slurmctld", "head", "slurmctld", "-D", "-f", self.env["SLURM_CONF"])
-            for name in self.nodes:
+            for name in (*self.nodes, *TWINS):
                 self.start_node(name)
             self.wait_until_ready()
         except BaseException:
@@ -105,7 +107,7 @@ class Slurm:
     def start_node(self, name: str) -> None:
         """Start a node's daemon, again after its machine was killed."""
         (self.root / f"spool.{name}").mkdir(exist_ok=True)
-        self._daemon(name, name, "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", name)
+        self._daemon(name, "head" if name in TWINS else name, "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", name)
 
     def call(self, *words: str) -> str:
         """The output of one of SLURM's commands on the head."""
@@ -115,7 +117,7 @@ class Slurm:
         deadline = time.monotonic() + 30
         while True:
             states = dict(line.split() for line in self.call("sinfo", "-h", "-N", "-o", "%N %t").splitlines())
-            if all(states.get(name) in ("idle", "alloc", "mix", "comp") for name in self.nodes):
+            if all(states.get(name) in ("idle", "alloc", "mix", "comp") for name in (*self.nodes, *TWINS)):
                 return
             assert time.monotonic() < deadline, f"SLURM is not ready: {states}; see {self.root}/log"
             time.sleep(0.1)
@@ -156,12 +158,15 @@ class Slurm:
         for number in (0, 1):
             os.mknod(self.root / "dev" / f"nvidia{number}", 0o20666, os.makedev(1, 3))
         lines = [CONFIGURATION.format(root=self.root, munge=self._munge)]
-        for name in self.nodes:
-            address = self.machines.address(name)
-            shape = "CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2"
-            lines.append(f"NodeName={name} NodeAddr={address} Port=17001 {shape} State=UNKNOWN\n")
-        lines.append("PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n")
-        devices = f"AutoDetect=off\nNodeName={','.join(self.nodes)} Name=gpu File={self.root}/dev/nvidia[0-1]\n"
+        shape = "CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2"
+        hosts = {name: name for name in self.nodes} | dict.fromkeys(TWINS, "head")
+        for port, (name, host) in enumerate(hosts.items(), start=17001):
+            address = f"NodeHostname={host} NodeAddr={self.machines.address(host)} Port={port}"
+            lines.append(f"NodeName={name} {address} {shape} State=UNKNOWN\n")
+        for name, nodes in {"debug": self.nodes, "twins": TWINS}.items():
+            default = "YES" if name == "debug" else "NO"
+            lines.append(f"PartitionName={name} Nodes={','.join(nodes)} Default={default} MaxTime=INFINITE State=UP\n")
+        devices = f"AutoDetect=off\nNodeName={','.join(hosts)} Name=gpu File={self.root}/dev/nvidia[0-1]\n"
         files = {"slurm.conf": "".join(lines), "cgroup.conf": "CgroupPlugin=disabled\n", "gres.conf": devices}
         for name, text in files.items():
             (self.root / "etc" / name).write_text(text)

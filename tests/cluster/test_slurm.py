@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from cluster.conftest import first_difference, overrides
+from cluster.slurm import TWINS
 from support.command import at_step, exact, ranks_of, result, wait_until
 
 pytestmark = pytest.mark.cluster
@@ -54,6 +57,76 @@ def test_a_killed_rank_starts_again_inside_its_job(on_slurm, slurm, undisturbed)
     assert command.wait(timeout=180) == 0, on_slurm.log
     assert "rank 1 on node2 was killed by SIGKILL" in on_slurm.log
     assert "Restarts=0" in slurm.call("scontrol", "show", "job", job_of(run_dir))
+    assert first_difference(exact(run_dir), undisturbed) == ""
+
+
+def test_two_nodes_on_one_host(on_slurm, undisturbed):
+    """Each agent sees the processes of the other node, and of the `srun` that started it."""
+    done = on_slurm.run("train", *overrides("one-host", *TWO_NODES, "launch.partition=twins"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {record["node"] for record in keepers(on_slurm.folder / "one-host")} == set(TWINS)
+    assert first_difference(exact(on_slurm.folder / "one-host"), undisturbed) == ""
+
+
+@pytest.mark.parametrize("partition", ["debug", "twins"])
+@pytest.mark.timeout(600)
+def test_killed_agents_start_again_inside_their_job(on_slurm, slurm, undisturbed, partition):
+    """The agent of a node, the leader, and then a whole job step: its keeper with all that descends from it."""
+    name = f"agents-{partition}"
+    run_dir = on_slurm.folder / name
+    further = [*TWO_NODES, f"launch.partition={partition}", "launch.restarts=9"]
+    command = on_slurm.start("train", *overrides(name, *further))
+    for number, victim in enumerate(("agent", "leader", "keeper")):
+        # The ranks that were started again have trained on, so all of this happens within one run.
+        wait_until(lambda number=number: starts(run_dir) == number + 1 and at_step(run_dir, 6 * (number + 1)))
+        status = json.loads((run_dir / "launch" / "agents.json").read_text())
+        leader = status["leader"]
+        node = leader if victim == "leader" else next(node for node in status["training"] if node != leader)
+        keeper, agent = agent_of(run_dir, node)
+        for process in [agent] if victim != "keeper" else [keeper, *keeper.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):  # an agent dies with its keeper
+                process.kill()
+    assert command.wait(timeout=240) == 0, on_slurm.log
+    assert "Restarts=0" in slurm.call("scontrol", "show", "job", job_of(run_dir))
+    assert first_difference(exact(run_dir), undisturbed) == ""
+    assert not ranks_of(run_dir)
+
+
+def starts(run_dir: Path) -> int:
+    """Return how often all ranks were started."""
+    log = run_dir / "logs" / "launch.log"
+    return log.read_text().count("dstune: starting ") if log.exists() else 0
+
+
+def keepers(run_dir: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in (run_dir / "launch").glob("keeper-*.json")]
+
+
+def agent_of(run_dir: Path, node: str) -> tuple[psutil.Process, psutil.Process]:
+    """Return the keeper of a node's agent, and the agent."""
+    processes = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            is_agent = "dstune.launch.agents" in words and str(run_dir) in words and Path(words[0]).name != "srun"
+            if is_agent and process.environ().get("SLURMD_NODENAME") == node:
+                processes.append(process)
+    [agent] = [process for process in processes if process.parent() in processes]
+    return agent.parent(), agent
+
+
+def test_a_killed_rank_without_restarts_is_named(on_slurm, slurm, undisturbed):
+    """The job and the command end, and say which rank on which node, and why; the same command then continues."""
+    run_dir = on_slurm.folder / "named-rank"
+    command = on_slurm.start("train", *overrides("named-rank", *TWO_NODES))
+    wait_until(lambda: at_step(run_dir, 7))
+    next(process for process in ranks_of(run_dir) if process.environ().get("RANK") == "1").kill()
+    assert command.wait(timeout=120) == 1
+    assert "rank 1 on node2 was killed by SIGKILL" in result(run_dir)["reason"]
+    assert result(run_dir)["reason"] in on_slurm.log
+    wait_until(lambda: not slurm.call("squeue", "-h").strip())
+    again = on_slurm.run("train", "named-rank")
+    assert again.returncode == 0, again.stdout + again.stderr
     assert first_difference(exact(run_dir), undisturbed) == ""
 
 
