@@ -74,6 +74,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         write_run(directory / "run.yaml", Composed(config, arguments.overrides, plugins.used_by(config)))
         options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
+        if _is_run(arguments.target):
+            options["steps"] = (records.read_result(Path(arguments.target)) or {}).get("steps", 0)
         command = ("dstune.evaluation.ranks", str(directory), json.dumps(options))
         request = LaunchRequest(config, directory, console, command=command, saves=False)
         code = launcher_of(config.launch).start(request)

@@ -66,12 +66,13 @@ def evaluate(
     shots: Sequence[int] | None = None,
     with_rows: bool = False,
     safety: bool = False,
+    steps: int = 0,
 ) -> None:
     """Evaluate the whole model in `config.model` on a split; rank 0 writes `result.json` into `directory`.
 
     checkpoint: of an adapter, whose base is `config.model`; None if the model is complete. shots: numbers of worked examples; for
     each, the untuned model is prompted instead. with_rows: whether the result contains the answer to each row. safety: run the
-    probes of `trainer.safety` instead.
+    probes of `trainer.safety` instead. steps: number of steps of the run, for rewards that ask.
 
     Raises UserError if the split does not exist, or the model does not fit the task.
     """
@@ -99,11 +100,12 @@ def evaluate(
             write_result(directory, {"status": "completed", "safety": measured_safety})
         world.barrier()
         return
-    evaluator = Evaluator(config, data, engine, head, world, tokenizer)
+    trained = {"global_step": steps, "max_steps": steps, "epoch": float(config.trainer.epochs if steps else 0)}
+    evaluator = Evaluator(config, data, engine, head, world, tokenizer, lambda: trained)
     doing = "evaluating" if shots is None else "prompting the untuned model"
     progress = partial(console.activity, doing) if console else None
     if shots is None:
-        measured, row_results = _measure(evaluator, part, config, data.labels, progress)
+        measured, row_results = _measure(evaluator, part, config, data.labels, progress, message)
     else:
         prompted = baseline.measure_prompted(
             config, data, engine, head, tokenizer, world, part, shots, progress=progress
@@ -175,10 +177,17 @@ def _build(
 
 
 def _measure(
-    evaluator: Evaluator, part: Split, config: RunConfig, labels: Sequence[str], progress: Callable[..., None] | None
+    evaluator: Evaluator,
+    part: Split,
+    config: RunConfig,
+    labels: Sequence[str],
+    progress: Callable[..., None] | None,
+    message: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate `part`. Returns fields of `result.json`, and the result of each row."""
     evaluation = evaluator(part, progress)
+    for warning in evaluation.warnings:
+        message(f"warning: {warning}")
     measured: dict[str, Any] = {"metrics": evaluation.metrics}
     changes = evaluator.counterfactual(part)
     if changes is not None:
@@ -220,7 +229,8 @@ def run(directory: Path, env: RankEnv, options: str) -> None:
     checkpoint = None if settings["checkpoint"] is None else Path(settings["checkpoint"])
     shots, with_rows = settings["shots"], settings["rows"]
     safety = settings.get("safety", False)
-    evaluate(config, directory, settings["split"], checkpoint, world, shots=shots, with_rows=with_rows, safety=safety)
+    flags = {"with_rows": with_rows, "safety": safety, "steps": settings.get("steps", 0)}
+    evaluate(config, directory, settings["split"], checkpoint, world, shots=shots, **flags)
 
 
 if __name__ == "__main__":

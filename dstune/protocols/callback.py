@@ -134,6 +134,8 @@ class Evaluation(Protocol):
     seconds: float
     row: dict[str, float]
     """The metrics for metrics.jsonl by name; a callback may add `eval/NAME`."""
+    missing: frozenset[str]
+    """Names of metrics that this evaluation could not measure, and that another may."""
 
 
 HOOK_PREFIXES = ("on_", "before_", "after_", "between_", "while_")

@@ -310,7 +310,7 @@ class Setup:
             unfreezing = self.method.unfreezing(built.model, engine, data_loader, state.step)
         if world.is_main:
             log = RunLog(config, run_dir, resumed_at_step=state.step or None, console=self.console)
-        evaluator = Evaluator(config, data, engine, head, world, tokenizer)
+        evaluator = Evaluator(config, data, engine, head, world, tokenizer, lambda: run.trainer_state)
         utilization = utilization_of(config, built.model, built.module, layout.precision, world, len(data.labels))
         if isinstance(self.task, TrainsOnRollouts):
             rollouts = self.task.rollouts(config, data, engine, head, tokenizer, world, run_dir)

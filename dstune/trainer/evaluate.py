@@ -79,6 +79,8 @@ class Evaluator:
     head: Head
     world: World
     tokenizer: Any
+    trainer_state: Callable[[], Mapping[str, Any]] = lambda: {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+    """Returns the values of `trainer_state` in TRL's reward functions."""
 
     def __call__(
         self,
@@ -142,7 +144,7 @@ class Evaluator:
             if not len(chosen):
                 continue
             config = replace(self.config, task=task, data=replace(self.config.data, mixture={}))
-            task_evaluator = Evaluator(config, self.data, self.engine, self.head, self.world, self.tokenizer)
+            task_evaluator = replace(self, config=config)
             totals, evaluation = task_evaluator._evaluate(split.select(chosen), progress)
             loss_sum, weight = loss_sum + totals.loss_sum, weight + totals.weight
             correct += totals.correct

@@ -95,6 +95,13 @@ class Training:
         # The first pass over a small mixture may have no rows at all.
         return self.total_steps / max(1, self.data_loader.steps(1))
 
+    @property
+    def trainer_state(self) -> dict[str, Any]:
+        """The values of `trainer_state` in TRL's reward functions, after the last step."""
+        passes = self.epochs or 0.0
+        step, steps = self.state.step, self.total_steps
+        return {"global_step": step, "max_steps": steps, "epoch": passes * step / max(1, steps)}
+
     def around(self, phase: str) -> AbstractContextManager[None]:
         """Wrap a long phase in the `around` of all callbacks."""
         return self.callbacks.around(phase)
@@ -159,6 +166,7 @@ class FinishedEvaluation:
     metrics: dict[str, float]
     seconds: float
     row: dict[str, float]
+    missing: frozenset[str] = frozenset()
 
 
 def fit(run: Training) -> Request:
@@ -468,9 +476,11 @@ def evaluate(run: Training) -> Request:
         state.eval_initial = metrics
     state.results |= evaluation.details
     row = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
-    finished = FinishedEvaluation(metrics, seconds, row)
+    finished = FinishedEvaluation(metrics, seconds, row, evaluation.missing)
     rank_request = run.callbacks.on_evaluate(run, finished)
     if run.log:
+        for warning in evaluation.warnings:
+            run.log.message(f"warning: the evaluation after step {state.step}: {warning}")
         run.log.log(state.step, finished.row, rows=held_out_rows(run))
     request, _ = synchronize(run, rank_request)
     return request

@@ -31,6 +31,11 @@ class Evaluation:
     """The (target, prediction) of each row. Classification: indices of labels, or lists of 0 and 1 if a row may have several;
     regression: numbers; tagging: tags of the words; question answering: the correct answers, and the predicted one."""
 
+    warnings: tuple[str, ...] = ()
+    """What a reader of the metrics has to know."""
+    missing: frozenset[str] = frozenset()
+    """Names of metrics that this evaluation could not measure, and that another may."""
+
     def row_results(self, labels: Sequence[str]) -> list[dict[str, Any]]:
         """Return each row's target and prediction as JSON; empty if the task predicts nothing for single rows."""
         if self.generated:

@@ -141,6 +141,37 @@ def test_a_reward_that_can_score_nothing_ends_the_run_with_its_reason(workplace)
     assert "answer" in done.stderr
 
 
+JUDGED = '''
+import dstune
+
+@dstune.reward
+def judged(prompts, completions, n, trainer_state, **columns):
+    """A judge that is down in the evaluations before step 4, and gives -5 or less."""
+    if trainer_state.global_step < 4 and len(set(n)) == len(n):
+        raise ConnectionError("the judge is down")
+    return [-5.0 - len(text) / 1000 for text in completions]
+'''
+
+
+def test_a_reward_that_fails_in_an_evaluation_is_no_score_of_zero(workplace):
+    (workplace.folder / "judged.py").write_text(JUDGED)
+    few = ["method=full", "trainer.max_steps=4", "launch.processes=1", "evaluate.every=2", "plugins=[./judged.py]"]
+    few += ["task.rewards=[judged]", "data.clean.leaks=false"]
+    done = train(workplace, "judged", *few)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in metrics(workplace.folder / "judged") if "eval/rewards/judged/failed" in row]
+    assert [row["eval/rewards/judged/failed"] for row in rows] == [1, 0]
+    assert ["eval/reward" in row for row in rows] == [False, True]
+    assert ["eval/rewards/judged/mean" in row for row in rows] == [False, True]
+    ended = result(workplace.folder / "judged")
+    assert ended["best"]["step"] == 4 and ended["best"]["value"] < -5
+    assert "completions are left out of eval/reward" in done.stdout + done.stderr
+    assert "ConnectionError: the judge is down" in done.stdout + done.stderr
+    done = workplace.run("evaluate", "judged", "--json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["reward"] < -5, "the trained weights, with the steps of the run"
+
+
 def test_graders_score_in_training_and_evaluation_and_are_not_believed_of_strangers(workplace):
     check = {"type": "string_check", "operation": "like", "input": "{{ sample.output_text }}"}
     for name, reference in (("named", "{{ item.word }}"), ("any", "w")):

@@ -100,7 +100,7 @@ def test_early_stopping_counts_evaluations_without_gain_and_keeps_the_best():
         run.state.step = step
         hook = EarlyStopping(config)  # each time a launch of its own
         hook.load_state_dict(saved)
-        actions.append(hook.on_evaluate(run, SimpleNamespace(metrics={"loss": loss})).action)
+        actions.append(hook.on_evaluate(run, SimpleNamespace(metrics={"loss": loss}, missing=frozenset())).action)
         saved = hook.state_dict()
     # No save of untrained weights; 1.95 is no gain of 0.1; 1.45 and 1.6 are the two in a row.
     go_on, save = Action.CONTINUE, Action.SAVE
@@ -111,7 +111,7 @@ def test_early_stopping_counts_evaluations_without_gain_and_keeps_the_best():
 def test_early_stopping_on_losses_that_are_not_numbers():
     settings = EarlyStoppingConfig(metric="loss", patience=1)
     hook = EarlyStopping(run_config(trainer=TrainerConfig(early_stopping=settings)))
-    request = hook.on_evaluate(at(1), SimpleNamespace(metrics={"loss": math.nan}))
+    request = hook.on_evaluate(at(1), SimpleNamespace(metrics={"loss": math.nan}, missing=frozenset()))
     assert request.action is Action.STOP
     assert "has not been finite" in request.reason
 
@@ -123,7 +123,7 @@ def test_a_metric_that_is_not_finite_is_reported_once():
     for step in (1, 2):
         run = at(step)
         run.log = SimpleNamespace(message=messages.append)
-        hook.on_evaluate(run, SimpleNamespace(metrics={"loss": 1.0, "mine": math.nan}))
+        hook.on_evaluate(run, SimpleNamespace(metrics={"loss": 1.0, "mine": math.nan}, missing=frozenset()))
     (message,) = messages
     assert message.startswith("warning: mine is nan in the evaluation after step 1,")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dstune.data.batches import batch_of
@@ -35,7 +35,7 @@ def evaluate_rewards(
         for number, micro_batch in enumerate(local_batches):
             prompts = [(micro_batch, batch_of(config, split, micro_batch, pad))]
             completed = rollouts.complete(prompts, SEED_OF_EVALUATION, samples=1)
-            rollouts.score(completed)
+            rollouts.score(completed, evaluator.trainer_state())
             if not micro_batch.filler:
                 groups += [[scored] for scored in completed[0]]
             if progress:
@@ -47,7 +47,24 @@ def evaluate_rewards(
     metrics = reinforcement_metrics(rollout_sums(task, merged))
     for name in ("reward_std", "frac_reward_zero_std"):
         del metrics[name]  # undefined for a single completion per prompt
-    return Evaluation(metrics)
+    return scored_evaluation(metrics, [group[0] for group in merged])
+
+
+def scored_evaluation(metrics: dict[str, float], completions: Sequence[Scored]) -> Evaluation:
+    """Return the evaluation of `completions`, without the figures that no score supports; its warnings say what is missing."""
+    failures = [scored.failure for scored in completions if scored.failure]
+    warnings: tuple[str, ...] = ()
+    if failures:
+        left_out = f"{len(failures):,} of {len(completions):,} completions are left out of eval/reward"
+        warnings = (f"{left_out}: a reward could not score them ({failures[0]})",)
+    names = [
+        name.removesuffix("/failed") for name in metrics if name.startswith("rewards/") and name.endswith("/failed")
+    ]
+    unscored = {f"{name}/{figure}" for name in names if metrics[f"{name}/failed"] == 1 for figure in ("mean", "std")}
+    if all(scored.failure or not any(score is not None for score in scored.scores) for scored in completions):
+        unscored.add("reward")
+    kept = {name: value for name, value in metrics.items() if name not in unscored}
+    return Evaluation(kept, warnings=warnings, missing=frozenset(unscored))
 
 
 def _as_row(scored: Scored) -> dict[str, Any]:
@@ -58,6 +75,7 @@ def _as_row(scored: Scored) -> dict[str, Any]:
         "ended": completion.ended,
         "entropy": completion.entropy,
         "scores": list(scored.scores),
+        "failure": scored.failure,
         "calls": scored.calls,
         "failed_calls": scored.failed_calls,
     }
@@ -68,4 +86,4 @@ def _from_row(row: dict[str, Any]) -> Scored:
 
     completion = Completion(row["prompt"], 0, [0] * row["length"], [], row["entropy"], row["ended"])
     calls = {"calls": row["calls"], "failed_calls": row["failed_calls"]}
-    return Scored(completion, "", row["scores"], **calls)
+    return Scored(completion, "", row["scores"], failure=row["failure"], **calls)

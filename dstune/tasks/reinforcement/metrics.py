@@ -61,7 +61,11 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
     completions = [scored for group in groups for scored in group]
     lengths = [len(scored.completion.ids) for scored in completions]
     ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
-    rewards = [[weighted_reward(scored.scores, task.weights) for scored in group] for group in groups]
+    # A failed reward is missing from the sum of the others, which is then no measure of the completion.
+    rewards = [
+        [math.nan if scored.failure else weighted_reward(scored.scores, task.weights) for scored in group]
+        for group in groups
+    ]
     deviations = [_deviation([reward for reward in group if reward == reward]) for group in rewards]
     flat = [reward for group in rewards for reward in group if reward == reward]
     sums = {

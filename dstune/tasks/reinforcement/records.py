@@ -35,6 +35,8 @@ class Scored:
     calls: int = 0
     """Number of tool calls."""
     failed_calls: int = 0
+    failure: str = ""
+    """Why a reward failed to score the completion; empty if none failed. It is not recorded."""
 
     @property
     def answer(self) -> Any:

@@ -49,6 +49,8 @@ class Scores:
     extra: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that the reward logged, with a value for each completion."""
     metrics: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+    """Why the reward failed as a whole; empty if it did not."""
 
 
 class RewardProcess:
@@ -107,7 +109,7 @@ class RewardProcess:
         scores = answer.get("scores")
         if not isinstance(scores, list) or len(scores) != len(completions):
             self.last_error = str(answer.get("error") or "it returned no list with a score for each completion")
-            return Scores([None] * len(completions))
+            return Scores([None] * len(completions), failure=self.last_error)
         return Scores(
             [None if score is None else float(score) for score in scores],
             answer.get("extra", {}),

@@ -273,9 +273,9 @@ class Rollouts:
             for _, batch in prompts
         ]
 
-    def score(self, completed: Sequence[Sequence[Scored]]) -> None:
-        """Score completions with the rewards."""
-        self._scorer.score(completed, {})
+    def score(self, completed: Sequence[Sequence[Scored]], state: Mapping[str, Any]) -> None:
+        """Score completions with the rewards. state: the values of `trainer_state` in TRL's functions."""
+        self._scorer.score(completed, {}, state)
         self._scorer.forget_rows()
 
     def _with_advantages(

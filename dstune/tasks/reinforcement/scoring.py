@@ -94,19 +94,24 @@ class Scorer:
                     for prompt, scored, row in zip(prompts, batch, rows, strict=True)
                 ]
                 scores = model(conversations)
-                if None in scores:
-                    self.process.last_error = model.last_error
+                failure = model.last_error if None in scores else ""
+                self.process.last_error = failure or self.process.last_error
             else:
                 answers = [scored.answer for scored in batch]
                 result = self.process(name, prompts, answers, ids, columns, state=state, environments=keys)
-                scores = result.scores
+                scores, failure = result.scores, result.failure
+                if name in self._task.grader_files:  # a plugin's reward may return None where it does not apply
+                    failure = failure or "it returned no score"
                 for metric, value in result.metrics.items():
                     self.logged.setdefault(metric, []).append(value)
                 for column, values in result.extra.items():
                     for scored, value in zip(batch, values, strict=True):
                         scored.extra[column] = value
             for scored, score in zip(batch, scores, strict=True):
-                scored.scores.append(score if score is not None and math.isfinite(score) else None)
+                is_scored = score is not None and math.isfinite(score)
+                scored.scores.append(score if is_scored else None)
+                if not is_scored:
+                    scored.failure = scored.failure or (failure and f"{name}: {failure}")
 
     def close(self) -> None:
         self.process.close()

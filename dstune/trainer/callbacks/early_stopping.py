@@ -35,6 +35,8 @@ class EarlyStopping(Callback):
         state, metrics, metric = run.state, evaluation.metrics, self._settings.metric
         if state.step == 0:  # untrained weights have no checkpoint to go back to
             return CONTINUE
+        if metric in evaluation.missing:  # neither a gain nor none
+            return CONTINUE
         if metric not in metrics:  # on all ranks alike
             reason = "these rows and labels have no such metric"
             raise UserError(Problem("trainer.early_stopping.metric", reason, f"one of {', '.join(metrics)}", metric))
