@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -22,9 +22,18 @@ class Reward:
     like_trl: ClassVar[bool] = False
     """Whether it gets the arguments of TRL's reward functions: messages instead of the texts of conversations, and `trainer_state`,
     `log_extra` and `log_metric` in addition to the columns."""
+    package: ClassVar[str] = ""
+    """A module of the extra `reinforcement` that it imports; a run is refused where it is missing."""
+    checks_rows: ClassVar[bool] = False
+    """Whether `row_problem` checks the columns."""
     limits: Any = None
     seconds: float = math.inf
     """Seconds within which the programs of one completion must start, if it runs programs."""
+
+    @classmethod
+    def row_problem(cls, columns: Mapping[str, Any]) -> str | None:
+        """Return why the reward cannot score completions of a row with these columns; None if it can."""
+        return None
 
     def __call__(
         self,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 import math
 import re
 import secrets
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from markdown_it import MarkdownIt
 
 from dstune.grading.sandbox import AT_ONCE, Limits, run_program
 from dstune.protocols import Reward, reward
@@ -17,7 +22,13 @@ from dstune.protocols import Reward, reward
 log = logging.getLogger(__name__)
 
 MOST_TESTS = 100
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_BEHIND_TEXT = re.compile(
+    r"(?<=\S)[ \t]*(?=(?:```+|~~~+)[ \t]*(?:python|py)[\d.]*[ \t]*$)", re.IGNORECASE | re.MULTILINE
+)
+"""Where a Python block begins on a line that has text before it, which Markdown does not know."""
+_PYTHON = re.compile(r"\{?\s*\.?(?:python|py)[\d.]*(?:$|[\s,:{}])", re.IGNORECASE)
+"""The language of a block, as in `python3`, `py`, `{.python}` and `python title="a.py"`."""
+_BLOCKS = MarkdownIt("commonmark").disable("inline")
 
 
 @reward
@@ -32,6 +43,16 @@ class CodeTests(Reward):
     name = "code_tests"
     columns = ("tests",)
     runs_programs = True
+    checks_rows = True
+
+    @classmethod
+    def row_problem(cls, columns: Mapping[str, Any]) -> str | None:
+        """Return why the tests of a row cannot be run; None if they can, or if it has none."""
+        try:
+            tests_of(columns.get("tests"))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def __call__(
         self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
@@ -55,27 +76,91 @@ def judged(completion: str, tests: Any, limits: Limits, seconds: float) -> float
 def passed(completion: str, tests: Any, limits: Limits, seconds: float = math.inf) -> float | None:
     """Return the share of tests that a completion passes; None where there is none. seconds: in which its tests begin."""
     code = code_of(completion)
-    if isinstance(tests, str) and tests.strip():
+    try:
+        checked = tests_of(tests)
+    except ValueError:
+        return None
+    if checked is None:
+        return None
+    if isinstance(checked, str):
         mark = secrets.token_hex(16)
-        program = f"{code}\n\n{tests}\n\nprint({mark!r})\n"
+        program = f"{code}\n\n{checked}\n\nprint({mark!r})\n"
         outcome = run_program(program, "", limits)
         return float(not outcome.failure and outcome.output.rstrip().endswith(mark))
-    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
-        return None
-    cases = [test for test in tests if isinstance(test, Mapping)][:MOST_TESTS]
+    cases = checked[:MOST_TESTS]
     count, deadline = 0, time.monotonic() + seconds
-    for case in cases:
-        outcome = run_program(code, str(case.get("input") or ""), limits)
-        count += not outcome.failure and same_output(outcome.output, str(case.get("output") or ""))
+    for read, expected in cases:
+        outcome = run_program(code, read, limits)
+        count += not outcome.failure and same_output(outcome.output, expected)
         if outcome.is_out_of_time or time.monotonic() > deadline:
             break
-    return count / len(cases) if cases else None
+    return count / len(cases)
+
+
+def tests_of(tests: Any) -> list[tuple[str, str]] | str | None:
+    """Return tests as pairs of an input and an output, or as Python with assertions; None if there are none.
+
+    tests: the column of a row. A list may be JSON text, as tables store it.
+
+    Raises:
+        ValueError: a test has no output, or one that is neither a text nor a whole number; or the text is neither a list nor
+            Python.
+    """
+    if isinstance(tests, str) and tests.strip():
+        try:
+            tests = json.loads(tests)
+        except ValueError:
+            return _assertions(str(tests))
+    if tests is None or tests == [] or (isinstance(tests, str) and not tests.strip()):
+        return None
+    if not isinstance(tests, Sequence) or isinstance(tests, str):
+        raise ValueError("tests is neither a list nor a text of Python with assertions")
+    return [_case(number, test) for number, test in enumerate(tests)]
+
+
+def _assertions(text: str) -> str:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"tests is neither a list nor Python: {error}") from None
+    return text
+
+
+def _case(number: int, test: Any) -> tuple[str, str]:
+    place = f"tests[{number}]"
+    if not isinstance(test, Mapping):
+        raise ValueError(f"{place} is no object with input and output")
+    stored = {key: value for key, value in test.items() if value is not None}
+    if "output" not in stored:
+        raise ValueError(f"{place} has no output (its keys: {', '.join(map(str, test))})")
+    if "input" not in stored and stored.keys() - {"output"}:
+        raise ValueError(f"{place} has no input (its keys: {', '.join(map(str, test))})")
+    for key in ("input", "output"):
+        value = stored.get(key, "")
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            kind = type(value).__name__
+            raise ValueError(f"{place}.{key} is a {kind}; write what the program reads or prints as a text")
+    return str(stored.get("input", "")), str(stored["output"])
 
 
 def code_of(completion: str) -> str:
-    """Return the last fenced block of a completion, or the whole of it."""
-    blocks = _FENCED.findall(completion)
-    return blocks[-1] if blocks else completion
+    """Return the last Python block of a completion in Markdown, or if none is marked as Python the last block without a language,
+    or if there is none the whole completion."""
+    blocks = _fences(_BEHIND_TEXT.sub("\n", completion)) or _fences(textwrap.dedent(completion))
+    python = [content for language, content in blocks if _PYTHON.match(language)]
+    unmarked = [content for language, content in blocks if not language]
+    return (python or unmarked or [completion])[-1]
+
+
+def _fences(text: str) -> list[tuple[str, str]]:
+    """Return the language and the content of each fenced block; also of those in an indented block."""
+    blocks = []
+    for token in _BLOCKS.parse(text):
+        if token.type == "fence":
+            blocks.append((token.info.strip(), textwrap.dedent(token.content)))
+        elif token.type == "code_block" and token.content.lstrip().startswith(("```", "~~~")):
+            blocks += _fences(textwrap.dedent(token.content).lstrip())
+    return blocks
 
 
 def same_output(printed: str, expected: str) -> bool:

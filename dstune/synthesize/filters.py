@@ -93,7 +93,7 @@ def final_answer(text: str) -> str:
     if (content := boxed(text)) is not None:
         return re.sub(r"\s+", "", content)
     if (number := last_number(text)) is not None:
-        return repr(number)
+        return str(number)
     return normal(text)
 
 

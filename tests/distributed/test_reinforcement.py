@@ -160,9 +160,9 @@ def test_a_reward_that_fails_in_an_evaluation_is_no_score_of_zero(workplace):
     done = train(workplace, "judged", *few)
     assert done.returncode == 0, done.stderr
     rows = [row for row in metrics(workplace.folder / "judged") if "eval/rewards/judged/failed" in row]
-    assert [row["eval/rewards/judged/failed"] for row in rows] == [1, 0]
-    assert ["eval/reward" in row for row in rows] == [False, True]
-    assert ["eval/rewards/judged/mean" in row for row in rows] == [False, True]
+    assert [row["eval/rewards/judged/failed"] for row in rows] == [1, 1, 0]
+    assert ["eval/reward" in row for row in rows] == [False, False, True]
+    assert ["eval/rewards/judged/mean" in row for row in rows] == [False, False, True]
     ended = result(workplace.folder / "judged")
     assert ended["best"]["step"] == 4 and ended["best"]["value"] < -5
     assert "completions are left out of eval/reward" in done.stdout + done.stderr

@@ -9,23 +9,30 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dstune.core import plugins
 from dstune.core.errors import UserError
+from dstune.data.problems import RowError
 from dstune.grading import sandbox
 from dstune.grading.sandbox import Limits
 from dstune.protocols import REWARDS
+from dstune.rewards import code
 from dstune.rewards.answers import boxed, last_number
-from dstune.rewards.code import passed
+from dstune.rewards.code import CodeTests, code_of, passed
+from dstune.tasks.reinforcement import rules
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.reward_child import descendants
 from dstune.tasks.reinforcement.reward_process import RewardProcess
+from dstune.tasks.reinforcement.rows import Prompt
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.missing_reason()), reason=sandbox.missing_reason() or "there is one")
 
@@ -42,7 +49,49 @@ def test_answers():
     texts = [r"so \boxed{42}", r"\boxed{\frac{1}{2}}", r"\boxed{42", "42"]
     assert score("boxed_answer", texts, answer=["42.0", r"\frac{1}{2}", "42", "42"]) == [1.0, 1.0, 0.0, 0.0]
     assert boxed(r"\boxed{1} and \boxed{a{b}c}") == "a{b}c"
-    assert [last_number(text) for text in ("-3.5e2", "1,234,567", "v.2", "no")] == [-350.0, 1234567.0, 0.2, None]
+    assert [last_number(text) for text in ("-3.5e2", "1,234,567", "v.2", "no")] == [
+        -350,
+        1234567,
+        Fraction(1, 5),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("3/2", "1/2"), ("(1,2)", "(3,2)"), ("(1, 2)", "(2, 1)"), ("1000000001", "1000000000"), ("3/0", "3"),
+        ("1e999999999", "1"), (r"\frac{3}{2}", "2"),
+    ],
+)  # fmt: skip
+def test_other_numbers_are_wrong(written, answer):
+    assert score("number", [written], answer=[answer]) == [0.0]
+    assert score("number", [answer], answer=[answer]) == [1.0]
+
+
+RIGHT = [
+    (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\tfrac12", "1/2"), (r"\text{yes}", "yes"), (r"\mathrm{Yes}", "yes"),
+    (r"5\text{ cm}", "5"), ("5 cm", "5"), (r"1{,}000", "1000"), (r"90^\circ", "90"), ("x=5", "5"), (r"\$5", "5"),
+    ("0.5", r"\frac{1}{2}"), (r"2\sqrt{3}", r"\sqrt{12}"), (r"\left(1,2\right)", "(1,2)"), ("x^2+2x+1", "(x+1)^2"),
+    (r"\{1,2\}", r"\{2,1\}"), (r"\pi/2", r"\frac{\pi}{2}"), (r"\text{(A)}", "(A)"), (r"3\cdot 10^2", "300"),
+    (r"\frac{-1}{2}", "-0.5"), ("$5$", "5"), ("5.", "5"), (r"12\,\text{m}^2", "12"), (r"x \in [1,2]", "[1,2]"),
+]  # fmt: skip
+WRONG = [
+    ("3/2", "1/2"), ("(1,2)", "(3,2)"), ("1000000001", "1000000000"), ("x=6", "5"), (r"\text{no}", "yes"),
+    ("[0,1]", "(0,1)"), ("", "5"), (r"9^{9^{9^{9}}}", "1"), ("A", "B"), ("x" * 10**5, "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "answer", "expected"), [(*r, 1.0) for r in RIGHT] + [(*w, 0.0) for w in WRONG])
+def test_boxed_answers_are_compared_as_mathematics(written, answer, expected):
+    assert score("boxed_answer", [rf"It is \boxed{{{written}}}."], answer=[answer]) == [expected]
+
+
+def test_boxed_answers_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    problems = list(rules.check_machine(ReinforcementConfig(rewards=["boxed_answer"])))
+    assert [problem.fix for problem in problems] == ["pip install '.[reinforcement]' in a clone of dstune"]
 
 
 def test_forms():
@@ -79,6 +128,55 @@ def test_code_is_run_against_tests():
     assert passed("def f(x): return x", "assert f(1) == 2", limits) == 0.0
     assert passed("raise SystemExit(0)", "assert f(1) == 2", limits) == 0.0, "it ends before its tests"
     assert passed("print(1)", [], limits) is None
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        [{"input": "1", "output": None}], [{"input": "1", "outputs": "1"}], [{"inputs": "1", "output": "1"}],
+        [{"input": "1", "output": [1]}], [{"input": "1", "output": 0.5}], [{"input": "1", "output": True}], ["1"],
+        {"input": "1"}, "assert f(", [{"output": "1"}, {}],
+    ],
+)  # fmt: skip
+def test_tests_that_cannot_be_run_are_a_problem_of_their_row(tests):
+    assert CodeTests.row_problem({"tests": tests})
+    assert CodeTests.row_problem({"tests": json.dumps(tests) if not isinstance(tests, str) else tests})
+    assert passed("", tests, Limits(seconds=5)) is None
+
+
+def test_rows_with_such_tests_are_refused_before_training():
+    task = SimpleNamespace(config=ReinforcementConfig(rewards=["code_tests"]))
+    row = {"prompt": "p", "columns": {"tests": [{"input": "1", "output": None}]}}
+    with pytest.raises(RowError, match=r"code_tests cannot score it: tests\[0\] has no output"):
+        Prompt().row(row, task)
+    Prompt().row({"prompt": "p", "columns": {"tests": [{"input": "1", "output": 0}]}}, task)
+
+
+def test_an_output_of_zero_has_to_be_printed(monkeypatch):
+    # Not in the sandbox, which not every machine has: what counts here is the comparison.
+    monkeypatch.setattr(
+        code, "run_program", lambda program, read, limits: sandbox.Outcome("0\n" * bool(program), "", "")
+    )
+    cases = [{"input": 1, "output": 0}]
+    assert [passed(program, cases, Limits(seconds=5)) for program in ("", "print(0)")] == [0.0, 1.0]
+    assert passed("", json.dumps(cases), Limits(seconds=5)) == 0.0, "a table stores the list as text"
+
+
+CODE = "for n in range(2):\n    print(n)\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```python3\n{CODE}```", f"~~~python\n{CODE}~~~", f"```python\n{CODE}```".replace("\n", "\r\n"),
+        "1. So:\n\n" + textwrap.indent(f"```python\n{CODE}```", "   "), textwrap.indent(f"```python\n{CODE}```", "      "),
+        f"```python\n{CODE}```\nIt prints\n```\n0\n1\n```", f"```python\n{CODE}```\n```bash\npython a.py\n```",
+        f"````Python title='a.py'\n{CODE}````", f"```{{.python}}\n{CODE}```", f"Here: ```python\n{CODE}```",
+        f"```\n{CODE}```", f"```python\n{CODE}", f"```py\n1\n```\n```py\n{CODE}```", CODE,
+    ],
+)  # fmt: skip
+def test_code_is_the_last_python_block(text):
+    assert code_of(text).replace("\r", "").rstrip() == CODE.rstrip()
 
 
 @needs_sandbox

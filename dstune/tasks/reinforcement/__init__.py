@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dstune.protocols import method_of, task
+from dstune.protocols import REWARDS, method_of, task
 from dstune.protocols.task_options import EvaluatesOtherwise, KeepsFurtherModels, NeedsReference
 from dstune.tasks._language import WritingTask
 from dstune.tasks.reinforcement import rows as rows
@@ -79,7 +79,9 @@ class Reinforcement(WritingTask, NeedsReference, KeepsFurtherModels, EvaluatesOt
         return rules.check_machine(self.config)
 
     def row_key(self) -> dict[str, Any]:
-        return {"name": self.name, "chat_template_kwargs": self.config.chat_template_kwargs}
+        key = {"name": self.name, "chat_template_kwargs": self.config.chat_template_kwargs}
+        checking = sorted(name for name in self.config.rewards if name in REWARDS and REWARDS[name].checks_rows)
+        return key | ({"rewards": checking} if checking else {})
 
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]

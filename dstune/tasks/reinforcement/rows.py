@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from dstune.data.messages import conversation_row, with_system
 from dstune.data.problems import RowError
 from dstune.data.values import text_or_messages
-from dstune.protocols import RowFormat, row_format
+from dstune.protocols import REWARDS, RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
@@ -41,4 +41,7 @@ class Prompt(RowFormat):
             raise RowError("the prompt ends with an answer of the assistant, so there is nothing left to answer")
         # Rewards get the prompt as `prompt`, whatever its column is called in the data.
         columns = {**values["columns"], "prompt": prompt}
+        for name in getattr(task.config, "rewards", ()) if task is not None else ():
+            if problem := REWARDS[name].row_problem(columns):
+                raise RowError(f"the reward {name} cannot score it: {problem}")
         return {**row, "plain": isinstance(prompt, str) and len(row["messages"]) == 1, "columns": columns}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -134,7 +135,11 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
 
 
 def check_machine(task: ReinforcementConfig) -> Iterator[Problem]:
-    """Check that this machine has a sandbox, if graders or rewards run programs."""
+    """Check that this machine has the packages of the rewards, and a sandbox if graders or rewards run programs."""
+    for name in task.rewards:
+        if (package := REWARDS[name].package) and find_spec(package) is None:
+            reason = f"this reward needs the package {package.replace('_', '-')}, which is not installed"
+            yield Problem("task.rewards", reason, "pip install '.[reinforcement]' in a clone of dstune", name)
     from dstune.grading.sandbox import missing_reason
 
     is_python = "python" in _kinds_of_graders(task)[0]
