@@ -71,8 +71,10 @@ def compose(
         if config.zero.path is not None:
             from dstune.config.zero_file import given_by, with_file
 
-            before_file, config = config, with_file(config, given_by(hydra, requested))
+            before_file = config
+            config, of_file = with_file(config, given_by(hydra, requested))
             origins = {key: origin for key, origin in origins.items() if before_file.optimizer == config.optimizer}
+            origins |= of_file
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
     return Composed(config, requested, plugins.used_by(config), tuple(map(str, config_dirs)), origins)
 
@@ -97,7 +99,7 @@ def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> No
     from dstune.config.zero_file import given_by, with_file
 
     config = typed_config(plain, "the composed configuration")
-    without_file, with_values = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides)))
+    without_file, with_values = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides))[0])
     for section in (name for name in without_file if with_values[name] != without_file[name]):
         if with_values[section].get("name") != without_file[section].get("name"):
             composed[section] = with_values[section]  # another choice, with other keys

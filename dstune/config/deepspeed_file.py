@@ -7,47 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import dotted, format_value, load
-from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANSLATED, WITHOUT_EFFECT
-from dstune.config.names import classes_of
+from dstune.config.deepspeed_keys import FIXED, INSTEAD, OWN_KEYS, PASSED, REFUSED, RENAMED, TRANSLATED, WITHOUT_EFFECT
+from dstune.config.deepspeed_training import read_training
+from dstune.config.deepspeed_values import AUTO, Content, Value, section_of, whole_number
 from dstune.config.not_offered import FEATURES
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
 
-AUTO = "auto"
 LONGEST_CONFIGURATION = 1_000_000
 """Bytes. A data file that was given by mistake is not read completely."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """One value that the file sets."""
-
-    key: str
-    """dstune's key, or the name of a group; then `value` is the choice."""
-    value: Any
-    source: str
-    """The key of the file that sets it."""
-    implied: bool = False
-    """Whether it is DeepSpeed's default for a key that is not in the file. A value that the user gives takes precedence."""
-
-
-@dataclass
-class Content:
-    """The content of a file, translated into dstune's keys."""
-
-    values: list[Value] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Values that dstune has no key for, nested as in DeepSpeed's configuration."""
-    accumulation: Value | None = None
-    """Micro-batches of a rank in one step; None if the file does not set it."""
-    processes: int | None = None
-    """Ranks on this machine, which only accelerate's files contain. `launch.processes`, if given, takes precedence."""
-    problems: list[Problem] = field(default_factory=list)
 
 
 # ---- reading ----
@@ -108,29 +80,27 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
     """Translate a DeepSpeed configuration; `where` names it in messages."""
     content = Content()
     for key, value in dotted(raw, REFUSED):
-        if key.startswith("_") or value == AUTO or (key == "gradient_accumulation_steps" and value is None):
+        if key.startswith("_") or value == AUTO or (key in SIZES and value is None):
             continue
         if key in OWN_KEYS:
-            content.values.append(Value(OWN_KEYS[key], _number(value), key))
-        elif key == "gradient_accumulation_steps":
-            content.accumulation = Value("trainer.global_batch_size", _number(value), key)
+            content.values.append(Value(OWN_KEYS[key], whole_number(value), key))
         elif not key.startswith(("optimizer.", "scheduler.")) and key not in TRANSLATED:
             content.problems += _pass_on(key, value, where, content.settings)
-    _read_precision(raw, content, where)
-    _read_optimizer(raw.get("optimizer"), content, where)
-    _read_scheduler(raw.get("scheduler"), content, where)
+    read_training(raw, content, where)
     for value in list(content.values):
         if value.key == "zero.offload_param" and value.value == "nvme":
             content.values.remove(value)
             fix = f'"device": "cpu" in {where}'
             content.problems.append(Problem(value.source, FEATURES["nvme"][0], fix, "nvme"))
-    has_stage = any(value.key == "zero.stage" for value in content.values)
-    if not has_stage and isinstance(raw.get("zero_optimization", {}), Mapping):
+    zero = raw.get("zero_optimization", {})
+    if isinstance(zero, Mapping) and "stage" not in zero:
         content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
     _merge_repeated(content, where)
     return content
 
 
+SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""Keys that are as good as absent if they are null."""
 SECTIONS = {
     **dict.fromkeys(("bf16", "bfloat16", "fp16"), '{"enabled": true}'),
     "zero_optimization": '{"stage": 2}',
@@ -152,8 +122,8 @@ def _pass_on(key: str, value: Any, where: str, settings: dict[str, Any]) -> list
     if not problems and key in PASSED:
         *sections, name = key.split(".")
         holder = settings
-        for section in sections:
-            holder = holder.setdefault(section, {})
+        for part in sections:
+            holder = holder.setdefault(part, {})
         holder[name] = _typed(value, PASSED[key])
     return problems
 
@@ -188,12 +158,23 @@ def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
         usual, reason = FIXED[key]
         if value == usual:
             return []
-        fix = f"remove it{'' if usual is None else f', or write {json.dumps(usual)}'}"
+        fix = f"{_remedy(key, value)}{'' if usual is None else f', or write {json.dumps(usual)}'}"
         return [Problem(where, f"dstune cannot honour this: {reason}", fix, format_value(value))]
     if key in REFUSED:
         is_off = value in (None, False) if key in ON_WHEN_THERE else not value or not _is_switched_on(value)
-        return [] if is_off else [Problem(where, f"dstune cannot honour this: {REFUSED[key]}", "remove it")]
+        reason = f"dstune cannot honour this: {REFUSED[key]}"
+        return [] if is_off else [Problem(where, reason, _remedy(key, value))]
     return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", format_value(value))]
+
+
+def _remedy(key: str, value: Any) -> str:
+    """Return what to do about a key that is refused: remove it, and set what dstune or DeepSpeed has for it today."""
+    if key in RENAMED:
+        return f"write {RENAMED[key]} instead"
+    if key not in INSTEAD:
+        return "remove it"
+    sizes = [size for _, size in dotted({"": value}) if type(size) is int and size > 1]
+    return f"remove it, and set {INSTEAD[key].format(size=sizes[0] if sizes else 2)}"
 
 
 ON_WHEN_THERE = {"zero_optimization.zenflow"}
@@ -224,117 +205,6 @@ def _typed(value: Any, kind: type) -> Any:
     if kind is int:
         return int(value) if float(value).is_integer() else None
     return float(value)
-
-
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _section(raw: Mapping[str, Any], name: str) -> Any:
-    value = raw.get(name)
-    return value if isinstance(value, Mapping) or value == AUTO else {}
-
-
-def _read_precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
-    """Add the `trainer.precision` that the sections `bf16` and `fp16` mean to `content`."""
-    enabled_by_name = {}
-    for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
-        for section in sections:
-            settings = _section(raw, section)
-            enabled = settings.get("enabled", AUTO) if settings and settings != AUTO else AUTO
-            if enabled != AUTO:
-                enabled_by_name[name] = bool(enabled)
-    enabled_names = [name for name, enabled in enabled_by_name.items() if enabled]
-    if len(enabled_names) == 2:
-        content.problems.append(Problem(f"fp16.enabled in {where}", "bf16 is enabled too", "disable one of them"))
-    elif enabled_names:
-        content.values.append(Value("trainer.precision", enabled_names[0], f"{enabled_names[0]}.enabled"))
-    elif enabled_by_name.get("bf16") is False:
-        content.values.append(Value("trainer.precision", "fp32", "bf16.enabled"))
-
-
-OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}
-"""DeepSpeed's `Adam` decays weights as AdamW does, unless `adam_w_mode` is false."""
-OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "momentum")
-OPTIMIZER_FIXED: dict[str, Any] = {
-    "adam_w_mode": True,
-    "bias_correction": True,
-    "amsgrad": False,
-    "nesterov": False,
-    "dampening": 0,
-}
-
-
-def _read_optimizer(section: Any, content: Content, where: str) -> None:
-    if not isinstance(section, Mapping):
-        return
-    kind = section.get("type", AUTO)
-    by_name = {name.lower(): name for name in classes_of("optimizer")}
-    choice = OPTIMIZERS.get(str(kind).lower(), by_name.get(str(kind).lower()))
-    if kind != AUTO and choice is None:
-        reason = f"dstune has no such optimizer (there are {', '.join(sorted(classes_of('optimizer')))})"
-        content.problems.append(Problem(f"optimizer.type in {where}", reason, value=str(kind)))
-        return
-    if choice is not None:
-        content.values.append(Value("optimizer", choice, "optimizer.type"))
-    params = _params("optimizer", section, content, where)
-    if choice == "adamw" and "weight_decay" not in params:
-        # Without this key DeepSpeed's own Adam decays nothing. torch's AdamW, which `torch_adam` chooses, decays by 0.01.
-        decay = 0.01 if params.get("torch_adam") and str(kind).lower() == "adamw" else 0.0
-        content.values.append(Value("optimizer.weight_decay", decay, "optimizer.params.weight_decay, absent", True))
-    for name, value in params.items():
-        source = f"optimizer.params.{name}"
-        if value == AUTO or name in ("torch_adam", "fused", "foreach"):
-            continue
-        if name in OPTIMIZER_PARAMS:
-            content.values.append(Value(f"optimizer.{name}", value, source))
-        elif OPTIMIZER_FIXED.get(name, value is None) != value:
-            content.problems.append(
-                Problem(f"{source} in {where}", "dstune's optimizers do not do this", value=format_value(value))
-            )
-
-
-def _params(name: str, section: Mapping[str, Any], content: Content, where: str) -> Mapping[str, Any]:
-    params = section.get("params")
-    if isinstance(params, Mapping):
-        return params
-    if params not in (None, AUTO):
-        reason = "this is a section: expected an object"
-        content.problems.append(
-            Problem(f"{name}.params in {where}", reason, 'such as {"lr": 1e-5}', format_value(params))
-        )
-    return {}
-
-
-SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-SCHEDULER_PARAMS = {
-    "warmup_max_lr": "optimizer.lr",
-    "warmup_num_steps": "schedule.warmup_steps",
-    "cos_min_ratio": "schedule.min_lr_ratio",
-}
-
-
-def _read_scheduler(section: Any, content: Content, where: str) -> None:
-    if not isinstance(section, Mapping):
-        return
-    kind = section.get("type", AUTO)
-    if kind != AUTO and kind not in SCHEDULERS:
-        reason = f"dstune has no such schedule; {', '.join(SCHEDULERS)} have one"
-        content.problems.append(Problem(f"scheduler.type in {where}", reason, value=str(kind)))
-        return
-    if kind != AUTO:
-        content.values.append(Value("schedule", SCHEDULERS[kind], "scheduler.type"))
-    for name, value in _params("scheduler", section, content, where).items():
-        source = f"scheduler.params.{name}"
-        if value == AUTO:
-            continue
-        if name in SCHEDULER_PARAMS:
-            content.values.append(Value(SCHEDULER_PARAMS[name], value, source))
-        elif name == "total_num_steps":
-            content.values.append(Value("trainer.max_steps", value, source))
-        elif (name, value) not in (("warmup_min_lr", 0), ("warmup_min_ratio", 0), ("warmup_type", "linear")):
-            reason = "the rate rises linearly from 0"
-            content.problems.append(Problem(f"{source} in {where}", reason, 'write "auto"', format_value(value)))
 
 
 def _merge_repeated(content: Content, where: str) -> None:
@@ -390,10 +260,12 @@ def _translate_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
                     f"deepspeed_config.{name} in {path}", "this version does not support it", value=format_value(value)
                 )
             )
+    if not file and "zero_stage" not in section:
+        _put(settings, ACCELERATE["zero_stage"], 2)  # accelerate's default
     precision = str(raw.get("mixed_precision") or "auto").lower()
     if precision in ("bf16", "fp16", "no"):
         for name in ("bf16", "fp16"):
-            if _section(settings, name).get("enabled", AUTO) == AUTO:
+            if section_of(settings, name).get("enabled", AUTO) == AUTO:
                 _put(settings, f"{name}.enabled", precision == name)
     elif precision != AUTO:
         problems.append(Problem(f"mixed_precision in {path}", "this version does not support it", value=precision))

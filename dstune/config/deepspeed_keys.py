@@ -196,3 +196,26 @@ REFUSED = {
     "zero_optimization.zeropp_loco_param": ZEROPP,
 }
 """Sections that are refused unless they are switched off, with the reason."""
+
+OFFLOADED = '"offload_%s": {"device": "cpu"}'
+INSTEAD: dict[str, str] = {
+    "amp": "trainer.precision=bf16",
+    "torch_autocast": "trainer.precision=bf16",
+    "sequence_parallel_size": "parallel=ulysses parallel.size={size}",
+    "tensor_parallel": "parallel=tensor parallel.size={size}",
+    "flops_profiler": "trainer.profile_steps=5",
+    "wandb": "tracking.wandb.mode=online",
+    "data_types.grad_accum_dtype": "zero.gradient_dtype=model",
+    **{
+        key: "trainer.activation_checkpointing=true"
+        for key in FIXED
+        if key.startswith("activation_checkpointing.") and not key.endswith(("profile", "number_checkpoints"))
+    },
+}
+"""dstune's settings for what a refused key is for. {size}: the number of ranks that the value names."""
+RENAMED: dict[str, str] = {
+    f"{ZERO}.cpu_offload": OFFLOADED % "optimizer",
+    f"{ZERO}.cpu_offload_param": OFFLOADED % "param",
+    f"{ZERO}.cpu_offload_use_pin_memory": '"offload_optimizer": {"device": "cpu", "pin_memory": true}',
+}
+"""What the file says today instead of a former key."""

@@ -8,13 +8,14 @@ and from there to DeepSpeed unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config import overrides as user_overrides
 from dstune.config.convert import convert, dotted, format_value, from_dict, to_dict
-from dstune.config.deepspeed_file import Content, Value, read
+from dstune.config.deepspeed_file import read
+from dstune.config.deepspeed_values import Content, Value, is_number
 from dstune.config.hydra_session import ROOT_CONFIG
 from dstune.config.names import classes_of, type_hints
 from dstune.config.schema import CHOICES, RunConfig
@@ -29,15 +30,16 @@ Given = Callable[[str], str | None]
 COMMAND_LINE = "the command line"
 
 
-def with_file(config: RunConfig, given: Given) -> RunConfig:
-    """Return `config` with the content of the file `zero.path`, or unchanged if that key is unset.
+def with_file(config: RunConfig, given: Given) -> tuple[RunConfig, dict[str, str]]:
+    """Return `config` with the content of the file `zero.path`, or unchanged if that key is unset; and, by key, the origin of each
+    value that is DeepSpeed's default.
 
     Raises:
         UserError: the file cannot be read. Otherwise lists everything in it that dstune cannot honour or that contradicts a value
             that the user gave.
     """
     if config.zero.path is None:
-        return config
+        return config, {}
     if not config.zero.path.strip():
         raise UserError(Problem("zero.path", "zero=file needs the name of the file", "zero.path=ds_config.json"))
     path = Path(config.zero.path)
@@ -45,13 +47,14 @@ def with_file(config: RunConfig, given: Given) -> RunConfig:
     merge = _Merge(to_dict(config), given, str(path))
     for value in sorted(content.values, key=lambda value: "." in value.key):  # choices of groups come first
         merge.put(value)
+    merge.put_start_rate(content)
     merge.put_ranks(content)
     problems = content.problems + merge.problems
     if problems:
         raise UserError(problems)
     settings = merge.tree["zero"]["settings"]
     merge.tree["zero"]["settings"] = nested_merge(content.settings, settings)
-    return from_dict(merge.tree, f"the values of {path}")
+    return from_dict(merge.tree, f"the values of {path}"), merge.origins
 
 
 class _Merge:
@@ -60,6 +63,7 @@ class _Merge:
     def __init__(self, tree: dict[str, Any], given: Given, path: str):
         self.tree, self.given, self.path = tree, given, path
         self.problems: list[Problem] = []
+        self.origins: dict[str, str] = {}
         self._taken: set[str] = set()
 
     def put(self, value: Value) -> None:
@@ -69,8 +73,6 @@ class _Merge:
         elif name not in self._keys(section):
             choice = f"{section}={self.tree[section]['name']}"
             self._refuse(value, f"{choice} has no such key", "remove it")
-        elif value.key == "trainer.max_steps":
-            self._check_length(value)
         else:
             current_value, giver = self.tree[section][name], self.given(value.key)
             if giver and value.implied:
@@ -80,8 +82,14 @@ class _Merge:
             except UserError as error:
                 self._refuse(value, error.problems[0].reason, 'correct it there, or write "auto"')
                 return
+            if value.excluded:
+                if giver and current_value == taken:
+                    self._refuse(value, f"{giver} sets {value.key}={format_value(current_value)}", "enable it there")
+                return
             if giver and current_value != taken:
                 self._add_contradiction(value, current_value, giver)
+            if value.implied:
+                self.add_origin(value)
             self.tree[section][name] = taken
             self._taken.add(value.key)
 
@@ -100,22 +108,66 @@ class _Merge:
         defaults = to_dict(classes_of(group)[value.value]())
         self.tree[group] = {**defaults, **old, "name": value.value}
 
-    def _check_length(self, value: Value) -> None:
-        """Refuse a length of the file's schedule that is not the run's: a schedule of dstune always ends with the run."""
-        steps = self.tree["trainer"]["max_steps"]
-        if steps != value.value:
-            length = "trainer.epochs" if steps is None else f"trainer.max_steps={steps}"
-            self._refuse(value, f"the schedule ends with the run, whose length is {length}", 'write "auto" there')
+    def add_origin(self, value: Value) -> None:
+        origin = f"DeepSpeed's default, since {self.path} leaves out {value.source}"
+        self.origins[value.key] = f"{origin} {value.note}".rstrip()
+
+    def put_start_rate(self, content: Content) -> None:
+        """Merge the rate that the schedule begins with, as a share of the peak rate, which the other values decide."""
+        if (value := content.start_rate) is None or "start_lr_ratio" not in self._keys("schedule"):
+            return
+        peak = self.tree["optimizer"]["lr"]
+        if not is_number(value.value):
+            self._refuse(value, "expected a number: dstune's groups of parameters have one rate", "write one number")
+        elif value.value and not peak:
+            self._refuse(value, "the peak rate is 0", "write 0 there, or give optimizer.lr")
+        else:
+            self.put(replace(value, value=value.value / peak if value.value else 0.0))
 
     def put_ranks(self, content: Content) -> None:
-        """Merge the number of ranks, and the accumulation steps, which depend on it."""
+        """Merge the number of ranks, and the sizes of batches that depend on it."""
         launch, trainer = self.tree["launch"], self.tree["trainer"]
         if content.processes and "processes" in launch and not self.given("launch.processes"):
             launch["processes"] = content.processes
-        if value := content.accumulation:
-            key = "trainer.global_batch_size"
-            is_known = bool(self.given(key)) or key in self._taken
-            self.problems += _accumulate(trainer, launch.get("processes"), value, is_known, self.path)
+        value = content.accumulation
+        if value is None:
+            return
+        ranks, is_known = self._replicas(launch), bool(self.given(value.key)) or value.key in self._taken
+        if content.derives_micro_batch and not self.given("trainer.micro_batch_size"):
+            self._derive_micro_batch(value, ranks)
+        elif value.implied and is_known:
+            return  # the other two sizes are given
+        else:
+            self.problems += _accumulate(trainer, ranks, value, is_known, self.path)
+            if value.implied and not is_known:
+                self.add_origin(value)
+
+    def _replicas(self, launch: Mapping[str, Any]) -> int | None:
+        """Return the number of ranks that have rows of their own, if the configuration says it."""
+        if launch.get("processes") is None or launch.get("hostfile") is not None:
+            return None
+        return max(1, launch["processes"] * launch.get("nodes", 1) // self.tree["parallel"].get("size", 1))
+
+    def _derive_micro_batch(self, value: Value, ranks: int | None) -> None:
+        """Set the rows of a micro-batch from the batch, the accumulation steps and the ranks, as DeepSpeed does. It stays while
+        the number of ranks is unknown: a step trains the same rows."""
+        trainer, steps = self.tree["trainer"], value.value
+        where = "train_batch_size" if value.implied else value.source
+        rows = trainer["global_batch_size"]
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            self._refuse(value, "expected a whole number", 'write "auto" there')
+        elif ranks is None:
+            reason = f"DeepSpeed's would be {rows} rows / ranks / {steps}, but launch.processes does not give the number of ranks"
+            self.origins["trainer.micro_batch_size"] = reason
+        elif not isinstance(rows, int) or rows % (ranks * steps):
+            reason = f"{rows} rows are not divided by {ranks} ranks x {steps} micro-batches"
+            fix = f"a train_batch_size of {ranks * steps * max(1, rows // (ranks * steps))}, or trainer.micro_batch_size=1"
+            self.problems.append(Problem(f"{where} in {self.path}", reason, fix, format_value(rows)))
+        else:
+            trainer["micro_batch_size"] = rows // (ranks * steps)
+            self.origins["trainer.micro_batch_size"] = (
+                f"{rows} rows for {ranks} rank{'s' * (ranks != 1)} and {steps} micro-batch{'es' * (steps != 1)}, as in DeepSpeed"
+            )
 
     def _keys(self, section: str) -> Mapping[str, Any]:
         choice = self.tree[section]["name"] if section in CHOICES else ""

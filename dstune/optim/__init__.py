@@ -11,5 +11,6 @@ ORDER = (
     "constant",
     "warmup_stable_decay",
     "slanted_triangular",
+    "deepspeed",
 )
 """Order in tables and messages; plugins come after these. The first of each kind is the default."""

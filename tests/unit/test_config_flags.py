@@ -258,8 +258,10 @@ def test_a_row_of_the_documentation():
 def test_equal_keys_of_choices_are_one_row():
     steps = [setting.group for setting in merged() if setting.key == "schedule.warmup_steps"]
     ratios = [setting.group for setting in merged() if setting.key == "schedule.warmup_ratio"]
-    assert steps == ["schedule=cosine|linear|constant|warmup_stable_decay"]  # slanted_triangular has a cut instead
-    assert ratios == ["schedule=cosine|linear|warmup_stable_decay", "schedule=constant"]
+    assert steps == [
+        "schedule=cosine|linear|constant|warmup_stable_decay|deepspeed"
+    ]  # slanted_triangular has a cut instead
+    assert ratios == ["schedule=cosine|linear|warmup_stable_decay|deepspeed", "schedule=constant"]
 
 
 def test_tables_of_keys_are_one_for_each_section():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 from dstune.config.compose import compose
 from dstune.config.deepspeed_file import ON_WHEN_THERE
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
+from dstune.config.resume import continue_run
 from dstune.config.run_file import read_run, write_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig
 from dstune.config.validate import validate
 from dstune.core.errors import UserError
-from dstune.optim.cosine import CosineConfig
-from dstune.optim.linear import LinearConfig
+from dstune.optim.adamw import AdamWConfig
+from dstune.optim.constant import ConstantConfig
+from dstune.optim.deepspeed import Decay, DeepSpeedScheduleConfig, WarmupType
 from dstune.optim.sgd import SgdConfig
 from dstune.zero.ds_config import deepspeed_config
 
@@ -81,7 +84,7 @@ def test_offloading_and_sections_of_optimizer_and_scheduler_with_auto():
         OptimizerOffload.cpu,
         Offload.cpu,
     )
-    assert isinstance(config.schedule, LinearConfig)
+    assert config.schedule == DeepSpeedScheduleConfig(decay=Decay.linear)
     assert config.optimizer.lr == 3e-4
     zero = settings_of(config)["zero_optimization"]
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
@@ -106,7 +109,9 @@ def test_a_plain_file_gives_dstune_s_keys_their_values():
     assert (trainer.global_batch_size, trainer.micro_batch_size, trainer.grad_clip) == (32, 2, 0.5)
     assert trainer.precision is Precision.fp32
     assert config.optimizer == SgdConfig(lr=0.01, momentum=0.9)
-    assert config.schedule == CosineConfig(warmup_steps=3, min_lr_ratio=0.1)
+    assert config.schedule == DeepSpeedScheduleConfig(
+        decay=Decay.cosine, warmup_steps=3, warmup_type=WarmupType.linear, min_lr_ratio=0.1
+    )
     assert (config.zero.stage, config.zero.reduce_bucket_size) == (1, 1_000_000)
     assert config.zero.settings == {"zero_optimization": {"round_robin_gradients": True}}
 
@@ -140,6 +145,56 @@ def test_the_run_does_not_need_the_file_any_more(write, tmp_path: Path):
         apply_overrides(again, ["zero.path=other.json"])
 
 
+def test_an_earlier_run_keeps_its_own_schedule_and_rate(write):
+    content = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 1}}
+    new = compose(["data=chitchat", "zero=file", f"zero.path={write(content)}"])
+    earlier = replace(new.config, schedule=ConstantConfig(warmup_steps=7), optimizer=AdamWConfig(lr=2e-5))
+    assert new.config.optimizer.lr == 1e-3
+    assert continue_run(replace(new, config=earlier), new) == earlier
+
+
+def test_defaults_of_deepspeed_are_named_as_the_origin(write):
+    path = write({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 1}})
+    result = compose(["data=chitchat", "zero=file", f"zero.path={path}", "optimizer.weight_decay=0.1"])
+    assert (result.config.trainer.grad_clip, result.config.optimizer.weight_decay) == (1.0, 0.1)
+    assert "since 0.19.3" in result.origins["trainer.grad_clip"]
+    assert "leaves out optimizer.params.lr" in result.origins["optimizer.lr"]
+    assert "optimizer.weight_decay" not in result.origins
+    assert "trainer.grad_clip" not in compose([*result.overrides, "trainer.grad_clip=0.5"]).origins
+
+
+def test_sizes_of_several_nodes_and_of_ranks_that_share_rows(write):
+    path = write({"train_batch_size": 64, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 1}})
+    slurm = ["launch=slurm", "launch.nodes=2", "launch.processes=4"]
+    assert composed(path, *slurm).trainer.micro_batch_size == 4
+    assert composed(path, *slurm, "parallel=ulysses", "parallel.size=2").trainer.micro_batch_size == 8
+    unknown = compose(["data=chitchat", "zero=file", f"zero.path={path}"])
+    assert "does not give the number of ranks" in unknown.origins["trainer.micro_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("content", "setting"),
+    [
+        ({"tensor_parallel": {"autotp_size": 4}}, "parallel=tensor parallel.size=4"),
+        ({"sequence_parallel_size": 8}, "parallel=ulysses parallel.size=8"),
+        ({"torch_autocast": {"enabled": True}}, "trainer.precision=bf16"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "trainer.activation_checkpointing=true"),
+    ],
+)
+def test_a_fix_names_what_dstune_has_instead_and_works(write, content, setting):
+    ((_, problem),) = refused(write({"zero_optimization": {"stage": 1}, **content})).items()
+    assert f"remove it, and set {setting}" in problem
+    without = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
+    compose(["data=chitchat", "zero=file", f"zero.path={write(without)}", *setting.split()])
+
+
+def test_the_former_key_of_offloading_is_answered_with_today_s(write):
+    problems = refused(write({"zero_optimization": {"stage": 2, "cpu_offload": True}}))
+    assert 'write "offload_optimizer": {"device": "cpu"} instead' in problems["zero_optimization.cpu_offload"]
+    path = write({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    assert composed(path).zero.offload_optimizer is OptimizerOffload.cpu
+
+
 # ---- contradictions ----
 
 
@@ -147,7 +202,11 @@ contradictions = pytest.mark.parametrize(
     ("content", "override", "key"),
     [
         ({"train_batch_size": 32}, "trainer.global_batch_size=16", "trainer.global_batch_size"),
-        ({"train_micro_batch_size_per_gpu": 1}, "trainer.micro_batch_size=4", "trainer.micro_batch_size"),
+        (
+            {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1},
+            "trainer.micro_batch_size=4",
+            "trainer.micro_batch_size",
+        ),
         ({"gradient_clipping": 0.5}, "trainer.grad_clip=1.0", "trainer.grad_clip"),
         ({"bf16": {"enabled": True}}, "trainer.precision=fp32", "trainer.precision"),
         ({"fp16": {"enabled": True}}, "trainer.precision=bf16", "trainer.precision"),
@@ -172,8 +231,12 @@ contradictions = pytest.mark.parametrize(
         ),
         ({"optimizer": {"type": "AdamW"}}, "optimizer=sgd", "optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "schedule=linear", "schedule"),
-        ({"scheduler": {"params": {"warmup_num_steps": 10}}}, "schedule.warmup_steps=5", "schedule.warmup_steps"),
-        ({"scheduler": {"params": {"warmup_max_lr": 1e-4}}}, "optimizer.lr=1e-3", "optimizer.lr"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}},
+            "schedule.warmup_steps=5",
+            "schedule.warmup_steps",
+        ),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-4}}}, "optimizer.lr=1e-3", "optimizer.lr"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -223,23 +286,12 @@ def test_all_contradictions_are_reported_at_once(write):
 @pytest.mark.parametrize(
     ("content", "where", "words"),
     [
-        (
-            {"optimizer": {"params": {"lr": 1}}, "scheduler": {"params": {"warmup_max_lr": 2}}},
-            "scheduler.params.warmup_max_lr",
-            "optimizer.params.lr says 1",
-        ),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled", "bf16 is enabled too"),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"cos_min_ratio": 0.1}}},
             "scheduler.params.cos_min_ratio",
-            "schedule=constant has no such key",
+            "WarmupLR of DeepSpeed has no such parameter",
         ),
-        (
-            {"scheduler": {"params": {"total_num_steps": 70}}},
-            "scheduler.params.total_num_steps",
-            "the schedule ends with the run",
-        ),
-        ({"scheduler": {"params": {"warmup_type": "log"}}}, "scheduler.params.warmup_type", "linearly"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type", "no such schedule"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "adamw, adamw_8bit, lion, muon, sgd"),
         (
@@ -330,7 +382,7 @@ def test_params_of_an_optimizer_are_a_section_or_auto(write):
         "optimizer": {"type": "AdamW", "params": "auto"},
         "scheduler": {"type": "WarmupLR", "params": "auto"},
     }
-    assert composed(write(auto)).schedule.name == "constant"
+    assert composed(write(auto)).schedule.name == "deepspeed"
     with pytest.raises(UserError, match="expected an object"):
         composed(write({"optimizer": {"type": "AdamW", "params": [1]}}))
 
