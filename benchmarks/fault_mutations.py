@@ -279,7 +279,7 @@ _OTHER: dict[str, Mutation] = {
         "config/run_file.py", 'method["init"] = "qr"', "pass"
     ),
     "unit/test_common_definitions.py::test_a_deepspeed_optimizer_without_weight_decay_has_deepspeed_s": undo(
-        "config/deepspeed_file.py", '"weight_decay" not in params:', "False:"
+        "config/deepspeed_training.py", '"eps": 1e-8, "weight_decay": 0.0}', '"eps": 1e-8, "weight_decay": 0.01}'
     ),
 }
 

@@ -110,12 +110,17 @@ ONLY: dict[str, Any] = {
 """Parameters that have to be what dstune's optimizers do anyway."""
 
 
+BUILT_IN = ("adamw", "adamw_8bit", "lion", "muon", "sgd")
+"""dstune's optimizers; DeepSpeed's names for them are above."""
+
+
 def _read_optimizer(settings: Any, content: Content, where: str) -> None:
     if not isinstance(settings, Mapping):
         return
     params = _params("optimizer", settings, content, where, ("type", "params", "legacy_fusion"))
     kind = settings.get("type")
-    choice = "sgd" if kind == "SGD" else OPTIMIZERS.get(str(kind).lower())
+    of_plugins = {name.lower(): name for name in classes_of("optimizer") if name not in BUILT_IN}
+    choice = "sgd" if kind == "SGD" else OPTIMIZERS.get(str(kind).lower()) or of_plugins.get(str(kind).lower())
     if _has_no_type("optimizer", kind, params, content, where):
         return
     if choice is None:
@@ -126,6 +131,12 @@ def _read_optimizer(settings: Any, content: Content, where: str) -> None:
     content.values.append(Value("optimizer", choice, "optimizer.type"))
     if choice == "muon":
         _refuse_muon(params, content, where)
+        return
+    if choice not in DEFAULTS:  # a plugin's own keys, which composing checks
+        settled = {name: value for name, value in params.items() if value != AUTO}
+        content.values += [
+            Value(f"optimizer.{name}", value, f"optimizer.params.{name}") for name, value in given.items()
+        ]
         return
     defaults, whole_section = dict(DEFAULTS[choice]), settings.get("params") == AUTO
     if choice == "adamw" and params.get("torch_adam"):

@@ -106,7 +106,7 @@ def test_unknown_names_are_answered_with_their_line_and_the_nearest_name(write, 
         "my.yaml:1: modle": "did you mean model=qwen3_4b?",
         "my.yaml:2: method": "did you mean method=lora?",
         "my.yaml:5: trainer.epoch": "did you mean trainer.epochs=3?",
-        "my.yaml:6: optimizer.lr": "optimizer.lr=2e-05 (the default)",
+        "my.yaml:6: optimizer.lr": "leave it out, and optimizer.lr is the default of the method",
     }
 
 

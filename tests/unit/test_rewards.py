@@ -28,7 +28,7 @@ from dstune.protocols import REWARDS
 from dstune.rewards import code
 from dstune.rewards.answers import boxed, last_number
 from dstune.rewards.code import CodeTests, code_of, passed
-from dstune.tasks.reinforcement import rules
+from dstune.tasks.reinforcement import reward_process, rules
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.reward_child import descendants
 from dstune.tasks.reinforcement.reward_process import RewardProcess
@@ -379,8 +379,7 @@ class Counts(dstune.Reward):
 class Knows(dstune.Reward):
     name = "knows"
     def __call__(self, prompts, completions, completion_ids, **columns):
-        secrets = {"A_TOKEN_OF_MINE", "DSTUNE_TRUST_KEY", "ENGINE_KEY", "HTTPS_PROXY"}
-        return [float(bool(secrets & set(os.environ))), float("PLAIN_OF_MINE" in os.environ)]
+        return [float("A_TOKEN_OF_MINE" in os.environ), float("PLAIN_OF_MINE" in os.environ)]
 
 @dstune.reward
 def like_trl(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **kwargs):
@@ -404,9 +403,7 @@ def hostile(tmp_path, monkeypatch):
     file = tmp_path / "hostile.py"
     file.write_text(HOSTILE)
     plugins.activate([str(file)])
-    for name in ("A_TOKEN_OF_MINE", "DSTUNE_TRUST_KEY", "ENGINE_KEY"):
-        monkeypatch.setenv(name, "secret")
-    monkeypatch.setenv("HTTPS_PROXY", "http://user:password@proxy:3128")
+    monkeypatch.setenv("A_TOKEN_OF_MINE", "secret")
     monkeypatch.setenv("PLAIN_OF_MINE", "plain")
     process = RewardProcess(ReinforcementConfig(rewards=[*NAMES, "exact_answer"], reward_seconds=3.0))
     yield lambda name: process(name, ["p", "p"], ["a", "b"], [[1], [2]], {"answer": ["a", "a"]}).scores, process
@@ -434,6 +431,12 @@ def test_what_rewards_do_stays_in_their_process(hostile):
             assert set(descendants(os.getpid())) <= before, f"nothing of {name} is left"
         assert ask("exact_answer") == [1.0, 0.0], f"another one after {name}"
     assert ask("knows") == [0.0, 1.0], "secrets do not reach rewards"
+
+
+@pytest.mark.parametrize("name", ["A_TOKEN_OF_MINE", "DSTUNE_TRUST_KEY", "ENGINE_KEY"])
+def test_variables_that_may_be_secret(name):
+    assert reward_process._may_be_secret(name, "value")
+    assert not reward_process._may_be_secret("PLAIN_OF_MINE", "value")
 
 
 def test_what_a_reward_detached_ends_with_it(hostile):
