@@ -135,7 +135,7 @@ def _read_optimizer(settings: Any, content: Content, where: str) -> None:
     if choice not in DEFAULTS:  # a plugin's own keys, which composing checks
         settled = {name: value for name, value in params.items() if value != AUTO}
         content.values += [
-            Value(f"optimizer.{name}", value, f"optimizer.params.{name}") for name, value in given.items()
+            Value(f"optimizer.{name}", value, f"optimizer.params.{name}") for name, value in settled.items()
         ]
         return
     defaults, whole_section = dict(DEFAULTS[choice]), settings.get("params") == AUTO
