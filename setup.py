@@ -1,5 +1,6 @@
-"""The packages of the wheel: every folder of `dstune/`, and `conf/` as `dstune.conf`. All else stands in pyproject.toml."""
+"""The packages of the wheel: every folder of `dstune/`, `conf/` as `dstune.conf`, and two packages that import nothing of
+`dstune`. All else stands in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["dstune", "dstune.*"]), "dstune.conf", "dstune_plugins"])
+setup(packages=[*find_packages(include=["dstune", "dstune.*"]), "dstune.conf", "dstune_plugins", "dstune_verify"])

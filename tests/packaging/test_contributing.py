@@ -60,7 +60,7 @@ def blocks() -> dict[str, dict[str, str]]:
 def workplace(tmp_path_factory) -> Commands:
     folder = tmp_path_factory.mktemp("contribution")
     tree = folder / "tree"
-    for name in ("dstune", "dstune_plugins", "conf"):
+    for name in ("dstune", "dstune_plugins", "dstune_verify", "conf"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     for files in blocks().values():

@@ -78,7 +78,10 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 def test_the_wheel_has_every_file_of_the_package(wheel_names: set[str]) -> None:
     files = {
-        path for package in ("dstune", "dstune_plugins") for path in (ROOT / package).rglob("*.*") if path.is_file()
+        path
+        for package in ("dstune", "dstune_plugins", "dstune_verify")
+        for path in (ROOT / package).rglob("*.*")
+        if path.is_file()
     }
     configuration = {f"dstune/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert files and configuration

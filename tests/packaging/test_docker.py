@@ -57,7 +57,7 @@ def test_the_images_install_the_whole_package(tmp_path: Path) -> None:
     subprocess.run(build, cwd=tmp_path, check=True, timeout=120)
     (wheel,) = (tmp_path / "wheels").iterdir()
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    for folder, prefix in (("dstune", ""), ("dstune_plugins", ""), ("conf", "dstune/")):
+    for folder, prefix in (("dstune", ""), ("dstune_plugins", ""), ("dstune_verify", ""), ("conf", "dstune/")):
         for path in (tmp_path / folder).rglob("*.py"):
             assert f"{prefix}{path.relative_to(tmp_path)}" in installed
 

@@ -86,7 +86,17 @@ def name_of(gone: frozenset[str]) -> str:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy in one place, so that mypy reads a file once for all tests."""
     tree = tmp_path_factory.mktemp("wings") / "tree"
-    for name in ("dstune", "dstune_plugins", "conf", "tests", "tools", "benchmarks", "docs", "examples"):
+    for name in (
+        "dstune",
+        "dstune_plugins",
+        "dstune_verify",
+        "conf",
+        "tests",
+        "tools",
+        "benchmarks",
+        "docs",
+        "examples",
+    ):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     return tree
