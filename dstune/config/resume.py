@@ -38,6 +38,12 @@ MAY_CHANGE_KEYS = (
     "trainer.early_stopping.patience",
     "trainer.early_stopping.max_gap",
     "model.trust_remote_code",
+    "task.judge",
+    "task.max_failed_share",
+    "task.reward_retry_seconds",
+    "task.reward_seconds",
+    "task.rollout_seconds",
+    "task.rollout_url",
 )
 """Further keys that a continued run may change."""
 LENGTHS = ("trainer.max_steps", "trainer.epochs")

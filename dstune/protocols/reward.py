@@ -22,6 +22,9 @@ class Reward:
     like_trl: ClassVar[bool] = False
     """Whether it gets the arguments of TRL's reward functions: messages instead of the texts of conversations, and `trainer_state`,
     `log_extra` and `log_metric` in addition to the columns."""
+    reads_texts: ClassVar[bool] = False
+    """Whether it gets the text of the last answer, and the tokens that the model wrote, in place of the messages of a completion
+    that has several turns."""
     package: ClassVar[str] = ""
     """A module of the extra `reinforcement` that it imports; a run is refused where it is missing."""
     checks_rows: ClassVar[bool] = False
@@ -42,7 +45,8 @@ class Reward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]:
-        """Return the scores of `completions`, in order; None for one that cannot be scored, which is then not trained on.
+        """Return the scores of `completions`, in order; None for one that the reward does not apply to. Raise an exception if
+        scoring fails: the completions are then not trained on.
 
         prompts: texts, or lists of messages. completion_ids: token ids, including the end token. columns: every further column
         of the rows, with a value for each completion; None if its row has none. This may be a coroutine function.

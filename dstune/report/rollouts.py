@@ -85,6 +85,8 @@ def _total(row: dict[str, Any]) -> float:
     value = row.get("reward")
     if isinstance(value, int | float):
         return float(value)
+    if row.get("failures"):  # the other rewards alone measure less
+        return math.nan
     scores = [float(score) for score in row.get("rewards", {}).values() if score is not None]
     return sum(scores) if scores else math.nan
 

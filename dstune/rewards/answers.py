@@ -29,6 +29,7 @@ class ExactAnswer(Reward):
     """The completion is the answer, apart from white space at its ends and upper and lower case."""
 
     name = "exact_answer"
+    reads_texts = True
     columns = ("answer",)
 
     def __call__(
@@ -46,6 +47,7 @@ class Number(Reward):
     If the answer ends with several numbers in brackets, such as `(1, 2)`, all of them have to be equal."""
 
     name = "number"
+    reads_texts = True
     columns = ("answer",)
 
     def __call__(
@@ -63,6 +65,7 @@ class BoxedAnswer(Reward):
     without white space."""
 
     name = "boxed_answer"
+    reads_texts = True
     columns = ("answer",)
     package = "math_verify"
 

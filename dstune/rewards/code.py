@@ -41,6 +41,7 @@ class CodeTests(Reward):
     """
 
     name = "code_tests"
+    reads_texts = True
     columns = ("tests",)
     runs_programs = True
     checks_rows = True

@@ -18,6 +18,7 @@ class ReasoningFormat(Reward):
     beginning."""
 
     name = "reasoning_format"
+    reads_texts = True
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
@@ -32,6 +33,7 @@ class Pattern(Reward):
     """1 where the regular expression in the column `pattern` is found in the completion, else 0."""
 
     name = "pattern"
+    reads_texts = True
     columns = ("pattern",)
 
     def __call__(
@@ -49,6 +51,7 @@ class JsonObject(Reward):
     """1 where the whole completion is a JSON object that has the keys in the column `keys` (any keys without it), else 0."""
 
     name = "json_object"
+    reads_texts = True
 
     def __call__(
         self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
@@ -62,6 +65,7 @@ class JsonSchema(Reward):
     """1 where the whole completion is JSON that the JSON Schema in the column `schema` (an object, or its text) accepts, else 0."""
 
     name = "json_schema"
+    reads_texts = True
     columns = ("schema",)
 
     def __call__(
@@ -91,6 +95,7 @@ class Brevity(Reward):
     """1 for an empty completion, falling linearly to 0 at the column `max_length` (tokens; 256 without it)."""
 
     name = "brevity"
+    reads_texts = True
 
     def __call__(
         self,

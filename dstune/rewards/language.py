@@ -14,6 +14,7 @@ class WordCount(Reward):
     """1 for a completion of as many words as the column `words` says, falling linearly to 0 at none and at twice as many."""
 
     name = "word_count"
+    reads_texts = True
     columns = ("words",)
 
     def __call__(
@@ -31,6 +32,7 @@ class Script(Reward):
     `ARABIC`, `CJK`, `HIRAGANA`, `HANGUL`, ...; several with `+`): what tells a language with a script of its own."""
 
     name = "script"
+    reads_texts = True
     columns = ("script",)
 
     def __call__(

@@ -31,7 +31,7 @@ from dstune.trainer.forgetting import Penalties
 from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
 from dstune.trainer.prefetcher import RankBatch, dropout_seed, prefetched_steps
-from dstune.trainer.rollouts import Rollouts, RolloutsUnavailable
+from dstune.trainer.rollouts import Rollouts, RolloutsFailed, RolloutsUnavailable
 from dstune.trainer.state import TrainState
 from dstune.trainer.step_timer import METRICS, StepTimer, StepTimes
 from dstune.trainer.utilization import Utilization
@@ -199,6 +199,8 @@ def train(run: Training) -> Request:
                     train_step(run, step)
             except RolloutsUnavailable as error:  # on all ranks alike; the state is still that of the previous step
                 return save_if_requested(run, Request(Action.PREEMPT, str(error)))
+            except RolloutsFailed as error:
+                return save_and_fail(run, str(error))
             synchronize_step(run, step)
             run.callbacks.on_step_agreed(run, step)
             report_step(run, step)
@@ -496,6 +498,17 @@ def save_if_requested(run: Training, request: Request) -> Request:
         reason = f"step {run.state.step} could not be saved: {run.saves.refusal}"
         return Request(Action.FAIL, f"{request.reason}, and {reason}")
     return request
+
+
+def save_and_fail(run: Training, reason: str) -> Request:
+    """Save the last step, whose weights can be trusted, and return the request that ends the run as failed."""
+    step = run.state.step
+    outcome = (
+        f"step {step} is saved"
+        if save(run, now=True, whole=True)
+        else f"step {step} could not be saved: {run.saves.refusal}"
+    )
+    return Request(Action.FAIL, f"{reason}; {outcome}")
 
 
 def save(run: Training, *, now: bool, whole: bool = False) -> bool:

@@ -16,6 +16,10 @@ class RolloutsUnavailable(Exception):
     """The sampler does not answer now, but may later: the run is saved and ends, to be continued."""
 
 
+class RolloutsFailed(Exception):
+    """The answers of a step cannot be scored: the run saves its last step and ends as failed."""
+
+
 class RolloutRun(Protocol):
     """The part of `loop.Training` that a rollout needs."""
 
@@ -28,6 +32,7 @@ class RolloutStep(Protocol):
     """The part of `loop.Step` that a rollout needs."""
 
     number: int
+    number_in_launch: int
     batch: RankBatch
 
     @property
@@ -42,8 +47,8 @@ class Rollouts(Protocol):
         """Number of optimizer updates with the completions of one rollout."""
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """Return the micro-batches that train in place of the prompts in `step.batch`. Raises RolloutsUnavailable, on all ranks
-        alike."""
+        """Return the micro-batches that train in place of the prompts in `step.batch`. Raises RolloutsUnavailable
+        or RolloutsFailed, on all ranks alike."""
 
     def several_updates(self) -> AbstractContextManager[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
         """Wrap the updates of a step. Yields a function from the number of an update to the tensors that are added to each of its

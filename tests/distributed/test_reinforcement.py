@@ -156,7 +156,7 @@ def judged(prompts, completions, n, trainer_state, **columns):
 def test_a_reward_that_fails_in_an_evaluation_is_no_score_of_zero(workplace):
     (workplace.folder / "judged.py").write_text(JUDGED)
     few = ["method=full", "trainer.max_steps=4", "launch.processes=1", "evaluate.every=2", "plugins=[./judged.py]"]
-    few += ["task.rewards=[judged]", "data.clean.leaks=false"]
+    few += ["task.rewards=[judged]", "data.clean.leaks=false", "task.reward_retry_seconds=0"]
     done = train(workplace, "judged", *few)
     assert done.returncode == 0, done.stderr
     rows = [row for row in metrics(workplace.folder / "judged") if "eval/rewards/judged/failed" in row]
@@ -170,6 +170,47 @@ def test_a_reward_that_fails_in_an_evaluation_is_no_score_of_zero(workplace):
     done = workplace.run("evaluate", "judged", "--json", timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["reward"] < -5, "the trained weights, with the steps of the run"
+
+
+OUTAGE = """
+import os
+import dstune
+
+@dstune.reward
+def served(prompts, completions, n, word, trainer_state, **columns):
+    if trainer_state.global_step >= 2 and os.path.exists("down"):
+        raise ConnectionRefusedError("the judge is down")
+    return [float(text.split().count(right)) for text, right in zip(completions, word)]
+
+@dstune.reward
+def early(prompts, completions, trainer_state, **columns):
+    return [0.5 if trainer_state.global_step < 1 else None for _ in completions]
+"""
+
+
+def test_a_judge_that_stays_down_saves_the_run_which_continues_with_the_same_bits(workplace):
+    (workplace.folder / "outage.py").write_text(OUTAGE)
+    few = ["method=full", "trainer.max_steps=4", "launch.processes=2", "evaluate.every=0", "plugins=[./outage.py]"]
+    few += ["task.rewards=[served,early]", "task.reward_retry_seconds=1", "checkpoint.every=100"]
+    assert train(workplace, "outage-whole", *few).returncode == 0
+    (workplace.folder / "down").touch()
+    done = train(workplace, "outage", *few)
+    (workplace.folder / "down").unlink()
+    assert done.returncode == 1, done.stderr
+    said = done.stdout + done.stderr
+    assert "ConnectionRefusedError: the judge is down" in said
+    assert "task.reward_retry_seconds" in said and "step 2 is saved" in said
+    assert "continue with: dstune train" in said
+    assert result(workplace.folder / "outage")["status"] == "failed"
+    done = workplace.run("train", "outage", timeout=600)
+    assert done.returncode == 0, done.stderr
+    whole, cut = workplace.folder / "outage-whole", workplace.folder / "outage"
+    assert rollouts(cut) == rollouts(whole)
+    name = "model.safetensors"
+    assert (cut / "export" / name).read_bytes() == (whole / "export" / name).read_bytes()
+    rows = [row for row in metrics(whole) if "reward" in row]
+    assert ["rewards/early/mean" in row for row in rows] == [True, False, False, False], "None for whole steps"
+    assert [row["rewards/early/failed"] for row in rows] == [0, 0, 0, 0]
 
 
 def test_graders_score_in_training_and_evaluation_and_are_not_believed_of_strangers(workplace):

@@ -15,11 +15,13 @@ from dstune.data.chat.tool_calls import FORMS
 from dstune.data.collate import NO_TARGET
 from dstune.tasks.reinforcement import turns
 from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.reward_process import RewardProcess
 from dstune.tasks.reinforcement.rollout import Rollouts
 from dstune.testing.tiny import word_tokenizer
 
 CALL, WRONG, HANG, HALF = CALLS = [*map(call_of, ("peek", "none", "hang", "half"))]
+LEAVE = call_of("leave")
 ENVIRONMENTS = '''
 import time
 import dstune
@@ -29,7 +31,9 @@ import numpy
 class Hidden(dstune.Environment):
     name = "hidden"
 
-    def reset(self, word=None, **row):
+    def reset(self, word=None, fails=None, **row):
+        if fails:
+            raise KeyError(fails)
         self.word, self.peeked = word or self.random.choice(["w1", "w2"]), False
         return " now"
 
@@ -46,7 +50,13 @@ class Hidden(dstune.Environment):
         """Return half of a character."""
         return "w1 " + chr(0xD83D)
 
+    def leave(self) -> str:
+        """End the program."""
+        raise SystemExit(3)
+
     def get_reward(self):
+        if self.word == "w3":
+            raise ValueError("no such word")
         return numpy.float32(self.peeked)
 
 @dstune.environment
@@ -100,14 +110,17 @@ def act(tmp_path, monkeypatch):
     file.write_text(ENVIRONMENTS)
     plugins.activate([str(file)])
     tokenizer = word_tokenizer([*("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"), *["user", "assistant", "tool", "tools"],
-                                *["go", "now", "w1", "w2", "peek", "hang", "half", "error:", "ok"], *CALLS])  # fmt: skip
+                                *["go", "now", "w1", "w2", "peek", "hang", "half", "leave", "error:", "ok"],
+                                *CALLS, LEAVE])  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     world = SimpleNamespace(any=bool, gather=lambda value: [value], rank=0, size=1)
     opened = []
 
     def run(answers, *, rows, **settings):
         task = ReinforcementConfig(environment="hidden", template_date="2026-01-01", **settings)
-        scorer = SimpleNamespace(process=RewardProcess(task), columns_of=lambda prompt: rows[prompt])
+        scorer = SimpleNamespace(
+            process=RewardProcess(task), patience=Patience(0.0), columns_of=lambda prompt: rows[prompt]
+        )
         opened.append(scorer.process)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         environments = turns.Environments(task, tokenizer, scorer, 64, {end})
@@ -127,7 +140,9 @@ def test_tokens_of_tools_are_read_and_not_trained(act):
     rows = {0: {"prompt": "go", "word": "w2"}, 1: {"prompt": [{"role": "user", "content": "go"}], "word": "w1"}}
     answers = {(0, 0): [f"ok {CALL} <|im_end|>", "w2 <|im_end|>"], (1, 0): ["w1 w1 <|im_end|>"]}
     (first, second), script, process, tokenizer = act(answers, rows=rows)
-    prompt = "<|im_start|> tools half hang peek <|im_end|> <|im_start|> user go now <|im_end|> <|im_start|> assistant"
+    prompt = (
+        "<|im_start|> tools half hang leave peek <|im_end|> <|im_start|> user go now <|im_end|> <|im_start|> assistant"
+    )
     assert tokenizer.decode(first.completion.prompt_ids) == prompt
     written = f"ok {CALL} <|im_end|> <|im_start|> tool w2 <|im_end|> <|im_start|> assistant w2 <|im_end|>"
     assert tokenizer.decode(first.completion.ids) == written
@@ -181,10 +196,27 @@ def test_an_environment_that_hangs_scores_nothing_and_the_run_goes_on(act):
     answers = {(0, 0): [f"{HANG} <|im_end|>", "w1 <|im_end|>"]}
     (hanging,), _, process, _ = act(answers, rows=rows, environment_seconds=2.0)
     assert "longer than 2 s (task.environment_seconds)" in process.last_error
+    assert "longer than 2 s" in hanging.failures["hidden"]
     scores = process("hidden", ["go"], [hanging.messages], [[1]], {}, environments=["0/0"])
     assert scores.scores == [None]
     (later,), *_ = act({(0, 0): ["w1 <|im_end|>"]}, rows=rows)
     assert later.completion.ended
+
+
+def test_an_environment_that_fails_costs_its_own_episode(act):
+    rows = {n: {"prompt": "go", "word": "w1"} for n in range(4)}
+    rows[1]["fails"], rows[2]["word"] = "a column", "w3"
+    answers = {(n, 0): [f"{CALL} <|im_end|>", "w1 <|im_end|>"] for n in (0, 2)}
+    answers |= {(3, 0): [f"{LEAVE} <|im_end|>", "w1 <|im_end|>"]}
+    (first, unset, _, left), _, process, _ = act(answers, rows=rows)
+    assert unset.failures == {"hidden": "its environment failed: it could not be reset: KeyError: 'a column'"}
+    assert (unset.completion.ids, unset.completion.ended) == ([], False)
+    assert not first.failures and first.completion.ended
+    assert (left.failed_calls, left.completion.ended) == (1, True), "it reads the error, as of every other exception"
+    keys = ["0/0", "2/0", "3/0"]
+    scores = process("hidden", ["go"] * 3, [["m"]] * 3, [[1]] * 3, {}, environments=keys)
+    assert scores.scores == [1.0, None, 0.0]
+    assert scores.failures == {1: Failure("ValueError: no such word")}
 
 
 def test_what_an_environment_draws_is_the_same_again(act):
@@ -205,7 +237,7 @@ def test_a_class_for_trl_is_an_environment(act):
     process = RewardProcess(ReinforcementConfig(environment="TrlStyle", rewards=["counted"]))
     try:
         row = {"key": "0/0", "seed": 1, "columns": {"prompt": "p"}}
-        process.ask({"kind": "reset", "environment": "TrlStyle", "rows": [row]}, 60, "")
+        process.ask({"kind": "reset", "environment": "TrlStyle", "rows": [row], "again": False}, 60, "")
         calls = [{"key": "0/0", "name": "add", "arguments": json.loads(text)} for text in ('{"amount": 2}', '{"x": 1}')]
         results = process.ask({"kind": "call", "calls": calls}, 60, "")["results"]
         assert [result["failed"] for result in results] == [False, True]

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
 from dstune.tasks.reinforcement.grade import Graders
+from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.records import Scored
 from dstune.tasks.reinforcement.reward_model import conversation_of, load_reward_model
 from dstune.tasks.reinforcement.sampling import Completion
@@ -51,9 +52,9 @@ def test_an_answer_without_text_takes_no_score_from_others(judge):
     folder, *_ = judge
     score = load_reward_model(str(folder), ModelConfig(path=str(folder)), 5.0)
     whole, empty = conversation_of("w1 w2", "w3", {}), conversation_of("w1 w2", "", {})
-    assert score([empty, whole, empty]) == [None, *score([whole]), None]
-    assert "empty" in score.last_error
-    assert score([empty]) == [None]
+    (failure,) = score([empty])
+    assert "empty" in failure.reason
+    assert score([empty, whole, empty]) == [failure, *score([whole]), failure]
     assert load_reward_model(str(folder), ModelConfig(path="other"), 9.0) is score, "it is in memory once"
 
 
@@ -115,7 +116,8 @@ def test_a_server_is_asked_for_rewards(server):
     )
     double.shutdown()
     double.server_close()
-    assert score([conversation_of("p", "abc", {})]) == [None], "a server that is gone gives no score"
+    (failure,) = score([conversation_of("p", "abc", {})])
+    assert isinstance(failure, Failure) and failure.may_pass, "a server that is gone gives no score"
 
 
 def test_a_server_is_asked_for_what_it_takes(server):
@@ -123,24 +125,22 @@ def test_a_server_is_asked_for_what_it_takes(server):
     score = load_reward_model(f"{address}#judge", ModelConfig(path="x"), 5.0)
     talks = [conversation_of("p", "a" * (number % 5 + 1), {}) for number in range(70)]
     talks[67] = conversation_of("p", "", {})
-    expected = [None if number == 67 else float(number % 5 + 1) for number in range(70)]
-    assert score(talks) == expected
+    refused = Failure("the server answered 400: an answer is empty")
+    assert score(talks) == [refused if number == 67 else float(number % 5 + 1) for number in range(70)]
     assert [len(body["messages"]) for _, body in double.seen[:2]] == [64, 6]
-    assert score.last_error == "the server answered 400: an answer is empty"
 
 
 def test_scores_that_are_no_numbers_are_none(monkeypatch):
     scorer = object.__new__(Scorer)
     scorer.names, scorer.process, scorer.logged = ["judge"], SimpleNamespace(), {}
-    scores = [0.5, math.nan, -math.inf, None]
-    scorer._models = {"judge": lambda talks: scores}
+    scorer._models = {"judge": lambda talks: [0.5, math.nan, -math.inf, Failure("one failed")]}
+    scorer.patience = Patience(0.0)
     scorer._task = SimpleNamespace(environment=None)
     monkeypatch.setattr(Scorer, "columns_of", lambda self, prompt: {"prompt": "p"})
-    scorer._models["judge"].last_error = "one failed"
     batch = [Scored(Completion(0, number, [1], [], 0.0, True), "a", []) for number in range(4)]
     scorer._score_batch(batch, {})
     assert [scored.scores for scored in batch] == [[0.5], [None], [None], [None]]
-    assert scorer.process.last_error == "one failed"
+    assert [scored.failures for scored in batch] == [{}, {}, {"judge": "it returned -inf"}, {"judge": "one failed"}]
 
 
 def test_a_model_grades_within_its_range(server):
@@ -152,7 +152,9 @@ def test_a_model_grades_within_its_range(server):
     )
     assert graders.score("g", ["a"], {"kind": ["x"]}) == [5.0]
     assert graders.score("wide", ["a"], {"kind": ["x"]}) == [7.0]
-    assert graders.score("g", ["a"], {"kind": ["silent"]}) == [None]
+    (silent,) = graders.score("g", ["a"], {"kind": ["silent"]})
+    assert isinstance(silent, Failure)
     path, body = double.seen[0]
     assert (path, body["messages"][0]["content"], body["temperature"]) == ("/v1/chat/completions", "x: a", 0)
-    assert Graders({"g": grader}).score("g", ["a"], {"kind": ["x"]}) == [None], "without a server"
+    (alone,) = Graders({"g": grader}).score("g", ["a"], {"kind": ["x"]})
+    assert alone == Failure("model_grader_server_error: task.judge names no server"), "without a server"

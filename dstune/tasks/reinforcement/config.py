@@ -76,6 +76,12 @@ class ReinforcementConfig(TaskConfig):
     reward_seconds: float = setting(60.0, above=0.0)
     """Time limit of one reward for the completions of a micro-batch; a reward that runs programs gets `program_seconds` more for
     every four completions. A reward that takes longer is ended, and its completions do not train."""
+    reward_retry_seconds: float = setting(600.0, at_least=0.0)
+    """How long a reward is asked again, with growing pauses, if its server is down, too slow, busy or answers 5xx. Then the run
+    saves and ends with exit code 1, and can be resumed. 0 does not ask again."""
+    max_failed_share: float = setting(1.0, at_least=0.0, at_most=1.0)
+    """Largest share of a step's completions that a reward may fail to score. If it fails to score more, or all, the run saves and
+    ends. Completions that it scores None because it does not apply do not count."""
     program_seconds: float = setting(10.0, above=0.0)
     """Time limit of one program (a `python` grader, a completion under `code_tests`) or one answer of `judge`."""
     program_memory_gib: float = setting(2.0, above=0.0)

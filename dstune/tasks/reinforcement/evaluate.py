@@ -52,7 +52,7 @@ def evaluate_rewards(
 
 def scored_evaluation(metrics: dict[str, float], completions: Sequence[Scored]) -> Evaluation:
     """Return the evaluation of `completions`, without the figures that no score supports; its warnings say what is missing."""
-    failures = [scored.failure for scored in completions if scored.failure]
+    failures = [": ".join(*list(scored.failures.items())[:1]) for scored in completions if scored.failures]
     warnings: tuple[str, ...] = ()
     if failures:
         left_out = f"{len(failures):,} of {len(completions):,} completions are left out of eval/reward"
@@ -60,8 +60,8 @@ def scored_evaluation(metrics: dict[str, float], completions: Sequence[Scored]) 
     names = [
         name.removesuffix("/failed") for name in metrics if name.startswith("rewards/") and name.endswith("/failed")
     ]
-    unscored = {f"{name}/{figure}" for name in names if metrics[f"{name}/failed"] == 1 for figure in ("mean", "std")}
-    if all(scored.failure or not any(score is not None for score in scored.scores) for scored in completions):
+    unscored = {f"{name}/{figure}" for name in names if f"{name}/mean" not in metrics for figure in ("mean", "std")}
+    if all(scored.failures or not any(score is not None for score in scored.scores) for scored in completions):
         unscored.add("reward")
     kept = {name: value for name, value in metrics.items() if name not in unscored}
     return Evaluation(kept, warnings=warnings, missing=frozenset(unscored))
@@ -75,7 +75,7 @@ def _as_row(scored: Scored) -> dict[str, Any]:
         "ended": completion.ended,
         "entropy": completion.entropy,
         "scores": list(scored.scores),
-        "failure": scored.failure,
+        "failures": scored.failures,
         "calls": scored.calls,
         "failed_calls": scored.failed_calls,
     }
@@ -86,4 +86,4 @@ def _from_row(row: dict[str, Any]) -> Scored:
 
     completion = Completion(row["prompt"], 0, [0] * row["length"], [], row["entropy"], row["ended"])
     calls = {"calls": row["calls"], "failed_calls": row["failed_calls"]}
-    return Scored(completion, "", row["scores"], failure=row["failure"], **calls)
+    return Scored(completion, "", row["scores"], failures=row["failures"], **calls)

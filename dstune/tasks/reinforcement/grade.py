@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +13,7 @@ from typing import Any
 from dstune.core.errors import Problem, UserError
 from dstune.grading.grader import GraderError, GraderFailed, Sample, Services, check_grader, grade, kinds_in
 from dstune.grading.sandbox import AT_ONCE, Limits, run_program
+from dstune.tasks.reinforcement.outages import Failure, may_pass
 
 PYTHON_GRADER = """\
 import json, os, sys
@@ -47,6 +48,10 @@ JUDGED = {
 }
 
 
+class JudgeUnavailable(GraderFailed):
+    """Raised if the judge did not answer, but may answer later."""
+
+
 class Graders:
     """Scores completions with the graders of a run, which it knows by name."""
 
@@ -67,8 +72,10 @@ class Graders:
     def names(self) -> frozenset[str]:
         return frozenset(self._graders)
 
-    def score(self, name: str, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[float | None]:
-        """Return a grade for each completion; None if the grader failed."""
+    def score(
+        self, name: str, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> list[float | Failure]:
+        """Return for each completion its grade, or why the grader failed."""
         grader = self._graders[name]
         items = [{column: values[number] for column, values in columns.items()} for number in range(len(completions))]
         samples = [Sample(text, item) for text, item in zip(completions, items, strict=True)]
@@ -77,9 +84,22 @@ class Graders:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda sample: self._score(grader, sample), samples))
 
-    def _score(self, grader: Mapping[str, Any], sample: Sample) -> float | None:
-        graded = grade(grader, sample, Services(self.run_python, self.ask_model))
-        return None if any(is_failure(kind, details) for kind, details in graded.errors.items()) else graded.reward
+    def _score(self, grader: Mapping[str, Any], sample: Sample) -> float | Failure:
+        outages: list[JudgeUnavailable] = []
+
+        def ask_model(model_grader: Mapping[str, Any], messages: list[dict[str, str]]) -> float:
+            try:
+                return self.ask_model(model_grader, messages)
+            except JudgeUnavailable as error:
+                outages.append(error)
+                raise
+
+        graded = grade(grader, sample, Services(self.run_python, ask_model))
+        failed = [(kind, details) for kind, details in graded.errors.items() if is_failure(kind, details)]
+        if not failed:
+            return graded.reward
+        kind, details = failed[0]
+        return Failure(f"{kind}: {details}" if details else kind, bool(outages))
 
     def run_python(self, source: str, sample: Sample) -> float:
         """Run a Python grader in the sandbox and return its score. Raises GraderFailed."""
@@ -96,7 +116,7 @@ class Graders:
             raise GraderFailed("python_grader_runtime_error", "it returned no number") from None
 
     def ask_model(self, grader: Mapping[str, Any], messages: list[dict[str, str]]) -> float:
-        """Ask a model for a score and return it. Raises GraderFailed."""
+        """Ask a model for a score and return it. Raises GraderFailed; JudgeUnavailable if another attempt may succeed."""
         if self._judge is None:
             raise GraderFailed("model_grader_server_error", "task.judge names no server")
         parameters = dict(grader.get("sampling_params", {}))
@@ -106,8 +126,9 @@ class Graders:
         try:
             answer = post(f"{self._judge}/v1/chat/completions", body, self.limits.seconds, self._judge_key)
             text = answer["choices"][0]["message"]["content"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise GraderFailed("model_grader_server_error", f"{type(error).__name__}: {error}"[:200]) from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            kind = JudgeUnavailable if may_pass(error) else GraderFailed
+            raise kind("model_grader_server_error", f"{type(error).__name__}: {error}"[:200]) from None
         try:
             return float(json.loads(text)["result"])
         except (ValueError, LookupError, TypeError):

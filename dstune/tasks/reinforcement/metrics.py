@@ -19,7 +19,7 @@ def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     completions, rewarded = sums["completions"], sums["rewarded"]
     ended, tokens = sums["ended"], sums["length_sum"]
     metrics = {
-        "reward": _ratio(sums["reward_sum"], rewarded),
+        **({"reward": sums["reward_sum"] / rewarded} if rewarded else {}),
         "reward_std": _ratio(sums["reward_deviations"], sums["groups"]),
         "frac_reward_zero_std": _ratio(sums["equal_groups"], sums["groups"]),
         "completions/mean_length": _ratio(tokens, completions),
@@ -35,9 +35,10 @@ def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     for name in (name for name in sums if name.startswith("rewards/") and name.endswith("/sum")):
         reward = name.removesuffix("/sum")
         count = sums[f"{reward}/count"]
-        metrics[f"{reward}/mean"] = _ratio(sums[name], count)
-        metrics[f"{reward}/std"] = (sums[f"{reward}/squares"] / (count - 1)) ** 0.5 if count > 1 else 0.0
-        metrics[f"{reward}/failed"] = 1 - _ratio(count, completions)
+        if count:
+            metrics[f"{reward}/mean"] = sums[name] / count
+            metrics[f"{reward}/std"] = (sums[f"{reward}/squares"] / (count - 1)) ** 0.5 if count > 1 else 0.0
+        metrics[f"{reward}/failed"] = _ratio(sums[f"{reward}/failures"], completions)
     if "tokens" in sums:
         metrics |= {
             "clip_ratio/low_mean": _ratio(sums["clipped_low"], sums["tokens"]),
@@ -61,11 +62,7 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
     completions = [scored for group in groups for scored in group]
     lengths = [len(scored.completion.ids) for scored in completions]
     ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
-    # A failed reward is missing from the sum of the others, which is then no measure of the completion.
-    rewards = [
-        [math.nan if scored.failure else weighted_reward(scored.scores, task.weights) for scored in group]
-        for group in groups
-    ]
+    rewards = [[reward_of(scored, task.weights) for scored in group] for group in groups]
     deviations = [_deviation([reward for reward in group if reward == reward]) for group in rewards]
     flat = [reward for group in rewards for reward in group if reward == reward]
     sums = {
@@ -92,14 +89,16 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
             f"rewards/{name}/sum": sum(scores),
             f"rewards/{name}/count": float(len(scores)),
             f"rewards/{name}/squares": sum((score - mean) ** 2 for score in scores),
+            f"rewards/{name}/failures": float(sum(name in scored.failures for scored in completions)),
         }
     return sums
 
 
-def weighted_reward(scores: Sequence[float | None], weights: Sequence[float]) -> float:
-    """Return the weighted sum of a completion's scores; NaN if no reward could score it."""
-    weighted = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
-    return sum(weighted) if weighted else math.nan
+def reward_of(scored: Scored, weights: Sequence[float]) -> float:
+    """Return the weighted sum of a completion's scores; NaN if no reward scored it, or if one failed, whose score is then missing
+    from the sum that the completion is compared by."""
+    weighted = [score * weight for score, weight in zip(scored.scores, weights, strict=True) if score is not None]
+    return sum(weighted) if weighted and not scored.failures else math.nan
 
 
 def _deviation(values: Sequence[float]) -> float:

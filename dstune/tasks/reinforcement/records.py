@@ -24,9 +24,9 @@ class Scored:
     completion: Completion
     text: str
     scores: list[float | None] = field(default_factory=list)
-    """The score of each of `task.reward_names`; None for a failed one."""
+    """The score of each of `task.reward_names`; None for one that failed or does not apply."""
     reward: float | None = None
-    """The weighted sum of the scores; None if there is none."""
+    """The weighted sum of the scores; None if there is none, or if a reward failed: the sum of the others measures less."""
     advantage: float = 0.0
     messages: list[dict[str, Any]] = field(default_factory=list)
     """In an environment: the turns of the completion, and the results of its tools."""
@@ -35,8 +35,8 @@ class Scored:
     calls: int = 0
     """Number of tool calls."""
     failed_calls: int = 0
-    failure: str = ""
-    """Why a reward failed to score the completion; empty if none failed. It is not recorded."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why rewards failed to score the completion, by name. A reward that returned None without failing is not among them."""
 
     @property
     def answer(self) -> Any:
@@ -92,7 +92,7 @@ def pack_scored(scored: Scored) -> dict[str, Any]:
     completion = {name: value for name, value in vars(scored.completion).items() if value or name not in OPTIONAL}
     row: dict[str, Any] = {**completion, "text": scored.text, "scores": list(scored.scores)}
     optional = {"messages": scored.messages, "extra": scored.extra, "calls": scored.calls}
-    optional["failed_calls"] = scored.failed_calls
+    optional |= {"failed_calls": scored.failed_calls, "failures": scored.failures}
     return row | {name: value for name, value in optional.items() if value}
 
 
@@ -100,7 +100,8 @@ def unpack_scored(row: Mapping[str, Any]) -> Scored:
     """Build the completion that `pack_scored` packed."""
     needed = {name: row[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
     optional = {name: row[name] for name in OPTIONAL if name in row}
-    further = {name: row[name] for name in ("messages", "extra", "calls", "failed_calls") if name in row}
+    names = ("messages", "extra", "calls", "failed_calls", "failures")
+    further = {name: row[name] for name in names if name in row}
     return Scored(Completion(**needed, **optional), row["text"], list(row["scores"]), **further)
 
 

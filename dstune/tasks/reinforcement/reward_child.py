@@ -26,13 +26,12 @@ from typing import Any, NoReturn
 from dstune.protocols import ENVIRONMENTS, REWARDS
 from dstune.tasks.reinforcement.environment_host import EnvironmentHost
 from dstune.tasks.reinforcement.grade import Graders
+from dstune.tasks.reinforcement.outages import Failure
 
 MEMORY_BYTES = 8 * 2**30
 """Limit of a process's address space."""
 PRINTED_BYTES = 2**24
 """Limit of the bytes in one file, including the file that printed output goes to."""
-LONGEST_REASON = 500
-"""Errors are cut off after this many characters."""
 MOST_PROCESSES = 256
 WATCHED_SECONDS = 0.1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -114,11 +113,12 @@ def answer_requests() -> None:
                 case "score":
                     answer = run_reward(request, graders, host)
                 case "reset":
-                    answer = {"results": host.reset(request["environment"], request["rows"])}
+                    answer = {"results": host.reset(request["environment"], request["rows"], again=request["again"])}
                 case "call":
                     answer = {"results": host.call(request["calls"])}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:LONGEST_REASON]}
+            failure = Failure.of(error)
+            answer = {"error": failure.reason, "may_pass": failure.may_pass}
         answers.write(json.dumps(answer).encode() + b"\n")
 
 
@@ -139,12 +139,13 @@ def import_members(modules: Sequence[Sequence[Any]]) -> None:
 
 
 def run_reward(request: Mapping[str, Any], graders: Graders, host: EnvironmentHost) -> dict[str, Any]:
-    """Run a reward; return its `scores`, and what it logged: `extra` (columns of the completions) and `metrics`."""
+    """Run a reward. Return its `scores`, `failures` (number of the completion, reason, whether it may pass), and what it logged:
+    `extra` (columns of the completions) and `metrics`."""
     name, completions, columns = request["reward"], request["completions"], dict(request["columns"])
     if name in graders.names:
-        return {"scores": graders.score(name, completions, columns)}
-    if request["environments"] and name == host.name:
-        return {"scores": host.rewards(request["environments"])}
+        return parted(graders.score(name, completions, columns))
+    if request["environments"] and (name == host.name or (name in ENVIRONMENTS and name not in REWARDS)):
+        return parted(host.rewards(request["environments"]))
     reward = REWARDS[name]()
     if reward.runs_programs:
         reward.limits, reward.seconds = graders.limits, request["seconds_each"]
@@ -165,6 +166,12 @@ def run_reward(request: Mapping[str, Any], graders: Graders, host: EnvironmentHo
         "extra": {column: values for column, values in logged.items() if len(values) == len(completions)},
         "metrics": {metric: sum(values) / len(values) for metric, values in metrics.items()},
     }
+
+
+def parted(scores: Sequence[float | Failure | None]) -> dict[str, Any]:
+    """Return the `scores` alone, and the `failures` among them."""
+    failures = [(number, *score) for number, score in enumerate(scores) if isinstance(score, Failure)]
+    return {"scores": [None if isinstance(score, Failure) else score for score in scores], "failures": failures}
 
 
 async def awaited(scores: Any) -> Any:

@@ -19,7 +19,8 @@ from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data.problems import RowError
 from dstune.tasks.reinforcement.grade import post
-from dstune.tasks.reinforcement.reward_process import JUDGE_KEY, LONGEST_REASON
+from dstune.tasks.reinforcement.outages import LONGEST_REASON, Failure, may_pass
+from dstune.tasks.reinforcement.reward_process import JUDGE_KEY
 
 Conversation = list[dict[str, Any]]
 ROWS_AT_ONCE = 8
@@ -30,12 +31,9 @@ ASKED_AT_ONCE = 64
 class RewardModel(ABC):
     """Scores conversations that end with an answer."""
 
-    last_error = ""
-    """Why the last conversation that has no score has none."""
-
     @abstractmethod
-    def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
-        """Return a score for each conversation; None for one that cannot be scored, with `last_error` saying why."""
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float | Failure]:
+        """Return for each conversation its score, or why it has none."""
 
 
 def load_reward_model(path: str, model: ModelConfig, seconds: float) -> RewardModel:
@@ -57,13 +55,13 @@ class RemoteRewardModel(RewardModel):
         self._address, _, self._name = path.partition("#")
         self._seconds = seconds
 
-    def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
-        scores: list[float | None] = []
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float | Failure]:
+        scores: list[float | Failure] = []
         for start in range(0, len(conversations), ASKED_AT_ONCE):
             scores += self._ask(conversations[start : start + ASKED_AT_ONCE])
         return scores
 
-    def _ask(self, conversations: Sequence[Conversation]) -> list[float | None]:
+    def _ask(self, conversations: Sequence[Conversation]) -> list[float | Failure]:
         body = {"model": self._name, "messages": list(conversations)}
         try:
             address = f"{self._address.rstrip('/')}/rewards"
@@ -71,12 +69,13 @@ class RemoteRewardModel(RewardModel):
             scores = {item["index"]: float(item["score"]) for item in answer["data"]}
             return [scores[number] for number in range(len(conversations))]
         except urllib.error.HTTPError as error:
-            self.last_error = f"the server answered {error.code}: {_message_of(error)}"
+            failure = Failure(f"the server answered {error.code}: {_message_of(error)}", may_pass(error))
             if error.code == 400 and len(conversations) > 1:  # one of them is at fault, and the others have scores
                 return [score for conversation in conversations for score in self._ask([conversation])]
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            self.last_error = f"the server gave no scores: {type(error).__name__}: {error}"[:LONGEST_REASON]
-        return [None] * len(conversations)
+            reason = f"the server gave no scores: {type(error).__name__}: {error}"[:LONGEST_REASON]
+            failure = Failure(reason, may_pass(error))
+        return [failure] * len(conversations)
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:
@@ -97,18 +96,18 @@ class LocalRewardModel(RewardModel):
         self._row_reader = predictor.question_class(predictor.config.task, predictor.labels, predictor.config.data)
         self._column = self._row_reader.mapping.get("messages", "messages")
 
-    def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
-        scores: list[float | None] = [None] * len(conversations)
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float | Failure]:
+        scores: list[float | Failure] = [Failure("it has no score")] * len(conversations)
         rows = {}
         for number, turns in enumerate(conversations):
             try:
                 rows[number] = self._row_reader.query({self._column: turns}, "completion")
             except RowError as error:  # an answer without text
-                self.last_error = str(error)
+                scores[number] = Failure(str(error))
         answers = self._predictor.answers(list(rows.values()), ROWS_AT_ONCE) if rows else []
         for number, answer in zip(rows, answers, strict=True):
-            scores[number] = answer.get("score")
-            self.last_error = answer.get("problem", self.last_error)
+            score = answer.get("score")
+            scores[number] = Failure(answer.get("problem", "it has no score")) if score is None else score
         return scores
 
 

@@ -26,6 +26,7 @@ from dstune.grading.sandbox import START_SECONDS as PROGRAM_START
 from dstune.protocols import ENVIRONMENTS, REWARDS
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.grade import asks_others, read_grader
+from dstune.tasks.reinforcement.outages import LONGEST_REASON, Failure
 
 START_SECONDS = 120.0
 """Time for the child to import the rewards."""
@@ -33,8 +34,6 @@ END_SECONDS = 10.0
 """Time for the child to kill what the rewards have started."""
 MOST_ANSWERED = 2**28
 """Size limit of one answer of the child, in bytes."""
-LONGEST_REASON = 500
-"""Number of characters of an error that are passed on."""
 JUDGE_KEY = "DSTUNE_JUDGE_API_KEY"
 """The variable with the key for `task.judge`; no other secret reaches the child."""
 MODULE = "dstune.tasks.reinforcement.reward_child"
@@ -49,8 +48,8 @@ class Scores:
     extra: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that the reward logged, with a value for each completion."""
     metrics: dict[str, float] = field(default_factory=dict)
-    failure: str = ""
-    """Why the reward failed as a whole; empty if it did not."""
+    failures: dict[int, Failure] = field(default_factory=dict)
+    """Why the reward failed, by number of the completion. One that returned None without failing is not in it."""
 
 
 class RewardProcess:
@@ -109,11 +108,16 @@ class RewardProcess:
         scores = answer.get("scores")
         if not isinstance(scores, list) or len(scores) != len(completions):
             self.last_error = str(answer.get("error") or "it returned no list with a score for each completion")
-            return Scores([None] * len(completions), failure=self.last_error)
+            failure = Failure(self.last_error, bool(answer.get("may_pass")))
+            return Scores([None] * len(completions), failures=dict.fromkeys(range(len(completions)), failure))
+        failures = {number: Failure(*failure) for number, *failure in answer.get("failures", ())}
+        for failure in failures.values():
+            self.last_error = failure.reason
         return Scores(
             [None if score is None else float(score) for score in scores],
             answer.get("extra", {}),
             answer.get("metrics", {}),
+            failures,
         )
 
     def ask(self, request: Mapping[str, Any], seconds: float, key: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
 from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
 from dstune.tasks.reinforcement.losses import advantages_of, denominator
-from dstune.tasks.reinforcement.metrics import LOGGED, rollout_sums, weighted_reward
+from dstune.tasks.reinforcement.metrics import LOGGED, reward_of, rollout_sums
 from dstune.tasks.reinforcement.recorded import recorded_step, replayed, written_step
 from dstune.tasks.reinforcement.records import (
     FOLDER,
@@ -45,7 +45,7 @@ from dstune.tasks.reinforcement.served_sampler import ServedSampler
 from dstune.tasks.reinforcement.turns import Environments
 from dstune.trainer.generation import speaking
 from dstune.trainer.prefetcher import RankBatch
-from dstune.trainer.rollouts import RolloutRun, RolloutStep
+from dstune.trainer.rollouts import RolloutRun, RolloutsFailed, RolloutStep
 from dstune.zero.engine import Engine
 
 SEED_OF_EVALUATION = 2**40
@@ -103,10 +103,13 @@ class Rollouts:
                     new = self._write(prompts if part is None else [part], step.number, written)
                 with run.around("scoring"):
                     self._scorer.score(new, written, state)
+                    self._refuse_outage()
                 local_completions += new
         else:
             local_completions = replayed(self._task, self._world, prompts, recorded)
         groups = self._with_advantages(local_completions, [part for part, _ in prompts])
+        if recorded is None:
+            self._refuse_failed([scored for group in groups for scored in group], is_first=not step.number_in_launch)
         if recorded is None and self._run_dir is not None and self._world.is_main:
             completions = [scored for group in groups for scored in group]
             numbers = {scored.completion.prompt for scored in completions}
@@ -282,11 +285,7 @@ class Rollouts:
         self, local_completions: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]
     ) -> list[list[Scored]]:
         """Return all completions of the step on every rank, in the order of its prompts and a list for each; set the advantages of
-        `local_completions`.
-
-        Raises:
-            UserError: a reward could not score any of them. Raised on all ranks.
-        """
+        `local_completions`."""
         task, world, samples = self._task, self._world, self._task.samples
         counted = [
             [pack_scored(scored) for scored in batch] if not part.filler else []
@@ -299,16 +298,7 @@ class Rollouts:
             for of_rank in everyone
             for packed in of_rank[position]
         ]
-        for number, name in enumerate(task.reward_names):
-            if ordered and all(scored.scores[number] is None for scored in ordered):
-                reasons = [reason for reason in world.gather(self._scorer.process.last_error) if reason]
-                reason = (
-                    f"the reward {name!r} could score no completion: {reasons[0] if reasons else 'it returned None'}"
-                )
-                columns = self._required(name)
-                raise UserError(Problem("task.rewards", reason, f"check the reward and {columns}", name))
-        weights = task.weights
-        rewards = torch.tensor([weighted_reward(scored.scores, weights) for scored in ordered], dtype=torch.float64)
+        rewards = torch.tensor([reward_of(scored, task.weights) for scored in ordered], dtype=torch.float64)
         advantages = advantages_of(task, rewards.view(-1, samples)).flatten().tolist()
         advantage_by_id = {}
         for scored, reward, advantage in zip(ordered, rewards.tolist(), advantages, strict=True):
@@ -318,6 +308,41 @@ class Rollouts:
             for scored in batch:
                 scored.advantage = advantage_by_id.get(identity_of(scored.completion), 0.0)
         return [ordered[start : start + samples] for start in range(0, len(ordered), samples)]
+
+    def _refuse_outage(self) -> None:
+        """Raise RolloutsFailed on all ranks if a reward of any rank was unavailable for too long."""
+        outages = [outage for outage in self._world.gather(self._scorer.patience.outage) if outage]
+        if outages:
+            seconds = self._task.reward_retry_seconds
+            raise RolloutsFailed(
+                f"a reward was unavailable for {seconds:g} s (task.reward_retry_seconds): {outages[0]}"
+            )
+
+    def _refuse_failed(self, completions: Sequence[Scored], *, is_first: bool) -> None:
+        """Refuse a step of which a reward failed to score more than `task.max_failed_share`, or which no reward scored.
+
+        completions: all of the step. is_first: whether the launch has not trained yet, so that nothing is to be saved.
+
+        Raises:
+            RolloutsFailed, or UserError if `is_first`. Raised on all ranks.
+        """
+        count, most = len(completions), self._task.max_failed_share
+        for name in self._task.reward_names:
+            reasons = [scored.failures[name] for scored in completions if name in scored.failures]
+            share = len(reasons) / max(1, count)
+            if not reasons or (share <= most and share < 1):
+                continue
+            if len(reasons) == count:
+                reason = f"the reward {name!r} could score no completion: {reasons[0]}"
+            else:
+                reason = f"the reward {name!r} failed to score {len(reasons)} of {count} completions: {reasons[0]}"
+            if not is_first:
+                raise RolloutsFailed(reason)
+            raise UserError(Problem("task.rewards", reason, f"check the reward and {self._required(name)}", name))
+        if count and is_first and all(score is None for scored in completions for score in scored.scores):
+            names = ", ".join(self._task.reward_names)
+            reason = "the rewards scored no completion of the first step: each returned None"
+            raise UserError(Problem("task.rewards", reason, "a reward that applies to these rows", names))
 
     def _required(self, name: str) -> str:
         from dstune.protocols import REWARDS

@@ -9,10 +9,13 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split
+from dstune.protocols import REWARDS
 from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.records import Scored, identity_of, place_of
 from dstune.tasks.reinforcement.reward_model import RewardModel, conversation_of, load_reward_model
 from dstune.tasks.reinforcement.reward_process import RewardProcess
+from dstune.tasks.reinforcement.sampling import Completion
 
 NOT_COLUMNS = {"prompt", "prompts", "completions", "completion_ids"}
 
@@ -30,6 +33,7 @@ class Scorer:
             name: load_reward_model(path, config.model, seconds) for name, path in self._task.model_paths.items()
         }
         self._rows: dict[int, tuple[dict[str, Any], list[int]]] = {}
+        self.patience = Patience(self._task.reward_retry_seconds)
         self.logged: dict[str, list[float]] = {}
         """The metrics that rewards logged since this was last emptied, by name."""
 
@@ -76,48 +80,61 @@ class Scorer:
                 if earlier is None:
                     new.append(scored)
                 else:
-                    scored.scores, scored.extra = earlier.scores, earlier.extra
+                    scored.scores, scored.extra, scored.failures = earlier.scores, earlier.extra, earlier.failures
             if new:
                 self._score_batch(new, state or {})
 
     def _score_batch(self, batch: Sequence[Scored], state: Mapping[str, Any]) -> None:
+        """Append each reward's score of each completion. A completion that is lost, since its environment failed, gets none."""
+        whole = [scored for scored in batch if not scored.failures]
+        for scored in batch:
+            if scored.failures:
+                scored.scores = [None] * len(self.names)
+        for name in self.names if whole else ():
+            scores = self.patience.ask(whole, lambda some, name=name: self._ask(name, some, state))
+            for scored, score in zip(whole, scores, strict=True):
+                if isinstance(score, float | int) and not math.isfinite(score):
+                    score = Failure(f"it returned {score}") if math.isinf(score) else None
+                if isinstance(score, Failure):
+                    scored.failures[name] = score.reason
+                scored.scores.append(None if isinstance(score, Failure) else score)
+
+    def _ask(self, name: str, batch: Sequence[Scored], state: Mapping[str, Any]) -> list[float | Failure | None]:
+        """Return a reward's scores, or why it failed; None where it does not apply. Stores what it logged."""
         rows = [self.columns_of(scored.completion.prompt) for scored in batch]
-        names = sorted({name for row in rows for name in row} - NOT_COLUMNS)
-        columns = {name: [row.get(name) for row in rows] for name in names}
         prompts = [row.get("prompt") for row in rows]
+        if model := self._models.get(name):
+            answers = zip(prompts, batch, rows, strict=True)
+            return list(model([conversation_of(prompt, last_answer(scored), row) for prompt, scored, row in answers]))
+        columns = {
+            column: [row.get(column) for row in rows]
+            for column in sorted({column for row in rows for column in row} - NOT_COLUMNS)
+        }
         keys = [place_of(scored.completion) for scored in batch] if self._task.environment else []
-        ids = [scored.completion.ids for scored in batch]
-        for name in self.names:
-            if model := self._models.get(name):
-                conversations = [
-                    conversation_of(prompt, _last_answer(scored), row)
-                    for prompt, scored, row in zip(prompts, batch, rows, strict=True)
-                ]
-                scores = model(conversations)
-                failure = model.last_error if None in scores else ""
-                self.process.last_error = failure or self.process.last_error
-            else:
-                answers = [scored.answer for scored in batch]
-                result = self.process(name, prompts, answers, ids, columns, state=state, environments=keys)
-                scores, failure = result.scores, result.failure
-                if name in self._task.grader_files:  # a plugin's reward may return None where it does not apply
-                    failure = failure or "it returned no score"
-                for metric, value in result.metrics.items():
-                    self.logged.setdefault(metric, []).append(value)
-                for column, values in result.extra.items():
-                    for scored, value in zip(batch, values, strict=True):
-                        scored.extra[column] = value
-            for scored, score in zip(batch, scores, strict=True):
-                is_scored = score is not None and math.isfinite(score)
-                scored.scores.append(score if is_scored else None)
-                if not is_scored:
-                    scored.failure = scored.failure or (failure and f"{name}: {failure}")
+        reads_texts = name in self._task.grader_files or (name in REWARDS and REWARDS[name].reads_texts)
+        completions = [last_answer(scored) if reads_texts else scored.answer for scored in batch]
+        ids = [written_ids(scored.completion) if reads_texts else scored.completion.ids for scored in batch]
+        result = self.process(name, prompts, completions, ids, columns, state=state, environments=keys)
+        for metric, value in result.metrics.items():
+            self.logged.setdefault(metric, []).append(value)
+        for column, values in result.extra.items():
+            for scored, value in zip(batch, values, strict=True):
+                scored.extra[column] = value
+        return [result.failures.get(number, score) for number, score in enumerate(result.scores)]
 
     def close(self) -> None:
         self.process.close()
 
 
-def _last_answer(scored: Scored) -> str:
+def last_answer(scored: Scored) -> str:
     """Return the last text that the model wrote in a completion, which may have several turns."""
     written = [message["content"] for message in scored.messages if message["role"] == "assistant"]
     return written[-1] if written else scored.text
+
+
+def written_ids(completion: Completion) -> list[int]:
+    """Return the tokens of a completion that the model wrote, without those of the results of tools."""
+    if not completion.read:
+        return completion.ids
+    read = set(completion.read)
+    return [token for place, token in enumerate(completion.ids) if place not in read]

@@ -22,6 +22,7 @@ from dstune.data.messages import with_system
 from dstune.data.render import ChatRenderer, RenderError
 from dstune.protocols import ENVIRONMENTS
 from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.outages import Failure
 from dstune.tasks.reinforcement.records import Scored, place_of
 from dstune.tasks.reinforcement.sampling import Completion, Turn, continue_completions
 from dstune.tasks.reinforcement.scoring import Scorer
@@ -45,6 +46,8 @@ class Episode:
     calls: int = 0
     failed_calls: int = 0
     results: Messages = field(default_factory=list)
+    failure: str = ""
+    """Why its environment failed; empty if it did not. Such an episode is over, and no reward scores it."""
 
 
 class Environments:
@@ -103,19 +106,16 @@ class Environments:
         return [self._scored(episode) for episode in episodes]
 
     def _begin(self, prompts: Sequence[int], samples: int, keys: tuple[int, int]) -> tuple[list[Episode], str]:
-        """Return an episode for each completion, and an empty text; if one cannot begin, no episodes and the reason."""
+        """Return an episode for each completion, and an empty text; if a prompt cannot be rendered or is too long, no episodes and
+        the reason. An episode whose environment cannot be reset is over."""
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(samples)]
         rows = [self._scorer.columns_of(completion.prompt) for completion in completions]
         requests = [
             {"key": place_of(completion), "seed": _seed(keys, completion), "columns": _keywords(row)}
             for completion, row in zip(completions, rows, strict=True)
         ]
-        request = {"kind": "reset", "environment": self._task.environment, "rows": requests}
-        answer = self._ask(request)
-        if "results" not in answer:
-            return [], f"the environment cannot be reset: {answer['error']}"
         episodes = []
-        for completion, row, observation in zip(completions, rows, answer["results"], strict=True):
+        for completion, row, observation in zip(completions, rows, self._reset(requests), strict=True):
             prompt, arguments = row["prompt"], row.get("chat_template_kwargs") or {}
             messages = (
                 [{"role": "user", "content": prompt}]
@@ -123,7 +123,7 @@ class Environments:
                 else [dict(message) for message in prompt]
             )
             messages = with_system(messages, row.get("system"))
-            if observation:
+            if isinstance(observation, str) and observation:
                 messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}{observation}"}
             try:
                 ids = self._renderer.prompt_ids(messages, tools=self.tools or None, arguments=arguments)
@@ -133,8 +133,27 @@ class Environments:
                 reason = f"with the tools and the environment's observation, a prompt has {len(ids):,} tokens"
                 return [], f"{reason}; data.max_length is {self._max_length:,}"
             completion.prompt_ids = ids
-            episodes.append(Episode(completion, messages, dict(arguments), len(messages)))
+            episode = Episode(completion, messages, dict(arguments), len(messages))
+            if isinstance(observation, Failure):
+                episode.is_over, episode.failure = True, f"it could not be reset: {observation.reason}"
+            episodes.append(episode)
         return episodes, ""
+
+    def _reset(self, requests: Sequence[dict[str, Any]]) -> list[str | Failure]:
+        """Create the environments; return the first observation of each, or why it could not be reset."""
+
+        def ask(some: Sequence[dict[str, Any]]) -> list[str | Failure]:
+            again = len(some) < len(requests)
+            request = {"kind": "reset", "environment": self._task.environment, "rows": list(some), "again": again}
+            answer = self._ask(request)
+            if "results" not in answer:
+                return [Failure(str(answer["error"]), bool(answer.get("may_pass")))] * len(some)
+            return [
+                Failure(result["failure"], result["may_pass"]) if "failure" in result else result["text"]
+                for result in answer["results"]
+            ]
+
+        return self._scorer.patience.ask(requests, ask)
 
     def _write(
         self, module: nn.Module, active: Sequence[Episode], keys: tuple[int, int], goes_on: Callable[[bool], bool]
@@ -192,18 +211,20 @@ class Environments:
         if not calls:
             return
         answer = self._ask({"kind": "call", "calls": calls}) if self._scorer.process.starts == starts else {}
-        results = answer.get("results")
-        if results is None:  # the environments are gone, so nothing can score these episodes
-            for episode in waiting:
-                episode.is_over, episode.completion.ended = True, False
-            return
-        for (episode, call), result in zip(owners, results, strict=True):
+        if "results" not in answer:  # the process has ended, and all environments with it
+            ended = {"lost": answer.get("error", "its environment has ended")}
+        for (episode, call), result in zip(owners, answer.get("results") or [ended] * len(owners), strict=True):
             episode.calls += 1
+            if "lost" in result:
+                episode.is_over, episode.completion.ended = True, False
+                episode.failure = episode.failure or f"{call['function']['name']}: {result['lost']}"
+                continue
             episode.failed_calls += result["failed"]
             message = {"role": "tool", "name": call["function"]["name"], "content": result["text"]}
             episode.results.append({**message, "tool_call_id": call["id"]})
         for episode in waiting:
-            self._append_results(episode)
+            if not episode.failure:
+                self._append_results(episode)
 
     def _append_results(self, episode: Episode) -> None:
         completion = episode.completion
@@ -253,8 +274,14 @@ class Environments:
     def _scored(self, episode: Episode) -> Scored:
         text = self._tokenizer.decode(episode.completion.ids, skip_special_tokens=True)
         messages = episode.history[episode.first :]
+        failures = dict.fromkeys(self._task.reward_names, f"its environment failed: {episode.failure}")
         return Scored(
-            episode.completion, text, messages=messages, calls=episode.calls, failed_calls=episode.failed_calls
+            episode.completion,
+            text,
+            messages=messages,
+            calls=episode.calls,
+            failed_calls=episode.failed_calls,
+            failures=failures if episode.failure else {},
         )
 
 

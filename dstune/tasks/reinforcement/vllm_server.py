@@ -18,14 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dstune.tasks.reinforcement.outages import is_busy, pauses
+
 MOST_ANSWERED = 2**28
 """Bytes of one answer."""
 LONGEST_REASON = 300
 """Characters of a server's error that are shown."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
-"""Seconds before a failed request is repeated; each pause is twice the previous one."""
-BUSY = (408, 425, 429)
-"""Status codes after which the same request may succeed later, as after 500 and above."""
 
 
 class ServerDown(Exception):
@@ -157,18 +155,18 @@ class VllmServer:
         recovers: bool = False,
     ) -> Any:
         deadline = time.monotonic() + self._seconds
-        pause = FIRST_PAUSE
+        waits = pauses()
         while True:
             began = time.monotonic()
             try:
                 return read(self._exchange(method, path, body, deadline - began, is_known=not recovers))
             except _Failed as failure:
                 self.failures += 1
+                pause = next(waits)
                 if time.monotonic() + pause > deadline:
                     reason = f"{self._address}{path} did not answer within {self._seconds:g} s: {failure}"
                     raise ServerDown(reason) from None
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
             if recovers:
                 self._recover(began)
 
@@ -196,7 +194,7 @@ class VllmServer:
         except urllib.error.HTTPError as error:
             reason = _reason_in(error)
             # An adapter that is gone, as after a restart, is loaded again.
-            if error.code in BUSY or error.code >= 500 or (error.code == 404 and not is_known):
+            if is_busy(error.code) or (error.code == 404 and not is_known):
                 raise _Failed(f"it answered {error.code}: {reason}") from None
             raise ServerRefused(error.code, reason) from None
         except (OSError, http.client.HTTPException) as error:
