@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from dstune.config.schema import RunConfig
@@ -91,7 +92,7 @@ class Scorer:
             if scored.failures:
                 scored.scores = [None] * len(self.names)
         for name in self.names if whole else ():
-            scores = self.patience.ask(whole, lambda some, name=name: self._ask(name, some, state))
+            scores = self.patience.ask(whole, partial(self._ask, name, state))
             for scored, score in zip(whole, scores, strict=True):
                 if isinstance(score, float | int) and not math.isfinite(score):
                     score = Failure(f"it returned {score}") if math.isinf(score) else None
@@ -99,7 +100,7 @@ class Scorer:
                     scored.failures[name] = score.reason
                 scored.scores.append(None if isinstance(score, Failure) else score)
 
-    def _ask(self, name: str, batch: Sequence[Scored], state: Mapping[str, Any]) -> list[float | Failure | None]:
+    def _ask(self, name: str, state: Mapping[str, Any], batch: Sequence[Scored]) -> list[float | Failure | None]:
         """Return a reward's scores, or why it failed; None where it does not apply. Stores what it logged."""
         rows = [self.columns_of(scored.completion.prompt) for scored in batch]
         prompts = [row.get("prompt") for row in rows]
