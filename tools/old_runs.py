@@ -3,9 +3,9 @@
 
 usage: tools/old_runs.py OLD_TREE [--work FOLDER] [--output FILE.tar.xz]
 
-OLD_TREE is a checkout of the commit (`git worktree add --detach ../old COMMIT`). For each task (with method=full) and each
-method a run of four steps on a model of a few thousand parameters, of which the checkpoint of the second step stays, as
-after a kill in the third step.
+OLD_TREE is a checkout of the commit (`git worktree add --detach ../old COMMIT`). For each task (with method=full), each
+method and each of FEATURES a run of four steps on a model of a few thousand parameters, of which the checkpoint of the second
+step stays, as after a kill in the third step.
 `expected.json` has the metrics and the export of the undisturbed run, and the kind of machine on which they hold to the
 bit.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.case_matrix import HOME, METHODS, TASKS
+from tools.case_matrix import DAY, HOME, METHODS, TASKS
 from tools.case_server import Case, machine
 from tools.side_by_side import Tree
 
@@ -40,13 +40,44 @@ SETTINGS = [
     ),
 ]
 SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+FEATURES: dict[str, list[str]] = {
+    "packed": ["task=chat", "method=full", "zero=stage2", *TASKS["chat"], "data.packing=true"],
+    "stage3-lora": ["task=chat", "method=lora", "zero=stage3", *TASKS["chat"], "data.packing=false"],
+    "preference-lora": ["task=preference", "method=lora", "zero=stage1", *TASKS["preference"]],
+    "reinforcement": [
+        *(
+            "task=reinforcement",
+            "method=lora",
+            "zero=stage1",
+            "model.path=MODELS/decoder",
+            "data.train=DATA/prompts.jsonl",
+        ),
+        *("task.rewards=[pattern]", "task.samples=4", "task.max_new_tokens=8", "data.clean.leaks=false"),
+    ],
+    "distillation": [
+        *("task=distillation", "method=full", "zero=stage2", "model.path=MODELS/decoder", "data.train=DATA/chat.jsonl"),
+        *("task.teacher=MODELS/teacher", DAY, "evaluate.samples=0"),
+    ],
+    "images": [
+        *(
+            "task=chat",
+            "method=lora",
+            "zero=stage1",
+            "model.path=MODELS/vision",
+            "data.train=DATA/images/rows.jsonl",
+            DAY,
+        ),
+        "evaluate.samples=0",
+    ],
+}
+"""Runs whose way through the program differs from those of the tasks and methods."""
 DROPPED = ("checkpoints/step-00000004", "export", "result.json", "report.html", "launch.json", "logs", ".lock")
 """What a run does not have, or need not have, that was killed in its third step."""
 
 
 def make_inputs(folder: Path) -> None:
     """Write inputs as those of side_by_side, and smaller: what is committed is mostly their weights and the optimizer's."""
-    from tests.support import tiny
+    from tests.support import sight, tiny
 
     models, data = folder / "models", folder / "data"
     data.mkdir(parents=True)
@@ -55,6 +86,9 @@ def make_inputs(folder: Path) -> None:
     tiny.save_t5(models / "t5", d_model=8, d_kv=4, d_ff=16, num_heads=2)
     # Blocks of 64 weights share a scale of qlora.
     tiny.save_decoder(models / "wide", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_key_value_heads=4)
+    tiny.save_decoder(models / "teacher", seed=1, num_key_value_heads=2, **SMALL)
+    sight.save("llava", models / "vision")
+    sight.write_rows(data / "images", 12, images=lambda row: row % 3)
     rows = 24
     tiny.write_dialogues(data / "chat.jsonl", rows)
     tiny.write_labelled(data / "labelled.jsonl", rows)
@@ -63,6 +97,10 @@ def make_inputs(folder: Path) -> None:
     tiny.write_tagged(data / "tagged.jsonl", rows)
     tiny.write_questions(data / "questions.jsonl", rows)
     tiny.write_pairs(data / "pairs.jsonl", rows)
+    letters = "abcdefghijklmnopqrstuvwx"
+    (data / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": letter * 3, "pattern": letter}) + "\n" for letter in letters)
+    )
     texts = [json.loads(line)["text"] for line in (data / "labelled.jsonl").read_text().splitlines()]
     (data / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -81,6 +119,14 @@ def cases(home: Path) -> list[Case]:
         words = {word.partition("=")[0]: word for word in (*SETTINGS, *TASKS[task], *METHODS[method])}
         argv = [f"task={task}", f"method={method}", f"zero=stage{stage}", *words.values(), f"run.dir=runs/{name}"]
         argv = [word.replace("MODELS", "models").replace("DATA", "data") for word in argv]
+        made.append(Case(name, ["train", *argv], 1, str(home), f"runs/{name}"))
+    for feature, settings in FEATURES.items():
+        name = f"feature-{feature}"
+        words = {word.partition("=")[0]: word for word in (*SETTINGS, *settings)}
+        argv = [
+            word.replace("MODELS", "models").replace("DATA", "data")
+            for word in (*words.values(), f"run.dir=runs/{name}")
+        ]
         made.append(Case(name, ["train", *argv], 1, str(home), f"runs/{name}"))
     return made
 

@@ -14,24 +14,27 @@ from pathlib import Path
 import pytest
 
 from dstune.config.run_file import RUN_FORMAT
+from tools import old_runs
 from tools.case_server import Case, machine
 from tools.side_by_side import Tree
 
 ROOT = Path(__file__).parents[2]
-ARCHIVES = sorted((ROOT / "tests" / "data").glob("old-runs-*.tar.xz"))
 SINCE = {"distillation", "reinforcement"}
-"""Tasks that version 0.1.0 did not have."""
+"""Tasks that version 0.1.0 did not have; the later archive has them as features."""
 TASKS = sorted({path.stem for path in (ROOT / "conf" / "task").glob("*.yaml")} - SINCE)
 NAMES = [f"task-{task}" for task in TASKS]
 NAMES += [f"method-{path.stem}" for path in sorted((ROOT / "conf" / "method").glob("*.yaml")) if path.stem != "full"]
+
+ARCHIVES = {"14c13ec": NAMES, "4d14d4f": [*NAMES, *(f"feature-{feature}" for feature in old_runs.FEATURES)]}
+"""The runs of each earlier version."""
 
 
 class Shelf:
     """The unpacked archive, and this tree to go on with its runs."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, commit: str):
         self.folder = folder
-        with tarfile.open(ARCHIVES[-1]) as archive:
+        with tarfile.open(ROOT / "tests" / "data" / f"old-runs-{commit}.tar.xz") as archive:
             archive.extractall(folder, filter="data")
         content = json.loads((folder / "expected.json").read_text())
         self.expected, self.same_machine = content["runs"], content["machine"] == machine()
@@ -42,20 +45,23 @@ class Shelf:
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
-    shelf = Shelf(tmp_path_factory.mktemp("old"))
+def shelf(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Shelf]:
+    shelf = Shelf(tmp_path_factory.mktemp("old"), request.param)
     yield shelf
     shelf.tree.close()
 
 
-def test_every_task_and_method_has_a_run(shelf: Shelf) -> None:
-    assert sorted(shelf.expected) == sorted(NAMES)
+@pytest.mark.parametrize("shelf", ARCHIVES, indirect=True)
+def test_every_task_and_method_has_a_run(shelf: Shelf, request: pytest.FixtureRequest) -> None:
+    assert sorted(shelf.expected) == sorted(ARCHIVES[request.node.callspec.params["shelf"]])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("shelf", "name"), [(commit, name) for commit, names in ARCHIVES.items() for name in names], indirect=["shelf"]
+)
 def test_an_old_run_goes_on(shelf: Shelf, name: str) -> None:
     run = f"runs/{name}"
-    if name.startswith("task-"):  # those of methods are read as they are
+    if name.startswith("task-"):  # the others are read as they are
         upgraded = shelf.call(name, "upgrade", run)
         assert upgraded.exit_code == 0, upgraded.log
         assert f"format: {RUN_FORMAT}\n" in (shelf.folder / run / "run.yaml").read_text()

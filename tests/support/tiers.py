@@ -30,7 +30,7 @@ WHOLE_FILES = {
     "distributed/test_matrix_2_3.py": 220,
     "distributed/test_methods.py": 45,
     "distributed/test_multi_task.py": 40,
-    "distributed/test_old_runs.py": 100,
+    "distributed/test_old_runs.py": 200,
     "distributed/test_predict.py": 80,
     "distributed/test_reinforcement.py": 140,
     "distributed/test_reinforcement_kills.py": 20,
