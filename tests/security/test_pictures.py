@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import re
+import resource
 import socket
+import struct
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,3 +247,50 @@ def test_an_image_of_a_hundred_megabytes_is_not_read(length: str, tmp_path: Path
     run(test, tmp_path)
     with pytest.raises(FieldError, match="has 11,534,336 bytes, and none may have more than 10,485,760"):
         ImageRows().judge(row_of(url(b"\x89PNG\r\n\x1a\n" + bytes((11 << 20) - 8))))
+
+
+def scans(count: int, side: int) -> bytes:
+    """A progressive JPEG that repeats one of its scans."""
+    whole = io.BytesIO()
+    Image.new("RGB", (side, side), (9, 99, 199)).save(whole, "JPEG", progressive=True)
+    content = whole.getvalue()
+    begins = [at for at in range(len(content) - 1) if content[at : at + 2] == b"\xff\xda"]
+    return content[: begins[-1]] + content[begins[-1] : -2] * count + content[-2:]
+
+
+def tile() -> bytes:
+    """A TIFF of 16 x 16 pixels in a tile of 26,000 x 26,000."""
+    head = [(256, 3, 16), (257, 3, 16), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1)]
+    head += [(322, 4, 26_000), (323, 4, 26_000), (324, 4, 300), (325, 4, 26_000 * 26_000)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in head)
+    return b"II*\0" + struct.pack("<IH", 8, len(head)) + entries + bytes(600)
+
+
+@pytest.mark.parametrize("name", ["scans", "tile"])
+def test_an_image_takes_no_more_time_or_memory_than_it_may(name: str) -> None:
+    content = scans(5_000, 4_000) if name == "scans" else tile()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began, own = time.monotonic(), time.process_time()
+    with pytest.raises(RowError, match=r"s or 1.5 GiB to decode|no whole image"):
+        store.decode(content)
+    assert time.process_time() - own < 2, "this process does other things meanwhile"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert used.ru_utime - children.ru_utime < 15 and time.monotonic() - began < 60
+    assert store.decode(PNG).mode == "RGB", "the next image is decoded"
+
+
+def test_a_small_image_of_others_is_decoded_beside_the_worst() -> None:
+    worst = threading.Thread(target=_tried, args=(scans(5_000, 4_000),))
+    store.decode(PNG)
+    worst.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    store.decode(PNG)
+    seconds = time.monotonic() - began
+    assert worst.is_alive() and seconds < 2
+    worst.join()
+
+
+def _tried(content: bytes) -> None:
+    with contextlib.suppress(RowError):
+        store.decode(content)

@@ -66,7 +66,25 @@ def require_pillow(where: str = "data.train") -> None:
 
 
 def decode(content: bytes) -> Any:
-    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. Raises RowError."""
+    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. A child process decodes it, within
+    limits of time and memory (`decoder`). Raises RowError."""
+    from PIL import Image
+
+    from dstune.data.images import decoder
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            size = image.size
+            _refuse_size(size)
+    except RowError:
+        raise
+    except Exception as error:
+        raise RowError(f"is no whole image: {first_line(error)}") from None
+    return decoder.decode(content, size)
+
+
+def decode_here(content: bytes) -> Any:
+    """Do what `decode` does in this process, without limits of time or memory. Raises RowError, MemoryError."""
     from PIL import Image, ImageOps
 
     try:
@@ -82,7 +100,7 @@ def decode(content: bytes) -> Any:
                 ground = Image.new("RGBA", rotated.size, (255, 255, 255, 255))
                 return Image.alpha_composite(ground, rotated).convert("RGB")
             return rotated.convert("RGB")
-    except RowError:
+    except (RowError, MemoryError):
         raise
     except Exception as error:  # a decoder meets anything in a stranger's file
         raise RowError(f"is no whole image: {first_line(error)}") from None
