@@ -466,10 +466,12 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py", "if self._slow_rows >= MAX_SLOW_ROWS:", "if False:"
     ),
     "templates.test_what_no_signal_reaches_ends_the_process": undo(
-        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, ended_after or timed * _HARD)\n", ""
+        "core/confinement/here.py",
+        "            signal.setitimer(signal.ITIMER_PROF, ended_after or timed * _HARD)\n",
+        "",
     ),
     "hangs.test_a_pattern_that_backtracks": undo(
-        "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
+        "core/confinement/here.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
     ),
     "spark.test_many_strangers_keep_no_task_out": undo(
         "lakehouse/spark/stage.py", "while len(self._strangers) < MAX_STRANGERS:", "while True:"
@@ -538,7 +540,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     # Images.
     "judged_programs.test_a_program_holds_no_memory_outside_of_its_limit": undo(
-        "grading/system_calls.py", '    "memfd_create": (319, 279),\n', ""
+        "core/confinement/system_calls.py", '    "memfd_create": (319, 279),\n', ""
     ),
     "judged_programs.test_the_processes_of_a_program_have_one_limit_of_memory": undo(
         "grading/sandbox.py", "if private_bytes(process.pid) > limits.memory_bytes:", "if False:", count=2

@@ -45,7 +45,7 @@ def opened_model(files: dict[str, bytes], folder: Path) -> None:
 
 def adapter(content: bytes, folder: Path) -> None:
     from dstune.checkpoint.serving import vllm_problems
-    from dstune.core.limits import check_patterns
+    from dstune.core.confinement.here import check_patterns
     from dstune.inference.resolve_model import adapter_settings, base_of
     from dstune.methods.lora.config import LoraConfig
     from dstune.protocols import method_of

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dstune.core.confinement.here import TooMuch, trial
+from dstune.core.confinement.table import TOKENIZER_TRIAL
 from dstune.core.errors import Problem, UserError, files_of_others
-from dstune.core.limits import TooMuch, trial
 
 FILE = "tokenizer.json"
-TRIAL_SECONDS = 1.9
 _RUNS = ("a", "A", "1", " ", "\n", ".", "é", "aA1 .")
 """Texts that are repeated to find patterns that backtrack."""
 _RUN_CHARACTERS = 300
@@ -211,7 +211,7 @@ def _try(tokenizer: Any) -> None:
                 raise TooMuch(str(error)) from None
 
     what = f"to find its patterns in {len(_RUNS)} texts of {_RUN_CHARACTERS} characters"
-    if reason := trial(what, patterns, encode, TRIAL_SECONDS):
+    if reason := trial(what, patterns, encode, TOKENIZER_TRIAL):
         raise UserError(_endless(tokenizer, reason))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dstune.core.confinement.here import TooMuch, limited
+from dstune.core.confinement.table import TABLE_PIECE, Limits
 from dstune.core.errors import Problem, UserError, first_line
-from dstune.core.limits import TooMuch, limited
 from dstune.core.parsing import parse_json
 from dstune.data.files import DataFile, RawRow
 from dstune.data.read_text import MAX_ROW_BYTES, refuse_doubled
 from dstune.planning.host import available_bytes
 
 ROWS_PER_BATCH = 1024
-MAX_BATCH_BYTES = 2**30
+MAX_BATCH_BYTES = TABLE_PIECE.added_bytes
 """Limit of the memory for `ROWS_PER_BATCH` rows as Python values; larger batches are read in smaller steps."""
 
 
@@ -68,7 +69,7 @@ def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator
     """Yield the batches. Raises TooMuch if unpacking one takes more than `most` bytes, or half of the free memory if None."""
     remaining = iter(batches)
     while True:
-        with limited(None, most or available_bytes() / 2):
+        with limited(Limits(added_bytes=int(most or available_bytes() / 2))):
             batch = next(remaining, None)
         if batch is None:
             return
@@ -147,7 +148,7 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
     shares = any(_shares(column.type) for column in _with_own_values(part.slice(0, 0)).columns)
     if not shares:
         try:
-            with limited(None, MAX_BATCH_BYTES):
+            with limited(Limits(added_bytes=MAX_BATCH_BYTES)):
                 unfolded = _with_own_values(part)
                 rows = unfolded.to_pylist() if _bytes(unfolded) <= MAX_ROW_BYTES else None
             if rows is not None:
@@ -158,7 +159,7 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
     too_long = f"the row has more than {MAX_ROW_BYTES >> 20} MiB"
     for index in range(len(part)):
         try:
-            with limited(None, MAX_BATCH_BYTES):
+            with limited(Limits(added_bytes=MAX_BATCH_BYTES)):
                 row = _with_own_values(part.slice(index, 1))
                 fields = row.to_pylist()[0] if _bytes(row) <= MAX_ROW_BYTES else None
         except (ValueError, ArithmeticError) as error:

@@ -3,10 +3,11 @@
 A program sees an empty file system with the interpreter and the system's libraries, read-only. It has no network, sees no process
 but its own, and gets none of the user's environment variables. Time, memory, processes, files and output are limited; when its
 time is over, everything that it has started is killed. The kernel refuses system calls that no such program needs
-(`system_calls.py`), and those that hold memory outside of any process: `memfd_create`, System V and shared anonymous memory.
+(`core/confinement/system_calls.py`), and those that hold memory outside of any process: `memfd_create`, System V and shared
+anonymous memory.
 
 What a program can hold of the machine's memory is the sum of: `memory_bytes` for its processes together (measured every
-`MEASURED_SECONDS`), `disk_bytes` for its files, the kernel's limit for the pipes of one user (64 MiB by default), and the
+`MEASURED_SECONDS`), `file_bytes` for its files, the kernel's limit for the pipes of one user (64 MiB by default), and the
 buffers of at most `processes` x `descriptors` sockets.
 
 The sandbox needs Linux 5.12 and the right to make user namespaces (`sandbox_child.py`). Without these, features that run programs
@@ -27,10 +28,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
 
+from dstune.core.confinement.table import PROGRAM, Limits
 from dstune.grading.sandbox_child import OUT_OF_TIME, UNFILTERED
 
 log = logging.getLogger(__name__)
@@ -52,26 +54,6 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THRE
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits of one program. Graders in OpenAI's API have 120 s, 2 GB of memory and 1 GB of files."""
-
-    seconds: float = 120.0
-    """Wall-clock time of the program, and about the CPU time of each of its processes."""
-    memory_bytes: int = 2 * 2**30
-    """Memory of all processes together, and address space of each of them."""
-    disk_bytes: int = 2**28
-    """All files together; they are in memory. Also the limit of standard error, of which the end is reported."""
-    files: int = 10_000
-    """Number of files and folders, which take memory of the kernel even if they are empty."""
-    processes: int = 16
-    """Processes and threads."""
-    descriptors: int = 64
-    """Open files, pipes and sockets of each process. The buffers of a socket hold about 200 KiB."""
-    output_bytes: int = 2**20
-    """Standard output."""
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a program printed, and how it ended."""
 
@@ -86,9 +68,12 @@ class Outcome:
 def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
     """Run the Python program `source` with `stdin` as its standard input.
 
+    limits: `replace(PROGRAM, ...)`; `seconds` are of the wall clock.
+
     Raises:
         RuntimeError: there is no sandbox on this machine.
     """
+    assert limits.seconds is not None
     with tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root, _pipe() as (reading, writing):
         values = asdict(limits) | {"root": root, "paths": SYSTEM, "cpu_seconds": int(limits.seconds) + 1}
         # Each stream is a pipe: a program can change the flags of its own end, but of a file it would change this process's too.
@@ -155,7 +140,7 @@ def missing_reason() -> str:
     if sys.platform != "linux":
         return "it needs Linux"
     try:
-        outcome = run_program("print('inside')", "", Limits(seconds=20))
+        outcome = run_program("print('inside')", "", replace(PROGRAM, seconds=20))
     except RuntimeError as error:
         return f"this machine gives programs no namespaces of their own: {error}"
     return "" if outcome.output == "inside\n" else f"a program cannot be started in it: {outcome.failure}"
@@ -198,8 +183,8 @@ def _collect_output(process: subprocess.Popen[bytes], request: bytes, limits: Li
                     error, error_size = (error + part)[-ERROR_BYTES:], error_size + len(part)
             if len(output) > limits.output_bytes:
                 return output[: limits.output_bytes], error, f"it printed more than {limits.output_bytes:,} bytes"
-            if error_size > limits.disk_bytes:
-                return output, error, f"it printed more than {limits.disk_bytes:,} bytes to standard error"
+            if error_size > limits.file_bytes:
+                return output, error, f"it printed more than {limits.file_bytes:,} bytes to standard error"
     # The program may close its streams and go on.
     while process.poll() is None:
         if time.monotonic() >= deadline:

@@ -4,8 +4,8 @@
 
 - the outer one makes the namespaces (user, mount, PID, network, IPC, UTS) and waits,
 - the first process inside builds the file system: empty, with the interpreter and the system's libraries read-only,
-- the second process inside gives up every privilege, sets its limits, filters its system calls (`system_calls.py`) and runs the
-  program.
+- the second process inside gives up every privilege, sets its limits, filters its system calls
+  (`core/confinement`) and runs the program.
 
 When the first process inside ends, the kernel kills everything that the program has started.
 """
@@ -15,12 +15,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import runpy
 import signal
 import struct
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -33,13 +31,13 @@ DETACH = 2
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 MOUNT_SETATTR = 442
 AT_RECURSIVE = 0x8000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 UNAVAILABLE = 71
 """Exit code if the sandbox cannot be built. The reason is on standard error, and no byte comes through the pipe `stands` (a file
 descriptor among the limits)."""
 OUT_OF_TIME = 124
 """Exit code if the program's time was over. A program that itself exits with this code is reported with 1."""
-SYSTEM_CALLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "system_calls.py")
+CONFINEMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "core", "confinement")
 FILTERED, UNFILTERED = b"f", b"u"
 """Byte that the sandbox writes to `stands` when the program is about to run: with or without a filter of system calls."""
 DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
@@ -51,15 +49,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
     limits = json.loads(sys.argv[1])
     program = json.loads(sys.stdin.buffer.read())
-    # Loaded by its path, since `python -I` does not find the package, and now, since the file will soon be out of sight.
-    deny_system_calls = runpy.run_path(SYSTEM_CALLS)["deny_system_calls"]
+    # Loaded by their paths, since `python -I` does not find the package, and now, since the files will soon be out of sight.
+    inside = {**runpy.run_path(f"{CONFINEMENT}/inside.py"), **runpy.run_path(f"{CONFINEMENT}/system_calls.py")}
     try:
         enter_namespaces()
     except OSError as error:
         give_up(error)
     first = os.fork()
     if first == 0:
-        run_first_process(limits, program, deny_system_calls)
+        run_first_process(limits, program, inside)
     os.close(limits["stands"])
     _, status = os.waitpid(first, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -98,10 +96,11 @@ def enter_namespaces() -> None:
         raise OSError(code, f"users cannot be mapped ({os.strerror(code)})")
 
 
-def run_first_process(
-    limits: dict[str, Any], program: dict[str, Any], deny_system_calls: Callable[[], bool]
-) -> NoReturn:
-    """Build the file system, start the process that runs the program, and exit with its code or when its time is over."""
+def run_first_process(limits: dict[str, Any], program: dict[str, Any], inside: dict[str, Any]) -> NoReturn:
+    """Build the file system, start the process that runs the program, and exit with its code or when its time is over.
+
+    inside: the functions of `core/confinement/inside.py` and `system_calls.py`.
+    """
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(PR_SET_DUMPABLE, 0)  # keeps the program from reading this process
     try:
@@ -113,8 +112,9 @@ def run_first_process(
     if second == 0:
         try:
             give_up_privileges()
-            set_limits(limits)
-            is_filtered = deny_system_calls()
+            inside["gain_no_privileges"]()
+            inside["set_limits"](limits)
+            is_filtered = inside["deny_system_calls"]()
         except OSError as error:
             give_up(error)
         os.write(limits["stands"], FILTERED if is_filtered else UNFILTERED)
@@ -146,7 +146,7 @@ def build_file_system(limits: dict[str, Any]) -> None:
         root,
         "tmpfs",
         NO_SUID | NO_DEVICES,
-        f"size={limits['disk_bytes']},nr_inodes={limits['files']},mode=755",
+        f"size={limits['file_bytes']},nr_inodes={limits['files']},mode=755",
     )
     for path in dict.fromkeys([*limits["paths"], sys.base_prefix, sys.prefix]):
         show_read_only(path, root)
@@ -205,29 +205,8 @@ def give_up_privileges() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     # Header: version 3, this process. Data: no capability in any of the three sets.
     check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
-
-
-def set_limits(limits: dict[str, Any]) -> None:
-    """Limit the resources of this process and of all that it starts."""
-    for kind, amount in (
-        (resource.RLIMIT_AS, limits["memory_bytes"]),
-        (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
-        (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
-        (resource.RLIMIT_NOFILE, limits["descriptors"]),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        limit(kind, amount)
-
-
-def limit(kind: int, amount: int) -> None:
-    """Set a resource limit, soft and hard; a lower hard limit stays."""
-    hard = resource.getrlimit(kind)[1]
-    lower = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-    resource.setrlimit(kind, (lower, lower))
 
 
 def run_program(program: dict[str, Any]) -> NoReturn:

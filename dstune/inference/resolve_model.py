@@ -14,8 +14,8 @@ from dstune.config.convert import refers, resolve_text
 from dstune.config.registered import registry_of
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import SIGNATURE, check_reference
+from dstune.core.confinement.here import check_patterns
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import check_patterns
 from dstune.core.parsing import parse_json, read_file
 from dstune.models.adapter_sizes import check_sizes
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.child_python import python_path
+from dstune.core.confinement.here import readable
 from dstune.core.errors import EXIT_FAILED, Problem, UserError
-from dstune.core.limits import readable
 from dstune.core.rank_env import LAUNCH_ID
 from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from dstune.core.limits import check_patterns
+from dstune.core.confinement.here import check_patterns
 from dstune.planning.architecture import Architecture, Tensor
 
 

@@ -12,11 +12,13 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from markdown_it import MarkdownIt
 
-from dstune.grading.sandbox import AT_ONCE, Limits, run_program
+from dstune.core.confinement.table import PROGRAM, Limits
+from dstune.grading.sandbox import AT_ONCE, run_program
 from dstune.protocols import Reward, reward
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class CodeTests(Reward):
     def __call__(
         self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
     ) -> list[float | None]:
-        limits = self.limits or Limits(seconds=10.0)
+        limits = self.limits or replace(PROGRAM, seconds=10.0)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(
                 pool.map(lambda text, tests: judged(text, tests, limits, self.seconds), completions, columns["tests"])

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from dstune.api.run import Run
 from dstune.checkpoint import store
 from dstune.config.convert import load
+from dstune.core.confinement.here import check_patterns
 from dstune.core.errors import UserError
-from dstune.core.limits import check_patterns
 from dstune.core.parsing import parse_json, parse_yaml, read_file
 from dstune.data import read_text, sources
 from dstune.data.files import DataFile

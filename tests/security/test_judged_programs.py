@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dstune.core.confinement.table import PROGRAM, Limits
 from dstune.grading import sandbox
-from dstune.grading.sandbox import Limits
 from dstune.rewards.code import CodeTests
 from tests.unit.test_rewards import needs_sandbox, run_as_nobody
 
 MIB = 2**20
-LIMITS = Limits(seconds=20, memory_bytes=2**28, disk_bytes=2**24)
+LIMITS = replace(PROGRAM, seconds=20, memory_bytes=2**28, file_bytes=2**24)
 
 START = """
 import ctypes, errno, mmap, os, resource, socket, sys

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, exchange
 
-from dstune.core import limits
+from dstune.core.confinement import here as limits
+from dstune.core.confinement.here import TooMuch, in_child, limited
+from dstune.core.confinement.table import TEMPLATE, Limits
 from dstune.core.errors import UserError
-from dstune.core.limits import TooMuch, in_child, limited
 from dstune.data.chat import template as chat_template
 from dstune.data.chat.template import ChatTemplate, RenderError
 from dstune.data.render import ChatRenderer
@@ -94,12 +96,12 @@ def test_a_row_that_makes_a_template_endless_is_a_bad_row(name):
     start = time.process_time()
     with pytest.raises(RenderError, match="the chat template takes more than"):
         renderer.passages(exchange("attack", "Yes")["messages"])
-    assert time.process_time() - start < 5 * chat_template.RENDER_SECONDS
+    assert time.process_time() - start < 5 * TEMPLATE.seconds
     assert renderer.passages(exchange("Hi", "Yes")["messages"]), "rows after it are as good as before"
 
 
 def test_a_template_that_is_slow_for_many_rows_is_refused(monkeypatch):
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.02)
+    monkeypatch.setattr(chat_template, "TEMPLATE", replace(TEMPLATE, seconds=0.02))
     template = ChatTemplate(byte_tokenizer(of_row(ENDLESS["loops"])), None)
     for _ in range(chat_template.MAX_SLOW_ROWS - 1):
         with pytest.raises(RenderError):
@@ -110,11 +112,12 @@ def test_a_template_that_is_slow_for_many_rows_is_refused(monkeypatch):
 
 HELD = """
 import time
-from dstune.core.limits import limited
+from dstune.core.confinement.here import limited
+from dstune.core.confinement.table import Limits
 a, b = [1], [1]
 for _ in range(60):
     a, b = [a, a], [b, b]
-with limited(0.1):
+with limited(Limits(seconds=0.1, added_bytes=2**30)):
     a == b
 """
 
@@ -127,12 +130,13 @@ def test_what_no_signal_reaches_ends_the_process():
 
 def test_the_memory_of_a_child_is_limited_and_its_faults_are_its_own():
     with pytest.raises(TooMuch, match="GiB"):
-        in_child(lambda: bytearray(2**31), 5, memory_bytes=2**29)
-    in_child(lambda: 1 / 0, 5)
+        in_child(lambda: bytearray(2**31), Limits(seconds=5, added_bytes=2**29))
+    limits_of_a_child = Limits(seconds=5, added_bytes=2**30)
+    in_child(lambda: 1 / 0, limits_of_a_child)
     with pytest.raises(TooMuch):
-        in_child(lambda: os._exit(1), 5)
+        in_child(lambda: os._exit(1), limits_of_a_child)
     with pytest.raises(TooMuch):
-        in_child(lambda: os.kill(os.getpid(), 9), 5)
+        in_child(lambda: os.kill(os.getpid(), 9), limits_of_a_child)
 
 
 @pytest.mark.ci
@@ -143,13 +147,16 @@ def test_time_that_ends_while_the_work_fails_leaves_nothing_behind():
         deep(depth + 1)
 
     for number in range(400):
-        with contextlib.suppress(TooMuch, RecursionError), limited(0.0005 + number * 1e-5, ended_after=60.0):
+        with (
+            contextlib.suppress(TooMuch, RecursionError),
+            limited(replace(TEMPLATE, seconds=0.0005 + number * 1e-5), 60.0),
+        ):
             deep(0)
         assert not limits._State.active
         assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_limits_leave_nothing_behind():
-    with limited(1.0, 2**28), pytest.raises(MemoryError):
+    with limited(Limits(1.0, 2**28)), pytest.raises(MemoryError):
         bytearray(2**30)
     assert len(bytearray(2**30)) == 2**30

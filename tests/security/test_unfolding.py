@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dstune.core.limits import TooMuch
+from dstune.core.confinement.here import TooMuch
 from dstune.data import sources
 from dstune.data.files import DataFile
 from dstune.lakehouse.address import parse
@@ -87,7 +87,7 @@ LOOKS = """
 import sys
 from pathlib import Path
 from dstune.core.errors import UserError
-from dstune.core.limits import TooMuch
+from dstune.core.confinement.here import TooMuch
 from dstune.data import read_tables, sources
 from dstune.data.files import DataFile
 

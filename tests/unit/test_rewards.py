@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
+import dstune
 from dstune.core import plugins
+from dstune.core.confinement.table import PROGRAM, Limits
 from dstune.core.errors import UserError
 from dstune.data.problems import RowError
 from dstune.grading import sandbox
-from dstune.grading.sandbox import Limits
 from dstune.protocols import REWARDS
 from dstune.rewards import code
 from dstune.rewards.answers import boxed, last_number
@@ -119,7 +120,7 @@ def test_a_schema_fetches_nothing():
 
 @needs_sandbox
 def test_code_is_run_against_tests():
-    limits = Limits(seconds=5)
+    limits = replace(PROGRAM, seconds=5)
     doubles = "Here:\n```python\nprint(2 * int(input()))\n```\n"
     cases = [{"input": "2", "output": "4"}, {"input": "3\n", "output": "6\n"}, {"input": "x", "output": "xx"}]
     assert passed(doubles, cases, limits) == pytest.approx(2 / 3)
@@ -141,7 +142,7 @@ def test_code_is_run_against_tests():
 def test_tests_that_cannot_be_run_are_a_problem_of_their_row(tests):
     assert CodeTests.row_problem({"tests": tests})
     assert CodeTests.row_problem({"tests": json.dumps(tests) if not isinstance(tests, str) else tests})
-    assert passed("", tests, Limits(seconds=5)) is None
+    assert passed("", tests, replace(PROGRAM, seconds=5)) is None
 
 
 def test_rows_with_such_tests_are_refused_before_training():
@@ -158,8 +159,8 @@ def test_an_output_of_zero_has_to_be_printed(monkeypatch):
         code, "run_program", lambda program, read, limits: sandbox.Outcome("0\n" * bool(program), "", "")
     )
     cases = [{"input": 1, "output": 0}]
-    assert [passed(program, cases, Limits(seconds=5)) for program in ("", "print(0)")] == [0.0, 1.0]
-    assert passed("", json.dumps(cases), Limits(seconds=5)) == 0.0, "a table stores the list as text"
+    assert [passed(program, cases, replace(PROGRAM, seconds=5)) for program in ("", "print(0)")] == [0.0, 1.0]
+    assert passed("", json.dumps(cases), replace(PROGRAM, seconds=5)) == 0.0, "a table stores the list as text"
 
 
 CODE = "for n in range(2):\n    print(n)\n"
@@ -184,9 +185,9 @@ def test_an_endless_loop_fails_its_own_tests_alone():
     cases = [{"input": "1", "output": "1"}, *[{"input": "2", "output": "2"}] * 9]
     loops = "n = input()\nwhile n == '2': pass\nprint(n)"
     began = time.monotonic()
-    assert passed(loops, cases, Limits(seconds=0.5)) == pytest.approx(1 / 10)
+    assert passed(loops, cases, replace(PROGRAM, seconds=0.5)) == pytest.approx(1 / 10)
     assert time.monotonic() - began < 4, "of nine endless loops one is waited for"
-    assert passed("print(input())", cases, Limits(seconds=5), seconds=0) == pytest.approx(1 / 10), (
+    assert passed("print(input())", cases, replace(PROGRAM, seconds=5), seconds=0) == pytest.approx(1 / 10), (
         "no other test begins"
     )
 
@@ -194,10 +195,10 @@ def test_an_endless_loop_fails_its_own_tests_alone():
 @needs_sandbox
 @pytest.mark.parametrize("code", [71, 124])
 def test_a_program_ends_with_any_code(code):
-    outcome = sandbox.run_program(f"import os; os._exit({code})", "", Limits(seconds=5))
+    outcome = sandbox.run_program(f"import os; os._exit({code})", "", replace(PROGRAM, seconds=5))
     assert outcome.failure and not outcome.is_out_of_time
     assert not sandbox.run_program(
-        "import os; assert len(os.listdir('/proc/self/fd')) < 5", "", Limits(seconds=5)
+        "import os; assert len(os.listdir('/proc/self/fd')) < 5", "", replace(PROGRAM, seconds=5)
     ).failure
 
 
@@ -230,7 +231,7 @@ ESCAPES = {
 def test_a_program_stays_in_its_sandbox(what):
     source, said = ESCAPES[what]
     before, began = set(descendants(os.getpid())), time.monotonic()
-    outcome = sandbox.run_program(source, "", Limits(seconds=2, disk_bytes=2**22))
+    outcome = sandbox.run_program(source, "", replace(PROGRAM, seconds=2, file_bytes=2**22))
     assert outcome.failure, outcome
     assert any(word in outcome.failure for word in said.split("|")), outcome.failure[:200]
     assert time.monotonic() - began < 20
@@ -241,7 +242,7 @@ def test_a_program_stays_in_its_sandbox(what):
 def test_a_program_has_its_libraries_and_no_variables(monkeypatch):
     monkeypatch.setenv("MY_VARIABLE", "mine")
     source = "import os, sys, numpy; print(numpy.arange(3).sum(), sys.stdin.read(), 'MY_VARIABLE' in os.environ)"
-    assert sandbox.run_program(source, "given", Limits(seconds=20)).output == "3 given False\n"
+    assert sandbox.run_program(source, "given", replace(PROGRAM, seconds=20)).output == "3 given False\n"
 
 
 FILTERED = """
@@ -271,11 +272,11 @@ print(subprocess.run([sys.executable, "-c", "import os; print(os.uname().sysname
 @pytest.mark.parametrize("user", ["this user", "an ordinary user"])
 def test_the_kernel_does_for_a_program_what_programs_need(user, tmp_path):
     """Calls that attacks on the kernel begin with are refused, also those that an ordinary user may make elsewhere."""
-    from dstune.grading import system_calls
+    from dstune.core.confinement import system_calls
 
     source = FILTERED.format(numbers=system_calls.DENIED, clone=system_calls.CLONE, clone3=system_calls.CLONE3)
     if user == "this user":
-        outcome = sandbox.run_program(source, "", Limits(seconds=20))
+        outcome = sandbox.run_program(source, "", replace(PROGRAM, seconds=20))
     else:
         if os.geteuid():
             pytest.skip("only root can start a process of another user")
@@ -287,24 +288,30 @@ def test_the_kernel_does_for_a_program_what_programs_need(user, tmp_path):
 
 @needs_sandbox
 def test_a_machine_without_a_filter_of_system_calls_is_named_once(tmp_path, monkeypatch, caplog):
-    for name in ("sandbox_child.py", "system_calls.py"):
-        source = Path(sandbox.__file__).with_name(name).read_text()
+    for name in PARTS:
+        source = (Path(dstune.__file__).parent / name).read_text()
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(re.sub(r'"(x86_64|aarch64)": \(', '"another": (', source))
-    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "sandbox_child.py")
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "grading" / "sandbox_child.py")
     for _ in range(2):
-        assert sandbox.run_program("print('inside')", "", Limits(seconds=20)).output == "inside\n"
+        assert sandbox.run_program("print('inside')", "", replace(PROGRAM, seconds=20)).output == "inside\n"
     assert [record.message for record in caplog.records if "seccomp" in record.message] == [
         "this kernel, or processor, has no filter of system calls (seccomp): the namespaces of the sandbox alone keep programs in"
     ]
 
 
+PARTS = [f"grading/{name}.py" for name in ("sandbox", "sandbox_child")]
+PARTS += [f"core/confinement/{name}.py" for name in ("inside", "system_calls", "table")]
+"""Modules of the sandbox, which import no others."""
+
+
 def run_as_nobody(source: str, folder: Path, limits: Limits | None = None) -> sandbox.Outcome:
     """The same by a process of `nobody`, whose interpreter is one that everybody may read."""
-    for name in ("__init__", "sandbox", "sandbox_child", "system_calls"):
-        package = folder / "dstune" / "grading"
-        package.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(sandbox.__file__).with_name(f"{name}.py"), package)
-    (folder / "dstune" / "__init__.py").write_text("")
+    for name in PARTS:
+        (folder / "dstune" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(dstune.__file__).parent / name, folder / "dstune" / name)
+    for package in (".", "grading", "core", "core/confinement"):
+        (folder / "dstune" / package / "__init__.py").write_text("")
     folder.chmod(0o755)
     program = "import dataclasses, json, sys; from dstune.grading.sandbox import Limits, run_program\n"
     program += (
@@ -314,7 +321,7 @@ def run_as_nobody(source: str, folder: Path, limits: Limits | None = None) -> sa
     python = next((path for path in interpreters if is_readable_by_all(Path(path).resolve())), None)
     if python is None:
         pytest.skip("no interpreter that everybody may read")
-    values = json.dumps(asdict(limits or Limits(seconds=20)))
+    values = json.dumps(asdict(limits or replace(PROGRAM, seconds=20)))
     done = subprocess.run(
         [python, "-c", program, values], input=source, cwd=folder, user=65534, group=65534, extra_groups=[],
         env={"TMPDIR": "/tmp"}, capture_output=True, text=True, timeout=60, check=False,

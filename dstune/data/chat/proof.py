@@ -13,18 +13,15 @@ from typing import Any
 
 import jinja2
 
+from dstune.core.confinement.here import TooMuch, limited
+from dstune.core.confinement.table import TEMPLATE_PROOF
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import TooMuch, limited
 from dstune.data.chat.content_format import as_template_reads
 from dstune.data.chat.probe import Facts
 from dstune.data.collate import NO_TARGET
 from dstune.data.images.processor import ImageProcessor
 from dstune.data.message import content_start
 from dstune.data.template_date import freeze_date
-
-PROOF_SECONDS = 5.0
-"""Processor time for rendering one conversation; making its samples took less."""
-
 
 _FOLLOWS = "qzfollows"
 """The text of a made-up message."""
@@ -249,7 +246,7 @@ class Server:
     def _rendered(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], *, prompt: bool) -> str:
         source = freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date)
         try:
-            with limited(PROOF_SECONDS):
+            with limited(TEMPLATE_PROOF):
                 text = self.tokenizer.apply_chat_template(
                     as_template_reads(messages, source),
                     tools=tools or None,

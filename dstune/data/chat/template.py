@@ -7,13 +7,15 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dstune.core.confinement.here import TooMuch, limited, trial
+from dstune.core.confinement.table import TEMPLATE, TEMPLATE_OPENING, TEMPLATE_TRIAL
 from dstune.core.errors import Problem, UserError, first_line
-from dstune.core.limits import TooMuch, limited, trial
 from dstune.data.chat.content_format import as_template_reads
 from dstune.data.chat.rule import Span
 from dstune.data.chat.thoughts import inlined
@@ -23,12 +25,6 @@ Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-RENDER_SECONDS = 1.5
-"""Processor time that one conversation may take; one of 1,000 messages takes about 50 ms."""
-TRIAL_SECONDS = 1.0
-"""Processor time that the conversations of `_TRIED` may take together; they take about 100 ms."""
-OPENING_SECONDS = 0.8
-"""Processor time for the conversations that show how the template writes: about 35 short ones, which take about 30 ms."""
 MAX_SLOW_ROWS = 10
 """A conversation that takes too long is a bad row; after this many, the template is refused."""
 
@@ -74,8 +70,8 @@ class ChatTemplate:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Limit all conversations rendered within the block to `OPENING_SECONDS` together."""
-        self._budget = OPENING_SECONDS
+        """Limit all conversations rendered within the block together."""
+        self._budget = TEMPLATE_OPENING.seconds
         try:
             yield
         finally:
@@ -135,7 +131,7 @@ class ChatTemplate:
                 except Exception:  # the template may rightly refuse this conversation
                     continue
 
-        if reason := trial("to print a conversation of three messages", source, render, TRIAL_SECONDS):
+        if reason := trial("to print a conversation of three messages", source, render, TEMPLATE_TRIAL):
             raise UserError(_unsafe_template(reason))
 
     @contextmanager
@@ -146,9 +142,10 @@ class ChatTemplate:
         too often.
         """
         began = time.process_time()
+        limits = TEMPLATE if self._budget is None else replace(TEMPLATE_OPENING, seconds=self._budget)
         try:
             # The budget of the opening may be down to a millisecond, too short to kill the process after.
-            with limited(RENDER_SECONDS if self._budget is None else self._budget, ended_after=5 * RENDER_SECONDS):
+            with limited(limits, ended_after=5 * TEMPLATE.seconds):
                 yield
         except TooMuch as error:
             if self._budget is not None:

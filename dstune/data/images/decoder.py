@@ -1,138 +1,165 @@
-"""Decodes images of strangers in a child process with limits of processor time and memory: `python -m dstune.data.images.decoder`.
+"""Reads images of strangers, in a process that the store starts for it: `python -m dstune.data.images.decoder`.
 
-A decoder is C code that checks for no signals, so that only its process can be ended. A file of a few bytes may ask for
-gigabytes (a tile of a TIFF) or minutes (a JPEG with thousands of scans). Each thread has a child of its own, which decodes one
-image after the other, gets no variables, and ends with its parent.
+A decoder is C code that checks for no signals, so that only its process can be ended. A file of a few bytes may ask for gigabytes
+(a tile of a TIFF) or minutes (a JPEG with thousands of scans). The process that holds the images opens none: even the head of a
+WebP takes as much memory as it asks for.
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
+import io
 import struct
-import subprocess
-import sys
-import threading
-import time
-from contextlib import suppress
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
-from dstune.core.child_python import child_environment
+from dstune.core.confinement import inside
+from dstune.core.confinement.spawned import answer_requests
+from dstune.core.confinement.table import IMAGE, IMAGE_SECONDS_PER_PIXEL
 from dstune.core.errors import first_line
-from dstune.core.limits import readable
 from dstune.data.problems import RowError
 
-SECONDS, SECONDS_PER_PIXEL = 1.5, 1e-7
-"""Processor time of one image: as for a chat template, and 0.1 s more for each million pixels."""
-MEMORY_BYTES = 3 * 2**29
-"""Memory of the child in addition to its imports. The largest image allowed, with transparency, takes 1.3 GiB."""
-START_SECONDS = 120.0
-WALL = 20
-"""Multiple of the processor time after which a child is ended, whatever it does."""
-_HEAD = struct.Struct("<cIIQ")
-"""Answer: whether it is an image, width, height, number of bytes that follow."""
-_children = threading.local()
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""The formats that Pillow may decode. It has many more decoders, and each one is exposed to files of strangers."""
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, above which it suspects a decompression bomb (`Image.MAX_IMAGE_PIXELS`): 268 MB as RGB."""
 
-
-class _Child:
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dstune.data.images.decoder"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment({}),
-            cwd="/",
-        )
-        self._read(1, time.monotonic() + START_SECONDS)
-
-    def decode(self, content: bytes, seconds: float) -> Any:
-        """Return the image. Raises RowError, also EOFError or OSError if the child was ended."""
-        from PIL import Image
-
-        stdin = self.process.stdin
-        assert stdin is not None
-        deadline = time.monotonic() + WALL * seconds
-        stdin.write(struct.pack("<dQ", seconds, len(content)) + content)
-        stdin.flush()
-        kind, width, height, size = _HEAD.unpack(self._read(_HEAD.size, deadline))
-        answer = self._read(size, deadline)
-        if kind != b"i":
-            raise RowError(answer.decode())
-        return Image.frombytes("RGB", (width, height), answer)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        stdout = self.process.stdout
-        assert stdout is not None
-        content = bytearray()
-        while len(content) < size:
-            if not readable(stdout.fileno(), max(0.0, deadline - time.monotonic())):
-                raise EOFError
-            part = os.read(stdout.fileno(), min(2**20, size - len(content)))
-            if not part:
-                raise EOFError
-            content += part
-        return bytes(content)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                assert pipe is not None
-                pipe.close()
-
-    def __del__(self) -> None:
-        if self.pid == os.getpid():  # with its thread
-            with suppress(Exception):
-                self.end()
-
-
-def decode(content: bytes, size: tuple[int, int]) -> Any:
-    """Return the image in these bytes as an RGB PIL image. size: as its head says. Raises RowError."""
-    child: _Child | None = getattr(_children, "child", None)
-    if child is None or child.pid != os.getpid():  # a fork shares the pipes of its parent's child
-        child = _children.child = _Child()
-    seconds = SECONDS + SECONDS_PER_PIXEL * size[0] * size[1]
-    try:
-        return child.decode(content, seconds)
-    except (EOFError, OSError):
-        _children.child = None
-        child.end()
-        reason = f"takes more than {seconds:.1f} s or {MEMORY_BYTES / 2**30:g} GiB to decode, or ends the process"
-        raise RowError(reason) from None
+DECODE, MEASURE = b"d", b"s"
+"""First byte of a request, before the bytes of an image."""
+READ, REFUSED = b"i", b"e"
+"""First byte of an answer. The size and the pixels follow, or why the image is refused."""
+SIZE = struct.Struct("<II")
+"""Width and height."""
 
 
 def main() -> None:
-    from dstune.data.images.store import decode_here
+    from PIL import (  # noqa: F401 (now, before the limits)
+        BmpImagePlugin,
+        GifImagePlugin,
+        ImageOps,
+        JpegImagePlugin,
+        MpoImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
 
-    stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # output of a library must not mix with the answers
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the kernel ends this process, whatever it is in
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[5]) * resource.getpagesize() + MEMORY_BYTES
-    stdout.write(b"r")
-    stdout.flush()
-    while head := stdin.read(16):
-        seconds, size = struct.unpack("<dQ", head)
-        content = stdin.read(size)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-        try:
-            image = decode_here(content)
-            answer = image.tobytes()
-            shape = image.size
-            kind = b"i"
-        except (RowError, MemoryError) as error:
-            kind, shape, answer = b"e", (0, 0), (first_line(error) or "takes too much memory to decode").encode()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        stdout.write(_HEAD.pack(kind, *shape, len(answer)))
-        stdout.write(answer)
-        stdout.flush()
-        image = answer = content = b""
+    answer_requests(answer, IMAGE)
+
+
+def answer(request: bytes) -> tuple[bytes, ...]:
+    """Return the parts of the answer. Raises MemoryError."""
+    work, content = request[:1], request[1:]
+    try:
+        if work == MEASURE:
+            return READ, SIZE.pack(*size_of(content))
+        image = decode(content)
+        return READ, SIZE.pack(*image.size), image.tobytes()
+    except RowError as error:
+        return REFUSED, str(error).encode(errors="replace")
+
+
+def decode(content: bytes) -> Any:
+    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. Raises RowError, MemoryError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _refuse_size(image.size)
+            inside.end_after(IMAGE.seconds + image.width * image.height * IMAGE_SECONDS_PER_PIXEL)
+            # A palette may have an alpha channel, which `convert` alone would turn into black or any other colour.
+            _refuse_mode(image)
+            rotated = ImageOps.exif_transpose(image)
+            if rotated.mode.startswith("I;16"):  # `convert` would clip its values at 255
+                is_big_endian = rotated.mode == "I;16B"
+                rotated = Image.frombytes("L", rotated.size, rotated.tobytes()[0 if is_big_endian else 1 :: 2])
+            if rotated.mode in ("RGBA", "LA", "PA") or "transparency" in rotated.info:
+                rotated = rotated.convert("RGBA")
+                ground = Image.new("RGBA", rotated.size, (255, 255, 255, 255))
+                return Image.alpha_composite(ground, rotated).convert("RGB")
+            return rotated.convert("RGB")
+    except (RowError, MemoryError):
+        raise
+    except Exception as error:  # a decoder meets anything in a stranger's file
+        raise RowError(f"is no whole image: {first_line(error)}") from None
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Return the width and height that `decode` would return for these bytes, without decoding them. Raises RowError."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            size = image.size
+            _refuse_size(size)
+            _refuse_mode(image)
+            # Pillow reports the size of a TIFF after its rotation.
+            is_rotated = image.format != "TIFF" and _is_turned(image, content)
+            # A phone's photo (a JPEG with an index, MPO) is followed by its preview and a depth map.
+            is_animated = image.format != "MPO" and _has_second_frame(image)
+    except (RowError, MemoryError):
+        raise
+    except Exception as error:
+        raise RowError(f"is none of {', '.join(FORMATS)}, or not whole: {first_line(error)}") from None
+    if is_animated:
+        raise RowError("has several frames; only still images are read")
+    return (size[1], size[0]) if is_rotated else size
+
+
+def _is_turned(image: Any, content: bytes) -> bool:
+    """Return whether EXIF data swap width and height. For a PNG without EXIF data in its head, Pillow decodes everything to look
+    for them after the pixels; this is skipped if nothing can be there."""
+    if image.format == "PNG" and not _may_have_exif(image.info, content):
+        return False
+    return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+
+
+def _may_have_exif(head: Mapping[Any, Any], content: bytes) -> bool:
+    """Return whether a PNG has EXIF data in its `head`, as read by Pillow, or chunks after its pixels that may hold some.
+
+    Also True if a chunk is truncated or its checksum is wrong (PNG 3, 5.3): decoding then reports the fault.
+    """
+    if any("exif" in str(key) or "xmp" in str(key) for key in head):
+        return True
+    at, has_pixels = 8, False
+    while at + 12 <= len(content):
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        kind, checksum = content[at + 4 : at + 8], content[end : end + 4]
+        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(checksum, "big") or len(checksum) < 4:
+            return True
+        if kind == b"IEND":
+            return False
+        if has_pixels and kind in _MAY_HOLD_EXIF:
+            return True
+        has_pixels = has_pixels or kind == b"IDAT"
+        at = end + 4
+    return True
+
+
+_MAY_HOLD_EXIF = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+
+
+def _has_second_frame(image: Any) -> bool:
+    """Return whether the image has a second frame, and leave it at that frame. Counting all frames would read a stranger's complete
+    file."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _refuse_mode(image: Any) -> None:
+    if image.mode in ("I", "F"):
+        raise RowError("has 32 bits a pixel, which nobody says what white is; save it with 8 or 16")
+
+
+def _refuse_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if not width or not height:
+        raise RowError(f"has {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise RowError(f"has {width:,} x {height:,} pixels, and none may have more than {MAX_PIXELS:,}")
 
 
 if __name__ == "__main__":

@@ -9,35 +9,35 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import os
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
+from dstune.core.confinement.spawned import Pool, ProcessEnded
+from dstune.core.confinement.table import IMAGE, IMAGE_SECONDS_PER_PIXEL, WALL
 from dstune.core.errors import Problem, UserError, first_line
+from dstune.data.images.decoder import DECODE, MAX_PIXELS, MEASURE, REFUSED, SIZE
 from dstune.data.images.places import COLUMN, Reference
 from dstune.data.problems import RowError
 
 FILE, BYTES = "images.arrow", "images.bin"
 """Names of the two files in the folder of a cache entry."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that Pillow may decode. It has many more decoders, and each one is exposed to files of strangers."""
-MAX_PIXELS = 89_478_485
-"""Pillow's own limit, above which it suspects a decompression bomb (`Image.MAX_IMAGE_PIXELS`): 268 MB as RGB."""
 MAX_PIXELS_OF_ROW = 2**29
 """Limit of all images of a row or request, which are in memory together: 1.6 GB as RGB, 256 pictures of 1920 x 1080."""
 MAX_BYTES = 256 * 2**20
 """Size limit of an image file."""
+
+_decoders = Pool("dstune.data.images.decoder", IMAGE)
+_WALL_SECONDS = WALL * (IMAGE.seconds + IMAGE_SECONDS_PER_PIXEL * MAX_PIXELS)
+"""After which a decoder is ended even if it sleeps."""
 
 SCHEMA = pa.schema(
     [
@@ -66,114 +66,32 @@ def require_pillow(where: str = "data.train") -> None:
 
 
 def decode(content: bytes) -> Any:
-    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. A child process decodes it, within
-    limits of time and memory (`decoder`). Raises RowError."""
+    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. Raises RowError."""
     from PIL import Image
 
-    from dstune.data.images import decoder
-
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            size = image.size
-            _refuse_size(size)
-    except RowError:
-        raise
-    except Exception as error:
-        raise RowError(f"is no whole image: {first_line(error)}") from None
-    return decoder.decode(content, size)
-
-
-def decode_here(content: bytes) -> Any:
-    """Do what `decode` does in this process, without limits of time or memory. Raises RowError, MemoryError."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _refuse_size(image.size)
-            # A palette may have an alpha channel, which `convert` alone would turn into black or any other colour.
-            _refuse_mode(image)
-            rotated = ImageOps.exif_transpose(image)
-            if rotated.mode.startswith("I;16"):  # `convert` would clip its values at 255
-                rotated = Image.fromarray((np.asarray(rotated) >> 8).astype(np.uint8))
-            if rotated.mode in ("RGBA", "LA", "PA") or "transparency" in rotated.info:
-                rotated = rotated.convert("RGBA")
-                ground = Image.new("RGBA", rotated.size, (255, 255, 255, 255))
-                return Image.alpha_composite(ground, rotated).convert("RGB")
-            return rotated.convert("RGB")
-    except (RowError, MemoryError):
-        raise
-    except Exception as error:  # a decoder meets anything in a stranger's file
-        raise RowError(f"is no whole image: {first_line(error)}") from None
+    answer = _ask(DECODE, content)
+    width, height = SIZE.unpack_from(answer)
+    return Image.frombytes("RGB", (width, height), answer[SIZE.size :])
 
 
 def size_of(content: bytes) -> tuple[int, int]:
     """Return the width and height that `decode` would return for these bytes, without decoding them. Raises RowError."""
-    from PIL import Image
+    width, height = SIZE.unpack_from(_ask(MEASURE, content))
+    return width, height
 
+
+def _ask(work: bytes, content: bytes) -> memoryview:
+    """Return the answer of a process that reads images (`decoder`). Raises RowError."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            size = image.size
-            _refuse_size(size)
-            _refuse_mode(image)
-            # Pillow reports the size of a TIFF after its rotation.
-            is_rotated = image.format != "TIFF" and _is_turned(image, content)
-            # A phone's photo (a JPEG with an index, MPO) is followed by its preview and a depth map.
-            is_animated = image.format != "MPO" and _has_second_frame(image)
-    except RowError:
-        raise
-    except Exception as error:
-        raise RowError(f"is none of {', '.join(FORMATS)}, or not whole: {first_line(error)}") from None
-    if is_animated:
-        raise RowError("has several frames; only still images are read")
-    return (size[1], size[0]) if is_rotated else size
-
-
-def _is_turned(image: Any, content: bytes) -> bool:
-    """Return whether EXIF data swap width and height. For a PNG without EXIF data in its head, Pillow decodes everything to look
-    for them after the pixels; this is skipped if nothing can be there."""
-    if image.format == "PNG" and not _may_have_exif(image.info, content):
-        return False
-    return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-
-
-def _may_have_exif(head: Mapping[Any, Any], content: bytes) -> bool:
-    """Return whether a PNG has EXIF data in its `head`, as read by Pillow, or chunks after its pixels that may hold some.
-
-    Also True if a chunk is truncated or its checksum is wrong (PNG 3, 5.3): decoding then reports the fault.
-    """
-    if any("exif" in str(key) or "xmp" in str(key) for key in head):
-        return True
-    at, has_pixels = 8, False
-    while at + 12 <= len(content):
-        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
-        kind, checksum = content[at + 4 : at + 8], content[end : end + 4]
-        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(checksum, "big") or len(checksum) < 4:
-            return True
-        if kind == b"IEND":
-            return False
-        if has_pixels and kind in _MAY_HOLD_EXIF:
-            return True
-        has_pixels = has_pixels or kind == b"IDAT"
-        at = end + 4
-    return True
-
-
-_MAY_HOLD_EXIF = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-
-
-def _has_second_frame(image: Any) -> bool:
-    """Return whether the image has a second frame, and leave it at that frame. Counting all frames would read a stranger's complete
-    file."""
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    return True
-
-
-def _refuse_mode(image: Any) -> None:
-    if image.mode in ("I", "F"):
-        raise RowError("has 32 bits a pixel, which nobody says what white is; save it with 8 or 16")
+        answer = memoryview(_decoders.ask(work + content, IMAGE.seconds, _WALL_SECONDS))
+    except ProcessEnded:
+        raise RowError(
+            f"takes more than {IMAGE.seconds:g} s and {IMAGE_SECONDS_PER_PIXEL * 1e6:g} s for each million pixels, or more than "
+            f"{IMAGE.added_bytes / 2**30:g} GiB, to decode"
+        ) from None
+    if answer[:1] == REFUSED:
+        raise RowError(str(answer[1:], "utf-8"))
+    return answer[1:]
 
 
 def refuse_many_pixels(sizes: Iterable[Sequence[int]]) -> None:
@@ -181,14 +99,6 @@ def refuse_many_pixels(sizes: Iterable[Sequence[int]]) -> None:
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS_OF_ROW:
         raise RowError(f"the images have {pixels:,} pixels together, and at most {MAX_PIXELS_OF_ROW:,} are read")
-
-
-def _refuse_size(size: tuple[int, int]) -> None:
-    width, height = size
-    if not width or not height:
-        raise RowError(f"has {width} x {height} pixels")
-    if width * height > MAX_PIXELS:
-        raise RowError(f"has {width:,} x {height:,} pixels, and none may have more than {MAX_PIXELS:,}")
 
 
 def root_of_images(image_folder: str | None, file: Path) -> Path:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from dstune.core import files
 from dstune.core.child_python import python_path
+from dstune.core.confinement.here import readable
 from dstune.core.errors import EXIT_FAILED, Problem, UserError
-from dstune.core.limits import readable
 from dstune.launch import attempt, records
 from dstune.launch.agents.leader import MESSAGES
 from dstune.launch.agents.status import GROUP_FILE, read_group

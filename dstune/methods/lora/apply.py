@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
+from dstune.core.confinement.here import check_patterns
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import check_patterns
 from dstune.methods._peft.apply import adapt, common_settings
 from dstune.methods.lora.beneath import put_beneath
 from dstune.methods.lora.config import LoraConfig, LoraInit

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dstune.checkpoint.adapters import ADAPTED
+from dstune.core.confinement.here import check_patterns
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import check_patterns
 from dstune.methods._peft.files import read_settings, tensors_of
 from dstune.methods.lora.start import shift
 

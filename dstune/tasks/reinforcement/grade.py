@@ -7,12 +7,14 @@ import json
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dstune.core.confinement.table import PROGRAM
 from dstune.core.errors import Problem, UserError
 from dstune.grading.grader import GraderError, GraderFailed, Sample, Services, check_grader, grade, kinds_in
-from dstune.grading.sandbox import AT_ONCE, Limits, run_program
+from dstune.grading.sandbox import AT_ONCE, run_program
 from dstune.tasks.reinforcement.outages import Failure, may_pass
 
 PYTHON_GRADER = """\
@@ -65,7 +67,7 @@ class Graders:
     ):
         """seconds, memory_gib: limits of one program. judge: address of the server with the models of `score_model` graders."""
         self._graders = graders
-        self.limits = Limits(seconds=seconds, memory_bytes=int(memory_gib * 2**30))
+        self.limits = replace(PROGRAM, seconds=seconds, memory_bytes=int(memory_gib * 2**30))
         self._judge, self._judge_key = judge, judge_key
 
     @property

@@ -1,6 +1,6 @@
 """Runs rewards in a separate process: `python -m dstune.tasks.reinforcement.reward_child`.
 
-It answers each line of JSON with another. There are two processes. The inner one runs the rewards. The outer one adopts all
+There are two processes. The inner one runs the rewards. The outer one adopts all
 processes that rewards leave behind, and kills them when it is asked to end, when the rank ends, or when there are too many.
 """
 
@@ -13,26 +13,22 @@ import importlib.util
 import inspect
 import json
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from dstune.core.confinement import spawned, table
 from dstune.protocols import ENVIRONMENTS, REWARDS
 from dstune.tasks.reinforcement.environment_host import EnvironmentHost
 from dstune.tasks.reinforcement.grade import Graders
 from dstune.tasks.reinforcement.outages import Failure
 
-MEMORY_BYTES = 8 * 2**30
-"""Limit of a process's address space."""
-PRINTED_BYTES = 2**24
-"""Limit of the bytes in one file, including the file that printed output goes to."""
-MOST_PROCESSES = 256
 WATCHED_SECONDS = 0.1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TOO_MANY_PROCESSES = 75
@@ -56,8 +52,8 @@ def main() -> None:
         if ended == inner:
             end(os.waitstatus_to_exitcode(status) & 0xFF)
         if not ended:
-            if len(descendants(os.getpid())) > MOST_PROCESSES:
-                print(f"\nit started more than {MOST_PROCESSES} processes", file=sys.stderr, flush=True)
+            if len(descendants(os.getpid())) > table.REWARDS.processes:
+                print(f"\nit started more than {table.REWARDS.processes} processes", file=sys.stderr, flush=True)
                 end(TOO_MANY_PROCESSES)
             time.sleep(WATCHED_SECONDS)
 
@@ -96,30 +92,30 @@ def descendants(ancestor: int) -> list[int]:
 
 
 def answer_requests() -> None:
-    """Answer requests until the rank closes its end of the pipe."""
-    for limit, amount in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, PRINTED_BYTES)):
-        resource.setrlimit(limit, (amount, amount))
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # output that a reward prints must not mix with the answers
+    """Answer requests, each JSON, until the rank closes its end of the pipe."""
     graders, host = Graders({}), EnvironmentHost()
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
+
+    def answer(content: bytes) -> tuple[bytes]:
+        nonlocal graders
+        request = json.loads(content)
         try:
             match request["kind"]:
                 case "start":
                     import_members(request["modules"])
                     graders = Graders(request["graders"], **request["services"])
-                    answer: dict[str, Any] = {"ready": True}
+                    result: dict[str, Any] = {"ready": True}
                 case "score":
-                    answer = run_reward(request, graders, host)
+                    result = run_reward(request, graders, host)
                 case "reset":
-                    answer = {"results": host.reset(request["environment"], request["rows"], again=request["again"])}
+                    result = {"results": host.reset(request["environment"], request["rows"], again=request["again"])}
                 case "call":
-                    answer = {"results": host.call(request["calls"])}
+                    result = {"results": host.call(request["calls"])}
         except Exception as error:
             failure = Failure.of(error)
-            answer = {"error": failure.reason, "may_pass": failure.may_pass}
-        answers.write(json.dumps(answer).encode() + b"\n")
+            result = {"error": failure.reason, "may_pass": failure.may_pass}
+        return (json.dumps(result).encode(),)
+
+    spawned.answer_requests(answer, replace(table.REWARDS, processes=0))  # those are counted by the outer process
 
 
 def import_members(modules: Sequence[Sequence[Any]]) -> None:

@@ -6,18 +6,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import select
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dstune.core.child_python import child_environment
+from dstune.core.confinement import table
+from dstune.core.confinement.spawned import ProcessEnded, Spawned, TookTooLong
 from dstune.core.errors import Problem, UserError
 from dstune.core.registry import Registry
 from dstune.core.secrets import is_secret
@@ -32,8 +30,6 @@ START_SECONDS = 120.0
 """Time for the child to import the rewards."""
 END_SECONDS = 10.0
 """Time for the child to kill what the rewards have started."""
-MOST_ANSWERED = 2**28
-"""Size limit of one answer of the child, in bytes."""
 JUDGE_KEY = "DSTUNE_JUDGE_API_KEY"
 """The variable with the key for `task.judge`; no other secret reaches the child."""
 MODULE = "dstune.tasks.reinforcement.reward_child"
@@ -62,7 +58,7 @@ class RewardProcess:
             self._modules.append(module_of(ENVIRONMENTS, task.environment))
         self._graders = {name: read_grader(path) for name, path in task.grader_files.items()}
         self._task = task
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Spawned | None = None
         self._printed: Any = None
         self.starts = 0
         """How often the child was started. When this number changes, the state of the former child is lost."""
@@ -129,34 +125,14 @@ class RewardProcess:
     def close(self) -> None:
         """End the child and everything that it started."""
         child, self._child = self._child, None
-        if child is None:
-            return
-        with suppress(ProcessLookupError):
-            child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        for pipe in (child.stdin, child.stdout):
-            with suppress(OSError):
-                assert pipe is not None
-                pipe.close()
-        self._printed.close()
+        if child is not None:
+            child.end(END_SECONDS)
+            self._printed.close()
 
     def _start(self) -> None:
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._printed,
-            env=child_environment(
-                {name: value for name, value in os.environ.items() if not _may_be_secret(name, value)}
-            ),
-            start_new_session=True,
-        )
+        variables = {name: value for name, value in os.environ.items() if not _may_be_secret(name, value)}
+        self._child = Spawned(MODULE, table.REWARDS, variables, self._printed, folder=os.curdir)
         self.starts += 1
         task = self._task
         services = {
@@ -166,39 +142,31 @@ class RewardProcess:
             "judge_key": os.environ.get(JUDGE_KEY, "") if task.judge else "",
         }
         request = {"kind": "start", "modules": self._modules, "graders": self._graders, "services": services}
-        answer = self._ask(request, START_SECONDS, "")
+        answer = self._ask(request, START_SECONDS, "", is_new=True)
         if "ready" not in answer:
             self.close()
             reason = f"the rewards cannot be started in a process of their own: {answer.get('error')}"
             raise UserError(Problem("task.rewards", reason, "import what they need inside of the plugin's file"))
 
-    def _ask(self, request: Mapping[str, Any], seconds: float, key: str) -> dict[str, Any]:
-        """Return the child's answer, or an object with `error`; if the child hung or crashed, it has then been ended."""
+    def _ask(self, request: Mapping[str, Any], seconds: float, key: str, is_new: bool = False) -> dict[str, Any]:
+        """Return the child's answer, or an object with `error`; if the child hung or crashed, it has then been ended.
+
+        is_new: whether this is its first request.
+        """
         child = self._child
-        assert child is not None and child.stdin is not None and child.stdout is not None
-        deadline = time.monotonic() + seconds
-        line = bytearray()
+        assert child is not None
         try:
-            _write(child.stdin.fileno(), json.dumps(request).encode() + b"\n", deadline)
-            while not line.endswith(b"\n"):
-                seconds_left = deadline - time.monotonic()
-                if seconds_left <= 0 or not select.select([child.stdout], [], [], seconds_left)[0]:
-                    raise TimeoutError
-                part = os.read(child.stdout.fileno(), 2**20)
-                if not part:
-                    raise EOFError
-                line += part
-                if len(line) > MOST_ANSWERED:
-                    raise ValueError
-            answer: dict[str, Any] = json.loads(line)
-        except TimeoutError:
+            if is_new:
+                child.wait_until_ready()
+            answer: dict[str, Any] = json.loads(child.ask(json.dumps(request).encode(), wall_seconds=seconds))
+        except TookTooLong:
             self.close()
             return {
                 "error": f"it took longer than {seconds:g} s ({key})" if key else f"it took longer than {seconds:g} s"
             }
-        except (OSError, EOFError, ValueError):
+        except (ProcessEnded, ValueError):
             with suppress(subprocess.TimeoutExpired):
-                child.wait(END_SECONDS)  # it may still print the reason
+                child.process.wait(END_SECONDS)  # it may still print the reason
             printed = self._last_line()
             self.close()
             return {"error": f"its process ended: {printed}" if printed else "its process ended"}
@@ -216,17 +184,6 @@ def module_of(registry: Registry[Any], name: str) -> tuple[str, str, str | None]
     module = registry[name].__module__
     file = getattr(sys.modules.get(module), "__file__", None)
     return name, module, file if module.startswith("dstune_plugins.") or module == "__main__" else None
-
-
-def _write(descriptor: int, content: bytes, deadline: float) -> None:
-    view = memoryview(content)
-    os.set_blocking(descriptor, False)
-    while view:
-        seconds_left = deadline - time.monotonic()
-        if seconds_left <= 0 or not select.select([], [descriptor], [], seconds_left)[1]:
-            raise TimeoutError
-        with suppress(BlockingIOError):
-            view = view[os.write(descriptor, view[: 2**16]) :]
 
 
 def _may_be_secret(name: str, value: str) -> bool:

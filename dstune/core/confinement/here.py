@@ -19,12 +19,13 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import IO, Any, NoReturn
 
+from dstune.core.confinement import inside
+from dstune.core.confinement.table import PATTERNS, WALL, Limits
 from dstune.core.errors import Problem, UserError
 
-MEMORY_BYTES = 2**30
-"""Memory that untrusted work may take in addition to what the process has."""
 _MEASURED_EVERY = 100
 """Uses of `limited` between two measurements of the process's memory."""
 _HARD = 5.0
@@ -52,12 +53,10 @@ class _State:
 
 
 @contextmanager
-def limited(
-    seconds: float | None, memory_bytes: float = MEMORY_BYTES, ended_after: float | None = None
-) -> Iterator[None]:
+def limited(limits: Limits, ended_after: float | None = None) -> Iterator[None]:
     """Limit processor time and additional memory of this process within the block. Nested blocks do nothing.
 
-    seconds: None limits only memory, counted from what the process has now.
+    limits: `seconds` and `added_bytes`. Without `seconds`, memory is counted from what the process has now.
     ended_after: seconds after which the process is ended if it does not check for signals; by default five times `seconds`.
 
     Outside of the main thread, the only one that gets signals, only memory is limited.
@@ -66,12 +65,12 @@ def limited(
     if _State.active:
         yield
         return
-    timed = seconds if threading.current_thread() is threading.main_thread() else None
+    timed = limits.seconds if threading.current_thread() is threading.main_thread() else 0.0
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     _State.active = True
     try:
-        _limit_memory(soft, hard, memory_bytes, anew=seconds is None)
-        if timed is not None:
+        _limit_memory(soft, hard, limits.added_bytes, anew=not limits.seconds)
+        if timed:
             if not _State.registered:
                 _State.registered = True
                 signal.signal(signal.SIGVTALRM, _raise)
@@ -82,11 +81,11 @@ def limited(
         try:
             yield
         finally:
-            if timed is not None:
+            if timed:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
                 signal.setitimer(signal.ITIMER_PROF, 0)
     except MemoryError:
-        raise TooMuch(f"takes more than {round(memory_bytes / 2**30, 1):g} GiB of memory") from None
+        raise TooMuch(f"takes more than {round(limits.added_bytes / 2**30, 1):g} GiB of memory") from None
     except _Expired:
         raise TooMuch(f"takes more than {timed:g} s") from None
     finally:
@@ -108,24 +107,18 @@ def _raise(number: int, frame: Any) -> None:
         raise _Expired
 
 
-def _limit_memory(soft: int, hard: int, memory_bytes: float, *, anew: bool = False) -> None:
+def _limit_memory(soft: int, hard: int, added_bytes: int, *, anew: bool) -> None:
     if anew or _State.uses % _MEASURED_EVERY == 0 or _State.pid != os.getpid():
-        _State.has_bytes, _State.pid = _data_bytes(), os.getpid()
+        _State.has_bytes, _State.pid = inside.data_bytes(), os.getpid()
     _State.uses += 1
     limits = [
-        _State.has_bytes + int(memory_bytes),
+        _State.has_bytes + added_bytes,
         *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY),
     ]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
-def _data_bytes() -> int:
-    """Return the bytes of this process that RLIMIT_DATA counts."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[5]) * resource.getpagesize()
-
-
-def in_child(work: Callable[[], object], seconds: float, memory_bytes: int = MEMORY_BYTES) -> None:
+def in_child(work: Callable[[], object], limits: Limits) -> None:
     """Run `work` in a fork of this process and discard its result and its errors.
 
     Raises TooMuch if it does not end in time, needs more memory, or ends the process.
@@ -136,36 +129,33 @@ def in_child(work: Callable[[], object], seconds: float, memory_bytes: int = MEM
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        _child(work, writer, seconds, memory_bytes)
+        _child(work, writer, limits)
     os.close(writer)
     try:
-        answer = _answer(reader, child, seconds)
+        answer = _answer(reader, child, limits.seconds)
     finally:
         os.close(reader)
     if answer == b"memory":
-        raise TooMuch(f"takes more than {memory_bytes / 2**30:g} GiB of memory")
+        raise TooMuch(f"takes more than {limits.added_bytes / 2**30:g} GiB of memory")
     if answer != b"done":
-        raise TooMuch(f"takes more than {seconds:g} s, or ends the process")
+        raise TooMuch(f"takes more than {limits.seconds:g} s, or ends the process")
 
 
 _verdicts: dict[tuple[str, str], str] = {}
 
 
-def trial(what: str, of: str, work: Callable[[], object], seconds: float) -> str:
+def trial(what: str, of: str, work: Callable[[], object], limits: Limits) -> str:
     """Return why `work` exceeds its limits; empty if it does not. This process tries it once for each (`what`, `of`).
 
     what: beginning of the reason, for example "to print a conversation".
     """
     if (what, of) not in _verdicts:
         try:
-            in_child(work, seconds)
+            in_child(work, limits)
             _verdicts[what, of] = ""
         except TooMuch as error:
             _verdicts[what, of] = f"{what} {error}"
     return _verdicts[what, of]
-
-
-PATTERN_SECONDS = 1.9
 
 
 def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: str, value: str = "") -> None:
@@ -191,7 +181,7 @@ def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: s
                         form.fullmatch(name)
 
     try:
-        in_child(match, PATTERN_SECONDS)
+        in_child(match, PATTERNS)
     except TooMuch as error:
         examples = ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
         reason = f"to match its patterns ({examples}) with the names of the model's modules {error}"
@@ -202,14 +192,12 @@ _SPECIAL = re.compile(r"[*+?{(|\[]")
 """Special characters without which a pattern cannot take long."""
 
 
-def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes: int) -> NoReturn:
+def _child(work: Callable[[], object], writer: int, limits: Limits) -> NoReturn:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel ends it, whatever it is in
-        _limit_memory(*resource.getrlimit(resource.RLIMIT_DATA), memory_bytes)
+        inside.end_after(limits.seconds)
+        inside.set_limits(asdict(limits))
         try:
             work()
             answer = b"done"
@@ -234,7 +222,7 @@ def readable(file: int | IO[bytes], seconds: float) -> bool:
 def _answer(reader: int, child: int, seconds: float) -> bytes:
     """Return what the child wrote, empty if it took too long, and wait for its end."""
     # Its processor time is limited; the wall clock is for one that sleeps, on a machine that has other things to do.
-    deadline = time.monotonic() + 20 * seconds
+    deadline = time.monotonic() + WALL * seconds
     ready = readable(reader, max(0.0, deadline - time.monotonic()))
     answer = os.read(reader, 16) if ready else b""
     if not ready:
