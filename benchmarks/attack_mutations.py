@@ -449,7 +449,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py", "            self._try(source)\n", "", case="loops"
     ),
     "templates.test_a_template_that_is_slow_each_time_is_refused": undo(
-        "data/chat/template.py", "self._budget = OPENING_SECONDS", "pass"
+        "data/chat/template.py", "self._budget = TEMPLATE_OPENING.seconds", "pass"
     ),
     "templates.test_a_faulty_template_is_a_message": undo(
         "data/chat/template.py",
@@ -458,8 +458,8 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
         "data/chat/template.py",
-        "with limited(RENDER_SECONDS if self._budget is None else self._budget, ended_after=5 * RENDER_SECONDS):",
-        "with limited(8 * RENDER_SECONDS):",
+        "limits = TEMPLATE if self._budget is None else",
+        "limits = replace(TEMPLATE, seconds=8 * TEMPLATE.seconds) if self._budget is None else",
         case="loops",
     ),
     "templates.test_a_template_that_is_slow_for_many_rows_is_refused": undo(
@@ -471,13 +471,13 @@ _BY_ATTACK: dict[str, Mutation] = {
         "",
     ),
     "hangs.test_a_pattern_that_backtracks": undo(
-        "core/confinement/here.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
+        "core/confinement/here.py", "        in_child(match, PATTERNS)\n", "        pass\n"
     ),
     "spark.test_many_strangers_keep_no_task_out": undo(
         "lakehouse/spark/stage.py", "while len(self._strangers) < MAX_STRANGERS:", "while True:"
     ),
     "tokenizers.test_patterns_of_a_tokenizer_that_backtrack": undo(
-        "core/tokenizers.py", "if reason := trial(what, patterns, encode, TRIAL_SECONDS):", "if reason := '':"
+        "core/tokenizers.py", "if reason := trial(what, patterns, encode, TOKENIZER_TRIAL):", "if reason := '':"
     ),
     "tokenizers.test_a_pattern_that_backtracks_over_one_row_alone": undo(
         "core/tokenizers.py", 'type(error).__name__ == "PanicException"  #', "False  #"
@@ -527,7 +527,11 @@ _BY_ATTACK: dict[str, Mutation] = {
         ("data/read_tables.py", "if _bytes(row) <= MAX_ROW_BYTES else None", ""),
     ),
     "unfolding.test_a_table_of_a_few_bytes_is_read_in_little_memory": undo(
-        "data/read_tables.py", "with limited(None, MAX_BATCH_BYTES):", "if True:", case="dictionary or runs", count=2
+        "data/read_tables.py",
+        "with limited(Limits(added_bytes=MAX_BATCH_BYTES)):",
+        "if True:",
+        case="dictionary or runs",
+        count=2,
     ),
     "unfolding.test_a_page_of_a_few_bytes_is_read_in_little_memory": undo(
         "data/read_tables.py", "batches = within_memory(batches, MAX_BATCH_BYTES if rows > 1 else None)", ""
@@ -571,7 +575,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         case="model",
     ),
     "pictures.test_no_decoder_begins_with_a_bomb": undo(
-        "data/images/store.py", "if width * height > MAX_PIXELS:", "if False:", case="12"
+        "data/images/decoder.py", "if width * height > MAX_PIXELS:", "if False:", case="12"
     ),
     "pictures.test_many_images_are_no_bomb_together": undo(
         "data/images/store.py", "if pixels > MAX_PIXELS_OF_ROW:", "if False:"
@@ -583,12 +587,25 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/images/request.py", "if image.size != self._sizes[number]:", "if False:"
     ),
     "pictures.test_a_truncated_image_ends_its_row_and_nothing_else": undo(
-        "data/images/store.py",
+        "data/images/decoder.py",
         "except Exception as error:  # a decoder meets",
         "except EOFError as error:  # a decoder meets",
     ),
     "pictures.test_no_other_decoder_is_reached": undo(
-        "data/images/store.py", ", formats=FORMATS)", ")", case="PPM", count=2
+        "data/images/decoder.py", ", formats=FORMATS)", ")", case="PPM", count=2
+    ),
+    "pictures.test_an_image_takes_no_more_time_or_memory_than_it_may": undo(
+        "core/confinement/spawned.py",
+        "        inside.end_after(seconds)\n",
+        "",
+        ("data/images/decoder.py", "            inside.end_after(IMAGE.seconds +", "            (IMAGE.seconds +"),
+        case="scans",
+    ),
+    "pictures.test_a_small_image_of_others_is_decoded_beside_the_worst": undo(
+        "core/confinement/spawned.py",
+        "            answer = spawned.ask(request, seconds, wall_seconds)\n",
+        "            with _START:\n                answer = spawned.ask(request, seconds, wall_seconds)\n",
+        ("core/confinement/spawned.py", "START_SECONDS = 120.0", "_START, START_SECONDS = threading.Lock(), 120.0"),
     ),
     "pictures.test_a_row_reads_no_file_outside_of_its_folder": undo(
         "data/images/store.py", "if not is_named_within or not (", "if False and not ("

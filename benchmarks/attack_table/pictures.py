@@ -46,6 +46,18 @@ PICTURES = (
         "pictures.test_no_other_decoder_is_reached",
     ),
     Attack(
+        "a small file that takes minutes or gigabytes to decode: a JPEG with thousands of scans, a tile of a TIFF",
+        _ALL,
+        "decoded in a process that is ended after 1.5 s and 0.1 s for each million pixels, or at 1.5 GiB",
+        "pictures.test_an_image_takes_no_more_time_or_memory_than_it_may",
+    ),
+    Attack(
+        "such a file, while others send images",
+        _REQUESTS,
+        "each image is decoded in a process that decodes no other meanwhile",
+        "pictures.test_a_small_image_of_others_is_decoded_beside_the_worst",
+    ),
+    Attack(
         "a path out of the folder of the rows: `..`, absolute, `file://`, escaped, through a link",
         _ROWS,
         "refused, by its name and by where its links lead",
