@@ -598,7 +598,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/confinement/spawned.py",
         "        inside.end_after(seconds)\n",
         "",
-        ("data/images/decoder.py", "            inside.end_after(IMAGE.seconds +", "            (IMAGE.seconds +"),
+        ("data/images/decoder.py", "            begin(image.width * image.height)\n", ""),
         case="scans",
     ),
     "pictures.test_a_small_image_of_others_is_decoded_beside_the_worst": undo(

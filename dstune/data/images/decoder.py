@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dstune.core.confinement import inside
@@ -53,20 +53,23 @@ def answer(request: bytes) -> tuple[bytes, ...]:
     try:
         if work == MEASURE:
             return READ, SIZE.pack(*size_of(content))
-        image = decode(content)
+        image = decode(content, lambda pixels: inside.end_after(IMAGE.seconds + pixels * IMAGE_SECONDS_PER_PIXEL))
         return READ, SIZE.pack(*image.size), image.tobytes()
     except RowError as error:
         return REFUSED, str(error).encode(errors="replace")
 
 
-def decode(content: bytes) -> Any:
-    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. Raises RowError, MemoryError."""
+def decode(content: bytes, begin: Callable[[int], None] = lambda pixels: None) -> Any:
+    """Return the image in these bytes as an RGB PIL image, rotated by its EXIF orientation. Raises RowError, MemoryError.
+
+    begin: called with the number of its pixels before they are decoded.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _refuse_size(image.size)
-            inside.end_after(IMAGE.seconds + image.width * image.height * IMAGE_SECONDS_PER_PIXEL)
+            begin(image.width * image.height)
             # A palette may have an alpha channel, which `convert` alone would turn into black or any other colour.
             _refuse_mode(image)
             rotated = ImageOps.exif_transpose(image)
