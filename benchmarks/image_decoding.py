@@ -3,9 +3,9 @@
 
 usage: python benchmarks/image_decoding.py [--images 50]
 
-First: pictures of several sizes and formats, decoded in this process and by `store.decode` in turns; the pixels have to be equal. Then:
-damaged images, some for each decoder, with the processor time and the memory of the processes that decode them; and the time in
-which an image of 8 x 8 pixels is decoded beside the worst of them. Exit code 1: pixels differ, or a limit was exceeded.
+First: pictures of several sizes and formats, decoded in this process and by `store.decode` in turns; the pixels have to be equal.
+Then: damaged images, some for each decoder, with the processor time and the memory of the processes that decode them; and the time
+in which an image of 8 x 8 pixels is decoded beside the worst of them. Exit code 1: pixels differ, or a limit was exceeded.
 """
 
 from __future__ import annotations
