@@ -78,14 +78,15 @@ def of_tokenizer() -> dict[str, float]:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from dstune.core import limits, tokenizers
+    from dstune.core import tokenizers
+    from dstune.core.confinement import here
 
     made = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated")
     opened = PreTrainedTokenizerFast(tokenizer_object=made)
 
     def trial() -> float:
-        limits._verdicts.clear()
+        here._verdicts.clear()
         return seconds(lambda: tokenizers._try(opened))
 
     return {"trial of a tokenizer that has patterns": median(trial)}
