@@ -117,7 +117,7 @@ java:
 	@.ci/debian-packages default-jre-headless
 
 clean:
-	rm -rf $(VENV) build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf '$(VENV)' build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make an installation happen once per change of pyproject.toml.

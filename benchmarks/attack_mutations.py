@@ -542,6 +542,18 @@ _BY_ATTACK: dict[str, Mutation] = {
     "unfolding.test_a_checkpoint_that_grows_is_not_given_to_the_library": undo(
         "lakehouse/inside.py", "_refuse_growing(entry.path)", "pass"
     ),
+    "unfolding.test_an_xz_file_with_a_dictionary_of_gigabytes_is_refused": undo(
+        "data/files.py", "return io.BufferedReader(_Xz(stream), 1 << 20)", "return lzma.LZMAFile(stream)"
+    ),
+    "unfolding.test_blank_lines_without_end_are_refused": undo(
+        "data/read_text.py", "if blank_lines > MAX_BLANK_LINES:", "if False:"
+    ),
+    "unfolding.test_an_archive_whose_directory_is_read_too_often_is_refused": undo(
+        "data/files.py", "if len(of_rows) * len(names) > MAX_ENTRIES_READ:", "if False:"
+    ),
+    "serve.test_a_request_names_one_transfer_encoding": undo(
+        "serve/server.py", "            if self._has_encoding:\n", "            if False:\n"
+    ),
     # Images.
     "judged_programs.test_a_program_holds_no_memory_outside_of_its_limit": undo(
         "core/confinement/system_calls.py", '    "memfd_create": (319, 279),\n', ""
@@ -559,6 +571,12 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "judged_programs.test_a_judge_that_fails_costs_one_row_its_score": undo(
         "rewards/code.py", "except Exception as error:", "except ArithmeticError as error:"
+    ),
+    "judged_programs.test_a_broken_schema_costs_one_row_its_score": undo(
+        "rewards/form.py", "except Exception as error:  # of one row", "except ArithmeticError as error:  # of one row"
+    ),
+    "judged_programs.test_what_json_does_not_have_is_no_number": undo(
+        "rewards/form.py", "json.loads(text, parse_constant=_refuse)", "json.loads(text)"
     ),
     "forgotten_users.test_a_start_without_the_log_deletes_what_an_earlier_one_logged": undo(
         "serve/command.py", "if not arguments.log_requests and not folder.is_dir():", "if not arguments.log_requests:"

@@ -203,4 +203,22 @@ HANGS = (
         "hangs.test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on",
     ),
     Attack("a record of 1 TiB", "run directory", "64 MiB", "hangs.test_a_file_without_end_is_not_read_whole"),
+    Attack(
+        "an `.xz` file whose head asks for a dictionary of 3 GiB",
+        "`data.train`, `dstune init`",
+        "refused: decompressing takes at most 1 GiB",
+        "unfolding.test_an_xz_file_with_a_dictionary_of_gigabytes_is_refused",
+    ),
+    Attack(
+        "a small file with billions of blank lines",
+        "`data.train`, `dstune init`",
+        "refused after 2,000,000 of them",
+        "unfolding.test_blank_lines_without_end_are_refused",
+    ),
+    Attack(
+        "a zip archive of so many files that opening each takes hours",
+        "`data.train`, `dstune init`",
+        "refused: unpack it",
+        "unfolding.test_an_archive_whose_directory_is_read_too_often_is_refused",
+    ),
 )

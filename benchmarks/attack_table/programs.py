@@ -32,4 +32,16 @@ PROGRAMS = (
         "that row has no score, and the others of its batch have theirs",
         "judged_programs.test_a_judge_that_fails_costs_one_row_its_score",
     ),
+    Attack(
+        "a JSON Schema that is broken, or refers to another address",
+        "rewards",
+        "its row has no score, the others of its batch have theirs; nothing is fetched",
+        "judged_programs.test_a_broken_schema_costs_one_row_its_score",
+    ),
+    Attack(
+        "`NaN` or `Infinity` in the place of a number",
+        "rewards of JSON",
+        "no JSON: 0",
+        "judged_programs.test_what_json_does_not_have_is_no_number",
+    ),
 )

@@ -191,4 +191,10 @@ SERVER = (
         "both are recorded",
         "forgotten_users.test_either_name_of_a_user_deletes_the_rows",
     ),
+    Attack(
+        "two headers Transfer-Encoding, of which a proxy follows the other one",
+        "`dstune serve`",
+        "400, and the connection is closed",
+        "serve.test_a_request_names_one_transfer_encoding",
+    ),
 )

@@ -22,6 +22,10 @@ DOCUMENTS = (".txt", ".md")
 TAGGED = (".conll", ".conllu", ".bio", ".iob")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *DOCUMENTS, *TAGGED)
 TABLES = (".parquet", ".arrow", ".feather")
+MAX_XZ_BYTES = 2**30
+"""Memory to decompress an `.xz` file. `xz -9` needs 65 MiB."""
+MAX_ENTRIES_READ = 10**7
+"""Number of members of a zip archive times its files with rows: each is opened by itself, which reads the list of all members."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ENDINGS = (*TEXTS, *TABLES)
 """Endings of files with rows. Those in TEXTS may be followed by one of COMPRESSIONS, or be inside a .zip archive."""
@@ -135,7 +139,7 @@ def _decompressed(stream: Any, compression: str) -> Any:
         case ".bz2":
             return bz2.BZ2File(stream)
         case ".xz":
-            return lzma.LZMAFile(stream)
+            return io.BufferedReader(_Xz(stream), 1 << 20)
         case ".zst":
             import pyarrow as pa
 
@@ -144,8 +148,38 @@ def _decompressed(stream: Any, compression: str) -> Any:
     return stream
 
 
+class _Xz(io.RawIOBase):
+    """The decompressed bytes of an `.xz` file. Unlike `lzma.LZMAFile`, it takes no dictionary of any size."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._decompressor = stream, lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES)
+        self._rest = b""
+        """Bytes behind the end of a stream."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to `len(buffer)` bytes. Raises LZMAError, EOFError."""
+        while True:
+            if self._decompressor.eof:
+                self._rest = (self._decompressor.unused_data or self._stream.read(io.DEFAULT_BUFFER_SIZE)).lstrip(b"\0")
+                if not self._rest:
+                    return 0
+                self._decompressor = lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES)
+            compressed, self._rest = self._rest, b""
+            if self._decompressor.needs_input and not compressed:
+                compressed = self._stream.read(io.DEFAULT_BUFFER_SIZE)
+                if not compressed:
+                    raise EOFError("the file ends before the end of its stream")
+            if content := self._decompressor.decompress(compressed, len(buffer)):
+                buffer[: len(content)] = content
+                return len(content)
+
+
 def members(archive: Path) -> list[str]:
-    """Return the sorted names of the files with rows in a zip archive. Raises UserError if the file is no zip archive."""
+    """Return the sorted names of the files with rows in a zip archive. Raises UserError if the file is no zip archive, or has
+    so many files that to open each would take minutes."""
     try:
         with zipfile.ZipFile(archive) as opened_archive:
             names = opened_archive.namelist()
@@ -153,8 +187,12 @@ def members(archive: Path) -> list[str]:
         reason = f"damaged or incomplete .zip file: {first_line(error)}"
         raise UserError(Problem(where=str(archive), reason=reason, fix="copy or compress it again")) from None
     hidden = ("__MACOSX/", ".")
-    return sorted(
+    of_rows = sorted(
         name
         for name in names
         if is_readable(name) and ending_of(name) in TEXTS and not name.startswith(hidden) and "/." not in name
     )
+    if len(of_rows) * len(names) > MAX_ENTRIES_READ:
+        reason = f"the archive has {len(names):,} files, all of which are looked up for each of the {len(of_rows):,} with rows"
+        raise UserError(Problem(where=str(archive), reason=reason, fix="unpack it, and name its folder"))
+    return of_rows

@@ -22,12 +22,14 @@ from dstune.core.parsing import (
     too_many_digits,
     unique,
 )
-from dstune.data.files import DataFile, RawRow, opened
+from dstune.data.files import DataFile, RawRow, opened, place
 from dstune.data.problems import listing
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 2**26
 """A longer row is a bad row: parsing a line of 1 GiB would take many times that memory before anything could refuse it."""
+MAX_BLANK_LINES = 2_000_000
+"""Blank lines in a row, after which a file is refused: a small compressed file may have any number of them."""
 MAX_JSON_BYTES = 2**32
 """Limit of a JSON file that is not JSON Lines: it is read into memory completely."""
 
@@ -48,12 +50,19 @@ class Lines:
         with opened(self._file) as stream:
             if self.offset:
                 stream.seek(self.offset)
+            blank_lines = 0
             for raw, size in lines_within(stream, MAX_ROW_BYTES):
                 self.offset += size
                 self.line += 1
                 row = _too_long(self._file, self.line) if raw is None else _row_of_json(self._file, self.line, raw)
                 if row is not None:
+                    blank_lines = 0
                     yield row
+                    continue
+                blank_lines += 1
+                if blank_lines > MAX_BLANK_LINES:
+                    reason = f"there are more than {MAX_BLANK_LINES:,} blank lines before this one"
+                    raise UserError(Problem(place(self._file, self.line), reason, "remove them"))
 
 
 def read_jsonl(file: DataFile) -> Iterator[RawRow]:

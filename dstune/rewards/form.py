@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+from dstune.core.errors import first_line
 from dstune.protocols import Reward, reward
+
+log = logging.getLogger(__name__)
 
 _REASONING = re.compile(r"\s*<think>(?:(?!</?think>).)+</think>\s*\S", re.DOTALL)
 
@@ -81,12 +85,20 @@ class JsonSchema(Reward):
             if schema is None:
                 scores.append(None)
                 continue
-            schema = json.loads(schema) if isinstance(schema, str) else schema
-            validator = validator_for(schema)(schema, registry=Registry())  # which fetches no schema from elsewhere
             try:
-                scores.append(float(validator.is_valid(json.loads(text))))
+                value = _json_of(text)
             except (ValueError, RecursionError):
                 scores.append(0.0)
+                continue
+            try:
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+                validator_of_dialect = validator_for(schema)
+                validator_of_dialect.check_schema(schema)
+                # The registry fetches no schema from elsewhere.
+                scores.append(float(validator_of_dialect(schema, registry=Registry()).is_valid(value)))
+            except Exception as error:  # of one row: the others keep their scores
+                log.warning("a completion has no score of its schema: %s: %s", type(error).__name__, first_line(error))
+                scores.append(None)
         return scores
 
 
@@ -110,7 +122,16 @@ class Brevity(Reward):
 
 def _is_object(text: str, keys: set[str]) -> bool:
     try:
-        value = json.loads(text)
+        value = _json_of(text)
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and keys <= value.keys()
+
+
+def _json_of(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for NaN and Infinity, which JSON does not have; RecursionError."""
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")

@@ -57,6 +57,7 @@ class BoundedHttp(HttpToolsProtocol):
     _framing_bytes = 0
     """Framing bytes since the last byte of a body, or the end of a head."""
     _in_head = False
+    _has_encoding = False
     _in_body = False
     _late: asyncio.TimerHandle | None = None
 
@@ -88,13 +89,17 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._framing_bytes = True, 0
+        self._in_head, self._has_encoding, self._framing_bytes = True, False, 0
         if self._late is None:
             self._close_after(HEAD_SECONDS)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
             raise ValueError("a header after the head")  # the connection is closed
+        if name.lower() == b"transfer-encoding":
+            if self._has_encoding:
+                raise ValueError("two transfer encodings")
+            self._has_encoding = True
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

@@ -52,3 +52,11 @@ def test_ci_run_fails_when_lint_or_tests_do(tmp_path: Path, lint: int, test: int
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     done = subprocess.run([tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True)
     assert (done.returncode != 0) == bool(expected), done.stdout + done.stderr
+
+
+def test_clean_removes_one_environment_whatever_its_name(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("a", "b", "a b"):
+        (tmp_path / name).mkdir()
+    subprocess.run(["make", "clean", "VENV=a b"], cwd=tmp_path, capture_output=True, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "a", "b"]

@@ -12,7 +12,7 @@ import pytest
 from dstune.core.confinement.table import PROGRAM, Limits
 from dstune.grading import sandbox
 from dstune.rewards.code import CodeTests
-from tests.unit.test_rewards import needs_sandbox, run_as_nobody
+from tests.unit.test_rewards import needs_sandbox, run_as_nobody, score
 
 MIB = 2**20
 LIMITS = replace(PROGRAM, seconds=20, memory_bytes=2**28, file_bytes=2**24)
@@ -227,3 +227,15 @@ def test_a_judge_that_fails_costs_one_row_its_score(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("dstune.rewards.code.run_program", run_program)
     tests = [[{"input": "", "output": "4"}]] * 2
     assert CodeTests()(None, ["fails", "print(4)"], None, tests=tests) == [None, 1.0]
+
+
+def test_a_broken_schema_costs_one_row_its_score() -> None:
+    schemas = [{"type": "integer"}, "{", {"type": 7}, {"$ref": "http://192.0.2.1/schema.json"}, {"pattern": "("}, [1]]
+    texts = ["1", "1", "1", "1", '"a"', "1"]
+    assert score("json_schema", texts, schema=schemas) == [1.0, None, None, None, None, None]
+
+
+def test_what_json_does_not_have_is_no_number() -> None:
+    texts = ["1e3", "NaN", "Infinity", "-Infinity"]
+    assert score("json_schema", texts, schema=[{"type": "number"}] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert score("json_object", ['{"a": NaN}', '{"a": 1}']) == [0.0, 1.0]

@@ -345,6 +345,21 @@ def kept_open(url: str, head: str, part: str, *, pause: float = 0.0, most: int =
     return most
 
 
+def test_a_request_names_one_transfer_encoding(tmp_path):
+    """Of two, a proxy may follow the other one."""
+
+    async def test(found):
+        head = f"GET /healthz HTTP/1.1\r\nHost: {found.url.removeprefix('http://')}\r\n"
+        chunks = "Transfer-Encoding: chunked\r\n"
+        assert (await asyncio.to_thread(raw, found.url, f"{head}{chunks}\r\n0\r\n\r\n")).count(b" 200 ") == 1
+        for other in (chunks, "transfer-encoding: identity\r\n", "Transfer-Encoding: gzip\r\n"):
+            for both in (other + chunks, chunks + other):
+                answer = await asyncio.to_thread(raw, found.url, f"{head}{both}\r\n0\r\n\r\n")
+                assert answer.startswith(b"HTTP/1.1 400") or answer in (b"", CUT), (both, answer)
+
+    run(test, tmp_path)
+
+
 def test_trailers_and_framing_without_end(tmp_path):
     """Whoever has no key could fill the memory with headers behind the body, or send chunks' extensions for ever."""
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import re
 import subprocess
 import sys
+import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dstune.config.data_schema import TextRows
 from dstune.core.confinement.here import TooMuch
+from dstune.core.errors import UserError
 from dstune.data import sources
 from dstune.data.files import DataFile
 from dstune.lakehouse.address import parse
@@ -87,6 +94,7 @@ LOOKS = """
 import sys
 from pathlib import Path
 from dstune.core.errors import UserError
+from dstune.config.data_schema import TextRows
 from dstune.core.confinement.here import TooMuch
 from dstune.data import read_tables, sources
 from dstune.data.files import DataFile
@@ -129,3 +137,47 @@ def test_a_checkpoint_that_grows_is_not_given_to_the_library(tmp_path: Path, mon
     monkeypatch.setattr("dstune.lakehouse.inside.available_bytes", lambda: 2.0**28)
     with pytest.raises((ValueError, TooMuch), match=r"takes more than 0\.1 GiB of memory"):
         refuse_outside(table, address, "data.train")
+
+
+def test_an_xz_file_with_a_dictionary_of_gigabytes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl.xz"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 2**20}]
+    content = lzma.compress(b'{"text": "a"}\n', lzma.FORMAT_XZ, filters=filters)
+    # The head of a block: sizes and flags, then filter 0x21 with one byte that stands for the dictionary, padding, CRC-32.
+    head = bytearray(content[12 : 12 + (content[12] + 1) * 4])
+    head[head.index(b"\x21\x01") + 2] = 39  # 3 GiB
+    head[-4:] = zlib.crc32(head[:-4]).to_bytes(4, "little")
+    file.write_bytes(content[:12] + head + content[12 + len(head) :])
+    with pytest.raises(UserError, match=r"damaged or incomplete \.xz file|memory"):
+        list(sources.read(DataFile(file)))
+    file.write_bytes(content + lzma.compress(b'{"text": "b"}\n'))
+    assert [row.fields for row in sources.read(DataFile(file))] == [{"text": "a"}, {"text": "b"}], (
+        "two streams are one file"
+    )
+    file.write_bytes(content[:-8])
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        list(sources.read(DataFile(file)))
+
+
+def test_blank_lines_without_end_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"\n" * 30_000_000, 1))
+    began = time.process_time()
+    with pytest.raises(UserError, match="blank lines"):
+        list(sources.read(DataFile(file)))
+    assert time.process_time() - began < 5
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"\n" * 1000 + b'{"text": "b"}\n'))
+    assert len(list(sources.read(DataFile(file)))) == 2
+
+
+def test_an_archive_whose_directory_is_read_too_often_is_refused(tmp_path: Path) -> None:
+    """Each member is opened by itself, and each time the directory of all members is read."""
+    for members, is_refused in ((10, False), (4000, True)):
+        with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+            for number in range(members):
+                archive.writestr(f"{number}.jsonl", '{"text": "a"}\n')
+        if is_refused:
+            with pytest.raises(UserError, match="files"):
+                sources._files_in(tmp_path / "rows.zip", TextRows.line)
+        else:
+            assert len(sources._files_in(tmp_path / "rows.zip", TextRows.line)) == members
