@@ -592,6 +592,14 @@ _BY_ATTACK: dict[str, Mutation] = {
         "if False:",
         case="model",
     ),
+    "models_of_others.test_no_loader_reads_the_kernels_of_a_file": undo(
+        "checkpoint/gguf_file.py",
+        "without_stored_implementations(AutoConfig.from_pretrained(folder))",
+        "AutoConfig.from_pretrained(folder)",
+    ),
+    "models_of_others.test_the_code_in_mlflow_names_no_kernel_of_a_hub": undo(
+        "lakehouse/registered_model.py", "    _forget_kernels(config)\n", ""
+    ),
     "pictures.test_no_decoder_begins_with_a_bomb": undo(
         "data/images/decoder.py", "if width * height > MAX_PIXELS:", "if False:", case="12"
     ),

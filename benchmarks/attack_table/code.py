@@ -150,4 +150,16 @@ CODE = (
         "left out, with a warning, unless transformers itself has it",
         "models_of_others.test_the_file_of_a_model_names_no_kernel_of_a_hub",
     ),
+    Attack(
+        "the same",
+        "`dstune prune`, GGUF, AWQ and other quantized exports",
+        "every loader leaves it out",
+        "models_of_others.test_no_loader_reads_the_kernels_of_a_file",
+    ),
+    Attack(
+        "the same",
+        "exports registered in MLflow, where they are loaded",
+        "left out by the code that is stored with them",
+        "models_of_others.test_the_code_in_mlflow_names_no_kernel_of_a_hub",
+    ),
 )

@@ -21,6 +21,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
+from dstune.core.stored_implementations import without_stored_implementations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,13 +64,14 @@ def write_awq(whole: Path, folder: Path, blocks: list[Tensor]) -> None:
     """
     import torch
     from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(dir=folder, prefix="awq-") as scratch, _quiet():
         # It gives norms back their stored values where these are fp32, and loses the scales that it has put into them.
         source = Path(scratch, "source")
-        AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16).save_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        config = without_stored_implementations(AutoConfig.from_pretrained(whole))
+        AutoModelForCausalLM.from_pretrained(whole, config=config, dtype=torch.bfloat16).save_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(whole)
         rounding = AutoRound(
             model=model,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint.gguf_families import CONVOLUTION, EXPERT, FAMILIES, check_architecture, metadata_of, text_name
+from dstune.core.stored_implementations import without_stored_implementations
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
 
     from dstune.models.base_weights import tensor_files
 
-    whole = AutoConfig.from_pretrained(folder)
+    whole = without_stored_implementations(AutoConfig.from_pretrained(folder))
     check_architecture(whole)
     config = whole.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder)

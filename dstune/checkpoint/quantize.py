@@ -29,6 +29,7 @@ from dstune.config.trust import Use
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
+from dstune.core.stored_implementations import without_stored_implementations
 from dstune.protocols import method_of, task_of
 
 if TYPE_CHECKING:
@@ -164,7 +165,9 @@ def _on_meta(whole: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            without_stored_implementations(AutoConfig.from_pretrained(whole))
+        )
     return model
 
 
@@ -195,7 +198,8 @@ def _read_gguf_back(file: Path, whole: Path, folder: Path) -> Path:
                 stored = opened.get_slice(name)
                 shapes[name], dtypes[name] = stored.get_shape(), stored.get_dtype()
     by_file: dict[str, dict[str, torch.Tensor]] = {}
-    for name, weight in read_weights(file, AutoConfig.from_pretrained(whole).get_text_config(), shapes):
+    architecture = without_stored_implementations(AutoConfig.from_pretrained(whole))
+    for name, weight in read_weights(file, architecture.get_text_config(), shapes):
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(dtypes[name], torch.float32)
         by_file.setdefault(places[name], {})[name] = torch.from_numpy(weight.copy()).to(dtype)
     for name in shapes.keys() - {name for tensors in by_file.values() for name in tensors}:  # parts for images

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.core import files
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.core.stored_implementations import without_stored_implementations
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +172,7 @@ def _samples(config: RunConfig, tokenizer: Any, count: int) -> Iterator[torch.Te
 def _save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
     """Write the model and read it back; `folder` appears only if the written model computes the same as the one in memory."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     temporary = folder.with_name(f"{folder.name}.incomplete")
     model.save_pretrained(temporary)
@@ -180,9 +181,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> N
     tokens = torch.arange(3, 19)[None]
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
-        reloaded_logits = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)(
-            input_ids=tokens, use_cache=False
-        ).logits
+        config = without_stored_implementations(AutoConfig.from_pretrained(temporary))
+        reloaded = AutoModelForCausalLM.from_pretrained(temporary, config=config, dtype=torch.float32)
+        reloaded_logits = reloaded(input_ids=tokens, use_cache=False).logits
     difference = float((expected - reloaded_logits).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         reason = f"the saved model computes other logits than the one in memory (they differ by {difference:.1%})"

@@ -116,12 +116,21 @@ HEADS |= {
 }
 
 
+def _forget_kernels(config):
+    """Leave out implementations by a repository of a hub ("OWNER/NAME"), which transformers would download and run."""
+    for part in (config, *(getattr(config, name, None) for name in type(config).sub_configs)):
+        for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if part is not None and "/" in str(part.__dict__.get(name)):
+                part.__dict__[name] = None
+
+
 def _whole(folder, config, task_type=None, *, adapted=False, **at):
     import transformers
 
     _refuse_outside(folder)
     name = HEADS.get(task_type) or (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, None) or transformers.AutoModel
+    _forget_kernels(config)
     model, loading_info = cls.from_pretrained(folder, config=config, output_loading_info=True, **at)
     missing = sorted(loading_info["missing_keys"])
     if missing and not adapted:

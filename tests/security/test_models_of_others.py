@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.tiny import save_decoder
 
+import dstune
 from dstune.checkpoint.serving import vllm_problems
 from dstune.cli import main
 from dstune.config.schema import ModelConfig
@@ -125,3 +127,56 @@ def test_the_file_of_a_model_may_name_what_transformers_has(name: str, tmp_path:
     config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "attn_implementation": name}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_config(compose([f"model.path={tmp_path}", "data=chitchat"]).config.model)._attn_implementation == name
+
+
+def calls_that_load(file: Path) -> list[tuple[str, str]]:
+    """The calls in a file that read a model's config.json, each with what is around it."""
+    tree = ast.parse(file.read_text())
+    around = {id(child): node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    calls = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+            of = ast.unparse(node.func.value)
+            outer = around[id(node)]
+            wrapper = ast.unparse(outer.func) if isinstance(outer, ast.Call) else ""
+            if of == "AutoConfig":
+                calls.append((f"{file.name}:{node.lineno}", wrapper))
+            elif of.startswith("AutoModel"):
+                has_config = any(keyword.arg == "config" for keyword in node.keywords)
+                calls.append((f"{file.name}:{node.lineno}", "config" if has_config else ""))
+    return calls
+
+
+def test_no_loader_reads_the_kernels_of_a_file() -> None:
+    """Also those of exports, compression and quantization. Samples are dstune's own; MLflow's code works without dstune."""
+    root = Path(dstune.__file__).parent
+    own = {root / "samples" / "convert.py", root / "lakehouse" / "registered_model.py"}
+    calls = [call for file in root.rglob("*.py") if file not in own for call in calls_that_load(file)]
+    assert len(calls) > 6
+    unlimited = {place for place, around in calls if around not in ("without_stored_implementations", "config")}
+    assert {place.partition(":")[0] for place in unlimited} <= {"inventory.py"}, "which does so in the next line"
+
+
+def test_the_code_in_mlflow_names_no_kernel_of_a_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="pip install '.[mlflow]' in a clone of dstune")
+    from transformers import AutoConfig, AutoModel
+
+    from dstune.lakehouse import registered_model
+
+    values = {
+        "attn_implementation": "someone/kernel",
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "model_type": "llama",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded: list[object] = []
+
+    def load(folder: str, config: object, **options: object) -> None:
+        loaded.append(config.__dict__.get("_attn_implementation_internal"))
+        raise EOFError
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", load)
+    with pytest.raises(EOFError):
+        registered_model._whole(str(tmp_path), AutoConfig.from_pretrained(tmp_path))
+    assert loaded == [None]
