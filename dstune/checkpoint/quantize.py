@@ -30,6 +30,7 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
 from dstune.core.stored_implementations import without_stored_implementations
+from dstune.data.recorded_files import refuse_changed_files
 from dstune.protocols import method_of, task_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ def export_quantized(
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     with quietly():
         _check_model(config, quantization)  # first: installing a package does not help if the model is not supported
+    holds_out = config.data.validation or config.data.split.holds_out
+    if quantization.format == "awq" or (measure is not None and holds_out):
+        without_rows = "--quantize fp8 --no-loss" if quantization.format == "awq" else "--no-loss"
+        refuse_changed_files(run_dir, config, f"quantize without them: {without_rows}")
     require_package(quantization)
     with quietly():
         blocks = _calibration(config) if quantization.format == "awq" else []

@@ -15,6 +15,7 @@ from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import SaveMode
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE
+from dstune.data.recorded_files import changed_files
 from dstune.protocols import optimizer_of
 from dstune.trainer.state import TrainState
 
@@ -30,6 +31,9 @@ UNCHANGED = {
     "content": ("data.train", OTHER_ROWS),
 }
 """Facts that must be equal in a checkpoint and the run that continues it: the key to change if they differ, and the fix."""
+
+ROWS = {"samples", "content"}
+"""Facts of `UNCHANGED` that are digests of the training rows."""
 
 LAYOUT = ("world_size", "zero_stage", "weight_parts", "shard_settings")
 """Facts that DeepSpeed's shards depend on."""
@@ -61,7 +65,7 @@ class Checkpoints(CheckpointAccess):
         if checkpoint is None:
             return TrainState()
         saved = store.read_state(checkpoint)
-        self._refuse_changes(checkpoint.name, saved)
+        self._refuse_changes(source, checkpoint.name, saved)
         with store.hold(checkpoint):  # it may belong to another run that is still running and pruning
             if self._has_same_shards(checkpoint, saved):
                 with self._refused_other_weights(checkpoint):
@@ -176,17 +180,17 @@ class Checkpoints(CheckpointAccess):
         parts = self._world.gather(local_damage)
         return None if None in parts else sorted({name for part in parts for name in part or ()})
 
-    def _refuse_changes(self, name: str, saved: dict[str, Any]) -> None:
+    def _refuse_changes(self, source: Path, name: str, saved: dict[str, Any]) -> None:
+        changed = {fact for fact, now in self._facts.items() if fact in UNCHANGED and saved.get(fact, now) != now}
         problems = [
-            Problem(
-                UNCHANGED[fact][0],
-                value=str(now) if fact not in ("samples", "content") else str(self._config.data.train),
-                reason=f"{name} was written with {fact} {saved.get(fact)}",
-                fix=UNCHANGED[fact][1],
-            )
+            Problem(UNCHANGED[fact][0], f"{name} was written with {fact} {saved[fact]}", UNCHANGED[fact][1], str(now))
             for fact, now in self._facts.items()
-            if fact in UNCHANGED and saved.get(fact, now) != now
+            if fact in changed - ROWS
         ]
+        if changed & ROWS:
+            files = changed_files(source, self._config) or {"data.train": str(self._config.data.train)}
+            reason = f"the file changed since {name} was written, which was trained on other rows of it"
+            problems += [Problem(key, reason, OTHER_ROWS, file) for key, file in files.items()]
         if problems:
             raise UserError(problems)
 

@@ -23,6 +23,7 @@ from dstune.data.images.store import ImageFiles
 from dstune.data.inputs import PARTS
 from dstune.data.label_names import refuse_suspicious
 from dstune.data.prepared import HELD_OUT, PreparedData, SamplePrompt, StreamStart, load_split
+from dstune.data.recorded_files import file_digests
 from dstune.data.row_sources import find_inputs
 from dstune.data.swapped import load_swapped
 from dstune.data.token_ids import check_tokenizer
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
             raise UserError(Problem("data.train", "images of the rows change again and again while they are read"))
         key = f"{key}-{images.state()}"
         folder = cache.entry(cache_root / "data", key, make)
-    data = _load(folder, key, config, vision_of(tokenizer))
+    data = replace(_load(folder, key, config, vision_of(tokenizer)), files=file_digests(inputs))
     if trains and config.data.on_suspicious_labels is OnSuspiciousLabels.error:
         refuse_suspicious(data.report["train"].get("labels", {}))
     if trains:

@@ -130,5 +130,5 @@ def _augment_digest(config: RunConfig) -> list[Any]:
 def _rows_digest(source: Input) -> list[Any]:
     """Return what identifies the rows of a source: its files' digests, or for a stream what its first block depends on."""
     if source.stream is None:
-        return [sources.fingerprint(file) for file in source.files]
+        return [digest for _, digest in source.file_digests]
     return [source.stream.identity(), source.config.trainer.seed, source.config.data.stream_rows]

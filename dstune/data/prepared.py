@@ -195,6 +195,8 @@ class PreparedData:
     """Rows of another domain (`data.ood`)."""
     fingerprint: str = ""
     """Digest of content, tokenizer, settings and code: equal for equal samples."""
+    files: dict[str, list[list[str]]] = field(default_factory=dict)
+    """By configuration key: name and digest of each local file of rows (`recorded_files`)."""
     evidence: Path | None = None
     """File with rows of conversations and the places of their samples in `train`, to be proven before the first step."""
     stream: StreamStart | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError, collected
@@ -23,6 +24,18 @@ class Input:
     """The run's configuration with the format and columns of these rows."""
     stream: Stream | None = None
     """With `data.streaming`, the stream of training rows."""
+
+    @cached_property
+    def file_digests(self) -> list[tuple[str, str]]:
+        """The name and the digest of each file; of a stream, what identifies its shards without reading all of them."""
+        if self.stream is not None:
+            return [(name, identity) for name, identity in self.stream.shards()]
+        return [(str(file), sources.fingerprint(file)) for file in self.files]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the content of the files may change: they are not those of a hub's commit or a table's version."""
+        return not any(file.digest for file in self.files)
 
 
 Inputs = dict[str, dict[str, Input]]

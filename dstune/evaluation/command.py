@@ -31,6 +31,7 @@ from dstune.core.arguments import VerbParser, is_path, refuse_place
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, TrainingFailed, UserError
 from dstune.core.model_names import refuse_ambiguous_folder
 from dstune.data.inputs import PARTS
+from dstune.data.recorded_files import refuse_changed_files
 from dstune.evaluation import harness, safety
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
@@ -231,6 +232,22 @@ def _is_run(target: str) -> bool:
 
 
 def _configuration(
+    arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]
+) -> tuple[RunConfig, Path | None]:
+    """Return what `_resolve` returns. Raises UserError, also if files of the run's rows have changed since its training."""
+    config, checkpoint = _resolve(arguments, scratch, stage)
+    if _is_run(arguments.target):
+        part = f"data.{arguments.split}"
+        named = {word.partition("=")[0] for word in arguments.overrides}
+        if part in named and arguments.shots is None:
+            named.add("data.train")  # not read
+        refuse_changed_files(
+            Path(arguments.target), config, f"name the rows to measure: {part}=FILE", except_keys=named
+        )
+    return config, checkpoint
+
+
+def _resolve(
     arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]
 ) -> tuple[RunConfig, Path | None]:
     """Return the configuration that the ranks evaluate, with the data of the run or of the overrides: of a complete model; or, if a

@@ -16,7 +16,7 @@ from dstune.config.rope import RopeType
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
 from dstune.core.secrets import redacted
-from dstune.data import inputs
+from dstune.data import inputs, recorded_files
 from dstune.data.clean.report import summary
 from dstune.data.label_names import suspicious
 from dstune.data.prepared import PreparedData
@@ -70,7 +70,7 @@ def describe(
     facts["kernels"] = kernels.of_run(module, base, run.head, run.engine.inner_optimizer)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
     files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
-    files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))
+    files.write(run_dir / recorded_files.REPORT, json.dumps(redacted(data_report(config, run.data)), indent=1))
     run.log.message(
         f"{format_value(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
         f"ZeRO-{run.engine.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
@@ -260,6 +260,8 @@ def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     specs = {key: getattr(row_input.data, part) for key, part, row_input in inputs.row_inputs(config)}
     if tables := {key: source.describe(spec) for key, spec in specs.items() if (source := data_source_of(spec))}:
         report = report | {"tables": tables}
+    if data.files:
+        report = report | {recorded_files.KEY: data.files}
     if not config.data.packing:
         return report
     return with_packing(report, {part.name: part.lengths for part in data.splits}, config.data.max_length)
