@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from dstune.core import files
 from dstune.core.parsing import parse_json, read_file
 from dstune.cycle.refusals import shows_images
 from dstune.cycle.settings import CycleSettings
+from dstune.data.clean.held_out import HeldOutTexts
 from dstune.monitor.conversations import Conversation, asked_texts
 from dstune.monitor.row_files import conversation_of_row
 from dstune.monitor.server_logs import log_folder, read_requests, recorded_requests
 
 LARGEST = 4 << 30
-GRAM = 13
+RUN_WORDS = 13
 """Number of consecutive words that a training row may not share with a measured row (Brown and others 2020, appendix C)."""
-COMMON = 10
-"""A gram in more measured rows than this belongs to a template: for example, the words of the prompt around each question."""
 
 
 @dataclass(frozen=True)
@@ -181,27 +179,20 @@ def digest_of_row(row: Mapping[str, Any]) -> str:
 # -- what rows share
 
 
-def words_of(row: Mapping[str, Any]) -> list[str]:
-    return re.findall(r"\w+", " ".join(asked_texts(row)).lower())
-
-
-def _grams(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[offset:] for offset in range(GRAM)), strict=False)
-
-
 class Contamination:
-    """Detects rows that overlap with those that models are measured on."""
+    """Detects rows that overlap with those that models are measured on. Raises UserError (at creation) if a package is missing."""
 
     def __init__(self, measured: Iterable[Mapping[str, Any]]):
-        self._texts = {" ".join(words_of(row)) for row in measured}
-        counts = Counter(gram for text in self._texts for gram in set(_grams(text.split(" "))))
-        most = max(2, min(COMMON, len(self._texts) // 10))
-        self._grams = {gram for gram, count in counts.items() if count <= most}
+        self._texts = HeldOutTexts(([_question(row)] for row in measured), RUN_WORDS, "gates")
 
-    def touches(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row asks the same as a measured row, or shares GRAM consecutive words with one."""
-        words = words_of(row)
-        return " ".join(words) in self._texts or any(gram in self._grams for gram in _grams(words))
+    def touched(self, rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Return, for each row, whether it asks (nearly) the same as a measured row, or shares RUN_WORDS consecutive words with
+        one."""
+        return self._texts.repeated_in([_question(row) for row in rows]).tolist()
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return "\n".join(asked_texts(row))
 
 
 # -- files of rows, readable by this user only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -19,7 +19,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
 from dstune.cycle import collect as rows_of
 from dstune.cycle import training
-from dstune.cycle.collect import GRAM, Contamination, Row, digest_of_row, load, read_rows, save, write_rows
+from dstune.cycle.collect import RUN_WORDS, Contamination, Row, digest_of_row, load, read_rows, save, write_rows
 from dstune.cycle.decisions import HELD, PROMOTED, REFUSED, decide_candidate, summarize
 from dstune.cycle.gates import NEW_ROWS, agreements, compare, compare_memory, judge_all
 from dstune.cycle.judges import judge_of
@@ -142,7 +142,8 @@ class Cycle:
         held_out = [row for row in collected.rows if row.is_held_out]
         measured = Contamination([*self._measured(parts), *(row.row for row in held_out), *self._held_out_rows()])
         train = [row for row in collected.rows if not row.is_held_out]
-        clean = [row for row in train if not measured.touches(row.row)]
+        touched = measured.touched([row.row for row in train])
+        clean = [row for row, is_touched in zip(train, touched, strict=True) if not is_touched]
         dropped = dict(collected.dropped)
         if len(clean) < len(train):
             dropped["shares words with rows that are measured"] = len(train) - len(clean)
@@ -267,7 +268,7 @@ class Cycle:
         # Earlier training rows may overlap with what is measured now: a new test set, or a question of a held-out user.
         measured = Contamination([*self._measured(parts), *self._held_out_rows()])
         count = len(taught) + len(old)
-        taught, old = ([entry for entry in rows if not measured.touches(entry[0])] for rows in (taught, old))
+        taught, old = (_untouched(measured, rows) for rows in (taught, old))
         for name, rows in (("train", taught), ("old", old)):
             write_rows(self.place / f"{name}.jsonl", [row for row, _ in rows])
             origins = [{"digest": digest_of_row(row), "cycle": number} for row, number in rows]
@@ -374,9 +375,16 @@ class Cycle:
         """Check that the challenger was not trained on rows that are measured now. Raises UserError otherwise."""
         measured = Contamination([*self._measured(self._base[1]), *self._held_out_rows()])
         taught = [row for name in ("train", "old") for row in read_rows(self.place / f"{name}.jsonl")]
-        if count := sum(map(measured.touches, taught)):
-            reason = f"{count} rows that the challenger was trained on ask what these rows ask, or share {GRAM} words with them"
+        if count := sum(measured.touched(taught)):
+            shared = f"ask what these rows ask, or share {RUN_WORDS} words with them"
+            reason = f"{count} rows that the challenger was trained on {shared}"
             raise UserError(Problem("gates.tests", reason, "rows that it was not trained on"))
+
+
+def _untouched(measured: Contamination, rows: Sequence[tuple[dict[str, Any], int]]) -> list[tuple[dict[str, Any], int]]:
+    """Return the rows that overlap with no measured row. rows: each with its cycle."""
+    touched = measured.touched([row for row, _ in rows])
+    return [entry for entry, is_touched in zip(rows, touched, strict=True) if not is_touched]
 
 
 def _without_copies(

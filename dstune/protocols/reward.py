@@ -19,6 +19,8 @@ class Reward:
     """Columns that every row must have."""
     runs_programs: ClassVar[bool] = False
     """Whether it runs programs that the model wrote, which needs the sandbox. Its `limits` then apply to one program."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether it reads `completion_ids`; `dstune synthesize` then needs a tokenizer."""
     like_trl: ClassVar[bool] = False
     """Whether it gets the arguments of TRL's reward functions: messages instead of the texts of conversations, and `trainer_state`,
     `log_extra` and `log_metric` in addition to the columns."""

@@ -108,6 +108,7 @@ class Brevity(Reward):
 
     name = "brevity"
     reads_texts = True
+    reads_tokens = True
 
     def __call__(
         self,

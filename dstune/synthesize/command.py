@@ -81,11 +81,13 @@ def read_items(spec: str, key: str) -> list[Item]:
     return items
 
 
-def read_texts(specs: Sequence[str]) -> list[str]:
-    """Return all texts of held-out rows."""
+def read_texts(specs: Sequence[str]) -> list[list[str]]:
+    """Return the texts of each held-out row, and its prompt if that consists of several."""
     from dstune.synthesize.filters import texts_in
+    from dstune.synthesize.requests import joined_texts, prompt_of
 
-    return [text for spec in specs for item in read_items(spec, "--held-out") for text in texts_in(item.fields)]
+    items = [item for spec in specs for item in read_items(spec, "--held-out")]
+    return [[*texts_in(item.fields), joined_texts(prompt_of(item) or [])] for item in items]
 
 
 def _fits(kind: str, item: Item) -> bool:

@@ -6,14 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dstune.data.clean.words import words_in
 from dstune.rewards.answers import boxed, last_number
 from dstune.synthesize.requests import Draft
 
-WORDS = re.compile(r"\w+")
-RUN = 8
-"""Length, in words, of a run that a draft may not share with a held-out text; shorter texts are compared completely."""
+if TYPE_CHECKING:
+    from dstune.data.clean.held_out import HeldOutTexts
+
+RUN_WORDS = 8
+"""Length of a run of words that a draft may not share with a held-out text."""
 
 REFUSALS = re.compile(
     r"^\W*(?:(?:i(?:'|\u2019)?m|i am) (?:really |very |so )?(?:sorry|unable|not able|afraid)|sorry[,.]? (?:but )?i|"
@@ -98,8 +101,8 @@ def final_answer(text: str) -> str:
 
 
 def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
-    """Leave out all but the first of equal rows: equal in their words or, with `near`, in at least that share of their characters
-    (the extra `clean`)."""
+    """Leave out all but the first of equal rows: equal in their words, numbers and signs or, with `near`, in their numbers and
+    signs and in at least that share of their characters (the extra `clean`)."""
     rows = list(staying(judged))
     earlier_texts: set[str] = set()
     for row in rows:
@@ -116,7 +119,12 @@ def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
     rows = list(staying(judged))
     texts = [comparable(row.draft) for row in rows]
     signatures = np.frombuffer(b"".join(map(signature, texts)), dtype=np.uint32).reshape(-1, SIGNATURE_NUMBERS)
-    copies = NearCopies(signatures, texts.__getitem__, lambda row, two: np.ones(len(row), dtype=bool), near).find()
+    figures = np.array([hash(words_in(f"{row.draft.prompt}\n{row.draft.answer}").figures) for row in rows])
+
+    def allowed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return figures[first] == figures[second]
+
+    copies = NearCopies(signatures, texts.__getitem__, allowed, near).find()
     for row, original in zip(rows, copies.tolist(), strict=True):
         if original >= 0:
             row.reason = "near duplicate"
@@ -127,36 +135,24 @@ def comparable(draft: Draft) -> str:
 
 
 def normal(text: str) -> str:
-    """Return the words of a text in lower case, separated by spaces."""
-    return " ".join(WORDS.findall(text.casefold()))
+    """Return the words of a text in lower case, with its numbers and signs."""
+    return words_in(text).text
 
 
-class HeldOut:
-    """Texts that no row may repeat."""
-
-    def __init__(self, texts: Iterable[str]):
-        self._runs: set[tuple[str, ...]] = set()
-        self._short: set[tuple[str, ...]] = set()
-        for text in texts:
-            words = WORDS.findall(text.casefold())
-            if words and len(words) < RUN:
-                self._short.add(tuple(words))
-            self._runs.update(_runs(words))
-
-    def meets(self, text: str, *, whole: bool = False) -> bool:
-        """Return whether `text` shares a run of `RUN` words with a held-out text. whole: also if it equals a shorter one."""
-        words = WORDS.findall(text.casefold())
-        return (whole and tuple(words) in self._short) or any(run in self._runs for run in _runs(words))
-
-
-def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOut) -> None:
+def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOutTexts) -> None:
     """Leave out rows whose prompt, answer or source repeats a held-out text."""
-    for row in staying(judged):
-        source = row.draft.row.get("source")
-        texts = [row.draft.answer, *([source["text"]] if isinstance(source, Mapping) else [])]
-        # Many questions have the answer "yes", which reveals none of them.
-        if held_out.meets(row.draft.prompt, whole=True) or any(map(held_out.meets, texts)):
+    rows = list(staying(judged))
+    prompts = held_out.repeated_in([row.draft.prompt for row in rows])
+    answers = held_out.repeated_in([row.draft.answer for row in rows], are_answers=True)
+    sources = held_out.repeated_in([_source(row) for row in rows], are_answers=True)
+    for row, is_repeated in zip(rows, prompts | answers | sources, strict=True):
+        if is_repeated:
             row.reason = "contamination"
+
+
+def _source(row: Judged) -> str:
+    source = row.draft.row.get("source")
+    return source["text"] if isinstance(source, Mapping) else ""
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -170,7 +166,3 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for part in value:
             yield from texts_in(part)
-
-
-def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1))

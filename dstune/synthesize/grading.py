@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dstune.core.api_client import ApiClient
 from dstune.core.errors import Problem, UserError
@@ -31,11 +32,14 @@ class Graders:
     reward_least: float | None = None
     grader_files: list[str] = field(default_factory=list)
     """Files with graders of the fine-tuning API, which are named after the files."""
+    tokenizer: Any = None
+    """Counts the tokens of answers; None if no `--tokenizer` is given."""
     _process: RewardProcess | None = None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Graders:
-        """Return the graders that the flags name. Raises UserError for names that are not rewards."""
+        """Return the graders that the flags name. Raises UserError for names that are not rewards, rewards that need a tokenizer,
+        and a tokenizer that cannot be loaded."""
         least: dict[str, float | None] = {}
         graders: list[str] = []
         problems = []
@@ -50,12 +54,20 @@ class Graders:
                 least[name] = float(value) if equals else None
             except ValueError:
                 problems.append(Problem("--grade", "the least score is no number", f"--grade {name}=0.5", word))
+            if name in REWARDS and REWARDS[name].reads_tokens and arguments.tokenizer is None:
+                reason = "this reward counts tokens"
+                problems.append(Problem("--tokenizer", reason, "--tokenizer PATH, of the model to be trained", name))
         if problems:
             raise UserError(problems)
+        tokenizer = None
+        if arguments.tokenizer is not None:
+            from dstune.core.tokenizers import open_tokenizer
+
+            tokenizer = open_tokenizer(arguments.tokenizer, where="--tokenizer")
         model = None
         if arguments.reward_url is not None:
             model = ApiClient(options.address_of(arguments, "--reward-url", arguments.reward_url))
-        return cls(least, model, arguments.reward_model or "", arguments.reward_least, graders)
+        return cls(least, model, arguments.reward_model or "", arguments.reward_least, graders, tokenizer)
 
     def score(self, name: str, drafts: Sequence[Draft]) -> list[float | None]:
         """Score drafts by the reward `name`. Raises UserError if it can score none of them."""
@@ -71,15 +83,24 @@ class Graders:
             )
             columns = {column: [draft.columns.get(column) for draft in some] for column in names}
             prompts = [draft.prompt for draft in some]
-            answers, ids = [draft.answer for draft in some], [list[int]() for _ in some]
-            scores += self._process(name, prompts, answers, ids, columns).scores
+            answers = [draft.answer for draft in some]
+            scores += self._process(name, prompts, answers, self._tokens_of(answers), columns).scores
         if drafts and all(score is None for score in scores):
             needed = ", ".join(REWARDS[name].columns) if name in REWARDS else ""
             reason = f"it could score no answer: {self._process.last_error or 'it returned None'}"
+            fix = "give --tokenizer if it reads completion_ids" if self.tokenizer is None else "correct the reward"
             raise UserError(
-                Problem("--grade", reason, f"its columns in the input: {needed}" if needed else "see it", name)
+                Problem("--grade", reason, f"add its columns to the input: {needed}" if needed else fix, name)
             )
         return scores
+
+    def _tokens_of(self, answers: list[str]) -> Sequence[list[int] | None]:
+        """Return the tokens of each answer and its end token, as in training; None if there is no tokenizer."""
+        if self.tokenizer is None:
+            return [None] * len(answers)
+        end = self.tokenizer.eos_token_id
+        ids: list[list[int]] = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        return [[*tokens, *([] if end is None else [end])] for tokens in ids]
 
     def score_by_model(self, drafts: Sequence[Draft]) -> list[float | None]:
         """Score drafts by the reward model. Raises ServerUnreachable, UserError."""

@@ -64,6 +64,9 @@ def make_parser() -> VerbParser:
     filters.add_argument(
         "--grade", action="append", default=[], metavar="NAME[=LEAST]", help="a reward, and its least score"
     )
+    filters.add_argument(
+        "--tokenizer", metavar="PATH", help="of the model to be trained, for rewards that count tokens (brevity)"
+    )
     filters.add_argument("--reward-url", metavar="URL", help="a reward model behind `dstune serve`, up to /v1")
     filters.add_argument("--reward-model", metavar="NAME", help="its name there")
     filters.add_argument("--reward-least", type=float, metavar="SCORE")

@@ -6,14 +6,20 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune.data.unread import SYNTHETIC
 from dstune.synthesize import filters
-from dstune.synthesize.filters import HeldOut, Judged
+from dstune.synthesize.filters import RUN_WORDS, Judged
 from dstune.synthesize.grading import Graders
 from dstune.synthesize.journal import Answer
 from dstune.synthesize.requests import Draft, Item, Kind, Unusable
+
+if TYPE_CHECKING:
+    from dstune.data.clean.held_out import HeldOutTexts
+
+UNFINISHED = {"length": "cut off", "content_filter": "stopped by the server's content filter"}
+"""Reasons for leaving an answer out, by its `finish_reason`."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,27 @@ class Settings:
 
     keep_refusals: bool = False
     languages: tuple[str, ...] = ()
-    held_out: HeldOut | None = None
+    held_out: HeldOutTexts | None = None
     agreement: float | None = None
     near: float | None = None
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, held_out: Sequence[str]) -> Settings:
-        """Return the settings that the flags select. Raises UserError for unknown languages."""
+    def of(cls, arguments: argparse.Namespace, held_out: Sequence[Sequence[str]]) -> Settings:
+        """Return the settings that the flags select. held_out: the texts of each held-out row.
+
+        Raises UserError for unknown languages, and for a package that a filter needs and that is missing.
+        """
         languages = tuple(code.strip() for code in (arguments.languages or "").split(",") if code.strip())
         if languages:
             from dstune.data.clean.language import check_languages
 
             check_languages(list(languages))
-        held_out_rows = HeldOut(held_out) if arguments.held_out else None
-        return cls(arguments.keep_refusals, languages, held_out_rows, arguments.agreement, arguments.near)
+        held_out_texts = None
+        if arguments.held_out:
+            from dstune.data.clean.held_out import HeldOutTexts
+
+            held_out_texts = HeldOutTexts(held_out, RUN_WORDS, "--held-out")
+        return cls(arguments.keep_refusals, languages, held_out_texts, arguments.agreement, arguments.near)
 
 
 @dataclass
@@ -65,8 +78,8 @@ def make_rows(
             answer = answers.get(f"{item.number}/{sample}")
             if answer is None:
                 continue
-            if answer.finish == "length":
-                _leave_out(made, "cut off", item, answer)
+            if answer.finish in UNFINISHED:
+                _leave_out(made, UNFINISHED[answer.finish], item, answer)
                 continue
             try:
                 judged += [Judged(draft) for draft in kind.drafts(item, answer.text, sample)]

@@ -1,5 +1,7 @@
 """Versions, shares of traffic, the ledger, and the file of a cycle: pure functions and small files."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import json
@@ -127,14 +129,12 @@ def test_nobody_teaches_the_model_alone(counts: dict[str, int], share: float, le
 def test_rows_that_are_measured_are_not_trained_on() -> None:
     long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     measured = Contamination([{"text": "The Plot, thin."}, {"text": long}])
-    assert measured.touches({"text": "the plot thin"})
-    assert measured.touches({"text": f"well {long[:-9]}"})
-    assert not measured.touches({"text": "the plot is thin"})
-    assert not measured.touches({"text": "one two three"})
+    texts = ["the plot thin", f"well {long[:-9]}", "the plot is thin", "one two three"]
+    assert measured.touched([{"text": text} for text in texts]) == [True, True, False, False]
     template = "Say in one word whether this review of a film is fresh or rotten, please:"
     measured = Contamination([{"text": f"{template} review {number}"} for number in range(5)])
-    assert measured.touches({"text": f"{template} review 3"})
-    assert not measured.touches({"text": f"{template} another"})  # what all measured rows share is no question
+    # What all measured rows share is no question.
+    assert measured.touched([{"text": f"{template} {rest}"} for rest in ("review 3", "another")]) == [True, False]
 
 
 def changed(rows: int, gained: int, lost: int) -> tuple[np.ndarray, np.ndarray]:
@@ -431,3 +431,19 @@ def test_a_version_that_was_trained_on_deleted_rows_is_named(
     (family,) = DeletedRowsGauge(Aliases(tmp_path)).collect()
     values = {sample.labels["version"]: sample.value for sample in family.samples}
     assert values == {"v1": 1.0, "v2": 0.0}
+
+
+def test_measured_rows_are_recognised_in_every_script_and_with_a_word_changed() -> None:
+    questions = [
+        "Wie kann ich die Rechnung vom letzten Monat noch einmal herunterladen?",
+        "我的包裹上周就应该送到，为什么到现在还没有任何消息？",
+        "Why was my card charged twice for the same order on Friday?",
+    ]
+    measured = Contamination([{"text": text} for text in questions])
+    changed_rows = [
+        "Wie kann ich die Rechnung vom letzten Jahr noch einmal herunterladen",
+        "我的包裹上周就该送到 为什么到现在还没有任何消息",
+        "Why was my card charged twice for the same purchase on Friday?",
+    ]
+    others = ["Wie ändere ich meine Adresse?", "怎样修改我的收货地址？", "Why was my card refused on Friday?"]
+    assert measured.touched([{"text": text} for text in [*changed_rows, *others]]) == [True] * 3 + [False] * 3

@@ -23,6 +23,7 @@ def words_of(body: dict[str, Any]) -> str:
 class Double:
     def __init__(self, write: Write = words_of, delay: float = 0.0):
         self.write, self.delay = write, delay
+        self.finish: Callable[[str], str] = lambda text: "length" if text.endswith("...") else "stop"
         self.statuses: list[int] = []
         """Given to the next requests, one each, in place of an answer."""
         self.bodies: list[dict[str, Any]] = []
@@ -39,8 +40,7 @@ class Double:
             scores = [float(len(messages[-1]["content"])) for messages in body["messages"]]
             return 200, {"data": [{"index": at, "score": score} for at, score in enumerate(scores)]}
         text = self.write(body)
-        finish = "length" if text.endswith("...") else "stop"
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": self.finish(text)}
         usage = {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
         identity = {"model": "double-1", "system_fingerprint": "fp_7"}
         return 200, {"choices": [choice], "usage": usage, **identity}

@@ -1,5 +1,7 @@
 """`dstune synthesize`: the same rows however often it is killed, and filters that leave out what they name."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import json
@@ -15,8 +17,8 @@ import pytest
 from dstune.core import api_client
 from dstune.core.api_client import ServerUnreachable
 from dstune.core.errors import UserError
+from dstune.data.clean.held_out import HeldOutTexts
 from dstune.synthesize.command import main
-from dstune.synthesize.filters import HeldOut
 from dstune.synthesize.requests import passages
 from tests.support.teacher_double import Double, serving, words_of
 
@@ -286,6 +288,84 @@ def test_a_run_refuses_more_synthetic_rows_than_allowed(tmp_path, monkeypatch):
 
 def test_an_empty_held_out_text_is_in_no_prompt() -> None:
     """Rows of Alpaca have `"input": ""`, and a rewritten text has an empty prompt."""
-    held_out = HeldOut(["", "?!", "two words"])
-    assert not held_out.meets("", whole=True)
-    assert held_out.meets("Two words!", whole=True)
+    held_out = HeldOutTexts([["", "?!", "two words"]], 8, "--held-out")
+    assert held_out.repeated_in(["", "Two words!"]).tolist() == [False, True]
+    assert not held_out.repeated_in(["Two words!"], are_answers=True).any()
+
+
+def test_a_held_out_question_is_left_out_in_every_script_and_with_small_changes(tmp_path: Path) -> None:
+    held_out = [
+        "中国最长的河流是哪一条，它流经哪些省份？",
+        "ประเทศไทยมีจังหวัดทั้งหมดกี่จังหวัด และจังหวัดใดใหญ่ที่สุด",
+        "How many days does the planet Mercury need for one orbit of the Sun?",
+        "Which treaty ended the war between the two kingdoms, and when was it signed?",
+        "Solve the equation 3x + 5 = 20 for x.",
+    ]
+    leaks = [
+        "中国最长的河流是哪一条？它流经哪些省份",
+        "中国最长的河是哪一条，它流经哪些省份？",
+        "ประเทศไทยมีจังหวัดทั้งหมดกี่จังหวัด จังหวัดใดใหญ่สุด",
+        "how many days does the planet Mercury need for one orbit of the sun",
+        "How many days does the planet Mercury require for one orbit of the Sun?",
+        "Which treaty finished the war between the two kingdoms - and when was it signed?",
+        "Solve the equation 3x+5=20 for x",
+        "Please answer briefly. 中国最长的河流是哪一条，它流经哪些省份？ 请用两句话回答。",
+    ]
+    others = [
+        "法国最高的山峰叫什么名字，它有多少米高？",
+        "Solve the equation 3x - 5 = 20 for x.",
+        "Solve the equation 3x + 5 = 23 for x.",
+        "How does a planet form around a young star?",
+    ]
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in leaks + others])
+    test = write(tmp_path / "test.jsonl", [{"question": text, "answer": "yes"} for text in held_out])
+    with serving(Double()) as url:
+        _, rows, left_out = synthesize("answers", url, source, tmp_path / "out", "--held-out", test)
+    assert [row["messages"][0]["content"] for row in left_out] == leaks
+    assert {row["reason"] for row in left_out} == {"contamination"}
+    assert [row["messages"][0]["content"] for row in rows] == others
+
+
+def test_a_held_out_instruction_with_an_input_is_one_question(tmp_path: Path) -> None:
+    row = {"instruction": "Name the tense.", "input": "She has gone home.", "output": "present perfect"}
+    test = write(tmp_path / "test.jsonl", [row])
+    source = write(tmp_path / "prompts.jsonl", [row, row | {"input": "They will have left."}])
+    with serving(Double()) as url:
+        _, rows, left_out = synthesize("answers", url, source, tmp_path / "out", "--held-out", test)
+    assert [row["messages"][0]["content"].partition("\n\n")[2] for row in left_out] == ["She has gone home."]
+    assert len(rows) == 1
+
+
+def test_signs_and_numbers_tell_questions_apart(tmp_path: Path) -> None:
+    prompts = ["x - 1 = 0", "x + 1 = 0", "x+1=0", "Is 5 > 3?", "Is 5 < 3?", "well-known", "well known"]
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    with serving(Double(lambda body: "It depends.")) as url:
+        for near in ([], ["--near", "0.8"]):
+            _, _, left_out = synthesize("answers", url, source, tmp_path / f"out{len(near)}", *near)
+            assert [row["messages"][0]["content"] for row in left_out] == ["x+1=0", "well known"]
+
+
+def test_an_answer_that_a_content_filter_ended_is_left_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    double = Double()
+    double.finish = lambda text: "content_filter" if len(double.bodies) == 1 else "stop"
+    with serving(double) as url:
+        _, rows, left_out = synthesize("answers", url, source, tmp_path / "out", "--at-once", "1")
+    assert [row["reason"] for row in left_out] == ["stopped by the server's content filter"] and len(rows) == 1
+
+
+def test_lengths_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    from tests.support.tiny import save_decoder
+
+    model = str(save_decoder(tmp_path / "model"))
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": "w1", "max_length": 8}, {"prompt": "w2", "max_length": 8}])
+    answers = {"w1": "w1 w2", "w2": " ".join(["w3"] * 50)}
+    with serving(Double(lambda body: answers[body["messages"][-1]["content"]])) as url:
+        flags = ["--grade", "brevity=0.5"]
+        with pytest.raises(UserError, match="--tokenizer"):
+            synthesize("answers", url, source, tmp_path / "refused", *flags)
+        _, rows, left_out = synthesize("answers", url, source, tmp_path / "out", *flags, "--tokenizer", model)
+    assert [row["synthetic"]["scores"]["brevity"] for row in rows] == [0.625]  # two words and the end token
+    assert [row["reason"] for row in left_out] == ["brevity 0 below 0.5"]
+    with pytest.raises(UserError, match="--tokenizer"), serving(Double()) as url:
+        synthesize("answers", url, source, tmp_path / "none", *flags, "--tokenizer", str(tmp_path / "absent"))

@@ -70,7 +70,7 @@ class RewardProcess:
         name: str,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int] | None],
         columns: Mapping[str, Sequence[Any]],
         *,
         state: Mapping[str, Any] | None = None,
@@ -78,8 +78,8 @@ class RewardProcess:
     ) -> Scores:
         """Return the scores of `completions`. If the reward failed, all scores are None and `last_error` says why.
 
-        state: the values of `trainer_state` in TRL's functions. environments: the key of each completion's environment, if there
-        are any.
+        completion_ids: None for a completion whose tokens are unknown. state: the values of `trainer_state` in TRL's functions.
+        environments: the key of each completion's environment, if there are any.
 
         Raises:
             UserError: the rewards cannot be imported.
@@ -91,7 +91,7 @@ class RewardProcess:
             "reward": name,
             "prompts": list(prompts),
             "completions": list(completions),
-            "completion_ids": [list(ids) for ids in completion_ids],
+            "completion_ids": [None if ids is None else list(ids) for ids in completion_ids],
             "columns": {column: list(values) for column, values in columns.items()},
             "state": dict(state or {}),
             "environments": list(environments),
