@@ -5,13 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -106,9 +109,43 @@ class ApiClient:
         """Stop retrying."""
         self._closing.set()
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the JSON object that answers `body`. Raises like `get`."""
-        return self._repeat(lambda: self._object(self._request(path, {}, json.dumps(body).encode())))
+    def post(self, path: str, body: Mapping[str, Any], *, once: bool = False) -> dict[str, Any]:
+        """Return the JSON object that answers `body`. Raises like `get`.
+
+        once: the request creates something. All attempts have one `Idempotency-Key`, so that a server that knows this header
+        creates it once even if its answer was lost.
+        """
+        headers = {"content-type": "application/json"} | ({"idempotency-key": uuid.uuid4().hex} if once else {})
+        return self._repeat(lambda: self._object(self._request(path, {}, json.dumps(body).encode(), headers)))
+
+    def upload(self, path: str, fields: Mapping[str, str], file: Path, name: str) -> dict[str, Any]:
+        """Post a form with `fields` and the content of `file`, whose name in it is `name`; return the JSON object that answers it.
+        The file is read in blocks. Attempts are repeated as in `post(once=True)`. Raises like `get`."""
+        boundary = uuid.uuid4().hex
+        safe_name = re.sub(r'[\x00-\x1f\x7f"\\\\]', "_", name).encode("utf-8", "replace").decode()
+        parts = [
+            f'--{boundary}\r\ncontent-disposition: form-data; name="{key}"\r\n\r\n{fields[key]}\r\n' for key in fields
+        ]
+        parts.append(
+            f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{safe_name}"\r\n'
+            "content-type: application/octet-stream\r\n\r\n"
+        )
+        beginning, end = "".join(parts).encode(), f"\r\n--{boundary}--\r\n".encode()
+        size = len(beginning) + file.stat().st_size + len(end)
+        headers = {
+            "content-type": f"multipart/form-data; boundary={boundary}",
+            "content-length": str(size),
+            "idempotency-key": uuid.uuid4().hex,
+        }
+
+        def blocks() -> Iterator[bytes]:
+            yield beginning
+            with file.open("rb") as stream:
+                while block := stream.read(BLOCK):
+                    yield block
+            yield end
+
+        return self._repeat(lambda: self._object(self._request(path, {}, blocks(), headers)))
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the JSON object at `path`.
@@ -186,10 +223,14 @@ class ApiClient:
         tried = f"after {self.address.attempts} attempts" if not self._closing.is_set() else "before the end"
         raise ServerUnreachable(f"{self.address.url} gave no answer {tried}: {reason}")
 
-    def _request(self, path: str, query: Mapping[str, str], data: bytes | None = None) -> urllib.request.Request:
-        headers = {"user-agent": "dstune"}
-        if data is not None:
-            headers["content-type"] = "application/json"
+    def _request(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        data: bytes | Iterator[bytes] | None = None,
+        further: Mapping[str, str] | None = None,
+    ) -> urllib.request.Request:
+        headers = {"user-agent": "dstune", **(further or {})}
         if self.address.key:
             prefix = "Bearer " if self.address.key_header == "authorization" else ""
             headers[self.address.key_header] = prefix + self.address.key

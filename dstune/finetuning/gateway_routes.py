@@ -99,6 +99,12 @@ class FineTuningRoutes(Routes):
             for flag, value in value_by_flag.items():
                 if value:
                     yield Problem(flag, reason, "--fine-tuning", str(value))
+        for word in arguments.models if self.is_served(arguments) else ():
+            name, equals, path = word.partition("=")
+            if equals and name.startswith("ft:"):
+                reason = "names that begin with ft: are those of models that jobs make"
+                fix = f"NAME={path} --alias {name}=NAME"
+                yield Problem("MODEL", reason, fix, word)
         if arguments.jobs == "elsewhere" and not self.is_served(arguments):
             yield Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs)
 

@@ -119,22 +119,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("my.yaml"), metavar="FILE", help="default my.yaml")
     parser.add_argument("--force", action="store_true", help="overwrite the file if it exists")
     arguments = parser.parse_intermixed_args(argv)
-    _check_output(arguments.output, arguments.force)
+    check_output(arguments.output, arguments.force)
     rows = read_rows(arguments.data)
     starter, config, cluster = starter_for(arguments.data, rows, arguments.overrides)
-    text = render(starter, arguments.data, cluster)
-    try:
-        files.write(arguments.output, text)
-    except OSError as error:
-        fix = "give a file in a folder that you may write to"
-        raise UserError(
-            Problem("--output", f"cannot be written: {error.strerror}", fix, str(arguments.output))
-        ) from None
+    write(arguments.output, render(starter, ["dstune", "init", arguments.data], cluster))
     print(summary(starter, rows, config, arguments.output))
     return EXIT_DONE
 
 
-def _check_output(path: Path, force: bool) -> None:
+def check_output(path: Path, force: bool) -> None:
+    """Raise UserError if the file cannot be written there, or exists already."""
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(
             Problem("--output", "must end in .yaml or .yml", f"--output {path.with_suffix('.yaml')}", str(path))
@@ -144,6 +138,15 @@ def _check_output(path: Path, force: bool) -> None:
     if path.exists() and not force:
         fix = f"--output {_unused_path(path)} writes another file, --force overwrites this one"
         raise UserError(Problem("--output", "exists already", fix, str(path)))
+
+
+def write(path: Path, text: str) -> None:
+    """Write the file. Raises UserError."""
+    try:
+        files.write(path, text)
+    except OSError as error:
+        fix = "give a file in a folder that you may write to"
+        raise UserError(Problem("--output", f"cannot be written: {error.strerror}", fix, str(path))) from None
 
 
 def _unused_path(path: Path) -> Path:
@@ -287,8 +290,12 @@ def _guess_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
 # ---- the file ----
 
 
-def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starter, RunConfig, Cluster]:
-    """Return the settings for the rows and this machine, their configuration, and the machine.
+def starter_for(
+    data: str, rows: Rows, overrides: Sequence[str], lines: Sequence[Line] = (), cluster: Cluster | None = None
+) -> tuple[Starter, RunConfig, Cluster]:
+    """Return the settings for the rows and the hardware, their configuration, and the hardware.
+
+    overrides: settings of the user. lines: settings where the user has none. cluster: the hardware; None for this machine.
 
     Raises:
         UserError: an override is wrong, or the rows do not suit the requested task.
@@ -301,6 +308,8 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
     )
     if overrides:  # refuses wrong ones before anything is concluded from them
         compose([*overrides, "data.train=DATA"])
+    for line in lines:
+        starter.add(line.key, line.value, line.comment)
     mapping = {
         **(starter.value("data.columns") or {}),
         **{
@@ -320,7 +329,7 @@ def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starte
     )
     config = compose(starter.overrides()).config
     first_row = normalise_first_row(config, rows)
-    cluster = machine.here(config).cluster
+    cluster = cluster or machine.here(config).cluster
     _add_lengths(starter, config, rows, cluster)
     if COLUMN in first_row and not starter.value("model"):
         comment = "the rows contain images: a vision-language model of the hub; docs/images.md lists others"
@@ -380,7 +389,7 @@ def _add_model(starter: Starter, config: RunConfig, cluster: Cluster) -> None:
         starter.add("method", "full", "trains every weight; method=lora trains fewer")
         return
     if not model_name:
-        largest = _largest_fitting_model(starter, cluster) if cluster.device.gpu else None
+        largest = next(fitting_models(starter, cluster), None) if cluster.device.gpu else None
         if largest is None:
             starter.add(
                 "model", "smollm2", "135M parameters, for a machine without a large GPU; or model: {path: OWNER/NAME}"
@@ -393,18 +402,22 @@ def _add_model(starter: Starter, config: RunConfig, cluster: Cluster) -> None:
     starter.add("method", "lora", "trains adapters on a frozen model; method=full trains every weight")
 
 
-def _largest_fitting_model(starter: Starter, cluster: Cluster) -> tuple[str, str] | None:
-    """Return the largest model that fits on this machine's GPUs without offloading, and the method for it; None if none fits."""
+def fitting_models(starter: Starter, cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """Yield the models of DECODERS that fit on the GPUs without offloading, and the method for each: those for LoRA, the largest
+    first, then those that fit in 4 bits only."""
     methods = (starter.value("method"),) if starter.value("method") else ("lora", "qlora")
+    fitting: set[str] = set()
     for method in methods:
         for model in DECODERS:
+            if model in fitting:
+                continue
             trial = Starter([*starter.lines])
             trial.add("model", model)
             trial.add("method", method)
             best = planner.planned(compose(trial.overrides()).config, cluster).plan.recommended
             if best is not None and best.offload == "none":
-                return model, method
-    return None
+                fitting.add(model)
+                yield model, method
 
 
 def _add_name(starter: Starter, data: str) -> None:
@@ -414,11 +427,11 @@ def _add_name(starter: Starter, data: str) -> None:
     starter.add("run.name", stem or "mine", "runs are written to runs/NAME/DATE_TIME")
 
 
-def render(starter: Starter, data: str, cluster: Cluster) -> str:
-    """Return the text of the file."""
+def render(starter: Starter, command: Sequence[str], cluster: Cluster) -> str:
+    """Return the text of the file. command: the words of the command that writes it."""
     device = f"{cluster.per_node} x {cluster.device.name}"
     lines = [
-        f"# Written by `dstune init {one_line(shlex.quote(data))}` on {device} with {cluster.device.memory_gib:.1f} GiB each.",
+        f"# Written by `{one_line(shlex.join(command))}` for {device} with {cluster.device.memory_gib:.1f} GiB each.",
         "# Values after the file override it: dstune train FILE trainer.epochs=1",
         "# Every key: dstune train --help KEY (for example optimizer.lr), docs/configuration.md",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
 from dstune.core.parsing import parse_json
 from dstune.grading.similarity import rouge_l
 from dstune.grading.verdicts import FEWEST, PASSED, SLICE_ROWS, UNDECIDED, WORSE, Comparison, GateResult, decide
-from dstune.recording.folder import MANIFEST
+from dstune.recording.folder import MANIFEST, read_lines, read_object
 from dstune.recording.prompts import Prompt, prompt_of, read_prompts
 from dstune.report.html import render
 
@@ -139,10 +139,10 @@ class Answers:
     @classmethod
     def read(cls, folder: Path, model: str | None) -> Answers:
         """Read the answers of `model`, or of the only one. Raises UserError."""
-        manifest = _read_object(folder / MANIFEST, folder)
+        manifest = read_object(folder / MANIFEST, folder)
         by_model: dict[str, dict[str, dict[str, Any]]] = {}
         for path in sorted((folder / "answers").glob("*.jsonl")):
-            for record in _records(path):
+            for record in read_lines(path):
                 by_model.setdefault(str(record.get("model")), {})[str(record.get("key"))] = record
         if model is None and len(by_model) == 1:
             model = next(iter(by_model))
@@ -155,38 +155,18 @@ class Answers:
         return cls(model, list(manifest.get("redact") or []), by_model[model])
 
 
-def _read_object(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(files.read_plain(path))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(Problem("OLD, NEW", "there is no recording", "a folder of `dstune record`", str(folder)))
-    return content
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for line in files.read_plain(path).splitlines():
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue  # cut by a process that was killed; the next recording asks again
-        if isinstance(record, dict):
-            yield record
-
-
 def training_keys(folder: Path) -> set[str]:
     """Return the keys of the prompts in the training files of a recording's jobs."""
     identifiers = set()
     for path in (folder / "jobs").glob("*.json"):
-        job = _read_object(path, folder).get("job")
+        job = read_object(path, folder).get("job")
         if isinstance(job, dict):
             identifiers.add(job.get("training_file"))
     keys: set[str] = set()
     for path in (folder / "files").glob("*.json"):
-        record = _read_object(path, folder)
+        record = read_object(path, folder)
         if record.get("file", {}).get("id") in identifiers:
-            rows = _records(path.with_name(Path(str(record.get("content"))).name))
+            rows = read_lines(path.with_name(Path(str(record.get("content"))).name))
             keys |= {prompt.key for row in rows if (prompt := prompt_of(row, "")) is not None}
     return keys
 

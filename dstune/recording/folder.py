@@ -208,3 +208,24 @@ def _row_of(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
+
+
+# -- reading a recording that nobody writes to
+
+
+def read_object(path: Path, folder: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of the recording `folder`. Raises UserError."""
+    try:
+        content = parse_json(files.read_plain(path))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(Problem("RECORDING", "there is no recording", "a folder of `dstune record`", str(folder)))
+    return content
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in the lines of a file, less those that a killed process left incomplete."""
+    for line in files.read_plain(path).splitlines():
+        if row := _row_of(line):
+            yield row

@@ -27,11 +27,8 @@ def make_parser() -> VerbParser:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the recording is, or will be")
     parser.add_argument("--server", metavar="URL", help="up to /v1; of Azure: https://NAME.openai.azure.com")
     parser.add_argument("--azure", metavar="VERSION", help="Azure's paths and header; its api-version, or v1")
-    parser.add_argument("--key-variable", metavar="NAME", help="variable with the key [OPENAI_API_KEY]")
-    parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key, which only you can read")
     parser.add_argument("--dry-run", action="store_true", help="say what there is and what it takes; write nothing")
-    parser.add_argument("--attempts", type=int, default=8, metavar="N", help="of a request, with growing pauses")
-    parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help="without a byte from the server")
+    add_connection(parser)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
         "--prompts", action="append", default=[], metavar="FILE", help="rows, logs or a list of prompts, as data.train"
@@ -61,18 +58,36 @@ def make_parser() -> VerbParser:
     return parser
 
 
+def add_connection(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of a connection to a server."""
+    parser.add_argument("--key-variable", metavar="NAME", help="variable with the key [OPENAI_API_KEY]")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key, which only you can read")
+    parser.add_argument("--attempts", type=int, default=8, metavar="N", help="of a request, with growing pauses")
+    parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help="without a byte from the server")
+
+
+def connection_problems(arguments: argparse.Namespace) -> list[Problem]:
+    """Return what is wrong with the flags of a connection."""
+    problems: list[Problem] = []
+    if arguments.attempts < 1:
+        problems.append(Problem("--attempts", "expected at least 1", "--attempts 1", str(arguments.attempts)))
+    if not arguments.seconds > 0:
+        problems.append(Problem("--seconds", "expected more than 0", "--seconds 300", f"{arguments.seconds:g}"))
+    if arguments.key_file is not None and arguments.key_variable is not None:
+        problems.append(Problem("--key-file", "the key is in a file or in a variable", "leave out --key-variable"))
+    return problems
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError with every invalid flag."""
-    problems: list[Problem] = []
-    least = {"attempts": 1, "max_tokens": 1, "at_once": 1, "budget_tokens": 1, "temperature": 0, "logprobs": -1}
+    problems = connection_problems(arguments)
+    least = {"max_tokens": 1, "at_once": 1, "budget_tokens": 1, "temperature": 0, "logprobs": -1}
     least |= {"input_price": 0, "output_price": 0}
     for name, bound in least.items():
         value = getattr(arguments, name)
         if value is not None and not value >= bound:
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"expected at least {bound}", f"{flag} {bound}", f"{value:g}"))
-    if not arguments.seconds > 0:
-        problems.append(Problem("--seconds", "expected more than 0", "--seconds 300", f"{arguments.seconds:g}"))
     if arguments.logprobs > 20:
         problems.append(Problem("--logprobs", "expected 20 at most", "--logprobs 20", str(arguments.logprobs)))
     if arguments.azure is not None and not AZURE_VERSION.fullmatch(arguments.azure):
@@ -81,8 +96,6 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append(
             Problem("--input-price", "prompts and answers have a price", "--input-price P --output-price P")
         )
-    if arguments.key_file is not None and arguments.key_variable is not None:
-        problems.append(Problem("--key-file", "the key is in a file or in a variable", "leave out --key-variable"))
     if arguments.delete_user is None and arguments.server is None:
         fix = "--server https://api.openai.com/v1"
         problems.append(Problem("--server", "this is missing", fix))
@@ -96,16 +109,17 @@ def check(arguments: argparse.Namespace) -> None:
 def address_of(arguments: argparse.Namespace) -> Address:
     """Return the server's address with the key. Raises UserError."""
     url, query, header = check_address("--server", arguments.server), {}, "authorization"
-    if arguments.azure:
+    azure = getattr(arguments, "azure", None)
+    if azure:
         header = "api-key"
         url = url.removesuffix("/v1").removesuffix("/openai") + "/openai"
-        if arguments.azure == "v1":
+        if azure == "v1":
             url += "/v1"
         else:
-            query = {"api-version": arguments.azure}
+            query = {"api-version": azure}
     return Address(
         url,
-        _key(arguments),
+        read_key(arguments.key_file, arguments.key_variable, "AZURE_OPENAI_API_KEY" if azure else "OPENAI_API_KEY"),
         header,
         query,
         arguments.attempts,
@@ -115,21 +129,22 @@ def address_of(arguments: argparse.Namespace) -> Address:
     )
 
 
-def _key(arguments: argparse.Namespace) -> str:
-    if arguments.key_file is not None:
+def read_key(file: Path | None, variable: str | None, default: str, flag: str = "--key") -> str:
+    """Return the key in `file`, in the environment's `variable` or, if neither is named, in its variable `default`, which may be
+    unset. flag: the beginning of the flags that name them. Raises UserError."""
+    if file is not None:
         try:
-            key = files.read_own(arguments.key_file).decode().strip()
+            key = files.read_own(file).decode().strip()
         except PermissionError:
-            fix = f"chmod 600 {arguments.key_file}"
-            raise UserError(Problem("--key-file", "others can read it", fix, str(arguments.key_file))) from None
+            raise UserError(Problem(f"{flag}-file", "others can read it", f"chmod 600 {file}", str(file))) from None
         except (OSError, ValueError) as error:
-            raise UserError(Problem("--key-file", str(error), "another file", str(arguments.key_file))) from None
+            raise UserError(Problem(f"{flag}-file", str(error), "another file", str(file))) from None
     else:
-        default = "AZURE_OPENAI_API_KEY" if arguments.azure else "OPENAI_API_KEY"
-        variable = arguments.key_variable or default
-        key = os.environ.get(variable, "").strip()
-        if not key and arguments.key_variable:
-            raise UserError(Problem("--key-variable", "this variable is empty", f"export {variable}=...", variable))
+        key = os.environ.get(variable or default, "").strip()
+        if not key and variable:
+            raise UserError(Problem(f"{flag}-variable", "this variable is empty", f"export {variable}=...", variable))
     if re.search(r"[^\x21-\x7e]", key):
-        raise UserError(Problem("--key-file", "the key has characters that no key has", "one line with the key alone"))
+        raise UserError(
+            Problem(f"{flag}-file", "the key has characters that no key has", "one line with the key alone")
+        )
     return key

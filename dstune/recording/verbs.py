@@ -1,4 +1,4 @@
-"""`dstune record` and `dstune compare`."""
+"""`dstune record`, `dstune retrain` and `dstune compare`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ class Record(Verb):
     summary = "keep jobs, files, models and answers of a hosted service before it is switched off"
     action = "dstune.recording.command:main"
     other_names = ((("backup", "snapshot"), "`dstune record FOLDER --server URL`"),)
+
+
+@verb
+class Retrain(Verb):
+    name = "retrain"
+    summary = (
+        "train an open model as a recorded job trained the hosted one: a configuration, or a job on another server"
+    )
+    action = "dstune.recording.retrain:main"
+    overrides = True
 
 
 @verb

@@ -67,11 +67,14 @@ def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
     from dstune.serve import source
     from dstune.serve.prepare import prepare, prove_base
 
+    aliases = source.parse_aliases(arguments.alias)
     sources = []
     for name, path in source.parse_models(arguments.models):
         folder = prepare(Path(path), state) if source.needs_preparation(path) else None
         made = source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code)
         sources.append(prove_base(made, state) if arguments.prove else made)
+    open_ended = bool(options.served(arguments)) or bool(arguments.adapter_root)
+    source.check_aliases(aliases, [made.name for made in sources], open_ended=open_ended)
     return source.with_neutral_labels(sources, arguments.neutral_label)
 
 
@@ -220,6 +223,7 @@ def _announce(arguments: argparse.Namespace, state: Path, address: str, fleet: F
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    from dstune.serve import source
     from dstune.serve.gateway.settings import Settings
 
     return Settings(
@@ -229,6 +233,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         queue=arguments.max_queue,
         max_body_bytes=arguments.max_body_bytes,
         adapter_roots=tuple(arguments.adapter_root),
+        aliases=dict(source.parse_aliases(arguments.alias)),
     )
 
 

@@ -73,6 +73,13 @@ def _add_models(parser: VerbParser) -> None:
         metavar="MODEL|NAME=MODEL",
         help="runs, exports, folders or hub ids; adapters share their base",
     )
+    parser.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name of a served or fine-tuned model; may be repeated",
+    )
 
 
 def _add_address(parser: VerbParser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,35 @@ def parse_models(words: Sequence[str]) -> list[tuple[str, str]]:
     if problems:
         raise UserError(problems)
     return pairs
+
+
+def parse_aliases(words: Sequence[str]) -> dict[str, str]:
+    """Return the model that each alias stands for. words: `ALIAS=MODEL`. Raises UserError with every problem."""
+    problems, aliases = [], {}
+    for word in words:
+        alias, _, name = word.partition("=")
+        if not (NAME.fullmatch(alias) and NAME.fullmatch(name)):
+            problems.append(Problem("--alias", "is no ALIAS=MODEL of two names", "--alias old=new", word))
+        elif alias in aliases:
+            problems.append(Problem("--alias", "stands for two models", "leave one of them out", alias))
+        aliases[alias] = name
+    if problems:
+        raise UserError(problems)
+    return aliases
+
+
+def check_aliases(aliases: Mapping[str, str], names: Sequence[str], *, open_ended: bool) -> None:
+    """Raise UserError for aliases that hide a model, stand for another alias or for no model. names: of the served models.
+    open_ended: whether models may be added while the server runs."""
+    problems = []
+    for alias, name in aliases.items():
+        if alias in names:
+            problems.append(Problem("--alias", "a model is served under this name", "another alias", alias))
+        if name in aliases or (name not in names and not open_ended):
+            fix = f"one of {', '.join(names)}"
+            problems.append(Problem("--alias", "is no model that is served", fix, name))
+    if problems:
+        raise UserError(problems)
 
 
 def with_neutral_labels(sources: Sequence[Source], words: Sequence[str]) -> list[Source]:

@@ -31,7 +31,7 @@ VERBS = {
     "guard": {"guard"},
     "importing": {"import"},
     "monitor": {"monitor"},
-    "recording": {"compare", "record"},
+    "recording": {"compare", "record", "retrain"},
     "synthesize": {"synthesize"},
     "cycle": {"cycle"},
 }

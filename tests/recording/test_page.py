@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from dstune.recording import command, compare
+from dstune.recording import command, compare, retrain
 from tests.support.hosted_double import Hosted, serving
 
 PAGE = Path(__file__).parents[2] / "docs" / "hosted-models.md"
@@ -42,7 +42,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AZURE_OPENAI_API_KEY", azure.key)
     monkeypatch.setenv("DSTUNE_API_KEY", local.key)
     Path("logs.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in range(220)))
-    verbs = {"record": command.main, "compare": compare.main}
+    verbs = {"record": command.main, "compare": compare.main, "retrain": retrain.main}
     with serving(openai) as url, serving(azure) as azure_url, serving(local) as local_url:
         servers = {"https://api.openai.com/v1": f"{url}/v1", "https://my-resource.openai.azure.com": azure_url}
         servers["http://localhost:8000/v1"] = f"{local_url}/v1"
@@ -52,6 +52,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
             assert verbs[verb]([servers.get(word, word) for word in words]) == 0
             if "--dry-run" in words:
                 assert not Path("recording").exists() and len(openai.requests) > before
+    assert "model: qwen3_8b" in Path("support.yaml").read_text()
     manifest = json.loads(Path("recording/manifest.json").read_text())
     assert manifest["complete"] and len(list(Path("recording/jobs").iterdir())) == 3
     answers = Path("recording/answers/ft:gpt-4o-2024-08-06:acme::0.jsonl").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -61,21 +61,23 @@ class Models:
         served = {value["id"] for value in values}
         values += [_base(name) for name in self._presets().models if name not in served and caller.may_use(name)]
         values += [self._describe(gateway, model, caller) for model in tuned if caller.may_use(model.name)]
+        values += self._aliased(gateway, request, tuned)
         await request.answer({"object": "list", "data": values})
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
         name, caller = request.parameters["model"], request.key
         if not caller.may_use(name):
             raise missing(name)
+        requested, name = name, request.settings.aliases.get(name, name)
         if name.startswith("ft:"):
             tuned = await asyncio.to_thread(self.store.find, caller, name)
             if tuned is None:
                 raise missing(name)
-            await request.answer(self._describe(gateway, tuned, caller))
+            await request.answer(self._describe(gateway, tuned, caller) | {"id": requested})
         elif name in gateway.fleet.models:
-            await request.answer(describe(gateway.fleet.models[name], caller))
+            await request.answer(describe(gateway.fleet.models[name], caller) | {"id": requested})
         elif name in self._presets().models:
-            await request.answer(_base(name))
+            await request.answer(_base(requested))
         else:
             raise missing(name)
 
@@ -162,6 +164,17 @@ class Models:
         with self._database.writing.begin() as session:
             self.store.unshare(session, request.key, name, permission)
             audit.note(session, request, "checkpoint.permission.deleted", name, permission=permission)
+
+    def _aliased(self, gateway: Gateway, request: Request, tuned: Sequence[TunedModel]) -> Iterator[dict[str, Any]]:
+        """Yield the aliases of models that the caller may use, described as their models."""
+        models, caller = {model.name: model for model in tuned}, request.key
+        for alias, name in request.settings.aliases.items():
+            if not caller.may_use(alias):
+                continue
+            if name in models:
+                yield self._describe(gateway, models[name], caller) | {"id": alias}
+            elif name in gateway.fleet.models and not name.startswith("ft:"):
+                yield describe(gateway.fleet.models[name], caller) | {"id": alias}
 
     @staticmethod
     def _describe(gateway: Gateway, row: TunedModel, caller: Caller) -> dict[str, Any]:

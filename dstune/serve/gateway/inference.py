@@ -50,11 +50,14 @@ class Inference:
         """Answer a request. Raises ApiError, ClientGone, SlowReader."""
         body = await request.json()
         name = body.get("model")
+        if isinstance(name, str) and name in request.settings.aliases:
+            request.alias, name = name, request.settings.aliases[name]
+            body = body | {"model": name}  # adapters on one engine are distinguished by this name
         if self.resolve_alias is not None and isinstance(name, str):
             ready = {served_name: model for served_name, model in self.fleet.models.items() if model.ready}
             version = self.resolve_alias(name, body, ready)
             if version is not None:
-                request.alias, name = name, version
+                request.alias, name = request.alias or name, version
                 body = body | {"model": version}  # adapters on one engine are distinguished by this name
         if self.admits is not None and isinstance(name, str) and request.caller is not None:
             await self.admits(request.caller, name)

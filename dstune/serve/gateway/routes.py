@@ -59,18 +59,20 @@ async def readiness(gateway: Gateway, request: Request) -> None:
 
 
 async def models(gateway: Gateway, request: Request) -> None:
-    visible = [
-        describe(model, request.key) for name, model in gateway.fleet.models.items() if request.key.may_use(name)
-    ]
+    fleet = gateway.fleet.models
+    visible = [describe(model, request.key) for name, model in fleet.items() if request.key.may_use(name)]
+    for alias, name in request.settings.aliases.items():
+        if name in fleet and request.key.may_use(alias):
+            visible.append(describe(fleet[name], request.key) | {"id": alias})
     await request.answer({"object": "list", "data": visible})
 
 
 async def retrieve_model(gateway: Gateway, request: Request) -> None:
     name = request.parameters["model"]
-    model = gateway.fleet.models.get(name)
+    model = gateway.fleet.models.get(request.settings.aliases.get(name, name))
     if model is None or not request.key.may_use(name):
         raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")
-    await request.answer(describe(model, request.key))
+    await request.answer(describe(model, request.key) | {"id": name})
 
 
 def describe(model: Model, key: Caller) -> dict[str, Any]:

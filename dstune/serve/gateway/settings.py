@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,5 @@ class Settings:
     """Stored feedback of a project."""
     adapter_roots: tuple[str, ...] = ()
     """Folders below which adapters may be added at run time."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further names of models: the model that answers, by the name that is requested."""
