@@ -10,4 +10,4 @@ class Cycle(Verb):
     name = "cycle"
     summary = "train a served model again from what people said of its answers, with gates and a ledger"
     action = "dstune.cycle.command:main"
-    other_names = ((("retrain", "continual"), "`dstune cycle CONFIG`"),)
+    other_names = ((("continual",), "`dstune cycle CONFIG`"),)
