@@ -58,6 +58,12 @@ PICTURES = (
         "pictures.test_a_small_image_of_others_is_decoded_beside_the_worst",
     ),
     Attack(
+        "several such files in requests of one key, while another key sends a small image",
+        _REQUESTS,
+        "the local engine decodes two images at the same time, which are of different keys",
+        "pictures.test_a_request_with_a_small_image_is_answered_beside_the_worst_of_another_key",
+    ),
+    Attack(
         "a path out of the folder of the rows: `..`, absolute, `file://`, escaped, through a link",
         _ROWS,
         "refused, by its name and by where its links lead",

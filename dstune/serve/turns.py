@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,8 @@ class Turns(Generic[T]):
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}
+        self._busy: set[str] = set()
+        """Clients whose item a thread works on."""
         self._changed = threading.Condition()
         self._size = 0
 
@@ -45,20 +48,34 @@ class Turns(Generic[T]):
 
     def get(self) -> T:
         """Wait for the next item and return it."""
+        with self.turn() as item:
+            return item
+
+    @contextmanager
+    def turn(self) -> Iterator[T]:
+        """Wait for the next item of a client that has no turn now, and yield it. The client has its turn within the block."""
         with self._changed:
-            while not self._size:
+            while (client := self._next_client()) is None:
                 self._changed.wait()
             self._size -= 1
-            client = next(iter(self._waiting))
             items = self._waiting.pop(client)
             item = items.popleft()
             if items:  # to the end of the queue
                 self._waiting[client] = items
-            return item
+            self._busy.add(client)
+        try:
+            yield item
+        finally:
+            with self._changed:
+                self._busy.remove(client)
+                self._changed.notify()
+
+    def _next_client(self) -> str | None:
+        return next((client for client in self._waiting if client not in self._busy), None)
 
 
 class TurnThreads:
-    """Threads that run work in the order of `Turns`."""
+    """Threads that run work in the order of `Turns`. Of each client, they run one piece of work at a time."""
 
     def __init__(self, name: str, threads: int = 1):
         self._turns: Turns[tuple[Future[Any], Callable[[], Any]]] = Turns()
@@ -77,11 +94,10 @@ class TurnThreads:
 
     def _run(self) -> None:
         while True:
-            future, work = self._turns.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-            del future, work  # an idle thread must not hold a request's body
+            with self._turns.turn() as (future, work):
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(work())
+                    except BaseException as error:
+                        future.set_exception(error)
+                del future, work  # an idle thread must not hold a request's body

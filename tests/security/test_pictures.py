@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from dstune.data.images import request as images_of_a_prompt
 from dstune.data.images import store
 from dstune.data.images.places import with_images
 from dstune.data.images.request import PromptImages
@@ -28,7 +30,9 @@ from dstune.data.images.store import ImageFiles, ImageWriter
 from dstune.data.problems import RowError
 from dstune.finetuning.row_images import ImageRows
 from dstune.finetuning.row_problems import FieldError
+from tests.support.local_engine import Engine, body
 from tests.support.serving import Served, chat, run
+from tests.support.sight import save
 from tests.unit.test_image_rows import PNG, bomb, file_of
 
 BOMBS = {"30,000 x 30,000": bomb(30_000, 30_000), "12,000 x 12,000": bomb(12_000, 12_000)}
@@ -289,6 +293,39 @@ def test_a_small_image_of_others_is_decoded_beside_the_worst() -> None:
     seconds = time.monotonic() - began
     assert worst.is_alive() and seconds < 2
     worst.join()
+
+
+def test_a_request_with_a_small_image_is_answered_beside_the_worst_of_another_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow image is decoded until the small one has been answered; three more of its key wait."""
+    engine, is_answered = Engine(save("qwen2_vl", tmp_path / "sight")), threading.Event()
+    slow, small = file_of(NOISE, "PNG"), file_of(NOISE.resize((8, 8)), "PNG")
+    decode = images_of_a_prompt.decode
+
+    def decode_slowly(content: bytes) -> Any:
+        assert content != slow or is_answered.wait(60), "the small image waits for the slow one"
+        return decode(content)
+
+    monkeypatch.setattr(images_of_a_prompt, "decode", decode_slowly)
+
+    async def ask(client: Any, key: str, content: bytes) -> int:
+        messages = row_of(url(content))["messages"][:1]
+        answer = await client.post("/v1/chat/completions", json=body(messages=messages, max_tokens=1, client=key))
+        return int(answer.status_code)
+
+    async def test(client: Any) -> list[int]:
+        slow_answers = [asyncio.create_task(ask(client, "a", slow)) for _ in range(4)]
+        await asyncio.sleep(1)
+        small_answer = await asyncio.wait_for(ask(client, "b", small), 30)
+        is_answered.set()
+        return [small_answer, *await asyncio.gather(*slow_answers)]
+
+    try:
+        assert engine.run(test) == [200] * 5
+    finally:
+        is_answered.set()
+        engine.close()
 
 
 def _tried(content: bytes) -> None:

@@ -31,6 +31,18 @@ def test_each_client_has_its_turn():
     asyncio.run(main())
 
 
+def test_a_client_has_one_of_several_threads():
+    async def main():
+        threads, gate = TurnThreads("test", 2), threading.Event()
+        slow = [asyncio.create_task(threads.run("a", gate.wait)) for _ in range(3)]
+        await asyncio.sleep(0.05)  # the first is under way
+        assert await asyncio.wait_for(threads.run("b", lambda: 5), 20) == 5
+        gate.set()
+        assert await asyncio.gather(*slow) == [True] * 3, "the client's other work has its turn too"
+
+    asyncio.run(main())
+
+
 def test_an_error_is_the_caller_s_and_the_thread_goes_on():
     async def main():
         threads = TurnThreads("test")

@@ -29,6 +29,9 @@ from dstune.serve.errors import ApiError
 from dstune.serve.turns import CLIENT, TurnThreads
 
 MOST_BYTES = 64 << 20
+IMAGE_THREADS = 2
+"""Images that are decoded at the same time. They are of different clients, so that no client waits for the large images of another
+one. Each is in memory as pixels, beside what its decoder takes."""
 
 T = TypeVar("T")
 Handler = Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
@@ -73,7 +76,7 @@ class LanguageApp(EngineApp):
         super().__init__()
         self.model, self.scheduler = model, scheduler
         self._tokenizer_thread = TurnThreads("render")  # one thread: a tokenizer's truncation settings are shared state
-        self._image_thread = TurnThreads("images")  # one thread: only one decoded image is in memory at a time
+        self._image_threads = TurnThreads("images", IMAGE_THREADS)
         self._pending_image_bytes: dict[PromptImages, int] = {}
         """Bytes of image inputs whose prompts are not submitted yet."""
         self.routes |= {
@@ -152,7 +155,7 @@ class LanguageApp(EngineApp):
 
         try:
             await self._each_image(images, images.look, lambda: self._reserve_image_bytes(images))
-            return await self._image_thread.run(CLIENT.get(), build)
+            return await self._image_threads.run(CLIENT.get(), build)
         finally:
             self._pending_image_bytes.pop(images, None)
 
@@ -176,7 +179,7 @@ class LanguageApp(EngineApp):
                 work(number)
 
         for number in range(len(images)):
-            await self._image_thread.run(CLIENT.get(), partial(work_on_image, number))
+            await self._image_threads.run(CLIENT.get(), partial(work_on_image, number))
             after_each()
 
     async def _run_tokenizer(self, function: Callable[[], T]) -> T:
