@@ -561,6 +561,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "judged_programs.test_the_processes_of_a_program_have_one_limit_of_memory": undo(
         "grading/sandbox.py", "if private_bytes(process.pid) > limits.memory_bytes:", "if False:", count=2
     ),
+    "judged_programs.test_a_program_runs_in_a_control_group_where_this_process_can_make_one": undo(
+        "grading/sandbox.py", "group.add(process.pid)", "pass"
+    ),
     "judged_programs.test_a_program_that_changes_its_streams_costs_no_other_row_its_score": undo(
         "grading/sandbox.py",
         "stderr=subprocess.PIPE,",

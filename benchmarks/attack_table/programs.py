@@ -21,6 +21,12 @@ PROGRAMS = (
         "judged_programs.test_the_processes_of_a_program_have_one_limit_of_memory",
     ),
     Attack(
+        "processes that take memory faster than it is measured, or hold it where nothing is measured",
+        "judged programs",
+        "a control group for each program, where this user can make one",
+        "judged_programs.test_a_program_runs_in_a_control_group_where_this_process_can_make_one",
+    ),
+    Attack(
         "`O_DIRECT` on a stream that the program shares with its judge, whose own read then fails",
         _PROGRAMS,
         "each stream is a pipe, of which each side has its own flags",

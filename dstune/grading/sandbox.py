@@ -8,7 +8,8 @@ anonymous memory.
 
 What a program can hold of the machine's memory is the sum of: `memory_bytes` for its processes together (measured every
 `MEASURED_SECONDS`), `file_bytes` for its files, the kernel's limit for the pipes of one user (64 MiB by default), and the
-buffers of at most `processes` x `descriptors` sockets.
+buffers of at most `processes` x `descriptors` sockets. Where this process can make control groups, the kernel holds each program to
+one sum for all of them.
 
 The sandbox needs Linux 5.12 and the right to make user namespaces (`sandbox_child.py`). Without these, features that run programs
 are refused.
@@ -32,6 +33,8 @@ from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
 
+from dstune.core.confinement import control_group
+from dstune.core.confinement.control_group import memory_group
 from dstune.core.confinement.table import PROGRAM, Limits
 from dstune.grading.sandbox_child import OUT_OF_TIME, UNFILTERED
 
@@ -44,6 +47,8 @@ START_SECONDS = 10.0
 """Time to build the sandbox, in addition to the program's own time."""
 MEASURED_SECONDS = 0.05
 """Time between two measurements of the memory of a program's processes."""
+KERNEL_BYTES = 2**26
+"""Memory of the kernel for a program (pipes, sockets, names of files), which its control group counts too."""
 LOOKED_AT_BYTES = 2**28
 """Below this much memory, pages that several processes share are not worth a closer look."""
 ERROR_BYTES = 4096
@@ -74,7 +79,11 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
         RuntimeError: there is no sandbox on this machine.
     """
     assert limits.seconds is not None
-    with tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root, _pipe() as (reading, writing):
+    with (
+        tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root,
+        _pipe() as (reading, writing),
+        memory_group(limits.memory_bytes + limits.file_bytes + KERNEL_BYTES) as group,
+    ):
         values = asdict(limits) | {"root": root, "paths": SYSTEM, "cpu_seconds": int(limits.seconds) + 1}
         # Each stream is a pipe: a program can change the flags of its own end, but of a file it would change this process's too.
         process = subprocess.Popen(
@@ -88,11 +97,17 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
             pass_fds=[writing.fileno()],
         )
         writing.close()
+        if group is None:
+            _warn_of_missing_group()
         try:
+            if group is not None:  # before the process gets its request: until then it starts no other
+                group.add(process.pid)
             request = json.dumps({"source": source, "stdin": stdin}).encode()
             output, error_end, failure = _collect_output(process, request, limits)
         finally:
             _end(process)
+        if group is not None and group.is_exceeded:
+            failure = _too_large(limits)
         error = error_end.decode(errors="replace").strip()
         stands = _is_readable(reading) and reading.read(1)
     if not stands:
@@ -124,6 +139,19 @@ def _warn_of_missing_filter() -> None:
     log.warning(
         "this kernel, or processor, has no filter of system calls (seccomp): the namespaces of the sandbox alone keep programs in"
     )
+
+
+@functools.cache
+def _warn_of_missing_group() -> None:
+    log.warning(
+        "judged programs have no control group here (%s): the memory of their processes is measured every %g ms instead",
+        control_group.missing_reason(),
+        MEASURED_SECONDS * 1000,
+    )
+
+
+def _too_large(limits: Limits) -> str:
+    return f"it took more than {limits.memory_bytes / 2**30:g} GiB of memory"
 
 
 def _failure(code: int, error: str) -> str:
@@ -171,7 +199,7 @@ def _collect_output(process: subprocess.Popen[bytes], request: bytes, limits: Li
                 return output, error, too_long
             if now >= measured_at + MEASURED_SECONDS:
                 if private_bytes(process.pid) > limits.memory_bytes:
-                    return output, error, f"it took more than {limits.memory_bytes / 2**30:g} GiB of memory"
+                    return output, error, _too_large(limits)
                 measured_at = time.monotonic()
             for key, _ in waiting.select(min(deadline - now, MEASURED_SECONDS)):
                 part = os.read(key.fd, 2**16)
@@ -190,7 +218,7 @@ def _collect_output(process: subprocess.Popen[bytes], request: bytes, limits: Li
         if time.monotonic() >= deadline:
             return output, error, too_long
         if private_bytes(process.pid) > limits.memory_bytes:
-            return output, error, f"it took more than {limits.memory_bytes / 2**30:g} GiB of memory"
+            return output, error, _too_large(limits)
         with suppress(subprocess.TimeoutExpired):
             process.wait(MEASURED_SECONDS)
     return output, error, ""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dstune.core.confinement import control_group
 from dstune.core.confinement.table import PROGRAM, Limits
 from dstune.grading import sandbox
 from dstune.rewards.code import CodeTests
@@ -204,6 +208,99 @@ time.sleep(1)
 print("done", flush=True)
 """
     assert outcome_of(START + source, "root").output == "done\n"
+
+
+FAST = """
+import os, time
+for number in range(4):
+    if os.fork() == 0:
+        kept = b"x" * (100 * 2**20)
+        time.sleep(20)
+time.sleep(20)
+"""
+"""Each process takes less than it may, and all of them more."""
+
+
+@needs_sandbox
+def test_the_kernel_ends_a_program_that_takes_more_than_its_control_group_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := control_group.missing_reason():
+        pytest.skip(f"{reason}; run it in a service with a group of its own: Delegate=memory, DelegateSubgroup=main")
+    monkeypatch.setattr(sandbox, "private_bytes", lambda process: 0)
+    limits = replace(LIMITS, memory_bytes=2**27)
+    outcome = sandbox.run_program("print(open('/proc/self/cgroup').read())", "", limits)
+    assert f"/{control_group.PREFIX}" in outcome.output and not outcome.failure
+    assert sandbox.run_program(FAST, "", limits).failure == "it took more than 0.125 GiB of memory"
+    parent, _ = control_group._parent_or_reason()
+    assert parent is not None and not list(parent.glob(f"{control_group.PREFIX}*{os.getpid()}*"))
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that behaves as a delegated group: a folder that is made in it has a group's files, with which it is removed."""
+    (tmp_path / "main").mkdir()
+    files = {"cgroup.procs": "", "cgroup.controllers": "cpu memory pids\n", "cgroup.subtree_control": "pids\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / "main" / name).write_text(text)
+    make, remove = Path.mkdir, Path.rmdir
+
+    def mkdir(folder: Path, *arguments: Any, **options: Any) -> None:
+        make(folder, *arguments, **options)
+        if folder.parent == tmp_path:
+            has_memory = "memory" in (tmp_path / "cgroup.subtree_control").read_text()
+            for name in ("cgroup.procs", "cgroup.kill", *(("memory.max", "memory.oom.group") if has_memory else ())):
+                (folder / name).touch()
+            (folder / "memory.events").write_text("low 0\noom 0\noom_kill 0\n")
+
+    def rmdir(folder: Path) -> None:
+        if folder.parent == tmp_path:
+            for file in folder.iterdir():
+                shutil.copy(file, tmp_path.parent / f"last-{file.name}")
+                file.unlink()
+        remove(folder)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    monkeypatch.setattr(control_group, "_group_of_this_process", lambda: tmp_path / "main")
+    control_group._parent_or_reason.cache_clear()
+    yield tmp_path
+    control_group._parent_or_reason.cache_clear()
+
+
+@needs_sandbox
+def test_a_program_runs_in_a_control_group_where_this_process_can_make_one(groups: Path) -> None:
+    """Against a folder with the documented files; the test above is the real one."""
+    outcome = sandbox.run_program("import os\nprint(os.getppid() > 0)", "", LIMITS)
+    assert outcome.output == "True\n" and not outcome.failure
+    last = {file.name.removeprefix("last-"): file.read_text() for file in groups.parent.glob("last-*")}
+    assert last["memory.max"] == str(LIMITS.memory_bytes + LIMITS.file_bytes + sandbox.KERNEL_BYTES)
+    assert (last["memory.oom.group"], last["cgroup.kill"]) == ("1", "1") and int(last["cgroup.procs"]) > 1
+    assert not list(groups.glob(f"{control_group.PREFIX}*"))
+
+
+def test_a_group_that_was_ended_for_its_memory_says_so(groups: Path) -> None:
+    with control_group.memory_group(2**20) as group:
+        assert group is not None and not group.is_exceeded
+        (folder,) = groups.glob(f"{control_group.PREFIX}*")
+        (folder / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
+        assert group.is_exceeded
+
+
+@needs_sandbox
+@pytest.mark.parametrize("missing", ["mount", "controller", "right"])
+def test_a_missing_control_group_is_named_once(
+    missing: str, groups: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if missing == "mount":
+        monkeypatch.setattr(control_group, "_group_of_this_process", lambda: None)
+    elif missing == "controller":
+        (groups / "cgroup.controllers").write_text("cpu pids\n")
+    else:
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    sandbox._warn_of_missing_group.cache_clear()
+    outcomes = [sandbox.run_program("print(1)", "", LIMITS) for _ in range(2)]
+    assert [outcome.output for outcome in outcomes] == ["1\n"] * 2
+    assert len([record for record in caplog.records if "no control group" in record.message]) == 1
 
 
 @needs_sandbox

@@ -7,5 +7,6 @@
   killed.
 - `spawned.py` runs work in processes that are started for it, hold nothing of this process's memory, answer requests and can be
   killed: images, rewards.
-- `dstune/grading/sandbox.py` runs a program in namespaces of its own, without the machine's files.
+- `dstune/grading/sandbox.py` runs a program in namespaces of its own, without the machine's files, in a control group
+  (`control_group.py`) where it can.
 """
