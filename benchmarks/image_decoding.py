@@ -105,7 +105,7 @@ def damaged(count: int) -> list[tuple[str, bytes]]:
 
 
 def largest() -> list[tuple[str, bytes]]:
-    """Return images that take most memory: as many pixels as may be, with transparency or 16 bits, and tiles larger than the image."""
+    """Return images that take most memory: as many pixels as may be, transparency, 16 bits, a tile larger than the image."""
     size = (9_400, 9_500)
     transparent = Image.new("RGBA", size, (9, 99, 199, 0))
     grey = Image.new("I;16", size, 999)
