@@ -300,7 +300,7 @@ def test_a_machine_without_a_filter_of_system_calls_is_named_once(tmp_path, monk
 
 
 PARTS = [f"grading/{name}.py" for name in ("sandbox", "sandbox_child")]
-PARTS += [f"core/confinement/{name}.py" for name in ("inside", "system_calls", "table")]
+PARTS += [f"core/confinement/{name}.py" for name in ("control_group", "inside", "system_calls", "table")]
 """Modules of the sandbox, which import no others."""
 
 
