@@ -11,7 +11,7 @@ from support.command import Commands, exact
 from dstune.testing.tiny import save_model
 
 PLACES = {
-    "rollout": "dstune.tasks.reinforcement.sampling:draw",
+    "rollout": "dstune.generation.completions:draw",
     "reward": "dstune.tasks.reinforcement.scoring:Scorer.score",
     "record": "dstune.tasks.reinforcement.rollout:write_records",
     "update": "dstune.zero.engine:Engine.update",

@@ -10,12 +10,14 @@ import torch
 from support.tiny import save_decoder
 from transformers import AutoModelForCausalLM
 
+from dstune.generation import batch, completions
+from dstune.generation.completions import sample_completions, sample_continuously
+from dstune.generation.noise import exponential, mixed
+from dstune.generation.sampler import draw
 from dstune.models.heads.base import IGNORED
-from dstune.tasks.reinforcement import sampling
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.head import PolicyHead
 from dstune.tasks.reinforcement.sampler_check import is_allowed
-from dstune.tasks.reinforcement.sampling import draw, exponential, mixed, sample_completions
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
 NUMBERS = [7, 3, 5]
@@ -122,14 +124,14 @@ def refused(dtype: torch.dtype, found: tuple[float, float, float]) -> bool:
 
 
 def with_padding_read(monkeypatch):
-    plain = sampling.last_logits
+    plain = batch.last_logits
     monkeypatch.setattr(
-        sampling, "last_logits", lambda model, ids, mask, *given: plain(model, ids, torch.ones_like(mask), *given)
+        batch, "last_logits", lambda model, ids, mask, *given: plain(model, ids, torch.ones_like(mask), *given)
     )
 
 
 def with_top_p(monkeypatch):
-    plain = sampling.draw
+    plain = completions.draw
 
     def truncated(logits, temperature, keys):
         ordered, places = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
@@ -138,7 +140,7 @@ def with_top_p(monkeypatch):
             logits.masked_fill(torch.zeros_like(dropped).scatter(1, places, dropped), -math.inf), temperature, keys
         )
 
-    monkeypatch.setattr(sampling, "draw", truncated)
+    monkeypatch.setattr(completions, "draw", truncated)
 
 
 def with_adapter(model):
@@ -183,7 +185,7 @@ def test_a_sampler_that_is_another_model_is_refused(model, monkeypatch, fault):
         with_padding_read(monkeypatch)
         completions = completed(model)
     elif fault == "positions of padding":  # counted as if it were text, which a mask does not undo
-        monkeypatch.setattr(sampling, "positions_of", lambda mask: torch.ones_like(mask).cumsum(dim=1) * 3)
+        monkeypatch.setattr(batch, "positions_of", lambda mask: torch.ones_like(mask).cumsum(dim=1) * 3)
         completions = completed(model)
     elif fault == "top-p":
         with_top_p(monkeypatch)
@@ -210,8 +212,6 @@ def test_bounds_of_half_precision_leave_room_for_rounding_alone():
 
 
 def continuously(model, *, rows: int, **changes):
-    from dstune.tasks.reinforcement.continuous import sample_continuously
-
     settings = {"samples": 3, "max_new_tokens": 40, "ends": set(range(40)), "temperature": 1.0, "padding": PAD}
     prompts = [(number, prompt) for number, prompt in zip(NUMBERS, PROMPTS, strict=True)] + [(9, [50, 51]), (8, [60])]
     settings |= {"keys": (0, 1), "device": torch.device("cpu")}
@@ -225,10 +225,8 @@ def test_a_batch_that_is_kept_full_writes_the_same_completions(model, monkeypatc
     lengths = [len(completion.ids) for completion in exact]
     assert min(lengths) < max(lengths) / 3, "they end at different times"
     computed = []
-    plain = sampling.last_logits
-    import dstune.tasks.reinforcement.continuous as continuous
-
-    monkeypatch.setattr(continuous, "last_logits", lambda *given: computed.append(len(given[1])) or plain(*given))
+    plain = batch.last_logits
+    monkeypatch.setattr(batch, "last_logits", lambda *given: computed.append(len(given[1])) or plain(*given))
     for rows in (3, 6, 15):
         computed.clear()
         fast = continuously(model, rows=rows)
@@ -278,8 +276,8 @@ def test_the_plan_counts_the_cache_as_it_is(tmp_path, monkeypatch):
     folder = save_decoder(tmp_path / "model")
     policy = AutoModelForCausalLM.from_pretrained(folder).eval()
     caches = []
-    plain = sampling.last_logits
-    monkeypatch.setattr(sampling, "last_logits", lambda *given: caches.append(given[-1]) or plain(*given))
+    plain = batch.last_logits
+    monkeypatch.setattr(batch, "last_logits", lambda *given: caches.append(given[-1]) or plain(*given))
     completed(policy, ends=set(), max_new_tokens=6)
     held = sum(tensor.numel() * 4 for layer in caches[-1].layers for tensor in (layer.keys, layer.values))
     settings = [

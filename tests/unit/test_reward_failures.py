@@ -13,6 +13,7 @@ import pytest
 
 from dstune.core import plugins
 from dstune.core.errors import UserError
+from dstune.generation.completions import Completion
 from dstune.tasks.reinforcement import outages
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.metrics import reinforcement_metrics, reward_of, rollout_sums
@@ -20,7 +21,6 @@ from dstune.tasks.reinforcement.outages import Failure, Patience, may_pass
 from dstune.tasks.reinforcement.records import Scored, pack_scored, unpack_scored
 from dstune.tasks.reinforcement.reward_process import RewardProcess
 from dstune.tasks.reinforcement.rollout import Rollouts
-from dstune.tasks.reinforcement.sampling import Completion
 from dstune.tasks.reinforcement.scoring import Scorer
 from dstune.trainer.rollouts import RolloutsFailed
 

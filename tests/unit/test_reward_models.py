@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
+from dstune.generation.completions import Completion
 from dstune.tasks.reinforcement.grade import Graders
 from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.records import Scored
 from dstune.tasks.reinforcement.reward_model import conversation_of, load_reward_model
-from dstune.tasks.reinforcement.sampling import Completion
 from dstune.tasks.reinforcement.scoring import Scorer
 
 

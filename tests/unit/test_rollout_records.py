@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.generation.completions import Completion
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.recorded import recorded_step
 from dstune.tasks.reinforcement.records import Scored, from_record, read_records, write_records
-from dstune.tasks.reinforcement.sampling import Completion
 
 ALONE = SimpleNamespace(is_main=True, broadcast=lambda value: value)
 

@@ -14,14 +14,14 @@ from support.tiny import save_decoder
 from transformers import AutoModelForCausalLM
 
 from dstune.core.errors import UserError
+from dstune.generation import batch, completions
+from dstune.generation.completions import sample_completions, sample_continuously
 from dstune.models.heads.base import IGNORED
-from dstune.tasks.reinforcement import rules, sampler_check, sampling, served_sampler, vllm_server
+from dstune.tasks.reinforcement import rules, sampler_check, served_sampler, vllm_server
 from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
-from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead
 from dstune.tasks.reinforcement.published_weights import unservable
 from dstune.tasks.reinforcement.sampler_check import examine, is_allowed, looks_like
-from dstune.tasks.reinforcement.sampling import sample_completions
 from dstune.tasks.reinforcement.served_sampler import ServedSampler
 from dstune.trainer.rollouts import RolloutsUnavailable
 
@@ -288,26 +288,20 @@ def in_process(model, mode: str, *, temperature: float = 1.0, samples: int = 16,
 
 
 def plant(monkeypatch, fault: str) -> None:
-    from dstune.tasks.reinforcement import continuous
-
-    last_logits, draw = sampling.last_logits, sampling.draw
+    last_logits, draw = batch.last_logits, completions.draw
 
     def padding_read(model, ids, mask, *given):
-        return last_logits(model, ids, torch.ones_like(mask), *given)
-
-    def positions(mask):
-        return torch.ones_like(mask).cumsum(dim=1) - 1
+        return last_logits(model, ids, mask if mask is None else torch.ones_like(mask), *given)
 
     def top_p(logits, temperature, keys):
         ordered, places = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
         cut = torch.zeros_like(ordered).scatter(1, places, (ordered.cumsum(-1) - ordered > 0.9).float()) > 0
         return draw(logits.masked_fill(cut, -math.inf), temperature, keys)
 
-    for module in (sampling, continuous):
-        if fault == "padding read":
-            monkeypatch.setattr(module, "last_logits", padding_read)
-        elif fault == "top-p":
-            monkeypatch.setattr(module, "draw", top_p)
+    if fault == "padding read":
+        monkeypatch.setattr(batch, "last_logits", padding_read)
+    elif fault == "top-p":
+        monkeypatch.setattr(completions, "draw", top_p)
 
 
 @pytest.mark.ci

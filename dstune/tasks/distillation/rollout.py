@@ -21,10 +21,10 @@ from dstune.data.batches import padded
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
+from dstune.generation.completions import Completion, sample_completions
 from dstune.models.generation import end_tokens
 from dstune.tasks.distillation.config import DistillationConfig
 from dstune.tasks.reinforcement.encode import left_padded
-from dstune.tasks.reinforcement.sampling import Completion, sample_completions
 from dstune.trainer.generation import speaking
 from dstune.trainer.prefetcher import RankBatch
 from dstune.trainer.rollouts import RolloutRun, RolloutStep

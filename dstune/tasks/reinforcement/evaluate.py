@@ -82,7 +82,7 @@ def _as_row(scored: Scored) -> dict[str, Any]:
 
 
 def _from_row(row: dict[str, Any]) -> Scored:
-    from dstune.tasks.reinforcement.sampling import Completion
+    from dstune.generation.completions import Completion
 
     completion = Completion(row["prompt"], 0, [0] * row["length"], [], row["entropy"], row["ended"])
     calls = {"calls": row["calls"], "failed_calls": row["failed_calls"]}

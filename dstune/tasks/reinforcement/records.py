@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core import files
-from dstune.tasks.reinforcement.sampling import Completion
+from dstune.generation.completions import Completion
 
 FOLDER = "rollouts"
 """Folder of a run directory: `step-000001.jsonl`, ..., one completion a line."""

@@ -19,12 +19,13 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
+from dstune.generation.cache import layer_kinds
+from dstune.generation.completions import Completion, sample_completions, sample_continuously
 from dstune.models.generation import end_tokens
 from dstune.models.heads import on_device
 from dstune.protocols import method_of
 from dstune.tasks.reinforcement.batches import TrainedCompletion, completion_batch, shared_batch
 from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
-from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
 from dstune.tasks.reinforcement.losses import advantages_of, denominator
 from dstune.tasks.reinforcement.metrics import LOGGED, reward_of, rollout_sums
@@ -39,7 +40,6 @@ from dstune.tasks.reinforcement.records import (
     write_records,
 )
 from dstune.tasks.reinforcement.sampler_check import allowed, examine, is_allowed, looks_like, problem_of
-from dstune.tasks.reinforcement.sampling import Completion, sample_completions
 from dstune.tasks.reinforcement.scoring import Scorer
 from dstune.tasks.reinforcement.served_sampler import ServedSampler
 from dstune.tasks.reinforcement.turns import Environments
@@ -242,6 +242,9 @@ class Rollouts:
         """Do the same as `complete` in a batch that is kept full. Raises UserError on all ranks if they have to compute in step."""
         if in_step:
             reason = "each rank writes at its own pace, and the whole weights have no room on every rank"
+            raise UserError(Problem("task.rollout", reason, "task.rollout=exact", "fast"))
+        if (kinds := layer_kinds(module)) != {"DynamicLayer"}:
+            reason = f"the model keeps more than keys and values of all tokens ({', '.join(sorted(kinds))}), which are not cut here"
             raise UserError(Problem("task.rollout", reason, "task.rollout=exact", "fast"))
         tokens = {
             number: self._split.sample(number)["input_ids"].tolist()

@@ -10,13 +10,13 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split
+from dstune.generation.completions import Completion
 from dstune.protocols import REWARDS
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.records import Scored, identity_of, place_of
 from dstune.tasks.reinforcement.reward_model import RewardModel, conversation_of, load_reward_model
 from dstune.tasks.reinforcement.reward_process import RewardProcess
-from dstune.tasks.reinforcement.sampling import Completion
 
 NOT_COLUMNS = {"prompt", "prompts", "completions", "completion_ids"}
 

@@ -11,9 +11,10 @@ from typing import TypeVar
 
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
+from dstune.generation.cache import configuration_of
+from dstune.generation.completions import Completion
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.published_weights import PublishedWeights
-from dstune.tasks.reinforcement.sampling import Completion, configuration_of
 from dstune.tasks.reinforcement.vllm_server import Sampled, Sampling, ServedModel, ServerDown, ServerRefused, VllmServer
 from dstune.trainer.rollouts import RolloutsUnavailable
 from dstune.zero.engine import Engine

@@ -20,11 +20,11 @@ from dstune.data.chat.template import ChatTemplate
 from dstune.data.chat.tool_calls import ToolForm, ToolText, form_of
 from dstune.data.messages import with_system
 from dstune.data.render import ChatRenderer, RenderError
+from dstune.generation.completions import Completion, Turn, continue_completions
 from dstune.protocols import ENVIRONMENTS
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.outages import Failure
 from dstune.tasks.reinforcement.records import Scored, place_of
-from dstune.tasks.reinforcement.sampling import Completion, Turn, continue_completions
 from dstune.tasks.reinforcement.scoring import Scorer
 
 Messages = list[dict[str, Any]]

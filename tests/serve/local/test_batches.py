@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstune.serve.engines.local.sampling import Sampler
+from dstune.generation.sampler import Sampler
 from tests.support.local_engine import Engine, body
 from tests.support.tiny import save_decoder
 

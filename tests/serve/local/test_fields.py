@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
+from dstune.generation.sampler import Sampler, Sampling
 from dstune.serve.engines.local.engine import CHAT
-from dstune.serve.engines.local.sampling import Sampler, Sampling
 from tests.support.local_engine import TOOLS, body
 
 

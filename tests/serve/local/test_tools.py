@@ -10,8 +10,8 @@ import torch
 from dstune.data.chat.tool_calls import ToolText, form_of
 from dstune.data.messages import conversation_of
 from dstune.data.render import ChatRenderer
-from dstune.serve.engines.local.sampling import Chosen
-from dstune.serve.engines.local.text import TextStream
+from dstune.generation.sampler import Chosen
+from dstune.generation.text import TextStream
 from tests.support.local_engine import HERMES, TOOLS, Engine
 from tests.support.tiny import save_decoder
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from dstune.generation.sampler import Chosen
+from dstune.generation.text import MOST_UNFINISHED, TextStream
 from dstune.serve.engines.local import encoder_batches
 from dstune.serve.engines.local.encoder_batches import Batcher
-from dstune.serve.engines.local.sampling import Chosen
-from dstune.serve.engines.local.text import MOST_UNFINISHED, TextStream
 from dstune.serve.turns import CLIENT
 from tests.support.local_engine import Engine, body
 

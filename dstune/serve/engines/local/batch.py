@@ -6,11 +6,10 @@ are prefilled in chunks between the steps, so that a long one does not stop the 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 
 from dstune.core.errors import first_line
+from dstune.generation.batch import Batch, last_logits
+from dstune.generation.cache import is_joinable, new_cache
 from dstune.models.generation import placed_images
-from dstune.serve.engines.local.caches import is_joinable, new_cache
 from dstune.serve.engines.local.model import ImageInputs
-from dstune.serve.engines.local.sequences import Batch, Prompt, Sequence
+from dstune.serve.engines.local.sequences import Prompt, Running, Sequence
 
 log = logging.getLogger("dstune.serve")
 
@@ -57,14 +57,12 @@ class Scheduler:
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._max_cached_tokens, self._chunk, self._max_image_bytes = max_cached_tokens, chunk, max_image_bytes
         self._has_joinable_caches = is_joinable(model)
-        # transformers 5.24 renamed this argument; both names are accepted until 5.40.
-        self._cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         # Models with image positions reuse those of the previous prompt unless positions are passed.
         self._remembers_positions = any(hasattr(module, "rope_deltas") for module in model.modules())
         self._waiting: deque[Prompt] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._prefilling: Prompt | None = None
-        self._batches: dict[tuple[str, int], Batch] = {}
+        self._running: dict[tuple[str, int], Running] = {}
         self._changed = threading.Condition()
         self._stopped = self._broken = False
         self._on_failure = on_failure
@@ -133,14 +131,14 @@ class Scheduler:
     def state(self) -> dict[str, int]:
         """Return the numbers of waiting prompts, of running answers, and of tokens generated since the start."""
         with self._changed:
-            running = sum(len(batch.sequences) for batch in self._batches.values())
+            running = len(self._running_sequences())
             return {"waiting": len(self._waiting), "running": running, "tokens": self.tokens}
 
     def adapters(self) -> set[str]:
         """Return the adapters of running and waiting answers."""
         with self._changed:
             waiting_adapters = {sequence.adapter for prompt in self._prompts() for sequence in prompt.sequences}
-            return waiting_adapters | {adapter for adapter, _ in self._batches}
+            return waiting_adapters | {adapter for adapter, _ in self._running}
 
     def stop(self) -> None:
         """Stop the thread after the current step. Unfinished sequences fail."""
@@ -163,7 +161,7 @@ class Scheduler:
                     if self._broken:
                         raise RuntimeError("the model is damaged")
                     self._prefill()
-                    for key in list(self._batches):
+                    for key in list(self._running):
                         self._step(key)
         except BaseException:
             log.exception("the computing thread has ended")
@@ -181,16 +179,16 @@ class Scheduler:
         """Return the prompts that no answer has started for."""
         return [*self._waiting, *([self._prefilling] if self._prefilling else [])]
 
-    def _running(self) -> list[Sequence]:
-        return [sequence for batch in self._batches.values() for sequence in batch.sequences]
+    def _running_sequences(self) -> list[Sequence]:
+        return [sequence for running in self._running.values() for sequence in running.sequences]
 
     def _all_sequences(self) -> list[Sequence]:
-        return [sequence for prompt in self._prompts() for sequence in prompt.sequences] + self._running()
+        return [sequence for prompt in self._prompts() for sequence in prompt.sequences] + self._running_sequences()
 
     def _wait(self) -> bool:
         """Wait until there is work. Returns False if the thread has to stop."""
         with self._changed:
-            while not (self._stopped or self._calls or self._waiting or self._prefilling or self._batches):
+            while not (self._stopped or self._calls or self._waiting or self._prefilling or self._running):
                 self._changed.wait()
             return not self._stopped
 
@@ -236,7 +234,7 @@ class Scheduler:
                 self._waiting.popleft()
             if not self._waiting:
                 return
-            running, prompt = self._running(), self._waiting[0]
+            running, prompt = self._running_sequences(), self._waiting[0]
             has_room = (
                 len(running) + len(prompt.sequences) <= self._max_sequences
                 and sum(sequence.max_length for sequence in running) + prompt.max_length <= self._max_cached_tokens
@@ -251,65 +249,69 @@ class Scheduler:
         some attend to each other.
         """
         start, end = prompt.prefilled, min(prompt.prefilled + self._chunk, len(prompt.ids))
-        inputs: dict[str, Any] = {}
+        device, inputs, positions = self._device, dict[str, Any](), None
         if prompt.images is not None:
             end = max(end, prompt.images.last)
-            inputs = placed_images(prompt.images.inputs_for(start, end), self._model) | {"logits_to_keep": 1}
-        if self._remembers_positions and "position_ids" not in inputs:
-            inputs["position_ids"] = torch.arange(start, end, device=next(self._model.parameters()).device)[None]
-        ids = torch.tensor([prompt.ids[start:end]])
-        logits = self._forward(prompt.sequences[0].adapter, ids, prompt.cache, inputs)[0]
+            inputs = placed_images(prompt.images.inputs_for(start, end), self._model)
+            positions = inputs.pop("position_ids", None)
+        if self._remembers_positions and positions is None:
+            positions = torch.arange(start, end, device=device)[None]
+        ids = torch.tensor([prompt.ids[start:end]], device=device)
+        with self._use_adapter(prompt.sequences[0].adapter):
+            logits = last_logits(self._model, ids, None, positions, prompt.cache, **inputs)
         prompt.prefilled = end
-        return logits
+        return logits[0].float().cpu()
 
     def _start_generation(self, prompt: Prompt, logits: Tensor) -> None:
-        """Choose the first token of each answer, which then joins its batch."""
-        for number, sequence in enumerate(prompt.sequences):
-            if sequence.is_done:
-                continue
-            sequence.position_shift = 0 if prompt.images is None else prompt.images.shift
-            self.tokens += 1
-            if not sequence.add_token(logits):
-                continue
-            is_last = number == len(prompt.sequences) - 1
-            cache = prompt.cache if is_last else deepcopy(prompt.cache)
-            # A cache that cannot be joined (sliding windows, recurrent states) gets a batch of its own.
-            key = (sequence.adapter, 0 if self._has_joinable_caches else id(sequence))
-            self._batches.setdefault(key, Batch()).join(sequence, cache, len(prompt.ids))
+        """Choose the first token of each answer; those that go on join the running ones of their adapter."""
+        starting = []
+        for sequence in prompt.sequences:
+            if not sequence.is_done:
+                self.tokens += 1
+                if sequence.add_token(logits):
+                    starting.append(sequence)
+        if not starting:
+            return
+        length, shift = len(prompt.ids), 0 if prompt.images is None else prompt.images.shift
+        mask = torch.ones(1, length, dtype=torch.long, device=self._device)
+        positions, adapter = torch.full_like(mask[:, :1], length + shift), starting[0].adapter
+        if not self._has_joinable_caches:  # a recurrent state: each answer is generated alone
+            for sequence in starting:
+                cache = prompt.cache if sequence is starting[-1] else deepcopy(prompt.cache)
+                running = Running([sequence], Batch(self._model, cache, mask, positions))
+                self._running[adapter, id(sequence)] = running
+            return
+        batch = Batch(self._model, prompt.cache, mask, positions)
+        batch.repeat(len(starting))
+        if (adapter, 0) in self._running:
+            self._running[adapter, 0].join(starting, batch)
+        else:
+            self._running[adapter, 0] = Running(starting, batch)
 
     def _step(self, key: tuple[str, int]) -> None:
-        """Generate one token for each sequence of a batch."""
-        batch = self._batches[key]
-        batch.remove_finished()
-        if not batch.sequences:
-            del self._batches[key]
+        """Generate one token for each running sequence of an adapter."""
+        running = self._running[key]
+        running.remove_finished()
+        if not running.sequences:
+            del self._running[key]
             return
         try:
-            ids = torch.tensor([[sequence.last_token] for sequence in batch.sequences])
-            batch.mask = torch.nn.functional.pad(batch.mask, (0, 1), value=1)
-            shifts = torch.tensor([[sequence.position_shift] for sequence in batch.sequences])
-            device = next(self._model.parameters()).device
-            positions = (batch.mask.sum(-1, keepdim=True) - 1 + shifts).to(device)
-            inputs = {"attention_mask": batch.mask.to(device), "position_ids": positions}
-            logits = self._forward(key[0], ids, batch.cache, inputs)
-            for sequence, row in zip(batch.sequences, logits, strict=True):
+            tokens = torch.tensor([sequence.last_token for sequence in running.sequences], device=self._device)
+            with self._use_adapter(key[0]):
+                logits = running.batch.step(tokens).float().cpu()
+            for sequence, row in zip(running.sequences, logits, strict=True):
                 if not sequence.is_done:
                     sequence.add_token(row)
                     self.tokens += 1
         except Exception as error:
             log.exception("a step failed")
-            for sequence in batch.sequences:
+            for sequence in running.sequences:
                 sequence.fail(first_line(error))
-        batch.remove_finished()
-        if not batch.sequences:
-            del self._batches[key]
+        running.remove_finished()
+        if not running.sequences:
+            del self._running[key]
 
-    def _forward(self, adapter: str, ids: Tensor, cache: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the logits of the last position, float [batch, vocabulary], on the CPU.
-
-        ids: int64 [batch, new tokens], by which the cache grows. inputs: the model's other inputs, on its device.
-        """
-        device = next(self._model.parameters()).device
-        with self._use_adapter(adapter):
-            output = self._model(input_ids=ids.to(device), use_cache=True, **{self._cache_argument: cache}, **inputs)
-        return output.logits[:, -1].float().cpu()
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self._model.parameters()).device
+        return device

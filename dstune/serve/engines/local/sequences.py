@@ -1,4 +1,5 @@
-"""The state of generation in the local engine: answers, prompts that are being prefilled, and batches."""
+"""The state of generation in the local engine: answers, prompts that are being prefilled, and answers that are generated
+together."""
 
 from __future__ import annotations
 
@@ -7,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dstune.core.errors import first_line
-from dstune.serve.engines.local.caches import join_caches, map_cache, pad_cache
+from dstune.generation.batch import Batch
+from dstune.generation.sampler import Sampler, Sampling
+from dstune.generation.text import Piece, TextStream
 from dstune.serve.engines.local.model import ImageInputs
-from dstune.serve.engines.local.sampling import Sampler, Sampling
-from dstune.serve.engines.local.text import Piece, TextStream
 
 log = logging.getLogger("dstune.serve")
 
@@ -29,8 +29,6 @@ class Sequence:
         self.prompt, self.stream, self.emit, self.adapter = prompt, stream, emit, adapter
         self.sampler = Sampler(sampling, prompt)
         self.last_token = prompt[-1]
-        self.position_shift = 0
-        """Offset of its next position from its token count: an image has more or fewer positions than tokens."""
         self.cancelled = False
 
     @property
@@ -97,37 +95,20 @@ class Prompt:
         return sum(sequence.max_length for sequence in self.sequences)
 
 
-class Batch:
-    """Sequences of one adapter that are generated together, padded on the left."""
+class Running:
+    """Answers of one adapter that are generated together."""
 
-    def __init__(self) -> None:
-        self.sequences: list[Sequence] = []
-        self.cache: Any = None
-        self.mask = torch.empty(0, 0, dtype=torch.long)
+    def __init__(self, sequences: list[Sequence], batch: Batch):
+        """batch: has a row for each sequence."""
+        self.sequences, self.batch = sequences, batch
 
-    def join(self, sequence: Sequence, cache: Any, length: int) -> None:
-        """Add a sequence. cache: of its prompt, which has `length` tokens."""
-        mask = torch.ones(1, length, dtype=torch.long)
-        if not self.sequences:
-            self.cache, self.mask = cache, mask
-        else:
-            width = max(length, self.mask.shape[1])
-            self.cache = join_caches(pad_cache(self.cache, width), pad_cache(cache, width))
-            pad = torch.nn.functional.pad
-            self.mask = torch.cat([pad(rows, (width - rows.shape[1], 0)) for rows in (self.mask, mask)])
-        self.sequences.append(sequence)
+    def join(self, sequences: list[Sequence], batch: Batch) -> None:
+        self.sequences += sequences
+        self.batch.join(batch)
 
     def remove_finished(self) -> None:
-        """Remove the finished sequences, and the columns that are padding for all others."""
+        """Remove the finished sequences and, if others remain, their rows."""
         remaining = [number for number, sequence in enumerate(self.sequences) if not sequence.is_done]
-        if len(remaining) == len(self.sequences):
-            return
+        if remaining and len(remaining) < len(self.sequences):
+            self.batch.keep(remaining)
         self.sequences = [self.sequences[number] for number in remaining]
-        if not remaining:
-            self.cache = None
-            return
-        rows = torch.tensor(remaining)
-        self.mask = self.mask[rows]
-        first = int(self.mask.argmax(-1).min())  # the first column that is not padding for all
-        self.mask = self.mask[:, first:]
-        self.cache = map_cache(self.cache, lambda tensor: tensor[rows.to(tensor.device), :, first:])

@@ -1,4 +1,4 @@
-"""Changes key-value caches: joins those of several sequences, pads them on the left, and applies a function to their tensors."""
+"""Changes key-value caches: joins those of several rows, pads them on the left, and applies a function to their tensors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import torch
 from torch import Tensor
 
 
-def is_joinable(model: Any) -> bool:
-    """Return whether keys and values are the model's only state of a sequence."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+def configuration_of(model: Any) -> Any:
+    """Return the configuration of the text model below adapters."""
+    return model.config.get_text_config(decoder=True)
 
 
-def new_cache(model: Any, *, plain: bool) -> Any:
+def new_cache(model: Any, *, plain: bool = False) -> Any:
     """Return an empty cache. plain: keep every position, even if a layer attends only to the last ones."""
     from transformers.cache_utils import DynamicCache
 
-    return DynamicCache() if plain else DynamicCache(config=model.config)
+    return DynamicCache() if plain else DynamicCache(config=configuration_of(model))
+
+
+def layer_kinds(model: Any) -> set[str]:
+    """Return what the layers of a model keep of a row: the names of transformers' classes. `DynamicLayer` alone means the keys and
+    values of all tokens."""
+    return {type(layer).__name__ for layer in new_cache(model).layers}
+
+
+def is_joinable(model: Any) -> bool:
+    """Return whether keys and values are the model's only state of a row, so that rows can join a batch whose cache is `plain`."""
+    return layer_kinds(model) <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 def map_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -39,7 +47,7 @@ def pad_cache(cache: Any, width: int) -> Any:
 
 
 def join_caches(first: Any, second: Any) -> Any:
-    """Append the sequences of the second cache to the first, in place, and return the first. Both have equally many positions."""
+    """Append the rows of the second cache to the first, in place, and return the first. Both have equally many positions."""
     for first_layer, second_layer in zip(first.layers, second.layers, strict=True):
         if first_layer.is_initialized and first_layer.keys is not None:
             first_layer.keys = torch.cat([first_layer.keys, second_layer.keys])

@@ -1,4 +1,4 @@
-"""Chooses the next token."""
+"""Chooses tokens. A token is the one with the largest p / e, where e is exponential noise: the race that samples from p exactly."""
 
 from __future__ import annotations
 
@@ -8,8 +8,42 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dstune.generation.noise import exponential, mixed
+
+BLOCK_ELEMENTS = 2**16
+"""Logits that a CPU samples from at a time, so that intermediate values stay in its cache: noise for 8 rows of 49,152 tokens took
+5.1 ms at once and 2.2 ms row by row."""
 COLDEST = 1e-4
 """Below this temperature the most probable token is chosen: divided by less, logits would overflow fp32."""
+
+
+def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample from the whole distribution. Return (token, its log-probability, entropy of the distribution), each [rows].
+
+    logits: [rows, vocabulary]; keys: int64 [rows], one for each draw.
+    """
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.is_cpu else len(logits)
+    blocks = [_draw(*block, temperature) for block in zip(logits.split(rows), keys.split(rows), strict=True)]
+    if len(blocks) == 1:
+        return blocks[0]
+    token, logp, entropy = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return token, logp, entropy
+
+
+def _draw(logits: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.float()
+    logps = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    token = _winner(logps, keys)
+    logp = logps.gather(1, token[:, None])[:, 0]
+    probabilities = logps.exp()
+    entropy = -logps.clamp_(min=-1e9).mul_(probabilities).sum(dim=-1)
+    return token, logp, entropy
+
+
+def _winner(logps: Tensor, keys: Tensor) -> Tensor:
+    """Return a token for each row, int64 [rows]. logps: fp32 [rows, vocabulary]; keys: int64 [rows]."""
+    # In place: with a large vocabulary what is written costs more than what is computed.
+    return exponential(keys, logps.shape[-1]).log_().neg_().add_(logps).argmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -23,6 +57,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    """From -2**63 to 2**63 - 1."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -45,9 +80,10 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]):
         self.sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._key = torch.tensor([sampling.seed])
         self._prompt = torch.tensor(sorted(set(prompt)), dtype=torch.long)
         self._counts: dict[int, int] = {}
+        self._position = 0
 
     def choose(self, logits: Tensor) -> Chosen:
         """Choose a token. logits: float [vocabulary] of the next token, on the CPU."""
@@ -56,8 +92,9 @@ class Sampler:
         if sampling.temperature < COLDEST:
             token = int(changed.argmax())
         else:
-            probabilities = _with_top_k_top_p(changed / sampling.temperature, sampling).softmax(-1)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            logps = _with_top_k_top_p(changed / sampling.temperature, sampling).log_softmax(-1)
+            token = int(_winner(logps[None], mixed(self._key, self._position)))
+        self._position += 1
         self._counts[token] = self._counts.get(token, 0) + 1
         if sampling.logprobs is None:
             return Chosen(token)

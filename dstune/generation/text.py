@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dstune.serve.engines.local.sampling import Chosen
+from dstune.generation.sampler import Chosen
 
 MOST_UNFINISHED = 64
 """The most tokens that are decoded together while they do not form a complete character."""
