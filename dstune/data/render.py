@@ -18,7 +18,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.chat.by_code import note_of
 from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.content_format import as_template_reads
-from dstune.data.chat.dropped import dropped_fields, refuse_unprinted_messages
+from dstune.data.chat.dropped import dropped_fields, refuse_unprinted_messages, refuse_unprinted_parts
 from dstune.data.chat.fixes import TemplateFixes
 from dstune.data.chat.inline_reasoning import InlineReasoning
 from dstune.data.chat.probe import Facts, facts_of, learn_stops, reasoning_of
@@ -200,9 +200,10 @@ class ChatRenderer:
         tools: Tools | None,
         arguments: Mapping[str, Any] | None,
     ) -> list[Passage]:
+        template_arguments = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
         if (number := first_unusual(messages)) is not None:
-            template_arguments = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
             refuse_unprinted_messages(self._template, adapted, tools, template_arguments, number)
+        refuse_unprinted_parts(self._template, self.facts, messages, tools, template_arguments)
         if self.choice.whole:
             return [self._scored(adapted, tools, arguments, trained)]
         if not trained:

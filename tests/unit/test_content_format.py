@@ -13,6 +13,7 @@ from unit.templates import LLAMA3, MISTRAL
 
 from dstune.chat_templates import template_path
 from dstune.config.data_schema import SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.chat.content_format import reads_parts
 from dstune.data.chat.prompt import ChatPrompts
 from dstune.data.chat.template import RenderError
@@ -22,6 +23,7 @@ from dstune.data.rows import canonical_json, with_joined_parts
 from dstune.serve.engines.base import Limits, Unprovable
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.special import SpecialTexts
+from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
 from dstune.serve.fields import Chat, Response, checked
 from dstune.tasks.chat.config import ChatConfig, Reasoning
@@ -117,6 +119,83 @@ def test_a_part_that_is_not_printed_is_refused(tmp_path):
     template = PARTS.replace("message.content %}{% set", "message.content[:1] %}{% set")
     with pytest.raises(Exception, match="does not print its part 2"):
         sample_of(tmp_path, template, dialogue("Hi", parts("Yes", "No")))
+
+
+USER_PARTS = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['role'] == 'user' and message['content'] is not string %}
+{%- for part in message['content'] %}{{ part['text'] }}{% endfor %}
+{%- elif message['tool_calls'] %}{% for call in message['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}
+{%- else %}{{ message['content'] }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""As GLM 4.5 and Kimi K2: the parts of a user's content are read, any other content is printed as it is."""
+
+
+def with_result(result):
+    """A conversation in which a tool answers with this content."""
+    call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": '{"city": "Paris"}'}}
+    return [
+        {"role": "user", "content": parts("What is", " it like?")},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00001", "content": result},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+
+
+ALL_PARTS = USER_PARTS.replace("'user' and", "'user' or not message['tool_calls'] and")
+NO_PARTS = re.sub(r"{% if message\['role'\] == 'user'.*?elif", "{% if", USER_PARTS, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("template", [USER_PARTS, ALL_PARTS, NO_PARTS], ids=["of the user", "of all", "of none"])
+def test_the_parts_of_a_tools_result_are_joined_for_every_template(tmp_path, template):
+    """As vLLM does: a template that reads the parts of the user may print the list of a result as Python writes it."""
+    messages = with_result(parts("sunny", "21 degrees"))
+    tokenizer, text, _ = sample_of(tmp_path, template, messages)
+    assert "sunny\n21 degrees<|im_end|>" in text and "'text'" not in text
+    requested = checked({"model": "m", "messages": messages[:3]}, Chat, Chat.model_fields)["messages"]
+    ids = ChatPrompts(tokenizer, None).ids(conversation_of(requested, "messages"))
+    assert text.startswith(tokenizer.decode(ids))
+
+
+def test_engines_get_a_tools_result_as_one_text(tmp_path):
+    """So that a version of vLLM from before it joined them renders the same text."""
+    (tmp_path / "chat_template.jinja").write_text(USER_PARTS)
+    body = {"model": "m", "messages": with_result(parts("sunny", "21 degrees"))}
+    vllm = VllmEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
+    vllm._special = SpecialTexts(re.compile("(?!)"))
+    sent = vllm.outgoing("/v1/chat/completions", body)["messages"]
+    assert sent[2]["content"] == "sunny\n21 degrees" and sent[0]["content"] == parts("What is", " it like?")
+    llama_cpp = LlamaCppEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
+    llama_cpp._special = SpecialTexts(re.compile("(?!)"))
+    body["messages"][0]["content"] = "What is it like?"
+    assert llama_cpp.outgoing("/v1/chat/completions", body)["messages"][2]["content"] == "sunny\n21 degrees"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (USER_PARTS, "list of objects"),
+        (USER_PARTS.replace("{{ message['content'] }}", "{{ message['content'] | tojson }}"), "list of objects"),
+        (
+            USER_PARTS.replace("{{ message['content'] }}", "{{ message['content'][0]['text'] or message['content'] }}"),
+            "part 2",
+        ),
+    ],
+    ids=["Python", "JSON", "the first alone"],
+)
+def test_a_content_that_is_not_printed_as_text_is_refused(tmp_path, template, says):
+    messages = [{"role": "system", "content": parts("Be kind.", "Be brief.")}, *dialogue("Hi")]
+    with pytest.raises(UserError) as caught:
+        sample_of(tmp_path, template, messages)
+    (problem,) = caught.value.problems
+    assert says in problem.reason and "message 1 (system)" in problem.reason and "one text" in problem.reason
+    with pytest.raises(RenderError, match=says):
+        ChatPrompts(byte_tokenizer(template), None).ids(conversation_of(messages[:2], "messages"))
+    messages[0]["content"] = "Be kind.\nBe brief."
+    assert "Be kind.\nBe brief." in sample_of(tmp_path, template.replace("[0]['text']", ""), messages)[1].replace(
+        "\\n", "\n"
+    )
 
 
 def test_parts_do_not_write_a_control_token_together(tmp_path):

@@ -2,12 +2,15 @@
 
 OpenAI's API and many files give a content as a list of parts. A template that loops over the parts of a content gets the list;
 any other template gets their texts joined by line breaks. This is the rule of vLLM's `--chat-template-content-format auto` (its
-function `_detect_content_format`), which looks at the syntax tree and renders nothing. Imports neither torch nor transformers.
+function `_detect_content_format`), which looks at the syntax tree and renders nothing. The texts of a tool's result are joined for
+every template, as in vLLM: many templates loop over the parts of a user's content and print a result as it is, which would be the
+Python form of the list. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeGuard
 
@@ -52,12 +55,29 @@ def reads_only_parts(source: str) -> bool:
 def as_template_reads(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     """Return `messages` with their contents in the form that the template `source` reads: parts as a list or joined, and a text as
     one part if the template reads only parts."""
+    messages = with_joined_results(messages)
     contents = [message.get("content") for message in messages]
     if any(isinstance(content, list) for content in contents) and not reads_parts(source):
         return [joined(message) for message in messages]
     if any(isinstance(content, str) for content in contents) and reads_only_parts(source):
         return [_in_parts(message) for message in messages]
     return messages
+
+
+def with_joined_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `messages` with each tool's result as one text if it consists of texts; a result with an image keeps its parts."""
+    if not any(map(_is_result_in_texts, messages)):
+        return messages
+    return [joined(message) if _is_result_in_texts(message) else message for message in messages]
+
+
+def _is_result_in_texts(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return (
+        message.get("role") == "tool"
+        and isinstance(content, list)
+        and all(isinstance(part, dict) and "text" in part for part in content)
+    )
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from dstune.data.chat.call_ids import with_call_ids
+from dstune.data.chat.dropped import refuse_unprinted_parts
 from dstune.data.chat.probe import Facts, facts_of
 from dstune.data.chat.template import ChatTemplate, Messages, Tools
 from dstune.data.control import ControlTokens
@@ -27,9 +28,11 @@ def prompt_ids(
     even if it reads like the end of a turn.
 
     most: limit of the prompt, in tokens. place_images: inserts the placeholders of images into the rendered text
-    (`images.expand`). Raises RenderError, and TooManyTokens if the prompt is certainly longer than `most`.
+    (`images.expand`). Raises RenderError, also if the template does not print the parts of a content, and TooManyTokens if the
+    prompt is certainly longer than `most`.
     """
     values = dict(arguments or {})
+    refuse_unprinted_parts(template, facts, messages, tools, values)
     defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(values.values())})
     written = defused.value
     text = template.text(

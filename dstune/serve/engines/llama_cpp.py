@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from dstune.checkpoint.gguf_header import matrix_types
 from dstune.core.errors import Problem, UserError
-from dstune.data.chat.content_format import reads_parts
+from dstune.data.chat.content_format import reads_parts, with_joined_results
 from dstune.data.message import joined
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import Command, Engine, Unprovable, overriding_arguments
@@ -119,6 +119,7 @@ class LlamaCppEngine(Engine):
     def _in_one_text(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages whose contents are single texts. Raises ApiError if the template would render parts differently:
         llama.cpp has its own rule for them."""
+        messages = with_joined_results(messages)
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if reads_parts(self.source.template or ""):

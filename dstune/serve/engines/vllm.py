@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in, read_object
-from dstune.data.chat.content_format import reads_parts
+from dstune.data.chat.content_format import reads_parts, with_joined_results
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import (
     HEALTH_SECONDS,
@@ -209,14 +209,15 @@ class VllmEngine(Engine):
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
         request = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
-        request |= {"messages": _with_reasoning(body["messages"])} if isinstance(body.get("messages"), list) else {}
+        if isinstance(body.get("messages"), list):
+            request["messages"] = _as_trained(body["messages"])
         if path != "/v1/responses":
             return request
         # vLLM would store an answer under an id that any client may request.
         return request | {"input": _with_details(request["input"]), "store": False}
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
-        request = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
+        request = {**row, "messages": _as_trained(row["messages"])} if "messages" in row else row
         if not any(map(shows_image, request.get("messages", ()))):
             return await super().prompt_ids(model, request)
         # `/tokenize` may omit the tokens that stand for images in the model.
@@ -234,7 +235,7 @@ class VllmEngine(Engine):
         end of turn, it returns none."""
         if "answer" not in row:
             return []
-        answered = [*_with_reasoning(row["messages"]), {"role": "assistant", "content": row["answer"]}]
+        answered = [*_as_trained(row["messages"]), {"role": "assistant", "content": row["answer"]}]
         fields = {"add_generation_prompt": False, "continue_final_message": True, "prompt_logprobs": 0}
         rendered = await self._rendered(model, {**row, "messages": answered}, **fields)
         ids: list[int] = rendered.get("prompt_token_ids") or []
@@ -293,14 +294,15 @@ class VllmEngine(Engine):
         return "bfloat16" if stored == "float32" else stored
 
 
-def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `messages` with the reasoning of earlier answers under the name that vLLM reads: it silently ignores
-    `reasoning_content`."""
+def _as_trained(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `messages` in the form in which vLLM renders what was trained: the reasoning of earlier answers under the name that it
+    reads (it silently ignores `reasoning_content`), and the texts of a tool's result joined, which its versions before 0.20 give to
+    the template as a list."""
     return [
         {**message, "reasoning": message["reasoning_content"]}
         if isinstance(message, dict) and message.get("reasoning_content") and "reasoning" not in message
         else message
-        for message in messages
+        for message in with_joined_results(messages)
     ]
 
 
