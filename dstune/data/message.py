@@ -295,9 +295,9 @@ def _call(number: int, call: Any) -> dict[str, Any]:
 
 
 def from_json(text: str, complaint: str) -> Any:
-    """Return the value of the JSON text. Raises RowError, whose reason begins with `complaint`."""
+    """Return the value of the JSON text, its objects marked as written. Raises RowError, whose reason begins with `complaint`."""
     try:
-        return parse_json(text)
+        return as_written(parse_json(text))
     except json.JSONDecodeError as error:
         of_python = "; Python's str() wrote it, json.dumps writes JSON" if _PYTHON.match(text) else ""
         reason = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}{of_python}"
@@ -314,6 +314,18 @@ def inline_reasoning(content: str) -> tuple[str, str] | None:
     text_before, end_tag, answer = content.partition("</think>")
     reasoning = text_before.lstrip().removeprefix("<think>")
     return None if not end_tag or "<think>" in reasoning else (reasoning, answer)
+
+
+class WrittenObject(dict[str, Any]):
+    """An object from JSON text, in which somebody wrote every null; a table fills missing keys of its objects with null."""
+
+
+def as_written(value: Any) -> Any:
+    """Return a value of JSON text with each object that has a null as a `WrittenObject`."""
+    if isinstance(value, dict):
+        items = {key: as_written(item) for key, item in value.items()}
+        return WrittenObject(items) if None in items.values() else items
+    return [as_written(item) for item in value] if isinstance(value, list) else value
 
 
 GIVEN = ("arguments", "parameters")

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstune.data.content_blocks import with_parameters, without_blocks
-from dstune.data.message import REASONING_KEYS, Message, content_text, from_json, is_call, message_of, without_none
+from dstune.data.message import (
+    REASONING_KEYS,
+    Message,
+    WrittenObject,
+    content_text,
+    from_json,
+    is_call,
+    message_of,
+    without_none,
+)
 from dstune.data.problems import RowError, format_value
 
 EXCHANGE_KEYS = ("system", "human", "user", "assistant")
@@ -254,7 +263,8 @@ def _parameters(tool: dict[str, Any]) -> Any:
 def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
     """Return `messages` without null arguments of calls that their function does not have, if `tools` describes its arguments.
 
-    JSON that was once stored in a table gives every call the arguments of all calls.
+    Objects that were once stored in a table have the arguments of all calls. In JSON text, as OpenAI's API has them, somebody wrote
+    the null: a server prints it, so it stays.
     """
     arguments_by_function: dict[str, Any] = {}
     for tool in tools:
@@ -269,6 +279,8 @@ def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) 
     def without_absent_arguments(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         argument_names = arguments_by_function.get(function["name"])
+        if isinstance(function["arguments"], WrittenObject):
+            return call
         if argument_names is None or None not in function["arguments"].values():
             return call
         arguments = {

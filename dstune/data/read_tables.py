@@ -10,6 +10,7 @@ from dstune.core.confinement.table import TABLE_PIECE, Limits
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_json
 from dstune.data.files import DataFile, RawRow
+from dstune.data.message import WrittenObject, as_written
 from dstune.data.read_text import MAX_ROW_BYTES, refuse_doubled
 from dstune.planning.host import available_bytes
 
@@ -246,7 +247,9 @@ def _converter(kind: Any) -> Callable[[Any], Any] | None:
         return _parsed
     if pa.types.is_map(kind):
         convert_key, convert_item = _converter(kind.key_type) or _same, _converter(kind.item_type) or _same
-        return lambda pairs: None if pairs is None else {convert_key(key): convert_item(item) for key, item in pairs}
+        return lambda pairs: (
+            None if pairs is None else WrittenObject({convert_key(key): convert_item(item) for key, item in pairs})
+        )
     if pa.types.is_struct(kind):
         converters = {field.name: _time_of(field.type) or _converter(field.type) or _same for field in kind}
         return lambda value: (
@@ -274,7 +277,7 @@ def _same(value: Any) -> Any:
 def _parsed(text: Any) -> Any:
     """Return the value of JSON text; anything else stays as it is."""
     try:
-        return parse_json(text) if isinstance(text, str) else text
+        return as_written(parse_json(text)) if isinstance(text, str) else text
     except ValueError:
         return text
 

@@ -17,6 +17,7 @@ from dstune.data import sources
 from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import recognise
+from dstune.data.messages import conversation_of
 from dstune.data.rows import RowError, json_text, normalise
 from dstune.data.tokenize import RowTokenizer
 from dstune.launch.first_rows import first_row_problems
@@ -56,11 +57,53 @@ def test_an_argument_that_is_null_is_trained_where_the_function_has_it(tmp_path,
     assert arguments_of(row_of(given)) == given
     assert arguments_of(row_of(given, tools=[FUNCTION])) == {"x": 1, "y": None}
     assert arguments_of(row_of(json.dumps(given))) == given
+    # In JSON text somebody wrote it, and a server prints what its clients send.
+    assert arguments_of(row_of(json.dumps(given), tools=[FUNCTION])) == given
+    if task is CHAT:
+        sent = row_of(json.dumps(given), tools=[FUNCTION])
+        assert read(sent, CHAT)[1]["messages"] == conversation_of(sent["messages"], "messages"), "as a server reads it"
+        as_text = json.dumps(row_of(given)["messages"])
+        assert arguments_of({"messages": as_text, "tools": [FUNCTION]}) == given
+        call = {"name": "f", "arguments": given}
+        for conversation in (
+            [{"role": "user", "value": "Hi"}, {"role": "function_call", "value": json.dumps(call)}],
+            [U, {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(call)}]}],
+            [U, {"role": "assistant", "content": None, "tool_calls": [json.dumps(call)]}],
+        ):
+            assert arguments_of({"messages": conversation, "tools": [FUNCTION]}) == given
+        answered = {"query": "Hi", "answers": json.dumps([call]), "tools": json.dumps([FUNCTION])}
+        assert arguments_of(answered) == given
     # A table gives each object the keys of all.
     rows = [row_of({"x": 1, "y": None}), row_of({"x": None, "y": 2})]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (file,) = sources.expand(str(tmp_path / "rows.parquet"), "data.train")
     assert [arguments_of(row.fields) for row in sources.read(file)] == [{"x": 1}, {"y": 2}]
+
+
+def test_a_null_that_somebody_wrote_in_a_table_is_trained(tmp_path):
+    """In a map, and in a column that stores JSON; the function's schema lacks the argument, as in a row that a model made."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    arguments = {"x": 1, "of another function": None}
+    call = {"function": {"name": "f", "arguments": arguments}}
+    row = {
+        "messages": [U, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": json.dumps([FUNCTION]),
+    }
+    message = {"role": Value("string"), "content": Value("string"), "tool_calls": Json()}
+    features = Features({"messages": List(message), "tools": Value("string")})
+    Dataset.from_list([row], features=features).to_parquet(str(tmp_path / "json.parquet"))
+    function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.int64()))])
+    calls = pa.list_(pa.struct([("function", function)]))
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", calls)]))
+    call["function"]["arguments"] = list(arguments.items())
+    table = pa.table({"messages": pa.array([row["messages"]], kind), "tools": [row["tools"]]})
+    pq.write_table(table, tmp_path / "map.parquet")
+    for name in ("json.parquet", "map.parquet"):
+        (file,) = sources.expand(str(tmp_path / name), "data.train")
+        (found,) = sources.read(file)
+        (found_call,) = read(found.fields, CHAT)[1]["messages"][1]["tool_calls"]
+        assert found_call["function"]["arguments"] == arguments, name
 
 
 def test_json_in_a_table_is_what_it_says(tmp_path):
