@@ -27,7 +27,7 @@ from dstune.cycle.ledger import Ledger
 from dstune.cycle.refusals import check_gates, check_task, rows_of_spec
 from dstune.cycle.registry import Registry
 from dstune.cycle.settings import CycleSettings
-from dstune.monitor.row_files import read_run_parts
+from dstune.data.run_rows import read_run_parts
 from dstune.protocols import task_of
 
 ROWS, CYCLES, VERSIONS = "rows", "cycles", "versions"
@@ -72,7 +72,7 @@ class Cycle:
     @cached_property
     def _base(self) -> tuple[RunConfig, dict[str, list[dict[str, Any]]]]:
         """The configuration of the first run, and its rows by part."""
-        config, parts = read_run_parts(self.settings.run)
+        config, parts = read_run_parts(self.settings.run, fix="begin the cycle with a run of files (data.train)")
         return config, {part: [row for _, row in rows] for part, rows in parts.items()}
 
     @cached_property

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from dstune.core import files
 from dstune.core.api_client import ApiClient, RequestRefused
 from dstune.core.parsing import parse_json
-from dstune.recording.folder import Folder, digest_of_user, file_name
+from dstune.recording.folder import Folder, file_name
 from dstune.recording.inventory import KEY_REFUSED
 from dstune.recording.prompts import Prompt
 
@@ -122,7 +122,7 @@ def ask_all(
         (model, prompt)
         for model in models
         for key, prompt in prompts.items()
-        if key not in journals[model].keys and not folder.is_deleted(set(prompt.users))
+        if key not in journals[model].keys and not folder.has_deleted(prompt.users)
     ]
     open_requests.reverse()
     running: dict[Future[dict[str, Any]], str] = {}
@@ -205,7 +205,7 @@ def answer_of(
         body = refused.apply(model, original)
         try:
             answered = client.post(asking.path(model), body)
-            return _record(folder, model, prompt, body, answered)
+            return record_of(folder, model, prompt, body, answered)
         except RequestRefused as error:
             parameter = _refused_parameter(error, body)
             if parameter and parameter not in tried:
@@ -217,7 +217,7 @@ def answer_of(
             if error.status in (403, 404):
                 raise ModelGone(f"HTTP {error.status} {error.detail}".strip()) from None
             refusal = {"status": error.status, "message": folder.redacted(error.detail)}
-            return _record(folder, model, prompt, body, {"error": refusal})
+            return record_of(folder, model, prompt, body, {"error": refusal})
 
 
 def _refused_parameter(error: RequestRefused, body: Mapping[str, Any]) -> str:
@@ -229,16 +229,17 @@ def _refused_parameter(error: RequestRefused, body: Mapping[str, Any]) -> str:
     return next((name for name in sorted(OPTIONAL, key=len, reverse=True) if name in body and name in error.detail), "")
 
 
-def _record(
+def record_of(
     folder: Folder, model: str, prompt: Prompt, body: Mapping[str, Any], answered: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the record of an answer, masked if the recording is. answered: a chat completion, or an `error`."""
     choices = answered.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
     record: dict[str, Any] = {
         "key": prompt.key,
         "model": model,
         "place": prompt.place,
-        "users": [digest_of_user(user) for user in prompt.users],
+        "users": list(prompt.users),
         "messages": folder.redacted(prompt.messages),
         "options": folder.redacted(prompt.options),
         "expected": folder.redacted(prompt.expected),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from dstune.core.api_client import ApiClient
-from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED
 from dstune.core.text import one_line
 from dstune.recording import options
 from dstune.recording.answers import Asking, ask_all
 from dstune.recording.folder import Folder
 from dstune.recording.inventory import Inventory, record_inventory, take_inventory
+from dstune.recording.masking import make_redactor
 from dstune.recording.prompts import Prompt, read_prompts, recorded_prompts, without_repeats
 
 
@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
 def record(arguments: argparse.Namespace, client: ApiClient, folder: Folder, prompts: list[Prompt]) -> int:
     """Record the inventory, then the answers; return the exit code. Raises DstuneError."""
     names = ("temperature", "seed", "max_tokens", "logprobs")
-    _keep_settings(folder, server=client.address.url, redact=sorted(set(arguments.redact)))
+    folder.hold_settings(server=client.address.url, redact=sorted(set(arguments.redact)))
     if prompts or arguments.prompts_of:
-        _keep_settings(folder, asking={name: getattr(arguments, name) for name in names})
+        folder.hold_settings(asking={name: getattr(arguments, name) for name in names})
     folder.save_manifest(complete=False)
     inventory = take_inventory(client)
     _print_inventory(inventory)
@@ -95,38 +95,8 @@ def delete_user(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def make_redactor(kinds: Sequence[str]) -> Callable[[str], str] | None:
-    """Return what masks a text; None if `kinds` is empty. Raises UserError for a missing package."""
-    if not kinds:
-        return None
-    from dstune.data.clean import sensitive
-
-    if "personal_data" in kinds:
-        sensitive.check_personal_data()
-    if "secrets" in kinds:
-        sensitive.find_secrets("")
-
-    def redact(text: str) -> str:
-        if "secrets" in kinds:
-            text = sensitive.mask(text, sensitive.find_secrets(text))
-        if "personal_data" in kinds:
-            text = sensitive.mask(text, sensitive.find_personal_data(text))
-        return text
-
-    return redact
-
-
 def _models(arguments: argparse.Namespace, inventory: Inventory) -> list[str]:
     return [*dict.fromkeys(arguments.models)] or inventory.fine_tuned
-
-
-def _keep_settings(folder: Folder, **settings: Any) -> None:
-    """Write settings into the manifest. Raises UserError if the folder has other ones."""
-    if changed := [name for name, value in settings.items() if folder.manifest.get(name, value) != value]:
-        reason = f"it was recorded with another value of: {', '.join(changed)}"
-        fix = "another folder, or the settings in manifest.json"
-        raise UserError(Problem("FOLDER", reason, fix, str(folder.path)))
-    folder.save_manifest(**settings)
 
 
 def _print_inventory(inventory: Inventory) -> None:

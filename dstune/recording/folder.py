@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,11 @@ class Folder:
 
     def is_deleted(self, users: set[str]) -> bool:
         """Return whether one of `users` has been deleted."""
-        return any(digest_of_user(user) in self._deleted for user in users)
+        return self.has_deleted(map(digest_of_user, users))
+
+    def has_deleted(self, digests: Iterable[str]) -> bool:
+        """Return whether a user with one of these digests has been deleted."""
+        return not self._deleted.isdisjoint(digests)
 
     def delete_user(self, user: str, columns: Sequence[str]) -> int:
         """Delete a user's rows and answers, also from later recordings into this folder; return their number."""
@@ -177,6 +181,14 @@ class Folder:
         return self.redacts or bool(self._deleted)
 
     # -- the manifest
+
+    def hold_settings(self, **settings: Any) -> None:
+        """Write settings into the manifest. Raises UserError if the folder was recorded with other ones."""
+        if changed := [name for name, value in settings.items() if self.manifest.get(name, value) != value]:
+            reason = f"it was recorded with another value of: {', '.join(changed)}"
+            fix = "another folder, or the settings in manifest.json"
+            raise UserError(Problem("FOLDER", reason, fix, str(self.path)))
+        self.save_manifest(**settings)
 
     def save_manifest(self, **entries: Any) -> None:
         """Write the manifest: `entries`, and every file with its size and digest."""

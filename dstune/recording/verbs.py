@@ -26,5 +26,5 @@ class Retrain(Verb):
 @verb
 class Compare(Verb):
     name = "compare"
-    summary = "whether a new model answers your prompts as well as the old one, from two recordings"
+    summary = "whether a new model answers your prompts as well as the old one: recordings, servers, runs or models"
     action = "dstune.recording.compare:main"

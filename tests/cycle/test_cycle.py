@@ -12,7 +12,7 @@ from support import warm_start
 from dstune.cli import main
 from dstune.cycle import training
 from dstune.cycle.registry import Registry
-from dstune.monitor.row_files import read_run_parts
+from dstune.data.run_rows import read_run_parts
 from tests.support.served_runs import save_run
 from tests.support.tiny import WORDS, save_decoder, save_encoder, write_dialogues, write_labelled
 
@@ -81,7 +81,7 @@ def test_from_feedback_to_a_challenger_and_back(base: Path, tmp_path: Path, caps
 
     feedback = write_feedback(tmp_path / "feedback.jsonl", 60)
     feedback.append(feedback[0] | {"id": "r99", "label": "neither"})
-    measured = read_run_parts(base / "run")[1]["validation"][0][1]
+    measured = read_run_parts(base / "run", fix="")[1]["validation"][0][1]
     feedback.append({"id": "leak", "key": "k1", "user": "leaky", **measured})
     (tmp_path / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in feedback))
     assert main(["cycle", str(config), "--json"]) == 0

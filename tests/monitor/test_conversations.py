@@ -18,11 +18,12 @@ from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.cycle.settings import CycleSettings
 from dstune.cycle.steps import Cycle
+from dstune.data.run_rows import read_run_parts
 from dstune.monitor import row_files
 from dstune.monitor.check import iso
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
 from dstune.monitor.gather import Reference, _add_model_signals, read_live, read_reference
-from dstune.monitor.row_files import conversation_of_row, read_file_rows, read_run_parts
+from dstune.monitor.row_files import conversation_of_row, read_file_rows
 from dstune.monitor.server_logs import _conversation, _with_feedback, log_folder, read_log
 from dstune.monitor.signals import SignalTable
 from dstune.serve.gateway.request_log import RequestLog
@@ -289,12 +290,12 @@ def test_rows_that_a_run_replayed_are_among_those_that_it_was_trained_on(tmp_pat
     (tmp_path / "run").mkdir()
     composed = compose(words)
     write_run(tmp_path / "run" / "run.yaml", replace(composed, config=with_replay(composed.config)))
-    config, parts = read_run_parts(tmp_path / "run")
+    config, parts = read_run_parts(tmp_path / "run", fix="")
     assert config.data.train == str(rows) and not config.data.mixture
     texts = [{json.loads(line)["text"] for line in path.read_text().splitlines()} for path in (rows, old)]
     train, validation = ({row["text"] for _, row in parts[part]} for part in ("train", "validation"))
     assert train | validation == texts[0] | texts[1] and texts[1] <= train and validation <= texts[0]
-    assert len(read_run_parts(tmp_path / "run", 25)[1]["train"]) == 25
+    assert len(read_run_parts(tmp_path / "run", 25, fix="")[1]["train"]) == 25
 
 
 def test_rows_of_a_run_on_images_are_read_with_their_texts(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_rows_of_a_run_on_images_are_read_with_their_texts(tmp_path: Path) -> No
     words = ["model.path=/nowhere", "data=files", f"data.train={tmp_path / 'rows.jsonl'}", "data.split.validation=0"]
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run" / "run.yaml", compose([*words, "task=chat"]))
-    ((_, read),) = read_run_parts(tmp_path / "run")[1]["train"]
+    ((_, read),) = read_run_parts(tmp_path / "run", fix="")[1]["train"]
     assert asked_texts(read) == ("what is it?",) and read["images"][0]["size"] == [32, 32]
     settings = CycleSettings(tmp_path / "run", tmp_path / "cycle", "feedback.jsonl")
     with pytest.raises(UserError, match="shows an image, which the log"):

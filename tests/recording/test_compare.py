@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dstune.core.errors import UserError
-from dstune.recording import compare
+from dstune.recording import kinds
 from dstune.recording.command import main as record
-from dstune.recording.compare import Row, agreement, kinds_of, main
+from dstune.recording.compare import main
+from dstune.recording.kinds import Row, agreement, kinds_of
 from tests.support.hosted_double import Hosted, serving
 
 
@@ -29,7 +30,7 @@ def rows_of(count: int, old: float, new: float, seed: int) -> list[Row]:
 
 def verdicts(count: int, old: float, new: float, seeds: int = 100) -> Counter[str]:
     return Counter(
-        compare.verdict_of_all(compare.judge(kinds_of(rows_of(count, old, new, seed)), 0.05, 0.025))
+        kinds.verdict_of_all(kinds.decide_kinds(kinds_of(rows_of(count, old, new, seed))[0], 0.05, 0.025))
         for seed in range(seeds)
     )
 
@@ -42,7 +43,7 @@ def test_verdicts_over_seeds():
     assert worse["worse"] >= 95 and worse["passed"] == 0
     assert few["undecided"] >= 80 and few["worse"] <= 3
     assert at_margin["passed"] <= 6  # 2.5% are expected
-    gates = compare.judge(kinds_of(rows_of(40, 0.9, 0.9, 0)), 0.05, 0.025)
+    gates = kinds.decide_kinds(kinds_of(rows_of(40, 0.9, 0.9, 0))[0], 0.05, 0.025)
     assert gates[0].verdict == "undecided" and (gates[0].rows_needed or 0) > 40
 
 
@@ -78,7 +79,9 @@ def test_two_recordings_end_to_end(tmp_path, monkeypatch, capsys):
     worse = recorded(tmp_path / "worse", "mine", prompts, 3, monkeypatch)
     assert main([str(old), str(equal), "--output", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
-    assert "passed     JSON: agreement of fields" in out and "1 prompts in a training file" in out
+    assert (
+        "passed     JSON: agreement of fields" in out and "1 prompts are left out: a model was trained on them" in out
+    )
     assert main([str(old), str(worse), "--output", str(tmp_path / "b")]) == 1
     result = json.loads((tmp_path / "b" / "comparison.json").read_text())
     assert result["verdict"] == "worse"
@@ -91,7 +94,7 @@ def test_two_recordings_end_to_end(tmp_path, monkeypatch, capsys):
     assert "<b>question" not in page and "&lt;b&gt;question&lt;/b&gt; 3" in page and "USD" in page
     with pytest.raises(UserError, match="it has no answers of other"):
         main([str(old), str(equal), "--output", str(tmp_path / "c"), "--new-model", "other"])
-    with pytest.raises(UserError, match="there is no recording"):
+    with pytest.raises(UserError, match="is no recording, run or model"):
         main([str(tmp_path), str(equal), "--output", str(tmp_path / "c")])
 
 
@@ -99,8 +102,10 @@ def test_kinds_of_tasks_follow_from_the_expected_answers():
     rows = [Row("q", "yes" if n % 2 else "no", "yes", "no") for n in range(10)]
     rows += [Row("q", "a longer sentence with many words, which is no class at all " * 2, "a", "b")] * 6
     rows += [Row("q", '{"a": 1}', "{}", "")] * 4
-    assert [(kind.name, len(kind.rows)) for kind in kinds_of(rows)] == [("classes", 10), ("texts", 6)]
-    assert kinds_of([Row("q", f"answer {n}", "", "") for n in range(9)])[0].name == "short answers"
+    known, notes = kinds_of(rows)
+    assert [(kind.name, len(kind.rows)) for kind in known] == [("classes", 10), ("texts", 6)]
+    assert notes == ["4 prompts of the kind 'JSON' are too few"]
+    assert kinds_of([Row("q", f"answer {n}", "", "") for n in range(9)])[0][0].name == "short answers"
 
 
 @pytest.mark.parametrize(

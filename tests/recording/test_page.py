@@ -10,8 +10,11 @@ from pathlib import Path
 
 from dstune.recording import command, compare, retrain
 from tests.support.hosted_double import Hosted, serving
+from tests.support.served_runs import save_run
+from tests.support.tiny import save_decoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "hosted-models.md"
+COMPARISONS = ("comparison", "comparison-servers")
 
 
 def commands() -> list[list[str]]:
@@ -42,6 +45,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AZURE_OPENAI_API_KEY", azure.key)
     monkeypatch.setenv("DSTUNE_API_KEY", local.key)
     Path("logs.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in range(220)))
+    save_run(Path("runs/ftjob-0"), save_decoder(tmp_path / "base"), Path("logs.jsonl"), "task=chat", "method=lora")
     verbs = {"record": command.main, "compare": compare.main, "retrain": retrain.main}
     with serving(openai) as url, serving(azure) as azure_url, serving(local) as local_url:
         servers = {"https://api.openai.com/v1": f"{url}/v1", "https://my-resource.openai.azure.com": azure_url}
@@ -49,7 +53,8 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
         for program, verb, *words in commands():
             assert program == "dstune"
             before = len(openai.requests)
-            assert verbs[verb]([servers.get(word, word) for word in words]) == 0
+            worse = "runs/ftjob-0" in words  # its weights are random here
+            assert verbs[verb]([servers.get(word, word) for word in words]) == int(worse)
             if "--dry-run" in words:
                 assert not Path("recording").exists() and len(openai.requests) > before
     assert "model: qwen3_8b" in Path("support.yaml").read_text()
@@ -57,6 +62,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     assert manifest["complete"] and len(list(Path("recording/jobs").iterdir())) == 3
     answers = Path("recording/answers/ft:gpt-4o-2024-08-06:acme::0.jsonl").read_text()
     assert len(answers.splitlines()) == 20 + 219 and "log 17 " not in answers
-    assert json.loads(Path("comparison/comparison.json").read_text())["verdict"] == "passed"
+    verdicts = [json.loads(Path(f"{name}/comparison.json").read_text())["verdict"] for name in COMPARISONS]
+    assert verdicts == ["worse", "passed"]
     assert "log 17 " in Path("recording-azure/answers/my-deployment.jsonl").read_text()
     assert "3 rows and answers of this user are deleted" in capsys.readouterr().out

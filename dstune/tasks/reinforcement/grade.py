@@ -14,6 +14,7 @@ from typing import Any
 from dstune.core.confinement.table import PROGRAM
 from dstune.core.errors import Problem, UserError
 from dstune.grading.grader import GraderError, GraderFailed, Sample, Services, check_grader, grade, kinds_in
+from dstune.grading.model_grader import grading_request, read_score
 from dstune.grading.sandbox import AT_ONCE, run_program
 from dstune.tasks.reinforcement.outages import Failure, may_pass
 
@@ -28,26 +29,6 @@ _grade = _scope["grade"](_given["sample"], _given["item"])
 _answers.write(json.dumps({"score": float(_grade)}))
 _answers.flush()
 """
-JUDGED = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "grade",
-        "schema": {
-            "type": "object",
-            "properties": {
-                "steps": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {"description": {"type": "string"}, "conclusion": {"type": "string"}},
-                    },
-                },
-                "result": {"type": "number"},
-            },
-            "required": ["result"],
-        },
-    },
-}
 
 
 class JudgeUnavailable(GraderFailed):
@@ -121,20 +102,14 @@ class Graders:
         """Ask a model for a score and return it. Raises GraderFailed; JudgeUnavailable if another attempt may succeed."""
         if self._judge is None:
             raise GraderFailed("model_grader_server_error", "task.judge names no server")
-        parameters = dict(grader.get("sampling_params", {}))
-        if (most := parameters.pop("max_completions_tokens", None)) is not None:
-            parameters["max_completion_tokens"] = most
-        body = {"model": grader["model"], "messages": messages, "response_format": JUDGED, **parameters}
+        body = grading_request(grader, messages)
         try:
             answer = post(f"{self._judge}/v1/chat/completions", body, self.limits.seconds, self._judge_key)
             text = answer["choices"][0]["message"]["content"]
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             kind = JudgeUnavailable if may_pass(error) else GraderFailed
             raise kind("model_grader_server_error", f"{type(error).__name__}: {error}"[:200]) from None
-        try:
-            return float(json.loads(text)["result"])
-        except (ValueError, LookupError, TypeError):
-            raise GraderFailed("model_grader_parse_error", str(text)[:200]) from None
+        return read_score(text)
 
 
 def asks_others(grader: Mapping[str, Any]) -> bool:
