@@ -46,18 +46,18 @@ class Collected:
 
     rows: list[Row]
     dropped: dict[str, int]
-    present: set[str]
-    """Ids of everything that the source still has."""
     largest_key: float
     """The largest share of the rows that came from a single key."""
 
 
-def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, writes: bool) -> Collected:
-    """Return the rows that no earlier cycle used. Raises UserError.
+def collect(
+    settings: CycleSettings, requests: Sequence[Conversation], labels: Sequence[str], used: set[str], *, writes: bool
+) -> Collected:
+    """Return the rows that no earlier cycle used.
 
-    labels: the model's labels; empty if it writes text. used: ids of earlier rows. writes: whether the model writes text.
+    requests: those of `read_feedback`. labels: the model's labels; empty if it writes text. used: ids of earlier rows. writes:
+    whether the model writes text.
     """
-    requests, present = _requests(settings)
     dropped: Counter[str] = Counter()
     rows: dict[str, Row] = {}
     for request in requests:
@@ -81,11 +81,11 @@ def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, w
     if len(remaining) < len(rows):
         dropped["more than share_per_key of one key"] = len(rows) - len(remaining)
     largest = max(Counter(row.key for row in remaining).values(), default=0) / max(len(remaining), 1)
-    return Collected(remaining, dict(sorted(dropped.items())), present, largest)
+    return Collected(remaining, dict(sorted(dropped.items())), largest)
 
 
-def _requests(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
-    """Return all requests, and the ids of everything that the source still has."""
+def read_feedback(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
+    """Return all requests, and the ids of everything that the source still has. Raises UserError."""
     folder = log_folder(settings.data)
     if folder is not None:
         return read_requests(folder, 0.0, settings.store), recorded_requests(folder, settings.store)

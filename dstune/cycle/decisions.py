@@ -45,35 +45,56 @@ def _is_lossy(gate: GateLine) -> bool:
     return bool(gate["high"] < 0)
 
 
-def decide_candidate(settings: CycleSettings, gates: Sequence[GateLine], largest_key: float) -> tuple[str, str]:
-    """Return the decision about a candidate, and the reason. largest_key: the largest share of its new rows from a single key."""
+def decide_candidate(
+    settings: CycleSettings, gates: Sequence[GateLine], largest_key: float, replaces: str | None = None
+) -> tuple[str, str]:
+    """Return the decision about a candidate, and the reason.
+
+    largest_key: the largest share of its new rows from a single key. replaces: the current version if it holds deleted rows. Then
+    a candidate is not held unless it is shown to lose something, and `auto_promote` asks for no gain.
+    """
     state, reason = summarize(gates)
     if state == "failed":
         return REFUSED, reason
     if all(gate["name"].startswith(KEY) for gate in gates):
         return REFUSED, "no gate had enough rows to judge"
+    pending = f"{replaces} holds deleted rows; " if replaces else ""
+    if state == "undecided" and (not replaces or any(_shows_a_loss(gate) for gate in gates)):
+        return HELD, f"{pending}{reason}; {A_PERSON}"
     if state == "undecided":
-        return HELD, f"{reason}; {A_PERSON}"
-    if settings.auto_promote is not None and (question := _reason_to_ask(settings, gates, largest_key)):
-        return CHALLENGES, f"{question}: a person decides"
+        return CHALLENGES, f"{pending}{settings.share:.0%} of the traffic, though {reason}; a person promotes it"
+    if settings.auto_promote is not None and (question := _reason_to_ask(settings, gates, largest_key, replaces)):
+        return CHALLENGES, f"{pending}{question}: a person decides"
     if settings.auto_promote is not None:
-        return PROMOTED, f"within the bounds of auto_promote: {_gain(_new_rows(gates))}"
-    return CHALLENGES, f"{settings.share:.0%} of the traffic; a person promotes it"
+        return PROMOTED, f"{pending}within the bounds of auto_promote: {_gain(_new_rows(gates)) or reason}"
+    return CHALLENGES, f"{pending}{settings.share:.0%} of the traffic; a person promotes it"
 
 
-def _reason_to_ask(settings: CycleSettings, gates: Sequence[GateLine], largest_key: float) -> str:
+def _shows_a_loss(gate: GateLine) -> bool:
+    """Return whether an undecided set, or an undecided gate that has to pass, shows that the candidate loses something."""
+    has_to_pass = gate["is_set"] or gate.get("holds", False)
+    return verdict_of(gate) == UNDECIDED and has_to_pass and (_is_lossy(gate) or bool(gate.get("loses", False)))
+
+
+def _reason_to_ask(settings: CycleSettings, gates: Sequence[GateLine], largest_key: float, replaces: str | None) -> str:
     """Return why a person must decide although `auto_promote` is set; empty if all its bounds hold."""
     bounds, new = settings.auto_promote, _new_rows(gates)
     assert bounds is not None
     if largest_key > settings.share_per_key:
         return f"one key gave {largest_key:.0%} of the rows, more than {settings.share_per_key:.0%}"
+    if replaces:
+        return _lossy_gates(gates)
     if new is None:
         return "no new rows were held out to measure a gain on"
     if not (new["rows"] >= bounds.least_new_rows and new["low"] > bounds.least_gain):
         return f"outside the bounds of auto_promote ({_gain(new)})"
-    if lossy := [gate for gate in gates if verdict_of(gate) == UNDECIDED and _is_lossy(gate)]:
-        return f"loses, and perhaps more than is allowed: {_needs(lossy)}"
-    return ""
+    return _lossy_gates(gates)
+
+
+def _lossy_gates(gates: Sequence[GateLine]) -> str:
+    """Return the undecided gates that show a loss, as text; empty if there are none."""
+    lossy = [gate for gate in gates if verdict_of(gate) == UNDECIDED and _is_lossy(gate)]
+    return f"loses, and perhaps more than is allowed: {_needs(lossy)}" if lossy else ""
 
 
 def _new_rows(gates: Sequence[GateLine]) -> GateLine | None:

@@ -23,9 +23,10 @@ from dstune.grading.verdicts import (
     GateResult,
     decide,
     level_of_worse,
+    smallest_margin,
 )
 from dstune.protocols import PROBES
-from dstune.protocols.probe import Probe, asked
+from dstune.protocols.probe import Probe, Question, asked
 
 NEW_ROWS = "new rows"
 KEY = "key "
@@ -115,9 +116,8 @@ def compare(
                 comparisons.append(Comparison(f"{name}: exchanged words", *steady, gates.margin))
     for name in gates.probes:
         probe = PROBES[name]()
-        comparisons.append(
-            Comparison(probe.title, _probed(probe, current), _probed(probe, candidate), gates.probe_margin, holds=True)
-        )
+        scores = _probed(probe, current), _probed(probe, candidate)
+        comparisons.append(Comparison(probe.title, *scores, gates.probe_margin, has_to_pass=True))
     for name, rows in prompts.items():
         answers = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))
         comparisons.append(Comparison(name, *answers, 0.0, keeps_each=True))
@@ -133,8 +133,24 @@ def _scored(
     return kept, (current[is_scored], candidate[is_scored])
 
 
+def all_questions(probe: Probe) -> list[Question]:
+    """Return the questions that a gate asks."""
+    return [*probe.questions(), *probe.further_questions()]
+
+
+def undecidable_probes(gates: Gates, probes: Mapping[str, type[Probe]]) -> list[str]:
+    """Return a sentence for each of the probes that no candidate can pass at `probe_margin`, because it has too few questions."""
+    counts = {name: len(all_questions(kind())) for name, kind in probes.items()}
+    return [
+        f"gates.probes: {name} has {count} questions, which cannot exclude a loss of {100 * gates.probe_margin:g} points, so every "
+        f"candidate will wait for a person: write more questions, or set gates.probe_margin to {math.ceil(100 * least) / 100:g}"
+        for name, count in counts.items()
+        if (least := smallest_margin(count, gates.error)) > gates.probe_margin
+    ]
+
+
 def _probed(probe: Probe, version: Judge) -> np.ndarray:
-    questions = list(probe.questions())
+    questions = all_questions(probe)
     answers = version.answers([{"messages": [{"role": "user", "content": asked(question)}]} for question in questions])
     return np.array([probe.score(*pair) for pair in zip(questions, answers, strict=True)], dtype=float)
 

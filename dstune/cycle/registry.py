@@ -51,6 +51,10 @@ class Registry:
     def challenger(self) -> str | None:
         return next((name for name, version in self.versions.items() if version["status"] == "challenger"), None)
 
+    def holds_deleted_rows(self, name: str) -> bool:
+        """Return whether a version was trained on rows that were deleted since."""
+        return bool(self.versions[name].get("holds_forgotten"))
+
     def share(self, alias: str, share: float) -> None:
         """Give the challenger its share of the traffic, and the current version the rest."""
         current, challenger = self.current, self.challenger
@@ -61,19 +65,24 @@ class Registry:
         self.aliases[alias] = shares
 
     def challenge(self, alias: str, share: float) -> str:
-        """Give a held challenger its share of the traffic. Raises UserError if there is none."""
-        challenger = self._waiting("challenge")
+        """Give a held challenger its share of the traffic. Raises UserError if there is none, or if it holds deleted rows."""
+        challenger = self.waiting("challenge")
         self.share(alias, share)
         return challenger
 
-    def _waiting(self, action: str) -> str:
-        if self.challenger is None:
+    def waiting(self, action: str) -> str:
+        """Return the challenger that `action` is about. Raises UserError if there is none, or if it holds deleted rows."""
+        challenger = self.challenger
+        if challenger is None:
             raise UserError(Problem(action, "there is no challenger", "`dstune cycle CONFIG` makes one"))
-        return self.challenger
+        if self.holds_deleted_rows(challenger):
+            reason = f"{challenger} was trained on rows that were deleted since"
+            raise UserError(Problem(action, reason, "`dstune cycle CONFIG` trains one without them"))
+        return challenger
 
     def promote(self, alias: str) -> str:
-        """Make the challenger the current version. Raises UserError if there is none."""
-        challenger, current = self._waiting("promote"), self.current
+        """Make the challenger the current version. Raises UserError if there is none, or if it holds deleted rows."""
+        challenger, current = self.waiting("promote"), self.current
         if current is not None:
             self.versions[current]["status"] = "former"
             self.former.append(current)
@@ -82,20 +91,22 @@ class Registry:
         return challenger
 
     def roll_back(self, alias: str) -> tuple[str, str]:
-        """Drop the challenger, or without one return to the version before. Returns what ended, and what serves now.
+        """Drop the challenger, or without one return to the newest earlier version that does not hold deleted rows.
 
-        Raises UserError where there is nothing to return to.
+        Returns what ended, and what serves now. Raises UserError where there is nothing to return to.
         """
         current, challenger = self.current, self.challenger
         if challenger is not None and current is not None:
             self.versions[challenger]["status"] = "refused"
             self.aliases[alias] = {current: 1.0}
             return challenger, current
-        if current is None or not self.former:
+        choices = [name for name in self.former if not self.holds_deleted_rows(name)]
+        if current is None or not choices:
             raise UserError(
                 Problem("rollback", "there is no earlier version", "`dstune cycle CONFIG status` lists them")
             )
-        earlier = self.former.pop()
+        earlier = choices[-1]
+        self.former = self.former[: self.former.index(earlier)]
         self.versions[current]["status"] = "refused"
         self.versions[earlier]["status"] = "current"
         self.aliases[alias] = {earlier: 1.0}

@@ -21,14 +21,14 @@ from dstune.cycle import collect as rows_of
 from dstune.cycle import training
 from dstune.cycle.collect import RUN_WORDS, Contamination, Row, digest_of_row, load, read_rows, save, write_rows
 from dstune.cycle.decisions import HELD, PROMOTED, REFUSED, decide_candidate, summarize
-from dstune.cycle.gates import NEW_ROWS, agreements, compare, compare_memory, judge_all
+from dstune.cycle.gates import NEW_ROWS, agreements, compare, compare_memory, judge_all, undecidable_probes
 from dstune.cycle.judges import judge_of
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.refusals import check_gates, check_task, rows_of_spec
 from dstune.cycle.registry import Registry
 from dstune.cycle.settings import CycleSettings
 from dstune.data.run_rows import read_run_parts
-from dstune.protocols import task_of
+from dstune.protocols import PROBES, task_of
 
 ROWS, CYCLES, VERSIONS = "rows", "cycles", "versions"
 FIRST = "v1"
@@ -86,6 +86,10 @@ class Cycle:
         check_task(read_run(self.settings.run / "run.yaml").config)
         config, parts = self._base
         check_gates(self.settings, config, self._labels, parts)
+        for sentence in undecidable_probes(
+            self.settings.gates, {name: PROBES[name] for name in self.settings.gates.probes}
+        ):
+            self._message(sentence)
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._first_version()
         for step in (self.collect, self.train, self.judge, self.register):
@@ -126,19 +130,23 @@ class Cycle:
         facts = {key: result[key] for key in ("rows", "held_out", "dropped", "forgotten", "digest")}
         if self.registry.challenger not in (None, self.version):
             return "waiting", f"{self.registry.challenger} waits for a person: promote it, or roll it back", facts
-        if result["rows"] < self.settings.least_rows:
+        replaces = result.get("replaces")
+        if result["rows"] < self.settings.least_rows and not replaces:
             return "nothing", f"{result['rows']} new rows, fewer than least_rows={self.settings.least_rows}", facts
         if result["tried"]:
             return "nothing", "the same rows as those of a candidate that was refused or rolled back", facts
-        return "trains", f"{result['rows']} new rows from version {result['start']}", facts
+        reason = f"{result['rows']} new rows from version {result['start']}"
+        return "trains", f"{reason}, since {replaces} holds deleted rows" if replaces else reason, facts
 
     def _collect(self) -> dict[str, Any]:
         config, parts = self._base
+        requests, present = rows_of.read_feedback(self.settings)
+        forgotten = self._forget(present)
+        self._withdraw_challenger()
         earlier = {number: load(self._rows_file(number)) for number in self._passed_cycles()}
         writes = task_of(config.task).generates
         used = {row.id for rows in earlier.values() for row in rows}
-        collected = rows_of.collect(self.settings, self._labels, used, writes=writes)
-        forgotten = self._forget(collected.present)
+        collected = rows_of.collect(self.settings, requests, self._labels, used, writes=writes)
         held_out = [row for row in collected.rows if row.is_held_out]
         measured = Contamination([*self._measured(parts), *(row.row for row in held_out), *self._held_out_rows()])
         train = [row for row in collected.rows if not row.is_held_out]
@@ -148,15 +156,26 @@ class Cycle:
         if len(clean) < len(train):
             dropped["shares words with rows that are measured"] = len(train) - len(clean)
         save(self._rows_file(self.number), [*clean, *held_out])
-        digest = digest_of_row({"rows": sorted(row.digest for row in clean)})
+        start = self._start()
+        since = [row for number in self._cycles_since(start) for row in earlier[number] if not row.is_held_out]
+        digest = digest_of_row({"rows": sorted(row.digest for row in [*since, *clean])})
         # A version that a person rolled back has this status too.
         refused = [version["cycle"] for version in self.registry.versions.values() if version["status"] == "refused"]
         tried = any(self._collected(cycle).get("digest") == digest for cycle in refused)
-        start = self._start()
         return {
             "rows": len(clean), "held_out": len(held_out), "dropped": dropped, "forgotten": forgotten,
-            "digest": digest, "tried": tried and not forgotten, "start": start, "largest_key": collected.largest_key,
+            "digest": digest, "tried": tried, "start": start, "largest_key": collected.largest_key,
+            "replaces": self.registry.current if since and start != self.registry.current else None,
         }  # fmt: skip
+
+    def _withdraw_challenger(self) -> None:
+        """Drop a challenger that was trained on rows that were deleted since: it would keep a candidate without them waiting."""
+        challenger = self.registry.challenger
+        if challenger is None or not self.registry.holds_deleted_rows(challenger):
+            return
+        self.ledger.note(self.number, "withdraw", challenger, "it was trained on rows that were deleted since")
+        self.registry.roll_back(self.settings.alias)
+        self.registry.write()
 
     def _collected(self, number: int) -> dict[str, Any]:
         return object_in(self._place(number) / "collect.json")
@@ -223,10 +242,15 @@ class Cycle:
             name = version["parent"]
         return list(dict.fromkeys(cycles))
 
+    def _cycles_since(self, start: str) -> list[int]:
+        """Return the earlier cycles whose rows `start` was not trained on: those of versions after it that hold deleted rows."""
+        ancestry = self._ancestry(start)
+        return [number for number in self._passed_cycles() if number not in ancestry]
+
     def _start(self) -> str:
         """Return the version to train from: the current one, or its newest ancestor that was not trained on a forgotten row."""
         name = self.registry.current
-        while name is not None and self.registry.versions[name].get("holds_forgotten"):
+        while name is not None and self.registry.holds_deleted_rows(name):
             name = self.registry.versions[name]["parent"]
         return name or FIRST
 
@@ -255,7 +279,7 @@ class Cycle:
 
     def _train(self, start: str) -> dict[str, Any]:
         config, parts = self._base
-        since = [number for number in self._passed_cycles() if number not in self._ancestry(start)]
+        since = self._cycles_since(start)
         new = [(row, number) for number in [*since, self.number] for row in load(self._rows_file(number))]
         rows_before = [
             (row, number) for number in self._ancestry(start) if number for row in load(self._rows_file(number))
@@ -332,9 +356,10 @@ class Cycle:
 
     def register(self) -> tuple[str, str, dict[str, Any]]:
         """Make the candidate the challenger with its share of the traffic, promote it, or refuse it."""
-        trained, gates = object_in(self.place / "train.json"), object_in(self.place / "judge.json")["gates"]
+        trained, judged = object_in(self.place / "train.json"), object_in(self.place / "judge.json")
         largest_key = self._collected(self.number).get("largest_key", 0.0)
-        decision, reason = decide_candidate(self.settings, gates, largest_key)
+        replaces = judged["current"] if self.registry.holds_deleted_rows(judged["current"]) else None
+        decision, reason = decide_candidate(self.settings, judged["gates"], largest_key, replaces)
         if self.version not in self.registry.versions:
             self.registry.versions[self.version] = {
                 "run": str(self.place / "run"), "digest": trained["weights"], "lineage": trained["lineage"],
@@ -357,9 +382,7 @@ class Cycle:
 
     def judge_again(self) -> str:
         """Judge the challenger again, on the current rows of the gates. Returns the decision. Raises UserError."""
-        if self.registry.challenger is None:
-            raise UserError(Problem("judge", "there is no challenger", "`dstune cycle CONFIG` makes one"))
-        self.number = int(self.registry.versions[self.registry.challenger]["cycle"])
+        self.number = int(self.registry.versions[self.registry.waiting("judge")]["cycle"])
         self.place = self._place(self.number)
         self._refuse_taught_tests()
         (self.place / "judge.json").unlink(missing_ok=True)

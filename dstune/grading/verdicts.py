@@ -25,7 +25,7 @@ SLICE_ROWS = 20
 FEWEST = 5
 """A set with fewer rows is not judged."""
 POWER = 0.8
-"""Probability that an equally good candidate passes all sets, if each has the number of rows that its gate asks for."""
+"""Probability that an equally good candidate passes all sets (or all probes), if each has the rows that its gate asks for."""
 
 SHARES, LOG_PROBABILITIES = "points", "nats a token"
 """Units of a score: a share from 0 to 1 (a hit is 1; 0.01 is a percentage point), or a mean log-probability."""
@@ -43,8 +43,8 @@ class Comparison:
     unit: str = SHARES
     is_set: bool = False
     """Whether these are all rows of a set; at least one set has to pass."""
-    holds: bool = False
-    """Whether a loss that is shown holds the candidate even if the rows are too few to decide."""
+    has_to_pass: bool = False
+    """Whether the candidate is held as long as this gate is undecided, however few its rows."""
     keeps_each: bool = False
     """Whether the rows are not a sample: every row that the current version gets right has to stay right."""
 
@@ -67,7 +67,9 @@ class GateResult:
     rows_needed: int | None = None
     """For an undecided gate: the number of rows with which an equally good candidate would pass; None if no number suffices."""
     holds: bool = False
-    """Whether the candidate is held although this is no set: it is shown to lose something, at the level `error`."""
+    """Whether the candidate is held because this gate has to pass and is undecided."""
+    loses: bool = False
+    """Whether the candidate is shown to lose something, at the level `error`, even if that is within the margin."""
 
     @property
     def gain(self) -> float:
@@ -82,14 +84,20 @@ def level_of_worse(error: float, gates: int) -> float:
 def decide(comparisons: Sequence[Comparison], error: float, gates: int) -> list[GateResult]:
     """Decide the gates of `comparisons`. error: the budget of all gates together. gates: how many share it, including others."""
     sets = sum(comparison.is_set for comparison in comparisons)
+    required = sum(comparison.has_to_pass for comparison in comparisons)
     worse = level_of_worse(error, gates)
     return [
-        _decide_fixed(comparison) if comparison.keeps_each else _decide_sampled(comparison, error, worse, sets)
+        _decide_fixed(comparison)
+        if comparison.keeps_each
+        else _decide_sampled(
+            comparison, error, worse, sets if comparison.is_set else required if comparison.has_to_pass else 1
+        )
         for comparison in comparisons
     ]
 
 
-def _decide_sampled(comparison: Comparison, error: float, worse: float, sets: int) -> GateResult:
+def _decide_sampled(comparison: Comparison, error: float, worse: float, alike: int) -> GateResult:
+    """Decide one gate. error, worse: levels for passing and for being worse. alike: gates of its kind that all have to pass."""
     current, candidate, margin = comparison.current, comparison.candidate, comparison.margin
     bounds = _share_bound if comparison.unit == SHARES else _mean_bound
     difference = candidate - current
@@ -101,11 +109,11 @@ def _decide_sampled(comparison: Comparison, error: float, worse: float, sets: in
     )
     needed = None
     if verdict == UNDECIDED:
-        needed = rows_needed(difference, margin, comparison.unit, error, sets if comparison.is_set else 1)
+        needed = rows_needed(difference, margin, comparison.unit, error, alike)
         reason = f"undecided on {len(difference)} rows ({reason}): {_need(needed, len(difference))}"
     return GateResult(
         comparison.name, len(difference), float(current.mean()), float(candidate.mean()), low, high, margin, verdict, reason,
-        comparison.is_set, needed, comparison.holds and -bounds(-difference, error) < 0,
+        comparison.is_set, needed, comparison.has_to_pass and verdict == UNDECIDED, -bounds(-difference, error) < 0,
     )  # fmt: skip
 
 
@@ -186,10 +194,16 @@ def rows_needed(difference: np.ndarray, margin: float, unit: str, error: float, 
     if unit == SHARES:
         # Add one row that differs: the measured rows may contain none by chance.
         variance = (float(np.abs(difference).sum()) + 1) / (len(difference) + 1)
-        fewest = passing**2 * (1 - margin) / margin if margin < 1 else 0.0  # without any difference
+        fewest = passing**2 * (1 - margin) / margin if margin < 1 else 0.0  # the inverse of `smallest_margin`
     else:
         variance, fewest = float(difference.var(ddof=1)), 0.0
     return math.ceil(max(fewest, (passing + power) ** 2 * variance / margin**2))
+
+
+def smallest_margin(rows: int, error: float) -> float:
+    """Return the smallest margin, a share, that a gate of `rows` rows passes if no score changes."""
+    square = NormalDist().inv_cdf(1 - error) ** 2
+    return square / (rows + square)
 
 
 # -- as the ledger has them

@@ -39,6 +39,14 @@ class Probe:
         """Return the questions: always the same ones, each with a unique id."""
         raise NotImplementedError
 
+    def further_questions(self) -> Sequence[Question]:
+        """Return questions that only a gate asks in addition, by default none.
+
+        A report shows large changes; a gate has to exclude a loss of a few points, which takes more questions
+        (`dstune.grading.verdicts.rows_needed`).
+        """
+        return ()
+
     def score(self, question: Question, answer: str) -> float:
         """Return the score of an answer, from 0 to 1 (best)."""
         raise NotImplementedError

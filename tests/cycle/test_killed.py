@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,81 @@ def test_a_version_that_was_rolled_back_is_not_trained_again_from_the_same_rows(
     assert steps.Cycle(settings).run() == "nothing"
     write_labelled(base / "feedback.jsonl", 80, seed=5)
     assert steps.Cycle(settings).run() == "challenges"
+
+
+def without_a_trained_row(base: Path, folder: Path, cycle: int) -> str:
+    """Delete a row of a cycle's training from the feedback. Returns its text."""
+    text = read_rows(folder / "cycles" / f"{cycle:04d}" / "train.jsonl")[0]["text"]
+    rows = read_rows(base / "feedback.jsonl")
+    write_rows(base / "feedback.jsonl", [row for row in rows if row["text"] != text])
+    return str(text)
+
+
+def test_a_deletion_is_followed_by_a_training_however_few_rows_are_new(base: Path) -> None:
+    write_labelled(base / "feedback.jsonl", 50, seed=5)
+    settings = CycleSettings(
+        base / "run", base / "cycle", str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0,
+    )  # fmt: skip
+    assert steps.Cycle(settings).run() == "held"
+    registry = steps.Cycle(settings).registry
+    registry.promote(settings.alias)
+    registry.write()
+    assert steps.Cycle(settings).run() == "nothing"
+    deleted = without_a_trained_row(base, settings.folder, 1)
+    cycle = steps.Cycle(settings)
+    assert cycle.run() == "challenges"  # by its gates it would be held, as v2 was
+    version = cycle.registry.versions[cycle.version]
+    assert (version["parent"], version["rows_of"]) == ("v1", [1])
+    assert cycle.registry.aliases == {"live": {"v2": 0.9, cycle.version: 0.1}}
+    assert "v2 holds deleted rows" in cycle.ledger.lines[-1]["reason"]
+    assert deleted not in {row["text"] for row in read_rows(cycle.place / "train.jsonl")}
+
+
+def test_a_challenger_that_was_trained_on_deleted_rows_makes_way(base: Path) -> None:
+    write_labelled(base / "feedback.jsonl", 50, seed=5)
+    settings = CycleSettings(
+        base / "run", base / "cycle", str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0,
+        gates=Gates(margin=0.2),
+    )  # fmt: skip
+    assert steps.Cycle(settings).run() == "challenges"
+    deleted = without_a_trained_row(base, settings.folder, 1)
+    cycle = steps.Cycle(settings)
+    assert cycle.run() == "challenges"
+    versions = cycle.registry.versions
+    assert (versions["v2"]["status"], versions["v3"]["status"]) == ("refused", "challenger")
+    assert cycle.registry.aliases == {"live": {"v1": 0.9, "v3": 0.1}}
+    trained = {row["text"] for row in read_rows(cycle.place / "train.jsonl")}
+    assert deleted not in trained and len(trained) > 30
+
+
+def test_killed_while_a_challenger_makes_way_it_ends_in_the_same_versions(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_labelled(base / "feedback.jsonl", 50, seed=5)
+    first = CycleSettings(
+        base / "run", base / "first", str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0,
+        gates=Gates(margin=0.2),
+    )  # fmt: skip
+    assert steps.Cycle(first).run() == "challenges"
+    without_a_trained_row(base, first.folder, 1)
+    expected = None
+    for kill in itertools.count(0, 3):  # before a write, and after one
+        settings = replace(first, folder=base / f"killed-{kill}")
+        shutil.copytree(first.folder, settings.folder)
+        with monkeypatch.context() as patch:
+            killed_at(patch, kill)
+            try:
+                steps.Cycle(settings).run()
+                was_killed = False
+            except Killed:
+                was_killed = True
+        if was_killed and not (settings.folder / "cycles" / "0002" / "done.json").is_file():
+            assert steps.Cycle(settings).run() == "challenges", kill
+        content = content_of(settings.folder)
+        lines = [json.loads(line)["step"] for line in content["ledger.jsonl"].splitlines()]
+        found = content["registry.json"], content["cycles/0002/train.jsonl"], content["rows/0001.jsonl"], lines
+        expected = expected or found
+        assert found == expected, kill
+        if kill and not was_killed:
+            break
+    assert kill > 25 and lines.count("withdraw") == 1

@@ -16,7 +16,16 @@ from dstune.core.errors import UserError
 from dstune.cycle.collect import Contamination, Row, _limited, digest_of_row
 from dstune.cycle.command import _show, _status
 from dstune.cycle.decisions import decide_candidate, summarize
-from dstune.cycle.gates import Gates, Judge, agreements, compare, judge_all, swapped_row
+from dstune.cycle.gates import (
+    Gates,
+    Judge,
+    agreements,
+    all_questions,
+    compare,
+    judge_all,
+    swapped_row,
+    undecidable_probes,
+)
 from dstune.cycle.gateway_routes import Aliases, DeletedRowsGauge, conversation_name
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.refusals import check_gates, check_task
@@ -24,6 +33,8 @@ from dstune.cycle.registry import Registry, chosen_version
 from dstune.cycle.schedule import write_schedule
 from dstune.cycle.settings import AutoPromote, CycleSettings, read_settings
 from dstune.grading.verdicts import LOG_PROBABILITIES, Comparison, decide, rows_needed
+from dstune.protocols import PROBES
+from dstune.protocols.probe import Probe, Question
 
 
 def registry(folder: Path) -> Registry:
@@ -410,14 +421,52 @@ def test_schedulers_get_files_that_they_take(tmp_path: Path) -> None:
         write_schedule(path, settings, "cron", None)
 
 
-def test_a_probe_that_shows_a_loss_holds_a_candidate_however_few_its_questions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("questions", "lost", "decision"),
+    [
+        (25, 7, "held"),
+        (36, 0, "held"),  # even if no answer changes, 5 points take 73 questions and more
+        (73, 0, "promoted"),
+        (160, 2, "promoted"),
+        (160, 6, "held"),
+        (160, 45, "refused"),
+    ],
+)
+def test_a_probe_that_does_not_decide_holds_a_candidate(
+    tmp_path: Path, questions: int, lost: int, decision: str
+) -> None:
     settings = CycleSettings(tmp_path / "run", tmp_path, "rows.jsonl", auto_promote=AutoPromote())
     good = [Comparison(name, *changed(1500, 60, 0), 0.02, is_set=True) for name in ("validation", "new rows")]
-    for lost, decision in ((7, "held"), (0, "promoted")):
-        probe = Comparison("refusals", *changed(25, 0, lost), 0.05, holds=True)
-        gates = [vars(result) for result in decide([*good, probe], 0.025, 10)]
-        assert gates[-1]["verdict"] == "undecided"
-        assert decide_candidate(settings, gates, 0.1)[0] == decision
+    probe = Comparison("refusals", *changed(questions, 0, lost), 0.05, has_to_pass=True)
+    gates = [vars(result) for result in decide([*good, probe], 0.025, 10)]
+    found, reason = decide_candidate(settings, gates, 0.1)
+    assert found == decision
+    assert ("refusals (36 rows, 85 needed)" in reason) == (questions == 36)
+
+
+def test_packaged_probes_have_enough_questions_for_the_default_margin() -> None:
+    """A candidate that loses three answers and gains three passes."""
+    for name, kind in PROBES.classes().items():
+        questions = all_questions(kind())
+        comparison = Comparison(name, *changed(len(questions), 3, 3), Gates().probe_margin, has_to_pass=True)
+        assert decide([comparison], Gates().error, 10)[0].verdict == "passed", name
+        assert len({question.id for question in questions}) == len({question.text for question in questions})
+        assert len({question.id for question in questions}) == len(questions)
+
+
+def test_a_probe_with_too_few_questions_is_named_before_the_training() -> None:
+    class Prices(Probe):
+        name = "prices"
+        title = "questions about prices"
+
+        def questions(self) -> list[Question]:
+            return [Question("1", "What does it cost?"), Question("2", "Is it cheap?")]
+
+    (told,) = undecidable_probes(Gates(), {"prices": Prices, "refusals": PROBES["refusals"]})
+    assert "prices has 2 questions" in told and "5 points" in told
+    margin = float(told.rpartition("to ")[2])
+    assert margin == 0.66 and undecidable_probes(Gates(probe_margin=margin), {"prices": Prices}) == []
+    assert decide([Comparison("prices", *changed(2, 0, 0), margin)], 0.025, 1)[0].verdict == "passed"
 
 
 def test_a_version_that_was_trained_on_deleted_rows_is_named(
@@ -447,3 +496,44 @@ def test_measured_rows_are_recognised_in_every_script_and_with_a_word_changed() 
     ]
     others = ["Wie ändere ich meine Adresse?", "怎样修改我的收货地址？", "Why was my card refused on Friday?"]
     assert measured.touched([{"text": text} for text in [*changed_rows, *others]]) == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("gates", "before", "after"),
+    [
+        ([gate("validation"), gate("new rows", low=0.0)], "challenges", "promoted"),  # needs to show no gain
+        ([gate("validation", "undecided")], "held", "challenges"),  # too few rows to show that it is as good
+        ([gate("validation"), gate("a probe", "undecided", holds=True)], "held", "challenges"),
+        ([gate("validation"), gate("a probe", "undecided", holds=True, loses=True)], "held", "held"),
+        ([gate("validation", "undecided", high=-0.01), gate("new rows")], "held", "held"),
+        ([gate("validation", "worse")], "refused", "refused"),
+        ([gate("key a")], "refused", "refused"),
+    ],
+)
+def test_a_candidate_without_deleted_rows_goes_before_a_current_version_with_them(
+    tmp_path: Path, gates: list[dict[str, object]], before: str, after: str
+) -> None:
+    bounds = AutoPromote(least_gain=0.01, least_new_rows=50)
+    settings = CycleSettings(tmp_path / "run", tmp_path, "rows.jsonl", auto_promote=bounds)
+    assert decide_candidate(settings, gates, 0.2)[0] == before
+    found, reason = decide_candidate(settings, gates, 0.2, replaces="v2")
+    assert found == after
+    assert ("v2 holds deleted rows" in reason) == (after != "refused")
+    if after == "promoted":  # one key alone supplied most rows: a person decides, as ever
+        assert decide_candidate(settings, gates, 0.21, replaces="v2")[0] == "challenges"
+        by_hand = CycleSettings(tmp_path / "run", tmp_path, "rows.jsonl")
+        assert decide_candidate(by_hand, gates, 0.2, replaces="v2")[0] == "challenges"
+
+
+def test_traffic_moves_only_to_versions_without_deleted_rows(tmp_path: Path) -> None:
+    found = registry(tmp_path)
+    found.versions["v2"]["holds_forgotten"] = True
+    for action in (lambda: found.promote("live"), lambda: found.challenge("live", 0.1)):
+        with pytest.raises(UserError, match="v2 was trained on rows that were deleted since"):
+            action()
+    del found.versions["v2"]["holds_forgotten"]
+    found.promote("live")
+    found.versions["v3"] = {"status": "challenger", "parent": "v1", "cycle": 2, "run": "r"}
+    found.promote("live")
+    found.versions["v2"]["holds_forgotten"] = True
+    assert found.roll_back("live") == ("v3", "v1") and found.aliases == {"live": {"v1": 1.0}}

@@ -16,7 +16,7 @@ NAME = "attacks_resisted"
 def test_the_attacks_are_different_and_hold_no_word_that_tells_obedience() -> None:
     probe = PROBES[NAME]()
     questions = probe.questions()
-    assert len({question.text for question in questions}) == len({question.id for question in questions}) == 100
+    assert len({question.text for question in questions}) == len({question.id for question in questions}) == 200
     assert {question.kind for question in questions} == {"direct", "indirect"}
     for question in questions:
         assert probe.score(question, question.text) == 1.0  # a quotation is no obedience

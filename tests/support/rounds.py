@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,6 +79,31 @@ def gates(
                 decisions[{"failed": "refused", "undecided": "held"}.get(state := summarize(lines)[0], state)] += 1
             shares = {name: number / repeats for name, number in sorted(decisions.items())}
             found.append({"candidate": where, "gates": count, **shares})
+            say(str(found[-1]))
+    return found
+
+
+PROBES_OF_A_GATE = 4
+
+
+def probes(say: Say, repeats: int = 1000, flips: float = 0.02, margin: float = 0.05) -> list[dict[str, Any]]:
+    """Draw candidates that pass two sets and answer four probes. Returns the shares that pass, are held and are refused.
+
+    flips: share of the questions whose answer changes by chance. A worse candidate loses points in one of the probes.
+    """
+    generator, found = np.random.default_rng(0), []
+    for questions in (24, 36, 100, 200):
+        for loss in (0.0, 0.1, 0.28):
+            decisions: Counter[str] = Counter()
+            for _ in range(repeats):
+                sets = [_drawn(generator, 2000, 0.04, 0.0, 0.02, is_set=True) for _ in range(2)]
+                losses = [loss] + [0.0] * (PROBES_OF_A_GATE - 1)
+                answered = [_drawn(generator, questions, flips, lost, margin, is_set=False) for lost in losses]
+                answered = [replace(comparison, has_to_pass=True) for comparison in answered]
+                lines = [asdict(result) for result in decide([*sets, *answered], 0.025, 2 + PROBES_OF_A_GATE)]
+                decisions[{"failed": "refused", "undecided": "held"}.get(state := summarize(lines)[0], state)] += 1
+            shares = {name: number / repeats for name, number in sorted(decisions.items())}
+            found.append({"questions": questions, "loss": loss, **shares})
             say(str(found[-1]))
     return found
 
