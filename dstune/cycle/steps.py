@@ -173,7 +173,9 @@ class Cycle:
         challenger = self.registry.challenger
         if challenger is None or not self.registry.holds_deleted_rows(challenger):
             return
-        self.ledger.note(self.number, "withdraw", challenger, "it was trained on rows that were deleted since")
+        reason = "it was trained on rows that were deleted since"
+        self.ledger.note(self.number, "withdraw", challenger, reason)
+        self._message(f"withdraw: {challenger}: {reason}")
         self.registry.roll_back(self.settings.alias)
         self.registry.write()
 
