@@ -210,7 +210,7 @@ HANGS = (
         "unfolding.test_an_xz_file_with_a_dictionary_of_gigabytes_is_refused",
     ),
     Attack(
-        "a small file with billions of blank lines",
+        "a small file with billions of blank lines or comments",
         "`data.train`, `dstune init`",
         "refused after 2,000,000 of them",
         "unfolding.test_blank_lines_without_end_are_refused",

@@ -19,12 +19,13 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
     Columns are separated by tabs if the line has any, otherwise by white space. Lines with `-DOCSTART-` are skipped, and in a
     .conllu file comments, ranges and empty nodes too. A row's line is that of its first word.
     """
+    comments = (b"-DOCSTART-", b"#") if file.ending == ".conllu" else (b"-DOCSTART-",)
     with opened(file) as stream:
         first = 0
         words: list[list[str]] = []
         size = 0
         fault: RawRow | None = None
-        for number, raw in lines_of(stream):
+        for number, raw in lines_of(file, stream, lambda line: line.startswith(comments)):
             text, error = decoded(raw)
             if error:
                 fault = fault or RawRow(file, number, None, error)

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from dstune.config.data_schema import TextRows
@@ -29,9 +29,24 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 2**26
 """A longer row is a bad row: parsing a line of 1 GiB would take many times that memory before anything could refuse it."""
 MAX_BLANK_LINES = 2_000_000
-"""Blank lines in a row, after which a file is refused: a small compressed file may have any number of them."""
+"""Consecutive blank lines and comments after which a file is refused: a small compressed file may have any number of them."""
 MAX_JSON_BYTES = 2**32
 """Limit of a JSON file that is not JSON Lines: it is read into memory completely."""
+
+
+class BlankLines:
+    """Refuses a file with too many consecutive blank lines."""
+
+    def __init__(self, file: DataFile):
+        self._file = file
+        self._count = 0
+
+    def count(self, number: int, is_blank: bool) -> None:
+        """Count line `number`. Raises UserError if it ends too many blank lines."""
+        self._count = self._count + 1 if is_blank else 0
+        if self._count > MAX_BLANK_LINES:
+            reason = f"there are more than {MAX_BLANK_LINES:,} blank lines before this one"
+            raise UserError(Problem(place(self._file, number), reason, "remove them"))
 
 
 class Lines:
@@ -50,19 +65,14 @@ class Lines:
         with opened(self._file) as stream:
             if self.offset:
                 stream.seek(self.offset)
-            blank_lines = 0
+            blank_lines = BlankLines(self._file)
             for raw, size in lines_within(stream, MAX_ROW_BYTES):
                 self.offset += size
                 self.line += 1
                 row = _too_long(self._file, self.line) if raw is None else _row_of_json(self._file, self.line, raw)
+                blank_lines.count(self.line, row is None)
                 if row is not None:
-                    blank_lines = 0
                     yield row
-                    continue
-                blank_lines += 1
-                if blank_lines > MAX_BLANK_LINES:
-                    reason = f"there are more than {MAX_BLANK_LINES:,} blank lines before this one"
-                    raise UserError(Problem(place(self._file, self.line), reason, "remove them"))
 
 
 def read_jsonl(file: DataFile) -> Iterator[RawRow]:
@@ -95,10 +105,18 @@ def _line(number: int, raw: bytes) -> bytes:
     return (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).rstrip(b"\r\n")
 
 
-def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the number (from 1) and the text of each line, without its end; None for a line that is too long for a row."""
+def lines_of(
+    file: DataFile, stream: BinaryIO, is_comment: Callable[[bytes], bool] = lambda line: False
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the number (from 1) and the text of each line, without its end; None for a line that is too long for a row.
+
+    is_comment: whether a line is a comment. Raises UserError if too many blank lines and comments follow each other.
+    """
+    blank_lines = BlankLines(file)
     for number, (raw, _) in enumerate(lines_within(stream, MAX_ROW_BYTES), start=1):
-        yield number, None if raw is None else _line(number, raw)
+        line = None if raw is None else _line(number, raw)
+        blank_lines.count(number, line is not None and (not line.strip() or is_comment(line)))
+        yield number, line
 
 
 def decoded(raw: bytes | None) -> tuple[str, str]:
@@ -239,7 +257,7 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
     """Yield the rows below the header line; the header shows the separator. A quoted field may span lines."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the default of 128 kB is shorter than a long document
     with opened(file) as stream:
-        lines = _CsvLines(stream)
+        lines = _CsvLines(file, stream)
         first = lines.peek()
         reader = csv.reader(lines, delimiter=separator(first), strict=True)
         names: list[str] | None = None
@@ -277,9 +295,11 @@ def refuse_doubled(names: Sequence[str], where: str) -> None:
 
 
 class _CsvLines:
-    """The lines of a CSV file for the csv module. A line that is too long for a row raises csv.Error and is skipped."""
+    """The lines of a CSV file for the csv module. A line that is too long for a row raises csv.Error and is skipped; too many
+    blank lines raise UserError."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, file: DataFile, stream: BinaryIO):
+        self._blank_lines = BlankLines(file)
         # Bytes that are not UTF-8 are passed through, so that they spoil only their own row.
         self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         self._peeked: str | None = None
@@ -300,6 +320,7 @@ class _CsvLines:
         if not line:
             raise StopIteration
         self.number += 1
+        self._blank_lines.count(self.number, line.isspace())
         if len(line) < MAX_ROW_BYTES or line.endswith(("\n", "\r")):
             return line
         while line and not line.endswith(("\n", "\r")):
@@ -343,12 +364,12 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
     with opened(file) as stream:
         if file.text_rows is TextRows.line:
             blocks: Iterator[tuple[int, list[bytes | None]]] = (
-                (number, [raw]) for number, raw in lines_of(stream) if raw is None or raw.strip()
+                (number, [raw]) for number, raw in lines_of(file, stream) if raw is None or raw.strip()
             )
         elif file.text_rows is TextRows.paragraph:
-            blocks = _paragraphs(stream)
+            blocks = _paragraphs(file, stream)
         else:
-            blocks = iter([(1, list(_within_a_row(raw for _, raw in lines_of(stream))))])
+            blocks = iter([(1, list(_within_a_row(raw for _, raw in lines_of(file, stream))))])
         for number, lines in blocks:
             row = _text_row(file, number, lines)
             if row.fields is None or row.fields["text"]:
@@ -366,8 +387,8 @@ def _within_a_row(lines: Iterable[bytes | None]) -> Iterator[bytes | None]:
             yield None
 
 
-def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes | None]]]:
-    numbered = lines_of(stream)
+def _paragraphs(file: DataFile, stream: BinaryIO) -> Iterator[tuple[int, list[bytes | None]]]:
+    numbered = lines_of(file, stream)
     for blank, group in itertools.groupby(numbered, key=lambda line: line[1] is not None and not line[1].strip()):
         if not blank:
             first, raw = next(group)

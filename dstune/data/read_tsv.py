@@ -27,7 +27,7 @@ def read_tsv(file: DataFile) -> Iterator[RawRow]:
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     with opened(file) as stream:
-        lines = _Ahead(lines_of(stream))
+        lines = _Ahead(lines_of(file, stream, lambda line: line.startswith(b"#") and b"\t" not in line))
         names: list[str] | None = None
         comments = 0
         for number, raw in lines:

@@ -95,7 +95,7 @@ def _count(file: DataFile, changed: int) -> int:
     """Count the rows of a file. changed: when the file was last written; makes a changed file another cache entry."""
     if file.ending in (".jsonl", ".ndjson") and not _holds_articles(file, changed):
         with opened(file) as stream:
-            return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
+            return sum(line is None or bool(line.strip()) for _, line in lines_of(file, stream))
     recorded_count = count_rows(file)
     return sum(1 for _ in read(file)) if recorded_count is None else recorded_count
 

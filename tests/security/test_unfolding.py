@@ -159,15 +159,29 @@ def test_an_xz_file_with_a_dictionary_of_gigabytes_is_refused(tmp_path: Path) ->
         list(sources.read(DataFile(file)))
 
 
-def test_blank_lines_without_end_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl.gz"
-    file.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"\n" * 30_000_000, 1))
+LINES = {
+    "rows.jsonl": (b'{"text": "a"}\n', b'{"text": "b"}\n', TextRows.line),
+    "rows.csv": (b"text,label\na,b\n", b"c,d\n", TextRows.line),
+    "rows.tsv": (b"text\tlabel\na\tb\n", b"c\td\n", TextRows.line),
+    "lines.txt": (b"a\n", b"b\n", TextRows.line),
+    "paragraphs.txt": (b"a\n", b"b\n", TextRows.paragraph),
+    "document.txt": (b"a\n", b"b\n", TextRows.document),
+    "words.conll": (b"a B-X\n", b"b O\n", TextRows.line),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_blank_lines_without_end_are_refused(name: str, tmp_path: Path) -> None:
+    first, last, text_rows = LINES[name]
+    file = tmp_path / f"{name}.gz"
+    file.write_bytes(gzip.compress(first + b"\n" * 30_000_000, 1))
     began = time.process_time()
     with pytest.raises(UserError, match="blank lines"):
-        list(sources.read(DataFile(file)))
+        list(sources.read(DataFile(file, text_rows=text_rows)))
     assert time.process_time() - began < 5
-    file.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"\n" * 1000 + b'{"text": "b"}\n'))
-    assert len(list(sources.read(DataFile(file)))) == 2
+    file.write_bytes(gzip.compress(first + b"\n" * 1000 + last))
+    rows = list(sources.read(DataFile(file, text_rows=text_rows)))
+    assert len(rows) == (1 if text_rows is TextRows.document else 2) and not any(row.error for row in rows)
 
 
 def test_an_archive_whose_directory_is_read_too_often_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ TABLE_PIECE = Limits(added_bytes=2**30)
 IMAGE = Limits(
     seconds=1.5, added_bytes=5 * 2**29, descriptors=64, file_bytes=1, output_bytes=2**28 + 2**10, is_filtered=True
 )
-"""An image that is decoded; it writes no file. The largest that is allowed, with transparency, takes 2.1 GiB."""
+"""An image that is decoded; it writes no file. The largest that are allowed, with transparency, take 2.1 GiB (PNG) and 2.4 GiB
+(WEBP)."""
 IMAGE_SECONDS_PER_PIXEL = 1e-7
 """Processor time in addition, by the pixels that the image says it has: 0.1 s for each million."""
 REWARDS = Limits(memory_bytes=8 * 2**30, processes=256, file_bytes=2**24, output_bytes=2**28)
