@@ -456,6 +456,12 @@ _BY_ATTACK: dict[str, Mutation] = {
         "except Exception as error:  # a template is a program",
         "except RenderError as error:  #",
     ),
+    "templates.test_a_conversation_that_makes_a_template_endless_ends_in_a_server_too": undo(
+        "data/chat/template.py",
+        "return is_jinja and threading.current_thread() is not threading.main_thread()",
+        "return False",
+        case="doubled_text",
+    ),
     "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
         "data/chat/template.py",
         "limits = TEMPLATE if self._budget is None else",

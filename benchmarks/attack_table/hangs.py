@@ -56,6 +56,12 @@ HANGS = (
         "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row",
     ),
     Attack(
+        "a conversation that makes a template endless",
+        "requests to `dstune serve`",
+        "threads render in a process of its own, which is ended after 1.5 s or at 1 GiB: a 400",
+        "templates.test_a_conversation_that_makes_a_template_endless_ends_in_a_server_too",
+    ),
+    Attack(
         "many such rows",
         "rows",
         "after 10 the template is refused",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,7 +21,7 @@ from dstune.core.confinement.here import TooMuch, in_child, limited
 from dstune.core.confinement.table import TEMPLATE, Limits
 from dstune.core.errors import UserError
 from dstune.data.chat import template as chat_template
-from dstune.data.chat.template import ChatTemplate, RenderError
+from dstune.data.chat.template import ChatTemplate, RenderError, TemplateRefusal
 from dstune.data.render import ChatRenderer
 
 SPACE = "{% set ns = namespace(x=[1], y=[1]) %}{% for _ in range(60) %}"
@@ -50,6 +53,68 @@ def test_a_template_that_is_slow_each_time_is_refused():
     with pytest.raises(UserError, match=r"refused: to print .* takes more than"):
         ChatRenderer(byte_tokenizer(CHATML + 4 * "{% for a in range(99999) %}{{ a ** 9 }}{% endfor %}"), "2025-03-09")
     assert time.process_time() - start < 2.0
+
+
+def talk(answer: str) -> list[dict[str, str]]:
+    messages: list[dict[str, str]] = exchange("a", answer)["messages"]
+    return messages
+
+
+def in_thread(work: Callable[[], object]) -> object:
+    """Return the result or the error of `work` in a thread, as a server's; fail if it does not end."""
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert results, "it does not end"
+    return results[0]
+
+
+@pytest.mark.parametrize("name", ["loops", "comparison", "doubled_text"])
+def test_a_conversation_that_makes_a_template_endless_ends_in_a_server_too(name: str) -> None:
+    """Python delivers signals, by which a timer ends work, to the main thread alone."""
+    tokenizer = byte_tokenizer(CHATML + "{% if 'zzz' in messages[-1].content %}" + ENDLESS[name] + "{% endif %}")
+    template = ChatTemplate(tokenizer, None)
+    plain = template.text(talk("b"))
+    memory = resource.getrlimit(resource.RLIMIT_DATA)
+    began = time.process_time()
+    error = in_thread(lambda: template.text(talk("zzz")))
+    assert isinstance(error, RenderError) and "takes more than" in str(error)
+    assert time.process_time() - began < 2.0, "the work is done in a child"
+    assert in_thread(lambda: template.text(talk("b"))) == plain
+    assert resource.getrlimit(resource.RLIMIT_DATA) == memory
+
+
+def test_a_thread_renders_as_the_main_thread_does() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    extras = "{{ bos_token }}{{ tools | tojson }}{{ more }}{{ strftime_now('%Y') }}"
+    marked = CHATML + extras + "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    for source in (CHATML, CHATML + extras, marked):
+        template = ChatTemplate(byte_tokenizer(source), "2025-03-09", {"more": 3})
+
+        def texts(template: ChatTemplate = template) -> list[object]:
+            values: list[object] = []
+            for messages in (talk("\ud800 <ü>"), talk("b")):
+                for render in (template.text, template.direct, template.marks):
+                    try:
+                        values.append(render(messages, tools=tools, arguments={"more": [1, None]}, prompt=True))
+                    except RenderError as error:
+                        values.append(str(error))
+            return values
+
+        assert in_thread(texts) == texts()
+    refusing = ChatTemplate(byte_tokenizer(CHATML + "{{ raise_exception('not ' ~ messages|length) }}"), None)
+    with pytest.raises(TemplateRefusal) as refusal:
+        refusing.text(talk("b"))
+    error = in_thread(lambda: refusing.text(talk("b")))
+    assert isinstance(error, TemplateRefusal) and str(error) == str(refusal.value)
 
 
 def test_a_template_is_tried_once(monkeypatch):

@@ -6,7 +6,7 @@
 - `here.py` runs frequent work in this process (a template for one row), or tries it once in a fork of this process that can be
   killed.
 - `spawned.py` runs work in processes that are started for it, hold nothing of this process's memory, answer requests and can be
-  killed: images, rewards.
+  killed: images, rewards, a template for a thread.
 - `dstune/grading/sandbox.py` runs a program in namespaces of its own, without the machine's files, in a control group
   (`control_group.py`) where it can.
 """

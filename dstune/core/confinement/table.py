@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ WALL = 20
 
 TEMPLATE = Limits(seconds=1.5, added_bytes=2**30)
 """A chat template that renders a conversation; one of 1,000 messages takes about 50 ms."""
+TEMPLATE_PROCESS = replace(TEMPLATE, descriptors=64, file_bytes=1, output_bytes=2**28, is_filtered=True)
+"""The process that renders for the threads of a server."""
 TEMPLATE_OPENING = Limits(seconds=0.8, added_bytes=2**30)
 """The conversations that show how a template writes, together: about 35 short ones, which take about 30 ms."""
 TEMPLATE_TRIAL = Limits(seconds=1.0, added_bytes=2**30)

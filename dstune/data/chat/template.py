@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dstune.core.confinement.here import TooMuch, limited, trial
+from dstune.core.confinement.spawned import ProcessEnded
 from dstune.core.confinement.table import TEMPLATE, TEMPLATE_OPENING, TEMPLATE_TRIAL
 from dstune.core.errors import Problem, UserError, first_line
+from dstune.data.chat import rendering
 from dstune.data.chat.content_format import as_template_reads
 from dstune.data.chat.rule import Span
 from dstune.data.chat.thoughts import inlined
@@ -103,6 +107,8 @@ class ChatTemplate:
         arguments: override those of the run.
         """
         source = self.source(tools)
+        if self._is_rendered_apart:
+            return self._render_apart(messages, source, tools, arguments, prompt).text
         with self._within_limits():
             rendered = self.tokenizer.apply_chat_template(
                 visible_messages(messages, source),
@@ -113,6 +119,50 @@ class ChatTemplate:
                 **(self.arguments | dict(arguments or {})),
             )
         return str(rendered)
+
+    @property
+    def _is_rendered_apart(self) -> bool:
+        """Whether a process of its own renders: in a thread, in which no timer ends what takes too long, if the template is one of
+        Jinja."""
+        is_jinja = type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        return is_jinja and threading.current_thread() is not threading.main_thread()
+
+    def _render_apart(
+        self,
+        messages: Messages,
+        source: str,
+        tools: Tools | None,
+        arguments: Mapping[str, Any] | None,
+        prompt: bool,
+        is_marked: bool = False,
+    ) -> rendering.Rendered:
+        """Render in a process of its own. is_marked: find out what the template marks. Raises RenderError, or UserError within
+        `opening`."""
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            **self.arguments,
+            **dict(arguments or {}),
+            "messages": visible_messages(messages, source),
+            "tools": tools or None,
+            "chat_template": source,
+            "add_generation_prompt": prompt,
+            "return_assistant_tokens_mask": is_marked,
+        }
+        seconds = TEMPLATE.seconds if self._budget is None else self._budget
+        try:
+            rendered = rendering.render(variables, seconds)
+        except (TypeError, ValueError) as error:
+            raise RenderError(f"in a thread, a conversation is JSON: {first_line(error)}") from None
+        except rendering.TemplateError as error:
+            raise TemplateRefusal(f"the chat template refuses this conversation: {error}") from None
+        except ProcessEnded:
+            excess = f"takes more than {seconds:g} s, or than {TEMPLATE.added_bytes / 2**30:g} GiB of memory"
+            if self._budget is not None:
+                raise UserError(_unsafe_template(f"to print a few short conversations {excess}")) from None
+            raise RenderError(f"to print this conversation the chat template {excess}") from None
+        if self._budget is not None:
+            self._budget = max(self._budget - rendered.seconds, 0.001)
+        return rendered
 
     def _try(self, source: str) -> None:
         """Render made-up conversations in a process that can be killed. Raises UserError if it had to be killed.
@@ -175,7 +225,7 @@ class ChatTemplate:
 
         A conversation of ten exchanges is rendered 20 times; `agrees` compares the two methods once for each row.
         """
-        if _compile_template is None:
+        if _compile_template is None or self._is_rendered_apart:
             return self.text(messages, tools=tools, arguments=arguments, prompt=prompt)
         variables = self.tokenizer.special_tokens_map | self.arguments | dict(arguments or {})
         source = self.source(tools)
@@ -209,6 +259,8 @@ class ChatTemplate:
         """Return the characters of `text` that the template marks with `{% generation %}`, sorted. Raises RenderError."""
         variables = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
         source = self.source(tools)
+        if self._is_rendered_apart:
+            return sorted(self._render_apart(messages, source, tools, arguments, prompt, is_marked=True).marks)
         with self._within_limits():
             _, indices = render_jinja_template(
                 conversations=[visible_messages(messages, source)],
