@@ -39,9 +39,10 @@ def read_calibration(config: RunConfig) -> list[Tensor]:
     import torch
 
     from dstune.data.build import prepare
+    from dstune.generation.answers import write_texts
     from dstune.models.load import load_tokenizer
 
-    train = prepare(config, load_tokenizer(config.model), ALONE, cache_root()).train
+    train = prepare(config, load_tokenizer(config.model), ALONE, cache_root(), write=write_texts).train
     rows: list[np.ndarray] = []
     for number in range(len(train.lengths)):
         rows.append(np.asarray(train.sample(number)["input_ids"]))

@@ -163,8 +163,9 @@ def _samples(config: RunConfig, tokenizer: Any, count: int) -> Iterator[torch.Te
     from dstune.core.paths import cache_root
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
+    from dstune.generation.answers import write_texts
 
-    split = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "prune"), cache_root()).train
+    split = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "prune"), cache_root(), write=write_texts).train
     for index in np.linspace(0, len(split.lengths) - 1, min(count, len(split.lengths))).round().astype(int):
         yield torch.from_numpy(split.sample(int(index))["input_ids"].astype("int64"))
 

@@ -15,6 +15,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import RankEnv
 from dstune.data import cache, mixture
+from dstune.data.augment.rewrite import TextWriter
 from dstune.data.builder import Builder, prove_samples
 from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
@@ -38,7 +39,15 @@ MOST_TRIES = 5
 """How often rows are prepared again because images changed: an entry may be of a state that changed while it was made."""
 
 
-def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *, trains: bool = True) -> PreparedData:
+def prepare(
+    config: RunConfig,
+    tokenizer: Any,
+    env: RankEnv,
+    cache_root: Path,
+    *,
+    trains: bool = True,
+    write: TextWriter | None = None,
+) -> PreparedData:
     """Prepare the samples of `config`, memory-mapped. tokenizer: that of the model (transformers), with the run's chat template.
 
     Every rank calls this. One process per node does the work under a file lock while the others wait without any
@@ -46,13 +55,13 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
     the order of their hashes, so that the first N of them are a fair and constant sample.
 
     trains: whether a run trains on `data.train`; only then are columns that `data.columns` names in vain, suspicious labels and
-    too many synthetic rows checked.
+    too many synthetic rows checked. write: lets models rewrite rows; needed with `data.augment.models`.
     Raises UserError that names the key, or the file and line.
     """
     inputs = find_inputs(config)
     check_tokenizer(config, tokenizer)
-    key = fingerprint(config, tokenizer, inputs)
-    build = Builder(config, tokenizer, inputs, trains=trains)
+    key = fingerprint(config, tokenizer, inputs, write)
+    build = Builder(config, tokenizer, inputs, trains=trains, write=write)
 
     def make(folder: Path) -> None:
         log.info("preparing the rows")

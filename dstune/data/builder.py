@@ -23,6 +23,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import mixture
 from dstune.data.augment import augmented
+from dstune.data.augment.rewrite import TextWriter
 from dstune.data.bad_rows import BadRows, UnknownFormat
 from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
@@ -88,6 +89,7 @@ class Builder:
         shards: list[list[str]] | None = None,
         arguments: Mapping[str, Any] | None = None,
         trains: bool = False,
+        write: TextWriter | None = None,
     ):
         self._config = config
         self._tokenizer = tokenizer
@@ -96,7 +98,7 @@ class Builder:
         self._held_out = held_out
         self._shards = shards
         self._arguments = arguments
-        self._trains = trains
+        self._trains, self._write_texts = trains, write
         self._images: ImageWriter | None = None
 
     def __call__(self, folder: Path) -> None:
@@ -236,7 +238,9 @@ class Builder:
             return {}
         train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
         copied_places = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
-        chosen["train"], augment_report = augmented(train, held_out, copied_places, self._config, work)
+        chosen["train"], augment_report = augmented(
+            train, held_out, copied_places, self._config, work, self._write_texts
+        )
         return augment_report
 
     def _row_tokenizer(

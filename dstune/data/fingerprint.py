@@ -19,7 +19,7 @@ from dstune.config.multi_task import tasks_of
 from dstune.config.schema import RunConfig
 from dstune.core import plugins
 from dstune.data import sources
-from dstune.data.augment.rewrite import identity
+from dstune.data.augment.rewrite import TextWriter, identity
 from dstune.data.augment.words import KEY as SYNONYMS_KEY
 from dstune.data.clean.extras import versions
 from dstune.data.images.store import root_of_images
@@ -30,9 +30,9 @@ from dstune.data.template_date import freeze_date
 from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
 
 
-def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
+def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs, write: TextWriter | None = None) -> str:
     """Return the digest of everything that the samples depend on. The weights of a mixture only decide the order: they are not
-    part of it."""
+    part of it. write: see `build.prepare`."""
     data = config.data
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     # Remnants of the tokenizer's last call.
@@ -79,7 +79,7 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         "prompts": prompt_count(config),
         "evaluate": [config.evaluate.slices, [sources.fingerprint(source) for source in swap_files]],
         "clean": [asdict(data.clean), versions(data.clean)],
-        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config)],
+        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config, write)],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     if plugin_digests := plugins.digests("task", "row format"):
@@ -107,14 +107,17 @@ def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[st
     return {"vision": processor, "image_folders": folders}
 
 
-def _code(config: RunConfig) -> list[Path]:
-    """Return the files whose code makes the samples: this package, and the rooms of the run's tasks and their formats."""
+def _code(config: RunConfig, write: TextWriter | None) -> list[Path]:
+    """Return the files whose code makes the samples: this package, the rooms of the run's tasks and their formats, and where models
+    rewrite rows, the file of `write`."""
     tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
     classes = {type(task) for task in tasks} | {ROW_FORMATS[name] for task in tasks for name in task.formats}
     files = set(Path(__file__).parent.rglob("*.py"))
     for base in {base for cls in classes for base in cls.__mro__ if base not in (Task, RowFormat, object)}:
         file = Path(inspect.getfile(base))
         files |= set(file.parent.glob("*.py")) if file.name == "__init__.py" else {file}
+    if config.data.augment.models and write is not None:
+        files.add(Path(inspect.getfile(write)))
     return sorted(files)
 
 

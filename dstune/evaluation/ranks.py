@@ -29,6 +29,7 @@ from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData, Split
+from dstune.generation.answers import write_texts
 from dstune.models.activation_rounding import round_activations
 from dstune.models.heads import Head
 from dstune.models.kernels import use_kernels
@@ -85,7 +86,7 @@ def evaluate(
     stage = 3 if stage_of(config.zero) == 3 else 0
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     tokenizer = load_tokenizer(config.model)
-    data = prepare(config, tokenizer, world.env, cache_root(), trains=False)
+    data = prepare(config, tokenizer, world.env, cache_root(), trains=False, write=write_texts)
     part = data.train if safety else _rows_of(data, split)
     task = task_of(config.task)
     if isinstance(task, NeedsReference):

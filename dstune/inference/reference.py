@@ -40,11 +40,11 @@ from dstune.core.paths import REFERENCE_FILE, cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.problems import RowError
+from dstune.generation.answers import placed_images, write_texts
 from dstune.inference.reference_images import Answer, drawn_row
 from dstune.inference.reference_rows import held_out_rows, render_turn, training_rows
 from dstune.inference.resolve_model import base_of, with_local_files
 from dstune.inference.rows import Query
-from dstune.models.generation import placed_images
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
@@ -225,7 +225,7 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
     tokenizer = load_tokenizer(config.model)
     served = _edited_tokenizer(folder, config, tokenizer) if edited else tokenizer
     try:
-        data = prepare(config, tokenizer, ALONE, cache_root())
+        data = prepare(config, tokenizer, ALONE, cache_root(), write=write_texts)
     except UserError as error:
         raise NoReference(str(error)) from None
     rows, part = list(held_out_rows(config, data, tokenizer, served)), HELD_OUT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.inference.prompts import Request, with_system
-from dstune.inference.voices import BASE, Speaker, Voice
+from dstune.inference.voices import BASE, Speaker
 from dstune.protocols import task_of
 from dstune.protocols.task_options import AsksForTargets
 
@@ -200,51 +200,32 @@ class Writer:
     ) -> list[list[int]]:
         """Return the tokens that follow each prompt. images: what the model gets of those in the only prompt."""
         import torch
-        from transformers import GenerationConfig, StoppingCriteriaList
 
-        from dstune.models.generation import generation_inputs, padded, placed_images
+        from dstune.generation.answers import Decoding, write_tokens
+        from dstune.generation.sampler import Chosen
+        from dstune.generation.text import TextStream
 
-        voice, sampling = self._voices[name], self._sampling
-        padding = voice.tokenizer.pad_token_id or 0
-        drawn = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-        }
-        # Values that greedy decoding ignores are set to their neutral ones, or the model's own would be warned about.
-        greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        settings = GenerationConfig(
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            eos_token_id=self._ends(voice) or None,
-            pad_token_id=padding,
-            use_cache=True,
-            decoder_start_token_id=getattr(self._model.config, "decoder_start_token_id", None),
-            **(drawn if sampling.temperature else greedy),
+        tokenizer, sampling, ends = self._voices[name].tokenizer, self._sampling, frozenset(self._ends(name))
+        limit = min(sampling.max_new_tokens, room)
+        streams = [
+            TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), ends, sampling.stop, limit)
+            for _ in prompts
+        ]
+
+        def is_over(row: int, ids: list[int]) -> bool:
+            stream = streams[row]
+            if not stream.finished:
+                piece = stream.push(Chosen(ids[-1]))
+                if show is not None and piece.text:
+                    show(piece.text)
+            return stream.finished or (interrupted is not None and interrupted())
+
+        decoding = Decoding(
+            limit, ends, tokenizer.pad_token_id or 0, sampling.temperature, sampling.top_p, sampling.top_k
         )
+        is_watched = bool(sampling.stop) or show is not None
         with torch.inference_mode(), self._speaking(name):
-            model, inputs, prompt_length = generation_inputs(self._model, **padded(self._model, prompts, padding))
-            if images:
-                inputs |= placed_images(images, self._model)
-            criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
-            if sampling.stop:
-                criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[prompt_length:])))
-            written = model.generate(
-                **inputs,
-                generation_config=settings,
-                streamer=_streamer(voice.tokenizer, show) if show else None,
-                stopping_criteria=StoppingCriteriaList(criteria),
-            )[:, prompt_length:]
-        answers: list[list[int]] = written.tolist()
-        return answers
-
-    def _says_stop(self, voice: Voice, written: list[int]) -> bool:
-        """Return whether the last tokens contain a stop text. transformers' own `stop_strings` fails with vocabularies of complete
-        words."""
-        # A token has at least one character, but a character may consist of several tokens of one byte.
-        reach = max(map(len, self._sampling.stop)) + 8
-        text = voice.tokenizer.decode(written[-reach:], skip_special_tokens=True)
-        return any(stop in text for stop in self._sampling.stop)
+            return write_tokens(self._model, prompts, decoding, images=images, is_over=is_over if is_watched else None)
 
     def _speaking(self, name: str) -> Any:
         """Return a context in which the model uses that adapter, or none."""
@@ -257,7 +238,7 @@ class Writer:
 
     def _finished(self, name: str, row: list[int], *, interrupted: bool = False) -> Answer:
         voice = self._voices[name]
-        ends = set(self._ends(voice))
+        ends = set(self._ends(name))
         length = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
         ended = "end" if length and row[length - 1] in ends else "length"
         text: str = voice.tokenizer.decode(row[:length], skip_special_tokens=True)
@@ -268,11 +249,11 @@ class Writer:
             ended = "interrupted"
         return Answer(text.strip(), length, ended)
 
-    def _ends(self, voice: Voice) -> list[int]:
+    def _ends(self, name: str) -> list[int]:
         from dstune.data.stopping import stop_token_ids
-        from dstune.models.generation import end_tokens
+        from dstune.generation.answers import end_tokens
 
-        return end_tokens(self._model, stop_token_ids(voice.tokenizer))
+        return end_tokens(self._model, stop_token_ids(self._voices[name].tokenizer))
 
     def _control(self, name: str) -> ControlTokens:
         from dstune.data.control import ControlTokens
@@ -308,27 +289,3 @@ class Writer:
         if length >= longest:
             raise UserError(Problem(request.where, f"has {length} tokens; the model takes {longest}, answer included"))
         return int(longest - length)
-
-
-class _EveryRow:
-    """A stopping criterion of transformers that decides for each row separately."""
-
-    def __init__(self, stops: Callable[[list[int]], bool]):
-        self._stops = stops
-
-    def __call__(self, tokens: Any, scores: Any, **unused: Any) -> Any:
-        """Return whether each row is done, bool [batch]. tokens: [batch, sequence]."""
-        import torch
-
-        return torch.tensor([self._stops(row) for row in tokens.tolist()], device=tokens.device)
-
-
-def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                show(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -24,6 +24,7 @@ from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
 from dstune.data.chat.evidence import Proof
 from dstune.data.prepared import PreparedData
+from dstune.generation.answers import write_texts
 from dstune.models.heads import Head, Rows
 from dstune.models.kernels import use_kernels
 from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
@@ -165,7 +166,7 @@ class Setup:
         """Tokenize the rows or load them from the cache, and check that a server renders conversations the same way."""
         config, world = self.config, self.world
         tokenizer = load_tokenizer(config.model)
-        data = prepare(config, tokenizer, world.env, cache_root())
+        data = prepare(config, tokenizer, world.env, cache_root(), write=write_texts)
         self.startup.mark("data")
         proof = prove(config, tokenizer, data)
         self.startup.mark("proof")

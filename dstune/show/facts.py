@@ -28,6 +28,7 @@ from dstune.data.images.store import ImageFiles
 from dstune.data.inputs import of_training
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.statistics import longer_than, with_packing
+from dstune.generation.answers import write_texts
 from dstune.models.load import load_tokenizer
 from dstune.protocols import task_of
 from dstune.protocols.task_options import TrainsOnRollouts
@@ -149,7 +150,7 @@ def show(config: RunConfig, split: str, count: int) -> Preview:
         UserError: `prepare` refuses the data, or there is no such split.
     """
     tokenizer = load_tokenizer(config.model)
-    data = prepare(config, tokenizer, ALONE, cache_root())
+    data = prepare(config, tokenizer, ALONE, cache_root(), write=write_texts)
     part: Split | None = getattr(data, split)
     if part is None:
         fix = f"give data.{split}=FILE, or data.split.{split}=0.1 to hold rows out"
@@ -205,7 +206,7 @@ def show_row(config: RunConfig, place: str) -> Preview:
         )
         config = replace(config, data=alone)
         try:
-            data = prepare(config, tokenizer, ALONE, Path(scratch), trains=False)
+            data = prepare(config, tokenizer, ALONE, Path(scratch), trains=False, write=write_texts)
         except UserError as error:
             renamed = [replace(problem, where=problem.where.replace(f"{file}:1", place)) for problem in error.problems]
             raise UserError(renamed) from None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dstune.core.distributed import World
-from dstune.models.generation import generate_answers
+from dstune.generation.answers import generate_answers
 from dstune.planning.host import available_bytes
 from dstune.zero import accelerator
 from dstune.zero.engine import Engine

@@ -24,10 +24,10 @@ from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.evaluation.ranks import evaluate
+from dstune.generation.answers import generation_inputs
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.methods.importance import scores as importance
-from dstune.models.generation import generation_inputs
 from dstune.protocols import method_of
 from dstune.rank import worker
 from dstune.zero.engine import Engine

@@ -19,6 +19,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
+from dstune.generation.answers import write_texts
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.testing.tiny import CHATML
@@ -121,7 +122,7 @@ def data_run(train: Path | str, *, task: TaskConfig | None = None, **data: Any) 
 
 
 def prepared(config: RunConfig, tokenizer: Any, cache_root: Path) -> PreparedData:
-    return prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "environment"), cache_root)
+    return prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "environment"), cache_root, write=write_texts)
 
 
 def refusal_of(config: RunConfig, tokenizer: Any, folder: Path) -> list[Problem]:

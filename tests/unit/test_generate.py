@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dstune.data.stopping import stop_token_ids
+from dstune.generation.answers import generate_answers
 from dstune.inference import generate
 from dstune.inference.prompts import Request, read_file
 from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.inference.writer import Answer, Sampling, Writer
-from dstune.models.generation import generate_answers
 from tests.support.generation import Terminal, answers, expected, refusal
 from tests.support.tiny import save_decoder
 
@@ -128,6 +128,28 @@ def test_text_is_streamed_to_a_terminal(decoder, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     assert generate.main([str(decoder), "--prompt", "w1", "--max-new-tokens", "8"]) == 0
+    assert screen.getvalue().strip() == expected(decoder, "w1")
+
+
+def test_a_terminal_shows_no_stop_text(decoder, monkeypatch):
+    first, second = expected(decoder, "w1").split()[:2]
+    stop = f"{first} {second}"
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert generate.main([str(decoder), "--prompt", "w1", "--max-new-tokens", "8", "--stop", stop]) == 0
+    assert screen.getvalue() == "\n", "the text before it, which is empty"
+
+
+def test_a_model_that_asks_for_beams_is_streamed_token_by_token(decoder, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(decoder)
+    model.generation_config.num_beams = 2
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert generate.main([str(tmp_path), "--prompt", "w1", "--max-new-tokens", "8"]) == 0
     assert screen.getvalue().strip() == expected(decoder, "w1")
 
 

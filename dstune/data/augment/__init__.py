@@ -21,7 +21,7 @@ import pyarrow as pa
 from dstune.config.augment_schema import AugmentConfig
 from dstune.config.schema import RunConfig
 from dstune.data.augment import words
-from dstune.data.augment.rewrite import rewritten
+from dstune.data.augment.rewrite import TextWriter, rewritten
 from dstune.data.clean.rows import map_texts, row_hashes, texts
 from dstune.data.ingest import ROW_SCHEMA, load_table
 from dstune.data.labels import ChosenRows
@@ -57,16 +57,22 @@ class AugmentReport:
 
 
 def augmented(
-    train: ChosenRows, held_out: Iterable[ChosenRows], copied_places: np.ndarray, config: RunConfig, work: Path
+    train: ChosenRows,
+    held_out: Iterable[ChosenRows],
+    copied_places: np.ndarray,
+    config: RunConfig,
+    work: Path,
+    write: TextWriter | None,
 ) -> tuple[ChosenRows, dict[str, Any]]:
     """Return the training rows followed by their copies, and the report.
 
-    copied_places: the places in `train` of the rows to copy, int64. work: folder for the new table.
+    copied_places: the places in `train` of the rows to copy, int64. work: folder for the new table. write: lets the models of
+    `data.augment.models` write; may be None without them.
     """
     settings, report = config.data.augment, AugmentReport()
     known_keys = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
     jobs = _jobs(train, copied_places, settings, report)
-    made = _copies(train, jobs, settings, known_keys, report, config.data.split.seed)
+    made = _copies(train, jobs, settings, known_keys, report, config.data.split.seed, write)
     target = work / "train.augmented.arrow"
     origins = _write(train, made, target)
     table = load_table(
@@ -115,6 +121,7 @@ def _copies(
     known_keys: Mapping[str, set[int]],
     report: AugmentReport,
     split_seed: int,
+    write: TextWriter | None,
 ) -> list[tuple[int, str, int]]:
     """Return (place of the original row, the copy as JSON text, its hash) for each copy that equals no known row.
 
@@ -124,7 +131,8 @@ def _copies(
     hashes = train.hashes
     rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
     if settings.models:
-        rows = _rewrite(rows, settings, report)
+        assert write is not None, "whoever prepares rows with data.augment.models gives a writer"
+        rows = _rewrite(rows, settings, report, write)
     left_out: Counter[str] = Counter()
     made = []
     for (place, number), row in zip(jobs, rows, strict=True):
@@ -156,10 +164,10 @@ def _copies(
     return made
 
 
-def _rewrite(rows: list[Row], settings: AugmentConfig, report: AugmentReport) -> list[Row]:
+def _rewrite(rows: list[Row], settings: AugmentConfig, report: AugmentReport, write: TextWriter) -> list[Row]:
     """Return the rows with every text rewritten by models."""
     originals = [text for row in rows for text in texts(row)]
-    answers = iter(rewritten(originals, settings))
+    answers = iter(rewritten(originals, settings, write))
     copies = [map_texts(row, lambda _: next(answers)) for row in rows]
     report.changed["models"] = {
         "rows": sum(old_row != new_row for old_row, new_row in zip(rows, copies, strict=True)),

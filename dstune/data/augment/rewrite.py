@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dstune import samples
 from dstune.config.augment_schema import AugmentConfig
@@ -20,7 +20,17 @@ log = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 16
 
 
-def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
+class TextWriter(Protocol):
+    """Lets a model answer prompts."""
+
+    def __call__(
+        self, model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        """Return what the model writes after each prompt (token ids), computed together. temperature: 0 takes the most probable
+        tokens; otherwise torch's generator draws."""
+
+
+def rewritten(texts: Sequence[str], settings: AugmentConfig, write: TextWriter) -> list[str]:
     """Rewrite each text with the models of `settings`, one after another. A text for which a model writes nothing is empty.
 
     Texts of a batch are padded to the longest, so the last bits of the arithmetic may depend on the other texts of the batch:
@@ -28,11 +38,11 @@ def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
     """
     rewrites = list(texts)
     for number, path in enumerate(settings.models):
-        rewrites = _rewrite_by(rewrites, path, settings, seed=settings.seed * 1009 + number)
+        rewrites = _rewrite_by(rewrites, path, settings, write, seed=settings.seed * 1009 + number)
     return rewrites
 
 
-def _rewrite_by(texts: list[str], path: str, settings: AugmentConfig, *, seed: int) -> list[str]:
+def _rewrite_by(texts: list[str], path: str, settings: AugmentConfig, write: TextWriter, *, seed: int) -> list[str]:
     import torch
 
     from dstune.zero import accelerator
@@ -42,26 +52,13 @@ def _rewrite_by(texts: list[str], path: str, settings: AugmentConfig, *, seed: i
     device = torch.device(accelerator.kind(), int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     model = model.to(device).eval()
     answers: list[str] = []
-    with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.no_grad():
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.manual_seed(seed)
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             log.info("rewriting by %s", path, extra={"done": start, "total": len(texts)})
             batch = texts[start : start + TEXTS_AT_ONCE]
-            prompts = [settings.prompt.replace("{text}", text) for text in batch]
-            inputs, begin = _inputs(tokenizer, model, prompts)
-            sampling = (
-                {"temperature": settings.temperature} if settings.temperature else {"temperature": None, "top_p": None}
-            )
-            tokens = model.generate(
-                **inputs.to(device),
-                max_new_tokens=settings.max_new_tokens,
-                do_sample=settings.temperature > 0,
-                num_beams=1,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-                **sampling,
-            )
-            generated = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
+            prompts = _prompt_ids(tokenizer, model, [settings.prompt.replace("{text}", text) for text in batch])
+            generated = write(model, tokenizer, prompts, settings.max_new_tokens, settings.temperature)
             # A text that became empty stays empty: the next model would invent one.
             answers += [answer if text else "" for answer, text in zip(generated, batch, strict=True)]
     del model
@@ -89,18 +86,15 @@ def _load(path: str) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
-    """Return the padded prompts, and the index of the answer's first token in a generated row."""
-    if model.config.is_encoder_decoder:
-        return tokenizer(prompts, return_tensors="pt", padding=True, truncation=True), 1
-    tokenizer.padding_side = "left"
-    special = True
-    if tokenizer.chat_template:
+def _prompt_ids(tokenizer: Any, model: Any, prompts: list[str]) -> list[list[int]]:
+    """Return the tokens of prompts, with the chat template of a decoder that has one."""
+    options = {"truncation": True} if model.config.is_encoder_decoder else {"add_special_tokens": True}
+    if tokenizer.chat_template and not model.config.is_encoder_decoder:
         template = ChatTemplate(tokenizer, None)
         prompts = [template.text([{"role": "user", "content": prompt}], prompt=True) for prompt in prompts]
-        special = False
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
-    return inputs, inputs["input_ids"].shape[1]
+        options = {"add_special_tokens": False}
+    ids: list[list[int]] = tokenizer(prompts, **options)["input_ids"]
+    return ids
 
 
 def identity(path: str) -> list[Any]:

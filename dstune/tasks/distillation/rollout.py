@@ -21,8 +21,8 @@ from dstune.data.batches import padded
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
+from dstune.generation.answers import end_tokens
 from dstune.generation.completions import Completion, sample_completions
-from dstune.models.generation import end_tokens
 from dstune.tasks.distillation.config import DistillationConfig
 from dstune.tasks.reinforcement.encode import left_padded
 from dstune.trainer.generation import speaking

@@ -19,9 +19,9 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
+from dstune.generation.answers import end_tokens
 from dstune.generation.cache import layer_kinds
 from dstune.generation.completions import Completion, sample_completions, sample_continuously
-from dstune.models.generation import end_tokens
 from dstune.models.heads import on_device
 from dstune.protocols import method_of
 from dstune.tasks.reinforcement.batches import TrainedCompletion, completion_batch, shared_batch

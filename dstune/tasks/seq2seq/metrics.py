@@ -16,7 +16,7 @@ from dstune.data.prepared import Split
 from dstune.data.sampler import padded_batches, share
 from dstune.data.special_tokens import decoder_prompt, first_special_tokens
 from dstune.data.stopping import stop_token_ids
-from dstune.models.generation import generate_answers
+from dstune.generation.answers import generate_answers
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.generation import Generated, speaking

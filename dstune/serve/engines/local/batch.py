@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dstune.core.errors import first_line
+from dstune.generation.answers import placed_images
 from dstune.generation.batch import Batch, last_logits
 from dstune.generation.cache import is_joinable, new_cache
-from dstune.models.generation import placed_images
 from dstune.serve.engines.local.model import ImageInputs
 from dstune.serve.engines.local.sequences import Prompt, Running, Sequence
 

@@ -22,9 +22,9 @@ from dstune.data.images.positions import three_positions
 from dstune.data.images.processor import INPUTS, ImageProcessor, Inputs, processor_of, refusal
 from dstune.data.problems import RowError
 from dstune.data.stopping import stop_token_ids
+from dstune.generation.answers import end_tokens, placed_images
 from dstune.inference.resolve_model import check_adapter
 from dstune.inference.voices import BASE, OWN, Speaker, Voice, voice_of
-from dstune.models.generation import end_tokens, placed_images
 from dstune.models.peft_load import load_peft_adapter
 
 

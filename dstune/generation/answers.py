@@ -1,14 +1,15 @@
-"""Generates text with a model in memory."""
+"""Writes the answers to a batch of prompts with `generate` of transformers, greedy or sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import nn
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from dstune.core.errors import Problem, UserError
 
@@ -56,6 +57,80 @@ def generation_inputs(
     return model.get_base_model(), {"inputs_embeds": embeddings, "attention_mask": mask}, 0
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are written, token by token."""
+
+    max_new_tokens: int
+    ends: Collection[int]
+    """Tokens that end a text."""
+    padding: int
+    temperature: float = 0.0
+    """0 always takes the most probable token; otherwise torch's generator draws."""
+    top_p: float | None = 1.0
+    """None for the model's own setting."""
+    top_k: int = 0
+
+
+def write_tokens(
+    model: Any,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    *,
+    images: Mapping[str, torch.Tensor] | None = None,
+    in_step: bool = False,
+    is_over: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return the tokens that follow each prompt (token ids), padded behind the end.
+
+    The one place that calls `generate` of transformers, which knows encoder-decoders and every kind of cache.
+
+    images: what the model gets beside the tokens of the only prompt. in_step: all ranks run this and go on until all of them are
+    done (for partitioned weights). is_over: called after every token with the number of a row and its new tokens, padding behind
+    its end included; returns whether the row is done.
+    """
+    with torch.no_grad():
+        speaker, inputs, width = generation_inputs(model, **padded(model, prompts, decoding.padding))
+    inputs |= placed_images(images, model) if images else {}
+    start = speaker.generation_config.decoder_start_token_id
+    # Values that greedy decoding ignores are set to their neutral ones; those of the model would be warned about.
+    choice: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if decoding.temperature:
+        choice = {
+            "do_sample": True,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k,
+        }
+    settings = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(decoding.ends) or None,
+        pad_token_id=decoding.padding,
+        decoder_start_token_id=getattr(speaker.config, "decoder_start_token_id", None) if start is None else start,
+        **choice,
+    )
+    criteria = [] if is_over is None else [_RowEnds(is_over, width)]
+    tokens = speaker.generate(
+        **inputs, generation_config=settings, synced_gpus=in_step, stopping_criteria=StoppingCriteriaList(criteria)
+    )
+    written: list[list[int]] = tokens[:, width:].tolist()
+    return written
+
+
+class _RowEnds:
+    """A stopping criterion of transformers that decides for each row separately."""
+
+    def __init__(self, is_over: Callable[[int, list[int]], bool], width: int):
+        self._is_over, self._width = is_over, width
+
+    def __call__(self, tokens: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
+        """Return which rows are done: bool [batch]. tokens: [batch, sequence]."""
+        rows = enumerate(tokens[:, self._width :].tolist())
+        return torch.tensor([self._is_over(number, row) for number, row in rows], device=tokens.device)
+
+
 def generate_answers(
     model: nn.Module,
     tokenizer: Any,
@@ -76,37 +151,40 @@ def generate_answers(
     one_line: an answer ends where its first line does. stops: see `data.stopping`. The model's training mode is put back
     afterwards.
     """
+
+    def text_of(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text.lstrip()
+
     was_training = model.training
     model.eval()
-    generator: Any = model
-    ends = end_tokens(generator, stops) or None
+    decoding = Decoding(max_new_tokens, end_tokens(model, stops), tokenizer.pad_token_id)
     answers: list[str] = []
-    with torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            padded_prompts = padded(generator, prompts[start : start + batch_size], tokenizer.pad_token_id)
-            speaker, inputs, prompt_length = generation_inputs(generator, **padded_prompts)
-            if images:
-                inputs |= placed_images(images[start], generator)
-            criteria = [_LineEnds(tokenizer, prompt_length)] if one_line else []
-            tokens = speaker.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                # Without these, transformers would warn that it ignores a model's sampling settings (SmolLM2: temperature 0.2).
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-                synced_gpus=in_step,
-                stopping_criteria=StoppingCriteriaList(criteria),
-            )
-            texts = [tokenizer.decode(row[prompt_length:], skip_special_tokens=True).strip() for row in tokens]
-            answers += [text.partition("\n")[0].strip() if one_line else text for text in texts]
+    for start in range(0, len(prompts), batch_size):
+        rows = write_tokens(
+            model,
+            prompts[start : start + batch_size],
+            decoding,
+            images=images[start] if images else None,
+            in_step=in_step,
+            is_over=(lambda row, ids: "\n" in text_of(ids)) if one_line else None,
+        )
+        texts = map(text_of, rows)
+        answers += [(text.partition("\n")[0] if one_line else text).strip() for text in texts]
     model.train(was_training)
     return answers
+
+
+def write_texts(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float
+) -> list[str]:
+    """Return what a model writes after each prompt (token ids), computed together, without special tokens.
+
+    temperature: 0 takes the most probable tokens; otherwise torch's generator draws.
+    """
+    decoding = Decoding(max_new_tokens, end_tokens(model, ()), tokenizer.pad_token_id, temperature, top_p=None)
+    rows = write_tokens(model, prompts, decoding)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
 
 
 def placed_images(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -114,18 +192,6 @@ def placed_images(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     return {name: value.to(device, dtype if name == "pixel_values" else value.dtype) for name, value in inputs.items()}
-
-
-class _LineEnds:
-    """A stopping criterion of transformers: a row is done when a line break follows its first text."""
-
-    def __init__(self, tokenizer: Any, width: int):
-        self._tokenizer, self._width = tokenizer, width
-
-    def __call__(self, tokens: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
-        """Return which rows are done: bool [batch]. tokens: [batch, sequence]."""
-        texts = [self._tokenizer.decode(row[self._width :], skip_special_tokens=True) for row in tokens]
-        return torch.tensor(["\n" in text.lstrip() for text in texts], device=tokens.device)
 
 
 def padded(model: Any, prompts: Sequence[list[int]], padding: int) -> dict[str, torch.Tensor]:
