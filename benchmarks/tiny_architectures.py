@@ -216,6 +216,8 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "vibevoice_asr": {
         f"{kind}_tokenizer_encoder_config": {"num_filters": 2, "depths": [1] * 7} for kind in ("acoustic", "semantic")
     },
+    # By default every fourth layer has experts: of two layers none would.
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     # The three parts of a projection in the file are of one size.
     "nemo_speechlm": {
         "audio_config": {
