@@ -9,7 +9,7 @@ from dstune.config.fields import setting
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    copies: int = setting(0, at_least=0)
+    copies: int = setting(0, at_least=0, example="1", needs="task=classification data.augment.delete=0.1")
     """Changed copies of each training row (task=classification); held-out rows are never changed. 0 is off."""
     balance: bool = False
     """Copy rows of rarer classes until each has as many as the largest one: changed by the keys below, or as they are."""
@@ -17,11 +17,11 @@ class AugmentConfig:
     """Probability that a word of a copy is deleted (arXiv:1901.11196)."""
     swap: float = setting(0.0, at_least=0.0, at_most=1.0)
     """Number of swaps of two words in a copy, as a share of its words (arXiv:1901.11196)."""
-    synonyms: str | None = None
+    synonyms: str | None = setting(None, example="synonyms.csv", needs="data.augment.copies=1")
     """File with the columns `word` and `synonym`, from which words of a copy are replaced."""
     synonym_share: float = setting(0.2, above=0.0, at_most=1.0)
     """Words that are replaced, as a share of a copy's words."""
-    models: list[str] = setting([])
+    models: list[str] = setting([], example="[ORG/MODEL]", needs="data.augment.copies=1")
     """Models that rewrite a copy one after another: `[EN_DE,DE_EN]` translates there and back, `[MODEL]` paraphrases."""
     prompt: str = "{text}"
     """Prompt of a rewriting model; `{text}` is the row's text. A decoder gets the prompt in its chat template."""

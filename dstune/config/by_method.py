@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import format_value, typed
+from dstune.config.convert import DEFAULT, format_value, typed
 from dstune.config.fields import BY_METHOD
 from dstune.config.schema import CHOICES
 from dstune.core.errors import Problem
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 RATE = "optimizer.lr"
-DEFAULT = " (the default)"
-"""The end of a fix that names a default."""
 
 
 def fill(composed: DictConfig) -> dict[str, str]:

@@ -18,13 +18,15 @@ from typing import Any
 
 import yaml
 
-from dstune.config.fields import MemberName, options_of
+from dstune.config.fields import EXAMPLE, MemberName, options_of
 from dstune.config.names import (
     OTHER_VALUES,
+    ROOT_EXAMPLES,
     all_keys,
     classes_of,
     default_of,
     entry_class,
+    field_of,
     is_section,
     nearest,
     sections,
@@ -42,6 +44,8 @@ _REFERS = re.compile(r"\$\{\s*oc\.env\s*:")
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 EXAMPLES = {int: "100", float: "0.1", bool: "true", str: "NAME"}
 """Example values by type, for keys whose default is empty."""
+DEFAULT = " (the default)"
+"""The end of a fix that names a default."""
 
 
 class EnvironmentText(str):
@@ -266,22 +270,48 @@ def _fix(value: Any, hint: Any, where: str) -> str:
 
 
 def typed(key: str, value: str) -> str:
-    """Write `key=value` with the quotes that a shell needs."""
+    """Write `key=value` with the quotes that a shell needs. value: in Hydra's grammar (`literal` writes any text in it)."""
     return shlex.quote(f"{key}={value}")
 
 
+def literal(text: str) -> str:
+    """Write a text in Hydra's grammar: in quotes if Hydra would read something else, or several values."""
+    is_plain = _PLAIN.fullmatch(text) and text.lower() not in ("null", "true", "false", "nan", "inf")
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', re.sub(r"(\\+)$", r"\1\1", text))
+    return text if is_plain else f'"{escaped}"'
+
+
+_PLAIN = re.compile(r"[A-Za-z_./]([\w./:%@?|+* -]*[\w./:%@?|+*-])?", re.ASCII)
+
+
 def example(key: str) -> str:
-    """Return an example that sets `key` to a valid value."""
-    hint = all_keys()[key]
-    default = default_of(key)
-    if default not in (None, "", [], {}):
-        return f"{typed(key, format_value(default))} (the default)"
+    """Return an example that sets `key` to a valid value, where the run has all that the key needs (see `complete_example`)."""
+    setting = typed(key, example_value(key))
+    return f"{setting}{DEFAULT}" if has_default(key) else f"for example {setting}"
+
+
+def has_default(key: str) -> bool:
+    """Return whether the example of a key is its default."""
+    field = field_of(key)
+    return default_of(key) not in (None, "", [], {}) and not (field and EXAMPLE in field.metadata)
+
+
+def example_value(key: str) -> str:
+    """Return a valid value of a key, in Hydra's grammar: of its field's `example`, else the default, else one of its type."""
+    if key in ROOT_EXAMPLES:
+        return ROOT_EXAMPLES[key]
+    field = field_of(key)
+    if field and EXAMPLE in field.metadata:
+        return str(field.metadata[EXAMPLE])
+    hint, default = all_keys()[key], default_of(key)
+    if has_default(key):
+        return literal(default) if isinstance(default, str) else format_value(default)
     if is_optional(hint):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if options := options_of(hint):
-        return f"for example {typed(key, options[0])}"
+        return options[0]
     other = {list: "[NAME,NAME]", dict: "{NAME: VALUE}"}.get(typing.get_origin(hint), "VALUE")
-    return f"for example {typed(key, EXAMPLES.get(hint, other))}"
+    return EXAMPLES.get(hint, other)
 
 
 # ---- the tree ----

@@ -101,7 +101,7 @@ class CleanConfig:
     """Leave out rows with less text than this, all messages together."""
     max_characters: int | None = setting(None, at_least=1)
     """Leave out rows with more text than this, all messages together."""
-    languages: list[str] = setting([])
+    languages: list[str] = setting([], example="[en,de]")
     """Keep rows in these languages only (ISO 639 codes such as `en`); needs the extra `clean`."""
     duplicates: Duplicates = Duplicates.exact
     """Leave out training rows that equal an earlier one: `exact`, `near` (extra `clean`), or `keep` all."""
@@ -169,7 +169,7 @@ class DataConfig:
     """Row format; `auto` recognises it by the columns."""
     columns: dict[str, str] = setting({})
     """Column names of the file by role, for example `{text: review, label: stars}`."""
-    tokenizer: str | None = None
+    tokenizer: str | None = setting(None, example="ORG/MODEL", needs="task=causal_lm data.format=tokens")
     """The tokenizer that made the token ids of `format: tokens` (hub id, folder or sample): the model's, or one equal to it."""
     image_folder: str | None = None
     """Folder that image paths are relative to and must not leave; the folder of the rows' file when not given."""

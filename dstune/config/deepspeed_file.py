@@ -55,7 +55,7 @@ def _parse(path: Path) -> dict[str, Any]:
             raise UserError(Problem("zero.path", "this is too long for a configuration", value=str(path)))
         text = read_file(path).decode("utf-8")
     except OSError as error:
-        fix = "zero.path=ds_config.json, relative to the folder in which dstune is started"
+        fix = "zero=file zero.path=ds_config.json, relative to the folder in which dstune is started"
         raise UserError(Problem("zero.path", f"cannot be read: {error.strerror}", fix, str(path))) from None
     except UnicodeDecodeError:
         raise UserError(Problem("zero.path", "this is not text", "give a JSON or YAML file", str(path))) from None

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from dstune.config.by_method import RATE
-from dstune.config.convert import describe, example, format_value
+from dstune.config.convert import DEFAULT, describe, format_value
+from dstune.config.examples import complete_example
 from dstune.config.fields import BY_METHOD, DOC
 from dstune.config.guidance import advice_of
 from dstune.config.names import (
@@ -234,7 +235,7 @@ def _key_text(key: str) -> str:
 def _example(key: str) -> str:
     if ".NAME." in key:
         return f"{key}=VALUE"
-    return example(key).removeprefix("for example ").removesuffix(" (the default)")
+    return complete_example(key).removeprefix("for example ").removesuffix(DEFAULT)
 
 
 def _default_of(setting: Setting) -> str:

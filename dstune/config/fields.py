@@ -30,6 +30,10 @@ DOC = "doc"
 """Key in the metadata of a field that was not written in source code: its documentation."""
 BY_METHOD = "by_method"
 """Key in the metadata of a field whose default depends on the method."""
+EXAMPLE = "example"
+"""Key in the metadata of a field: a value for examples, as text of the command line."""
+NEEDS = "needs"
+"""Key in the metadata of a field: settings without which no value of it is accepted, as text of the command line."""
 
 
 def options_of(hint: Any) -> tuple[str, ...]:
@@ -50,12 +54,16 @@ def setting(
     below: float | None = None,
     by_method: bool = False,
     signed: bool | Callable[[Any], bool] = False,
+    example: str = "",
+    needs: str = "",
 ) -> Any:
     """Declare a field with a default and the range that `ranges.check_ranges` enforces (None is always allowed).
 
     by_method: if nobody sets the field, a composed configuration has the method's value (`config.by_method`) instead of `default`.
     signed: any value but the default, or those for which the function returns true, runs code or contacts other machines. Such a
     value in a stored run is used only with a signature (`config/trust.py`). For values and lists, not for mappings.
+    example: a value that messages and `--help KEY` show; without one they show the default, or one of the type.
+    needs: settings that the example needs beside it, such as `data.augment.copies=1`.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -63,6 +71,7 @@ def setting(
         metadata[BY_METHOD] = True
     if signed:
         metadata[SIGNED] = signed
+    metadata |= {name: text for name, text in ((EXAMPLE, example), (NEEDS, needs)) if text}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -17,5 +17,5 @@ class ForgettingConfig:
     """Rows of `general` for the Fisher information: the mean of each row's squared gradient at the start weights."""
     replay: float = setting(0.0, at_least=0.0, below=1.0)
     """Share of an epoch's rows that come from `general`, mixed in like a source of `data.mixture`; 0 is off."""
-    general: str | None = None
+    general: str | None = setting(None, example="rows.jsonl", needs="forgetting.replay=0.1")
     """Rows of what the model must not forget, for `ewc` and `replay`: a value as for `data.train`, in the task's format."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dstune.config import preset_names
+from dstune.config.examples import complete
 from dstune.config.names import nearest, sections
 from dstune.config.words import packaged_choices
 from dstune.core.errors import Problem
@@ -225,7 +227,7 @@ def _choice_words(group: str, value: str) -> str | None:
         words = TASK_WORDS.get(plain)
         return f"{words}, or {prepared}, a prepared one" if words and prepared else words or prepared
     elsewhere = next((other for other, names in packaged_choices().items() if other != group and value in names), None)
-    return f"did you mean {elsewhere}={value}?" if elsewhere else None
+    return f"did you mean {complete(f'{elsewhere}={value}')}?" if elsewhere else None
 
 
 def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
@@ -233,7 +235,7 @@ def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
     if words := _choice_words(group, choice):
         return Problem(group, f"there is no such {group}", as_fix(words), choice)
     similar = nearest(choice, options) or next((option for option in options if option.endswith(choice)), None)
-    fix = f"did you mean {group}={similar}?" if similar else f"one of {', '.join(options)}"
+    fix = f"did you mean {complete(f'{group}={similar}')}?" if similar else f"one of {', '.join(options)}"
     key = {"data": "data.train", "model": "model.path"}.get(group)
     if key and re.search(r"[/.~]|^sample:", choice) and not (similar and "/" not in choice):
         fix = f"{group}= takes a name; rows and models of yours go into {key}={choice}"
@@ -293,8 +295,14 @@ def _with_preset_name(text: str, config_dirs: Sequence[str | Path]) -> str:
 
 
 def as_fix(words: str) -> str:
-    """Return an answer as the fix of a problem: `write KEY=VALUE`, or a sentence as it is."""
-    return f"write {words}" if re.match(r"'?[a-z_.]+=", words) else words
+    """Return an answer as the fix of a problem: `write KEY=VALUE` with what a choice in it needs, or a sentence as it is."""
+    settings = re.match(r"(?:'?[a-z_.]+=\S+(?: |$))*", words)
+    if not settings or not settings[0]:
+        return words
+    first = shlex.split(settings[0]) if settings[0].count("'") % 2 == 0 else []
+    if any("." not in setting.partition("=")[0] for setting in first):
+        return f"write {complete(*first)} {words[settings.end() :]}".rstrip()
+    return f"write {words}"
 
 
 def _plain(value: str) -> str:

@@ -53,12 +53,9 @@ def check_multi_task(config: RunConfig) -> Iterator[Problem]:
     for part in OTHER_PARTS:
         if (value := getattr(config.data, part)) is not None:
             reason = "the run has several tasks, and nothing says which of them the rows of this file belong to"
-            yield Problem(
-                f"data.{part}",
-                reason,
-                "data.split.validation=0.05, which holds out rows of every task",
-                format_value(value),
-            )
+            held_out = f" data.split.{part}=0.05, which holds out rows of every task"
+            fix = f"data.{part}=null{held_out if part in ('validation', 'test') else ''}"
+            yield Problem(f"data.{part}", reason, fix, format_value(value))
     evaluate = config.evaluate
     for key in ("slices", "counterfactual", "baseline_shots"):
         if value := getattr(evaluate, key):

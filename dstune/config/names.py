@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -141,6 +141,7 @@ def registered_values() -> dict[str, tuple[str, ...]]:
 
 ROOT_KEYS: dict[str, Any] = {"plugins": list[str]}
 """Keys outside of the sections, which are read before there is a schema."""
+ROOT_EXAMPLES = {"plugins": "[./plugin.py]"}
 
 
 @cache
@@ -219,6 +220,17 @@ def default_of(key: str) -> Any:
         if value is not MISSING:
             return value
     raise KeyError(key)
+
+
+def field_of(key: str) -> Field[Any] | None:
+    """Return the field of a dotted key of `all_keys`, in the first choice that has it; None for a key outside of the sections."""
+    if key in ROOT_KEYS:
+        return None
+    *parents, last = key.split(".")
+    owner: Any = next(cls for cls in classes_of(parents[0]).values() if key in leaves(cls, parents[0]))
+    for name in parents[1:]:
+        owner = type_hints(owner)[name]
+    return next(field for field in fields(owner) if field.name == last)
 
 
 def names_choice(key: str) -> bool:

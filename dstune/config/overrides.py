@@ -14,14 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yaml import YAMLError
+
 from dstune.config import habits
-from dstune.config.convert import build, convert, format_value, is_optional
+from dstune.config.convert import build, convert, example, format_value, is_optional
+from dstune.config.examples import complete, complete_example, needs_of
+from dstune.config.fields import EXAMPLE
 from dstune.config.names import (
     all_keys,
     choices_with,
     classes_of,
     entry_class,
     entry_leaves,
+    field_of,
     is_section,
     keys_below,
     keys_of,
@@ -33,8 +38,9 @@ from dstune.config.names import (
 )
 from dstune.config.not_offered import not_offered
 from dstune.config.schema import CHOICES
-from dstune.config.words import meaning, rejoined
+from dstune.config.words import meaning, packaged_choices, rejoined
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -121,7 +127,9 @@ def _one_value(key: str, value: str) -> str:
         return f"{key}=[{value}]"
     if _takes_any_text(f"{key}={value}"):
         return QUOTED_FIX.format(key=key, value=value)
-    return f"`dstune train --multirun` starts them; one of them is {key}={value.split(',')[0]}"
+    first = value.split(",")[0]
+    is_unknown = key in (choices := packaged_choices()) and first not in choices[key]
+    return "`dstune train --multirun` starts them" + ("" if is_unknown else f"; one of them is {key}={first}")
 
 
 def _with_closed_brackets(key: str, value: str) -> str:
@@ -303,7 +311,7 @@ def _hydra_setting(override: Override) -> Problem:
         reason = "dstune runs sweeps itself and has its own key for this"
         if key == "hydra/launcher":
             value = "slurm" if "submitit" in value else "local"
-        fix = f"{key_here}={value}" + (" with --multirun" if key == "hydra/sweeper" else "")
+        fix = complete(f"{key_here}={value}") + (" with --multirun" if key == "hydra/sweeper" else "")
         return Problem(key, reason, fix, format_value(override.value()))
     if key == "hydra.sweeper.direction":
         fix = "leave it out: sweep.objective=[METRIC] names metrics, and dstune knows for each which way is better"
@@ -318,11 +326,15 @@ def _hydra_setting(override: Override) -> Problem:
 def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) -> list[Problem]:
     group, value = override.key_or_group, override.value()
     if override.is_delete():
-        return [Problem(group, "a group cannot be removed", f"choose one: {group}={'|'.join(groups[group])}")]
+        sufficient = [name for name in groups[group] if not needs_of(f"{group}={name}")]
+        return [Problem(group, "a group cannot be removed", f"choose one: {group}={'|'.join(sufficient)}")]
     if override.is_add() or override.is_force_add():
         return [
             Problem(
-                group, "the group already has a choice", f"write {group}={format_value(value)}", format_value(value)
+                group,
+                "the group already has a choice",
+                f"write {complete(f'{group}={format_value(value)}')}",
+                format_value(value),
             )
         ]
     if value is None:
@@ -399,6 +411,19 @@ def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Pro
     return []
 
 
+def _as_value(key: str, hint: Any, text: str) -> str:
+    """Return a fix that gives `key` the value `text`; an example if it cannot have it, or takes lists that nobody would guess."""
+    is_list = typing.get_origin(hint) in (list, tuple)
+    if is_list and (field := field_of(key)) and EXAMPLE in field.metadata:
+        return complete_example(key)
+    value = f"[{text}]" if is_list else text
+    try:
+        convert(parse_yaml(value), hint, key)
+    except (UserError, YAMLError):
+        return example(key)
+    return f"write {key}={value}"
+
+
 def _is_entry(key: str, mapping: str, hint: Any) -> bool:
     return typing.get_origin(hint) is dict and key.startswith(f"{mapping}.")
 
@@ -429,7 +454,7 @@ def _unknown_key(
     if leaf := next((parent for parent in parents if parent in keys), None):
         is_list = typing.get_origin(keys[leaf]) in (list, tuple)
         reason = f"{leaf} is a {'list' if is_list else 'value'}, so it has no keys"
-        return Problem(key, reason, f"write {leaf}={f'[{text}]' if is_list else text}", text)
+        return Problem(key, reason, _as_value(leaf, keys[leaf], text), text)
     if "." not in key and (group := nearest(key, groups, cutoff=0.7)):
         return Problem(key, "there is no such group or key", f"did you mean {group}={text}?", text)
     similar = suggest_key(key, keys) or suggest_key(key, all_keys())

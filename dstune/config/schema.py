@@ -98,7 +98,7 @@ class Export(Enum):
 class ModelConfig:
     path: str = "sample://smollm2"
     """Hub id, folder, or packaged sample (`sample://smollm2`, `sample://minilm`)."""
-    revision: str | None = None
+    revision: str | None = setting(None, example="main", needs="model.path=ORG/MODEL")
     """Branch, tag or commit on the hub; resolved to a commit before the ranks start."""
     weights: InitialWeights = InitialWeights.pretrained
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
@@ -117,7 +117,7 @@ class ModelConfig:
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `deepseek_r1`, `gemma`, `gemma4`, `gpt_oss`,
     `granite`, `llama3`, `mistral`, `mistral_tekken`, `phi3`, `phi4`."""
-    prompt_template: str | None = None
+    prompt_template: str | None = setting(None, example="alpaca")
     """Plain text around questions and answers, for a base model without a chat template: `alpaca`, `llama2` or `vicuna`."""
     add_tokens: list[str] = setting([])
     """Control tokens of your own `chat_template`: added if the vocabulary lacks them, and trained even with adapters."""
@@ -155,7 +155,7 @@ class ZeroConfig:
     """Gradients of a step's micro-batches are summed in `fp32`, or in the `model`'s own format: half the memory, less exact."""
     param_persistence_threshold: int = setting(100_000, at_least=0)
     """Stage 3 does not partition parameters with fewer elements."""
-    path: str | None = None
+    path: str | None = setting(None, example="ds_config.json", needs="zero=file")
     """With `zero=file`: an existing DeepSpeed configuration (JSON) or one of accelerate (YAML), read when a run is composed."""
     settings: dict[str, Any] = setting({})
     """DeepSpeed's settings that dstune has no key for, as in its JSON: `{zero_optimization: {sub_group_size: 1000000}}`."""
@@ -242,7 +242,7 @@ class TrainerConfig:
     """Steps of each launch, after its first two, that torch's profiler records into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
-    callbacks: list[Any] = setting([], signed=_by_module)
+    callbacks: list[Any] = setting([], signed=_by_module, example="[NAME]", needs="plugins=[./plugin.py]")
     """Callbacks beside the built-in ones: names of registered ones, `module:Class` of installed packages, or NAME: {ARGUMENT:
     VALUE}."""
 
@@ -282,7 +282,7 @@ class EvaluateConfig:
     """Longest answer to a sample prompt, in tokens."""
     slices: list[str] = setting([])
     """Columns for whose values metrics are reported separately, with the worst value and the gap."""
-    slice_metric: str | None = None
+    slice_metric: str | None = setting(None, example="loss")
     """Metric that decides which slice is the worst; the task's own when not given (docs/tasks.md)."""
     min_slice_rows: int = setting(10, at_least=1)
     """A slice with fewer rows is shown, but cannot be the worst or the best one."""
@@ -290,7 +290,7 @@ class EvaluateConfig:
     """File with terms to swap (columns `from` and `to`) in held-out rows, to measure how much predictions then change."""
     generate_rows: int | None = setting(100, at_least=0)
     """Number of seq2seq rows whose targets are generated and scored at an evaluation; 0 for none, null for all rows."""
-    baseline_shots: list[int] = setting([])
+    baseline_shots: list[int] = setting([], example="[0,4]")
     """Before training, ask the untuned model too, with this many worked examples (`[0,4]`), and report what it reaches."""
     safety: bool = False
     """Before and after training, ask the packaged probes (refusals, answers from a source, ...) and look for training rows that the

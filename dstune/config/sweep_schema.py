@@ -38,7 +38,7 @@ class GridConfig:
     """Trials that run at the same time. They share the GPUs (or cores) of this machine; with launch=slurm, jobs in flight."""
     space: dict[str, Any] = setting({})
     """Values of keys in a file, as a list or as on the command line: `{optimizer.lr: [1e-5, 1e-4], method.rank: "8,16"}`."""
-    objective: list[str] = setting([])
+    objective: list[str] = setting([], example="[loss,seconds]")
     """Metrics that trials are compared by (also seconds, tokens_per_second, peak_memory_gib);
     `trainer.early_stopping.metric` when empty."""
 
@@ -67,7 +67,7 @@ class OptunaConfig(GridConfig):
     """Trials that `median` lets finish before it ends any, and that tpe, gp and cmaes draw at random first."""
     reduction_factor: int = setting(3, at_least=2)
     """`asha` and `hyperband` let the best 1/N of the trials go on from each rung to the next, N times as long."""
-    storage: str | None = setting(None, signed=True)
+    storage: str | None = setting(None, signed=True, example="sqlite:///study.db")
     """Where the study is kept: a database's URL, `journal:FILE` or `redis://HOST`, which several machines may share; a
     SQLite file in the sweep's directory when not given."""
     study: str | None = None

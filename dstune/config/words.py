@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from dstune.config.convert import example, typed
-from dstune.config.names import all_keys, choices_with, sections, suggest_key
-from dstune.config.schema import CHOICES
+from dstune.config.convert import literal, typed
+from dstune.config.examples import complete, complete_example
+from dstune.config.names import all_keys, names_choice, sections, suggest_key
 from dstune.core.errors import Problem
 
 DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".zip")
@@ -18,13 +18,15 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
     """Return a fix that says how `word`, which has no `=`, was probably meant; None if nothing is similar. following: the words
     after it."""
     choices = packaged_choices()
+    if names_choice(word):
+        return meaning(word.partition(".")[0], following)
     if word in all_keys():
-        return _example_with_choice(word)
+        return complete_example(word)
     if word in choices and following and following[0] in choices[word]:
-        return f"write {word}={following[0]}"
+        return f"write {complete(f'{word}={following[0]}')}"
     for group, names in choices.items():
         if word in names:
-            return f"did you mean {group}={word}?"
+            return f"did you mean {complete(f'{group}={word}')}?"
     if word in choices:
         key_form = f", or {word}.KEY=VALUE" if word in sections() else ""
         return f"write {word}=CHOICE with one of {', '.join(choices[word])}{key_form}"
@@ -34,21 +36,12 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
     if path.suffix in (".yaml", ".yml"):
         return f"`{shlex.join(['dstune', 'train', word])}` reads a configuration file"
     if path.name.lower().endswith(DATA_ENDINGS):
-        return f"did you mean {typed('data.train', word)}?"
+        return f"did you mean {typed('data.train', literal(word))}?"
     if (path / "config.json").is_file():
-        return f"did you mean {typed('model.path', word)}?"
+        return f"did you mean {typed('model.path', literal(word))}?"
     if len(path.parts) == 1 and (similar := suggest_key(word, all_keys())):
         return f"did you mean {similar}=VALUE?"
     return None
-
-
-def _example_with_choice(key: str) -> str:
-    """Return an example that sets `key`, with the choice that has it, if not every choice of its section does."""
-    choices, section = choices_with(key), key.partition(".")[0]
-    if len(choices) == len(CHOICES.get(section, {})):
-        return example(key)
-    setting = example(key).removeprefix("for example ").removesuffix(" (the default)")
-    return f"for example {choices[0]} {setting}"
 
 
 def packaged_choices() -> dict[str, list[str]]:

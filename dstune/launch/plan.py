@@ -425,7 +425,8 @@ def _verdict(estimate: Planned, words: Sequence[str] | None, config: RunConfig) 
     lines = [*verdict, f"recommended: {' '.join(overrides) or 'as configured'}"]
     if words is not None:
         changed = {key_of(word) for word in overrides}
-        command = ["dstune", "train", *(word for word in words if key_of(word) not in changed), *overrides]
+        rows = [] if config.data.train or config.data.mixture else ["data.train=FILE"]
+        command = ["dstune", "train", *(word for word in words if key_of(word) not in changed), *rows, *overrides]
         refused = _set_by_file(command[2:], config) if overrides else []
         first = f'with "auto" in {config.zero.path} for what sets {" and ".join(refused)}: ' if refused else ""
         lines.append(f"  {first}{shlex.join(command)}")

@@ -42,7 +42,9 @@ class Ia3Config(ModuleAdapterConfig):
     name: str = "ia3"
     target_modules: list[str] = setting([])
     """Module name endings that are scaled; peft's choice for the architecture when empty (llama: k_proj, v_proj, down_proj)."""
-    feedforward_modules: list[str] = setting([])
+    feedforward_modules: list[str] = setting(
+        [], example="[down_proj]", needs="method.target_modules=[k_proj,v_proj,down_proj]"
+    )
     """Those of `target_modules` whose inputs are scaled instead of their outputs; peft's choice with them."""
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class MethodConfig:
     """Base of every method's configuration: fields of a subclass become keys `method.FIELD`."""
 
+    needs: ClassVar[str] = ""
+    """Settings without which this method is refused, as advice names them: `method.first_layers=4`."""
     name: str = ""
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class TaskConfig:
     """Base of every task's configuration: fields of a subclass become keys `task.FIELD`."""
 
+    needs: ClassVar[str] = ""
+    """Settings without which this task is refused, as advice names them: `task.rewards=[exact_answer]`."""
     name: str = ""
 
 

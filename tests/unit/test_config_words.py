@@ -77,7 +77,8 @@ def test_what_the_shell_split_is_joined_in_the_fix():
     ("words", "fix"),
     [
         (["data.columns={text: review"], "'data.columns={text: review}'"),
-        (["experiment=a,b"], "`dstune train --multirun` starts them; one of them is experiment=a"),
+        (["experiment=a,b"], "`dstune train --multirun` starts them"),
+        (["method=lora,full"], "`dstune train --multirun` starts them; one of them is method=lora"),
         (["trainer.seed=1,2"], "`dstune train --multirun` starts them; one of them is trainer.seed=1"),
         (["tracking.tags=a,b"], "tracking.tags=[a,b]"),
         (["data.columns={text: Body of (it)}"], """quote its values: 'data.columns={text: "Body of (it)"}'"""),

@@ -13,7 +13,7 @@ class AgentsConfig(LaunchConfig):
     restarts: int = setting(0, at_least=0)
     """How often all ranks are restarted from the newest complete checkpoint after a rank or node was lost; the same failure of
     a rank at the same step twice ends the run."""
-    min_nodes: int | None = setting(None, at_least=1)
+    min_nodes: int | None = setting(None, at_least=1, example="1", needs="launch.restarts=3")
     """Fewest nodes that training continues with after others were lost; all nodes by default. Needs `launch.restarts`."""
     spares: int = setting(0, at_least=0)
     """Additional nodes that wait to replace lost ones. Needs `launch.restarts`."""

@@ -37,7 +37,7 @@ class SlurmConfig(AgentsConfig):
     """Quality of service (`--qos`)."""
     constraint: str | None = None
     """Features that the nodes need (`--constraint`)."""
-    time: str | None = None
+    time: str | None = setting(None, example="1:30:00")
     """Time limit (`--time`), such as 30, 1:30:00 or 2-12; by default that of the partition."""
     signal_seconds: int = setting(120, at_least=1)
     """Seconds before the time limit at which the ranks are asked to save."""
@@ -49,11 +49,11 @@ class SlurmConfig(AgentsConfig):
     """Container image that the ranks run in."""
     container_runtime: ContainerRuntime = ContainerRuntime.pyxis
     """`pyxis` (Enroot, through srun) or `apptainer`."""
-    container_mounts: list[str] = setting([], signed=True)
+    container_mounts: list[str] = setting([], signed=True, example="[FOLDER]", needs="launch.container=IMAGE")
     """Folders to mount in the container besides the run directory, as FOLDER or FOLDER:FOLDER_IN_CONTAINER."""
     container_python: str = setting("python3", signed=True)
     """Python interpreter inside the container that has dstune installed."""
-    directives: list[str] = setting([], signed=True)
+    directives: list[str] = setting([], signed=True, example="[--exclusive]")
     """Additional options of sbatch, such as [--exclusive, --mail-type=END]."""
     setup: list[str] = setting([], signed=True)
     """Shell commands to run before the ranks start, such as [module load cuda]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dstune.config.fields import setting
 from dstune.methods._pooled import Pooling
@@ -18,6 +19,7 @@ class FeaturesConfig(MethodConfig):
     by impurity (Breiman 2001). The export is like that of `method=head`.
     """
 
+    needs: ClassVar[str] = "task=classification"
     name: str = "features"
     pooling: Pooling = Pooling.mean
     """What the classifier reads: `cls` the first token's state, `mean` of all, `last` token's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dstune.config.fields import setting
 from dstune.protocols.method import MethodConfig
@@ -15,10 +16,11 @@ class FreezeConfig(MethodConfig):
     Between `head` and `full`: frozen weights need no gradients or optimizer states, and keep every bit.
     """
 
+    needs: ClassVar[str] = "method.first_layers=4"
     name: str = "freeze"
     embeddings: bool = False
     """Freeze what is below the first layer: token and position embeddings, a tied vocabulary projection."""
-    first_layers: int = setting(0, at_least=0)
+    first_layers: int = setting(0, at_least=0, example="4")
     """Freeze this many layers from the bottom."""
     last_layers: int = setting(0, at_least=0)
     """Freeze this many layers from the top."""

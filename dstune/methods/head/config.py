@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dstune.config.fields import setting
 from dstune.methods._pooled import Pooling
@@ -19,6 +20,7 @@ class HeadConfig(MethodConfig):
     `trust_remote_code=True`.
     """
 
+    needs: ClassVar[str] = "task=classification"
     name: str = "head"
     pooling: Pooling = Pooling.model
     """What the head reads: `cls` the first token, `mean` of all, `last` token; `model` is the architecture's own head."""

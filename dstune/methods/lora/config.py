@@ -47,7 +47,7 @@ class LoraConfig(ModuleAdapterConfig):
     split each weight into the adapter and a frozen rest, and with qlora `loftq` (arXiv:2310.08659), which makes up for what
     rounding took. `olora` has peft's first values, whose product is scaled; `qr` shares the scale out between both factors, so
     that the adapter begins as that part of the weight itself."""
-    init_iterations: int | None = setting(None, at_least=1)
+    init_iterations: int | None = setting(None, at_least=1, example="16", needs="method.init=pissa")
     """With `init=pissa`: subspace iterations of a randomised SVD, for large models; the exact SVD when not given."""
     lr_ratio: float = setting(1.0, above=0.0)
     """LoRA+: the rate of B as a multiple of that of A, for example 16 (Hayou et al. 2024, arXiv:2402.12354)."""

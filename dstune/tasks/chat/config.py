@@ -27,7 +27,7 @@ class ChatConfig(TaskConfig):
     """Conversations; the loss is on the assistant's tokens, the end of each turn included."""
 
     name: str = "chat"
-    template_date: str | None = None
+    template_date: str | None = setting(None, example="2026-01-31")
     """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
     train_on_prompt: bool = False
     """Let every token count in the loss, not only those of the assistant."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dstune.config.fields import setting
 from dstune.tasks.chat.config import ChatConfig
@@ -12,11 +13,12 @@ from dstune.tasks.chat.config import ChatConfig
 class DistillationConfig(ChatConfig):
     """The model learns the next-token distributions of a teacher, on rows of chat or plain text."""
 
+    needs: ClassVar[str] = "task.teacher=FOLDER"
     name: str = "distillation"
     teacher: str | None = None
     """The model to learn from: folder, hub id, sample, or the directory of a run with an export. It has the tokens of the model.
     When not given, the model itself with its new adapter switched off, which holds a run with `text_weight` near its start."""
-    teacher_revision: str | None = None
+    teacher_revision: str | None = setting(None, example="main", needs="task.teacher=ORG/MODEL")
     """Branch, tag or commit of `teacher` on the hub; resolved to a commit before the ranks start."""
     teacher_cache: bool = False
     """Let the teacher read all rows once, before the model is loaded, and keep its hidden states of their targets in the cache

@@ -30,7 +30,9 @@ def check(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
         yield Problem("task.teacher_revision", reason, fix, format_value(task.teacher_revision))
     if task.text_weight == 1.0:
         reason = "nothing of the loss is left to the teacher"
-        yield Problem("task.text_weight", reason, "less than 1, or task=chat", format_value(task.text_weight))
+        yield Problem(
+            "task.text_weight", reason, "task.text_weight=0.5, or any value less than 1", format_value(task.text_weight)
+        )
     yield from _check_own_answers(config, task)
     yield from _check_cache(config, task)
     if config.model.add_tokens:

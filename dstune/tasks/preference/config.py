@@ -47,9 +47,9 @@ class PreferenceConfig(TaskConfig):
     """`auto`: the model without its new adapter, else computed once before training (`cached`)."""
     reference_model: str | None = None
     """Another model as the reference (folder, hub id, sample); the model that training starts from when not given."""
-    reference_revision: str | None = None
+    reference_revision: str | None = setting(None, example="main", needs="task.reference_model=ORG/MODEL")
     """Branch, tag or commit of `reference_model` on the hub; resolved to a commit before the ranks start."""
-    template_date: str | None = None
+    template_date: str | None = setting(None, example="2026-01-31")
     """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
     chat_template_kwargs: dict[str, Any] = setting({})
     """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""

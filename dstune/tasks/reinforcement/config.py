@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dstune.config.fields import setting
 from dstune.protocols import ENVIRONMENTS
@@ -59,18 +59,19 @@ class KlConfig:
 class ReinforcementConfig(TaskConfig):
     """The model answers prompts, rewards score the answers, and what scored above its group becomes more probable."""
 
+    needs: ClassVar[str] = "task.rewards=[exact_answer]"
     name: str = "reinforcement"
-    rewards: list[str] = setting([])
+    rewards: list[str] = setting([], example="[exact_answer]")
     """Functions that score a completion: `exact_answer`, `number`, `boxed_answer`, `pattern`, `json_object`, `json_schema`,
     `reasoning_format`, `brevity`, `word_count`, `script`, `code_tests`, or the name of a plugin's `@dstune.reward`. The scores
     are added up."""
-    graders: list[str] = setting([], signed=True)
+    graders: list[str] = setting([], signed=True, example="[grader.json]")
     """JSON files, each with a grader of the fine-tuning API (`string_check`, `text_similarity`, `score_model`, `python`,
     `multi`), whose grades are added to the rewards under the name of the file."""
     reward_models: list[str] = setting([], signed=True)
     """Models whose scores are added to the rewards: a run or export of `task=reward`, a sequence classifier with one output, or
     the address of a server that has one (`http://HOST:PORT#MODEL`)."""
-    reward_weights: list[float] = setting([])
+    reward_weights: list[float] = setting([], example="[0.5]")
     """A factor for each of `rewards`, then of `graders`, then of `reward_models`, and for the environment's own reward last; 1
     for all when not given."""
     reward_seconds: float = setting(60.0, above=0.0)
@@ -86,10 +87,10 @@ class ReinforcementConfig(TaskConfig):
     """Time limit of one program (a `python` grader, a completion under `code_tests`) or one answer of `judge`."""
     program_memory_gib: float = setting(2.0, above=0.0)
     """Limit of the address space of each process of such a program."""
-    judge: str | None = setting(None, signed=True)
+    judge: str | None = setting(None, signed=True, example="http://localhost:8000")
     """Address of a server with OpenAI's chat completions, which has the models of `score_model` graders (`http://HOST:PORT`);
     the variable `DSTUNE_JUDGE_API_KEY` may hold its key."""
-    environment: str | None = None
+    environment: str | None = setting(None, example="NAME", needs="plugins=[./plugin.py]")
     """The name of a plugin's `@dstune.environment`: its public methods are tools that the model may call, for several turns."""
     turns: int = setting(8, at_least=1)
     """With an environment, the largest number of the model's answers in one completion."""
@@ -113,9 +114,11 @@ class ReinforcementConfig(TaskConfig):
     it is repeated on as many ranks. `fast` keeps the batch full, a new completion in the place of one that has ended; the
     sampler is then a little further from the training forward pass, and `importance_cap` corrects the loss for it. `vllm` lets the
     server at `rollout_url` write them, with the weights that are about to train; evaluations stay in this process."""
-    rollout_url: str | None = setting(None, signed=True)
+    rollout_url: str | None = setting(None, signed=True, example="http://localhost:8000", needs="task.rollout=vllm")
     """Address of a vLLM server (`http://HOST:PORT`) for `rollout=vllm`; the variable `DSTUNE_ROLLOUT_API_KEY` may hold its key."""
-    rollout_folder: str | None = setting(None, signed=True)
+    rollout_folder: str | None = setting(
+        None, signed=True, example="FOLDER", needs="task.rollout=vllm task.rollout_url=http://localhost:8000"
+    )
     """Where the server reads adapters or weights, under the same path on both machines, in a folder of this run; `sampler` of the
     run directory when not given."""
     rollout_seconds: float = setting(600.0, above=0.0)
@@ -124,7 +127,7 @@ class ReinforcementConfig(TaskConfig):
     rollout_sleep: bool = False
     """Whether the server sleeps while this run trains, so that both have room on the same GPU (`vllm serve
     --enable-sleep-mode`)."""
-    importance_cap: float | None = setting(None, above=0.0)
+    importance_cap: float | None = setting(None, above=0.0, example="2", needs="task.rollout=fast")
     """Weight each token by its probability under the model in training over that under the sampler, at most this (truncated
     importance sampling). When not given, 2 with `rollout=fast` and `vllm`; with `exact` tokens are not weighted."""
     correction: Correction = Correction.truncate
@@ -132,9 +135,9 @@ class ReinforcementConfig(TaskConfig):
     whose ratio is below 1 / `importance_cap`."""
     updates: int = setting(1, at_least=1)
     """Optimizer updates with the completions of one step (TRL: `num_iterations`). With 1, ratios are 1 and nothing is clipped."""
-    clip_low: float | None = setting(None, at_least=0.0)
+    clip_low: float | None = setting(None, at_least=0.0, example="0.2", needs="task.updates=2")
     """Clip ratios at 1 minus this (TRL: `epsilon`); 0.2 when not given, with `gspo` 3e-4. `cispo` has no lower bound."""
-    clip_high: float | None = setting(None, at_least=0.0)
+    clip_high: float | None = setting(None, at_least=0.0, example="0.28", needs="task.updates=2")
     """Clip ratios at 1 plus this (TRL: `epsilon_high`); `clip_low` when not given, with `dapo` 0.28, with `gspo` 4e-4. With
     `cispo` the largest ratio itself, 5."""
     scale_rewards: RewardScale = RewardScale.auto
@@ -144,9 +147,9 @@ class ReinforcementConfig(TaskConfig):
     mask_truncated: bool = False
     """Whether completions that did not end within `max_new_tokens` are left out of the loss (their rewards still count in
     their group)."""
-    replay: str | None = None
+    replay: str | None = setting(None, example="RUN/rollouts")
     """The folder `rollouts` of another run. Each step trains on that run's completions and rewards instead of new ones."""
-    template_date: str | None = None
+    template_date: str | None = setting(None, example="2026-01-31")
     """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
     chat_template_kwargs: dict[str, Any] = setting({})
     """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""

@@ -20,7 +20,7 @@ class Seq2SeqConfig(TaskConfig):
     """Use the chat template of a decoder, if it has one. Otherwise the target follows the prompt and `separator`."""
     separator: str = "\n"
     """Text between prompt and target if a decoder gets its prompt without a chat template."""
-    template_date: str | None = None
+    template_date: str | None = setting(None, example="2026-01-31")
     """The date that a chat template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
     chat_template_kwargs: dict[str, Any] = setting({})
     """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""
