@@ -17,11 +17,11 @@ class AugmentConfig:
     """Probability that a word of a copy is deleted (arXiv:1901.11196)."""
     swap: float = setting(0.0, at_least=0.0, at_most=1.0)
     """Number of swaps of two words in a copy, as a share of its words (arXiv:1901.11196)."""
-    synonyms: str | None = setting(None, example="synonyms.csv", needs="data.augment.copies=1")
+    synonyms: str | None = setting(None, example="synonyms.csv", needs="task=classification data.augment.copies=1")
     """File with the columns `word` and `synonym`, from which words of a copy are replaced."""
     synonym_share: float = setting(0.2, above=0.0, at_most=1.0)
     """Words that are replaced, as a share of a copy's words."""
-    models: list[str] = setting([], example="[ORG/MODEL]", needs="data.augment.copies=1")
+    models: list[str] = setting([], example="[ORG/MODEL]", needs="task=classification data.augment.copies=1")
     """Models that rewrite a copy one after another: `[EN_DE,DE_EN]` translates there and back, `[MODEL]` paraphrases."""
     prompt: str = "{text}"
     """Prompt of a rewriting model; `{text}` is the row's text. A decoder gets the prompt in its chat template."""

@@ -149,7 +149,7 @@ class DataConfig:
     """Training rows: file, glob, folder, hub id (`org/name:split`), or a sample (`sample://chitchat`)."""
     mixture: dict[str, SourceConfig] = setting({})
     """Several sources by a name of yours, each with a weight; replaces `data.train`."""
-    streaming: bool = False
+    streaming: bool = setting(False, needs="trainer.max_steps=1000")
     """Read `data.train` in blocks while training, for more rows than the disk holds; needs `trainer.max_steps`."""
     stream_rows: int = setting(100_000, at_least=1)
     """Rows of a block with `data.streaming`: shuffled and packed together; the disk holds about three blocks."""

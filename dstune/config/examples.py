@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from dstune.config.convert import DEFAULT, example_value, has_default, typed
+from dstune.config.convert import DEFAULT, example_value, format_value, has_default, typed
 from dstune.config.fields import NEEDS
-from dstune.config.names import all_keys, choices_with, field_of
+from dstune.config.names import all_keys, choices_with, default_of, field_of
 from dstune.config.schema import CHOICES
 
 NEEDS_OF_FILES = {"zero=file": "zero.path=ds_config.json"}
@@ -40,22 +40,31 @@ def needs_of(choice: str) -> list[str]:
 
 
 def _add(setting: str, values: dict[str, str], pending: set[str]) -> None:
-    """Add a setting to `values`, a choice before and a key after what it needs. pending: keys that will be added after this one."""
+    """Add a setting to `values`, a choice before and a key after what it needs. pending: keys that will be added after this one.
+
+    `needs` of a key names all that the key needs; what these settings need otherwise is not added.
+    """
     key, _, value = setting.partition("=")
     if "." not in key:
         values[key] = value
-    for needed in _needed(key, setting):
-        if needed.partition("=")[0] not in {*values, *pending}:
+    for needed in _needed(key, value):
+        name, _, needed_value = needed.partition("=")
+        if name in {*values, *pending}:
+            continue
+        if "." in name:
+            values[name] = needed_value
+        else:
             _add(needed, values, pending | {key})
     values[key] = value
 
 
-def _needed(key: str, setting: str) -> Iterator[str]:
+def _needed(key: str, value: str) -> Iterator[str]:
     section = key.partition(".")[0]
     if section == key:
-        yield from needs_of(setting)
+        yield from needs_of(f"{key}={value}")
     elif field := field_of(key) if key in all_keys() else None:
         choices = choices_with(key)
         if len(choices) < len(CHOICES.get(section, {})):
             yield choices[0]
-        yield from shlex.split(field.metadata.get(NEEDS, ""))
+        if value != format_value(default_of(key)):
+            yield from shlex.split(field.metadata.get(NEEDS, ""))

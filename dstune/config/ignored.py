@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dstune.config.examples import complete
 from dstune.config.multi_task import tasks_of
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
@@ -13,14 +14,15 @@ from dstune.core.errors import Problem
 from dstune.protocols import TRACKERS, schedule_of, task_of
 
 
-def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
+def ignored_settings(config: RunConfig, overrides: Sequence[str], *, continues: bool = False) -> list[Problem]:
     """Return a problem for each of `overrides` (`KEY=VALUE`) that changes nothing, with the reason and what would make it count.
 
-    Values in files are not judged: an experiment may hold settings for several uses.
+    Values in files are not judged: an experiment may hold settings for several uses. continues: whether the overrides are for a run
+    that exists, whose other settings cannot be changed.
     """
     value_by_key = {key_of(text): text.partition("=")[2] for text in overrides}
     return [
-        Problem(key, f"this has no effect: {reason}", fix, value)
+        Problem(key, f"this has no effect: {reason}", "leave it out" if continues else fix, value)
         for key, (reason, fix) in dict(_without_effect(config)).items()
         for name, value in value_by_key.items()
         if (name == key or name.startswith(f"{key}.")) and key in all_keys()
@@ -59,6 +61,7 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield (key, (reason, fix)) for every setting that other settings make useless, whether the user gave it or not."""
     data, trainer, zero = config.data, config.trainer, config.zero
+    generates = task_of(config.task).generates
     if trainer.max_steps is not None:
         fix = "leave it out" if data.streaming else "trainer.max_steps=null"
         yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", fix)
@@ -71,15 +74,15 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     if data.mixture and data.train:
         yield "data.train", ("data.mixture replaces it", "data.mixture={}")
     if not data.streaming:
-        yield "data.stream_rows", ("data.streaming is off", "data.streaming=true")
+        yield "data.stream_rows", ("data.streaming is off", complete("data.streaming=true"))
     augment = data.augment
     if not augment.synonyms:
-        yield "data.augment.synonym_share", ("no synonyms are given", "data.augment.synonyms=FILE")
+        yield "data.augment.synonym_share", ("no synonyms are given", complete("data.augment.synonyms=FILE"))
     if not augment.models:
         for key in ("prompt", "temperature", "max_new_tokens"):
-            yield f"data.augment.{key}", ("no model rewrites copies", "data.augment.models=[MODEL]")
+            yield f"data.augment.{key}", ("no model rewrites copies", complete("data.augment.models=[MODEL]"))
     if not augment.on:
-        yield "data.augment.seed", ("no copies are made", "data.augment.copies=1")
+        yield "data.augment.seed", ("no copies are made", complete("data.augment.copies=1"))
     if data.packing:
         yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
         yield "data.padding", ("packed rows are not padded", "data.packing=false")
@@ -95,11 +98,14 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     if config.model.prompt_template is not None and not task_of(config.task).conversational:
         yield "model.prompt_template", (f"task={config.task.name} renders no conversations", "task=chat")
     if not any(task_of(task).generation_metrics for task in (config.task, *tasks_of(config).values())):
-        yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", "task=seq2seq")
+        fix = "task=seq2seq" if generates else "leave it out"
+        yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", fix)
     if not config.evaluate.samples:
-        yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")
+        fix = "evaluate.samples=1" if generates else "leave it out"
+        yield "evaluate.max_new_tokens", ("no prompts are answered", fix)
     if not config.evaluate.safety:
-        yield "evaluate.canaries", ("safety is not evaluated during training", "evaluate.safety=true")
+        fix = "evaluate.safety=true" if generates else "leave it out"
+        yield "evaluate.canaries", ("safety is not evaluated during training", fix)
     for key in all_keys():
         if key.startswith("sweep."):
             yield key, ("this is a single run", "--multirun starts a sweep")

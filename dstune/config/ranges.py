@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from dstune.config.convert import format_value
+from dstune.config.fields import EXAMPLE, NEEDS
 from dstune.core.errors import Problem
 
 TESTS = {
@@ -19,6 +20,8 @@ TESTS = {
     "below": (operator.lt, "less than"),
 }
 """The bounds of `fields.setting`."""
+LENGTHS = ("trainer.max_steps", "trainer.epochs")
+WITHOUT_TRAINING = "`dstune evaluate MODEL data.validation=FILE` measures a model without training"
 
 
 def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
@@ -37,9 +40,13 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
             bounds = [(test, field.metadata[kind]) for kind, test in TESTS.items() if kind in field.metadata]
             if not all(holds(value, bound) for (holds, _), bound in bounds):
                 allowed = " and ".join(f"{words} {bound:g}" for (_, words), bound in bounds)
-                yield Problem(key, f"must be {allowed}", _default(key, field), format_value(value))
+                fix = _default(key, field) + (f"; {WITHOUT_TRAINING}" if value == 0 and key in LENGTHS else "")
+                yield Problem(key, f"must be {allowed}", fix, format_value(value))
 
 
 def _default(key: str, field: Field[Any]) -> str:
-    """Return the default as a fix, since it is always in range; empty if the field has none."""
+    """Return the default as a fix, since it is always in range; the field's example where the default is null, which a run may
+    refuse. Empty if the field has neither."""
+    if field.default is None and EXAMPLE in field.metadata and NEEDS not in field.metadata:
+        return f"{key}={field.metadata[EXAMPLE]}"
     return "" if field.default is MISSING else f"{key}={format_value(field.default)} (the default)"

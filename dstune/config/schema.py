@@ -208,7 +208,7 @@ def _by_module(callbacks: list[Any]) -> bool:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    max_steps: int | None = setting(None, at_least=1)
+    max_steps: int | None = setting(None, at_least=1, example="100")
     """Optimizer steps; replaces `epochs` when given, with as many passes as that takes."""
     epochs: int = setting(1, at_least=1)
     """Passes over the training rows; ignored if `max_steps` is given."""

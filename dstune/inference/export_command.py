@@ -123,10 +123,14 @@ def main(argv: list[str], measure: Measure | None = None) -> int:
 
 
 def _folder_of(arguments: Namespace, run_dir: Path) -> Path:
-    name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
-    if arguments.quantize:
-        name = f"export-{arguments.quantize.partition(':')[0]}"
-    return arguments.out or run_dir / name
+    if arguments.out:
+        return Path(arguments.out)
+    quantized, _, kind = (arguments.quantize or "").partition(":")
+    if kind := kind or arguments.gguf or "":
+        folder = run_dir / "export-gguf"
+        has_other_type = any(folder.glob("*.gguf")) and not any(folder.glob(f"*-{kind}.gguf"))
+        return run_dir / f"export-gguf-{kind}" if has_other_type and not arguments.force else folder
+    return run_dir / (f"export-{quantized}" if quantized else "export-merged" if arguments.merge else "export")
 
 
 def _quantization(arguments: Namespace) -> Quantization | None:

@@ -178,7 +178,8 @@ def _prepare(
 ) -> Prepared:
     from dstune.launch import preflight  # not at the top: half a second of imports that `--cfg` and `--help` do without
 
-    for warning in (*ignored_settings(composed.config, command.flags.overrides), *idle_gpus(os.environ)):
+    ignored = ignored_settings(composed.config, command.flags.overrides, continues=command.run is not None)
+    for warning in (*ignored, *idle_gpus(os.environ)):
         console.message(f"dstune: warning: {warning}")
     work = None
     if mirror is not None:

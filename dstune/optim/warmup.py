@@ -72,14 +72,16 @@ class WarmupSchedule(Schedule):
                     "let them sum to at most 1",
                     f"{schedule.warmup_ratio:g} + {decay:g}",
                 )
-        elif max_steps is not None and schedule.warmup_steps > max_steps:
+        elif max_steps is None or max_steps < 1:  # refused for itself
+            return
+        elif schedule.warmup_steps > max_steps:
             yield Problem(
                 "schedule.warmup_steps",
                 f"the run ends before its warm-up (trainer.max_steps={max_steps})",
                 f"schedule.warmup_steps={max_steps // 10}, or more steps",
                 format_value(schedule.warmup_steps),
             )
-        elif max_steps is not None and schedule.warmup_steps + decay * max_steps > max_steps:
+        elif schedule.warmup_steps + decay * max_steps > max_steps:
             yield Problem(
                 "schedule.warmup_steps",
                 f"warm-up and decay ({decay:g} of {max_steps} steps) together are longer than the run",

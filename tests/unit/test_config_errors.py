@@ -83,7 +83,7 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ),
         ("hydra.searchpath=[/does/not/exist]", "hydra.searchpath", "", "/does/not/exist", ""),
         ("~trainer.seed", "trainer.seed", "", "cannot be removed", ""),
-        ("~method", "method", "", "cannot be removed", "|full|"),
+        ("~method", "method", "", "cannot be removed", "full|"),
         ("+trainer.seed=3", "trainer.seed", "3", "exists already", "trainer.seed=3"),
         ("+method=lora", "method", "lora", "already has a choice", "method=lora"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from dstune.config.compose import compose
@@ -41,8 +43,9 @@ def test_an_overruled_setting_is_reported_and_its_fix_lets_it_count(overrides: l
     found = ignored(*overrides)
     assert list(found) == [key]
     if "=" in found[key]:
-        others = [text for text in overrides if text.split("=")[0] != found[key].split("=")[0]]
-        assert key not in ignored(*others, found[key])
+        fix = shlex.split(found[key])
+        others = [text for text in overrides if text.split("=")[0] not in {setting.split("=")[0] for setting in fix}]
+        assert key not in ignored(*others, *fix)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,12 @@ def test_settings_that_count_are_not_reported_as_ignored(overrides: list[str]):
 def test_only_this_command_is_judged():
     run = compose([*CHAT, "trainer.max_steps=3", "trainer.epochs=2"]).config
     assert ignored_settings(apply_overrides(run, ["trainer.max_steps=4"]), ["trainer.max_steps=4"]) == []
+
+
+def test_a_run_that_exists_is_not_advised_what_it_refuses():
+    overrides = [*CHAT, "trainer.max_steps=3", "trainer.epochs=2"]
+    [problem] = ignored_settings(compose(overrides).config, ["trainer.epochs=2"], continues=True)
+    assert problem.fix == "leave it out"  # trainer.max_steps=null would change the unit of its length
 
 
 @pytest.mark.parametrize(

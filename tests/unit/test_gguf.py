@@ -290,7 +290,11 @@ def test_the_verb_writes_one_file(models, tmp_path, capsys):
         parameter.data *= 2
     assert_within_rounding(found, twice, "q8_0")
     with pytest.raises(UserError, match="exists already"):
-        export_command.main([str(run_dir), "--gguf"])
+        export_command.main([str(run_dir), "--gguf", "q8_0"])
+    assert export_command.main([str(run_dir), "--quantize", "gguf:q4_0", "--no-loss"]) == 0  # beside the first
+    assert (run_dir / "export-gguf-q4_0" / "run-q4_0.gguf").is_file() and file.exists()
+    with pytest.raises(UserError, match="exists already"):
+        export_command.main([str(run_dir), "--gguf", "q4_0"])
     assert export_command.main([str(run_dir), "--gguf", "--force"]) == 0
     assert (run_dir / "export-gguf" / "run-f16.gguf").is_file() and not file.exists()
 

@@ -321,8 +321,11 @@ def test_half_a_chain_is_none(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     config = run_config(launch=SlurmConfig(chain=3, requeue=False))
-    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit") as error:
         slurm.submit(config, config.launch, tmp_path)
+    [refused] = error.value.problems
+    assert str(tmp_path) not in refused.fix, "the run directory is removed"
+    assert "--nodes=1" in refused.fix
     assert (tmp_path / "cancelled").read_text() == "41\n"
 
 

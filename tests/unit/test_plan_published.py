@@ -125,6 +125,7 @@ COUNTED = {
     "Qwen/Qwen3.8-27B": 26_895_998_464,
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
     "Qwen/Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": 30_532_122_624,
     "Qwen/Qwen3-VL-2B-Instruct": 1_720_574_976,
     "Qwen/Qwen3-VL-8B-Instruct": 8_190_735_360,
     "google/gemma-3-4b-it": 3_880_263_168,

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dstune.config.compose import compose
+from dstune.config.convert import example_value
+from dstune.config.examples import complete
+from dstune.config.ignored import _without_effect, ignored_settings
 from dstune.config.names import all_keys
 from dstune.config.schema import CHOICES
 from dstune.config.words import meaning
@@ -209,3 +213,28 @@ def test_the_example_of_no_key_is_refused(golden):
     tried, refused = refused_examples(golden)
     assert not refused, f"{len(refused)} of {tried} examples are refused:\n" + "\n".join(refused)
     assert tried > 250
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "base",
+    [
+        ["data.train=rows.jsonl", "zero=stage0"],
+        ["data.train=rows.jsonl", "trainer.max_steps=10", "data.validation=rows.jsonl", "data.test=rows.jsonl"],
+        ["data.train=rows.jsonl", "task=classification", "task.labels=[a,b]"],
+    ],
+)
+def test_what_lets_an_ignored_setting_count_is_accepted(golden, base):
+    refused = []
+    for key, (reason, fix) in dict(_without_effect(compose(base).config)).items():
+        if key.startswith("sweep.") or key not in all_keys():
+            continue
+        words = [*base, *shlex.split(complete(f"{key}={example_value(key)}"))]
+        for settings in fixes_of(Problem(key, reason, fix)):
+            fixed = applied(words, Problem(key, reason, fix), settings)
+            if problems := golden.problems_of(fixed):
+                refused.append(f"{key}: {fix}: {problems[0]}")
+            elif settings and key in {problem.where for problem in ignored_settings(compose(fixed).config, fixed)}:
+                refused.append(f"{key}: {fix}: still without effect")
+    assert refused == []

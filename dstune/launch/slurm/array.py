@@ -36,7 +36,7 @@ def submit(
         parent.mkdir(exist_ok=True)
     content = array_script(base, launch, folder, [run_dir for _, run_dir in runs], os.environ)
     files.write(file, content, mode=0o777)
-    job = jobs.submit(file, content, {**os.environ, **inherited(base, os.environ)})
+    job = jobs.submit(content, {**os.environ, **inherited(base, os.environ)})
     tasks = [f"{job}_{task}" for task in range(len(runs))]
     for task, (_, run_dir) in zip(tasks, runs, strict=True):
         records.note(run_dir, launch_id, launch.size, [task], launch.name)

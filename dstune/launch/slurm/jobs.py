@@ -46,10 +46,10 @@ class Job:
         return f"job {self.id} is {self.state.lower()} on {self.reason}"
 
 
-def submit(script: Path, content: str, env: Mapping[str, str], after: str | None = None) -> str:
+def submit(content: str, env: Mapping[str, str], after: str | None = None) -> str:
     """Submit a job and return its number.
 
-    content: the text of the job script, submitted in place of the file `script`, which may have been changed since it was written.
+    content: the text of the job script; its file may have been changed since it was written, and is removed with a refused run.
     after: the number of a job whose end this job waits for.
 
     Raises:
@@ -66,12 +66,14 @@ def submit(script: Path, content: str, env: Mapping[str, str], after: str | None
         raise UserError(Problem("launch=slurm", reason, fix)) from None
     if done.returncode != 0:
         errors = [line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()]
-        fix = f"change the keys of launch, or look at {script}"
+        options = [line.removeprefix("#SBATCH ") for line in content.splitlines() if line.startswith("#SBATCH ")]
+        requested = " ".join(option for option in options if not option.startswith("--output"))
+        fix = f"change the keys of launch; the job requested {requested}"
         raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {'; '.join(errors) or 'no reason'}", fix))
     number = done.stdout.strip().split(";")[0]
     if not SlurmQueue.job.fullmatch(number):
         reason = f"sbatch printed no job number, but: {number[:80]}"
-        raise UserError(Problem("launch=slurm", reason, f"check that `sbatch {script}` works"))
+        raise UserError(Problem("launch=slurm", reason, "look at what sbatch prints on this machine"))
     return number
 
 

@@ -78,7 +78,7 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
     jobs: list[str] = []
     try:
         for _ in range(launch.chain):
-            jobs.append(queue.submit(script, content, env, after=jobs[-1] if jobs else None))
+            jobs.append(queue.submit(content, env, after=jobs[-1] if jobs else None))
             records.note(run_dir, launch_id, size, jobs, launch.name)
     except UserError as error:  # the launch fails, so no job of its chain may run
         try:
