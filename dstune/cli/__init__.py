@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dstune import __version__
 from dstune.core import places
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
+from dstune.core.files import is_disk_full
 from dstune.core.paths import PROJECT_FILE
 from dstune.core.text import Filtered, visible_but_colours
 from dstune.core.verb import VERBS, Verb, other_names
@@ -86,6 +87,9 @@ def _exit_code(arguments: list[str]) -> int:
     except BrokenPipeError:  # before OSError, of which it is a subclass
         code = EXIT_FAILED
     except OSError as error:
+        if is_disk_full(error):
+            print_error(DstuneError(f"a full disk refused a write: {error}"), as_json="--json" in arguments)
+            return EXIT_FAILED
         if error.errno not in UNUSABLE or not isinstance(error.filename, str | bytes | os.PathLike):
             raise
         name = os.fsdecode(error.filename)

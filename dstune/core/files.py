@@ -16,6 +16,27 @@ from typing import IO
 from dstune.core.errors import Problem, UserError
 
 INCOMPLETE = ".incomplete"
+PROBE_BYTES = 1 << 16
+"""How much a disk must take to count as not full: less than a launch writes before its first step."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether `error` says that a disk or a quota is full. Libraries in Rust and C++ put the system's error in a text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def full_disk(folder: Path) -> str:
+    """Return that the disk of `folder` is full, by trying to write there; empty if it is not, or if something else prevents it."""
+    probe = folder / f".{secrets.token_hex(8)}{INCOMPLETE}"
+    try:
+        write(probe, bytes(PROBE_BYTES), sync=True)
+        probe.unlink()
+    except OSError as error:
+        if is_disk_full(error):
+            return f"the disk of {folder} is full ({error.strerror})"
+    return ""
 
 
 def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = False) -> None:

@@ -6,14 +6,16 @@ all ranks write to the same terminal, so an error of all ranks is printed by ran
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dstune.core import files
 from dstune.core.errors import DstuneError, to_json
-from dstune.core.rank_env import RankEnv
+from dstune.core.rank_env import STORE, RankEnv
 
 PATIENCE_SECONDS = 5.0
 """How long a rank waits for the others to report the same error. The wait is in vain if it failed alone: the others are still in
@@ -28,10 +30,18 @@ def error_file(run_dir: Path, rank: int) -> Path:
 
 
 def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
-    """Write the rank's error to its file, atomically."""
+    """Write the rank's error to its file, atomically. If the disk is full, write it to the launch's folder, if there is one
+    (`launch=local`)."""
     file = error_file(run_dir, rank)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, to_json(error))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write(file, to_json(error))
+    except OSError as refusal:
+        if not files.is_disk_full(refusal):
+            raise
+        if store := os.environ.get(STORE):
+            with suppress(OSError):
+                files.write(Path(store).with_name(file.name), to_json(error))
 
 
 def report_to_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,24 @@ from dstune.launch.console import Console
 from dstune.launch.verdict import Ended, Verdict
 
 TAIL_LINES = 20
+GLOO_FAREWELL = " GLHF! \N{BEACH WITH UMBRELLA}\N{VARIATION SELECTOR-16}"
+"""How gloo ends the message of a closed connection, which would read as the cause of a failure."""
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
-def read_errors(run_dir: Path, size: int) -> dict[int, DstuneError]:
-    """Return by rank the error with which it ended, for ranks that wrote one."""
+def read_errors(run_dir: Path, size: int, launch_folder: Path | None = None) -> dict[int, DstuneError]:
+    """Return by rank the error with which it ended, for ranks that wrote one.
+
+    launch_folder: where ranks wrote it if the disk of the run was full.
+    """
     errors: dict[int, DstuneError] = {}
     for rank in range(size):
-        try:
-            errors[rank] = from_json((run_dir / "logs" / f"rank-{rank}.error").read_text())
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        for folder in filter(None, (launch_folder, run_dir / "logs")):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                errors[rank] = from_json((folder / f"rank-{rank}.error").read_text())
     return errors
 
 
@@ -44,7 +49,8 @@ def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
             text = stream.read().decode(errors="replace")
     except OSError:
         return []
-    return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")][-count:] if text.strip() else []
+    lines = [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")][-count:] if text.strip() else []
+    return [line.replace(GLOO_FAREWELL, "") for line in lines]
 
 
 def judge_files(run_dir: Path, size: int, default_reason: str) -> Verdict:

@@ -62,7 +62,10 @@ def run(
             verdict, starts_again = restart_policy.consider(remote.run(received), remote)
             if not starts_again:
                 break
-    attempt.record(run_dir, verdict, remote.plan.size)
+    try:
+        attempt.record(run_dir, verdict, remote.plan.size)
+    except OSError as error:  # the verdict below matters more than this
+        console.message(f"dstune: the result cannot be written: {error}")
     attempt.explain(run_dir, verdict, console, remote.starts)
     if verdict.exit_code == EXIT_FAILED and verdict.error is None:
         remote.show_launcher_log()

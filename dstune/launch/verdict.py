@@ -6,7 +6,7 @@ import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError, WaitedInVain
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled, UserError, WaitedInVain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def judge(
             waited = next(
                 (str(error) for error in errors.values() if isinstance(error, WaitedInVain)), "the others waited"
             )
-            return Verdict(EXIT_FAILED, f"rank {end.rank} was stopped (SIGSTOP, or a debugger); {waited}", end)
+            reason = f"rank {end.rank} was stopped (SIGSTOP, or a debugger); {waited}"
+            # Its log shows only that the others' connections were closed by the time that it was woken.
+            return Verdict(EXIT_FAILED, reason, end, Stalled(reason))
     own_ends = sorted((end for end in ended if not end.signalled_to_end), key=lambda end: end.order)
     # The forwarded SIGTERM kills a rank that is still starting: nothing is lost by that, and the others must end too.
     if stop_signal and own_ends and own_ends[0].code == -signal.SIGTERM:

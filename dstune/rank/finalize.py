@@ -45,6 +45,7 @@ def finish(
     run.data_loader.close(for_good=not request.action & LEAVE)
     state.seconds = run.seconds_before + time.monotonic() - run.start_time
     status = status_of(request)
+    refusal = ""
     if run.world.is_main:
         checkpoint = store.newest(run_dir)
         result |= {
@@ -62,16 +63,23 @@ def finish(
             **state.results,
         }
         result |= run.callbacks.results(result.keys(), run.message)
-        write_result(run_dir, result)
-        write_trainer_state(run_dir, run.config, result, run.total_steps, epochs=run.epochs)
         assert run.log is not None
-        run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.results})
-        run.log.finish(status)
-    run.world.barrier()
+        try:
+            write_result(run_dir, result)
+            write_trainer_state(run_dir, run.config, result, run.total_steps, epochs=run.epochs)
+            run.log.summary(
+                {key: value for key, value in result.items() if value is not None and key not in state.results}
+            )
+            run.log.finish(status)
+        except OSError as error:  # raised below, unless there is a better reason
+            refusal = f"the results in {run_dir} cannot be written: {error}"
+    refusal = run.world.broadcast(refusal)
     if status == "preempted":
-        raise Preempted(f"{request.reason}: saved at step {state.step}")
+        raise Preempted("; ".join(filter(None, [f"{request.reason}: saved at step {state.step}", refusal])))
     if status == "failed":
         raise TrainingFailed(request.reason)
+    if refusal:
+        raise TrainingFailed(f"{refusal}; then `dstune train {run_dir}` writes them")
 
 
 def status_of(request: Request) -> str:
@@ -100,7 +108,7 @@ def _conclude(
     is_save_due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))
     if is_save_due and not save(run, now=True):
         reason = f"step {state.step} could not be saved: {run.saves.refusal}"
-        raise TrainingFailed(f"{reason}; fix it, then run `dstune train RUN`")
+        raise TrainingFailed(f"{reason}; fix it, then run `dstune train {run_dir}`")
     result["weights_step"] = restore_best(run, checkpoints, run_dir)
     evaluate_monitored_sets(run, "after")
     measure_moment(run, tokenizer, "after")

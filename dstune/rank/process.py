@@ -9,10 +9,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from dstune.core import handoff
-from dstune.core.errors import EXIT_FAILED, DstuneError
+from dstune.core import files, handoff
+from dstune.core.errors import EXIT_FAILED, DstuneError, TrainingFailed, first_line
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import report_to_launcher
 
@@ -36,13 +37,17 @@ def guarded(work: Callable[[], None], report: Callable[[DstuneError], None]) -> 
     except DstuneError as error:
         report(error)
         return error.exit_code
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if files.is_disk_full(error):
+            report(TrainingFailed(f"a full disk refused a write: {first_line(error)}"))
+        with suppress(OSError):  # a full disk takes no traceback
+            traceback.print_exc()
         return EXIT_FAILED
 
 
 def exit_now(code: int) -> None:
     """End this process now: after an error, threads of a collective that waits for dead ranks would keep it alive."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # such as a log on a full disk
+            stream.flush()
     os._exit(code)

@@ -128,9 +128,11 @@ def run_training(
     except BaseException:
         if run.rollouts is not None:
             run.rollouts.close()
-        if run.log is not None:
-            run.log.finish("failed", crashed=True)  # flush what it holds: this process ends abruptly
-        with suppress(Exception):  # an error in here must not hide why the run failed
+        # Errors in here must not hide why the run failed.
+        with suppress(Exception):
+            if run.log is not None:
+                run.log.finish("failed", crashed=True)  # flush what it holds: this process ends abruptly
+        with suppress(Exception):
             run.callbacks.close()
         raise
     run.callbacks.close()  # last: a preempted run has little time left for its result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ class JsonLines:
         try:
             self._write()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not files.is_disk_full(error):
                 raise
 
     def rewind(self, step: int) -> None:

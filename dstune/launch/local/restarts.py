@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dstune.checkpoint import store
-from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED
+from dstune.core import files
+from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED, TrainingFailed
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.verdict import Verdict
@@ -71,16 +72,22 @@ class Restarts:
 
         is_external: whether something other than the run caused the failure (a node was lost), so that it may recur at a step.
         """
-        if verdict.exit_code != EXIT_FAILED or self._received or not self._allowed:
+        if verdict.exit_code != EXIT_FAILED:
+            return Decision(verdict)
+        if full := files.full_disk(self._run_dir):
+            reason = f"{verdict.reason}; {full}: free space, then run `dstune train {self._run_dir}`"
+            return Decision(replace(verdict, reason=reason, error=verdict.error or TrainingFailed(reason)))
+        if self._received or not self._allowed:
             return Decision(verdict)
         # While an earlier stage of a run trains, its progress is in the folder of that stage.
         stage_folders = sorted(file.parent for file in self._run_dir.glob("*/metrics.jsonl"))
         stages = [records.read_metrics(folder).last for folder in (*stage_folders, self._run_dir)]
         step = int(next((row["step"] for row in reversed(stages) if "step" in row), 0))
         failure = (cause(verdict, launch), step)
+        further = [failure[0]] if failure[0] != verdict.reason else []
         if failure in self._failures and not is_external:
             reason = f"{verdict.reason}; the same failure came twice after step {step}, so another start would not help"
-            return Decision(replace(verdict, reason=f"{reason}: {failure[0]}"))
+            return Decision(replace(verdict, reason=": ".join([reason, *further])))
         self._failures.append(failure)
         number = len(self._failures)
         if number > self._allowed:
@@ -91,7 +98,7 @@ class Restarts:
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
         when = f" in {wait:.0f} s" if wait else ""
         self._console.message(
-            f"dstune: {verdict.reason} after step {step} ({failure[0]}); starting again {start}{when} "
+            f"dstune: {': '.join([verdict.reason, *further])}, after step {step}; starting again {start}{when} "
             f"({number} of {self._allowed} restarts)"
         )
         return Decision(verdict, wait, checkpoint)

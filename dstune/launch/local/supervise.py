@@ -23,7 +23,7 @@ from typing import IO
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
-from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled, TrainingFailed
 from dstune.core.paths import SIGNAL_FILE
 from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, STORE
 from dstune.launch import attempt, records
@@ -71,7 +71,12 @@ def run(
         restarts = Restarts(launch.restarts, run_dir, console, received)
         while True:
             current_launch = Launch(plan, run_dir, grace, console, received, lock, saves, server)
-            verdict = current_launch.run()
+            try:
+                verdict = current_launch.run()
+            except OSError as error:
+                if not files.is_disk_full(error):
+                    raise
+                verdict = Verdict(EXIT_FAILED, "the ranks cannot be started", error=TrainingFailed(str(error)))
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
                 verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", current_launch.ended[0])
             verdict, starts_again = restarts.consider(verdict, current_launch)
@@ -128,6 +133,8 @@ class Launch:
         self.stop_signal: str | None = None
         self.forced = False
         self.stopped: set[int] = set()
+        self.folder: Path | None = None
+        """The temporary folder of the running start, where ranks leave errors that the disk of the run does not take."""
 
     @property
     def world_size(self) -> int:
@@ -153,8 +160,8 @@ class Launch:
             self._end_leftovers()  # first, so that no other process holds rank 0's output open
             if output is not None:
                 output.join(timeout=5.0)
+            self.errors = attempt.read_errors(self.run_dir, self.world_size, self.folder)  # while that folder is there
         self.console.close()
-        self.errors = attempt.read_errors(self.run_dir, self.world_size)
         return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped)
 
     def _forget_signal(self) -> None:
@@ -166,7 +173,8 @@ class Launch:
         that proves that they belong together."""
         # The folder's mode is 0700: no other user can pose as a rank, or read which ranks have joined.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
-        return {LAUNCH_ID: self.id, STORE: str(Path(folder) / "store"), GROUP_SECRET: secrets.token_hex(32)}
+        self.folder = Path(folder)
+        return {LAUNCH_ID: self.id, STORE: str(self.folder / "store"), GROUP_SECRET: secrets.token_hex(32)}
 
     def shows_output(self, rank: int) -> bool:
         """Return whether the output of `rank` goes to the console too."""
