@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import re
 import shutil
 import subprocess
@@ -197,6 +198,16 @@ def mib(folders: Iterable[Path]) -> float:
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.whl")) / 2**20
 
 
+def size_warning(largest: float) -> str:
+    """Return a warning if the wheels of a part, `largest` MiB, are more than the kit aims at; otherwise an empty text."""
+    if largest <= LIMIT_MIB:
+        return ""
+    size = math.ceil(largest * 10) / 10  # rounded up, so that it is visibly above the limit
+    return (
+        f"warning: {size:.1f} MiB is more than the {LIMIT_MIB} MiB that the kit aims at; --present lists what is there"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/gpu-kit"))
@@ -208,11 +219,8 @@ def main() -> int:
     folders = fill(options.folder, options.python, read_present(options.present.read_text().splitlines()))
     for part, wheels in folders.items():
         print(f"part {part}, {mib(wheels):.1f} MiB of wheels:\n{command(part, wheels)}\n")
-    largest = max(map(mib, folders.values()))
-    if largest > LIMIT_MIB:
-        print(
-            f"warning: {largest:.0f} MiB is more than the {LIMIT_MIB} MiB that the kit aims at; --present lists what is there"
-        )
+    if warning := size_warning(max(map(mib, folders.values()))):
+        print(warning)
     return 0
 
 

@@ -77,6 +77,32 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
     return {"versions": versions(), "simulated": options.simulate, "gpus": options.gpus, "host": socket.gethostname()}
 
 
+def unmet_condition(options: argparse.Namespace) -> str:
+    """Return why no case of the report can run on this machine; empty if they can.
+
+    Another process looks, since a process that has used a GPU keeps a part of its memory.
+    """
+    look = "import torch; print(torch.__version__, torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    if done.returncode:
+        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return (
+            f"torch cannot be imported by {sys.executable}: {error}\n"
+            "    fix: pip install a build of PyTorch for this GPU, then run `make gpu-report` again"
+        )
+    if options.simulate:
+        return ""
+    version, count = done.stdout.split()[-2:]
+    if int(count) == 0:
+        return (
+            f"PyTorch {version} finds no GPU here\n"
+            "    fix: run it where `nvidia-smi` lists one, with a CUDA build of PyTorch; --simulate rehearses it on a CPU"
+        )
+    if int(count) < options.gpus:
+        return f"PyTorch finds {count} GPUs here, and --gpus is {options.gpus}\n    fix: --gpus {count}"
+    return ""
+
+
 def run_case(name: str, seconds: float, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what the case measured, or why it did not."""
     folder = out / name
@@ -181,6 +207,9 @@ def main() -> int:
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--gpus", type=int, default=int(os.environ.get("GPUS", "1")))
     options = parser.parse_args()
+    if reason := unmet_condition(options):
+        print(f"gpu-report: {reason}", file=sys.stderr)
+        return 2
     results = run_part(options.part, options)
     text = report(options.part, results, simulate=options.simulate)
     (options.out / f"part-{options.part}.md").write_text(text)

@@ -72,6 +72,8 @@ class Saves(CheckpointAccess):
     _pending: PendingSave | None = None
     refusal = ""
     """Why the last save failed, on every rank; empty if it was written."""
+    _reported: tuple[int, str] | None = None
+    """Rank 0: the step and the refusal that the user was last told."""
 
     def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool:
         """Save all ranks, after the previous save has finished. now: write it before this returns, regardless of `checkpoint.mode`.
@@ -142,6 +144,9 @@ class Saves(CheckpointAccess):
     def _report_unsaved(self, step: int, folder: Path) -> None:
         if not is_superseded():  # otherwise another group of ranks may be writing a folder of this name
             shutil.rmtree(folder, ignore_errors=True)
+        if (step, self.refusal) == self._reported:  # the end of a run tries the save of its last step again
+            return
+        self._reported = (step, self.refusal)
         whole = store.newest(self._run_dir)
         remainder = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
         self._message(f"step {step} is not saved: {self.refusal}; {remainder}")

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from dstune import __version__
 from dstune.core import places
+from dstune.core.disk import is_disk_full
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
-from dstune.core.files import is_disk_full
 from dstune.core.paths import PROJECT_FILE
 from dstune.core.text import Filtered, visible_but_colours
 from dstune.core.verb import VERBS, Verb, other_names

@@ -13,18 +13,12 @@ import stat
 from pathlib import Path
 from typing import IO
 
+from dstune.core.disk import is_disk_full
 from dstune.core.errors import Problem, UserError
 
 INCOMPLETE = ".incomplete"
 PROBE_BYTES = 1 << 16
 """How much a disk must take to count as not full: less than a launch writes before its first step."""
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether `error` says that a disk or a quota is full. Libraries in Rust and C++ put the system's error in a text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def full_disk(folder: Path) -> str:

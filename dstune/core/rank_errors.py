@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dstune.core import files
+from dstune.core.disk import is_disk_full
 from dstune.core.errors import DstuneError, to_json
 from dstune.core.rank_env import STORE, RankEnv
 
@@ -37,7 +38,7 @@ def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write(file, to_json(error))
     except OSError as refusal:
-        if not files.is_disk_full(refusal):
+        if not is_disk_full(refusal):
             raise
         if store := os.environ.get(STORE):
             with suppress(OSError):

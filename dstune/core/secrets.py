@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dstune.core.disk import is_disk_full
 from dstune.core.text import Filtered, visible_but_colours
 
 MIN_CHARACTERS = 6
@@ -102,14 +103,33 @@ def _add(value: str, reference: str) -> None:
     _known.setdefault(json.dumps(value)[1:-1], json.dumps(reference)[1:-1])
 
 
+class RankOutput(Filtered):
+    """What a rank prints, often into a log in the run directory: if the disk is full, the text is lost and the rank goes on."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+
+
 def redact_output() -> None:
     """Redact everything that this process prints, by `print`, tracebacks, warnings or logging, and remove control characters for
-    the terminal except colours."""
+    the terminal except colours. A full disk refuses no print."""
 
     def change(text: str) -> str:
         return visible_but_colours(redact(text))
 
-    filtered = {id(stream): Filtered(stream, change) for stream in (sys.stdout, sys.stderr)}
+    filtered = {id(stream): RankOutput(stream, change) for stream in (sys.stdout, sys.stderr)}
     sys.stdout, sys.stderr = filtered[id(sys.stdout)], filtered[id(sys.stderr)]
     # Handlers of libraries' loggers refer to the original streams.
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]

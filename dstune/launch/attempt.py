@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from dstune.launch.verdict import Ended, Verdict
 TAIL_LINES = 20
 GLOO_FAREWELL = " GLHF! \N{BEACH WITH UMBRELLA}\N{VARIATION SELECTOR-16}"
 """How gloo ends the message of a closed connection, which would read as the cause of a failure."""
+DISCONNECTED = re.compile(
+    r"gloo/.*(?:Connection (?:closed|reset) by peer|Broken pipe)|ncclRemoteError|Connection was likely closed"
+)
+"""What collectives (gloo, NCCL, torch's store) report on a rank whose peer has gone."""
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -51,6 +55,12 @@ def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
         return []
     lines = [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")][-count:] if text.strip() else []
     return [line.replace(GLOO_FAREWELL, "") for line in lines]
+
+
+def disconnected(ended: Sequence[Ended], last_lines: Callable[[int], Sequence[str]]) -> set[int]:
+    """Return the ranks that failed because another rank had gone. last_lines: returns those of a rank's log."""
+    failed_ranks = [end.rank for end in ended if end.code == EXIT_FAILED]
+    return {rank for rank in failed_ranks if any(map(DISCONNECTED.search, last_lines(rank)))}
 
 
 def judge_files(run_dir: Path, size: int, default_reason: str) -> Verdict:

@@ -26,6 +26,7 @@ import psutil
 from dstune.checkpoint import copied, store
 from dstune.config.run_links import refuse_links
 from dstune.core import files
+from dstune.core.disk import fix_of_unwritable_folder
 from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
 from dstune.core.parsing import object_in, read_object
@@ -264,9 +265,7 @@ class Mirror:
             if self._beat > 1:
                 raise
             reason = f"cannot be created or written: {error.strerror}"
-            raise UserError(
-                Problem("run.dir", reason, "give a folder that you may write to", str(self.place))
-            ) from None
+            raise UserError(Problem("run.dir", reason, fix_of_unwritable_folder(error), str(self.place))) from None
         self._last_beat = time.monotonic()
 
     def _new_checkpoints(self) -> list[Path]:

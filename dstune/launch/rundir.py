@@ -18,6 +18,7 @@ from dstune.config.run_file import Composed, plugins_of, read_run_beside, write_
 from dstune.config.run_links import refuse_links
 from dstune.config.schema import RunConfig
 from dstune.core import plugins
+from dstune.core.disk import fix_of_unwritable_folder
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE, write
 from dstune.core.paths import BEGUN
@@ -216,7 +217,7 @@ def prepare(
         lock = records.acquire_lock(path)
     except OSError as error:
         reason = f"cannot be created or written: {error.strerror}"
-        raise UserError(Problem("run.dir", reason, "give a folder that you may write to", str(path))) from None
+        raise UserError(Problem("run.dir", reason, fix_of_unwritable_folder(error), str(path))) from None
     with ExitStack() as rollback:
         rollback.callback(os.close, lock)
         rollback.callback(before.restore)

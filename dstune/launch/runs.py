@@ -16,7 +16,7 @@ from dstune.launch import records
 from dstune.launch.manage import status_of
 from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
-from dstune.tracking.trials import MAX_SECONDS, Record, best_first, is_sweep, objectives_of, ranked, read_records
+from dstune.tracking.trials import Record, best_first, is_sweep, objectives_of, ranked, read_records, valid_seconds
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,10 @@ def _list_run(path: Path, record: Record | None = None) -> Listed:
         step=status.step,
         metrics=metrics,
         measured=measured,
-        seconds=_seconds(result.get("seconds")),
-        began=_seconds(status.launcher.started) if status.launcher else None,
+        seconds=valid_seconds(result.get("seconds")),
+        began=valid_seconds(status.launcher.started) if status.launcher else None,
         values=dict(record.values) if record else {},
     )
-
-
-def _seconds(value: Any) -> float | None:
-    """Return `value` if it is a number of seconds that a clock can show, otherwise None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 <= value < MAX_SECONDS else None
 
 
 def _list_trial(sweep: Path, record: Record) -> Listed:

@@ -38,16 +38,18 @@ def judge(
     stop_signal: str | None,
     forced: bool,
     stopped: Collection[int] = (),
+    disconnected: Collection[int] = (),
 ) -> Verdict:
     """Return the verdict on the ends of all ranks.
 
     ended: every rank. errors: what ranks left in `logs/rank-N.error`. stop_signal: name of the signal that was
     forwarded to the ranks, if any. forced: a second signal ended them at once. stopped: ranks that the kernel did not let
-    run (SIGSTOP) when the others stalled.
+    run (SIGSTOP) when the others stalled. disconnected: ranks whose log shows that they lost the connection to another rank.
 
     When one rank dies, the others soon fail in a collective with it, sometimes before its own end is noticed. The culprit is
-    therefore, in this order: a rank that found a mistake of the user, one that a signal killed, one that left an error, and the
-    first that ended with a failure. A rank that waited in vain is the culprit only if no other rank reports anything.
+    therefore, in this order: a rank that found a mistake of the user, one that a signal killed, one that left an error, the first
+    that ended with a failure of its own, and the first that lost a connection. A rank that waited in vain is the culprit only if no
+    other rank reports anything.
     """
     if forced:
         return Verdict(EXIT_FAILED, "stopped at once by a second signal")
@@ -72,7 +74,9 @@ def judge(
         killed = [end for end in bad if end.code < 0]
         reported_ends = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
         reported_ends.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
-        culprit = next(iter(killed or reported_ends or bad))
+        failed = [end for end in ended if end.code > 0 and end.code != EXIT_PREEMPTED and end.rank not in disconnected]
+        failed.sort(key=lambda end: (end.signalled_to_end, end.order))
+        culprit = next(iter(killed or reported_ends or failed or bad))
         # One that we ended while it left says what it had to say, whatever signal its end shows.
         if culprit.rank in errors and (culprit.code >= 0 or culprit.signalled_to_end):
             error = errors[culprit.rank]

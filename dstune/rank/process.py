@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dstune.core import files, handoff
+from dstune.core import handoff
+from dstune.core.disk import is_disk_full
 from dstune.core.errors import EXIT_FAILED, DstuneError, TrainingFailed, first_line
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import report_to_launcher
@@ -38,7 +39,7 @@ def guarded(work: Callable[[], None], report: Callable[[DstuneError], None]) -> 
         report(error)
         return error.exit_code
     except BaseException as error:
-        if files.is_disk_full(error):
+        if is_disk_full(error):
             report(TrainingFailed(f"a full disk refused a write: {first_line(error)}"))
         with suppress(OSError):  # a full disk takes no traceback
             traceback.print_exc()

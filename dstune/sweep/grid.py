@@ -10,7 +10,7 @@ from typing import Any
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Axis, grid
 from dstune.sweep.directory import status_in, trial_name, write_record
-from dstune.sweep.outcome import reached
+from dstune.sweep.outcome import ended_unwatched, reached
 from dstune.sweep.schedule import Trial
 from dstune.tracking.trials import FINISHED, Record, read_record, record_path
 
@@ -42,7 +42,7 @@ class Grid:
         if record is None or record.status != status or not record.objective:  # it ended while no sweep watched it
             record = record or Record(trial.name, trial.number, dict(trial.values))
             objective = reached(run_dir, self._config, self._objectives)
-            write_record(self._sweep, replace(record, status=status, objective=objective))
+            write_record(self._sweep, ended_unwatched(record, status, run_dir, objective))
         elif record.number != trial.number:  # values were added in front of it
             write_record(self._sweep, replace(record, number=trial.number))
         return True

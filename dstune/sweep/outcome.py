@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Metrics:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
         return rows
+
+
+def ended_unwatched(record: trials.Record, status: str, run_dir: Path, objective: Mapping[str, float]) -> trials.Record:
+    """Return the record of a trial that ended while no sweep watched it."""
+    return trials.ended_unwatched(record, status, records.read_result(run_dir) or {}, objective)
 
 
 def reached(run_dir: Path, config: RunConfig, objectives: Sequence[str]) -> dict[str, float]:

@@ -13,7 +13,6 @@ import socket
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.sweep_space import Assignment, Axis, grid
 from dstune.core.errors import Problem, UserError, with_class
 from dstune.sweep.directory import Sweep, identity, status_in, trial_name, write_record
-from dstune.sweep.outcome import Metrics, reached
+from dstune.sweep.outcome import Metrics, ended_unwatched, reached
 from dstune.sweep.schedule import Trial
 from dstune.tracking.trials import FINISHED, Record, less_is_better, read_record, record_path
 
@@ -164,7 +163,7 @@ class Study:
         record = read_record(record_path(self._sweep, trial.name))
         record = record or Record(trial.name, trial.number, dict(trial.values))
         objective = self.ended(trial, status, run_dir)
-        write_record(self._sweep, replace(record, status=status, objective=objective))
+        write_record(self._sweep, ended_unwatched(record, status, run_dir, objective))
 
     def _last_evaluation(self, run_dir: Path) -> dict[str, float]:
         """Return the last value of the first objective in `metrics.jsonl`, by its name; empty if there is none."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core import files
+from dstune.core.disk import is_disk_full
 from dstune.core.parsing import parse_json
 
 
@@ -32,7 +33,7 @@ class JsonLines:
         try:
             self._write()
         except OSError as error:
-            if not files.is_disk_full(error):
+            if not is_disk_full(error):
                 raise
 
     def rewind(self, step: int) -> None:

@@ -200,11 +200,24 @@ def with_outcome(
     if record.status != "running" or not status:
         return record
     objective_values = reached(result, rows, objectives, of_best=of_best) if status in FINISHED else {}
-    seconds = record.seconds or float(result.get("seconds") or 0.0)
+    return ended_unwatched(record, status, result, objective_values)
+
+
+def ended_unwatched(
+    record: Record, status: str, result: Mapping[str, Any], objective_values: Mapping[str, float]
+) -> Record:
+    """Return the record of a trial that ended while no sweep watched it. result: its result.json."""
+    seconds_of_run = valid_seconds(result.get("seconds")) or 0.0  # of all its launches
     return replace(
         record,
         status=status,
         reason=str(result.get("reason") or ""),
-        objective=objective_values,
-        seconds=round(seconds, 1),
+        objective=dict(objective_values),
+        seconds=round(max(record.seconds, seconds_of_run), 1),
     )
+
+
+def valid_seconds(value: Any) -> float | None:
+    """Return `value` if it is a number of seconds that a clock can show, otherwise None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < MAX_SECONDS else None

@@ -25,6 +25,7 @@ from torch.utils import cpp_extension
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
 from dstune.config.zero_rules import swap_buffers
+from dstune.core.disk import fix_of_unwritable_folder
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import append, open_plain, try_lock
@@ -77,7 +78,7 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
                 run_folder.mkdir(mode=0o700)
                 lock = _lock(run_folder)
         except OSError as error:
-            problem = Problem(KEY, f"{error.strerror or error}", "name a folder that you may write to", str(place))
+            problem = Problem(KEY, f"{error.strerror or error}", fix_of_unwritable_folder(error), str(place))
     try:
         _raise_everywhere(problem, world)
         _raise_everywhere(_compile_problem(show_message=world.is_main), world)

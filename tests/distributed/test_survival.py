@@ -73,6 +73,39 @@ def test_a_rank_that_hangs_is_ended_with_stacks(workplace):  # noqa: F811
     assert re.search(r"ranks? 0.* waited in the collective|it is in ", workplace.log + log)
     assert "rank 1 was stopped (SIGSTOP, or a debugger)" in workplace.log
     assert result(run_dir)["status"] == "failed"
+    assert "closed by peer" not in workplace.log, "what gloo says of a rank that was woken to be ended is no cause"
+
+
+DIES = """
+import os, socket, time
+import dstune, psutil
+
+@dstune.callback
+class Dies(dstune.Callback):
+    name = "dies"
+
+    def on_step_end(self, run, step):
+        if step.number == 3 and run.world.rank == 1:
+            for connection in psutil.Process().net_connections("tcp"):  # as at the end of a process, which takes longer than usual
+                if connection.status == psutil.CONN_ESTABLISHED:
+                    socket.socket(fileno=os.dup(connection.fd)).shutdown(socket.SHUT_RDWR)
+            time.sleep(1)
+            raise ArithmeticError("this rank alone fails")
+        return super().on_step_end(run, step)
+"""
+
+
+@pytest.mark.ci
+def test_a_rank_that_lost_its_peer_is_not_blamed_and_the_cause_is_said_once(workplace):  # noqa: F811
+    (workplace.folder / "dies.py").write_text(DIES)
+    own_callback = ["plugins=[./dies.py]", "trainer.callbacks=[{dies: {}}]"]
+    failed = workplace.run("train", *overrides("dies", *own_callback, "launch.restarts=1", "checkpoint.every=0"))
+    assert failed.returncode == 1
+    assert result(workplace.folder / "dies")["reason"].startswith("rank 1 ended with exit code 1"), failed.stderr
+    assert "starting again from the beginning" in failed.stderr
+    # The announcement of the restart, the last lines of the log, and the diagnosis.
+    assert failed.stderr.count("ArithmeticError: this rank alone fails") == 3, failed.stderr
+    assert "GLHF" not in failed.stderr
 
 
 @pytest.fixture
@@ -107,6 +140,26 @@ def test_a_full_disk_costs_no_checkpoint_that_is_there(workplace, small_disk):  
     assert command.wait(timeout=120) == 0, workplace.log
     assert result(run_dir)["steps"] == STEPS
     assert kept is not None
+
+
+@pytest.mark.parametrize("restarts", [2, pytest.param(0, marks=pytest.mark.ci)])
+def test_a_disk_that_stays_full_ends_the_run_with_its_reason(workplace, undisturbed, small_disk, restarts):  # noqa: F811
+    run_dir = small_disk / "full"
+    command = workplace.start("train", *overrides("full", f"run.dir={run_dir}", f"launch.restarts={restarts}"))
+    wait_until(lambda: store.newest(run_dir) is not None)
+    with pytest.raises(OSError, match="No space left"):
+        fill(small_disk / "filler")
+    assert command.wait(timeout=120) == 1
+    reason = next(line for line in workplace.log.splitlines() if f"step {STEPS} could not be saved" in line)
+    assert reason.startswith("dstune: ") and "0.0 MB are free" in reason
+    assert reason.count(f"`dstune train {run_dir}`") == 1
+    assert workplace.log.count(f"step {STEPS} is not saved") == 1
+    assert "starting again" not in workplace.log, "another start would meet the same disk"
+    assert "Traceback" not in workplace.log
+    (small_disk / "filler").unlink()
+    again = workplace.run("train", str(run_dir))  # the command that the reason names
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert exact(run_dir) == undisturbed
 
 
 def test_a_disk_without_room_for_two_checkpoints_is_refused(workplace, small_disk):  # noqa: F811

@@ -56,6 +56,11 @@ def test_a_command_fits_and_says_where_the_figures_go() -> None:
     assert "build/gpu-kit/part-3/*.whl" in line and "gpu_report.py 3 --output" in line and "--no-index" in line
 
 
+def test_a_kit_that_is_a_little_too_large_says_so_in_figures_that_differ() -> None:
+    assert not gpu_kit.size_warning(50.0)
+    assert "warning: 50.1 MiB is more than the 50 MiB" in gpu_kit.size_warning(50.01)
+
+
 def test_libraries_for_other_cuda_versions_are_left_out(tmp_path: Path) -> None:
     wheel = tmp_path / "x-1-py3-none-any.whl"
     names = ["x/a_cuda118.so", "x/a_cuda130.so", "x/a_rocm70.so", "x/a_cpu.so", "x/__init__.py"]

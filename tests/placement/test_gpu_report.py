@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,35 @@ def test_every_case_is_in_one_part() -> None:
     named = [name for part in gpu_report.PARTS.values() for name in part]
     assert sorted(named) == sorted(set(named)) == sorted(gpu_cases.CASES)
     assert all(sum(part.values()) <= 540 for part in gpu_report.PARTS.values())
+
+
+@pytest.mark.parametrize(
+    ("torch", "arguments", "reason"),
+    [
+        ("", [], "torch cannot be imported"),
+        ("", ["--simulate"], "torch cannot be imported"),
+        ("__version__ = '2.13.0+cpu'\nclass cuda:\n    device_count = lambda: 0", [], "finds no GPU here"),
+        ("__version__ = '2.13.0'\nclass cuda:\n    device_count = lambda: 2", ["--gpus", "8"], "finds 2 GPUs here"),
+    ],
+    ids=["no torch", "no torch to rehearse with", "no GPU", "too few GPUs"],
+)
+def test_what_no_case_can_do_without_is_said_once(
+    tmp_path: Path, torch: str, arguments: list[str], reason: str
+) -> None:
+    (tmp_path / "torch.py").write_text(torch or "raise ModuleNotFoundError(\"No module named 'torch'\")")
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu_report.py"),
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        *arguments,
+    ]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    said, fix = done.stderr.splitlines()
+    assert said.startswith("gpu-report: ") and reason in said and fix.startswith("    fix: ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.ci
@@ -77,6 +107,7 @@ def test_what_was_measured_is_kept_and_not_measured_again_under_the_same_conditi
         }
 
     monkeypatch.setattr(gpu_report, "run_case", run_case)
+    monkeypatch.setattr(gpu_report, "unmet_condition", lambda options: "")
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "1", "--out", str(tmp_path)])
     assert gpu_report.main() == 1
     assert ran == list(gpu_report.PARTS[1])

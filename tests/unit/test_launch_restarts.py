@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 
 import pytest
+from support.configs import run_config
 
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
+from dstune.launch.commands import Machine, local_plan
 from dstune.launch.console import Console
-from dstune.launch.local import restarts
+from dstune.launch.local import restarts, supervise
+from dstune.launch.local.config import LocalConfig
 from dstune.launch.local.restarts import Restarts
 from dstune.launch.verdict import Ended, Verdict
 
@@ -89,6 +94,49 @@ def test_the_same_exception_at_the_same_step_ends_with_the_diagnosis(tmp_path, w
     assert not again
     assert "twice after step 7" in verdict.reason
     assert "ValueError: bad row" in verdict.reason
+
+
+def test_a_restart_says_its_cause_once(tmp_path, waited, capsys):
+    decide = Restarts(9, tmp_path, Console(io.StringIO()), [])
+    killed = Verdict(EXIT_FAILED, "rank 1 was killed by SIGKILL", Ended(1, -9, 0))
+    assert decide.consider(killed, Log("step 3"))[1]
+    assert capsys.readouterr().err.count("SIGKILL") == 1
+    assert decide.consider(killed, Log("step 3"))[0].reason.count("SIGKILL") == 1  # the same failure again
+    assert decide.consider(failed(), Log("Traceback", "ValueError: bad row"))[1]
+    said = capsys.readouterr().err
+    assert said.count("rank 1 ended with exit code 1") == said.count("ValueError: bad row") == 1
+
+
+@pytest.mark.parametrize("allowed", [0, 3])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_on_a_full_disk_nothing_is_started_again(tmp_path, waited, monkeypatch, allowed, number):
+    def refuse(*arguments, **settings):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(restarts.files, "write", refuse)
+    verdict, again = Restarts(allowed, tmp_path, Console(io.StringIO()), []).consider(failed(), Log("OSError: x"))
+    assert not again
+    assert os.strerror(number) in verdict.reason
+    assert verdict.reason.count(f"`dstune train {tmp_path}`") == 1
+    assert Restarts(0, tmp_path, Console(io.StringIO()), []).consider(verdict, Log())[0].reason == verdict.reason
+
+
+def test_ranks_that_a_full_disk_keeps_from_starting(tmp_path, monkeypatch, capsys):
+    def refuse(run_dir, launch_id, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run_dir / "launch.json"))
+
+    monkeypatch.setattr(supervise.records, "begin", refuse)
+    config = run_config(launch=LocalConfig(processes=2, restarts=2, warm=False))
+    plan = local_plan(config, tmp_path, machine=Machine(gpus=0, cores=2), console="plain")
+    code = supervise.run(config, tmp_path, config.launch, plan=plan, console=Console(io.StringIO()))
+    assert code == EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "the ranks cannot be started: [Errno 28] No space left on device" in said
+
+
+def test_a_run_directory_that_cannot_be_written_to_for_another_reason_is_not_full(tmp_path, waited):
+    decide = Restarts(3, tmp_path / "removed", Console(io.StringIO()), [])
+    assert decide.consider(failed(), Log("OSError: x"))[1]
 
 
 def test_progress_of_a_first_stage_counts(tmp_path, waited):

@@ -1,5 +1,6 @@
 """Which directory a run gets, and what is refused before anything is written."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -276,3 +277,17 @@ def test_a_path_that_is_no_run_names_one_that_is(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="runs/a/one"):
             rundir.run_directory(Path(wrong))
     assert rundir.run_directory(Path("runs/a/one")) == Path("runs/a/one")
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"), [(errno.ENOSPC, "free space"), (errno.EROFS, "a folder that you may write to")]
+)
+def test_a_directory_that_cannot_be_written_to_is_refused_with_what_helps(tmp_path, monkeypatch, number, fix):
+    def refuse(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(records, "acquire_lock", refuse)
+    with pytest.raises(UserError) as caught:
+        rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run"))))
+    (problem,) = caught.value.problems
+    assert os.strerror(number) in problem.reason and fix in problem.fix

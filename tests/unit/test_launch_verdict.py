@@ -3,6 +3,7 @@
 import pytest
 
 from dstune.core.errors import Preempted, Problem, Stalled, TrainingFailed, UserError, WaitedInVain, from_json, to_json
+from dstune.launch import attempt
 from dstune.launch.verdict import Ended, exit_reason, judge
 
 MISTAKE = UserError(Problem("data.train", "it is empty"))
@@ -71,6 +72,22 @@ def test_a_rank_that_waited_in_vain_is_not_the_one_to_blame():
     verdict = judge(ends((0, 1), (1, -9), ending={1}), {0: WAITED}, None, False, stopped={1})
     assert verdict.culprit.rank == 1
     assert verdict.reason == f"rank 1 was stopped (SIGSTOP, or a debugger); {WAITED}"
+    assert isinstance(verdict.error, Stalled), "the log of a rank that was woken to be ended explains nothing"
+
+
+GLOO = "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:2200"
+
+
+def test_a_rank_that_lost_its_peer_is_not_the_one_to_blame():
+    logs = {0: ["Traceback", f"[rank0]: {GLOO}"], 1: ["Traceback", "ValueError: bad row"], 2: [GLOO]}
+    first_to_end = ends((0, 1), (2, 1), (1, 1), ending={1})
+    disconnected = attempt.disconnected(first_to_end, logs.__getitem__)
+    assert disconnected == {0, 2}
+    assert judge(first_to_end, {}, None, False, disconnected=disconnected).culprit.rank == 1
+    # If every rank lost a connection, then the network did: the first one is named.
+    assert judge(first_to_end, {}, None, False, disconnected={0, 1, 2}).culprit.rank == 0
+    killed = ends((0, 1), (1, -9), (2, 1))
+    assert judge(killed, {}, None, False, disconnected={0, 2}).culprit.rank == 1
 
 
 def test_kinds_of_failures_survive_the_way_to_the_launcher():

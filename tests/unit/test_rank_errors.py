@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
-from dstune.core.errors import Problem, UserError, from_json
-from dstune.core.rank_env import RankEnv
+from dstune.core import files
+from dstune.core.errors import EXIT_FAILED, Problem, UserError, from_json
+from dstune.core.rank_env import STORE, RankEnv
 from dstune.core.rank_errors import error_file, leave_error, report_once, report_to_launcher
+from dstune.launch.attempt import read_errors
+from dstune.rank.process import guarded
 
 ALIKE = UserError(Problem("data.train", "no rows"))
 OWN = UserError(Problem("launch", "no GPU here"))
@@ -62,6 +69,41 @@ def test_rank_0_waits_for_the_others_only(tmp_path, capsys, size):
     took = tell(tmp_path, [ALIKE] + [None] * (size - 1), patience=0.2)
     assert capsys.readouterr().err == f"dstune: {ALIKE}\n"
     assert took[0] < 1
+
+
+def test_on_a_full_disk_an_error_goes_to_the_folder_of_the_launch(tmp_path, monkeypatch, capsys):
+    run_dir, launch_folder = tmp_path / "run", tmp_path / "launch"
+    launch_folder.mkdir()
+    written = files.write
+
+    def refuse(path, *arguments, **settings):
+        if path.is_relative_to(run_dir):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(path, *arguments, **settings)
+
+    monkeypatch.setattr(files, "write", refuse)
+    leave_error(run_dir, 1, OWN)  # another program's launch has no such folder: the rank ends all the same
+    assert not read_errors(run_dir, 2, launch_folder)
+    monkeypatch.setenv(STORE, str(launch_folder / "store"))
+    leave_error(run_dir, 1, OWN)
+    assert {rank: str(error) for rank, error in read_errors(run_dir, 2, launch_folder).items()} == {1: str(OWN)}
+
+
+def test_a_rank_that_a_full_disk_ends_says_so(monkeypatch, capsys):
+    """Its traceback goes to a log on that disk."""
+    reported = []
+
+    def work():
+        raise RuntimeError("Error writing file: No space left on device (os error 28)")  # as libraries in Rust say it
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert guarded(work, reported.append) == EXIT_FAILED
+        with suppress(OSError):
+            full.close()
+    assert [str(error) for error in reported] == [
+        "a full disk refused a write: Error writing file: No space left on device (os error 28)"
+    ]
 
 
 def test_a_rank_of_dstune_leaves_its_error_to_the_launcher(tmp_path, capsys):

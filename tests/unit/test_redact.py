@@ -3,8 +3,10 @@
 import io
 import json
 import logging
+import os
 import pickle
 import sys
+from contextlib import suppress
 
 import pytest
 from support.configs import run_config
@@ -154,6 +156,24 @@ def test_prints_tracebacks_and_loggers_are_redacted(planted, monkeypatch):
     assert isinstance(sys.stdout, Filtered)
     written = out.getvalue() + err.getvalue()
     assert VALUE not in written and written.count("${oc.env:PLANTED}") == 3
+
+
+def test_a_full_disk_refuses_no_print_of_a_rank(monkeypatch):
+    """The logs of ranks are in the run directory, on the disk that checkpoints fill."""
+    with open("/dev/full", "w") as out, open("/dev/full", "w", buffering=1) as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        redact_output()
+        print("x" * 2**16, flush=True)
+        print("step 1", file=sys.stderr)
+        for stream in (out, err):
+            with suppress(OSError):
+                stream.close()
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        redact_output()
+    with pytest.raises(ValueError, match="closed file"):
+        print("any other fault is shown")
 
 
 @pytest.mark.parametrize("key", ["run.name", "tracking.project", "tracking.group", "tracking.wandb.entity"])

@@ -137,6 +137,8 @@ def test_a_refused_save_costs_nothing_but_itself(tmp_path, mode):
     assert "rank 0: full" in writer.refusal
     assert "step 2 is not saved: rank 0: full" in messages[-1] and "step-00000001 is whole" in messages[-1]
     assert [path.name for path in store.folder(tmp_path).iterdir()] == ["step-00000001"]
+    assert not writer.save(TrainState(step=2), now=True)  # as the end of a run tries again
+    assert len([message for message in messages if "step 2 is not saved" in message]) == 1
     engine.refuses = False
     assert writer.save(TrainState(step=3), now=True)
     assert store.newest(tmp_path).name == "step-00000003"

@@ -71,12 +71,24 @@ def test_the_same_sweep_again_skips_what_is_finished(tmp_path: Path, monkeypatch
 
 def test_a_trial_whose_end_nobody_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sweep = Scripted(tmp_path, "done(1.0)", monkeypatch)
-    records.write_json(_made(sweep.path / "lr=1") / "result.json", {"status": "completed", "eval_final": {"loss": 4.0}})
+    outcome = {"status": "completed", "eval_final": {"loss": 4.0}, "seconds": 31.24}
+    records.write_json(_made(sweep.path / "lr=1") / "result.json", outcome)
     sweep.run("optimizer.lr=1,2")
     assert not sweep.starts("lr=1")
     first, second = read_records(sweep.path)
-    assert first == Record("lr=1", 0, {"optimizer.lr": 1}, status="completed", objective={"loss": 4.0})
+    assert first == Record("lr=1", 0, {"optimizer.lr": 1}, status="completed", objective={"loss": 4.0}, seconds=31.2)
     assert second.objective == {"loss": 1.0}
+
+
+def test_a_trial_that_failed_and_was_continued_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its time is that of all its launches, and why the first one failed is no longer true."""
+    sweep = Scripted(tmp_path, "result('failed', 'rank 0 was killed by SIGKILL'); sys.exit(1)", monkeypatch)
+    sweep.run("optimizer.lr=1,2")
+    result = {"status": "completed", "reason": "", "eval_final": {"loss": 4.0}, "seconds": 100.0}
+    records.write_json(sweep.path / "lr=1" / "result.json", result)
+    sweep.run("optimizer.lr=1,2")
+    trial, _ = read_records(sweep.path)
+    assert (trial.status, trial.reason, trial.objective, trial.seconds) == ("completed", "", {"loss": 4.0}, 100.0)
 
 
 def test_a_trial_of_a_killed_sweep_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

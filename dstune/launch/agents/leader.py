@@ -368,7 +368,8 @@ class Leader(Orders):
             if result is None or result.get("status") not in ("completed", "stopped", "pruned"):
                 losses = "; ".join(f"{node} was lost ({cause})" for node, cause in sorted(attempt.lost.items()))
                 return Verdict(EXIT_FAILED, losses)
-        verdict = judge(attempt.ended, errors, stop_signal, forced, attempt.stopped)
+        disconnected = attempts.disconnected(attempt.ended, self.last_lines)
+        verdict = judge(attempt.ended, errors, stop_signal, forced, attempt.stopped, disconnected)
         if verdict.exit_code == EXIT_DONE and result is None:
             return Verdict(EXIT_FAILED, "the ranks ended without a result")
         if verdict.culprit is not None and not isinstance(verdict.error, UserError):

@@ -75,7 +75,10 @@ class Restarts:
         if verdict.exit_code != EXIT_FAILED:
             return Decision(verdict)
         if full := files.full_disk(self._run_dir):
-            reason = f"{verdict.reason}; {full}: free space, then run `dstune train {self._run_dir}`"
+            command = f"`dstune train {self._run_dir}`"
+            reason = verdict.reason
+            if command not in reason:
+                reason += f"; {full}: free space, then run {command}"
             return Decision(replace(verdict, reason=reason, error=verdict.error or TrainingFailed(reason)))
         if self._received or not self._allowed:
             return Decision(verdict)

@@ -23,6 +23,7 @@ from typing import IO
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
+from dstune.core.disk import is_disk_full
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled, TrainingFailed
 from dstune.core.paths import SIGNAL_FILE
 from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, STORE
@@ -74,9 +75,10 @@ def run(
             try:
                 verdict = current_launch.run()
             except OSError as error:
-                if not files.is_disk_full(error):
+                if not is_disk_full(error):
                     raise
-                verdict = Verdict(EXIT_FAILED, "the ranks cannot be started", error=TrainingFailed(str(error)))
+                reason = f"the ranks cannot be started: {error}"
+                verdict = Verdict(EXIT_FAILED, reason, error=TrainingFailed(reason))
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
                 verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", current_launch.ended[0])
             verdict, starts_again = restarts.consider(verdict, current_launch)
@@ -162,7 +164,8 @@ class Launch:
                 output.join(timeout=5.0)
             self.errors = attempt.read_errors(self.run_dir, self.world_size, self.folder)  # while that folder is there
         self.console.close()
-        return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped)
+        disconnected = attempt.disconnected(self.ended, self.last_lines)
+        return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped, disconnected)
 
     def _forget_signal(self) -> None:
         with contextlib.suppress(OSError):  # such as in a read-only directory; the verdict must still be reported
