@@ -14,7 +14,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PAR
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report gpu-kit docs lint format clean debian java
+.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report gpu-kit verify docs lint format clean debian java
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-gpu    the GPU tests, with a report to paste (up to 50 minutes: every case of all parts of gpu-report too)"
 	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most eight minutes, as a report to send (PART=5 GPUS=8: several)"
 	@echo "make gpu-kit     wheels for gpu-report on a machine without a network, and the commands to type there (PRESENT=freeze.txt PYTHON_TARGET=3.12)"
+	@echo "make verify      build/dstune-verify.pyz: one file that checks whether an installed training stack is right (docs/verify.md)"
 	@echo "make docs        the site of docs/, into build/site; a warning or a broken link inside it is an error"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
@@ -90,6 +91,11 @@ PYTHON_TARGET ?= 3.12
 PRESENT ?= benchmarks/gpu_image.txt
 gpu-kit: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gpu_kit.py --python $(PYTHON_TARGET) --present $(PRESENT)
+
+# Needs no packages: the file is built where it is wanted.
+verify:
+	$(PYTHON) tools/build_verify.py build/dstune-verify.pyz
+	@echo "verify: torchrun --nproc_per_node 8 build/dstune-verify.pyz"
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q -d build/site-cache docs build/site

@@ -7,23 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from dstune_verify.models import Batch
+from dstune_verify.models import Batch, Experts, cast
 from dstune_verify.world import World
 
 if TYPE_CHECKING:
-    from dstune_verify.cases import TrainingCase
+    from dstune_verify.training import TrainingCase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+
+
+def sgd(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """Return the optimizer that moves weights by the gradient itself."""
+    return torch.optim.SGD(parameters, lr=rate)
+
+
 class Engine(Protocol):
+    weight_dtype: torch.dtype
+    """The type in which `weights` are held."""
+
     def step(self, batches: Sequence[Batch]) -> list[float]:
         """Train one optimizer step on the micro-batches of this rank, and return their losses."""
 
@@ -56,6 +68,8 @@ def import_deepspeed() -> Any:
 
 def deepspeed_config(case: TrainingCase) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a case, as a user would write it."""
+    if case.settings is not None:
+        return case.settings
     zero: dict[str, Any] = {"stage": case.stage}
     if case.stage:
         zero |= {"reduce_bucket_size": case.bucket, "allgather_bucket_size": case.bucket}
@@ -92,14 +106,17 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 class DeepSpeedEngine:
     """`deepspeed.initialize`, `backward` and `step` for each micro-batch."""
 
-    def __init__(self, case: TrainingCase, model: nn.Module, rate: float, world: World):
+    def __init__(self, case: TrainingCase, model: nn.Module, rate: float, world: World, optimizer: MakeOptimizer = sgd):
         self.deepspeed = import_deepspeed()
         if not self.deepspeed.comm.is_initialized():
             self.deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+        if case.zero_stage == 3 and case.model == "experts":  # as trainers of mixtures of experts do
+            self.deepspeed.utils.set_z3_leaf_modules(model, [Experts])
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=rate)
-        self.model = model
-        self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+        self.model, self.weight_dtype = model, DTYPES[case.precision]
+        self.engine, *_ = self.deepspeed.initialize(
+            model=model, optimizer=optimizer(trained, rate), config=deepspeed_config(case)
+        )
 
     def step(self, batches: Sequence[Batch]) -> list[float]:
         losses = []
@@ -120,6 +137,14 @@ class DeepSpeedEngine:
         with self.deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
             yield
 
+    def save(self, folder: str) -> None:
+        """Write a checkpoint. Every rank must call it."""
+        self.engine.save_checkpoint(folder, tag="step")
+
+    def load(self, folder: str) -> None:
+        """Load what `save` wrote. Every rank must call it."""
+        self.engine.load_checkpoint(folder, tag="step")
+
     def close(self) -> None:
         self.engine.destroy()
 
@@ -127,13 +152,14 @@ class DeepSpeedEngine:
 class DDPEngine:
     """torch's DistributedDataParallel, with `no_sync` while micro-batches accumulate."""
 
-    def __init__(self, case: TrainingCase, model: nn.Module, rate: float, world: World):
+    def __init__(self, case: TrainingCase, model: nn.Module, rate: float, world: World, optimizer: MakeOptimizer = sgd):
         devices = [world.device.index] if world.device.type != "cpu" else None
-        self.model, self.case = model, case
+        self.weight_dtype = DTYPES[case.precision]
+        self.model, self.case = cast(model, self.weight_dtype), case
         self.wrapped = nn.parallel.DistributedDataParallel(
             model, device_ids=devices, find_unused_parameters=case.model == "experts", bucket_cap_mb=1
         )
-        self.optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
+        self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad], rate)
 
     def step(self, batches: Sequence[Batch]) -> list[float]:
         losses = []
@@ -157,19 +183,18 @@ class DDPEngine:
 
 
 class FSDP2Engine:
-    """torch's `fully_shard` for each block and the whole model."""
+    """torch's `fully_shard` for each block and the whole model: weights in fp32, computed in the precision of the case."""
 
-    def __init__(self, case: TrainingCase, model: Any, rate: float, world: World):
-        try:
-            from torch.distributed.fsdp import fully_shard
-        except ImportError:  # before torch 2.6
-            from torch.distributed._composable.fsdp import fully_shard  # type: ignore[attr-defined]
-        self.model, self.case = model, case
+    def __init__(self, case: TrainingCase, model: Any, rate: float, world: World, optimizer: MakeOptimizer = sgd):
+        module = find_fully_shard()
+        assert module is not None
+        self.model, self.case, self.weight_dtype = model, case, torch.float32
         mesh = torch.distributed.device_mesh.init_device_mesh(world.device.type, (world.size,))
+        policy = module.MixedPrecisionPolicy(param_dtype=DTYPES[case.precision], reduce_dtype=torch.float32)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        self.optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
+            module.fully_shard(block, mesh=mesh, mp_policy=policy)
+        module.fully_shard(model, mesh=mesh, mp_policy=policy)
+        self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad], rate)
 
     def step(self, batches: Sequence[Batch]) -> list[float]:
         losses = []
@@ -189,6 +214,15 @@ class FSDP2Engine:
 
     def close(self) -> None:
         pass
+
+
+def find_fully_shard() -> Any:
+    """Return torch's module that has `fully_shard`, or None. Its place changed in torch 2.6."""
+    for name in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"):
+        module = importlib.import_module(name) if importlib.util.find_spec(name) else None
+        if hasattr(module, "fully_shard"):
+            return module
+    return None
 
 
 ENGINES: dict[str, type[Any]] = {"deepspeed": DeepSpeedEngine, "ddp": DDPEngine, "fsdp2": FSDP2Engine}

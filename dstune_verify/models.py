@@ -36,7 +36,9 @@ def fill(model: nn.Module) -> nn.Module:
     """Overwrite every weight of `model` by the formula: matrices with variance 1 / inputs, the scales of norms around 1."""
     for name, parameter in model.named_parameters():
         values = hashed(parameter.numel(), name).view(parameter.shape)
-        if parameter.dim() > 1:
+        if parameter.dim() == 3 and min(parameter.shape) > 1:  # the matrices of all experts in one tensor
+            values = values * math.sqrt(3 / max(parameter.shape[1:]))
+        elif parameter.dim() > 1:
             values = values * math.sqrt(3 / parameter[0].numel())
         elif name.endswith("weight"):
             values = 1 + values / 4
@@ -209,6 +211,13 @@ class TinyModel(nn.Module):
     def _calls(self) -> Iterator[Any]:
         for _ in range(2 if self.kind == "repeated" else 1):
             yield from self.blocks
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Turn the parameters of `model` into `dtype`. Buffers stay, as rotary frequencies do in a model that is loaded in bf16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

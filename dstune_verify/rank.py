@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from dstune_verify.cases import CRASHED, Case, Outcome, all_cases
+from dstune_verify.cases import CRASHED, NOT_RUN, CannotRun, Case, Outcome
+from dstune_verify.catalogue import all_cases
+from dstune_verify.options import Options
 from dstune_verify.world import World, join
 
 ORDER = "DSTUNE_VERIFY_ORDER"
@@ -31,7 +33,7 @@ def main() -> None:
             file.flush()
 
         world = join(**order["place"], seconds=order["seconds"])
-        cases = all_cases()
+        cases = all_cases(Options(**order["options"]))
         for name in order["cases"]:
             write(running=name)
             outcome = run(cases[name], world)
@@ -49,6 +51,8 @@ def run(case: Case, world: World) -> Outcome:
     began = time.perf_counter()
     try:
         outcome = case.run(world)
+    except CannotRun as error:
+        outcome = Outcome(case.name, NOT_RUN, str(error))
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
@@ -61,9 +65,12 @@ def _together(world: World, outcome: Outcome, seconds: float) -> bool:
     wait for them in a collective."""
     try:
         statuses = world.gather(outcome.status, seconds=10 if outcome.status == CRASHED else seconds)
+        crashed = {status == CRASHED for status in statuses}
+        if crashed == {True}:  # an exception may only say that another rank, which raised earlier, has left already
+            world.gather(True, seconds=10)
     except Exception:  # a rank does not come: it hangs, or has died
         return False
-    return len({status == CRASHED for status in statuses}) == 1
+    return len(crashed) == 1
 
 
 if __name__ == "__main__":

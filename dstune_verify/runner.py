@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +24,15 @@ from typing import Any
 
 from dstune_verify import rank as rank_module
 from dstune_verify.cases import CRASHED, NOT_RUN, RIGHT, WRONG, Case, Outcome
-from dstune_verify.world import Place, free_port, open_store, within
+from dstune_verify.options import Options
+from dstune_verify.world import Place, free_port, open_file_store, open_store, within
 
 START_SECONDS = 180
 """For the imports of a rank: long, since many read packages from a network disk."""
 POLL_SECONDS = 0.05
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""Words by which a collective says that another rank has ended."""
+WITH_OTHERS = "stopped with the others"
 OURS = (
     "TORCHELASTIC_USE_AGENT_STORE", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
     "GROUP_RANK", "ROLE_RANK",
@@ -52,11 +56,13 @@ class RankReport:
 class Agents:
     """The processes that a launcher started, of which this is one. A single agent needs no store."""
 
-    def __init__(self, place: Place | None, seconds: float):
+    def __init__(self, place: Place | None, seconds: float, file: str | None = None):
         self.index, self.size = (place.rank, place.size) if place else (0, 1)
         self.store: Any = None
         self._seconds, self._messages = seconds, 0
-        if place and place.size > 1:
+        if place and place.size > 1 and file:
+            self.store = within(open_file_store(file, place.size), "dstune-verify")
+        elif place and place.size > 1:
             # torchrun keeps a store at this address itself.
             hosts = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -105,14 +111,14 @@ class Runner:
         ranks: int,
         *,
         seconds: float = 0,
-        options: dict[str, Any] | None = None,
-        progress: Callable[[Outcome], None] = lambda outcome: None,
+        options: Options | None = None,
+        store: str | None = None,
     ):
-        self.agents = Agents(place, START_SECONDS)
+        self.agents = Agents(place, START_SECONDS, store)
         self.address = place.address if place else "127.0.0.1"
         self.size = place.size if place else ranks
         self.local = [(place.rank, place.local_rank)] if place else [(rank, rank) for rank in range(ranks)]
-        self.seconds, self.options, self.progress = seconds, options or {}, progress
+        self.seconds, self.options = seconds, options or Options()
         self._round = 0
 
     def run(self, cases: Sequence[Case]) -> Iterator[Outcome]:
@@ -170,13 +176,12 @@ class _Rank:
         self.log = folder / f"log-{rank}.txt"
         self._reader = self.outcomes_file.open(encoding="utf-8")
         self._report, self._limits = RankReport(rank), {case.name: runner.seconds or case.seconds for case in cases}
-        self._progress = runner.progress if rank == 0 else lambda outcome: None
         longest = max(self._limits.values())
         place = {"rank": rank, "size": runner.size, "local_rank": local_rank, "address": runner.address, "port": port}
         order = {
             "place": place,
             "cases": [case.name for case in cases],
-            "options": runner.options,
+            "options": asdict(runner.options),
             "outcomes": str(self.outcomes_file),
             "seconds": longest,
         }
@@ -204,7 +209,6 @@ class _Rank:
                 self._report.outcomes[outcome.case] = outcome
                 self._report.running = ""
                 self._limit = max(self._limits.values())  # until the other ranks come, or the process ends
-                self._progress(outcome)
 
     def failed(self) -> bool:
         """Return whether the process died or exceeded its limit."""
@@ -218,7 +222,7 @@ class _Rank:
     def kill(self) -> None:
         """End the process and those that it started."""
         if self.process.poll() is None:
-            self._report.end = self._report.end or "stopped with the others"
+            self._report.end = self._report.end or WITH_OTHERS
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -232,9 +236,8 @@ class _Rank:
 
 
 def rank_command() -> list[str]:
-    """Return the command of a rank: the same interpreter, and this package from wherever it was imported, even from a zip."""
-    where = str(Path(__file__).resolve().parents[1])
-    code = f"import sys; sys.path.append({where!r}); from dstune_verify.rank import main; main()"
+    """Return the command of a rank: the same interpreter with the same module path, which may have a zip file in it."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from dstune_verify.rank import main; main()"
     return [sys.executable, "-c", code]
 
 
@@ -261,19 +264,27 @@ def merge(reports: Sequence[RankReport], names: Sequence[str]) -> list[Outcome]:
 def worst(outcomes: Sequence[Outcome]) -> Outcome:
     """Return one rank's outcome, that of the worst status and largest error; the seconds are the longest."""
     order = (WRONG, CRASHED, NOT_RUN, RIGHT)
-    ranked = sorted(
-        outcomes, key=lambda outcome: (order.index(outcome.status), -max(outcome.errors.values(), default=0))
-    )
+
+    def rank(outcome: Outcome) -> tuple[int, bool, float]:
+        return order.index(outcome.status), says_another_ended(outcome), -max(outcome.errors.values(), default=0)
+
+    ranked = sorted(outcomes, key=rank)
     return Outcome(**{**asdict(ranked[0]), "seconds": max(outcome.seconds for outcome in outcomes)})
+
+
+def says_another_ended(outcome: Outcome) -> bool:
+    """Return whether an exception only says that another rank has ended, whose own error says why."""
+    return any(words in outcome.detail for words in GONE)
 
 
 def _stopped(name: str, reports: Sequence[RankReport]) -> Outcome:
     """Return the outcome of a case in which a process ended or did not end in time."""
-    exceptions = [report.outcomes[name] for report in reports if name in report.outcomes]
-    raised = [outcome for outcome in exceptions if outcome.status == CRASHED]
-    if raised:
-        return raised[0]
-    causes = [report for report in reports if report.end and report.end != "stopped with the others"]
+    ended = [report for report in reports if report.running == name and report.end not in ("", WITH_OTHERS)]
+    raised = [outcome for report in reports for outcome in (report.outcomes.get(name),) if outcome]
+    raised = [outcome for outcome in raised if outcome.status == CRASHED]
+    if raised and not ended:  # where a process died, the exceptions of other ranks only say that it is gone
+        return min(raised, key=says_another_ended)
+    causes = ended or [report for report in reports if report.end not in ("", WITH_OTHERS)]
     cause = causes[0] if causes else reports[0]
     last = next((line for line in reversed(cause.last_lines.splitlines()) if line.strip()), "")
-    return Outcome(name, CRASHED, f"rank {cause.rank}: {cause.end or 'ended'}; {last.strip()[:300]}")
+    return Outcome(name, CRASHED, f"rank {cause.rank}: {cause.end or 'ended'}; {last.strip()[:300]}".rstrip("; "))

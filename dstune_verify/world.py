@@ -156,6 +156,11 @@ def open_store(address: str, port: int, serves: bool, seconds: float) -> Any:
     return torch.distributed.TCPStore(address, port, None, serves, limit, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
+def open_file_store(file: str, size: int) -> Any:
+    """Open the key-value store in a file that `size` processes of this machine share."""
+    return torch.distributed.FileStore(file, size)  # type: ignore[attr-defined]
+
+
 def within(store: Any, prefix: str) -> Any:
     """Return a view of the store whose keys begin with `prefix`."""
     return torch.distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]

@@ -37,6 +37,7 @@ ORDER = (
     "upgrade",
     "trust",
     "doctor",
+    "verify",
     "models",
     "samples",
     "init",
