@@ -141,7 +141,7 @@ The environments differ in DeepSpeed alone: Python {python}, torch {torch}, {dev
 0.19.3, differ from run to run; 0.19.3 was right in another run. F was seen on CPUs only. What needs a GPU to show (streams, NCCL,
 fused kernels) is not in this table.
 
-To try your own environment, run `python -m dstune_verify --short` in it. It exits with 1 if a case is wrong.
+To try your own environment, see [Is my stack right?](verify.md)
 
 The table is made by `python benchmarks/verified_versions.py run`, the page by `python benchmarks/verified_versions.py write`.
 """
