@@ -30,7 +30,7 @@ from dstune.launch.console import Console
 from dstune.launch.plan_images import images_in_text, images_of, parse_images
 from dstune.planning import hardware
 from dstune.planning.calibration import speeds
-from dstune.planning.fillers import fillers
+from dstune.planning.fillers import IDLE, fillers, shares
 from dstune.planning.further import uncounted_models
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
@@ -421,7 +421,7 @@ def _verdict(estimate: Planned, words: Sequence[str] | None, config: RunConfig) 
     overrides = [f"{key}={_value(value)}" for key, value in best.overrides(estimate.setup).items()]
     fits = f"{best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}"
     as_recommended = f"yes, as recommended{condition}: {fits}"
-    verdict = [_configured_verdict(estimate), as_recommended] if overrides else [f"yes{condition}: {fits}"]
+    verdict = [_configured_verdict(estimate, config), as_recommended] if overrides else [f"yes{condition}: {fits}"]
     lines = [*verdict, f"recommended: {' '.join(overrides) or 'as configured'}"]
     if words is not None:
         changed = {key_of(word) for word in overrides}
@@ -445,12 +445,16 @@ def _set_by_file(words: Sequence[str], config: RunConfig) -> list[str]:
     return []
 
 
-def _configured_verdict(estimate: Planned) -> str:
-    """Return whether the run fits as configured."""
+def _configured_verdict(estimate: Planned, config: RunConfig) -> str:
+    """Return whether the run fits as configured, and which share of it counts for nothing."""
     choice, cluster = estimate.plan.configured, estimate.cluster
     if choice.fits:
         time = f"a step of {choice.time.seconds:.2f} s, {choice.time.tokens_per_second:,.0f} tokens/s"
-        return f"yes, as configured: {choice.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank; {time}"
+        computed, idle = shares(config, cluster.ranks, choice.setup.micro_batch_size)
+        wasted = f"; {idle} of its {computed} micro-batches count for nothing" if idle >= IDLE * computed else ""
+        return (
+            f"yes, as configured: {choice.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank; {time}{wasted}"
+        )
     if choice.memory_gib > cluster.device.memory_gib or cluster.host_gib is None:
         takes = f"{choice.memory_gib:.1f} GiB a rank, there are {cluster.device.memory_gib:.1f}"
     else:

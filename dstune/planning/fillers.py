@@ -12,20 +12,23 @@ IDLE = 0.1
 """A warning is given if at least this share of a step's micro-batches are fillers."""
 
 
+def shares(config: RunConfig, ranks: int, rows: int) -> tuple[int, int]:
+    """Return the number of micro-batches of `rows` rows that all ranks together compute in a step, and how many are fillers."""
+    groups = ranks // parallelism_of(config.parallel).size
+    needed = ceil(config.trainer.global_batch_size / rows)
+    computed = groups * ceil(needed / groups)
+    return computed, computed - needed
+
+
 def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
     """Yield a warning if ranks compute filler micro-batches, because those of a step cannot be divided equally."""
     if config.trainer.micro_batch_size is Automatic.auto:
         return  # the measurement sees to it
-    groups = ranks // parallelism_of(config.parallel).size
-    of_step = config.trainer.global_batch_size
+    of_step, rows = config.trainer.global_batch_size, config.trainer.rows
 
-    def shared(rows: int) -> tuple[int, int]:
-        """Return the number of micro-batches of this size that all ranks compute, and how many of them are fillers."""
-        needed = ceil(of_step / rows)
-        computed = groups * ceil(needed / groups)
-        return computed, computed - needed
+    def shared(size: int) -> tuple[int, int]:
+        return shares(config, ranks, size)
 
-    rows = config.trainer.rows
     computed, idle = shared(rows)
     if idle < IDLE * computed:
         return

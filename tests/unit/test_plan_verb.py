@@ -268,7 +268,9 @@ def test_a_plan_says_first_whether_and_how(capsys: pytest.CaptureFixture[str]):
     )
     recommended = lines[5].removeprefix("recommended: ").split()
     kept = [word for word in words if word != "zero.offload_optimizer=none"]
-    assert lines[6].split() == ["dstune", "train", *kept, *recommended], "what is recommended replaces what was given"
+    assert lines[6].split() == ["dstune", "train", *kept, "data.train=FILE", *recommended], (
+        "what is recommended replaces what was given"
+    )
     table = {line.split()[0]: line.split() for line in lines[8:13] if line}
     assert [table[name][1] for name in ("full", "lora", "qlora")] == ["yes", "yes", "yes"]
     assert float(table["full"][3]) > 500 > float(table["lora"][2])
@@ -357,3 +359,26 @@ def test_no_more_memory_is_recommended_for_the_same_speed(capsys: pytest.Capture
         and row["step_seconds"] <= best["step_seconds"]
     ]
     assert best["memory_gib_per_rank"] <= min(row["memory_gib_per_rank"] for row in as_fast)
+
+
+def test_micro_batches_that_count_for_nothing_are_in_the_first_line(capsys: pytest.CaptureFixture[str]):
+    """4 micro-batches of 4 rows for 8 devices: half of what they compute counts for nothing."""
+    lines = lines_of(capsys, "model=llama3_8b", "data=chitchat", "hardware=8xH100-80G")
+    assert lines[3].endswith("4 of its 8 micro-batches count for nothing")
+    assert lines[5] == "recommended: trainer.micro_batch_size=2"
+    words = ["model=llama3_8b", "data=chitchat", "hardware=8xH100-80G", "trainer.micro_batch_size=2"]
+    assert "count for nothing" not in "\n".join(lines_of(capsys, *words))
+
+
+@pytest.mark.parametrize(
+    ("method", "zero"), [("full", "auto"), ("full", "stage3"), ("lora", "auto"), ("lora", "stage3"), ("qlora", "auto")]
+)
+def test_one_device_is_recommended_no_stage_that_takes_more_memory(method: str, zero: str) -> None:
+    """On one device ZeRO partitions nothing, so a higher stage without offloading is slower or takes more memory."""
+    for model, device in (("llama3_8b", "A100-80G"), ("qwen3_8b", "H200"), ("qwen3_14b", "H100-80G")):
+        words = [f"model={model}", f"method={method}", f"zero={zero}", "data=chitchat"]
+        found = planned(compose(words).config, hardware(device, {}, 1)).plan
+        best, rows = found.recommended, [row for row in found.choices if row.fits and row.offload == "none"]
+        if best is not None and best.offload == "none":
+            as_fast = [row for row in rows if row.time.seconds <= 1.01 * best.time.seconds]
+            assert best.memory_gib <= 1.01 * min(row.memory_gib for row in as_fast), (model, device)
