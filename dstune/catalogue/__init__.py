@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dstune import samples
-from dstune.config.architectures import size_problems
+from dstune.config.architectures import ENCODERS, size_problems
 from dstune.config.compose import compose
 from dstune.config.overrides import quoted
 from dstune.config.presets import description, model_files
@@ -51,7 +51,6 @@ List the models that a task can start from: packaged samples, presets (`model=NA
   --json          one JSON list
 """
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
 ENCODER_DECODERS = ("t5", "bart")
 """Architectures by `model_type`. All others that the planner knows are decoders."""
 

@@ -116,6 +116,30 @@ def _is_whole(number: object) -> bool:
     return not isinstance(number, (str, bool))
 
 
+ENCODERS = frozenset(
+    {"albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2"}
+    | {"distilbert", "electra", "ernie", "esm", "esmc", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert"}
+    | {"jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "luke", "megatron-bert", "mobilebert"}
+    | {"modernbert", "mpnet", "mra", "nomic_bert", "nystromformer", "rembert", "roberta", "roberta-prelayernorm"}
+    | {"roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"}
+)
+"""Architectures whose positions read the tokens after them too, unless their `config.json` says otherwise, by `model_type`."""
+
+
+def is_encoder(values: Mapping[str, Any]) -> bool:
+    """Return whether a `config.json` says that positions of the model read the tokens after them. values: its content."""
+    if values.get("use_bidirectional_attention") in (True, "all") or values.get("is_causal") is False:
+        return True
+    return values.get("model_type") in ENCODERS and not (values.get("is_decoder") or values.get("causal"))
+
+
+def encoder_problem(model: ModelConfig, reason: str) -> Problem:
+    """Return the problem that a task which writes text cannot train the model, whose positions read later tokens."""
+    fix = "model=smollm2 or another decoder (`dstune models task=chat`), or task=classification, which trains encoders"
+    reason = f"{reason}: it would be trained with the answers in sight and could not write them"
+    return Problem("model.path", reason, fix, model.path)
+
+
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:
     """Return the problem that the task cannot train an encoder-decoder (T5, BART, ...)."""
     reason = f"{architecture} is an encoder-decoder, which task=seq2seq trains and no other"

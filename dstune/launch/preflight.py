@@ -19,6 +19,8 @@ from dstune.chat_templates import NAMES, template_path
 from dstune.config import registered
 from dstune.config.architectures import (
     encoder_decoder_problem,
+    encoder_problem,
+    is_encoder,
     noisy_encoder_decoder_problem,
     packed_encoder_decoder_problem,
     size_problems,
@@ -46,7 +48,7 @@ from dstune.launch.held_out import with_share
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.launch.stages import choose
-from dstune.planning.source import config_json
+from dstune.planning.source import config_json, whole_config_json
 from dstune.planning.stage import is_open
 from dstune.protocols import TRACKERS, method_of, optimizer_of, parallelism_of, task_of
 from dstune.protocols.method_options import HasRequirements, StartsFromAdapters
@@ -211,6 +213,8 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
         fetch_sample("model.path", config.path, "model", stage)
         if run is not None and parallelism_of(run.parallel).weight_ranks > 1:  # its description is in the package
             _refuse(sharing_problems(config_json(config), run))
+        if run is not None:
+            _refuse(encoder_problems(whole_config_json(config) | config.config_overrides, config, run))
         if config.revision is not None:
             fix = "leave model.revision out"
             raise UserError(Problem("model.revision", "a packaged sample has no revisions", fix, config.revision))
@@ -331,6 +335,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     requirement = requirement_problem(architecture, config.path)
     problems += [] if requirement is None else [requirement]
     kind = str(architecture.get("model_type"))
+    problems += encoder_problems(architecture | config.config_overrides, config, run)
     if run is not None and architecture.get("is_encoder_decoder") and requirement is None:
         if not all(task_of(task).encoder_decoder for task in (run.task, *tasks_of(run).values())):
             problems.append(encoder_decoder_problem(config, kind))
@@ -355,6 +360,15 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
         fix = "save the tokenizer there with tokenizer.save_pretrained(folder)"
         problems.append(Problem("model.path", "there are no tokenizer files in it", fix, config.path))
     return problems
+
+
+def encoder_problems(architecture: dict[str, Any], config: ModelConfig, run: RunConfig | None) -> list[Problem]:
+    """Return the problem if the model is an encoder and a task of `run` writes text. architecture: its `config.json`."""
+    writes = run is not None and any(task_of(task).generates for task in (run.task, *tasks_of(run).values()))
+    if not writes or not is_encoder(architecture):
+        return []
+    kind = architecture.get("model_type")
+    return [encoder_problem(config, f"{kind} is an encoder, whose positions read the tokens after them")]
 
 
 def sharing_problems(architecture: dict[str, Any], run: RunConfig | None) -> list[Problem]:

@@ -21,6 +21,8 @@ from dstune.config.architectures import (
     PROCESSOR_SETTINGS,
     VisionFiles,
     encoder_decoder_problem,
+    encoder_problem,
+    is_encoder,
     mark_encoder_decoder,
     mark_stops,
     mark_vision,
@@ -246,6 +248,9 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
         if refused is not None:
             raise UserError(refused)
         _complete_decoder(architecture, tokenizer)
+    elif task.generates and is_encoder(architecture.to_dict()):
+        reason = f"{architecture.model_type} is an encoder, whose positions read the tokens after them"
+        raise UserError(encoder_problem(config.model, reason))
     architecture.use_cache = False
     task.architecture(architecture, labels, tokenizer)
     method = method_of(config.method)

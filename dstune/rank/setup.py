@@ -57,6 +57,7 @@ from dstune.trainer.sanity_checks import (
     content_digest,
     examine,
     refuse_different_rows,
+    refuse_sight_of_later_tokens,
     refuse_uneven_gathers,
     samples_digest,
     verify_rows,
@@ -246,6 +247,7 @@ class Setup:
         """Check the head's sums and packed and padded rows, and build the penalties, while the model has its start weights."""
         config, world = self.config, self.world
         refuse_uneven_gathers(config, built.model, world)
+        refuse_sight_of_later_tokens(config, engine, built.model, built.rows, world)
         examine(built.head, engine, built.model, config.model.path)
         check_unreached(built.model, engine)
         has_images = start.preparation.data.train.images is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import xxhash
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dstune.config.architectures import encoder_problem
 from dstune.config.data_schema import Padding
 from dstune.config.schema import RunConfig, stage_of
 from dstune.core import environment
@@ -31,6 +33,8 @@ from dstune.protocols.task_options import BuildsBatches
 from dstune.trainer.first_pass import refuse_failing_model
 from dstune.zero.engine import Engine
 
+BEGINNING, FOLLOWING = 4, 12
+"""Tokens of a row whose logits are compared, and tokens after them that differ, in the check for later tokens."""
 LONGEST_PROOF = 600
 """Most tokens of a sample in these checks, enough for a sliding window of 512."""
 
@@ -52,6 +56,34 @@ def check_unreached(model: PreTrainedModel, engine: Engine) -> None:
     engine.train(False)
     verify_unreached(model, engine.forward, engine.device)
     engine.train(True)
+
+
+def refuse_sight_of_later_tokens(
+    config: RunConfig, engine: Engine, model: PreTrainedModel, rows: Rows | None, world: World
+) -> None:
+    """Check, for a task whose model writes text, that later tokens of a row do not change earlier logits.
+
+    rows: as passed to the head; the check runs with the attention that the model was loaded with. Every rank calls this.
+    Raises UserError on all ranks if they do on any, or if this forward pass fails in the model's code.
+    """
+    if not task_of(config.task).generates or model.config.is_encoder_decoder:
+        return
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (2, BEGINNING + FOLLOWING), generator=generator)
+    tokens[1, :BEGINNING] = tokens[0, :BEGINNING]
+    engine.train(False)
+    with (
+        torch.no_grad(),
+        rows.original_attention() if rows is not None else nullcontext(),
+        refuse_failing_model(config.model.path, type(model).__name__),
+    ):
+        logits = engine.forward(input_ids=tokens.to(engine.device), use_cache=False).logits
+    engine.train(True)
+    logits = logits[:, -tokens.shape[1] :]  # behind the positions of a trained prompt
+    largest, difference = logits.abs().max(), (logits[0, :BEGINNING] - logits[1, :BEGINNING]).abs().max()
+    if world.any(not float(difference / largest) <= TOLERANCE[logits.dtype]):
+        reason = f"later tokens change earlier logits of {type(model).__name__} (by {float(difference / largest):.1%})"
+        raise UserError(encoder_problem(config.model, reason))
 
 
 def refuse_uneven_gathers(config: RunConfig, model: PreTrainedModel, world: World) -> None:

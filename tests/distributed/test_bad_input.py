@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.command import Commands
-from support.tiny import save_decoder, write_dialogues, write_labelled
+from support.tiny import save_decoder, save_encoder, save_xlnet, write_dialogues, write_labelled
 
 GOOD = {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]}
 
@@ -41,6 +41,8 @@ def workplace(tmp_path_factory) -> Commands:
     (folder / "silent" / "tokenizer_config.json").write_text(json.dumps(template))
     (folder / "silent" / "chat_template.jinja").unlink(missing_ok=True)
     (folder / "not-a-run").mkdir()
+    save_encoder(folder / "encoder")
+    save_xlnet(folder / "xlnet")
     return Commands(folder)
 
 
@@ -75,6 +77,14 @@ CASES = {
     "fp16 without a GPU": (["trainer.precision=fp16"], ["trainer.precision=fp16"]),
     "longer than max_length": (["data.max_length=8", "data.train=long.jsonl"], ["data.max_length=8"]),
     "no chat template": (["model.path=silent"], ["model.chat_template"]),
+    "encoder as a chat model": (
+        ["model.path=encoder"],
+        ["model.path=encoder", "bert is an encoder", "task=classification"],
+    ),
+    "model that reads later tokens": (
+        ["model.path=xlnet", "data.packing=false", "model.attention=eager", "data.padding=tolerated"],
+        ["model.path=xlnet", "later tokens"],
+    ),
 }
 
 

@@ -65,6 +65,15 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     return _save_model(folder, seed, BertModel, BertConfig(**(settings | changes)))
 
 
+def save_xlnet(folder: Path) -> Path:
+    """Write a two-layer XLNet, which writes no text: each position reads all others, and its config.json does not say so."""
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    settings = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.2, "pad_token_id": 2}
+    config = XLNetConfig(vocab_size=len(SPECIAL) + len(WORDS), bos_token_id=1, eos_token_id=4, **settings)
+    return _save_model(folder, 0, XLNetLMHeadModel, config)
+
+
 def save_classifier(folder: Path) -> Path:
     """Write the same with a head of random weights."""
     import torch

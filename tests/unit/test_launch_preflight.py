@@ -332,7 +332,7 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
     fetched, rows = [], tmp_path / "rows.jsonl"
     written(rows, {"prompt": "a", "completion": "b"})
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(samples, "resolve", lambda uri, fetch=True: fetched.append(uri) or rows)
+    monkeypatch.setattr(samples, "resolve", lambda uri, fetch=True: (fetch and fetched.append(uri)) or rows)
     messages = []
     model, data = ModelConfig(path="sample://smollm2"), DataConfig(train="sample://chitchat")
     config = run_config(model=model, data=data)
