@@ -28,8 +28,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds; the pause doubles after every attempt."""
 LONGEST_WAIT = 300.0
 """Seconds that a server may ask for with Retry-After; more is shortened to this."""
-MOST_BYTES = 2**26
-"""Size limit of an answer that is held in memory."""
 BLOCK = 1 << 20
 FAILURES = (OSError, http.client.HTTPException)
 
@@ -63,6 +61,8 @@ class Address:
     attempts: int = 6
     seconds: float = 300.0
     """Time limit for the server's next bytes."""
+    most_bytes: int = 2**26
+    """Size limit of an answer that is held in memory."""
     flag: str = "--server"
     """The flag that named it, for messages."""
     fix: str = "check the address, and the variable with the key"
@@ -117,6 +117,15 @@ class ApiClient:
         """
         headers = {"content-type": "application/json"} | ({"idempotency-key": uuid.uuid4().hex} if once else {})
         return self._repeat(lambda: self._object(self._request(path, {}, json.dumps(body).encode(), headers)))
+
+    def ask_once(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> bytes:
+        """Post `body`, or get `path` without one, and return the content of the answer. Nothing is repeated.
+
+        seconds: time limit for the server's next bytes, in place of the address's. Raises urllib.error.HTTPError (`detail_of` reads
+        its reason); OSError or http.client.HTTPException if no answer comes; ValueError if the answer is too long.
+        """
+        headers, data = {"content-type": "application/json"}, None if body is None else json.dumps(body).encode()
+        return self._content(self._request(path, {}, data, headers), seconds)
 
     def upload(self, path: str, fields: Mapping[str, str], file: Path, name: str) -> dict[str, Any]:
         """Post a form with `fields` and the content of `file`, whose name in it is `name`; return the JSON object that answers it.
@@ -209,7 +218,7 @@ class ApiClient:
                 return once()
             except urllib.error.HTTPError as error:
                 with error:
-                    detail, parameter = self._error_detail(error)
+                    detail, parameter = self.detail_of(error)
                 reason = f"HTTP {error.code} {detail}".strip()
                 if error.code not in RETRIED_STATUSES:
                     problem = Problem(self.address.flag, reason, self.address.fix, self.address.url)
@@ -238,17 +247,21 @@ class ApiClient:
         url = self.address.url + path + (f"?{parameters}" if parameters else "")
         return urllib.request.Request(url, data, headers, method="GET" if data is None else "POST")
 
+    def _content(self, request: urllib.request.Request, seconds: float | None = None) -> bytes:
+        most_bytes = self.address.most_bytes
+        with self._opener.open(request, timeout=seconds or self.address.seconds) as response:
+            content: bytes = response.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise ValueError(f"it has more than {most_bytes:,} bytes")
+        return content
+
     def _object(self, request: urllib.request.Request) -> dict[str, Any]:
-        with self._opener.open(request, timeout=self.address.seconds) as response:
-            content = response.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        answer = parse_json(content)
+        answer = parse_json(self._content(request))
         if not isinstance(answer, dict):
             raise ValueError("it is of another type")
         return answer
 
-    def _error_detail(self, error: urllib.error.HTTPError) -> tuple[str, str]:
+    def detail_of(self, error: urllib.error.HTTPError) -> tuple[str, str]:
         """Return the message in the body of an HTTP error, shortened and without the key, and the parameter that it names."""
         try:
             content = parse_json(error.read(65_536))

@@ -5,14 +5,14 @@ They do not depend on what clients request.
 
 from __future__ import annotations
 
-import json
+import http.client
 import os
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.core.api_client import Address, ApiClient
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import lines_within, open_file, parse_json
 
@@ -96,16 +96,14 @@ def _answer(canary: Canary, server: str, model: str) -> str:
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:
-    headers = {"content-type": "application/json", "authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    client = ApiClient(Address(url, os.environ.get(KEY_VARIABLE, ""), seconds=ANSWER_SECONDS))
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-            return parse_json(response.read())
+        return parse_json(client.ask_once("", body))
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code}"
         fix = f"set {KEY_VARIABLE} to a client's key" if error.code == 401 else "look at the server's log"
         raise UserError(Problem("--server", reason, fix, url)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(
             Problem("--server", f"does not answer: {error}", "give the address that `dstune serve` prints", url)
         ) from None

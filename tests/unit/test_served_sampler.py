@@ -4,8 +4,11 @@ one that is another model is noticed and named."""
 from __future__ import annotations
 
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from dstune.core.errors import UserError
 from dstune.generation import batch, completions
 from dstune.generation.completions import sample_completions, sample_continuously
 from dstune.models.heads.base import IGNORED
-from dstune.tasks.reinforcement import rules, sampler_check, served_sampler, vllm_server
+from dstune.tasks.reinforcement import grade, rules, sampler_check, served_sampler, vllm_server
 from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
 from dstune.tasks.reinforcement.head import PolicyHead
 from dstune.tasks.reinforcement.published_weights import unservable
@@ -217,6 +220,34 @@ def test_a_key_is_one_line_and_never_shown(monkeypatch):
     with pytest.raises(UserError) as told:
         served_sampler.read_key()
     assert "sec" not in str(told.value)
+
+
+def test_a_key_does_not_follow_a_redirect():
+    """To a sampler, and to a judge."""
+    keys = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/elsewhere":
+                keys.append(self.headers.get("Authorization"))
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        address = f"http://127.0.0.1:{http.server_port}"
+        with pytest.raises(vllm_server.ServerRefused, match="302"):
+            vllm_server.VllmServer(address, "secret", 5.0).base_model()
+        with pytest.raises(HTTPError):
+            grade.post(f"{address}/v1/chat/completions", {}, 5.0, "secret")
+        http.shutdown()
+    assert not keys
 
 
 @pytest.mark.parametrize(

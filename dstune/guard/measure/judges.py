@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import http.client
 import os
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.core.api_client import Address, ApiClient
 from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.core.parsing import parse_json
 from dstune.guard.calibration import CALIBRATE_COMMAND, DIRECTIONS, TRAIN_COMMAND
 from dstune.guard.check import entry_of, item_of
 from dstune.guard.measure.report import Judged
@@ -94,13 +95,8 @@ class ServerJudge:
         return Judged(row, blocked, level)
 
     def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.seconds) as response:
-                answer = json.load(response)
+            answer = parse_json(ApiClient(Address(self.url, self.key or "", seconds=self.seconds)).ask_once("", body))
         except urllib.error.HTTPError as error:
             reason = error.read(500).decode("utf-8", "replace")
             if error.code == 401:
@@ -108,7 +104,7 @@ class ServerJudge:
                     Problem(KEY, "the server asks for a key", f"{KEY}=... dstune guard test {self.url}")
                 ) from None
             raise DstuneError(f"{self.url} answered {error.code}: {reason}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise DstuneError(f"{self.url} cannot be asked: {error}") from None
         return answer if isinstance(answer, dict) else {}
 

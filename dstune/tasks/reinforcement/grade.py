@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dstune.core.api_client import Address, ApiClient
 from dstune.core.confinement.table import PROGRAM
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
 from dstune.grading.grader import GraderError, GraderFailed, Sample, Services, check_grader, grade, kinds_in
 from dstune.grading.model_grader import grading_request, read_score
 from dstune.grading.sandbox import AT_ONCE, run_program
@@ -124,11 +126,13 @@ def is_failure(kind: str, details: str) -> bool:
 
 
 def post(address: str, body: Mapping[str, Any], seconds: float, key: str = "") -> Any:
-    """Post `body` as JSON and return the server's JSON answer. Raises OSError or ValueError."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=seconds) as answer:
-        return json.loads(answer.read(2**24))
+    """Post `body` as JSON and return the server's JSON answer. Raises OSError, http.client.HTTPException or ValueError."""
+    return parse_json(_client_of(address, key).ask_once("", body, seconds))
+
+
+@lru_cache(maxsize=8)
+def _client_of(address: str, key: str) -> ApiClient:
+    return ApiClient(Address(address, key, most_bytes=2**24))
 
 
 def read_grader(path: str) -> dict[str, Any]:

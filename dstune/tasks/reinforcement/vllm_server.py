@@ -7,17 +7,17 @@ Routes and fields are those of vLLM 0.32 (`vllm/entrypoints/openai`, `serve/lora
 from __future__ import annotations
 
 import http.client
-import json
 import math
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dstune.core.api_client import Address, ApiClient
+from dstune.core.parsing import parse_json
 from dstune.tasks.reinforcement.outages import is_busy, pauses
 
 MOST_ANSWERED = 2**28
@@ -72,7 +72,7 @@ class Sampling:
 class VllmServer:
     def __init__(self, address: str, key: str, seconds: float):
         """seconds: for an answer, including all retries."""
-        self._address, self._key, self._seconds = address.rstrip("/"), key, seconds
+        self._client, self._seconds = ApiClient(Address(address.rstrip("/"), key, most_bytes=MOST_ANSWERED)), seconds
         self.recover: Callable[[], None] = lambda: None
         """Loads the weights into the server again: a server that failed may have been restarted."""
         self.failures = 0
@@ -82,7 +82,7 @@ class VllmServer:
 
     def base_model(self) -> ServedModel:
         """Return the model that the server was started with. Raises ServerDown or ServerRefused."""
-        answer = self._ask("GET", "/v1/models")
+        answer = self._ask("/v1/models")
         try:
             base = next(model for model in answer["data"] if not model.get("parent"))
             length = base.get("max_model_len")
@@ -92,7 +92,7 @@ class VllmServer:
 
     def load_adapter(self, name: str, folder: str) -> None:
         try:
-            self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
         except ServerRefused as error:
             if "already" not in error.reason:  # the name is a digest of the weights, which are then the same
                 raise
@@ -100,19 +100,19 @@ class VllmServer:
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter; one that is not there is no error."""
         with suppress(ServerRefused):
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            self._ask("/v1/unload_lora_adapter", {"lora_name": name})
 
     def load_weights(self, folder: str) -> None:
         """Let the server load all weights from `folder`, and clear its cache of prefixes."""
-        self._ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        self._ask("POST", "/reset_prefix_cache", {})
+        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        self._ask("/reset_prefix_cache", {})
 
     def sleep(self) -> None:
         """Move the weights to the host's memory and give up the cache. Level 2 would drop the weights."""
-        self._ask("POST", "/sleep?level=1", {})
+        self._ask("/sleep?level=1", {})
 
     def wake_up(self) -> None:
-        self._ask("POST", "/wake_up", {})
+        self._ask("/wake_up", {})
 
     def sample(self, model: str, prompt: Sequence[int], samples: int, sampling: Sampling, seed: int) -> list[Sampled]:
         """Return `samples` completions of `prompt` by the model or adapter that is called `model`.
@@ -143,11 +143,10 @@ class VllmServer:
         def read(answer: Any) -> list[Sampled]:
             return _read_choices(answer, list(prompt), samples, sampling, model)
 
-        return self._ask("POST", "/v1/completions", body, read, recovers=True)
+        return self._ask("/v1/completions", body, read, recovers=True)
 
     def _ask(
         self,
-        method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
         read: Callable[[Any], Any] = lambda answer: answer,
@@ -159,12 +158,12 @@ class VllmServer:
         while True:
             began = time.monotonic()
             try:
-                return read(self._exchange(method, path, body, deadline - began, is_known=not recovers))
+                return read(self._exchange(path, body, deadline - began, is_known=not recovers))
             except _Failed as failure:
                 self.failures += 1
                 pause = next(waits)
                 if time.monotonic() + pause > deadline:
-                    reason = f"{self._address}{path} did not answer within {self._seconds:g} s: {failure}"
+                    reason = f"{self._client.address.url}{path} did not answer within {self._seconds:g} s: {failure}"
                     raise ServerDown(reason) from None
             time.sleep(pause)
             if recovers:
@@ -176,39 +175,24 @@ class VllmServer:
                 self.recover()
                 self._recovered_at = time.monotonic()
 
-    def _exchange(
-        self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float, *, is_known: bool
-    ) -> Any:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self._address}{path}", content, headers, method=method)
+    def _exchange(self, path: str, body: Mapping[str, Any] | None, seconds: float, *, is_known: bool) -> Any:
         try:
-            with urllib.request.urlopen(request, timeout=max(0.1, seconds)) as response:
-                text = response.read(MOST_ANSWERED + 1)
-            if len(text) > MOST_ANSWERED:
-                raise ServerRefused(0, f"its answer is longer than {MOST_ANSWERED:,} bytes")
-            try:
-                return json.loads(text)
-            except ValueError:
-                return {}  # of routes that answer with a text or nothing
+            content = self._client.ask_once(path, body, max(0.1, seconds))
         except urllib.error.HTTPError as error:
-            reason = _reason_in(error)
+            with error:
+                reason, _ = self._client.detail_of(error)
             # An adapter that is gone, as after a restart, is loaded again.
             if is_busy(error.code) or (error.code == 404 and not is_known):
                 raise _Failed(f"it answered {error.code}: {reason}") from None
             raise ServerRefused(error.code, reason) from None
         except (OSError, http.client.HTTPException) as error:
             raise _Failed(f"{type(error).__name__}: {error}"[:LONGEST_REASON]) from None
-
-
-def _reason_in(error: urllib.error.HTTPError) -> str:
-    text = ""
-    with suppress(OSError, http.client.HTTPException):
-        text = error.read(2**16).decode(errors="replace")
-    with suppress(ValueError, LookupError, TypeError):
-        body = json.loads(text)
-        text = str(body["error"]["message"] if isinstance(body.get("error"), dict) else body["message"])
-    return text[:LONGEST_REASON]
+        except ValueError as error:
+            raise ServerRefused(0, f"its answer is too long: {error}") from None
+        try:
+            return parse_json(content)
+        except ValueError:
+            return {}  # of routes that answer with a text or nothing
 
 
 def _read_choices(answer: Any, prompt: list[int], samples: int, sampling: Sampling, model: str) -> list[Sampled]:
