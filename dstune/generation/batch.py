@@ -90,7 +90,7 @@ def positions_of(mask: Tensor) -> Tensor:
 def takes_ready_masks(model: Any) -> bool:
     """Return whether the model accepts a mask of one token for all layers, [rows, 1, 1, tokens] or None. Otherwise it builds one
     from [rows, tokens] for every token."""
-    base = _below_adapters(model)
+    base = below_adapters(model)
     by_sdpa = base.config._attn_implementation in ("sdpa", SHARED_PROMPTS) and attention_problem(base) is None
     return by_sdpa and layer_kinds(model) == {"DynamicLayer"}
 
@@ -112,12 +112,13 @@ def last_logits(
     return logits
 
 
-def _below_adapters(model: Any) -> Any:
+def below_adapters(model: Any) -> Any:
+    """Return the model without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _parameters(model: Any) -> frozenset[str]:
-    base = _below_adapters(model)
+    base = below_adapters(model)
     return _names_of_parameters(getattr(base.forward, "__func__", base.forward))
 
 

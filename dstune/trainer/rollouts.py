@@ -1,15 +1,20 @@
-"""Interfaces for tasks whose rows are prompts: the targets of a step exist only after the model has answered them."""
+"""For tasks whose rows are prompts: the targets of a step exist only after the model has answered them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from dstune.core.distributed import World
+from dstune.data.sampler import MicroBatch
 
 if TYPE_CHECKING:
     import torch
 
     from dstune.trainer.prefetcher import RankBatch
+
+Answer = TypeVar("Answer")
 
 
 class RolloutsUnavailable(Exception):
@@ -58,3 +63,27 @@ class Rollouts(Protocol):
         """Return sums to report beside `sums`, this rank's of the head. Raises UserError, on all ranks alike."""
 
     def close(self) -> None: ...
+
+
+def batches_of_answers(
+    answers: Sequence[tuple[MicroBatch, Sequence[Answer]]],
+    size: int,
+    world: World,
+    tensors: Callable[[Sequence[tuple[Answer, bool]]], dict[str, torch.Tensor]],
+) -> tuple[tuple[MicroBatch, dict[str, torch.Tensor]], ...]:
+    """Return micro-batches of `size` answers; every rank has the same number of them. Every rank must call it.
+
+    answers: of this rank, by micro-batch of prompts; at least one, since a rank without enough repeats its first one. tensors:
+    builds a micro-batch from answers, each with whether it counts; those to fillers do not.
+    """
+    rows = [(answer, not part.filler) for part, of_part in answers for answer in of_part]
+    rows.sort(key=lambda row: not row[1])  # fillers last; stable
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    most = int(world.gather_numbers([len(chunks)]).max())
+    chunks += [[(rows[0][0], False)]] * (most - len(chunks))
+    batches = []
+    for number, chunk in enumerate(chunks):
+        filler = not any(counts for _, counts in chunk)
+        part = MicroBatch(number * world.size + world.rank, tuple((0,) for _ in chunk), filler)
+        batches.append((part, tensors(chunk)))
+    return tuple(batches)

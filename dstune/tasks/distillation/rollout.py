@@ -22,12 +22,12 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.generation.answers import end_tokens
+from dstune.generation.batch import below_adapters, pad_left
 from dstune.generation.completions import Completion, sample_completions
 from dstune.tasks.distillation.config import DistillationConfig
-from dstune.tasks.reinforcement.encode import left_padded
 from dstune.trainer.generation import speaking
 from dstune.trainer.prefetcher import RankBatch
-from dstune.trainer.rollouts import RolloutRun, RolloutStep
+from dstune.trainer.rollouts import RolloutRun, RolloutStep, batches_of_answers
 from dstune.zero.engine import Engine
 
 FOLDER = "rollouts"
@@ -56,9 +56,7 @@ class OwnAnswers:
         assert isinstance(config.task, DistillationConfig)
         self._config, self._task, self._split = config, config.task, split
         self._engine, self._tokenizer, self._world, self._run_dir = engine, tokenizer, world, run_dir
-        module: Any = engine.module
-        base = module.get_base_model() if hasattr(module, "get_base_model") else module
-        self._ends = frozenset(end_tokens(base, stops))
+        self._ends = frozenset(end_tokens(below_adapters(engine.module), stops))
         self._sums: dict[str, float] = {}
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
@@ -90,11 +88,10 @@ class OwnAnswers:
         with speaking(self._engine, self._world) as (module, in_step):
             for part in parts:
                 numbers = [index for row in part.rows for index in row]
-                prompts = left_padded([self._prompt(index) for index in numbers], self._tokenizer.pad_token_id)
+                prompts = [self._prompt(index).tolist() for index in numbers]
                 completions = sample_completions(
                     module,
-                    torch.from_numpy(prompts["input_ids"]).to(self._engine.device),
-                    torch.from_numpy(prompts["attention_mask"]).to(self._engine.device),
+                    *pad_left(prompts, self._tokenizer.pad_token_id, self._engine.device),
                     numbers,
                     samples=1,
                     max_new_tokens=self._task.max_new_tokens,
@@ -123,24 +120,15 @@ class OwnAnswers:
         self, answered: Sequence[tuple[MicroBatch, list[Completion]]], batch: RankBatch, step: int
     ) -> RankBatch:
         """Return micro-batches of `trainer.micro_batch_size` answers; every rank has the same number of them."""
-        world, size = self._world, self._config.trainer.rows
-        rows = [(completion, not part.filler) for part, completions in answered for completion in completions]
-        rows.sort(key=lambda row: not row[1])  # fillers last; stable
-        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        most = int(world.gather_numbers([len(chunks)]).max())
-        chunks += [[(rows[0][0], False)]] * (most - len(chunks))
-        batches = []
-        for number, chunk in enumerate(chunks):
-            filler = not any(counts for _, counts in chunk)
-            part = MicroBatch(number * world.size + world.rank, tuple((0,) for _ in chunk), filler)
-            batches.append((part, self._tensors(chunk)))
-        counted = [completion for completion, counts in rows if counts]
+        world = self._world
+        batches = batches_of_answers(answered, self._config.trainer.rows, world, self._tensors)
+        counted = [completion for part, completions in answered if not part.filler for completion in completions]
         targets = sum(len(completion.ids) for completion in counted)
         tokens = targets + sum(len(self._prompt(completion.prompt)) for completion in counted)
         totals = world.gather_numbers([targets, tokens]).sum(axis=0).tolist()
         self._sums = {"own_answers": float(len(counted)), "own_tokens": float(targets)}
         self._write(step, counted)
-        return RankBatch(totals[0] or 1.0, int(totals[1]), batch.epoch, tuple(batches))
+        return RankBatch(totals[0] or 1.0, int(totals[1]), batch.epoch, batches)
 
     def _write(self, step: int, completions: Sequence[Completion]) -> None:
         """Write the answers of all ranks to a file, one a line."""

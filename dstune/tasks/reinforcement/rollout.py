@@ -20,6 +20,7 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.generation.answers import end_tokens
+from dstune.generation.batch import below_adapters
 from dstune.generation.cache import layer_kinds
 from dstune.generation.completions import Completion, sample_completions, sample_continuously
 from dstune.models.heads import on_device
@@ -45,7 +46,7 @@ from dstune.tasks.reinforcement.served_sampler import ServedSampler
 from dstune.tasks.reinforcement.turns import Environments
 from dstune.trainer.generation import speaking
 from dstune.trainer.prefetcher import RankBatch
-from dstune.trainer.rollouts import RolloutRun, RolloutsFailed, RolloutStep
+from dstune.trainer.rollouts import RolloutRun, RolloutsFailed, RolloutStep, batches_of_answers
 from dstune.zero.engine import Engine
 
 SEED_OF_EVALUATION = 2**40
@@ -71,7 +72,7 @@ class Rollouts:
         self._config, self._task, self._split = config, config.task, split
         self._engine, self._head, self._tokenizer, self._world = engine, head, tokenizer, world
         self._run_dir = run_dir
-        self._ends = frozenset(end_tokens(_base_of(engine.module), stops))
+        self._ends = frozenset(end_tokens(below_adapters(engine.module), stops))
         self._scorer = Scorer(config, split)
         self._environments = None
         if self._task.environment is not None:
@@ -357,23 +358,12 @@ class Rollouts:
         self, local_completions: Sequence[Sequence[Scored]], batch: RankBatch, groups: Sequence[Sequence[Scored]]
     ) -> RankBatch:
         """Return micro-batches of `trainer.micro_batch_size` completions; the same number on every rank."""
-        world, size = self._world, self._config.trainer.rows
-        rows: list[tuple[Scored, bool]] = []
-        for (part, _), completed in zip(batch.batches, local_completions, strict=True):
-            rows += [(scored, not part.filler) for scored in completed]
-        rows.sort(key=lambda row: not row[1])  # fillers last; stable
-        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        most = int(world.gather_numbers([len(chunks)]).max())
-        chunks += [[(rows[0][0], False)]] * (most - len(chunks))
-        batches = []
-        for number, chunk in enumerate(chunks):
-            filler = not any(counts for _, counts in chunk)
-            part = MicroBatch(number * world.size + world.rank, tuple((0,) for _ in chunk), filler)
-            batches.append((part, self._tensors(chunk)))
+        answered = [(part, scored) for (part, _), scored in zip(batch.batches, local_completions, strict=True)]
+        batches = batches_of_answers(answered, self._config.trainer.rows, self._world, self._tensors)
         trained = [self._trained(scored) for group in groups for scored in group]
         weight = denominator(self._task, [length for length in trained if length]) or 1.0
         tokens = sum(self._prompt_length(scored) + len(scored.completion.ids) for group in groups for scored in group)
-        return RankBatch(weight, tokens, batch.epoch, tuple(batches))
+        return RankBatch(weight, tokens, batch.epoch, batches)
 
     def _prompt_length(self, scored: Scored) -> int:
         completion = scored.completion
@@ -406,7 +396,7 @@ class Rollouts:
         return rollout_sums(self._task, groups)
 
     def _refuse_different(self, step: RolloutStep, signed: float, absolute: float, largest: float) -> None:
-        dtype = next(_base_of(self._engine.module).parameters()).dtype
+        dtype = next(below_adapters(self._engine.module).parameters()).dtype
         if is_allowed(dtype, signed, absolute, largest):
             return
         batches = [on_device(batch, self._engine.device) for _, batch in step.batch.batches]
@@ -416,7 +406,3 @@ class Rollouts:
         looks = self._world.broadcast(looks_like(difference, self._task.temperature, allowed(dtype)[1]))
         measured = signed, absolute, largest
         raise UserError(problem_of(self._task.rollout, dtype, step.number, measured, looks))
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
