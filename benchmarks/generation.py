@@ -10,7 +10,7 @@
 - how far the sampler's log-probabilities are from those of the training forward pass (mean and largest, in nats);
 - processor seconds of a step, and of its sampling alone;
 - for 1 and 8 streams of the local engine: tokens/s, and processor milliseconds of the engine for a token;
-- whether the engine proved itself by the reference of an export of the trained run, and whether it answers as the other tree's.
+- whether the engine answers as training computes (`--prove`), and whether it answers as the other tree's.
 
 `transformers` gives both continuous batchers the same prompts, greedy, in one process and in turn: processor milliseconds for a
 token, and which texts differ from `generate` of each prompt alone.
@@ -179,7 +179,7 @@ class Served:
     def __init__(self, tree: Path, model: str, folder: Path, name: str):
         self.state, log = folder / f"state-{name}", folder / f"serve-{name}.log"
         argv = [sys.executable, "-m", "dstune", "serve", "--port", "0", "--state", str(self.state), model]
-        argv += ["--dtype", "float32", "--threads", "1"]
+        argv += ["--prove", "--dtype", "float32", "--threads", "1"]
         with log.open("wb") as errors:
             self.process = psutil.Popen(argv, env=environment(tree), stdout=subprocess.PIPE, stderr=errors, text=True)
         assert self.process.stdout is not None
@@ -283,15 +283,21 @@ def beside_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
 
     def ours() -> list[list[int]]:
-        from dstune.serve.engines.local.batch import Scheduler
-        from tests.support.local_engine import generate_together
+        from dstune.generation.batch import pad_left, read
 
-        return generate_together(Scheduler, model, prompts, count)
+        with torch.inference_mode():
+            batch, logits = read(model, *pad_left(prompts, 0, torch.device("cpu")))
+            columns = [logits.argmax(-1)]
+            while len(columns) < count:
+                columns.append(batch.step(columns[-1]).argmax(-1))
+        return torch.stack(columns, dim=1).tolist()
 
     def theirs() -> list[list[int]]:
         settings = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=-1)
         limits = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)
-        outputs = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=limits)
+        outputs = model.generate_batch(
+            prompts, generation_config=settings, continuous_batching_config=limits, progress_bar=False, warmup=False
+        )
         return [list(output.generated_tokens) for output in sorted(outputs.values(), key=lambda one: one.request_id)]
 
     spent: dict[str, list[float]] = {"dstune": [], "transformers": []}
