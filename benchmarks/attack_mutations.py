@@ -587,6 +587,28 @@ _BY_ATTACK: dict[str, Mutation] = {
     "judged_programs.test_what_json_does_not_have_is_no_number": undo(
         "rewards/form.py", "json.loads(text, parse_constant=_refuse)", "json.loads(text)"
     ),
+    "recordings.test_lists_without_end_are_left": undo(
+        "recording/inventory.py", "if size > MAX_LIST_BYTES:", "if False:"
+    ),
+    "recordings.test_a_file_without_end_is_left": undo(
+        "recording/inventory.py", "if position + len(block) > MAX_FILE_BYTES:", "if False:"
+    ),
+    "recordings.test_identifiers_are_no_paths_and_end_nothing": undo(
+        "recording/folder.py",
+        "return identifier if SAFE_NAME.fullmatch(identifier) else",
+        "return identifier if True else",
+    ),
+    "recordings.test_the_key_follows_no_redirect": undo(
+        "core/api_client.py", "list[Any] = [_NoRedirect()]", "list[Any] = []"
+    ),
+    "recordings.test_an_answer_of_megabytes_is_compared_in_time": undo(
+        "recording/kinds.py",
+        "rouge_l(answer[:MOST_CHARACTERS], expected[:MOST_CHARACTERS])",
+        "rouge_l(answer[:3_000_000], expected)",
+    ),
+    "recordings.test_a_recording_of_others_sends_no_file_of_this_machine": undo(
+        "recording/retrain.py", "if path.is_symlink() or not path.is_file():", "if not path.is_file():"
+    ),
     "forgotten_users.test_a_start_without_the_log_deletes_what_an_earlier_one_logged": undo(
         "serve/command.py", "if not arguments.log_requests and not folder.is_dir():", "if not arguments.log_requests:"
     ),

@@ -24,13 +24,14 @@ from benchmarks.attack_table.hangs import HANGS
 from benchmarks.attack_table.pictures import PICTURES
 from benchmarks.attack_table.processes import PROCESSES
 from benchmarks.attack_table.programs import PROGRAMS
+from benchmarks.attack_table.recordings import RECORDINGS
 from benchmarks.attack_table.runs_of_others import RUNS_OF_OTHERS
 from benchmarks.attack_table.server import SERVER
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests" / "security"
 
-ATTACKS = (*PROCESSES, *CODE, *RUNS_OF_OTHERS, *SERVER, *PICTURES, *PROGRAMS, *FILES, *HANGS)
+ATTACKS = (*PROCESSES, *CODE, *RUNS_OF_OTHERS, *SERVER, *PICTURES, *PROGRAMS, *RECORDINGS, *FILES, *HANGS)
 
 
 def table() -> str:

@@ -51,7 +51,11 @@ class Asking:
         return body
 
     def path(self, model: str) -> str:
-        return f"/deployments/{quote(model, safe='')}/chat/completions" if self.deployments else "/chat/completions"
+        return (
+            f"/deployments/{quote(model, safe='', errors='replace')}/chat/completions"
+            if self.deployments
+            else "/chat/completions"
+        )
 
 
 class ModelGone(Exception):

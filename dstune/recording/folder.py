@@ -24,7 +24,11 @@ USER_COLUMNS = ("user", "user_id", "safety_identifier")
 
 def file_name(identifier: str) -> str:
     """Return a file name for an identifier of the server, which may contain anything."""
-    return identifier if SAFE_NAME.fullmatch(identifier) else f"sha256-{_sha256(identifier.encode())[:32]}"
+    return (
+        identifier
+        if SAFE_NAME.fullmatch(identifier)
+        else f"sha256-{_sha256(identifier.encode('utf-8', 'surrogatepass'))[:32]}"
+    )
 
 
 def _sha256(content: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,10 @@ from dstune.core.api_client import ApiClient, RequestRefused
 from dstune.recording.folder import Folder, file_name, hash_stored
 
 PAGE = 100
+MAX_LIST_BYTES = 2**27
+"""Size limit of a list, as JSON: a server may have new pages for ever."""
+MAX_FILE_BYTES = 2**33
+"""Size limit of a file; the largest upload to OpenAI has 8 GB."""
 KEY_REFUSED = 401
 FINAL_STATES = ("succeeded", "failed", "cancelled")
 ENDINGS = (".jsonl", ".json", ".csv", ".txt")
@@ -95,8 +100,9 @@ def _listed(
 
 
 def _pages(client: ApiClient, path: str, *, in_pages: bool) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a list. Raises ValueError if an answer is no list, or its pages do not end."""
+    """Yield the entries of a list. Raises ValueError if an answer is no list, or its pages do not end or are too large together."""
     after: str | None = None
+    size = 0
     cursors: set[str] = set()
     while True:
         query = {"limit": str(PAGE)} if in_pages else {}
@@ -104,6 +110,9 @@ def _pages(client: ApiClient, path: str, *, in_pages: bool) -> Iterator[dict[str
         data = answer.get("data")
         if not isinstance(data, list):
             raise ValueError("the answer has no list `data`")
+        size += len(json.dumps(data))
+        if size > MAX_LIST_BYTES:
+            raise ValueError(f"the list has more than {MAX_LIST_BYTES:,} bytes; the rest is left out")
         yield from (entry for entry in data if isinstance(entry, dict))
         if not answer.get("has_more"):
             return
@@ -111,6 +120,11 @@ def _pages(client: ApiClient, path: str, *, in_pages: bool) -> Iterator[dict[str
         if not after or after in cursors:
             raise ValueError("the list's pages do not end")
         cursors.add(after)
+
+
+def _quoted(identifier: str) -> str:
+    """Return an identifier as a part of a path."""
+    return quote(identifier, safe="", errors="replace")
 
 
 def _raise_for_key(error: RequestRefused) -> None:
@@ -136,7 +150,7 @@ def _record_job(client: ApiClient, folder: Folder, job: dict[str, Any], missing:
     parts: dict[str, Any] = {}
     refusals: dict[str, str] = {}
     for part in ("events", "checkpoints"):
-        path = f"/fine_tuning/jobs/{quote(identifier, safe='')}/{part}"
+        path = f"/fine_tuning/jobs/{_quoted(identifier)}/{part}"
         parts[part] = _listed(client, path, f"{part} of {identifier}", refusals)
     missing |= refusals
     folder.save(name, {"job": job, **parts, "complete": not refusals})
@@ -163,7 +177,7 @@ def _record_file(
     stated = entry.get("bytes")
     try:
         if set(entry) == {"id"}:
-            entry = {**client.get(f"/files/{quote(identifier, safe='')}"), "id": identifier}
+            entry = {**client.get(f"/files/{_quoted(identifier)}"), "id": identifier}
             stated = entry.get("bytes")
         size = _download(client, identifier, partial)
         if isinstance(stated, int) and size != stated:
@@ -172,6 +186,10 @@ def _record_file(
     except RequestRefused as error:
         _raise_for_key(error)
         missing[f"file {identifier}"] = f"HTTP {error.status} {error.detail}".strip()
+        return
+    except _FileTooLarge:
+        partial.unlink()
+        missing[f"file {identifier}"] = f"it has more than {MAX_FILE_BYTES:,} bytes"
         return
     digest = hash_stored(partial)
     path = content_path(folder, entry)
@@ -187,13 +205,19 @@ def _record_file(
     folder.save(record, content)
 
 
+class _FileTooLarge(Exception):
+    """A file exceeds MAX_FILE_BYTES."""
+
+
 def _download(client: ApiClient, identifier: str, partial: Path) -> int:
-    """Download a file's content to `partial`, or the rest of it; return its size in bytes."""
+    """Download a file's content to `partial`, or the rest of it; return its size in bytes. Raises _FileTooLarge."""
     with files.append(partial, mode=0o600) as stream:
 
         def write(position: int, block: bytes) -> None:
+            if position + len(block) > MAX_FILE_BYTES:
+                raise _FileTooLarge
             if position == 0:
                 stream.truncate(0)
             stream.write(block)
 
-        return client.download(f"/files/{quote(identifier, safe='')}/content", stream.tell(), write)
+        return client.download(f"/files/{_quoted(identifier)}/content", stream.tell(), write)

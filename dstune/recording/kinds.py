@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dstune.core.parsing import parse_json
-from dstune.grading.similarity import rouge_l
+from dstune.grading.similarity import MOST_CHARACTERS, rouge_l
 from dstune.grading.verdicts import FEWEST, PASSED, SLICE_ROWS, UNDECIDED, WORSE, Comparison, GateResult, decide
 
 SHORT = 60
@@ -59,7 +59,7 @@ def kinds_of(rows: Sequence[Row]) -> tuple[list[Kind], list[str]]:
     kinds = [
         Kind("JSON", objects, {"agreement of fields": both(agreement), "valid": both(is_valid)}),
         Kind("classes" if is_classified else "short answers", short, {"exact match": both(exact)}, is_classified),
-        Kind("texts", long, {"similarity (ROUGE-L)": both(rouge_l)}),
+        Kind("texts", long, {"similarity (ROUGE-L)": both(similarity)}),
         Kind("judge", [row for row in rows if row.preference is not None], {"preferred": preferred}),
     ]
     few = [
@@ -90,6 +90,11 @@ def _object(text: str) -> dict[str, Any] | None:
 
 def exact(answer: str, expected: str) -> float:
     return float(answer == expected)
+
+
+def similarity(answer: str, expected: str) -> float:
+    """Return ROUGE-L of the beginnings of both texts: a server may answer more than it was asked for."""
+    return rouge_l(answer[:MOST_CHARACTERS], expected[:MOST_CHARACTERS])
 
 
 def is_valid(answer: str, expected: str) -> float:

@@ -155,7 +155,7 @@ def _content(recording: Path, identifier: Any, part: str, names: dict[Path, str]
         raise UserError(Problem("--job", reason, "another job", str(identifier)))
     record = read_object(record_path, recording)
     path = record_path.with_name(Path(str(record.get("content"))).name)
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():  # the recording may be a stranger's: a link may lead to any file
         raise UserError(Problem("RECORDING", f"{path.name} is gone", "record it again", str(recording)))
     described = record.get("file")
     names[path] = str((described.get("filename") if isinstance(described, dict) else None) or path.name)
