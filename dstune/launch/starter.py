@@ -7,14 +7,17 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from dstune.config.compose import compose
+from dstune.config.convert import format_value
+from dstune.config.convert import literal as in_double_quotes
 from dstune.config.names import sections
 from dstune.config.overrides import key_of, parse
 from dstune.config.plain_file import literal
@@ -81,11 +84,39 @@ class Line:
     comment: str = ""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A task that the rows may be for, and the settings with which it reads them."""
+
+    lines: tuple[Line, ...]
+    meaning: str
+    """Its meaning in a few words, such as `'reply' answers 'mail'`."""
+
+    def __str__(self) -> str:
+        return f"task={self.lines[0].value}: {self.meaning}"
+
+    def overrides(self) -> list[str]:
+        """Return the settings for a command line, which need quotes for the shell alone."""
+        values = (line.value for line in self.lines)
+        texts = (_as_mapping(value) if isinstance(value, Mapping) else format_value(value) for value in values)
+        return [f"{line.key}={text}" for line, text in zip(self.lines, texts, strict=True)]
+
+
+def _as_mapping(columns: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{role}: {in_double_quotes(column)}" for role, column in columns.items()) + "}"
+
+
+Choose = Callable[[Sequence[Reading]], Reading]
+"""Returns the reading to take, of those that are possible; the likeliest is the first."""
+
+
 @dataclass
 class Starter:
     """The settings of the file."""
 
     lines: list[Line] = field(default_factory=list)
+    other_readings: list[Reading] = field(default_factory=list)
+    """What the rows may be for in place of the task that was chosen; empty if their columns leave no doubt."""
 
     def add(self, key: str, value: Any, comment: str = "") -> None:
         """Add a setting, unless it has been set already, as those of the user are."""
@@ -94,6 +125,9 @@ class Starter:
 
     def value(self, key: str) -> Any:
         return next((line.value for line in self.lines if line.key == key), None)
+
+    def comment(self, key: str) -> str:
+        return next((line.comment for line in self.lines if line.key == key), "")
 
     def overrides(self) -> list[str]:
         """Return the settings as overrides of a command line, choices of groups first."""
@@ -121,9 +155,13 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     check_output(arguments.output, arguments.force)
     rows = read_rows(arguments.data)
-    starter, config, cluster = starter_for(arguments.data, rows, arguments.overrides)
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    choose = asked if in_terminal else likeliest
+    starter, config, cluster = starter_for(arguments.data, rows, arguments.overrides, choose=choose)
     write(arguments.output, render(starter, ["dstune", "init", arguments.data], cluster))
     print(summary(starter, rows, config, arguments.output))
+    if not in_terminal:
+        print(*others_in_words(starter, arguments.data, arguments.overrides, arguments.output), sep="\n", end="")
     return EXIT_DONE
 
 
@@ -182,8 +220,8 @@ def _count_characters(value: Any) -> int:
     return sum(map(_count_characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def recognise_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
-    """Yield the task that reads the columns of the rows, and the settings with which it reads them.
+def recognise_task(rows: Rows, mapping: Mapping[str, str]) -> list[Reading]:
+    """Return the tasks that may read the columns of the rows, the likeliest first; a single one if the columns leave no doubt.
 
     mapping: `data.columns`, the column for each role. Raises UserError if no task reads the columns.
     """
@@ -196,19 +234,19 @@ def recognise_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
     fullest = max((len(row_format.required) for _, row_format in fitting_formats), default=0)
     # A prompt alone would leave its answer unread.
     if fullest < 2 and not mapping and (pair := _usual_pair(rows, columns)):
-        yield from pair
-        return
-    if fitting_formats:
-        # The format with the most columns counts: a prompt, an answer and a label are feedback, not a conversation.
-        name, row_format = max(fitting_formats, key=lambda entry: len(entry[1].required))
-        task = next(task for task, cls in TASKS.classes().items() if name in cls(cls.Config()).formats)
-        yield Line("task", task, f"the columns are {', '.join(columns)}")
-        for setting in row_format.further_keys.split():
-            yield Line(setting.partition("=")[0], setting.partition("=")[2], "rows with one answer and a verdict")
-        if task == "classification":
-            yield from _label_settings(rows, column_of(row_format, "label", mapping, columns))
-        return
-    yield from _guess_task(rows, columns)
+        return [pair]
+    if not fitting_formats:
+        return _guess_tasks(rows, columns)
+    # The format with the most columns counts: a prompt, an answer and a label are feedback, not a conversation.
+    name, row_format = max(fitting_formats, key=lambda entry: len(entry[1].required))
+    task = next(task for task, cls in TASKS.classes().items() if name in cls(cls.Config()).formats)
+    meaning = f"the columns are {', '.join(columns)}"
+    further = (setting.partition("=") for setting in row_format.further_keys.split())
+    verdicts = "rows with one answer and a verdict"
+    lines = [Line("task", task, meaning), *(Line(key, value, verdicts) for key, _, value in further)]
+    if task == "classification":
+        lines += _label_settings(rows, column_of(row_format, "label", mapping, columns))
+    return [Reading(tuple(lines), meaning)]
 
 
 QUESTIONS = ("question", "instruction", "prompt", "query", "problem", "input", "user")
@@ -226,16 +264,17 @@ PAIRS: tuple[tuple[str, tuple[str, str], tuple[str, ...], tuple[str, ...]], ...]
 """Tasks by the usual names of two columns with text: the task, the roles, and the names of each."""
 
 
-def _usual_pair(rows: Rows, columns: list[str]) -> list[Line]:
-    """Return the task of two columns with usual names, and `data.columns` for it; empty if no two columns have them."""
+def _usual_pair(rows: Rows, columns: list[str]) -> Reading | None:
+    """Return the task of two columns with usual names; None if no two columns have them."""
     names = {column.lower(): column for column in columns if isinstance(rows.fields[0].get(column), str)}
     for task, roles, first_names, second_names in PAIRS:
         first = next((names[name] for name in first_names if name in names), None)
         second = next((names[name] for name in second_names if name in names), None)
         if first is not None and second is not None:
-            comment = f"{first!r} and {second!r}; the columns are {', '.join(columns)}"
-            return [Line("task", task, comment), Line("data.columns", dict(zip(roles, (first, second), strict=True)))]
-    return []
+            meaning = f"{first!r} and {second!r}; the columns are {', '.join(columns)}"
+            columns_of_roles = Line("data.columns", dict(zip(roles, (first, second), strict=True)))
+            return Reading((Line("task", task, meaning), columns_of_roles), meaning)
+    return None
 
 
 def _has_required_columns(columns: Any, row_format: Any, mapping: Mapping[str, str]) -> bool:
@@ -250,8 +289,8 @@ def _label_settings(rows: Rows, column: str) -> Iterator[Line]:
         yield Line("task.regression", True, "the labels are numbers")
 
 
-def _guess_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
-    """Yield the task that the values of unknown columns suggest. Raises UserError if they suggest none."""
+def _guess_tasks(rows: Rows, columns: list[str]) -> list[Reading]:
+    """Return the tasks that the values of unknown columns suggest, the likeliest first. Raises UserError if they suggest none."""
     texts = {
         column: [str(row[column]) for row in rows.fields if isinstance(row.get(column), (str, int, bool))]
         for column in columns
@@ -268,34 +307,68 @@ def _guess_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
         (column for column, values in texts.items() if column not in labels and any(" " in value for value in values)),
         key=lambda column: -sum(map(len, texts[column])),
     )
-    if len(prose) == 1 and labels:
-        label = min(labels, key=lambda column: value_counts[column])
-        yield Line(
-            "task", "classification", f"a guess: a text, and {label!r} with {value_counts[label]} different values"
-        )
-        yield Line("data.columns", {"text": prose[0], "label": label}, "your column names")
+    readings = []
+    if len(prose) == 1:
+        for label in sorted(labels, key=lambda column: value_counts[column]):
+            meaning = f"{label!r} with {value_counts[label]} different values labels {prose[0]!r}"
+            readings.append(_guess("classification", meaning, {"text": prose[0], "label": label}))
+        only = "the only column with text" if not labels else "without the other columns"
+        readings.append(_guess("causal_lm", f"{prose[0]!r} is plain text, {only}", {"text": prose[0]}))
     elif len(prose) == 2:
-        prompt, completion = sorted(prose, key=columns.index)
-        yield Line("task", "chat", f"a guess: {completion!r} answers {prompt!r}")
-        yield Line("data.columns", {"prompt": prompt, "completion": completion}, "your column names")
-    elif len(prose) == 1:
-        yield Line("task", "causal_lm", f"a guess: {prose[0]!r} is the only column with text")
-        yield Line("data.columns", {"text": prose[0]}, "your column name")
+        first, second = sorted(prose, key=columns.index)
+        for prompt, completion in ((first, second), (second, first)):
+            readings.append(
+                _guess("chat", f"{completion!r} answers {prompt!r}", {"prompt": prompt, "completion": completion})
+            )
+        readings.append(
+            _guess("embedding", f"{first!r} and {second!r} belong together", {"anchor": first, "positive": second})
+        )
     else:
         reason = f"no task reads the columns {', '.join(columns)}"
         fix = "dstune init DATA task=TASK 'data.columns={ROLE: COLUMN}'; docs/data.md has the roles of each task"
         raise UserError(Problem(rows.place, reason, fix))
+    return readings
+
+
+def _guess(task: str, meaning: str, columns: dict[str, str]) -> Reading:
+    return Reading((Line("task", task, meaning), Line("data.columns", columns, "your column names")), meaning)
+
+
+def likeliest(readings: Sequence[Reading]) -> Reading:
+    return readings[0]
+
+
+def asked(readings: Sequence[Reading]) -> Reading:
+    """Return the reading that the user chooses in the terminal; the first one for an empty line or the end of the input."""
+    if len(readings) == 1:
+        return readings[0]
+    print("The columns do not say what the rows are for:")
+    for number, reading in enumerate(readings, start=1):
+        print(f"  {number}  {one_line(str(reading))}")
+    while True:
+        print(f"Which one? [1-{len(readings)}, default 1] ", end="", flush=True)
+        answer = sys.stdin.readline().strip()
+        if not answer:
+            return readings[0]
+        if answer.isdecimal() and 1 <= int(answer) <= len(readings):
+            return readings[int(answer) - 1]
 
 
 # ---- the file ----
 
 
 def starter_for(
-    data: str, rows: Rows, overrides: Sequence[str], lines: Sequence[Line] = (), cluster: Cluster | None = None
+    data: str,
+    rows: Rows,
+    overrides: Sequence[str],
+    lines: Sequence[Line] = (),
+    cluster: Cluster | None = None,
+    choose: Choose = likeliest,
 ) -> tuple[Starter, RunConfig, Cluster]:
     """Return the settings for the rows and the hardware, their configuration, and the hardware.
 
-    overrides: settings of the user. lines: settings where the user has none. cluster: the hardware; None for this machine.
+    overrides: settings of the user. lines: settings where the user has none. cluster: the hardware; None for this machine. choose:
+    called if the rows may be for several tasks.
 
     Raises:
         UserError: an override is wrong, or the rows do not suit the requested task.
@@ -319,8 +392,13 @@ def starter_for(
         },
     }
     if starter.value("task") is None:
-        for line in recognise_task(rows, mapping):
-            starter.add(line.key, line.value, line.comment)
+        readings = recognise_task(rows, mapping)
+        reading = choose(readings)
+        starter.other_readings = [other for other in readings if other is not reading]
+        is_guess = choose is likeliest and len(readings) > 1
+        for line in reading.lines:
+            is_task = line.key == "task"
+            starter.add(line.key, line.value, f"a guess: {line.comment}" if is_guess and is_task else line.comment)
     row_count = f"{rows.count:,} rows" if rows.count > 1 else "1 row"
     starter.add(
         "data.train",
@@ -494,6 +572,18 @@ def remarks(rows: Rows, config: RunConfig) -> Iterator[str]:
             yield f"{missing:,} of {first_rows} rows have no {column}"
         if len(labels) > 1 and (most := Counter(labels).most_common(1)[0])[1] > MOST_OF_ONE_LABEL * len(labels):
             yield f"{most[1]:,} of {len(labels):,} rows have {column} {most[0]!r}: see task.balanced, and judge by f1 or mcc"
+
+
+def others_in_words(starter: Starter, data: str, overrides: Sequence[str], output: Path) -> Iterator[str]:
+    """Yield lines with what else the rows may be for, and the command that takes each."""
+    if not starter.other_readings:
+        return
+    yield ""
+    yield f"The task is a guess ({one_line(starter.comment('task')).removeprefix('a guess: ')}). The rows may be for another one:"
+    for reading in starter.other_readings:
+        words = ["dstune", "init", data, *overrides, *reading.overrides(), "--output", str(output), "--force"]
+        yield f"  {shlex.join(words)}   # {one_line(reading.meaning)}"
+    yield ""
 
 
 def summary(starter: Starter, rows: Rows, config: RunConfig, output: Path) -> str:

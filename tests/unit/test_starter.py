@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.printed_commands import printed
 
 from dstune import cli
 from dstune.config.compose import compose
@@ -239,3 +242,45 @@ def test_what_is_wrong_with_the_rows_is_said(folder: Path, capsys):
     assert "not read: year" in out
     assert "rows have no label" in out
     assert "rows have label 'good'" in out
+
+
+GUESSED = [{"customer mail": f"my order {i} is late", "reply": f"we look into order {i} at once"} for i in range(30)]
+
+
+def test_a_guess_says_what_the_rows_may_be_for_otherwise(folder: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_rows(GUESSED)
+    assert main([file, "trainer.epochs=2"]) == 0
+    assert "# a guess: 'reply' answers 'customer mail'" in Path("my.yaml").read_text()
+    out = capsys.readouterr().out
+    commands = [words for words in printed(out) if words[0] == "init"]
+    assert len(commands) == 2
+    read = []
+    for words in commands:
+        assert cli.main(words) == 0  # over the file that it wrote
+        config = composed()
+        read.append((config.task.name, dict(config.data.columns)))
+        assert config.trainer.epochs == 2
+    assert read == [
+        ("chat", {"prompt": "reply", "completion": "customer mail"}),
+        ("embedding", {"anchor": "customer mail", "positive": "reply"}),
+    ]
+
+
+def test_a_terminal_is_asked_what_the_rows_are_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The third of three readings, after an answer that is none of them."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("9\n3\n"))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    assert main([write_rows(GUESSED)]) == 0
+    assert composed().task.name == "embedding"
+    assert "a guess" not in Path("my.yaml").read_text()
+    out = capsys.readouterr().out
+    assert out.count("[1-3, default 1]") == 2 and "init" not in out
+
+
+@pytest.mark.parametrize("kind", ["messages", "labels", "question and answer", "text"])
+def test_rows_that_leave_no_doubt_ask_nothing(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+    assert main([write_rows(ROWS[kind][0])]) == 0
+    assert "guess" not in capsys.readouterr().out + Path("my.yaml").read_text()
