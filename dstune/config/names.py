@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeGuard
@@ -129,6 +129,17 @@ def type_hints(cls: type) -> dict[str, Any]:
     """Return the type hints of a class's fields by name. They are cached, because evaluating annotations is slow."""
     hints = typing.get_type_hints(cls)
     return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
+
+
+def has_field(cls: type, path: Sequence[str]) -> bool:
+    """Return whether a class of a configuration has a field, or one inside of a section of it. path: the names on the way."""
+    hint: Any = cls
+    for name in path:
+        hints = type_hints(hint) if is_dataclass(hint) else {}
+        if name not in hints:
+            return typing.get_origin(hint) is dict  # its keys are the user's
+        hint = hints[name]
+    return True
 
 
 def registered_values() -> dict[str, tuple[str, ...]]:

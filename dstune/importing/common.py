@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.chat_templates import NAMES, PROMPTS
+from dstune.importing import fsdp
 from dstune.importing.result import DIFFERENT, MEANINGLESS, Import
 from dstune.importing.rules import Rule, missing, own_way, same
 
@@ -240,6 +241,9 @@ def precision(imported: Import, value: Any) -> None:
 
 
 def checkpointing(imported: Import, value: Any) -> None:
+    if not value and imported.values.get("trainer.activation_checkpointing"):  # by FSDP's own key, which excludes this one
+        imported.note("trainer.activation_checkpointing")
+        return
     imported.put("trainer.activation_checkpointing", bool(value))
     if isinstance(value, str) and value not in ("true", "True"):
         imported.drop("activations are computed again on the device", DIFFERENT)
@@ -247,15 +251,13 @@ def checkpointing(imported: Import, value: Any) -> None:
 
 def deepspeed(imported: Import, value: Any) -> None:
     if isinstance(value, dict):
-        imported.drop("a configuration inside the file: save it as JSON and give zero=file zero.path=FILE")
+        imported.drop("a configuration inside the file")
+        imported.refuse(
+            "its ZeRO stage and offload are not carried", "save it as JSON, and give zero=file zero.path=FILE"
+        )
         return
     imported.choose("zero", "file")
     imported.put("zero.path", str(value))
-
-
-def fsdp(imported: Import, value: Any) -> None:
-    imported.choose("zero", "stage3")
-    imported.drop("ZeRO-3 partitions the same: parameters, gradients and states", DIFFERENT)
 
 
 # ---- saving, evaluation, tracking ----
@@ -369,8 +371,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "gradient_checkpointing": checkpointing,
     "gradient_checkpointing_kwargs": own_way("activations are computed again without re-entering autograd"),
     "deepspeed": deepspeed,
-    "fsdp": fsdp,
-    "fsdp_config": own_way("ZeRO partitions instead"),
+    **fsdp.TABLE,
     "seed": same("trainer.seed"),
     "data_seed": missing("the order of rows follows trainer.seed"),
     "save_steps": steps_between("checkpoint.every", "save_strategy"),

@@ -11,7 +11,7 @@ from typing import Any
 from dstune.config.by_method import RATE
 from dstune.config.compose import compose
 from dstune.config.convert import dump, to_dict
-from dstune.config.names import all_keys, classes_of, type_hints
+from dstune.config.names import all_keys, classes_of, has_field
 from dstune.config.schema import CHOICES
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
@@ -66,8 +66,9 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     _finish(imported)
     text = _text(imported, tool, source)
     carried = {key: names for key, names in imported.carried.items() if key in raw and key not in imported.dropped}
+    problems = [*imported.problems, *problems_of(text)]
     off = [key for key in raw if key not in carried and key not in imported.dropped]
-    return Experiment(tool, text, carried, imported.dropped, off, imported.assumed, problems_of(text))
+    return Experiment(tool, text, carried, imported.dropped, off, imported.assumed, problems)
 
 
 def _ranks(processes: Any) -> int:
@@ -107,7 +108,7 @@ def _finish(imported: Import) -> None:
     for section in ("task", "method", "optimizer", "schedule"):
         choice = imported.choices.get(section, USUAL[section])
         for key in [key for key in values if key.startswith(f"{section}.")]:
-            if key.split(".", 1)[1] not in type_hints(CHOICES[section][choice]):
+            if not has_field(CHOICES[section][choice], key.split(".")[1:]):
                 del values[key]
                 _undo(imported, key, f"{section}={choice} has no such key")
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from dstune.core.errors import Problem
+
 NOT_SUPPORTED = "not supported"
 MEANINGLESS = "meaningless here"
 DIFFERENT = "different"
@@ -35,6 +37,8 @@ class Import:
     carried: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, Dropped] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    """What has to be settled before the experiment runs."""
     current: str = ""
     """The key whose rule is being applied."""
 
@@ -68,6 +72,13 @@ class Import:
             kind, reason = earlier.kind, f"{earlier.reason}; {reason}"
         secret = re.search(r"token|key|secret|password", name) is not None
         self.dropped[name] = Dropped(kind, reason, "..." if secret else self.raw.get(name))
+
+    def refuse(self, reason: str, fix: str) -> None:
+        """Report that the current key decides something that the user has to give: the import ends with exit code 2."""
+        value = self.raw.get(self.current)
+        problem = Problem(self.current, reason, fix, "" if isinstance(value, (dict, list)) else str(value))
+        if all(problem.reason != earlier.reason for earlier in self.problems):
+            self.problems.append(problem)
 
     def assume(self, text: str) -> None:
         """Report an assumption that the user should check."""

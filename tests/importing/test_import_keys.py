@@ -402,3 +402,58 @@ def test_llama_factory_with_images(tmp_path):
     assert found["data"]["format"] == "preference" and found["data"]["columns"]["images"] == "pictures"
     rewarded = convert(raw | {"stage": "rm"}, "llama-factory", Path("x.yaml"), 1)
     assert "images" in rewarded.dropped["dataset"].reason
+
+
+FULL = {"fsdp": "full_shard auto_wrap"}
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llama-factory", "ms-swift", "trl"])
+@pytest.mark.parametrize(
+    ("keys", "zero"),
+    [
+        ({"fsdp": "full_shard offload auto_wrap"}, "stage3_offload"),
+        ({"fsdp": ["shard_grad_op", "auto_wrap"]}, "stage2"),
+        ({**FULL, "fsdp_config": {"offload_params": True}}, "stage3_offload"),
+        ({**FULL, "fsdp_config": {"fsdp_offload_params": "true", "fsdp_version": 2}}, "stage3_offload"),
+        ({"fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}}, "stage2"),
+        ({"fsdp_config": {"fsdp_version": 2, "reshard_after_forward": False}}, "stage2"),
+        ({**FULL, "fsdp_config": {"offload_params": False}}, "stage3"),
+        ({"fsdp_version": 2, "fsdp_config": {"offload_params": True}}, "stage3_offload"),
+        ({"use_fsdp": True, "fsdp_offload_params": True}, "stage3_offload"),
+        ({"fsdp_sharding_strategy": 2}, "stage2"),
+    ],
+)
+def test_the_memory_of_fsdp_is_carried(tool, keys, zero):
+    tree, found = values(tool, **keys)
+    assert {"override /zero": zero} in tree["defaults"], found.text
+    assert not [problem for problem in found.problems if problem.where != "data.train"]  # LLaMA-Factory's rows
+    for key in keys:
+        assert key in found.carried or key in found.dropped
+    assert all(dropped.kind != NOT_SUPPORTED for dropped in found.dropped.values())
+
+
+def test_activations_of_fsdp_are_computed_again():
+    tree, _ = values("trl", **FULL, fsdp_config={"activation_checkpointing": True}, gradient_checkpointing=False)
+    assert tree["trainer"]["activation_checkpointing"] is True
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp": "half_shard"},
+        {**FULL, "fsdp_config": "absent.json"},
+        {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
+    ],
+)
+def test_memory_that_is_not_carried_is_a_problem(keys):
+    """With exit code 2: the run would need more memory than in the other tool."""
+    _, found = values("trl", **keys)
+    assert [problem.where for problem in found.problems] == [next(reversed(keys))]
+
+
+def test_keys_inside_of_a_section_of_a_choice_are_carried():
+    tree, found = values("trl", trainer="grpo", reward_funcs=["accuracy_reward"], beta=0.04, loss_type="grpo")
+    assert tree["task"]["kl"] == {"coefficient": 0.04} and "beta" not in found.dropped
+    assert found.carried["beta"] == ["task.kl.coefficient"]
+    tree, found = values("axolotl", rl="grpo", trl={"beta": 0.04, "reward_funcs": ["accuracy_reward"]})
+    assert tree["task"]["kl"] == {"coefficient": 0.04}, found.dropped

@@ -340,12 +340,7 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
     split = resolved.data.split
     assert isinstance(split.validation, float), "the share of held-out rows is chosen here"
     assert resolved == replace(config, zero=resolved.zero, data=replace(config.data, split=split))
-    # The rows are resolved a second time for the first one.
-    assert fetched[:3] == [
-        "sample://smollm2",
-        "sample://chitchat",
-        "sample://chitchat",
-    ]
+    assert fetched == ["sample://smollm2", "sample://chitchat"]
     assert "fetching sample://smollm2 (93 MB)" in messages
     with pytest.raises(UserError, match=r"model.path=sample://chitchat: this sample is no model"):
         resolve_run(run_config(model=ModelConfig(path="sample://chitchat"), data=data))
