@@ -241,7 +241,7 @@ def precision(imported: Import, value: Any) -> None:
 
 
 def checkpointing(imported: Import, value: Any) -> None:
-    if not value and imported.values.get("trainer.activation_checkpointing"):  # by FSDP's own key, which excludes this one
+    if not value and imported.values.get("trainer.activation_checkpointing"):  # by FSDP's key, which excludes this one
         imported.note("trainer.activation_checkpointing")
         return
     imported.put("trainer.activation_checkpointing", bool(value))
