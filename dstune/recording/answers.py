@@ -68,21 +68,25 @@ class Journal:
     def __init__(self, folder: Folder, model: str):
         self._folder = folder
         path = folder.path / "answers" / f"{file_name(model)}.jsonl"
-        self._stream: IO[bytes] = files.append(path, mode=0o600)
         self.keys: set[str] = set()
         self.tokens = 0
+        self.refusals: list[str] = []
+        """Why prompts of this call have no answer."""
+        refused = end = 0
+        files.append(path, mode=0o600).close()
         with os.fdopen(files.open_plain(path, os.O_RDONLY), "rb") as lines:
-            end = 0
             for line in lines:
-                try:
-                    record = parse_json(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    record = None
-                if not isinstance(record, dict):
+                record = _record_in(line)
+                if record is None:
                     break  # an incomplete line that a killed process left
-                self._count(record)
                 end += len(line)
-        self._stream.truncate(end)
+                refused += "error" in record
+                if "error" not in record:
+                    self._count(record)
+        os.truncate(path, end)
+        if refused:  # those prompts are asked again
+            folder.rewrite(path, lambda line: None if "error" in (_record_in(line) or {}) else line)
+        self._stream: IO[bytes] = files.append(path, mode=0o600)
 
     def _count(self, record: Mapping[str, Any]) -> None:
         self.keys.add(str(record.get("key")))
@@ -92,16 +96,33 @@ class Journal:
         line = json.dumps(self._folder.without_key(record), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         self._stream.write(line)
         self._count(record)
+        if "error" in record:
+            error = record["error"]
+            self.refusals.append(str(error.get("message") if isinstance(error, dict) else error))
 
     def close(self) -> None:
         os.fsync(self._stream.fileno())
         self._stream.close()
 
 
+def _record_in(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line; None if the line is incomplete or holds none."""
+    try:
+        record = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def _tokens(record: Mapping[str, Any]) -> int:
     usage = record.get("usage")
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     return total if isinstance(total, int) else 0
+
+
+def gone_key(model: str) -> str:
+    """Return under which name a model that is gone is listed as missing."""
+    return f"answers of {model}"
 
 
 def ask_all(
@@ -115,7 +136,8 @@ def ask_all(
     budget_tokens: int | None,
     missing: dict[str, str],
 ) -> bool:
-    """Record the answer of each model to each prompt; return whether the budget sufficed.
+    """Record the answer of each model to each prompt; return whether the budget sufficed. missing: gets the models that are gone,
+    and how many prompts the others refused.
 
     Raises:
         ServerUnreachable, RequestRefused: as `ApiClient.get`; answers that were under way are recorded.
@@ -146,15 +168,20 @@ def ask_all(
                         try:
                             journals[model].add(future.result())
                         except ModelGone as error:
-                            missing[f"answers of {model}"] = str(error)
+                            missing[gone_key(model)] = str(error)
                             open_requests = [each for each in open_requests if each[0] != model]
             except BaseException:
                 client.close()
                 _record_running(running, journals)
                 raise
     finally:
-        for journal in journals.values():
+        for model, journal in journals.items():
             journal.close()
+            if journal.refusals:
+                first = journal.refusals[0][:200]
+                missing[f"{len(journal.refusals):,} answers of {model}"] = (
+                    f"the prompts were refused, the first one: {first}"
+                )
     return True
 
 

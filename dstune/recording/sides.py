@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.core.api_client import Address, ApiClient
 from dstune.core.errors import Problem, UserError
 from dstune.core.text import one_line
-from dstune.recording.answers import Asking, Journal, ask_all, record_of
+from dstune.recording.answers import Asking, Journal, ask_all, gone_key, record_of
 from dstune.recording.folder import MANIFEST, Folder, read_lines, read_object
 from dstune.recording.prompts import Prompt, text_of
 from dstune.recording.trained import run_of
@@ -78,8 +78,7 @@ class ServedModel:
         folder.hold_settings(server=self.address.url, model=model)
         missing: dict[str, str] = {}
         ask_all(client, folder, asking, [model], prompts, at_once=self.at_once, budget_tokens=None, missing=missing)
-        if missing:
-            reason = "; ".join(missing.values())
+        if (reason := missing.get(gone_key(model))) is not None:
             raise UserError(Problem(self.flag, reason, f"--{self.flag.lower()}-model NAME", self.address.url))
         return model, _recorded(folder, model)
 

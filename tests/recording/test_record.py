@@ -7,11 +7,14 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from dstune.core import api_client
 from dstune.core.api_client import ServerUnreachable
 from dstune.core.errors import UserError
 from dstune.recording.command import main
-from dstune.recording.folder import file_name
+from dstune.recording.folder import Folder, file_name
 from dstune.recording.prompts import prompt_of
 from tests.support.hosted_double import Hosted, huge_block, serving
 
@@ -92,12 +95,13 @@ def test_it_records_jobs_files_models_and_answers_through_pages_failures_and_cut
     with serving(hosted) as url:
         assert record(folder, url, "--prompts-of", "training", "--logprobs", "2") == 0
         check_complete(folder, hosted)
-        before = hosted.requests.copy()
+        before, sent = hosted.requests.copy(), hosted.bytes_sent.copy()
         assert max(count for name, count in before.items() if name.startswith("[")) == 1
         hosted.failures = []
         assert record(folder, url, "--prompts-of", "training", "--logprobs", "2") == 0
         asked = {name for name, count in (hosted.requests - before).items() if count}
     assert not any(name.startswith("[") or "events" in name for name in asked)
+    assert hosted.bytes_sent == sent
     check_complete(folder, hosted)
     row = answers(folder)[0]
     assert row["logprobs"]["content"][0]["logprob"] == -0.25
@@ -109,6 +113,51 @@ def test_it_records_jobs_files_models_and_answers_through_pages_failures_and_cut
     for path in [folder, *folder.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert not holds_key(folder, hosted.key)
+
+
+def test_a_key_in_what_the_server_says_is_written_nowhere(tmp_path, hosted, capsys):
+    hosted.jobs[0]["metadata"] = {"note": f"made with {hosted.key}"}
+    hosted.models[0]["owned_by"] = hosted.key
+    folder, key_file = tmp_path / "recording", tmp_path / "key"
+    with serving(hosted) as url:
+        assert record(folder, url) == 0
+        assert not holds_key(folder, hosted.key) and "made with <KEY>" in (folder / "jobs" / "ftjob-0.json").read_text()
+        key_file.write_text("sk-revoked-0123456789")
+        key_file.chmod(0o600)
+        with pytest.raises(UserError) as raised:
+            record(folder, url, "--key-file", str(key_file))
+    assert "Incorrect API key" in str(raised.value) and "sk-revoked" not in str(raised.value)
+    assert hosted.key not in "".join(capsys.readouterr())
+
+
+def test_a_line_that_a_killed_process_left_is_asked_again(tmp_path, hosted):
+    folder = tmp_path / "recording"
+    with serving(hosted) as url:
+        assert record(folder, url, "--prompts-of", "training") == 0
+        path = sorted((folder / "answers").iterdir())[0]
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-30])
+        assert record(folder, url, "--prompts-of", "training") == 0
+    assert [json.loads(line)["key"] for line in path.read_bytes().splitlines()] == [
+        json.loads(line)["key"] for line in whole.splitlines()
+    ]
+    check_complete(folder, hosted)
+
+
+def test_refused_prompts_are_said_and_asked_again(tmp_path, hosted, capsys):
+    folder = tmp_path / "recording"
+    hosted.refused = {"messages": "the model is not served by this deployment"}
+    name = "20 answers of ft:gpt-4o-2024-08-06:acme::0"
+    with serving(hosted) as url:
+        hosted.jobs = hosted.jobs[:1]
+        assert record(folder, url, "--prompts-of", "training") == 0
+        assert "is not served by this deployment" in manifest(folder)["missing"][name]
+        assert f"not recorded: {name}: the prompts were refused" in capsys.readouterr().err
+        assert all("error" in row for row in answers(folder)) and len(answers(folder)) == 20
+        hosted.refused = {}
+        assert record(folder, url, "--prompts-of", "training") == 0
+    assert manifest(folder)["missing"] == {} and len(answers(folder)) == 20
+    assert not any("error" in row for row in answers(folder))
 
 
 @pytest.mark.ci
@@ -225,7 +274,8 @@ def test_missing_fields_and_refusals_are_listed_and_the_rest_is_recorded(tmp_pat
     with serving(hosted) as url:
         assert record(folder, url, "--prompts-of", "training") == 0
     missing = manifest(folder)["missing"]
-    assert missing.keys() == {"jobs", "file file-deleted", "answers of ft:gpt-4o-2024-08-06:acme::1"}
+    gone, refused = "answers of ft:gpt-4o-2024-08-06:acme::1", "1 answers of ft:gpt-4o-2024-08-06:acme::0"
+    assert missing.keys() == {"jobs", "file file-deleted", gone, refused}
     assert "the model has been switched off" in capsys.readouterr().err
     rows = answers(folder)
     assert len(rows) == 40 and {row["model"] for row in rows} == {"ft:gpt-4o-2024-08-06:acme::0"}
@@ -324,6 +374,54 @@ def test_redaction_masks_files_prompts_answers_and_tokens(tmp_path, hosted):
     assert entry["sha256"] == hashlib.sha256(hosted.contents["file-train0"]).hexdigest() != entry["stored_sha256"]
 
 
+def test_redaction_masks_all_that_a_prompt_has_and_what_is_no_row(tmp_path, hosted):
+    secret, address = "ghp_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8", "ann@example.com"
+    tool = {"type": "function", "function": {"name": "send", "description": f"sends to {address}"}}
+    question = {"role": "user", "content": f"write to {address} with {secret}"}
+    rows = [{"messages": [question, {"role": "assistant", "content": f"sent to {address}"}], "tools": [tool]}]
+    rows.append({"messages": [{"role": "user", "content": "refuse"}]})
+    hosted.jobs = hosted.jobs[:1]
+    hosted.contents = {"file-train0": f"no row, but of {address}\n{json.dumps(rows[0])}\n".encode()}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "recording"
+    kinds = ["--redact", "personal_data", "--redact", "secrets"]
+    with serving(hosted) as url:
+        assert record(folder, url, "--prompts", str(prompts), "--models", "m", *kinds) == 0
+        hosted.refused = {"messages": f"{address} is blocked"}
+        assert record(folder, url, "--prompts", str(prompts), "--models", "n", *kinds) == 0
+    texts = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert address.encode() not in texts and secret.encode() not in texts and b"is blocked" in texts
+    assert address in next(name for name in hosted.requests if name.startswith("["))  # the model was asked the original
+    for path in [folder, *folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_a_user_is_recognized_wherever_a_row_names_one(tmp_path, hosted):
+    hosted.jobs = hosted.jobs[:1]
+    names = [
+        {"user": "eve"},
+        {"user_id": "eve"},
+        {"safety_identifier": "eve"},
+        {"metadata": {"user": "eve"}},
+        {"customer": "eve"},
+    ]
+    asked = [{"messages": [{"role": "user", "content": f"question {n}"}], **name} for n, name in enumerate(names)]
+    asked.append({"body": {**asked[0]}, "custom_id": "1"})
+    asked.append({"body": {"messages": asked[1]["messages"], "metadata": {"user": "eve"}}, "custom_id": "2"})
+    asked.append({"messages": [{"role": "user", "content": "of another one"}], "user": "ann"})
+    hosted.contents = {"file-train0": "".join(json.dumps(row) + "\n" for row in asked).encode()}
+    folder = tmp_path / "recording"
+    column = ["--user-column", "customer"]
+    with serving(hosted) as url:
+        assert record(folder, url, "--prompts-of", "training", *column) == 0
+    (folder / "files" / "file-other.partial").write_bytes(b"a download of eve's rows that was cut")
+    assert main([str(folder), "--delete-user", "eve", *column]) == 0
+    (line,) = (folder / "files" / "file-train0.jsonl").read_text().splitlines()
+    assert "of another one" in line and [row["messages"][0]["content"] for row in answers(folder)] == ["of another one"]
+    assert not list(folder.rglob("*.partial"))
+
+
 def test_a_deleted_user_is_gone_and_stays_gone(tmp_path, hosted):
     folder = tmp_path / "recording"
     with serving(hosted) as url:
@@ -341,6 +439,85 @@ def test_a_deleted_user_is_gone_and_stays_gone(tmp_path, hosted):
     assert b"user-3" not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     stored = manifest(folder)["stored"]["files/file-train0.jsonl"]["sha256"]
     assert stored == hashlib.sha256((folder / "files" / "file-train0.jsonl").read_bytes()).hexdigest()
+
+
+def test_a_size_that_differs_and_pages_without_end_are_said(tmp_path, hosted, monkeypatch):
+    listed = hosted.files
+    monkeypatch.setattr(hosted, "files", lambda: [{**entry, "bytes": 7} for entry in listed()])
+    pages = hosted.page_of
+
+    def endless(entries: list[dict], query: dict[str, str]) -> dict:
+        if entries is hosted.jobs:
+            return {"object": "list", "data": entries[:1], "has_more": True}
+        return pages(entries, query)
+
+    monkeypatch.setattr(hosted, "page_of", endless)
+    with serving(hosted) as url:
+        assert record(tmp_path / "recording", url) == 0
+    missing = manifest(tmp_path / "recording")["missing"]
+    assert missing["jobs"] == "the list's pages do not end"
+    assert missing["file file-train0"] == f"the server states 7 bytes and sent {len(hosted.contents['file-train0']):,}"
+
+
+def test_a_limit_of_the_rate_holds_for_all_requests(tmp_path, hosted):
+    """`Retry-After` of the double is 10 ms; the next request of any thread comes no earlier."""
+    client = api_client.ApiClient(api_client.Address("http://127.0.0.1:1/v1", hosted.key))
+    with serving(hosted) as url:
+        client.address = api_client.Address(f"{url}/v1", hosted.key)
+        hosted.failures = ["429"]
+        before = time.monotonic()
+        client.get("/models")
+        assert client._not_before >= before + 0.01 and time.monotonic() >= before + 0.01
+
+
+def test_the_key_follows_no_redirect(tmp_path, hosted):
+    seen: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(302)
+            self.send_header("location", f"{target}/v1/models")
+            self.end_headers()
+
+        def log_message(self, *unused: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with serving(hosted) as target:
+            assert record(tmp_path / "recording", f"http://127.0.0.1:{server.server_port}") == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert seen and not hosted.requests
+    assert manifest(tmp_path / "recording")["missing"]["models"] == "HTTP 302"
+
+
+def test_a_link_in_the_folder_and_a_second_process_are_refused(tmp_path, hosted):
+    folder = tmp_path / "recording"
+    with serving(hosted) as url:
+        assert record(folder, url) == 0
+        first = Folder(folder)
+        with pytest.raises(UserError, match="another process writes to it"):
+            record(folder, url)
+        first.close()
+        (tmp_path / "elsewhere").mkdir()
+        shutil.rmtree(folder / "answers")
+        (folder / "answers").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="answers is a link"):
+            record(folder, url, "--prompts-of", "training")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_only_training_reads_is_not_sent():
+    turns = [
+        {"role": role, "content": text, "weight": 0}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
+    ]
+    prompt = prompt_of({"messages": turns}, "here")
+    assert prompt is not None and not any("weight" in message for message in prompt.messages)
 
 
 def test_hostile_ids_stay_in_the_folder(tmp_path, hosted):
