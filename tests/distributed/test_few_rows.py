@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from support.command import Commands, metrics, result
+from support.printed_commands import printed
 from support.tiny import SPECIAL, WORDS, save_decoder, save_tokenizer
 
 
@@ -94,3 +95,18 @@ def test_attention_auto_trains_architectures_without_sdpa(kind: str, workplace: 
     done = workplace.run("train", f"model.path={kind}", "data.train=chats.jsonl", f"run.dir=runs/{kind}", *settings)
     assert done.returncode == 0, done.stderr
     assert all(row["loss"] > 0 for row in metrics(workplace.folder / "runs" / kind) if "loss" in row)
+
+
+def test_the_commands_that_init_and_the_end_of_its_run_print_work(workplace: Commands) -> None:
+    small = ["model.path=model", "data.max_rows=40", "trainer.max_steps=2", "trainer.micro_batch_size=2"]
+    done = workplace.run("init", "chats.jsonl", *small, "--output", "mine of chats.yaml")
+    assert done.returncode == 0, done.stderr
+    commands = printed(done.stdout)
+    assert [words[0] for words in commands] == ["data", "plan", "train"]
+    for words in commands:
+        done = workplace.run(*words)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+    generate, serve = printed(done.stdout)
+    done = workplace.run(*generate, "--max-new-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert serve == ["serve", generate[1]]
