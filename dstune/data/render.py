@@ -349,7 +349,9 @@ class ChatRenderer:
         try:
             turn = replace(turn_of(number, prompt, answered, self.stops, calls=calls), moved=moved)
         except RuleError as error:
-            fix_text = "".join(f"; {fix}" for fix in self._fixes.of_prompt(turn_messages, tools, arguments, prompt))
+            fix_text = "".join(
+                f"; {fix}" for fix in self._fixes.of_turn(turn_messages, tools, arguments, prompt, self.stops)
+            )
             raise RenderError(f"message {number + 1} (assistant): {error}{fix_text}") from None
         if expected is not None and (unprinted_field := unprinted_part(turn, expected)):
             fixes = ["task.reasoning=drop trains without it"] if unprinted_field == "reasoning" else []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from dstune.chat_templates import packaged_for, template_path
 from dstune.data.chat.probe import SWITCHES
+from dstune.data.chat.rule import RuleError, Stops, turn_of
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.chat.thoughts import is_open
 from dstune.data.chat.turn_parts import has_reasoning, without_reasoning
@@ -59,11 +61,14 @@ class TemplateFixes:
         prints_all = whole.startswith(begin) and all(answer in whole for answer in answers)
         return [f"model.chat_template={self.packaged} fixes it"] if prints_all else []
 
-    def of_prompt(
-        self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str
+    def of_turn(
+        self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str, stops: Stops
     ) -> list[str]:
-        """Return fixes that make the last message's prompt a prefix of the rendered conversation."""
-        fixes = []
+        """Return fixes for a last message whose text does not continue its prompt, or has no end.
+
+        prompt: as rendered. stops: the texts that end a turn.
+        """
+        fixes = [*self._of_end(messages, tools, arguments, prompt, stops)]
         if is_open(prompt) and not has_reasoning(messages[-1]):
             fixes.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
         source = self._template.source(tools)
@@ -82,6 +87,27 @@ class TemplateFixes:
                 whole = self._template.text(changed_messages, **options)
             except RenderError:
                 continue
-            if whole.startswith(begin):
+            with suppress(RuleError):
+                turn_of(len(messages) - 1, begin, whole, stops, calls=bool(messages[-1].get("tool_calls")))
                 fixes.append(fix)
         return [*fixes, *self.by_packaged(messages, tools, arguments)]
+
+    def _of_end(
+        self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str, stops: Stops
+    ) -> list[str]:
+        """Return the token to name in the model's generation settings, if its text is a turn with calls that ends with one at which
+        no server stops (Gemma 4)."""
+        calls = messages[-1].get("tool_calls") or []
+        text = self._template.text(messages, tools=tools, arguments=arguments)
+        added = self._template.tokenizer.added_tokens_decoder
+        at_end = [number for number, token in added.items() if token.content and text.rstrip().endswith(token.content)]
+        if len(calls) != 1 or not at_end or not text.startswith(prompt):
+            return []
+        number = max(at_end, key=lambda number: len(added[number].content))
+        stopping = replace(stops, tokens=stops.tokens | {added[number].content})
+        with suppress(RuleError):
+            turn_of(len(messages) - 1, prompt, text, stopping, calls=True)
+            token = added[number].content
+            reason = "so that servers stop there"
+            return [f"add the id {number} of {token} to eos_token_id in the model's generation_config.json, {reason}"]
+        return []
