@@ -283,10 +283,10 @@ def beside_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
 
     def ours() -> list[list[int]]:
-        from dstune.generation.batch import pad_left, read
+        from dstune.generation.batch import pad, read
 
         with torch.inference_mode():
-            batch, logits = read(model, *pad_left(prompts, 0, torch.device("cpu")))
+            batch, logits = read(model, *pad(prompts, 0, torch.device("cpu")))
             columns = [logits.argmax(-1)]
             while len(columns) < count:
                 columns.append(batch.step(columns[-1]).argmax(-1))

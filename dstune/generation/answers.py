@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from dstune.core.errors import Problem, UserError
+from dstune.generation.batch import pad
 
 
 def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
@@ -196,15 +197,6 @@ def placed_images(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[
 
 def padded(model: Any, prompts: Sequence[list[int]], padding: int) -> dict[str, torch.Tensor]:
     """Pad prompts to tensors: on the left for a decoder, which continues them, on the right for an encoder."""
-    width = max(map(len, prompts))
-    pads_left = not model.config.is_encoder_decoder
-    rows, masks = [], []
-    for prompt in prompts:
-        fill = width - len(prompt)
-        rows.append([padding] * fill + prompt if pads_left else prompt + [padding] * fill)
-        masks.append([0] * fill + [1] * len(prompt) if pads_left else [1] * len(prompt) + [0] * fill)
     device = next(model.parameters()).device
-    return {
-        "input_ids": torch.tensor(rows, dtype=torch.long, device=device),
-        "attention_mask": torch.tensor(masks, dtype=torch.long, device=device),
-    }
+    ids, mask = pad(prompts, padding, device, on_left=not model.config.is_encoder_decoder)
+    return {"input_ids": ids, "attention_mask": mask}

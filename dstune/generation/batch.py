@@ -48,8 +48,8 @@ class Batch:
         """Append the rows of another batch, which must not be used afterwards. The caches must be joinable."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         self.cache = join_caches(pad_cache(self.cache, width), pad_cache(other.cache, width))
-        pad = nn.functional.pad
-        self.mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, other.mask)])
+        masks = [nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
+        self.mask = torch.cat(masks)
         self.positions = torch.cat([self.positions, other.positions])
         self._is_padded = not bool(self.mask.all())
 
@@ -74,12 +74,18 @@ def read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[B
     return Batch(model, cache, attention_mask, positions[:, -1:] + 1), logits
 
 
-def pad_left(rows: Sequence[Sequence[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(
+    rows: Sequence[Sequence[int]], padding: int, device: torch.device, *, on_left: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return `input_ids` and `attention_mask` of rows of tokens, int64 [rows, longest]."""
     width = max(map(len, rows))
-    ids = [[padding] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.full((len(rows), width), padding)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        places = slice(width - len(row), None) if on_left else slice(len(row))
+        ids[number, places] = torch.tensor(row, dtype=torch.long)
+        mask[number, places] = 1
+    return ids.to(device), mask.to(device)
 
 
 def positions_of(mask: Tensor) -> Tensor:

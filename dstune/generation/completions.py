@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dstune.generation.batch import Batch, pad_left, read
+from dstune.generation.batch import Batch, pad, read
 from dstune.generation.noise import mixed
 from dstune.generation.sampler import draw
 
@@ -109,7 +109,7 @@ def continue_completions(
     The noise of a token depends on its position in the completion. Arguments as in `sample_completions`. Without any turn, this
     rank computes along with the others.
     """
-    input_ids, attention_mask = pad_left([turn.tokens for turn in turns] or [[padding]], padding, device)
+    input_ids, attention_mask = pad([turn.tokens for turn in turns] or [[padding]], padding, device)
     drawn = _continued(
         model,
         input_ids,
@@ -285,7 +285,7 @@ def _read_rows(
     device: torch.device,
 ) -> _Rows:
     """Return rows for `prompts`; each prompt is computed once for all its samples."""
-    batch, logits = read(model, *pad_left([ids for _, ids in prompts], padding, device))
+    batch, logits = read(model, *pad([ids for _, ids in prompts], padding, device))
     batch.repeat(samples)
     completions = [Completion(number, sample) for number, _ in prompts for sample in range(samples)]
     noise_keys = _noise_keys(completions, keys, device)

@@ -12,8 +12,8 @@ import torch
 from dstune.config.schema import ModelConfig
 from dstune.inference.voices import open_speaker
 from dstune.serve.engines.local.app import LanguageApp
-from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel
+from dstune.serve.engines.local.scheduler import Scheduler
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}]
 HERMES = (

@@ -22,7 +22,7 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.generation.answers import end_tokens
-from dstune.generation.batch import below_adapters, pad_left
+from dstune.generation.batch import below_adapters, pad
 from dstune.generation.completions import Completion, sample_completions
 from dstune.tasks.distillation.config import DistillationConfig
 from dstune.trainer.generation import speaking
@@ -91,7 +91,7 @@ class OwnAnswers:
                 prompts = [self._prompt(index).tolist() for index in numbers]
                 completions = sample_completions(
                     module,
-                    *pad_left(prompts, self._tokenizer.pad_token_id, self._engine.device),
+                    *pad(prompts, self._tokenizer.pad_token_id, self._engine.device),
                     numbers,
                     samples=1,
                     max_new_tokens=self._task.max_new_tokens,

@@ -17,10 +17,10 @@ from dstune.data.chat.tool_calls import Call, ToolForm, ToolText, form_of
 from dstune.generation.sampler import Chosen, Sampling
 from dstune.generation.text import Piece, TextStream
 from dstune.serve.asgi import event
-from dstune.serve.engines.local.batch import QueueFull, Scheduler
 from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
 from dstune.serve.engines.local.model import ImageInputs, LocalModel
 from dstune.serve.engines.local.prompts import Conversation, busy, chat_prompt, split_prompts, text_ids, too_long
+from dstune.serve.engines.local.scheduler import QueueFull, Scheduler
 from dstune.serve.engines.local.sequences import Sequence
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.turns import CLIENT

@@ -13,7 +13,6 @@ from dstune.core.errors import UserError
 from dstune.data.images.request import PromptImages
 from dstune.serve.asgi import EVENTS, ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
 from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers
-from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import ImageInputs, LocalModel
 from dstune.serve.engines.local.prompts import (
     Conversation,
@@ -25,6 +24,7 @@ from dstune.serve.engines.local.prompts import (
     text_ids,
 )
 from dstune.serve.engines.local.responses import ResponseAnswers, as_chat, naming_input
+from dstune.serve.engines.local.scheduler import Scheduler
 from dstune.serve.errors import ApiError
 from dstune.serve.turns import CLIENT, TurnThreads
 

@@ -58,8 +58,8 @@ def _build_language_app(stack: ExitStack, settings: dict[str, Any]) -> Any:
     from dstune.config.schema import ModelConfig
     from dstune.inference.voices import open_speaker
     from dstune.serve.engines.local.app import LanguageApp
-    from dstune.serve.engines.local.batch import Scheduler
     from dstune.serve.engines.local.model import LocalModel
+    from dstune.serve.engines.local.scheduler import Scheduler
 
     set_threads(settings)
     model_config = ModelConfig(

@@ -13,9 +13,9 @@ from typing import Any
 
 from dstune.serve.asgi import event
 from dstune.serve.engines.local.answers import ChatAnswers
-from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel
 from dstune.serve.engines.local.prompts import Conversation
+from dstune.serve.engines.local.scheduler import Scheduler
 from dstune.serve.errors import ApiError
 from dstune.serve.images import is_input_image
 
