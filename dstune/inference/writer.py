@@ -225,7 +225,9 @@ class Writer:
         )
         is_watched = bool(sampling.stop) or show is not None
         with torch.inference_mode(), self._speaking(name):
-            return write_tokens(self._model, prompts, decoding, images=images, is_over=is_over if is_watched else None)
+            rows = write_tokens(self._model, prompts, decoding, images=images, is_over=is_over if is_watched else None)
+        # A row that a stop text ended is padded like one with an end token, but nothing in it says where.
+        return [row[: stream.count] for row, stream in zip(rows, streams, strict=True)] if is_watched else rows
 
     def _speaking(self, name: str) -> Any:
         """Return a context in which the model uses that adapter, or none."""

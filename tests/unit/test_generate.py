@@ -214,6 +214,19 @@ def test_a_stop_text_ends_the_answer(decoder, capsys):
     assert cut["tokens"] <= row["tokens"]
 
 
+def test_a_stop_text_ends_the_count_of_tokens(decoder):
+    """Also where others of the batch go on, which pads the row."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
+    stop = expected(decoder, "w1").split()[1]
+    writer = Writer(Speaker(model, {BASE: Voice(tokenizer, chat=True)}), Sampling(max_new_tokens=12, stop=(stop,)))
+    requests = [Request(f"w{number}", "here") for number in range(1, 9)]
+    together = writer.answer(requests)
+    assert together[0].tokens == 2 < max(answer.tokens for answer in together)
+    assert together == [writer.answer([request])[0] for request in requests]
+
+
 def test_a_system_message_comes_first(decoder, capsys, tmp_path):
     rows = [{"prompt": "w1"}, {"messages": [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1"}]}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
