@@ -185,9 +185,12 @@ _SENTINEL = "no such column of any table"
 
 
 def check_predicate(table: Any, address: Address, key: str) -> None:
-    """Raise UserError if the predicate contains more than one expression: the library reads the first one and silently drops the
-    rest."""
-    if not address.where or _is_read_completely(table, address.where):
+    """Raise UserError if the predicate compares with NULL, or contains more than one expression: the library reads the first one
+    and silently drops the rest."""
+    if not address.where:
+        return
+    _refuse_compared_null(address, key)
+    if _is_read_completely(table, address.where):
         return
     with _user_errors_for(key, str(address), "the predicate cannot be read"):
         table.scan(predicate=address.where)  # refusals of the library itself, in its own words
@@ -196,6 +199,24 @@ def check_predicate(table: Any, address: Address, key: str) -> None:
     leftover = address.where[end:].strip()
     reason = f"the predicate ends before position {len(address.where) - len(leftover) + 1}, and this is left over: {leftover}"
     raise UserError(Problem(key, reason, "join conditions with AND or OR", str(address)))
+
+
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|--[^\n]*|/\*.*?\*/""", re.DOTALL)
+"""Texts, quoted names and comments of SQL."""
+_COMPARED_NULL = re.compile(r"(?<!\bIS )(?<!\bIS NOT )(?<!\bDISTINCT FROM )\bNULL\b", re.IGNORECASE)
+
+
+def _refuse_compared_null(address: Address, key: str) -> None:
+    """Raise UserError for NULL other than in `IS NULL` and `IS DISTINCT FROM NULL`.
+
+    In SQL a comparison with it, and `NOT IN` with a list that has it, are true for no row. The library leaves such a condition out.
+    """
+    if _COMPARED_NULL.search(" ".join(_QUOTED.sub(" '' ", address.where).split())):
+        reason = (
+            "the predicate compares with NULL, which in SQL is true for no row; the library returns rows nevertheless"
+        )
+        fix = "IS NULL or IS NOT NULL, and lists for IN and NOT IN without NULL"
+        raise UserError(Problem(key, reason, fix, str(address)))
 
 
 def _is_read_completely(table: Any, predicate: str) -> bool:

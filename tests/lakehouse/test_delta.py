@@ -94,6 +94,20 @@ def test_what_follows_a_predicate_is_refused_with_its_position(table, where, lef
     assert f"position {len(where) - len(leftover) + 1}, " in refused(f"delta://{table}?where={where}")
 
 
+@pytest.mark.parametrize(
+    "where",
+    ["text NOT IN ('x', NULL)", "NOT (text in ('x', null))", "n <> 3 AND n <> NULL", "n = /* IS */ NULL", "NULL <> n"],
+)
+def test_a_comparison_with_null_is_refused(table, where):
+    """In SQL it is true for no row; the library returns rows."""
+    assert "NULL" in refused(f"delta://{table}?where={where}")
+
+
+def test_null_that_is_compared_with_nothing_is_read(table):
+    assert numbers(read(f"delta://{table}?where=n < 2 AND text IS NOT NULL AND label <> 'NOT IN (NULL)'")) == [0, 1]
+    assert numbers(read(f'delta://{table}?where=n < 2 AND "text" IS DISTINCT FROM NULL -- = NULL')) == [0, 1]
+
+
 def test_a_predicate_is_read_to_its_end(table):
     assert "predicate" in refused(f"delta://{table}?where=n BETWEEN 1")
     assert numbers(read(f"delta://{table}?where=n BETWEEN 1 AND 2")) == [1, 2]
