@@ -67,6 +67,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     "manage.test_a_script_is_one_even_past_validation": undo(
         "launch/slurm/script.py", "if not path.isprintable():", "if False:"
     ),
+    "leaks.test_the_cache_is_made_for_its_user_alone": undo("core/paths.py", "mode=0o700, parents", "parents"),
     "leaks.test_a_host_is_no_option_and_no_list": undo(
         "launch/host_slots.py", "elif not HOST.fullmatch(match[1]):", "elif False:"
     ),
@@ -460,7 +461,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py",
         "return is_jinja and threading.current_thread() is not threading.main_thread()",
         "return False",
-        case="doubled_text",
+        case="loops",
     ),
     "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
         "data/chat/template.py",
@@ -554,6 +555,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "unfolding.test_blank_lines_without_end_are_refused": undo(
         "data/read_text.py", "if self._count > MAX_BLANK_LINES:", "if False:"
     ),
+    "hangs.test_a_sparse_gguf_file_is_no_header_of_a_terabyte": undo(
+        "checkpoint/gguf_header.py", "min(size, MAX_HEADER_BYTES)", "min(size, 2**28)"
+    ),
     "unfolding.test_an_archive_whose_directory_is_read_too_often_is_refused": undo(
         "data/files.py", "if len(of_rows) * len(names) > MAX_ENTRIES_READ:", "if False:"
     ),
@@ -594,9 +598,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "recording/inventory.py", "if position + len(block) > MAX_FILE_BYTES:", "if False:"
     ),
     "recordings.test_identifiers_are_no_paths_and_end_nothing": undo(
-        "recording/folder.py",
-        "return identifier if SAFE_NAME.fullmatch(identifier) else",
-        "return identifier if True else",
+        "recording/folder.py", "if SAFE_NAME.fullmatch(identifier)", "if True"
     ),
     "recordings.test_the_key_follows_no_redirect": undo(
         "core/api_client.py", "list[Any] = [_NoRedirect()]", "list[Any] = []"

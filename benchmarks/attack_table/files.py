@@ -103,4 +103,10 @@ FILES = (
         "`run.mode=private`",
         "leaks.test_a_run_directory_can_be_closed_to_others",
     ),
+    Attack(
+        "others read copies of private rows in the cache",
+        "one machine",
+        "the cache in a home is made with mode 0700",
+        "leaks.test_the_cache_is_made_for_its_user_alone",
+    ),
 )

@@ -227,4 +227,10 @@ HANGS = (
         "refused: unpack it",
         "unfolding.test_an_archive_whose_directory_is_read_too_often_is_refused",
     ),
+    Attack(
+        "a sparse GGUF file of a terabyte that is all header",
+        "`dstune serve --engine llama.cpp`",
+        "64 MiB of a header are read",
+        "hangs.test_a_sparse_gguf_file_is_no_header_of_a_terabyte",
+    ),
 )

@@ -16,6 +16,8 @@ _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _LIST = 8, 9
 _LEAST_OF_A_TENSOR = 24
 """Least bytes of a tensor's entry: lengths of name and shape, type and offset."""
+MAX_HEADER_BYTES = 2**26
+"""Size limit of a header; vocabularies take a few MiB. A sparse file takes no disk for a header of any size."""
 
 
 def matrix_types(file: Path) -> set[int]:
@@ -38,7 +40,7 @@ def metadata_digests(file: Path) -> dict[str, str]:
 
 class _Header:
     def __init__(self, stream: BinaryIO, size: int):
-        self._stream, self._bytes_left = stream, size
+        self._stream, self._bytes_left = stream, min(size, MAX_HEADER_BYTES)
 
     def metadata_digests(self) -> dict[str, str]:
         _, entries = self._start()
@@ -114,5 +116,5 @@ class _Header:
         """Take `size` bytes off the rest of the file. Raises ValueError if it is shorter: so no count in the file can make the
         reader do more steps than the file has bytes."""
         if size > self._bytes_left:
-            raise ValueError("it is shorter than it says")
+            raise ValueError("it is shorter, or its header longer, than it may be")
         self._bytes_left -= size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 PROJECT_FILE = "dstune.yaml"
@@ -23,9 +24,15 @@ STOP_REASON = f"a file named {STOP_FILE} asked for it"
 
 
 def cache_root() -> Path:
-    """Return the cache folder (not created here): `$DSTUNE_CACHE`, else `$XDG_CACHE_HOME/dstune`, else `~/.cache/dstune`."""
+    """Return the cache folder: `$DSTUNE_CACHE`, else `$XDG_CACHE_HOME/dstune`, else `~/.cache/dstune`.
+
+    The latter two are made here, for this user alone, as the XDG Base Directory Specification has it: the cache has copies of rows
+    that may be private. A folder of DSTUNE_CACHE may be a team's; it is not created here.
+    """
     if explicit := os.environ.get("DSTUNE_CACHE"):
         return Path(explicit).expanduser().absolute()
-    if user_cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(user_cache).expanduser().absolute() / "dstune"
-    return Path.home() / ".cache" / "dstune"
+    user_cache = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(user_cache).expanduser().absolute() if user_cache else Path.home() / ".cache") / "dstune"
+    with suppress(OSError):  # whoever writes into it reports that
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import struct
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 from dstune.api.run import Run
-from dstune.checkpoint import store
+from dstune.checkpoint import gguf_header, store
 from dstune.config.convert import load
 from dstune.core.confinement.here import check_patterns
 from dstune.core.errors import UserError
@@ -333,3 +334,19 @@ def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="has more than"):
         read_file(file)
     assert records.read_json(file) is None
+
+
+def test_a_sparse_gguf_file_is_no_header_of_a_terabyte(tmp_path, monkeypatch):
+    """A list of 2**36 empty texts, in a file that takes 4 KiB of disk."""
+    file = tmp_path / "model.gguf"
+    key = b"tokenizer.ggml.tokens"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    with file.open("wb") as stream:
+        stream.write(head + struct.pack("<IIQ", 9, 8, 2**36))
+        stream.truncate(2**40)
+    monkeypatch.setattr(gguf_header, "MAX_HEADER_BYTES", 2**20)  # quick, and 64 MiB are read in seconds
+    began = time.process_time()
+    for read in (gguf_header.matrix_types, gguf_header.metadata_digests):
+        with pytest.raises(ValueError, match="its header longer"):
+            read(file)
+    assert time.process_time() - began < 5

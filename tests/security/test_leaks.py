@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from dstune.config.compose import compose
 from dstune.config.validate import validate
+from dstune.core import paths
 from dstune.core.errors import UserError
-from dstune.data import sources
+from dstune.data import cache, sources
 from dstune.lakehouse.address import parse
 from dstune.lakehouse.inside import refuse_outside
 from dstune.lakehouse.tables import check_files
@@ -114,3 +116,22 @@ def test_a_table_in_a_store_names_no_file_of_this_machine() -> None:
             check_files([{"path": name, "size_bytes": 1}], place, address, "data.train")
     inside = [{"path": name, "size_bytes": 1} for name in ("a%20b/x.parquet", "d=1:2/x.parquet", "s3://bucket/x")]
     assert check_files(inside, place, address, "data.train") == 3
+
+
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_the_cache_is_made_for_its_user_alone(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has copies of rows, of which the original may be private. One that DSTUNE_CACHE names may be a team's."""
+    for name in ("DSTUNE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    before = os.umask(0o022)
+    try:
+        folder = cache.entry(paths.cache_root() / "data", "key", lambda folder: (folder / "rows").touch())
+        shared = tmp_path / "shared"
+        monkeypatch.setenv("DSTUNE_CACHE", str(shared))
+        cache.entry(paths.cache_root() / "data", "key", lambda folder: None)
+    finally:
+        os.umask(before)
+    root = folder.parents[1]
+    assert root.is_relative_to(tmp_path) and stat.S_IMODE(root.stat().st_mode) == 0o700
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o755
