@@ -1,7 +1,8 @@
 """Models whose rows choose the weights that they read equal a plain loop at ZeRO 0 to 2, on two and three ranks.
 
-Experts of Switch and NLLB-MoE are modules of their own; LED reads its embeddings again for some rows. Stage 3 is refused, with a
-fix that trains.
+Experts of Switch and NLLB-MoE are modules of their own. Only Switch has ranks with different gradients here: transformers 5.24
+calls the first two experts of NLLB-MoE alone, for any row. LED reads its embeddings again for some rows. Stage 3 is refused, with
+a fix that trains.
 """
 
 from __future__ import annotations
