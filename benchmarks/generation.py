@@ -1,22 +1,24 @@
 """Text generation of two checkouts side by side, and beside the continuous batching of transformers.
 
-    python benchmarks/generation.py trees --against OLD [--model sample://smollm2] [--rounds 2]
+    python benchmarks/generation.py runs --against OLD [--model sample://smollm2] [--rounds 2]
+    python benchmarks/generation.py engines --against OLD [--model sample://smollm2] [--rounds 3]
     python benchmarks/generation.py transformers [--model sample://smollm2] [--rounds 3]
 
-`trees` uses what users use: `dstune train task=reinforcement` with both samplers of this process, and `dstune serve`. It prints
+`runs` trains with `task=reinforcement` and both samplers of this process. It prints
 
 - whether both trees write the same rollouts to the bit, and whether a run that is killed in its third step ends with the same
   rollouts and the same metrics as the undisturbed one;
 - how far the sampler's log-probabilities are from those of the training forward pass (mean and largest, in nats);
-- processor seconds of a step, and of its sampling alone;
-- for 1 and 8 streams of the local engine: tokens/s, and processor milliseconds of the engine for a token;
-- whether the engine answers as training computes (`--prove`), and whether it answers as the other tree's.
+- processor seconds of a step, and of its sampling alone.
+
+`engines` serves the model with `dstune serve --prove`, which compares the engine's answers with what training computes. It prints
+for 1 and 8 streams tokens/s, processor milliseconds of the engine for a token, and whether both trees give the same answers.
 
 `transformers` gives both continuous batchers the same prompts, greedy, in one process and in turn: processor milliseconds for a
 token, and which texts differ from `generate` of each prompt alone.
 
-Packages are those of the interpreter that runs this. The order of the trees alternates from round to round. Every command
-prints JSON.
+`--model tiny` is a random model of two layers. Packages are those of the interpreter that runs this. The order of the trees
+alternates from round to round. Every command prints JSON.
 """
 
 from __future__ import annotations
@@ -244,34 +246,15 @@ async def compare_engines(trees: dict[str, Path], folder: Path, model: str, roun
     return figures
 
 
-def trees(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, folder = model_folder(arguments.model), Path(tempfile.mkdtemp(prefix="dstune-generation-"))
-    both = {"new": ROOT, "old": arguments.against.resolve()}
-    runs = compare_runs(both, folder, model, arguments.rounds)
-    run = folder / "exact-new-0" / "run"
-    exported = subprocess.run(
-        [sys.executable, "-m", "dstune", "export", str(run)],
-        env=environment(ROOT),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if exported.returncode:
-        raise SystemExit(exported.stderr)
-    served = asyncio.run(compare_engines(both, folder, str(run / "export"), max(3, arguments.rounds)))
-    return {"load": os.getloadavg()[0], "reinforcement": runs, "local engine": served}
-
-
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 
-def beside_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
+def beside_transformers(path: str, rounds: int) -> dict[str, Any]:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
     torch.set_num_threads(1)
-    path = model_folder(arguments.model)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     prompts = [tokenizer(f"{QUESTIONS[number % 4]} ({number})").input_ids for number in range(8)]
     count = 32
@@ -302,7 +285,7 @@ def beside_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
 
     spent: dict[str, list[float]] = {"dstune": [], "transformers": []}
     texts: dict[str, list[list[int]]] = {}
-    for number in range(arguments.rounds):
+    for number in range(rounds):
         sides = [("dstune", ours), ("transformers", theirs)]
         for name, write in reversed(sides) if number % 2 else sides:
             began = time.process_time()
@@ -310,7 +293,6 @@ def beside_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
             spent[name].append(1000 * (time.process_time() - began) / (len(prompts) * count))
     return {
         "transformers": transformers.__version__,
-        "load": os.getloadavg()[0],
         "processor_ms_of_a_token": {name: statistics.median(values) for name, values in spent.items()},
         "differ_from_generate": {
             name: sum(ids != expected for ids, expected in zip(several, alone, strict=True))
@@ -319,20 +301,34 @@ def beside_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def model_folder(model: str) -> str:
+def model_folder(model: str, folder: Path) -> str:
     from dstune import samples
+    from dstune.testing.tiny import save_model
 
+    if model == "tiny":
+        save_model(folder / "model", [{"text": " ".join([*QUESTIONS, *map(str, range(40))])}], decoder=True)
+        return str(folder / "model")
     return str(samples.resolve(model)) if samples.is_sample(model) else str(Path(model).resolve())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("trees", "transformers"))
+    parser.add_argument("what", choices=("runs", "engines", "transformers"))
     parser.add_argument("--against", type=Path, metavar="OLD", help="a checkout of an earlier commit")
     parser.add_argument("--model", default="sample://smollm2")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    result = trees(arguments) if arguments.what == "trees" else beside_transformers(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="dstune-generation-"))
+    model = model_folder(arguments.model, folder)
+    if arguments.what == "transformers":
+        result = beside_transformers(model, arguments.rounds)
+    else:
+        trees = {"new": ROOT, "old": arguments.against.resolve()}
+        if arguments.what == "runs":
+            result = compare_runs(trees, folder, model, arguments.rounds)
+        else:
+            result = asyncio.run(compare_engines(trees, folder, model, arguments.rounds))
+    result["load"] = os.getloadavg()[0]
     print(json.dumps(result, indent=2))
 
 
