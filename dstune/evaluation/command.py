@@ -36,6 +36,7 @@ from dstune.evaluation import harness, safety
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
+from dstune.launch.summary import predicted_alone
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
 from dstune.protocols.launcher import LaunchRequest
@@ -375,6 +376,8 @@ def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
         print(f"  {name:<{width}}  {value:.4f}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
     if "confusion" in result:
         _print_confusion(result["labels"], result["confusion"])
+        if line := predicted_alone(result):
+            print(f"  predicted: {line}")
     if result.get("by_type"):
         _print_table("by type", result["by_type"])
     for column, slice_result in result.get("slices", {}).items():

@@ -67,6 +67,8 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
     rows = result.get("held_out_rows")
     if lines and isinstance(rows, int) and rows < FEW_ROWS:
         lines.append(_entry("held-out rows", f"{rows}, so these metrics say little"))
+    if line := predicted_alone(result):
+        lines.append(_entry("predicted", line))
     best = result.get("best")
     if weights := result.get("weights"):
         lines.append(_entry("weights", weights))
@@ -84,6 +86,21 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
                 first = f"{metrics_before[name]:.4f} -> " if name in metrics_before else ""
                 lines.append(_entry(f"{part} {name}", f"{first}{value:.4f}"))
     return lines
+
+
+def predicted_alone(result: Mapping[str, Any]) -> str:
+    """Return a sentence about the class that a classifier predicts for all rows, if their labels differ; else an empty text.
+
+    result: with `confusion` [true class][predicted class] and `labels`, their names.
+    """
+    confusion, labels = result.get("confusion") or [], result.get("labels") or []
+    by_prediction = [sum(column) for column in zip(*confusion, strict=True)]
+    predicted = [number for number, count in enumerate(by_prediction) if count]
+    if len(predicted) != 1 or sum(any(row) for row in confusion) < 2:
+        return ""
+    (only,) = predicted
+    rows = by_prediction[only]
+    return f"{labels[only]} for all {rows} held-out rows, of which {confusion[only][only]} have this label"
 
 
 def _overfitting(result: Mapping[str, Any]) -> list[str]:

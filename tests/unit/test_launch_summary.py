@@ -81,6 +81,24 @@ def test_the_metrics_are_those_of_the_exported_weights(tmp_path):
     assert "best" not in value_by_title and "seconds" not in value_by_title
 
 
+@pytest.mark.parametrize(
+    ("confusion", "line"),
+    [
+        ([[7, 0], [12, 0]], "left for all 19 held-out rows, of which 7 have this label"),
+        ([[0, 7], [0, 12]], "right for all 19 held-out rows, of which 12 have this label"),
+        ([[6, 1], [12, 0]], None),
+        ([[19, 0], [0, 0]], None),
+        ([], None),
+    ],
+)
+def test_a_class_that_takes_all_rows_is_named(tmp_path, confusion, line):
+    """Its accuracy may look well, and its matrix is seen by nobody."""
+    result = {**RESULT, "confusion": confusion, "labels": ["left", "right"]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (found,) = [text[15:] for text in summary(tmp_path).splitlines() if text.startswith("predicted")] or [None]
+    assert found == line
+
+
 def test_a_gap_that_is_not_finite_costs_no_other_line(tmp_path):
     result = {**RESULT, "overfitting": {"gap": None, "training_loss": 2.4}}
     (tmp_path / "result.json").write_text(json.dumps(result))
