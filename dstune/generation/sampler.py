@@ -41,7 +41,7 @@ def _draw(logits: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Ten
 
 
 def _winner(logps: Tensor, keys: Tensor) -> Tensor:
-    """Return a token for each row, int64 [rows]. logps: fp32 [rows, vocabulary]; keys: int64 [rows]."""
+    """Draw a token for each row, int64 [rows]. logps: fp32 [rows, vocabulary]; keys: int64 [rows]."""
     # In place: with a large vocabulary what is written costs more than what is computed.
     return exponential(keys, logps.shape[-1]).log_().neg_().add_(logps).argmax(dim=-1)
 
@@ -88,11 +88,11 @@ class Sampler:
     def choose(self, logits: Tensor) -> Chosen:
         """Choose a token. logits: float [vocabulary] of the next token, on the CPU."""
         sampling = self.sampling
-        changed = self._with_penalties(logits)
+        penalized = self._with_penalties(logits)
         if sampling.temperature < COLDEST:
-            token = int(changed.argmax())
+            token = int(penalized.argmax())
         else:
-            logps = _with_top_k_top_p(changed / sampling.temperature, sampling).log_softmax(-1)
+            logps = _with_top_k_top_p(penalized / sampling.temperature, sampling).log_softmax(-1)
             token = int(_winner(logps[None], mixed(self._key, self._position)))
         self._position += 1
         self._counts[token] = self._counts.get(token, 0) + 1

@@ -31,9 +31,10 @@ class TextStream:
         self._decode, self._ends, self._stop, self._limit = decode, ends, stop, limit
         self._ids: list[int] = []
         self._start = self._decoded = 0  # token offsets between which the last text was decoded
-        self._pending = ""
-        self._waiting: list[tuple[Chosen, int]] = []  # each with the characters of `_pending` before it
+        self._pending = ""  # text that has not been sent
+        self._unsent: list[tuple[Chosen, int]] = []  # its tokens, each with the place in `_pending` at which it begins
         self.count = 0
+        """Tokens so far, with the end token."""
         self.finished = False
 
     @property
@@ -47,12 +48,11 @@ class TextStream:
         if chosen.token in self._ends:
             return self._end("stop")
         self._ids.append(chosen.token)
-        self._waiting.append((chosen, len(self._pending)))
+        self._unsent.append((chosen, len(self._pending)))
         self._pending += self._new_text()
-        stop_start = min((at for stop in self._stop if (at := self._pending.find(stop)) >= 0), default=-1)
-        if stop_start >= 0:
+        if (stop_start := self._find_stop()) is not None:
             self.finished = True
-            tokens = [token for token, text_length in self._waiting if text_length < stop_start]
+            tokens = [token for token, start in self._unsent if start < stop_start]
             return Piece(self._pending[:stop_start], tokens, "stop")
         if self.count >= self._limit:
             return self._end("length")
@@ -60,22 +60,29 @@ class TextStream:
         piece = Piece(self._pending[:safe])
         self._pending = self._pending[safe:]
         if not self._pending:
-            piece.tokens = [token for token, _ in self._waiting]
-            self._waiting = []
+            piece.tokens = [token for token, _ in self._unsent]
+            self._unsent = []
         elif safe:
-            piece.tokens = [token for token, text_length in self._waiting if text_length < safe]
-            self._waiting = [(token, text_length - safe) for token, text_length in self._waiting if text_length >= safe]
+            piece.tokens = [token for token, start in self._unsent if start < safe]
+            self._unsent = [(token, start - safe) for token, start in self._unsent if start >= safe]
         return piece
 
     def _end(self, finish: str) -> Piece:
+        """Return the last piece, with all that was held back."""
         self.finished = True
         self._pending += self._new_text(last=True)
-        stop_start = min((at for stop in self._stop if (at := self._pending.find(stop)) >= 0), default=-1)
-        if stop_start >= 0:
+        if (stop_start := self._find_stop()) is not None:
             finish, self._pending = "stop", self._pending[:stop_start]
-        return Piece(self._pending, [token for token, _ in self._waiting], finish)
+        return Piece(self._pending, [token for token, _ in self._unsent], finish)
+
+    def _find_stop(self) -> int | None:
+        """Return where the first stop text begins in the pending text, or None."""
+        starts = (self._pending.find(stop) for stop in self._stop)
+        return min((start for start in starts if start >= 0), default=None)
 
     def _new_text(self, *, last: bool = False) -> str:
+        """Return the text that the tokens since the last call complete; empty while a character is incomplete. last: incomplete
+        characters are returned too."""
         text_before = self._decode(self._ids[self._start : self._decoded])
         decoded = self._decode(self._ids[self._start :])
         # A character has at most four bytes. What still has no text then (invalid bytes, control tokens) never gets one, and

@@ -347,9 +347,9 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
 """Values at which a field has no effect, so that any engine may ignore it."""
 
 
-def checked(body: Mapping[str, Any], route: type[Request], acts: Collection[str]) -> dict[str, Any]:
-    """Return `body` without fields that have no effect, and with its messages in the form of training. acts: the fields that the
-    engine supports. Raises ApiError for a field that is unknown or invalid, or that the engine would ignore."""
+def checked(body: Mapping[str, Any], route: type[Request], supported: Collection[str]) -> dict[str, Any]:
+    """Return `body` without fields that have no effect, and with its messages in the form of training. supported: the fields
+    that the engine acts on. Raises ApiError for a field that is unknown or invalid, or that the engine would ignore."""
     model_fields = route.model_fields
     for name in body:
         if name not in model_fields:
@@ -359,7 +359,7 @@ def checked(body: Mapping[str, Any], route: type[Request], acts: Collection[str]
     for name, value in body.items():
         if value is None:
             continue
-        if name in acts:
+        if name in supported:
             accepted[name] = as_trained(value) if name == route.conversation else value
         elif not (name in NEUTRAL and NEUTRAL[name](value)):
             message = f"This model does not support {name!r} with this value."

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -62,23 +63,23 @@ class Inference:
         if self.admits is not None and isinstance(name, str) and request.caller is not None:
             await self.admits(request.caller, name)
         model = self.model_of(request, name)
-        acts = model.engine.routes.get(path)
-        if acts is None:
+        supported_fields = model.engine.routes.get(path)
+        if supported_fields is None:
             served = ", ".join(model.engine.routes) or "nothing"
             raise ApiError(
                 404, f"The model {model.source.name!r} does not serve {path}; it serves {served}.", param="model"
             )
         request.model = model.source.name
-        checked_body, engine, max_tokens = body, model.engine, request.settings.max_output_tokens
+        engine, max_tokens = model.engine, request.settings.max_output_tokens
 
-        def prepared() -> dict[str, Any]:
-            accepted = fields.checked(checked_body, route, acts)
+        def check(body: dict[str, Any]) -> dict[str, Any]:
+            accepted = fields.checked(body, route, supported_fields)
             request.refuse_halves(accepted)
             check_context(path, accepted, engine)
             return bounded(path, accepted, engine, max_tokens)
 
         with self._charge_unread_prompt(request.key, engine):
-            await self._answer(request, path, await request.run_in_thread(prepared))
+            await self._answer(request, path, await request.run_in_thread(partial(check, body)))
 
     async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
         """Answer a request, whose body has been checked."""

@@ -65,7 +65,8 @@ PromptRequest = tuple[list[int], list[Sampling], list[Choice]]
 class Answers:
     """The answers to a request: the sequences of its prompts and choices, and the output that they emit.
 
-    They are created in the tokenizer's thread; everything else runs in the event loop.
+    They are created in the tokenizer's thread. Everything else runs in the event loop, to which a queue brings the pieces of the
+    computing thread.
     """
 
     def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):

@@ -95,7 +95,7 @@ class LanguageApp(EngineApp):
             await super().handle(handler, body, receive, send)
             return
         async with while_connected(receive):
-            answers = await self._answers(handler, body)
+            answers = await self._submit(handler, body)
         try:
             async with while_connected(receive):
                 await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
@@ -105,7 +105,7 @@ class LanguageApp(EngineApp):
         finally:
             answers.cancel()
 
-    async def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
+    async def _submit(self, handler: Handler, body: dict[str, Any]) -> Answers:
         """Read a request, submit it to the scheduler and return its answers. Raises ApiError."""
         self._check_model(body)
         answers: Answers
@@ -214,15 +214,15 @@ class LanguageApp(EngineApp):
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in self.model.names]}
 
     async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await (await self._answers(self.chat, body)).answer()
+        return await (await self._submit(self.chat, body)).answer()
 
     async def respond(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await (await self._answers(self.respond, body)).answer()
+        return await (await self._submit(self.respond, body)).answer()
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         if "prompt_logprobs" in body:
             return await self._score_prompt(body)
-        return await (await self._answers(self.complete, body)).answer()
+        return await (await self._submit(self.complete, body)).answer()
 
     async def _score_prompt(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the log-probability of each token of a prompt, in vLLM's form. Its images are those of `messages`."""

@@ -63,10 +63,12 @@ class Scheduler:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._prefilling: Prompt | None = None
         self._running: dict[tuple[str, int], Running] = {}
+        """By adapter and 0; by adapter and a number of its own for an answer whose cache cannot join others."""
         self._changed = threading.Condition()
         self._stopped = self._broken = False
         self._on_failure = on_failure
         self.tokens = 0
+        """Tokens that were generated since the start."""
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
