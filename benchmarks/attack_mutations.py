@@ -17,7 +17,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/distributed.py", "if not hmac.compare_digest(received_proof, proof(other)):", "if False:"
     ),
     "groups.test_a_local_launch_meets_in_a_folder_of_its_own": undo(
-        "launch/local/supervise.py", 'STORE: str(Path(folder) / "store")', 'STORE: str(self.run_dir / "store")'
+        "launch/local/supervise.py", 'STORE: str(self.folder / "store")', 'STORE: str(self.run_dir / "store")'
     ),
     "forked_ranks.test_another_user_gets_no_fork": undo(
         "launch/local/fork_server.py", "if peer_user(connection) != os.getuid():", "if False:"
@@ -185,7 +185,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/trust.py", "    if stored:\n", "    if False:\n", case="cfg or predict"
     ),
     "runs_of_others.test_a_module_of_callbacks_is_not_imported": undo(
-        "config/schema.py", "setting([], signed=_by_module)", "setting([])", case="cfg or plan"
+        "config/schema.py", "setting([], signed=_by_module, ", "setting([], ", case="cfg or plan"
     ),
     "runs_of_others.test_a_signed_key_of_an_installed_plugin_is_known": undo(
         "core/registry.py", "if self._plugins and not _loading:", "if False:", count=2
@@ -194,7 +194,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/trust.py", "if _refers(value) or (", "if (", case="cfg"
     ),
     "runs_of_others.test_a_job_of_others_is_not_submitted": undo(
-        "launch/slurm/config.py", ", signed=True)", ")", count=6, case="setup or mounts"
+        "launch/slurm/config.py", ", signed=True", "", count=6, case="setup or mounts"
     ),
     "runs_of_others.test_a_program_of_others_does_not_start_ranks": undo(
         "launch/openmpi/config.py", ", signed=True)", ")", count=4, case="train"
@@ -363,7 +363,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/messages.py", "return unpacked(json.loads(message[8:end]))", 'return __import__("pickle").loads(message)'
     ),
     "two_users.test_the_second_user_gets_nothing_of_a_running_launch": undo(
-        "launch/local/supervise.py", 'STORE: str(Path(folder) / "store")', 'STORE: str(self.run_dir / "store")'
+        "launch/local/supervise.py", 'STORE: str(self.folder / "store")', 'STORE: str(self.run_dir / "store")'
     ),
     "two_users.test_the_second_user_redirects_nothing_by_being_first": undo(
         "core/rendezvous.py", "content = json.loads(files.read_own(place))", "content = json.loads(place.read_bytes())"
@@ -567,6 +567,13 @@ _BY_ATTACK: dict[str, Mutation] = {
     # Images.
     "judged_programs.test_a_program_holds_no_memory_outside_of_its_limit": undo(
         "core/confinement/system_calls.py", '    "memfd_create": (319, 279),\n', ""
+    ),
+    "judged_programs.test_a_program_holds_no_memory_of_the_kernel": undo(
+        "core/confinement/system_calls.py",
+        '    "listen": (50, 201),\n',
+        "",
+        ("core/confinement/system_calls.py", '    "splice": (275, 76),\n', ""),
+        ("core/confinement/system_calls.py", '    ("prctl", (157, 167), 0, 78, False),', "   "),
     ),
     "judged_programs.test_the_processes_of_a_program_have_one_limit_of_memory": undo(
         "grading/sandbox.py", "if private_bytes(process.pid) > limits.memory_bytes:", "if False:", count=2

@@ -15,6 +15,13 @@ PROGRAMS = (
         "judged_programs.test_a_program_holds_no_memory_outside_of_its_limit",
     ),
     Attack(
+        "memory of the kernel that no limit counts: connections that wait to be accepted, datagrams whose sender has closed, "
+        "pages of removed files in sockets, tables of futexes, rules of Landlock",
+        _PROGRAMS,
+        "refused by the filter of system calls",
+        "judged_programs.test_a_program_holds_no_memory_of_the_kernel",
+    ),
+    Attack(
         "many processes, each of which takes less than the limit",
         _PROGRAMS,
         "the memory of all of them is measured every 50 ms and has one limit",

@@ -4,11 +4,12 @@ A program sees an empty file system with the interpreter and the system's librar
 but its own, and gets none of the user's environment variables. Time, memory, processes, files and output are limited; when its
 time is over, everything that it has started is killed. The kernel refuses system calls that no such program needs
 (`core/confinement/system_calls.py`), and those that hold memory outside of any process: `memfd_create`, System V and shared
-anonymous memory.
+anonymous memory, connections that nobody accepts, pages of removed files.
 
 What a program can hold of the machine's memory is the sum of: `memory_bytes` for its processes together (measured every
 `MEASURED_SECONDS`), `file_bytes` for its files, the kernel's limit for the pipes of one user (64 MiB by default), and the
-buffers of at most `processes` x `descriptors` sockets. Where this process can make control groups, the kernel holds each program to
+buffers of at most `processes` x `descriptors` sockets. Locks of parts of a file take 200 bytes each; they are not limited, but
+slow to get: on two cores, 5 MiB a second. Where this process can make control groups, the kernel holds each program to
 one sum for all of them.
 
 The sandbox needs Linux 5.12 and the right to make user namespaces (`sandbox_child.py`). Without these, features that run programs

@@ -151,6 +151,110 @@ if libc.vmsplice(writing, ctypes.byref(vector), 1, 8) > 0:
 report()
 """,
 }
+OF_THE_KERNEL = {
+    "connections that wait to be accepted": """
+listening = socket.socket(socket.AF_UNIX)
+try:
+    listening.bind("\\0x")
+    listening.listen(4096)
+    while held < 2**30:
+        with socket.socket(socket.AF_UNIX) as end:
+            end.setblocking(False)
+            end.connect("\\0x")
+            try:
+                while True:
+                    held += end.send(bytes(2**15))
+            except BlockingIOError:
+                pass
+except BlockingIOError:
+    pass
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "datagrams": """
+kept = []
+try:
+    for number in range(40):
+        kept.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        kept[-1].bind(f"\\0{number}")
+        try:
+            while held < 2**30:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+                    end.setblocking(False)
+                    held += end.sendto(bytes(200_000), f"\\0{number}")
+        except BlockingIOError:
+            pass
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "pages given to a socket": """
+kept, (reading, writing) = [], os.pipe()
+file = os.open("/tmp/x", os.O_RDWR | os.O_CREAT)
+try:
+    for number in range(20):
+        kept.append(socket.socketpair())
+        kept[-1][1].setblocking(False)
+        try:
+            while True:
+                os.ftruncate(file, 0)
+                os.write(file, bytes(2**16))
+                os.lseek(file, 0, os.SEEK_SET)
+                for page in range(16):
+                    os.splice(file, writing, 1, offset_src=4096 * page)
+                try:
+                    os.splice(reading, kept[-1][1].fileno(), 16)
+                finally:
+                    os.set_blocking(reading, False)
+                held += 2**16
+        except BlockingIOError:
+            os.read(reading, 16)
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "pages sent to a socket": """
+kept = []
+file = os.open("/tmp/x", os.O_RDWR | os.O_CREAT)
+try:
+    for number in range(20):
+        kept.append(socket.socketpair())
+        kept[-1][1].setblocking(False)
+        try:
+            while True:
+                os.ftruncate(file, 0)
+                os.pwrite(file, bytes(2**20), 0)
+                for page in range(256):
+                    os.sendfile(kept[-1][1].fileno(), file, 4096 * page, 1)
+                    held += 4096
+        except BlockingIOError:
+            pass
+except OSError as error:
+    refused(error.errno)
+report()
+""",
+    "a table of waiting threads": """
+for number in range(8):
+    if libc.prctl(78, 1, 2**22, 0, 0) == 0:
+        held += 2**28
+    if os.fork() == 0:
+        libc.pause()
+report()
+""",
+    "rules of Landlock": """
+kept = []
+for number in range(4):
+    kept.append(libc.syscall(444, (ctypes.c_uint64 * 3)(0, 3, 0), 24, 0))
+    rule = (ctypes.c_uint64 * 2)(3, 0)
+    for port in range(2**16):
+        rule[1] = port
+        if libc.syscall(445, kept[-1], 2, rule, 0):
+            report()
+        held += 100
+report()
+""",
+}
 MOST_MIB = {"tmpfs": 16, "empty files": 10, "pipes": 8, "sockets": 16}
 """What each may hold, of the limits above: those that are missing may hold nothing."""
 
@@ -182,6 +286,15 @@ def test_a_program_holds_no_memory_outside_of_its_limit(holder: str, user: str) 
     outcome = outcome_of(START + HOLDERS[holder], user)
     assert not outcome.failure, outcome
     assert int(outcome.output) <= MOST_MIB.get(holder, 0)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("holder", OF_THE_KERNEL)
+def test_a_program_holds_no_memory_of_the_kernel(holder: str, user: str) -> None:
+    outcome = outcome_of(START + OF_THE_KERNEL[holder], user)
+    assert not outcome.failure, outcome
+    assert int(outcome.output) == 0
 
 
 @needs_sandbox

@@ -257,7 +257,7 @@ print({{fails(pair[place], 0, 0, 0, 0, 0) for pair in numbers.values() if pair[p
 print(fails({clone}[place], 0x10000000, 0, 0, 0, 0), fails({clone3}[place], 0, 0))
 for family in (socket.AF_NETLINK, 38):
     try:
-        socket.socket(family, socket.SOCK_RAW)
+        socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         print(errno.errorcode[error.errno])
 socket.socketpair(), os.waitpid(os.fork() or os._exit(0), 0)
