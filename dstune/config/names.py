@@ -135,7 +135,7 @@ def has_field(cls: type, path: Sequence[str]) -> bool:
     """Return whether a class of a configuration has a field, or one inside of a section of it. path: the names on the way."""
     hint: Any = cls
     for name in path:
-        hints = type_hints(hint) if is_dataclass(hint) else {}
+        hints = type_hints(hint) if isinstance(hint, type) and is_dataclass(hint) else {}
         if name not in hints:
             return typing.get_origin(hint) is dict  # its keys are the user's
         hint = hints[name]

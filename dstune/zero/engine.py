@@ -444,7 +444,7 @@ class Engine:
         with torch.no_grad():
             return loss(self._engine, batch)
 
-    def forward(self, **inputs: torch.Tensor) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         """Return the model's output for `inputs`. At stage 3 all ranks must call it equally often."""
         return self._engine(**inputs)
 
