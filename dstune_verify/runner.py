@@ -79,6 +79,15 @@ class Agents:
         self.store.wait(keys, timedelta(seconds=self._seconds))
         return [json.loads(self.store.get(key)) for key in keys]
 
+    def leave(self) -> None:
+        """Let the first agent, whose process may serve the store, end last."""
+        if self.store is None:
+            return
+        self.store.set(f"left/{self.index}", "")
+        if self.index == 0:
+            with contextlib.suppress(Exception):  # an agent that was killed does not come
+                self.store.wait([f"left/{index}" for index in range(self.size)], timedelta(seconds=30))
+
     def stop_round(self, number: int) -> None:
         """Let all agents end their ranks of this round."""
         if self.store is not None:
@@ -130,6 +139,7 @@ class Runner:
                 yield from outcomes
                 done = {outcome.case for outcome in outcomes}
                 remaining = [case for case in remaining if case.name not in done]
+        self.agents.leave()
 
     def _run_round(self, cases: Sequence[Case]) -> list[Outcome]:
         """Start all ranks with `cases`; return the outcomes up to the first case that stopped a rank. At least one."""
