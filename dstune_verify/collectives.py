@@ -103,14 +103,15 @@ def check(names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], sizes: tuple[
                     break
                 tried += 1
                 wrong += list(
-                    _differences(f"{name} of {count:,} {str(dtype).removeprefix('torch.')}", received, expected)
+                    differences(f"{name} of {count:,} {str(dtype).removeprefix('torch.')}", received, expected)
                 )
     if not tried:
         raise CannotRun(f"the backend has no {' or '.join(dict.fromkeys(unsupported))}")
     return "; ".join(wrong[:3]), {"wrong": float(len(wrong))}, {"wrong": 0.0}
 
 
-def _differences(what: str, received: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+def differences(what: str, received: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+    """Say how much of what arrived is wrong. Yields nothing if all is right."""
     if not torch.equal(received, expected):
         place = int((received != expected).nonzero()[0])
         count = int((received != expected).sum())

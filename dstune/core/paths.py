@@ -11,6 +11,8 @@ PROJECT_FILE = "dstune.yaml"
 RUN_FILE = "run.yaml"
 BEGUN = "environment.json"
 """File that the ranks write just before training begins, when all checks have passed."""
+CERTIFICATE_FILE = "certificate.json"
+"""File of a run with the newest certificate of `dstune verify` when the run started."""
 REFERENCE_FILE = "reference.json"
 """File of an export with the answers of the model as trained, with which servers are compared."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
@@ -36,3 +38,8 @@ def cache_root() -> Path:
     with suppress(OSError):  # whoever writes into it reports that
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def certificates_folder() -> Path:
+    """Return the folder of the certificates that `dstune verify` writes."""
+    return cache_root() / "certificates"

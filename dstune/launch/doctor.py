@@ -7,9 +7,11 @@ import json
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from dstune.config.compose import compose
 from dstune.config.launch_rules import check_launch
@@ -19,11 +21,15 @@ from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError, first_line
 from dstune.launch import checks, records
 from dstune.launch.console import Console
+from dstune.launch.verify import judge_on_ranks
 from dstune.planning.hardware import known_device
 from dstune.protocols import launcher_of
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check, LaunchRequest
 from dstune.protocols.launcher_options import ChecksMachines
 
+AVOIDED = ("clipping-default", "reentrant-repeated", "uneven-experts", "uneven-experts-abort")
+"""Faults of DeepSpeed that runs of dstune avoid: it always writes `gradient_clipping`, recomputes without reentrant autograd, and
+reduces the same gradients on all ranks."""
 ENOUGH = 0.8
 """Share of a link's published speed; a link that reaches less than this gets a warning."""
 
@@ -52,7 +58,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     text = "What this machine, or the hosts that launch=... names, can run, and what is missing."
     parser = VerbParser(prog="dstune doctor", description=text)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="launch=hostfile launch.hostfile=hosts, ...")
-    parser.add_argument("--no-allreduce", action="store_true", help="leave out the measurement between ranks")
+    help_text = "leave out what ranks measure: the all-reduce and the gradients"
+    parser.add_argument("--no-allreduce", action="store_true", help=help_text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_intermixed_args(argv)
 
@@ -78,8 +85,10 @@ def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]
     launch = launcher.to_measure() if reachable else None
     if launch is None:
         yield Check("all-reduce", SKIP, "not measured: fix the problems above first")
+        yield Check("gradients", SKIP, "not compared: fix the problems above first")
     else:
         yield measure_allreduce(replace(config, launch=launch))
+        yield verify_gradients(replace(config, launch=launch))
 
 
 def measure_allreduce(config: RunConfig) -> Check:
@@ -104,12 +113,44 @@ def measure_allreduce(config: RunConfig) -> Check:
     return judge(result["allreduce"])
 
 
+def verify_gradients(config: RunConfig) -> Check:
+    """Run the short form of `dstune verify` between all ranks, started as a run would start them."""
+    try:
+        code, verdict = judge_on_ranks(config, {"short": True, "seconds": 0})
+    except DstuneError as error:
+        return Check("gradients", FAIL, first_line(error), "fix this first")
+    if verdict is None:
+        return Check("gradients", FAIL, f"the ranks ended with exit code {code}", "see the lines above")
+    return judge_gradients(verdict["json"]["cases"])
+
+
+def judge_gradients(cases: Sequence[Mapping[str, Any]]) -> Check:
+    """Return whether runs compute the right gradients. cases: of the verdict of `dstune_verify`."""
+    avoided = [case for case in cases if case["known"] and case["known"]["name"] in AVOIDED]
+    others = [case for case in cases if case not in avoided]
+    counts = Counter(case["status"] for case in others)
+    detail = ", ".join(f"{count} {status}" for status, count in counts.items())
+    if avoided:
+        detail += f"; {len(avoided)} known faults of DeepSpeed show, which runs avoid"
+    if wrong := [case for case in others if case["status"] == "wrong"]:
+        reasons = "; ".join(f"{case['case']}: {case['detail']}" for case in wrong)
+        remedies = ", ".join(dict.fromkeys(case["known"]["remedy"] for case in wrong if case["known"]))
+        return Check("gradients", FAIL, f"{detail}. {reasons}", remedies or "`dstune verify` shows more")
+    if failed := [case for case in others if case["status"] == "crashed"]:
+        reasons = "; ".join(f"{case['case']}: {case['detail']}" for case in failed)
+        return Check("gradients", WARN, f"{detail}. {reasons}", "`dstune verify` shows more")
+    return Check("gradients", PASS, detail)
+
+
 def judge(measured: dict) -> Check:
     """Compare the measured figures with the published speed of the link. measured: the result of `dstune.rank.doctor`."""
     ranks, hosts = measured["ranks"], len(measured["hosts"])
     latency = f"latency {measured['latency_seconds'] * 1e6:,.0f} us (4 KiB)"
     best = max((row["bus_gb_per_second"] or 0.0 for row in measured["sizes"]), default=0.0)
     where = f"{ranks} rank{'s' * (ranks > 1)} on {hosts} host{'s' * (hosts > 1)}"
+    if measured["wrong"]:
+        fix = "`dstune verify --cases collective` shows which collectives are wrong; NCCL_ALGO, NCCL_PROTO and drivers choose how"
+        return Check("all-reduce", FAIL, f"{where}: wrong sums: {'; '.join(measured['wrong'][:3])}", fix)
     if ranks == 1:
         return Check("all-reduce", PASS, f"{where}: {latency}; nothing to measure between ranks")
     detail = f"{where}: bus bandwidth {best:.2f} GB/s, {latency}"

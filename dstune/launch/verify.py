@@ -19,6 +19,7 @@ from dstune.config.run_file import Composed, write_run
 from dstune.config.schema import RunConfig
 from dstune.core.arguments import VerbParser, is_configuration_file
 from dstune.core.errors import EXIT_FAILED, Problem, UserError
+from dstune.core.paths import certificates_folder
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.plan import refuse
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     if not any(is_configuration_file(word) or ("=" in word and not word.startswith("-")) for word in argv):
         from dstune_verify.command import main as verify
 
-        return verify(argv)
+        return verify(argv, certificates_folder())
     arguments = _parser().parse_intermixed_args(argv)
     flags = hydra_flags(arguments.overrides)
     config = compose(["data.train=none", *flags.overrides], flags.config_dirs).config
@@ -56,34 +57,43 @@ def verify_run(config: RunConfig, *, as_json: bool, seconds: float) -> int:
 
     Raises UserError if its launcher cannot start ranks from here.
     """
-    launcher = launcher_of(config.launch)
-    launch = launcher.to_measure()
+    launch = launcher_of(config.launch).to_measure()
     if launch is None:
         raise UserError(Problem("launch", "it cannot start ranks from here", "dstune doctor says what is missing"))
-    config = replace(config, launch=launch)
+    code, verdict = judge_on_ranks(replace(config, launch=launch), request_of(config, seconds))
+    if verdict is None:
+        return code or EXIT_FAILED
+    print(json.dumps(verdict["json"]) if as_json else verdict["text"])
+    return int(verdict["code"])
+
+
+def judge_on_ranks(config: RunConfig, request: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
+    """Start ranks by the launcher of `config`, which is one `to_measure`, and let them run cases.
+
+    request: what `dstune.rank.verify` reads. Returns the launcher's exit code and the verdict (`json`, `text`, `code`), None if the
+    ranks did not get as far.
+    """
+    launcher = launcher_of(config.launch)
     # Several nodes need a folder that all of them see, which the working directory is.
     parent = Path.cwd() if launcher.shared_folder else None
     with tempfile.TemporaryDirectory(prefix=".dstune-verify-", dir=parent) as scratch:
         folder = Path(scratch)
         (folder / "logs").mkdir()
         write_run(folder / "run.yaml", Composed(config, []))
-        (folder / REQUEST).write_text(json.dumps(request_of(config, seconds)))
+        (folder / REQUEST).write_text(json.dumps(request))
         console = Console(sys.stderr)
         command = ("dstune.rank.verify", str(folder))
-        code = launcher_of(launch).start(LaunchRequest(config, folder, console, command=command, saves=False))
-        verdict = (records.read_result(folder) or {}).get("verify")
-        if verdict is None:
-            return code or EXIT_FAILED
-    print(json.dumps(verdict["json"]) if as_json else verdict["text"])
-    return int(verdict["code"])
+        code = launcher.start(LaunchRequest(config, folder, console, command=command, saves=False))
+        return code, (records.read_result(folder) or {}).get("verify")
 
 
 def request_of(config: RunConfig, seconds: float) -> dict[str, Any]:
-    """Return what the ranks are to verify, apart from DeepSpeed's settings, which depend on their devices."""
+    """Return what the ranks are to verify of `config`, apart from DeepSpeed's settings, which depend on their devices."""
     network = whole_config_json(config.model) or {}
     is_decoder = any("CausalLM" in name or "LMHead" in name for name in network.get("architectures") or ())
     return {
         "network": network if is_decoder else None,
         "lora": method_of(config.method).adapter,
         "seconds": seconds,
+        "short": False,
     }

@@ -1,4 +1,7 @@
-"""Verify the settings of a run for `dstune verify FILE.yaml`: each rank runs `python -m dstune.rank.verify DIR`."""
+"""Run cases of `dstune_verify` on the ranks of a launcher: each rank runs `python -m dstune.rank.verify DIR`.
+
+`dstune verify FILE.yaml` verifies the settings of a run, `dstune doctor` the short form.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,15 @@ def run(directory: Path, env: RankEnv) -> None:
     config = read_run(directory / "run.yaml", []).config
     request = json.loads((directory / "verify.json").read_text())
     rendezvous.meet(env, directory, os.environ)
-    precision = resolve(config)
-    options = Options(
-        settings_of(config, env.world_size, precision), request["network"], request["lora"], precision.value
-    )
+    options = Options()
+    if not request["short"]:
+        precision = resolve(config)
+        settings = settings_of(config, env.world_size, precision)
+        options = Options(settings, request["network"], request["lora"], precision.value)
+    cases = [case for case in list_cases(options).values() if case.short or not request["short"]]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     place = Place("dstune", env.rank, env.world_size, env.local_rank, address, port)
-    verdict = judge(
-        list(list_cases(options).values()), options, place, seconds=request["seconds"], store=os.environ.get(STORE)
-    )
+    verdict = judge(cases, options, place, seconds=request["seconds"], store=os.environ.get(STORE))
     if env.rank == 0:
         content = {"json": verdict.as_json(), "text": verdict.as_text(whole=True), "code": exit_code(verdict.outcomes)}
         (directory / "result.json").write_text(json.dumps({"status": "completed", "verify": content}))

@@ -14,13 +14,14 @@ import pytest
 from dstune.launch import attempt, checks, doctor
 from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
 from dstune.launch.openmpi import nodes
+from dstune_verify.known_faults import KNOWN
 
 
-def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400.0, sockets=False):
+def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400.0, sockets=False, wrong=()):
     rows = [{"bytes": 2**24, "seconds": 1.0, "bus_gb_per_second": bandwidth / 2 if ranks > 1 else None}]
     rows.append({"bytes": 2**30, "seconds": 1.0, "bus_gb_per_second": bandwidth if ranks > 1 else None})
     found = {"latency_seconds": 3e-5, "sizes": rows, "ranks": ranks, "hosts": list(hosts), "device": device}
-    return found | {"nccl_over_sockets": sockets}
+    return found | {"nccl_over_sockets": sockets, "wrong": list(wrong)}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,38 @@ def test_the_measured_bandwidth_is_compared_with_the_link(found, status, detail)
     assert bool(check.fix) == (status == WARN)
 
 
+def test_a_wrong_sum_fails_whatever_the_bandwidth():
+    check = doctor.judge(figures(wrong=["rank 1: 1,023 float32: 1 wrong value, the first at 7: 3, expected 5"]))
+    assert check.status == FAIL
+    assert "8 ranks on 1 host: wrong sums: rank 1: 1,023 float32" in check.detail
+    assert "dstune verify --cases collective" in check.fix
+
+
+def case(name, status="right", fault="", remedy=""):
+    known = {"name": fault, "remedy": remedy} if fault else None
+    return {"case": name, "status": status, "detail": "error 0.7" if status != "right" else "", "known": known}
+
+
+@pytest.mark.parametrize(
+    ("cases", "status", "detail", "fix"),
+    [
+        ([case("a"), case("b")], PASS, "2 right", ""),
+        ([case("a"), case("b", "wrong", "clipping-default")], PASS, "1 right; 1 known faults", ""),
+        ([case("a"), case("b", "wrong")], FAIL, "1 right, 1 wrong. b: error 0.7", "`dstune verify` shows more"),
+        ([case("b", "wrong", "zero2-accumulation", "upgrade DeepSpeed")], FAIL, "b: error 0.7", "upgrade DeepSpeed"),
+        ([case("a"), case("b", "crashed")], WARN, "1 right, 1 crashed. b: error 0.7", "`dstune verify` shows more"),
+    ],
+)
+def test_gradients_are_judged_by_the_cases_of_verify(cases, status, detail, fix):
+    check = doctor.judge_gradients(cases)
+    assert (check.status, check.fix) == (status, fix)
+    assert detail in check.detail
+
+
+def test_faults_that_runs_avoid_are_known_ones():
+    assert set(doctor.AVOIDED) <= {fault.name for fault, _ in KNOWN}
+
+
 def test_a_failed_check_is_the_exit_code_and_has_its_fix(capsys, monkeypatch):
     found = [Check("a", PASS, "fine"), Check("b", FAIL, "broken", "repair it"), Check("c", WARN, "slow", "faster")]
     monkeypatch.setattr(doctor, "_checks", lambda *_: iter(found))
@@ -65,7 +98,18 @@ def test_an_import_that_takes_too_long_is_a_failed_check(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     last = list(checks.software())[-1]
     assert (last.name, last.status) == ("PyTorch", FAIL)
-    assert "more than 90 s" in last.detail and last.fix
+    assert "more than 900 s" in last.detail and last.fix
+
+
+def test_an_import_on_a_loaded_machine_is_slow_and_does_not_fail(monkeypatch):
+    seconds = iter([0.0, 130.0])
+    facts = {"gpus": [], "cuda_build": None, "ops": {}, "kernels": {}}
+    done = subprocess.CompletedProcess([], 0, "FOUND " + json.dumps(facts), "")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **more: done)
+    monkeypatch.setattr(checks.time, "monotonic", lambda: next(seconds))
+    found = {check.name: check for check in checks.software()}
+    assert found["start of Python"].status == WARN and "took 130 s" in found["start of Python"].detail
+    assert found["PyTorch"].status == PASS
 
 
 def test_operators_that_ask_for_a_cuda_toolkit_are_not_a_broken_deepspeed(monkeypatch, capsys):
