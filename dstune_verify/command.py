@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dstune_verify import user
+from dstune_verify import certificate, script, user
 from dstune_verify.cases import CRASHED, NOT_RUN, RIGHT, WRONG, Case, Outcome
 from dstune_verify.catalogue import all_cases
 from dstune_verify.options import Options
 from dstune_verify.runner import Runner
+from dstune_verify.training import TrainingCase
 from dstune_verify.verdict import Verdict, line_of
 from dstune_verify.world import LauncherError, Place, device_count, device_type, place_from
 
@@ -24,8 +26,11 @@ class UsageError(Exception):
     """The command line, or a file that it names, is wrong."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the program and return its exit code."""
+def main(argv: Sequence[str], certificates: Path | None = None) -> int:
+    """Run the program and return its exit code.
+
+    certificates: a folder for the certificates of all cases and of `--short`.
+    """
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -37,12 +42,45 @@ def main(argv: Sequence[str]) -> int:
         print(f"dstune-verify: {error}", file=sys.stderr)
         return EXIT_USAGE
     verdict = judge(cases, options, place, ranks=arguments.ranks, seconds=arguments.time_limit or 0)
-    if place is None or place.rank == 0:
-        if arguments.json:
-            print(json.dumps(verdict.as_json()), flush=True)
-        else:
-            print(verdict.as_text(), flush=True)
+    if place is not None and place.rank > 0:
+        return exit_code(verdict.outcomes)
+    content = certificate.make(verdict.as_json(), form_of(arguments, options))
+    print(json.dumps(content) if arguments.json else verdict.as_text(), flush=True)
+    try:
+        write_certificates(content, arguments.certificate, certificates)
+        if arguments.scripts is not None:
+            write_scripts(verdict, arguments.scripts)
+    except OSError as error:
+        print(f"dstune-verify: a file cannot be written: {error}", file=sys.stderr)
+        return EXIT_USAGE
     return exit_code(verdict.outcomes)
+
+
+def write_scripts(verdict: Verdict, folder: Path) -> None:
+    """Write a script for each wrong training case. Raises OSError."""
+    for outcome in verdict.outcomes:
+        case = verdict.cases[outcome.case]
+        if outcome.status == WRONG and isinstance(case, TrainingCase) and (file := script.write(folder, case)):
+            print(f"script: {file}", file=sys.stderr, flush=True)
+
+
+def form_of(arguments: argparse.Namespace, options: Options) -> str:
+    """Return which cases ran."""
+    if options.any or arguments.cases:
+        return certificate.CHOSEN
+    return certificate.SHORT if arguments.short else certificate.FULL
+
+
+def write_certificates(content: dict[str, Any], file: Path | None, folder: Path | None) -> None:
+    """Write a certificate into the file that the user named, and into the folder of certificates. Raises OSError."""
+    written = []
+    if file is not None:
+        certificate.write(file, content)
+        written.append(file)
+    if folder is not None and content["form"] != certificate.CHOSEN:
+        written.append(certificate.store(folder, content))
+    for path in written:
+        print(f"certificate: {path}", file=sys.stderr, flush=True)
 
 
 def judge(
@@ -136,6 +174,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="verify this precision")
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks to start if no launcher does")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="limit of a case")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="write the certificate, which can be sent, to FILE"
+    )
+    parser.add_argument(
+        "--scripts",
+        type=Path,
+        metavar="FOLDER",
+        help="write a script for each wrong case, which shows it without this program",
+    )
+    parser.add_argument("--json", action="store_true", help="print the certificate as one JSON object")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser

@@ -75,13 +75,12 @@ def _driver() -> str:
 
 def facts() -> dict[str, Any]:
     """Return what identifies this stack."""
-    return {
-        "python": platform.python_version(),
-        "packages": packages(),
-        "digest": digest(all_packages()),
-        "device": device_facts(),
-        "variables": variables(),
-    }
+    return {**versions(), "digest": digest(all_packages()), "variables": variables()}
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of Python and of the judged packages, and the device."""
+    return {"python": platform.python_version(), "packages": packages(), "device": device_facts()}
 
 
 SWITCHES = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dstune_verify import VERSION, environment, known_faults
+from dstune_verify import VERSION, certificate, environment, known_faults
 from dstune_verify.cases import CRASHED, NOT_RUN, RIGHT, WRONG, Case, Outcome
 from dstune_verify.world import device_type
 
@@ -34,7 +34,8 @@ class Verdict:
 
     def _as_json(self, outcome: Outcome) -> dict[str, Any]:
         fault = self._known(outcome)
-        return asdict(outcome) | {"known": asdict(fault) if fault else None}
+        detail = certificate.without_private(outcome.detail)
+        return asdict(outcome) | {"detail": detail, "known": asdict(fault) if fault else None}
 
     def as_text(self, *, whole: bool = False) -> str:
         """Return the verdict for a terminal. whole: with the cases that are right, which progress has shown otherwise."""
@@ -57,7 +58,7 @@ class Verdict:
         fault = self._known(outcome)
         if fault is None:
             return [
-                "No known fault fits."
+                "No known fault fits: --scripts FOLDER writes a script that shows it, for an issue upstream."
                 if outcome.status == WRONG
                 else "No known fault fits; it says nothing about gradients."
             ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dstune.config.convert import format_value
 from dstune.config.rope import RopeType
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
+from dstune.core.paths import CERTIFICATE_FILE, certificates_folder
 from dstune.core.secrets import redacted
 from dstune.data import inputs, recorded_files
 from dstune.data.clean.report import summary
@@ -34,6 +35,7 @@ from dstune.trainer.evaluate import answer_prompts, limited
 from dstune.trainer.loop import Training
 from dstune.zero import accelerator
 from dstune.zero.parts import full_count
+from dstune_verify import certificate
 
 FEW_STEPS = 20
 """A run with fewer optimizer steps gets a warning: adapters at their usual rate hardly change in so few."""
@@ -70,6 +72,7 @@ def describe(
     facts["kernels"] = kernels.of_run(module, base, run.head, run.engine.inner_optimizer)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
     files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
+    record_certificate(run_dir, run.log.message)
     files.write(run_dir / recorded_files.REPORT, json.dumps(redacted(data_report(config, run.data)), indent=1))
     run.log.message(
         f"{format_value(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
@@ -103,6 +106,19 @@ def describe(
         left_out = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in augment.get("left_out", {}).items())
         without = f", left out: {left_out}" if left_out else ""
         run.log.message(f"{augment['copies']:,} copies of training rows added{without} (data_report.json)")
+
+
+def record_certificate(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Copy the newest certificate of `dstune verify` into the run, and say how its packages and device differ from these."""
+    newest = certificate.newest(certificates_folder())
+    if newest is None:
+        return
+    files.write(run_dir / CERTIFICATE_FILE, json.dumps(newest, indent=1))
+    if changes := certificate.changes(newest):
+        say(
+            f"the stack has changed since `dstune verify` on {newest['made'].partition('T')[0]}: {', '.join(changes)} "
+            "(`dstune verify` shows whether it still computes the right gradients)"
+        )
 
 
 def conversations_of(counts: Mapping[str, Any]) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from dstune_verify import known_faults, network, user
+from dstune_verify import known_faults, network, script, user
 from dstune_verify.cases import CRASHED, WRONG
 from dstune_verify.catalogue import all_cases
 from dstune_verify.options import Options
@@ -155,10 +160,41 @@ def test_the_two_open_faults_are_in_users_files(verify, tmp_path):
     ):
         file = tmp_path / f"zero{stage}.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0}))
-        done = verify("--deepspeed", str(file), "--json")
+        done = verify("--deepspeed", str(file), "--json", "--scripts", str(tmp_path / "scripts"))
         assert done.code == 1
         wrong = {name: outcome["known"]["name"] for name, outcome in done.cases.items() if outcome["status"] == "wrong"}
         assert wrong == {case: fault}
+        assert [file.name for file in (tmp_path / "scripts").iterdir()] == [f"{case}.py"]
+        started = start_script(tmp_path / "scripts" / f"{case}.py")
+        assert started.returncode == 1
+        assert "relative error of the gradient: 0." in started.stdout, started.stderr
+        (tmp_path / "scripts" / f"{case}.py").unlink()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "name",
+    ["zero2-fp32-accumulation", "zero3-fp32-repeated", "zero3-bf16-lora-recomputed", "ddp-fp32-accumulation-clipped"],
+)
+def test_a_script_of_a_right_case_ends_in_order(tmp_path, name):
+    started = start_script(script.write(tmp_path, all_cases(Options())[name]))
+    assert started.returncode == 0, started.stderr
+    assert "norm: 1 of the expected" in started.stdout
+
+
+def test_a_script_is_short_and_names_the_versions_and_settings():
+    case = all_cases(Options())["zero3-fp32-repeated-reentrant"]
+    text = script.script_of(case, "a.py")
+    assert text is not None and len(text.splitlines()) <= 110
+    assert "ZeRO-3, fp32, 1 micro-batch, a repeated model, reentrant recomputation" in text
+    assert f"torch {version('torch')}" in text and "dstune" not in text
+    compile(text, "a.py", "exec")
+
+
+def start_script(file: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", str(file)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=file.parent)
 
 
 @pytest.mark.ci
