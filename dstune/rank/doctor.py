@@ -36,7 +36,8 @@ def measure(device: torch.device, rank: int, size: int) -> dict[str, Any]:
     """Check and measure the all-reduce of the default process group, which has `size` ranks. Every rank must call it."""
     small = torch.zeros(SMALL_BYTES // 4, device=device)
     large_bytes = LARGE_BYTES[device.type != "cpu"]
-    world, wrong = World(rank, size, 0, device, store=None), []
+    world = World(rank, size, 0, device, store=None)
+    wrong: list[str] = []
     for size_bytes in (SMALL_BYTES, *large_bytes):
         count = min(size_bytes, MOST_CHECKED_BYTES) // 4 - 1  # odd: the last block is incomplete
         wrong += collectives.differences(f"{count:,} float32", *collectives.all_reduce(world, count, torch.float32))
