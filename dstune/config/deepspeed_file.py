@@ -93,10 +93,27 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
             fix = f'"device": "cpu" in {where}'
             content.problems.append(Problem(value.source, FEATURES["nvme"][0], fix, "nvme"))
     zero = raw.get("zero_optimization", {})
-    if isinstance(zero, Mapping) and "stage" not in zero:
-        content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
+    if isinstance(zero, Mapping):
+        if "stage" not in zero:
+            content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
+        _read_copies(zero, content, where)
     _merge_repeated(content, where)
     return content
+
+
+def _read_copies(zero: Mapping[str, Any], content: Content, where: str) -> None:
+    """Translate `zero_hpz_partition_size`, the number of ranks that share a copy of the weights. Below stage 3 DeepSpeed ignores
+    it."""
+    source = "zero_optimization.zero_hpz_partition_size"
+    size = whole_number(zero.get("zero_hpz_partition_size", AUTO))
+    if size == AUTO:
+        return
+    if type(size) is not int or size < 0:
+        content.problems.append(
+            Problem(f"{source} in {where}", "expected a whole number", "the GPUs of a node", format_value(size))
+        )
+    elif zero.get("stage") in (3, AUTO):
+        content.values.append(Value("zero.hpz", size > 1, source))
 
 
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -34,6 +34,7 @@ TRANSLATED = {
     "bfloat16.enabled": "trainer.precision",
     "optimizer.type": "optimizer",
     "scheduler.type": "schedule",
+    f"{ZERO}.zero_hpz_partition_size": "zero.hpz",
 }
 """Keys that correspond to one of dstune's, with other values (`deepspeed_file` translates these)."""
 
@@ -96,8 +97,9 @@ WITHOUT_EFFECT = {
 
 ELSEWHERE = "dstune does this by itself"
 NOT_YET = "this version does not support it"
-ZEROPP, ZENFLOW, SUPEROFFLOAD, NVME, EXPERT, COMPILE = (
-    FEATURES[name][0] for name in ("zeropp", "zenflow", "superoffload", "nvme", "expert", "compile")
+QWZ, QGZ, MICS, ZENFLOW, SUPEROFFLOAD, NVME, EXPERT, COMPILE, DEEPCOMPILE = (
+    FEATURES[name][0]
+    for name in ("qwz", "qgz", "mics", "zenflow", "superoffload", "nvme", "expert", "compile", "deepcompile")
 )
 FIXED: dict[str, tuple[Any, str]] = {
     "wall_clock_breakdown": (False, f"{ELSEWHERE}: step_seconds in metrics.jsonl"),
@@ -126,12 +128,11 @@ FIXED: dict[str, tuple[Any, str]] = {
     f"{ZERO}.override_module_apply": (True, NOT_YET),
     f"{ZERO}.parameter_alignment": (False, NOT_YET),
     f"{ZERO}.enable_sanity_checks": (False, NOT_YET),
-    f"{ZERO}.zero_hpz_partition_size": (1, ZEROPP),
-    f"{ZERO}.zero_quantized_weights": (False, ZEROPP),
-    f"{ZERO}.zero_quantized_nontrainable_weights": (False, ZEROPP),
-    f"{ZERO}.zero_quantized_gradients": (False, ZEROPP),
-    f"{ZERO}.mics_shard_size": (-1, f"MiCS: {NOT_YET}"),
-    f"{ZERO}.mics_hierarchical_params_gather": (False, f"MiCS: {NOT_YET}"),
+    f"{ZERO}.zero_quantized_weights": (False, QWZ),
+    f"{ZERO}.zero_quantized_nontrainable_weights": (False, QWZ),
+    f"{ZERO}.zero_quantized_gradients": (False, QGZ),
+    f"{ZERO}.mics_shard_size": (-1, MICS),
+    f"{ZERO}.mics_hierarchical_params_gather": (False, MICS),
     f"{ZERO}.cpu_offload": (False, "this old key is offload_optimizer today"),
     f"{ZERO}.cpu_offload_param": (False, "this old key is offload_param today"),
     f"{ZERO}.cpu_offload_use_pin_memory": (False, "this old key is pin_memory of an offload section today"),
@@ -168,7 +169,7 @@ REFUSED = {
     "comet": MONITOR,
     "comms_config": MONITOR,
     "comms_logger": MONITOR,
-    "compile": COMPILE,
+    "compile": f"{COMPILE}; {DEEPCOMPILE}",
     "compression_training": NOT_YET,
     "csv_monitor": f"{ELSEWHERE}: metrics.jsonl",
     "curriculum_learning": "the order of rows is dstune's own, so that a run can be continued",
@@ -193,7 +194,7 @@ REFUSED = {
     "weight_quantization": NOT_YET,
     "zero_optimization.zenflow": ZENFLOW,
     "zero_optimization.leaf_module": NOT_YET,
-    "zero_optimization.zeropp_loco_param": ZEROPP,
+    "zero_optimization.zeropp_loco_param": QGZ,
 }
 """Sections that are refused unless they are switched off, with the reason."""
 
@@ -206,6 +207,16 @@ INSTEAD: dict[str, str] = {
     "flops_profiler": "trainer.profile_steps=5",
     "wandb": "tracking.wandb.mode=online",
     "data_types.grad_accum_dtype": "zero.gradient_dtype=model",
+    **{
+        f"{ZERO}.{name}": f"{FEATURES[feature][1]}"
+        for name, feature in {
+            "zero_quantized_weights": "qwz",
+            "zero_quantized_nontrainable_weights": "qwz",
+            "zero_quantized_gradients": "qgz",
+            "mics_shard_size": "mics",
+            "mics_hierarchical_params_gather": "mics",
+        }.items()
+    },
     **{
         key: "trainer.activation_checkpointing=true"
         for key in FIXED

@@ -22,14 +22,50 @@ FEATURES: dict[str, tuple[str, str]] = {
         "optimizer=adamw schedule=warmup_stable_decay",
     ),
     "fp8": (f"fp8: {UNMEASURED}", "trainer.precision=bf16"),
-    "zeropp": (f"ZeRO++: {UNMEASURED}", "zero=stage3"),
-    "zenflow": (f"ZenFlow: {UNMEASURED}", "zero=stage3_offload"),
-    "superoffload": (f"SuperOffload: {UNMEASURED}", "zero=stage3_offload"),
+    "zeropp": (
+        "ZeRO++ is three settings: hpZ, which changes no result, is zero.hpz; qwZ and qgZ round what is sent to fewer bits",
+        "zero=stage3 zero.hpz=true",
+    ),
+    "qwz": (
+        (
+            "qwZ sends weights in 8 bits (arXiv:2306.10209), so that a run's result depends on its number of ranks,"
+            f" and its kernels run on GPUs only: {UNMEASURED}"
+        ),
+        "zero.hpz=true",
+    ),
+    "qgz": (
+        (
+            "qgZ sends gradients in 4 bits (arXiv:2306.10209), so that a run's result depends on its number of ranks,"
+            f" and its kernels run on GPUs only: {UNMEASURED}"
+        ),
+        "zero.hpz=true",
+    ),
+    "mics": (
+        "MiCS was removed from DeepSpeed in 0.19, which refuses the key",
+        "zero.hpz=true, which also gathers weights within a node",
+    ),
+    "zenflow": (
+        (
+            "ZenFlow applies only the largest gradients at once and the others some steps later (arXiv:2505.12242), so it is"
+            f" another algorithm than the optimizer's; {UNMEASURED}"
+        ),
+        "zero=stage3_offload",
+    ),
+    "superoffload": (
+        (
+            "SuperOffload updates weights before the gradient's norm is known and takes such updates back (arXiv:2509.21271);"
+            f" DeepSpeed 0.19.8 starts it on NVIDIA GPUs alone, and {UNMEASURED}"
+        ),
+        "zero=stage3_offload",
+    ),
     "nvme": (
         "NVMe for weights: only optimizer states on a disk were compared with a reference",
         "zero=stage3_nvme, which has optimizer states on a disk and weights in the host's memory",
     ),
-    "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
+    "expert": (
+        "expert parallelism: DeepSpeed 0.19.8's AutoEP fails with transformers 5.24 when it starts (docs/experts.md)",
+        "zero=stage3, which partitions experts like other weights",
+    ),
     "flex": (
         "flex attention: torch has no backward pass of it on a CPU, and no GPU could be reached",
         "model.attention=auto",
@@ -41,6 +77,10 @@ FEATURES: dict[str, tuple[str, str]] = {
     "offloaded": (
         "activations in host memory: on a CPU they are there already, and no GPU could be reached to measure them",
         "trainer.activation_checkpointing=true or selective",
+    ),
+    "deepcompile": (
+        "DeepCompile compiles ZeRO's gathers into the model's graph, for GPUs only, and is built on torch.compile",
+        "zero.hpz=true between nodes, and model.fused_activations=true",
     ),
     "compile": (
         (
@@ -59,6 +99,9 @@ WORDS: dict[tuple[str, str], str] = {
     ("optimizer.name", "schedule_free"): "schedule_free",
     ("trainer.precision", "fp8"): "fp8",
     ("zero", "zeropp"): "zeropp",
+    ("zero", "mics"): "mics",
+    ("zero.compile", "true"): "deepcompile",
+    ("zero.deepcompile", "true"): "deepcompile",
     ("zero", "zenflow"): "zenflow",
     ("zero", "superoffload"): "superoffload",
     ("zero.offload_param", "nvme"): "nvme",

@@ -155,6 +155,9 @@ class ZeroConfig:
     """Gradients of a step's micro-batches are summed in `fp32`, or in the `model`'s own format: half the memory, less exact."""
     param_persistence_threshold: int = setting(100_000, at_least=0)
     """Stage 3 does not partition parameters with fewer elements."""
+    hpz: bool = False
+    """Stage 3 on several nodes: the ranks of each node also keep a copy of the weights among them, so that only the first pass
+    after an update gathers from other nodes (hpZ of ZeRO++, Wang et al. 2023, arXiv:2306.10209). `stage=auto` chooses it too."""
     path: str | None = setting(None, example="ds_config.json", needs="zero=file")
     """With `zero=file`: an existing DeepSpeed configuration (JSON) or one of accelerate (YAML), read when a run is composed."""
     settings: dict[str, Any] = setting({})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dstune.config.convert import format_value
 from dstune.config.deepspeed_file import settings_problems
-from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode, stage_of
+from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, SaveMode, ZeroConfig, stage_of
 from dstune.core.errors import Problem
 from dstune.protocols import method_of, optimizer_of
 
@@ -40,6 +40,19 @@ def overlaps(config: RunConfig, replicas: int, *, on_gpu: bool) -> bool:
     return zero.overlap_comm and on_gpu and stage >= 2 and moves_gradients
 
 
+def copy_ranks(zero: ZeroConfig, ranks: int, ranks_per_node: int) -> int:
+    """Return how many ranks share the second copy of the weights that `zero.hpz` keeps in each node; 1 for no copy: where all ranks
+    are on one node, or a node has a single rank, which would keep all weights."""
+    if not zero.hpz or stage_of(zero) < 3 or not nodes_can_hold_copies(ranks, ranks_per_node):
+        return 1
+    return ranks_per_node
+
+
+def nodes_can_hold_copies(ranks: int, ranks_per_node: int) -> bool:
+    """Return whether `ranks` are on several nodes with as many ranks each, and more than one."""
+    return 1 < ranks_per_node < ranks and ranks % ranks_per_node == 0
+
+
 def check_zero(config: RunConfig) -> Iterator[Problem]:
     zero, precision = config.zero, config.trainer.precision
     if stage_of(zero) == 0 and precision in (Precision.bf16, Precision.fp16):
@@ -56,6 +69,12 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
             reason = f"this needs stage {lowest}{'' if lowest == 3 else ' or more'}, and zero.stage is {stage_of(zero)}"
             preset = "stage3_nvme" if value is OptimizerOffload.nvme else "stage3_offload"
             yield Problem(f"zero.{name}", reason, f"zero={preset}, or zero.{name}=none", value.name)
+    if zero.hpz and stage_of(zero) < 3:
+        reason = f"each node copies what stage 3 partitions, the weights, and zero.stage is {stage_of(zero)}"
+        yield Problem("zero.hpz", reason, "zero.stage=3, or zero.hpz=false", "true")
+    if zero.hpz and zero.offload_param is not Offload.none:
+        reason = "each node would keep its copy of the weights in host memory too, which was not measured"
+        yield Problem("zero.hpz", reason, "zero.hpz=false, or zero.offload_param=none", "true")
     if swaps:
         yield from _check_states_on_a_disk(config)
     yield from settings_problems(zero.settings)

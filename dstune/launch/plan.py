@@ -315,6 +315,7 @@ def row(choice: Choice, estimate: Planned, price: float | None, config: RunConfi
     hours_per_billion = 1e9 / time.tokens_per_second / 3600
     return {
         "zero": choice.zero,
+        "hpz": choice.setup.copy_ranks > 1,
         "offload": choice.offload,
         "activation_checkpointing": as_word(choice.checkpointing),
         "micro_batch_size": choice.setup.micro_batch_size,
@@ -369,7 +370,8 @@ def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Se
         *(f"  warning: {warning}" for warning in _warnings(estimate, config)),
         "",
         (
-            f"{'zero':<8}{'offload':<{width}}{'micro-batch':>11}{'GiB a rank':>12}{'on the host' if hosted else '':>{12 * hosted}}"
+            f"{'zero':<{_zero_width(estimate)}}{'offload':<{width}}{'micro-batch':>11}{'GiB a rank':>12}"
+            f"{'on the host' if hosted else '':>{12 * hosted}}"
             f"{'fits':>6}{'step':>10}{'tokens/s':>12}{'sent a step':>13}{_time_heading(price, config)}"
         ),
         *(_line(choice, estimate, price, config) for choice in estimate.plan.choices),
@@ -476,7 +478,9 @@ def _compared(estimate: Planned) -> list[str]:
         best = other.plan.recommended
         choice = best or min(other.plan.choices, key=lambda choice: choice.memory_gib)
         rows = f"micro-batch {choice.setup.micro_batch_size}"
-        how = ", ".join(filter(None, [choice.zero, _offload(choice, other).removeprefix("none").lstrip("+"), rows]))
+        how = ", ".join(
+            filter(None, [choice.partitioning, _offload(choice, other).removeprefix("none").lstrip("+"), rows])
+        )
         lines.append(
             f"{method:<9}{'yes' if best else 'no':<6}{choice.memory_gib:>11.1f}{_node_gib(choice):>15.0f}"
             f"{choice.time.seconds:>9.2f} s{choice.time.tokens_per_second:>12,.0f}  {how}"
@@ -522,7 +526,7 @@ def _configured(estimate: Planned) -> str:
     offload = f", offload {choice.offload}" if choice.offload != "none" else ""
     kind = "selective " if isinstance(choice.checkpointing, Selective) else ""
     checkpointing = f", {kind}activation checkpointing" if choice.checkpointing else ""
-    return f"{choice.zero}{offload}{checkpointing}, micro-batch {rows}"
+    return f"{choice.partitioning}{offload}{checkpointing}, micro-batch {rows}"
 
 
 def _columns(estimate: Planned, price: float | None, config: RunConfig) -> list[str]:
@@ -550,6 +554,10 @@ def _offload(choice: Choice, estimate: Planned) -> str:
     if effort(choice.checkpointing) == effort(estimate.setup.checkpointing):
         return offload
     return offload + ("+selective" if isinstance(choice.checkpointing, Selective) else "+checkpointing")
+
+
+def _zero_width(estimate: Planned) -> int:
+    return 2 + max(6, *(len(choice.partitioning) for choice in estimate.plan.choices))
 
 
 def _offload_width(estimate: Planned) -> int:
@@ -591,8 +599,8 @@ def _line(choice: Choice, estimate: Planned, price: float | None, config: RunCon
     price_of = numbers["cost"] if config.trainer.max_steps else numbers["cost_per_billion_tokens"]
     cost = f"{price_of:>12,.2f}" if price_of is not None else ""
     return (
-        f"{choice.zero:<8}{_offload(choice, estimate):<{_offload_width(estimate)}}{choice.setup.micro_batch_size:>11}"
-        f"{choice.memory_gib:>12.2f}{host}"
+        f"{choice.partitioning:<{_zero_width(estimate)}}{_offload(choice, estimate):<{_offload_width(estimate)}}"
+        f"{choice.setup.micro_batch_size:>11}{choice.memory_gib:>12.2f}{host}"
         f"{'yes' if choice.fits else 'no':>6}{choice.time.seconds:>8.2f} s{choice.time.tokens_per_second:>12.0f}"
         f"{choice.time.volume / GIB:>9.2f} GiB{time:>{width}.2f}{cost}"
     )
@@ -607,10 +615,10 @@ def _nothing_fits(estimate: Planned) -> str:
         of_node = least.memory.host * least.setup.ranks_per_node / GIB
         return (
             f"nothing fits: of the choices that fit the device, the least takes {of_node:.0f} GiB of a node's memory "
-            f"({least.zero}, offload {least.offload}), there are {host:.0f} (hardware.host_gib); more nodes, or {takes}"
+            f"({least.partitioning}, offload {least.offload}), there are {host:.0f} (hardware.host_gib); more nodes, or {takes}"
         )
     return (
-        f"nothing fits: the least is {least.memory_gib:.1f} GiB a rank ({least.zero}, offload {least.offload}), there are "
+        f"nothing fits: the least is {least.memory_gib:.1f} GiB a rank ({least.partitioning}, offload {least.offload}), there are "
         f"{device:.1f}; {takes}"
     )
 

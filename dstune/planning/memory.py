@@ -187,6 +187,8 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     master = 0 if s.stage == 0 or (s.stage == 3 and s.weight_bytes == 4 and not s.offload_optimizer) else 4 * share
     states = round(s.state_bytes * share)
     parts: Parts = {"weights": _weights(s)}
+    if s.copy_ranks > 1:
+        parts["copy in the node"] = (s.frozen_bytes + trained * s.weight_bytes) // s.copy_ranks
     host = 0
     if s.offload_optimizer:
         kept_bytes = _swap_buffers(s) if s.swaps else master + states

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from dstune.config.schema import Selective
+from dstune.config.zero_rules import nodes_can_hold_copies
 from dstune.planning.hardware import GIB, Cluster
 from dstune.planning.memory import Memory, memory
 from dstune.planning.setup import Setup
@@ -51,6 +52,11 @@ class Choice:
     fits: bool
 
     @property
+    def partitioning(self) -> str:
+        """The stage in words, and whether each node has a copy of the weights."""
+        return f"{self.zero} hpz" if self.setup.copy_ranks > 1 else self.zero
+
+    @property
     def memory_gib(self) -> float:
         return self.memory.total / GIB
 
@@ -64,6 +70,8 @@ class Choice:
             overrides["zero.offload_optimizer"] = (
                 "nvme" if chosen.swaps else "cpu" if chosen.offload_optimizer else "none"
             )
+        if configured.copy_ranks != self.setup.copy_ranks:
+            overrides["zero.hpz"] = self.setup.copy_ranks > 1
         if configured.offload_param != self.setup.offload_param:
             overrides["zero.offload_param"] = "cpu" if self.setup.offload_param else "none"
         if configured.weight_bytes != self.setup.weight_bytes:
@@ -119,8 +127,8 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     def variants(checkpointing: bool | Selective) -> Iterator[Choice]:
         for zero, offload in CANDIDATES:
             setup = variant(replace(configured, checkpointing=checkpointing), zero, offload)
-            if setup is not None:
-                yield (largest if any_rows else fastest)(setup, zero, offload)
+            for tried in with_copies(setup):
+                yield (largest if any_rows else fastest)(tried, zero, offload)
 
     as_configured = (largest if any_rows else choice)(configured, f"stage{configured.stage}", _offload(configured))
     choices = list(variants(configured.checkpointing))
@@ -143,7 +151,8 @@ def cheapest_stage(
         setup = variant(configured, f"stage{stage}", offload)
         # A change of precision would make the results of the run depend on the hardware.
         if setup is not None and setup.weight_bytes == configured.weight_bytes:
-            choices.append(_choice(setup, cluster, speeds, f"stage{stage}", offload))
+            tried = [setup] if configured.copy_ranks > 1 else with_copies(setup)
+            choices += [_choice(setup, cluster, speeds, f"stage{stage}", offload) for setup in tried]
     if not choices:
         choices = [_choice(configured, cluster, speeds, f"stage{configured.stage}", offload)]
     return _best(choices, cluster) or min(choices, key=lambda choice: choice.memory.total), choices
@@ -232,6 +241,17 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
         weight_bytes=weight_bytes,
         frozen_bits=frozen_bits,
     )
+
+
+def with_copies(setup: Setup | None) -> list[Setup]:
+    """Return the setup without and, where stage 3 on several nodes permits it, with a copy of the weights in each node."""
+    if setup is None:
+        return []
+    without = replace(setup, copy_ranks=1)
+    ranks = setup.ranks * setup.slices
+    if setup.stage < 3 or setup.offload_param or not nodes_can_hold_copies(ranks, setup.ranks_per_node):
+        return [without]
+    return [without, replace(setup, copy_ranks=setup.ranks_per_node)]
 
 
 def _sizes(setup: Setup) -> list[int]:

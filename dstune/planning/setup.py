@@ -19,7 +19,7 @@ from dstune.config.schema import (
     Selective,
     stage_of,
 )
-from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps
+from dstune.config.zero_rules import SWAPPED_AT_ONCE, copy_ranks, overlaps
 from dstune.core.errors import UserError
 from dstune.planning.architecture import DEFAULTS, Architecture, Tensor, sliced
 from dstune.planning.vision import Images, Tower
@@ -101,6 +101,8 @@ class Setup:
     max_reuse: int
     evaluation_batch: int | None
     """Rows of a forward pass in evaluations; None for the micro-batch size of training."""
+    copy_ranks: int = 1
+    """Ranks of a node that share a second copy of the weights; 1 for no copy."""
     sharing: int = 1
     """Ranks that share the positions of a row."""
     slices: int = 1
@@ -248,6 +250,7 @@ def setup(
         max_live=_number(zero_settings, "stage3_max_live_parameters", live),
         max_reuse=_number(zero_settings, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
+        copy_ranks=copy_ranks(zero, ranks, ranks_per_node),
         sharing=parallelism_of(config.parallel).row_ranks,
         slices=slices,
         answers=_answers_per_row(config),

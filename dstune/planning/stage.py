@@ -54,14 +54,17 @@ def choose_planned_stage(
         return at_stage(config, stages[0]), "other settings allow no other stage"
     configured, _, _ = setup_on(at_stage(config, stages[-1]), cluster, images)
     best, compared = cheapest_stage(configured, cluster, all_speeds(cluster, measured), stages)
-    return at_stage(config, best.setup.stage), _reason(best, compared, cluster)
+    chosen = at_stage(config, best.setup.stage)
+    if best.setup.copy_ranks > 1:
+        chosen = replace(chosen, zero=replace(chosen.zero, hpz=True))
+    return chosen, _reason(best, compared, cluster)
 
 
 def _reason(best: Choice, compared: Sequence[Choice], cluster: Cluster) -> str:
     takes = f"{best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank"
     if not best.fits:
         return f"none fits by the plan, and this takes the least memory ({takes})"
-    fitting = [str(choice.setup.stage) for choice in compared if choice.fits]
+    fitting = [choice.partitioning.removeprefix("stage") for choice in compared if choice.fits]
     if len(fitting) == 1:
         return f"the only stage that fits by the plan ({takes})"
     fit = f"of the stages that fit by the plan, which are {', '.join(fitting)}"

@@ -42,9 +42,11 @@ class Speed:
     weights: float
     """Weights updated by AdamW."""
     link: float
-    """Bytes that leave a rank in a ring."""
+    """Bytes that leave a rank in a ring over all ranks."""
     attention: float = 0.0
     """Floating-point operations of fused attention; 0 if they are as fast as matrix products."""
+    node_link: float = 0.0
+    """Bytes that leave a rank in a ring within its node; 0 if they are as fast as others."""
     fixed: float = 0.0
     """Seconds that each layer takes per micro-batch, regardless of its size."""
 
@@ -61,6 +63,7 @@ def speed_of(cluster: Cluster, weight_bytes: int) -> Speed:
         logits=moved / LOSS_BYTES_PER_LOGIT,
         weights=moved / OPTIMIZER_BYTES_PER_WEIGHT,
         link=cluster.link * 1e9,
+        node_link=device.link * 1e9,
         fixed=device.overhead,
     )
 
@@ -92,7 +95,8 @@ class StepTime:
 
 
 def communication(s: Setup) -> int:
-    """Return the bytes that a rank sends in a step by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
+    """Return the bytes that a rank sends in a step by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7),
+    without those to ranks of its node for copies (`sent_for_copies`)."""
     around = (s.ranks - 1) / s.ranks
     p, trained = s.weight_bytes, s.trained_count
     exchanged = exchanges(s)
@@ -103,7 +107,18 @@ def communication(s: Setup) -> int:
     if s.stage == 2:  # each micro-batch is all-reduced in buckets; weights are gathered after the update
         return int((2 * s.micro_batches + 1) * around * trained * p) + exchanged
     weights = s.frozen_bytes + trained * p
-    return int(s.micro_batches * around * (2 * weights + trained * p)) + exchanged
+    # With copies, only the first pass after an update gathers over all ranks, and only what the update changed.
+    gathers = trained * p if s.copy_ranks > 1 else s.micro_batches * 2 * weights
+    return int(around * (gathers + s.micro_batches * trained * p)) + exchanged
+
+
+def sent_for_copies(s: Setup) -> int:
+    """Return the bytes that a rank sends in a step to ranks of its node, which gather weights from the node's copy (`zero.hpz`)."""
+    if s.copy_ranks == 1:
+        return 0
+    around = (s.copy_ranks - 1) / s.copy_ranks
+    passes = 2 * s.micro_batches
+    return int(around * (passes * s.frozen_bytes + (passes - 1) * s.trained_count * s.weight_bytes))
 
 
 def exchanges(s: Setup) -> int:
@@ -161,9 +176,10 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     kept_bytes = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
     targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
     volume = communication(s) if s.ranks > 1 else 0
+    for_copies = sent_for_copies(s)
     inside = summed_bytes(s)  # cannot overlap with computation
     hidden = OVERLAP if s.on_gpu and s.stage >= 2 else 0.0
-    sent = volume / speed.link
+    sent = volume / speed.link + for_copies / (speed.node_link or speed.link)
     compute = count * (matmul_flops / speed.flops + attention_flops / rate + s.model.layers * speed.fixed)
     exposed = max(sent * (1 - hidden), sent - 0.66 * compute) if hidden else sent
     share_of_step = s.trained_count / (1 if s.stage == 0 else s.ranks)
@@ -190,6 +206,6 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         communication=exposed,
         optimizer=optimizer,
         tokens=s.global_batch_size * s.answers * s.texts * s.length,
-        volume=volume + inside,
+        volume=volume + for_copies + inside,
         rollout=rollout_seconds(s, speed.flops, speed.saved * TRAFFIC_PER_SAVED_BYTE),
     )

@@ -68,6 +68,7 @@ from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator
 from dstune.zero.ds_config import SHARD_SETTINGS, deepspeed_config
 from dstune.zero.engine import Engine
+from dstune.zero.node_copies import copy_ranks_of
 from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve, set_arithmetic
 from dstune.zero.slices import Slices
@@ -159,7 +160,12 @@ class Setup:
         parallel = parallelism_of(config.parallel)
         cut, slices = SequenceCut.of(parallel.row_ranks, world), Slices.of(parallel.weight_ranks, world)
         prefetch = prefetch_of(config) if on_gpu and stage_of(config.zero) == 3 else None
-        deepspeed = deepspeed_config(config, world.size, precision, on_gpu=on_gpu, prefetch=prefetch)
+        copy_ranks, why_no_copies = copy_ranks_of(config.zero, world)
+        if why_no_copies:
+            self.message(f"zero.hpz=true has no effect: {why_no_copies}")
+        deepspeed = deepspeed_config(
+            config, world.size, precision, on_gpu=on_gpu, prefetch=prefetch, copy_ranks=copy_ranks
+        )
         set_arithmetic(config.trainer)
         return Layout(precision, cut, slices, deepspeed)
 

@@ -24,25 +24,27 @@ def choose_zero_stage(config: RunConfig, run_dir: Path, world: World) -> RunConf
     """
     if not is_open(config):
         return config
-    choice: tuple[int, str] | None = _choose(config, run_dir, world) if world.is_main else None
+    choice: tuple[int, bool, str] | None = _choose(config, run_dir, world) if world.is_main else None
     choice = world.broadcast(choice)
     assert choice is not None
-    stage, reason = choice
+    stage, hpz, reason = choice
     if world.is_main:
-        Console().message(f"zero.stage={stage}: {reason}")
-    return at_stage(config, stage)
+        Console().message(f"zero.stage={stage}{' zero.hpz=true' if hpz else ''}: {reason}")
+    config = at_stage(config, stage)
+    return replace(config, zero=replace(config.zero, hpz=hpz))
 
 
-def _choose(config: RunConfig, run_dir: Path, world: World) -> tuple[int, str]:
+def _choose(config: RunConfig, run_dir: Path, world: World) -> tuple[int, bool, str]:
     stages = allowed_stages(config)
     checkpoint = store.resumable(run_dir)
+    chosen, reason = choose_stage(config, cluster_of(world))
+    assert isinstance(chosen.zero.stage, int)
     if checkpoint is not None:
         saved = store.read_state(checkpoint)
         if saved["world_size"] == world.size and saved["zero_stage"] in stages:
-            return saved["zero_stage"], f"the stage of {checkpoint.name}, which continues"
-    chosen, reason = choose_stage(config, cluster_of(world))
-    assert isinstance(chosen.zero.stage, int)
-    return chosen.zero.stage, reason
+            hpz = chosen.zero.hpz and chosen.zero.stage == saved["zero_stage"]
+            return saved["zero_stage"], hpz, f"the stage of {checkpoint.name}, which continues"
+    return chosen.zero.stage, chosen.zero.hpz, reason
 
 
 def cluster_of(world: World) -> Cluster:

@@ -20,10 +20,16 @@ def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
 
 
 def deepspeed_config(
-    config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool, prefetch: tuple[int, int] | None = None
+    config: RunConfig,
+    world_size: int,
+    precision: Precision,
+    *,
+    on_gpu: bool,
+    prefetch: tuple[int, int] | None = None,
+    copy_ranks: int = 1,
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration for one run on `world_size` ranks. prefetch: from `planning.setup.prefetch`, if it knows
-    the model.
+    the model. copy_ranks: from `node_copies.copy_ranks_of`.
 
     `precision` must be resolved (not `auto`). Every default that DeepSpeed has changed over time is set explicitly: since 0.19
     `gradient_clipping` defaults to 1.0, and `overlap_comm` depends on the stage.
@@ -37,7 +43,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": per_rank,
         "train_batch_size": config.trainer.rows * per_rank * replicas,
         "gradient_clipping": config.trainer.grad_clip,
-        "zero_optimization": _zero(config, replicas, on_gpu=on_gpu, prefetch=prefetch),
+        "zero_optimization": _zero(config, replicas, on_gpu=on_gpu, prefetch=prefetch)
+        | ({"zero_hpz_partition_size": copy_ranks} if copy_ranks > 1 else {}),
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: as fast as DeepSpeed's, without a compiler
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,

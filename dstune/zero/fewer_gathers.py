@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from dstune.zero.node_copies import drop_copies
+
 SEQUENTIAL_DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
 """Model types whose layers share no weights, are called once each, and take the hidden states as their first input."""
 
@@ -71,6 +73,9 @@ def gather_persistent_together(optimizer: Any) -> None:
         if async_op or param_list is not persistent:
             return one_by_one(param_list, async_op=async_op, hierarchy=hierarchy)
         absent = [parameter for parameter in persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        drop_copies(
+            absent
+        )  # DeepSpeed drops them only after this, and what is gathered together is gathered from the copies
         if absent:
             first.all_gather_coalesced(absent).wait()
         return None

@@ -80,6 +80,7 @@ def leave_process_group() -> None:
 
         torch.distributed.destroy_process_group()
         groups._WORLD_GROUP = None  # its copy of the group, which the next engine would use
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # those of `node_copies`
 
 
 def use_expandable_segments(variables: MutableMapping[str, str]) -> None:

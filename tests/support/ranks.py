@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
+def environment(rank: int, size: int, port: int, per_node: int) -> dict[str, str]:
     return {
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank % per_node),
+        "LOCAL_WORLD_SIZE": str(min(per_node, size - rank // per_node * per_node)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -54,8 +54,12 @@ def end_with(main: Callable[[], None]) -> None:
     os._exit(0)
 
 
-def run_ranks(program: Path, size: int, argument: Any, *, timeout: float = 600) -> list[str]:
+def run_ranks(
+    program: Path, size: int, argument: Any, *, per_node: int | None = None, timeout: float = 600
+) -> list[str]:
     """Run `python program JSON` on `size` ranks; their outputs in rank order. Fails with the output of a failing rank.
+
+    per_node: ranks that take themselves for those of one node; all by default.
 
     Ranks write to files: one that fills a pipe which nobody reads yet would wait for ever, and the others for it. Where a
     rank fails, the others, which wait for it too, are given a few seconds.
@@ -68,7 +72,10 @@ def run_ranks(program: Path, size: int, argument: Any, *, timeout: float = 600) 
             with log.open("w") as stream:
                 command = [sys.executable, str(program), json.dumps(argument)]
                 process = warm_start.Popen(
-                    command, env=environment(rank, size, port), stdout=stream, stderr=subprocess.STDOUT
+                    command,
+                    env=environment(rank, size, port, per_node or size),
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
                 )
                 processes.append(process)
         deadline = time.monotonic() + timeout

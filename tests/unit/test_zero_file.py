@@ -92,6 +92,35 @@ def test_offloading_and_sections_of_optimizer_and_scheduler_with_auto():
     assert zero["stage3_gather_16bit_weights_on_model_save"] is False
 
 
+def test_a_second_copy_of_the_weights_in_each_node(write):
+    copies = {"stage": 3, "zero_hpz_partition_size": 8}
+    assert composed(write({"zero_optimization": copies})).zero.hpz
+    assert not composed(write({"zero_optimization": copies | {"zero_hpz_partition_size": 1}})).zero.hpz
+    assert not composed(write({"zero_optimization": copies | {"stage": 2}})).zero.hpz  # ignored there by DeepSpeed
+    settings = deepspeed_config(
+        composed(write({"zero_optimization": copies})), 4, Precision.fp32, on_gpu=True, copy_ranks=2
+    )
+    assert settings["zero_optimization"]["zero_hpz_partition_size"] == 2
+    key = "zero_optimization.zero_hpz_partition_size"
+    assert list(refused(write({"zero_optimization": copies | {"zero_hpz_partition_size": "eight"}}))) == [key]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("zero_quantized_weights", True, "qwZ sends weights in 8 bits"),
+        ("zero_quantized_gradients", True, "qgZ sends gradients in 4 bits"),
+        ("mics_shard_size", 8, "MiCS was removed from DeepSpeed in 0.19"),
+        ("zenflow", {"topk_ratio": 0.05}, "another algorithm than the optimizer's"),
+    ],
+)
+def test_what_is_refused_of_zero_names_upstream_s_state(write, name, value, reason):
+    (message,) = refused(write({"zero_optimization": {"stage": 3, name: value}})).values()
+    assert reason in message
+    if name != "zenflow":
+        assert "zero.hpz=true" in message
+
+
 def test_axolotl_s_file():
     config = composed(FILES / "axolotl_zero3.json")
     assert (config.zero.stage, config.trainer.precision) == (3, Precision.bf16)
