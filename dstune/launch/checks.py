@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import socket
 import subprocess
@@ -20,12 +19,13 @@ import psutil
 from dstune.core.child_python import child_environment
 from dstune.core.errors import UserError
 from dstune.core.paths import cache_root
+from dstune.launch import node_health, probe
 from dstune.launch.commands import count_cores, free_port
 from dstune.protocols import DATA_SOURCES, LAUNCHERS, TRACKERS
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
 
 GIB = 2**30
-FREE_GIB, SHARED_GIB, OPEN_FILES = 20, 1, 4096
+FREE_GIB = 20
 SLOW_SECONDS, MOST_SECONDS = 90, 900
 """An import of torch and DeepSpeed that takes longer than the first gets a warning; after the second it is given up."""
 
@@ -196,23 +196,14 @@ def _operators(facts: dict) -> Iterator[Check]:
         yield Check("DeepSpeed", PASS, detail)
 
 
-def machine() -> Iterator[Check]:
-    """Yield memory, shared memory, open files, the clock."""
+def machine(*, several_nodes: bool) -> Iterator[Check]:
+    """Yield memory, and what this machine's limits, clock, network, GPUs and kernel say. several_nodes: whether runs use it beside
+    others."""
     memory = psutil.virtual_memory()
     short = memory.available < 4 * GIB
     detail = f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available, {count_cores()} cores"
     yield Check("memory", WARN if short else PASS, detail, "end other programs" if short else "")
-    try:
-        shared = os.statvfs("/dev/shm")
-        size = shared.f_bavail * shared.f_frsize / GIB
-        small = size < SHARED_GIB
-        fix = "docker run --shm-size 8g; mount -o remount,size=8G /dev/shm" if small else ""
-        yield Check("/dev/shm", WARN if small else PASS, f"{size:.1f} GiB free", fix)
-    except OSError:
-        yield Check("/dev/shm", WARN, "is not there; ranks of one machine talk through it", "mount a tmpfs there")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = soft != resource.RLIM_INFINITY and soft < OPEN_FILES
-    yield Check("open files", WARN if few else PASS, f"{soft} (at most {hard})", "ulimit -n 65536" if few else "")
+    yield from node_health.judge(probe.health([os.getcwd()]), several_nodes=several_nodes)
 
 
 def places() -> Iterator[Check]:

@@ -65,9 +65,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]:
+    launcher, reachable = launcher_of(config.launch), True
     stages: list[Callable[[], Iterator[Check]]] = [
         checks.software,
-        checks.machine,
+        lambda: checks.machine(several_nodes=launcher.shared_folder),
         checks.places,
         lambda: checks.network(hub=True),
         lambda: checks.launchers(needed=config.launch.name),
@@ -76,7 +77,6 @@ def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]
     ]
     for stage in stages:
         yield from stage()
-    launcher, reachable = launcher_of(config.launch), True
     for check in launcher.checks() if isinstance(launcher, ChecksMachines) else ():
         reachable &= check.status != FAIL
         yield check

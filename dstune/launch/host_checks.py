@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dstune.core.errors import UserError
-from dstune.launch import hosts
+from dstune.launch import hosts, node_health
 from dstune.launch.host_slots import read_hostfile, select_slots
 from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.remote_commands import ssh_of
@@ -23,7 +24,7 @@ def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
             yield Check("hostfile", FAIL, f"{problem.value}: {problem.reason}", problem.fix)
         return
     ssh, paths = ssh_of(launch), [hosts.package_folder()]
-    answers = hosts.ask(names, ssh, paths)
+    answers = hosts.ask(names, ssh, paths, [str(Path.cwd())])
     problems = hosts.compare(answers, paths)
     reached = [answer.host for answer in answers if answer.facts is not None]
     problems += hosts.check_shared_folder(reached, ssh, Path.cwd()) if reached else []
@@ -33,6 +34,10 @@ def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
             yield Check(f"host {answer.host}", FAIL, problem.reason, problem.fix)
         if host_problems or answer.facts is None:
             continue
+        findings = node_health.judge(answer.facts["health"], several_nodes=True)
+        for check in findings:
+            if check.status != PASS:
+                yield replace(check, name=f"host {answer.host}", detail=f"{check.name}: {check.detail}")
         skew = hosts.common_skew([answer]).get(answer.host)
         if skew is not None:
             yield Check(

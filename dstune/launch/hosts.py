@@ -63,10 +63,11 @@ class Answer:
     fix: str = ""
 
 
-def ask(hosts: Sequence[str], ssh: Ssh, paths: Sequence[str]) -> list[Answer]:
-    """Ask all hosts at the same time; return their answers in the order of `hosts`. paths: files and folders to compare."""
+def ask(hosts: Sequence[str], ssh: Ssh, paths: Sequence[str], folders: Sequence[str] = ()) -> list[Answer]:
+    """Ask all hosts at the same time; return their answers in the order of `hosts`. paths: files and folders to compare. folders:
+    if there are any, the answers also have what `node_health.judge` judges, with the mounts of these folders."""
     with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
-        return list(pool.map(lambda host: _ask(host, ssh, paths), hosts))
+        return list(pool.map(lambda host: _ask(host, ssh, paths, folders), hosts))
 
 
 def here(paths: Sequence[str]) -> dict[str, Any]:
@@ -76,8 +77,8 @@ def here(paths: Sequence[str]) -> dict[str, Any]:
     return _facts(done.stdout) or {}
 
 
-def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
-    words = ["env", f"DSTUNE_PROBE={_question(paths)}", sys.executable, "-"]
+def _ask(host: str, ssh: Ssh, paths: Sequence[str], folders: Sequence[str]) -> Answer:
+    words = ["env", f"DSTUNE_PROBE={_question(paths, folders)}", sys.executable, "-"]
     began = time.time()
     try:
         done = subprocess.run(
@@ -200,8 +201,8 @@ def _probe() -> str:
     return (Path(__file__).parent / "probe.py").read_text()
 
 
-def _question(paths: Sequence[str]) -> str:
-    return json.dumps({"packages": PACKAGES, "paths": list(paths)})
+def _question(paths: Sequence[str], folders: Sequence[str] = ()) -> str:
+    return json.dumps({"packages": PACKAGES, "paths": list(paths), "folders": list(folders)})
 
 
 def _facts(output: str) -> dict[str, Any] | None:

@@ -31,10 +31,11 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
 from dstune.core.plugins import accepts_changes, refuse_changes
 from dstune.core.rank_env import RankEnv, from_environment
 from dstune.launch import records, rundir
-from dstune.launch.commands import NO_TELEMETRY, OFFLINE, idle_gpus
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE, count_gpus, idle_gpus
 from dstune.launch.console import Console
 from dstune.launch.manage import status_of
 from dstune.launch.mirror import Mirror, open_mirror
+from dstune.launch.node_health import warnings_at_start
 from dstune.launch.queues import submitter_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
@@ -179,7 +180,10 @@ def _prepare(
     from dstune.launch import preflight  # not at the top: half a second of imports that `--cfg` and `--help` do without
 
     ignored = ignored_settings(composed.config, command.flags.overrides, continues=command.run is not None)
-    for warning in (*ignored, *idle_gpus(os.environ)):
+    of_node: list[str] = []
+    if nodes > 1 or count_gpus(os.environ):
+        of_node += warnings_at_start(Path.cwd(), several_nodes=nodes > 1)
+    for warning in (*ignored, *idle_gpus(os.environ), *of_node):
         console.message(f"dstune: warning: {warning}")
     work = None
     if mirror is not None:
