@@ -1,6 +1,6 @@
 """Prints what the plan recommends from one GPU to a hundred nodes: the table of docs/scaling.md. No weights, no GPU, a minute.
 
-    python benchmarks/plan_scaling.py
+python benchmarks/plan_scaling.py
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dstune.config.compose import compose  # noqa: E402
-from dstune.launch.plan import planned  # noqa: E402
-from dstune.planning.hardware import parse  # noqa: E402
-from dstune.planning.plan import as_word  # noqa: E402
+from dstune.config.compose import compose
+from dstune.launch.plan import planned
+from dstune.planning.hardware import parse
+from dstune.planning.plan import as_word
 
 RUNS = [
     ("RTX4090", 1, "llama3_8b", ["method=qlora"]),
@@ -28,7 +28,13 @@ RUNS = [
     ("8xH100-80G", 100, "llama3_70b", ["method=full", "trainer.global_batch_size=3200"]),
 ]
 """Devices of a node, nodes, model, and what differs from `SHARED`."""
-SHARED = ["data.train=rows.jsonl", "task=chat", "data.packing=true", "data.max_length=4096", "trainer.global_batch_size=256"]
+SHARED = [
+    "data.train=rows.jsonl",
+    "task=chat",
+    "data.packing=true",
+    "data.max_length=4096",
+    "trainer.global_batch_size=256",
+]
 
 
 def main() -> None:
@@ -49,7 +55,9 @@ def main() -> None:
         settings += [f"trainer.micro_batch_size={best.setup.micro_batch_size}"]
         if best.checkpointing:
             settings.append(f"trainer.activation_checkpointing={str(as_word(best.checkpointing)).lower()}")
-        print(f"{start} `{' '.join(settings)}` | {best.memory_gib:.1f} | {best.time.tokens_per_second:,.0f} |", flush=True)
+        print(
+            f"{start} `{' '.join(settings)}` | {best.memory_gib:.1f} | {best.time.tokens_per_second:,.0f} |", flush=True
+        )
 
 
 if __name__ == "__main__":
