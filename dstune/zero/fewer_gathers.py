@@ -73,9 +73,8 @@ def gather_persistent_together(optimizer: Any) -> None:
         if async_op or param_list is not persistent:
             return one_by_one(param_list, async_op=async_op, hierarchy=hierarchy)
         absent = [parameter for parameter in persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        drop_copies(
-            absent
-        )  # DeepSpeed drops them only after this, and what is gathered together is gathered from the copies
+        # DeepSpeed drops them only after this; gathered together, parameters come from their copies, which the update left behind.
+        drop_copies(absent)
         if absent:
             first.all_gather_coalesced(absent).wait()
         return None
