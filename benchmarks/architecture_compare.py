@@ -10,6 +10,8 @@ from typing import Any
 
 from architecture_cases import Case, model_class_of
 
+from dstune_verify import reference
+
 LOSS, UPDATE, LOGITS = 1e-5, 2e-4, 2e-4
 """Largest relative differences of what counts as equal: in losses (ten times that in gradient norms), in the change of all weights,
 and in logits of the export that is loaded again. What is equal differs by rounding in fp32: docs/architectures.md says how much."""
@@ -30,25 +32,13 @@ def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, A
     exported = load_export(case, folder, run_dir / "export")
     trained = dict(exported.named_parameters())
     missing = sorted(name for name in trained_parameters(plain) if name not in trained)
-    change_square = difference_square = 0.0
-    worst, worst_name = 0.0, ""
-    for name, parameter in trained_parameters(plain).items():
-        if name in missing:
-            continue
-        change = parameter.detach().double() - start[name].double()
-        difference = float((trained[name].detach().double() - parameter.detach().double()).square().sum())
-        change_square += float(change.square().sum())
-        difference_square += difference
-        share = math.sqrt(difference / max(float(change.square().sum()), 1e-20))
-        if difference > 1e-16 and share > worst:
-            worst, worst_name = share, name
+    both = {name: weight.detach().double() for name, weight in trained_parameters(plain).items() if name not in missing}
+    expected = {name: weight - start[name].double() for name, weight in both.items()}
+    measured = {name: trained[name].detach().double() - start[name].double() for name in both}
+    worst, worst_name = reference.worst_tensor({name: measured[name] - expected[name] for name in both}, expected)
+    result |= {"update": reference.distance(measured, expected), "worst": worst, "worst_tensor": worst_name}
     result |= {
-        "update": math.sqrt(difference_square / max(change_square, 1e-30)),
-        "worst": worst,
-        "worst_tensor": worst_name,
-    }
-    result |= {
-        "moved": math.sqrt(change_square),
+        "moved": reference.norm(expected),
         "missing": missing,
         "trained": sum(map(torch.numel, trained_parameters(plain).values())),
     }

@@ -70,6 +70,34 @@ def losses(bench: Bench) -> None:
 
 
 @case
+def verify(bench: Bench) -> None:
+    """Compare gradients, collectives and kernels with their definitions by dstune-verify, and keep the certificate."""
+    import subprocess
+
+    file = bench.folder / "certificate.json"
+    command = [
+        sys.executable,
+        "-m",
+        "dstune_verify",
+        "--certificate",
+        str(file),
+        "--ranks",
+        os.environ.get("GPUS", "1"),
+    ]
+    command += ["--cases", "packages,golden"] if bench.simulate else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if not file.is_file():
+        bench.row(run="dstune-verify", failed=done.stderr[-600:])
+        return
+    certificate = json.loads(file.read_text())
+    bench.row(run="dstune-verify", **certificate["counts"])
+    for outcome in certificate["cases"]:
+        if outcome["status"] != "right":
+            known = (outcome["known"] or {}).get("source", "")
+            bench.row(case=outcome["case"], status=outcome["status"], known=known, detail=outcome["detail"][:200])
+
+
+@case
 def packed_step(bench: Bench) -> None:
     """Time steps of packed rows of 4k, and count how often each line of a step waits for the device."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)

@@ -2,6 +2,7 @@
 
     make gpu-report PART=1             python benchmarks/gpu_report.py 1 --out gpu-report
     make gpu-report PART=5 GPUS=8      several GPUs: NCCL, stages 1 to 3, Ulysses, tensor parallelism
+    make gpu-report PART=6 GPUS=8      gradients, collectives and kernels by dstune-verify, with its certificate
 
 Parts 1 to 3 answer the questions in the order of their value: does it compute rightly, and how fast is LoRA of 8B beside TRL; full
 training of 1.5B, its trace, and the plan beside the peak; kernels, recomputation, resume, offloading. Part 4 is the rest.
@@ -56,6 +57,7 @@ PARTS: dict[int, dict[str, int]] = {
         "deterministic": 60,
     },
     5: {"nccl": 60, "ranks": 150, "ulysses": 90, "tensor": 90},
+    6: {"verify": 430},
 }
 """Seconds that each case may take, in the order of their value."""
 

@@ -10,30 +10,14 @@ from torch import nn
 from torch.nn import functional
 
 from dstune_verify.cases import CannotRun
-from dstune_verify.models import VOCABULARY, Batch
+from dstune_verify.models import Batch
+from dstune_verify.small_configurations import BY_KIND, HEADS, is_window, merged, shrunk
 
 MOST_PARAMETERS = 3_000_000
-HIDDEN, HEADS = 64, 4
-SIZES: dict[tuple[str, ...], int] = {
-    ("hidden_size", "n_embd", "d_model", "dim"): HIDDEN,
-    ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_hidden", "hidden_dim"): 96,
-    ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_dim", "intermediate_size_mlp"): 48,
-    ("num_attention_heads", "n_head", "n_heads", "num_heads"): HEADS,
-    ("head_dim", "qk_head_dim", "v_head_dim", "qk_nope_head_dim", "global_head_dim"): 16,
-    ("qk_rope_head_dim",): 8,
-    ("q_lora_rank", "kv_lora_rank"): 16,
-    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): 4,
-    ("num_experts_per_tok", "moe_top_k", "num_selected_experts"): 2,
-    ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq"): 1,
-    ("vocab_size",): 2 * VOCABULARY + 1,
-    ("vocab_size_per_layer_input",): 2 * VOCABULARY + 1,
-    ("hidden_size_per_layer_input",): 16,
-    ("sliding_window",): 4,
-    ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"): 64,
-}
-"""Sizes by the names that configurations have for them. Absent ones stay absent, and null stays null."""
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+WINDOW = 4
+"""Positions that a sliding window sees: fewer than the rows have."""
+NOT_READ = ("auto_map", "quantization_config", "architectures", "transformers_version", "dtype", "torch_dtype")
+HEADS_OF_KEYS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
 
 
 class CannotShrink(CannotRun):
@@ -41,42 +25,15 @@ class CannotShrink(CannotRun):
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json with two layers, or one of each kind, and small sizes. Ratios of heads to key heads stay."""
-    small = {
-        key: value
-        for key, value in config.items()
-        if not key.startswith("_") and key not in ("auto_map", "quantization_config")
-    }
+    """Return a config.json with small sizes and two layers, or as many as show each kind. As many heads of keys as of queries stay
+    as many."""
     if isinstance(config.get("text_config"), dict):
         raise CannotShrink("models with images or sound are not compared")
-    for names, size in SIZES.items():
-        for name in names:
-            if isinstance(config.get(name), int) and not isinstance(config[name], bool):
-                small[name] = min(size, config[name]) if name in ("n_group", "topk_group") else size
+    values = {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_READ}
+    small = merged(shrunk(values), BY_KIND.get(str(values.get("model_type")), {}))
+    small |= {name: min(WINDOW, size) for name, size in small.items() if is_window(name) and isinstance(size, int)}
     heads = next((config[name] for name in ("num_attention_heads", "n_head", "num_heads") if name in config), HEADS)
-    for name in ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"):
-        if isinstance(config.get(name), int):
-            small[name] = {True: HEADS, False: 2 if config[name] > 1 else 1}[config[name] >= heads]
-    layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 2)
-    kinds = config.get("layer_types")
-    chosen = list(range(min(2, layers)))
-    if isinstance(kinds, list) and len(kinds) == layers:
-        chosen = sorted({kinds.index(kind) for kind in kinds} | set(chosen))[:4]
-    for name, value in config.items():
-        if isinstance(value, list) and len(value) == layers and layers > 4:
-            small[name] = [value[index] for index in chosen]
-    small |= {name: len(chosen) for name in LAYERS if isinstance(config.get(name), int)}
-    small |= {name: 0 for name in TOKENS if isinstance(config.get(name), (int, list))}
-    small |= {
-        name: 0.0
-        for name, value in config.items()
-        if "dropout" in name or name.endswith("pdrop")
-        if isinstance(value, float)
-    }
-    if isinstance(config.get("qk_rope_head_dim"), int):  # a part of each head is rotated
-        small |= {"head_dim": 8, "qk_head_dim": 16 + 8}
-    if isinstance(config.get("num_kv_shared_layers"), int):
-        small["num_kv_shared_layers"] = 0
+    small |= {name: HEADS for name in HEADS_OF_KEYS if isinstance(config.get(name), int) and config[name] >= heads}
     return small
 
 

@@ -133,6 +133,23 @@ def distance(gradients: Weights, exact: Weights) -> float:
     return norm(difference) / (norm(exact) or 1e-30)
 
 
+def worst_tensor(
+    difference: Weights, expected: Weights, rounding: Mapping[str, float] | None = None
+) -> tuple[float, str]:
+    """Return the largest relative error among the tensors that have at least SMALL of the norm of all, and its tensor's name.
+
+    rounding: what is subtracted from the norm of each difference.
+    """
+    worst, worst_name, size = 0.0, "", norm(expected) or 1e-30
+    for name, tensor in expected.items():
+        of_tensor = float(tensor.double().norm())
+        if of_tensor >= SMALL * size:
+            error = (float(difference[name].double().norm()) - (rounding or {}).get(name, 0.0)) / of_tensor
+            if not error <= worst:  # also for NaN
+                worst, worst_name = error, name
+    return worst, worst_name
+
+
 def learning_rate(weights: Weights, gradients: Weights) -> float:
     """Return a power of two that makes the first step half as long as the weights: weights are rounded to their type after a
     step, which hides small steps."""
@@ -156,13 +173,7 @@ def compare(
     size = norm(expected) or 1e-30
     largest = {name: torch.maximum(before[name].abs(), after[name].abs()).double() for name in expected}
     rounding = {name: 2 * UNIT_ROUNDOFF[dtype] * float(largest[name].norm()) / rate for name in expected}
-    worst, worst_name = 0.0, ""
-    for name, gradient in expected.items():
-        of_tensor = float(gradient.norm())
-        if of_tensor >= SMALL * size:
-            error = (float(difference[name].norm()) - rounding[name]) / of_tensor
-            if not error <= worst:  # also for NaN
-                worst, worst_name = error, name
+    worst, worst_name = worst_tensor(difference, expected, rounding)
     product = sum(float((measured[name] * expected[name]).sum()) for name in expected)
     frozen = (name for name in before if name not in expected and not torch.equal(before[name], after[name]))
     return Errors(

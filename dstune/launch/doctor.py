@@ -27,7 +27,9 @@ from dstune.protocols import launcher_of
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check, LaunchRequest
 from dstune.protocols.launcher_options import ChecksMachines
 
-AVOIDED = ("clipping-default", "reentrant-repeated", "uneven-experts", "uneven-experts-abort")
+AVOIDED = (
+    "clipping-default", "reentrant-repeated", "reentrant-repeated-error", "uneven-experts", "uneven-experts-abort",
+)  # fmt: skip
 """Faults of DeepSpeed that runs of dstune avoid: it always writes `gradient_clipping`, recomputes without reentrant autograd, and
 reduces the same gradients on all ranks."""
 ENOUGH = 0.8
