@@ -173,7 +173,8 @@ TINY: dict[str, dict[str, Any]] = {
     "several-buckets": {"small_buckets": True},
     "recomputed": {"recomputation": "non-reentrant"},
     "two-inputs": {"model": "two-inputs"},
-    "repeated-reentrant": {"model": "repeated", "recomputation": "reentrant"},
+    # In small buckets: if both calls of a module fall into one, DeepSpeed 0.19.8 ends with an error. Blocks of large models do not.
+    "repeated-reentrant": {"model": "repeated", "recomputation": "reentrant", "small_buckets": True},
     "experts": {"model": "experts", "ban_experts": True, "rows": 4, "length": 17},
 }
 """What is tried of the user's settings on the tiny models. `clipping-left-out` is only tried if the settings leave it out; the

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dstune.rank import startup
-from dstune_verify import certificate, environment
+from dstune_verify import certificate, command, environment
 from dstune_verify.cases import CRASHED, Outcome
 from dstune_verify.catalogue import all_cases
 from dstune_verify.options import Options
@@ -117,6 +117,14 @@ def test_an_earlier_one_of_the_same_stack_does_not_replace_a_later_one(tool, tmp
 
 def test_the_page_is_that_of_the_folder(tool):
     assert tool.PAGE.read_text() == tool.page([tool.read(file) for file in sorted(tool.FOLDER.glob("*.json"))])
+
+
+def test_the_folder_keeps_all_cases_and_the_short_ones(tmp_path):
+    for form in ("full", "short", "chosen"):
+        command.write_certificates(made(form=form), tmp_path / form / "certificate.json", tmp_path / "folder")
+        assert (tmp_path / form / "certificate.json").is_file()
+    names = sorted(file.name for file in (tmp_path / "folder").iterdir())
+    assert names == ["0123456789abcdef-cuda-full.json", "0123456789abcdef-cuda-short.json"]
 
 
 def test_a_run_keeps_the_newest_one_and_says_what_has_changed_since(tmp_path, monkeypatch):
