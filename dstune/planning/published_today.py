@@ -272,6 +272,11 @@ TODAY: tuple[Published, ...] = (
         2025, 262144, CLASS.format("ministral3"), modality="text, images"),
     Published("mistralai/Ministral-3-14B-Instruct-2512-BF16", 13.9, _ministral3(5120, 16384, 40, tied=False), "apache-2.0",
         2025, 262144, PAGE.format("mistralai/Ministral-3-14B-Base-2512"), "", modality="text, images"),
+    # Mistral Small 3.1; 3.2 has the same sizes.
+    Published("mistralai/Mistral-Small-3.1-24B-Instruct-2503", 24, {"model_type": "mistral3", "vision_config": PIXTRAL,
+        "text_config": decoder_config("mistral", 131072, 5120, 32768, 40, 32, 8, head_dim=128), "tie_word_embeddings": False},
+        "apache-2.0", 2025, 131072, PAGE.format("mistralai/Mistral-Small-3.1-24B-Instruct-2503"), "2026-12-03",
+        modality="text, images"),
     Published("mistralai/Mistral-Small-4-119B-2603", 119, {"model_type": "mistral3", "text_config": {"model_type": "mistral4"},
         "vision_config": PIXTRAL}, "apache-2.0", 2026, 262144, WHATMODEL.format("mistral-small-4"), modality="text, images"),
     # gpt-oss: experts in MXFP4, dequantized while they are loaded.
