@@ -33,6 +33,7 @@ from dstune.data.images.places import COLUMN
 from dstune.data.rows import RowError, normalise
 from dstune.launch import machine
 from dstune.launch import plan as planner
+from dstune.planning.fillers import rows_without_fillers
 from dstune.planning.hardware import Cluster
 from dstune.protocols import ROW_FORMATS, TASKS, task_of
 
@@ -415,6 +416,10 @@ def starter_for(
     _add_model(starter, config, cluster)
     _add_name(starter, data)
     config = compose(starter.overrides()).config
+    if rows_of_pass := rows_without_fillers(config, cluster.ranks):
+        comment = f"rows of a pass: {cluster.ranks} devices share the {config.trainer.global_batch_size} rows of a step"
+        starter.add("trainer.micro_batch_size", rows_of_pass, comment)
+        config = compose(starter.overrides()).config
     validate(config)
     return starter, config, cluster
 

@@ -21,6 +21,7 @@ from dstune.core.errors import UserError
 from dstune.launch import machine
 from dstune.launch.machine import Here
 from dstune.launch.starter import main
+from dstune.planning.fillers import fillers
 from dstune.planning.hardware import Cluster, known_device
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -73,10 +74,10 @@ def write_rows(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
     return name
 
 
-def on(monkeypatch: pytest.MonkeyPatch, device: str, memory_gib: float | None = None) -> None:
+def on(monkeypatch: pytest.MonkeyPatch, device: str, devices: int = 1) -> None:
     found = known_device(device)
     assert found is not None
-    monkeypatch.setattr(machine, "here", lambda config: Here(Cluster(found, 1, host_gib=64.0), found.memory_gib))
+    monkeypatch.setattr(machine, "here", lambda config: Here(Cluster(found, devices, host_gib=64.0), found.memory_gib))
 
 
 def composed(file: str = "my.yaml") -> RunConfig:
@@ -118,6 +119,20 @@ def test_the_largest_model_that_fits_a_gpu(
     assert main([write_rows([{"messages": TURNS}] * 40)]) == 0
     config = composed()
     assert (config.model.path, config.method.name) == (model, method)
+
+
+@pytest.mark.parametrize(("devices", "rows_of_pass"), [(1, 4), (2, 4), (4, 2), (8, 1)])
+def test_no_device_computes_micro_batches_for_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, devices: int, rows_of_pass: int
+):
+    """8 rows of a step in micro-batches of 4 would leave half of 4 devices, and most of 8, with fillers."""
+    on(monkeypatch, "NVIDIA H100 80GB HBM3", devices)
+    assert main([write_rows([{"messages": TURNS}] * 16)]) == 0
+    config = composed()
+    assert (config.trainer.global_batch_size, config.trainer.rows) == (8, rows_of_pass)
+    assert list(fillers(config, devices)) == []
+    assert main([write_rows([{"messages": TURNS}] * 16), "trainer.micro_batch_size=4", "--force"]) == 0
+    assert composed().trainer.rows == 4, "what the user says is kept"
 
 
 def test_without_a_gpu_a_packaged_model(folder: Path):
