@@ -33,7 +33,7 @@ from dstune.planning.calibration import speeds
 from dstune.planning.fillers import IDLE, fillers, shares
 from dstune.planning.further import uncounted_models
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
-from dstune.planning.plan import Choice, Plan, as_word, effort, plan
+from dstune.planning.plan import SAME_SPEED, Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup
 from dstune.planning.source import whole_config_json
 from dstune.planning.stage import all_speeds, choose_planned_stage, is_open, setup_on
@@ -489,7 +489,9 @@ def _compared(estimate: Planned) -> list[str]:
 
 
 def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> dict[str, Planned]:
-    """Plan full fine-tuning, LoRA and QLoRA if the run uses one of them and generates text; otherwise return nothing."""
+    """Plan full fine-tuning, LoRA and QLoRA if the run uses one of them and generates text; otherwise return nothing.
+
+    A method that would take more memory than one before it in `COMPARED` for no more speed is planned for that one's memory."""
     if config.method.name not in COMPARED or not task_of(config.task).generates:
         return {}
     estimate_by_method = {}
@@ -501,13 +503,30 @@ def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> d
             other = replace(config, method=METHODS.classes()[name].Config())
             if not _of_plan(find_problems(other)):
                 images = configured.setup.images_of_row
-                estimate_by_method[name] = planned(other, cluster, images=images)
+                estimate = planned(other, cluster, images=images)
+                for before in estimate_by_method.values():
+                    estimate = _within_memory_of(before, estimate, other, images)
+                estimate_by_method[name] = estimate
         except UserError:
             continue  # this model cannot be trained by the method
     return estimate_by_method if len(estimate_by_method) > 1 else {}
 
 
 COMPARED = ("full", "lora", "qlora")
+"""From the method that needs the most memory to the one that needs the least."""
+
+
+def _within_memory_of(before: Planned, estimate: Planned, config: RunConfig, images: Images | None) -> Planned:
+    """Return the estimate, planned again for the memory that `before` is recommended to take if it takes more for no more speed."""
+    best, other = estimate.plan.recommended, before.plan.recommended
+    if best is None or other is None or best.memory_gib <= other.memory_gib:
+        return estimate
+    if best.time.seconds < (1 - SAME_SPEED) * other.time.seconds:
+        return estimate
+    device = replace(estimate.cluster.device, memory_gib=other.memory_gib)
+    smaller = planned(config, replace(estimate.cluster, device=device), images=images)
+    fits = smaller.plan.recommended
+    return smaller if fits and (fits.offload == "none" or best.offload != "none") else estimate
 
 
 def _growth(growth: Growth | None) -> list[str]:

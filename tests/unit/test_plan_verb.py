@@ -382,3 +382,22 @@ def test_one_device_is_recommended_no_stage_that_takes_more_memory(method: str, 
         if best is not None and best.offload == "none":
             as_fast = [row for row in rows if row.time.seconds <= 1.01 * best.time.seconds]
             assert best.memory_gib <= 1.01 * min(row.memory_gib for row in as_fast), (model, device)
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"),
+    [
+        (["model=phi4", "data.max_length=512", "zero=stage3"], "2xB200"),
+        (["model=qwen2.5_1.5b", "data.max_length=2048", "zero=stage3"], "1xRTX4090"),
+        (["model=llama3_8b", "data.max_length=2048"], "1xH100-80G"),
+    ],
+)
+def test_qlora_is_shown_with_no_more_memory_than_lora_where_it_is_no_faster(
+    capsys: pytest.CaptureFixture[str], words: list[str], devices: str
+) -> None:
+    run = [*words, "method=lora", "data=chitchat", "trainer.micro_batch_size=1", f"hardware={devices}"]
+    methods = plan_json(capsys, *run)["methods"]
+    lora, qlora = methods["lora"], methods["qlora"]
+    assert qlora["fits"]
+    assert qlora["step_seconds"] > lora["step_seconds"], "a case that this is about"
+    assert qlora["memory_gib_per_rank"] <= lora["memory_gib_per_rank"]
