@@ -72,7 +72,9 @@ class Cycle:
     @cached_property
     def _base(self) -> tuple[RunConfig, dict[str, list[dict[str, Any]]]]:
         """The configuration of the first run, and its rows by part."""
-        config, parts = read_run_parts(self.settings.run, fix="begin the cycle with a run of files (data.train)")
+        config, parts = read_run_parts(
+            self.settings.run, fix="begin a cycle with a run of files (data.train) that stay as they are"
+        )
         return config, {part: [row for _, row in rows] for part, rows in parts.items()}
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
+from dstune.data.recorded_files import refuse_changed_files
 
 if TYPE_CHECKING:
     from dstune.data.ingest import Table
@@ -21,10 +23,16 @@ PlacedRow = tuple[str, dict[str, Any]]
 """The place of a row (`FILE:LINE`) and its normalised columns."""
 
 
-def read_run_parts(run: Path, most: int | None = None, *, fix: str) -> tuple[RunConfig, dict[str, list[PlacedRow]]]:
+PARTS = ("train", "validation", "test")
+
+
+def read_run_parts(
+    run: Path, most: int | None = None, *, fix: str, names: Sequence[str] = PARTS
+) -> tuple[RunConfig, dict[str, list[PlacedRow]]]:
     """Return the run's configuration and, by part, at most `most` rows, those with the lowest hashes.
 
-    Rows that cleaning removed from training are among them. fix: what the user can do if the rows cannot be read again.
+    Rows that cleaning removed from training are among them. fix: what the user can do if the rows cannot be read again, or are not
+    those that the run was trained on. names: of the parts to return.
     Raises UserError.
     """
     from dstune.config.forgetting import general_rows, measured_alone, mixes_in
@@ -39,9 +47,12 @@ def read_run_parts(run: Path, most: int | None = None, *, fix: str) -> tuple[Run
         key = "data.streaming" if config.data.streaming else "data.mixture"
         reason = "the training rows of a stream or a mixture cannot be read again"
         raise UserError(Problem(key, reason, fix, str(run)))
+    # Training rows are needed for every part: others may be split from them.
+    not_read = [f"data.{name}" for name in ("validation", "test", "guard", "ood") if name not in names]
+    refuse_changed_files(run, config, fix, except_keys=not_read)
     with tempfile.TemporaryDirectory(prefix="dstune-rows-") as scratch:
         chosen = choose(_tables(config, Path(scratch)), config)
-        parts = {part: _lowest(rows, most) for part, rows in chosen.items()}
+        parts = {part: _lowest(rows, most) for part, rows in chosen.items() if part in names}
         if general is not None:
             # `forgetting.replay`: general rows were trained on in addition to those of the task.
             folder = Path(scratch) / "general"
@@ -62,7 +73,7 @@ def _tables(config: RunConfig, folder: Path) -> dict[str, Table]:
     return {
         part: ingest(inputs[""].files, inputs[""].config, folder / f"{part}.arrow", bad, images=images)
         for part, inputs in find_inputs(config).items()
-        if part in ("train", "validation", "test")
+        if part in PARTS
     }
 
 

@@ -40,6 +40,7 @@ from dstune.core.paths import REFERENCE_FILE, cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.problems import RowError
+from dstune.data.recorded_files import changed_files as changed_files_of_rows
 from dstune.generation.answers import placed_images, write_texts
 from dstune.inference.reference_images import Answer, drawn_row
 from dstune.inference.reference_rows import held_out_rows, render_turn, training_rows
@@ -54,6 +55,8 @@ HELD_OUT = "held out"
 """`part` of a reference: rows that the run held out."""
 TRAINING = "training"
 """`part` of a reference: training rows, of a run that held out none."""
+CHANGED = "changed"
+"""`part` of a reference: rows of the run's files, which changed since it was trained."""
 UNTRAINED = "base"
 """`part` of a reference: fixed conversations, of a model that no run has trained."""
 
@@ -231,6 +234,8 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
     rows, part = list(held_out_rows(config, data, tokenizer, served)), HELD_OUT
     if not rows:
         rows, part = list(training_rows(config, data, tokenizer, served)), TRAINING
+    if changed_files_of_rows(run_dir, config):
+        part = CHANGED
     if not rows:
         raise NoReference("the run held out no rows, and none of its first training rows can be asked again")
     other_prompts = sum(row.pop("other_prompt", False) for row in rows)

@@ -14,7 +14,6 @@ import numpy as np
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.data.recorded_files import refuse_changed_files
 from dstune.monitor import model_signals
 from dstune.monitor import signals as reading
 from dstune.monitor.check import REFERENCE
@@ -137,7 +136,6 @@ def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool)
     else:
         assert run is not None
         run_rows = read_run_rows(run, most)
-        refuse_changed_files(run, run_rows.config, "compare with others: --reference FILE")
         validation = sampled(run_rows.validation, most)
         # Training rows fill up the rest: they come from the same distribution.
         train = sampled(run_rows.train, max(most - len(validation), 0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import UserError
 from dstune.recording.folder import file_name, read_lines, read_object
 from dstune.recording.prompts import Prompt, prompt_of, read_prompts
 
@@ -61,19 +61,11 @@ class TrainedPrompts:
 
         are_named: whether `--trained-on` names rows, so that rows that cannot be read again are no error. Raises UserError.
         """
-        from dstune.config.run_file import read_run
-        from dstune.config.trust import Use
-        from dstune.data.recorded_files import changed_files
         from dstune.data.run_rows import read_run_parts
 
         for each in lineage(run):
-            config = read_run(each / "run.yaml", use=Use.rows).config
             try:
-                changed = changed_files(each, config)
-                if trained := [key for key in changed if key.startswith(("data.train", "data.mixture"))]:
-                    reason = f"the file changed since {each} was trained"
-                    raise UserError(Problem(trained[0], reason, f"bring back its rows, or {FLAG}", changed[trained[0]]))
-                _, parts = read_run_parts(each, fix=FLAG)
+                _, parts = read_run_parts(each, fix=FLAG, names=("train",))
                 self.add_rows(row for _, row in parts["train"])
             except UserError as error:
                 if not are_named:

@@ -48,6 +48,7 @@ RENEW = "`dstune export RUN --reference`"
 
 
 PARTS = {
+    "changed": "on rows of files that changed since the training",
     "training": "on training rows, since none were held out",
     "base": "compared with transformers' answers, since dstune did not train this model",
 }

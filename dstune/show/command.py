@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dstune.config.overrides import key_of
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.data.inputs import PARTS
+from dstune.data.recorded_files import changed_files
 from dstune.launch import preflight, train
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
@@ -59,8 +61,23 @@ def main(argv: list[str]) -> int:
     console = Console(sys.stderr)
     config = with_local_files(config, console)
     os.environ.update(NO_TELEMETRY | OFFLINE)
-    _print(_read_preview(config, options, console.kind), options)
+    preview = _read_preview(config, options, console.kind)
+    if command.run is not None and options.row is None:
+        preview = _with_changes(preview, command, config)
+    _print(preview, options)
     return EXIT_DONE
+
+
+def _with_changes(preview: Preview, command: train.Command, config: RunConfig) -> Preview:
+    """Return the preview, with a note if its rows are not those that the run was trained on."""
+    assert command.run is not None
+    named = set(map(key_of, command.flags.overrides))
+    keys = {f"data.{preview.split}", "data.train"} - named
+    changed = [name for key, name in changed_files(command.run, config).items() if key in keys or "mixture" in key]
+    if not changed:
+        return preview
+    note = f"{', '.join(changed)}: the file changed since {command.run} was trained, these are its rows now"
+    return replace(preview, note="; ".join(filter(None, (preview.note, note))))
 
 
 def _parse(argv: list[str]) -> tuple[Options, list[str]]:

@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 
+import dstune
 from dstune.checkpoint.quantization import parse_quantization
 from dstune.checkpoint.quantize import export_quantized
 from dstune.checkpoint.store import newest
 from dstune.config.compose import compose
 from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
+from dstune.cycle.settings import CycleSettings
+from dstune.cycle.steps import Cycle
 from dstune.evaluation import command as evaluate
 from dstune.monitor import command as monitor
+from dstune.recording.compare import held_out_prompts
+from dstune.recording.sides import LocalModel
+from dstune.serve.parity import PARTS
+from dstune.show import command as show
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_decoder, write_dialogues
 
@@ -82,6 +89,37 @@ def test_a_monitor(shelf: Path, changed: Path, tmp_path: Path) -> None:
     assert (
         monitor.main([str(shelf / "run"), "--data", str(live), "--model-rows", "0", "--reference", str(changed)]) == 0
     )
+
+
+def test_rows_that_a_cycle_begins_with(shelf: Path, changed: Path, tmp_path: Path) -> None:
+    settings = CycleSettings(shelf / "run", tmp_path / "cycle", str(shelf / FILES[0]))
+    with pytest.raises(UserError) as refused:
+        Cycle(settings, print).run()
+    check_refusal(refused.value, changed)
+
+
+def test_held_out_prompts_of_a_comparison(shelf: Path, changed: Path) -> None:
+    side = LocalModel("OLD", str(shelf / "run"), 1)
+    with pytest.raises(UserError) as refused:
+        held_out_prompts(side, side)
+    check_refusal(refused.value, changed)
+    assert "--prompts FILE" in refused.value.problems[0].fix
+
+
+def test_shown_rows(shelf: Path, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = changed.stem
+    words = ["show", str(shelf / "run"), "--split", part, "--rows", "0", "--json"]
+    assert show.main(words) == 0
+    assert f"{changed}: the file changed since" in json.loads(capsys.readouterr().out)["note"]
+    assert show.main([*words, f"data.{part}={changed}", "data.train=" + str(shelf / FILES[0])]) == 0
+    assert json.loads(capsys.readouterr().out)["note"] == "", "rows that the command names are its own"
+
+
+def test_the_reference_of_an_export(shelf: Path, changed: Path, tmp_path: Path) -> None:
+    """A server may be proven with it, and says which rows it was asked."""
+    made = dstune.export(shelf / "run", tmp_path / "export")
+    part = json.loads((Path(made) / "reference.json").read_text())["part"]
+    assert part == "changed" and "changed since the training" in PARTS[part]
 
 
 def test_rows_named_by_the_command_are_read(shelf: Path, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
