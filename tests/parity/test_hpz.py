@@ -12,7 +12,7 @@ from parity.test_ladder import PROGRAM, Workshop, equal_the_plain_loop, exact
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(1200)]  # four ranks on two cores
 
 THRESHOLDS = {"none": 0, "some": 3000}
 """Persistence thresholds of stage 3: none of the tiny model's tensors is complete on every rank, or norms and small ones are."""

@@ -63,6 +63,7 @@ WHOLE_FILES = {
     "parity/test_forgetting.py": 55,
     "parity/test_few_bits.py": 60,
     "parity/test_heads.py": 80,
+    "parity/test_hpz.py": 230,
     "parity/test_ladder.py": 80,
     "parity/test_method_runs.py": 95,
     "parity/test_micro_batch.py": 80,
