@@ -39,6 +39,7 @@ def test_they_equal_a_plain_loop(size: int, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.ci
 def test_stage_3_is_refused_with_a_stage_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`zero=stage2`, which the test above trains."""
-    results = trained(tmp_path, 2, [(kind, "full", 3) for kind in KINDS], monkeypatch)
+    cases = [(kind, method, 3) for kind in KINDS for method in ("full", "lora")]
+    results = trained(tmp_path, 2, cases, monkeypatch)
     answers = [(result["status"], result.get("where"), result.get("fix")) for result in results]
-    assert answers == [("refused", "zero.stage", "zero=stage2")] * len(KINDS)
+    assert answers == [("refused", "zero.stage", "zero=stage2")] * len(cases)
