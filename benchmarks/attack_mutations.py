@@ -40,6 +40,11 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/rendezvous.py", "SECRET_FILE, secrets.token_hex(32), mode=0o600)", "SECRET_FILE, secrets.token_hex(32))"
     ),
     "files.test_handoff_files_are_this_users_own": undo("core/files.py", _OWN, "if False:"),
+    "files.test_weights_for_a_server_are_in_a_folder_of_this_user": undo(
+        "tasks/reinforcement/served_sampler.py",
+        "if not stat.S_ISDIR(status.st_mode) or status.st_uid != user:",
+        "if False:",
+    ),
     "files.test_a_node_does_not_write_through_a_link": undo(
         "launch/node.py",
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW",

@@ -16,7 +16,7 @@ from dstune_verify.catalogue import all_cases
 from dstune_verify.options import Options
 from dstune_verify.runner import Runner
 from dstune_verify.training import TrainingCase
-from dstune_verify.verdict import Verdict, line_of
+from dstune_verify.verdict import Verdict, line_of, visible
 from dstune_verify.world import LauncherError, Place, device_count, device_type, place_from
 
 EXIT_RIGHT, EXIT_WRONG, EXIT_USAGE, EXIT_NOT_RUN = 0, 1, 2, 3
@@ -39,7 +39,7 @@ def main(argv: Sequence[str], certificates: Path | None = None) -> int:
         cases = choose(list_cases(options), arguments)
         check_numbers(arguments)
     except (LauncherError, UsageError) as error:
-        print(f"dstune-verify: {error}", file=sys.stderr)
+        print(visible(f"dstune-verify: {error}"), file=sys.stderr)
         return EXIT_USAGE
     verdict = judge(cases, options, place, ranks=arguments.ranks, seconds=arguments.time_limit or 0)
     if place is not None and place.rank > 0:

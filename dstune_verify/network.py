@@ -16,8 +16,15 @@ from dstune_verify.small_configurations import BY_KIND, HEADS, is_window, merged
 MOST_PARAMETERS = 3_000_000
 WINDOW = 4
 """Positions that a sliding window sees: fewer than the rows have."""
-NOT_READ = ("auto_map", "quantization_config", "architectures", "transformers_version", "dtype", "torch_dtype")
+LABELS = ("num_labels", "id2label", "label2id")
+NOT_READ = ("auto_map", "quantization_config", "architectures", "transformers_version", "dtype", "torch_dtype", *LABELS)
 HEADS_OF_KEYS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
+
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+"""Those in transformers itself. Any other name of `attn_implementation` or `experts_implementation` makes it load and run kernels
+that a hub has."""
+MOST_LAYERS = 10_000
 
 
 class CannotShrink(CannotRun):
@@ -29,12 +36,25 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     as many."""
     if isinstance(config.get("text_config"), dict):
         raise CannotShrink("models with images or sound are not compared")
+    config = _without_kernels(config)
     values = {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_READ}
     small = merged(shrunk(values), BY_KIND.get(str(values.get("model_type")), {}))
     small |= {name: min(WINDOW, size) for name, size in small.items() if is_window(name) and isinstance(size, int)}
     heads = next((config[name] for name in ("num_attention_heads", "n_head", "num_heads") if name in config), HEADS)
     small |= {name: HEADS for name in HEADS_OF_KEYS if isinstance(config.get(name), int) and config[name] >= heads}
+    for name, value in small.items():
+        if isinstance(value, int) and value > MOST_LAYERS and ("layer" in name or name.startswith("num_")):
+            raise CannotShrink(f"{name} is {value:,}")
     return small
+
+
+def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of `config`, in which no part names an implementation outside of transformers."""
+    return {
+        key: _without_kernels(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not key.endswith("_implementation") or value in IMPLEMENTATIONS
+    }
 
 
 class Network(nn.Module):

@@ -18,12 +18,13 @@ from dstune_verify.options import Options
 from dstune_verify.world import World, join
 
 ORDER = "DSTUNE_VERIFY_ORDER"
-"""The variable with what a rank is to do, as JSON: its place, the names of the cases, the file for outcomes."""
+"""The variable with a file that says, as JSON, what a rank is to do: its place, the names of the cases, the file for outcomes."""
 
 
 def main() -> None:
     """Run the cases of the order in the environment."""
-    order = json.loads(os.environ[ORDER])
+    with open(os.environ[ORDER], encoding="utf-8") as order_file:
+        order = json.load(order_file)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     with open(order["outcomes"], "a", encoding="utf-8") as file:

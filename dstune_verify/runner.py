@@ -188,6 +188,8 @@ class _Rank:
         self._report, self._limits = RankReport(rank), {case.name: runner.seconds or case.seconds for case in cases}
         longest = max(self._limits.values())
         place = {"rank": rank, "size": runner.size, "local_rank": local_rank, "address": runner.address, "port": port}
+        if runner.agents.size == 1:  # no other user can read or write in this folder, as everybody could at a port
+            place["file"] = str(folder / "store")
         order = {
             "place": place,
             "cases": [case.name for case in cases],
@@ -195,10 +197,12 @@ class _Rank:
             "outcomes": str(self.outcomes_file),
             "seconds": longest,
         }
+        order_file = folder / f"order-{rank}.json"  # a variable holds 128 KiB, which a model's config.json may exceed
+        order_file.write_text(json.dumps(order), encoding="utf-8")
         variables = {name: value for name, value in os.environ.items() if name not in OURS}
         variables |= {
             "RANK": str(rank), "WORLD_SIZE": str(runner.size), "LOCAL_RANK": str(local_rank),
-            "MASTER_ADDR": runner.address, "MASTER_PORT": str(port), rank_module.ORDER: json.dumps(order),
+            "MASTER_ADDR": runner.address, "MASTER_PORT": str(port), rank_module.ORDER: str(order_file),
         }  # fmt: skip
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -18,6 +18,7 @@ from dstune_verify.cases import installed
 from dstune_verify.options import Options
 from dstune_verify.training import TrainingCase
 
+MOST_BYTES, MOST_LEVELS = 2**24, 50
 ROWS = 2
 MOST_ACCUMULATED = 4
 BUCKETS = {"reduce_bucket_size": 3000, "allgather_bucket_size": 3000, "stage3_prefetch_bucket_size": 3000}
@@ -46,13 +47,22 @@ class Prepared:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ConfigurationError."""
+    """Return the object in a JSON file, which may be a stranger's. Raises ConfigurationError."""
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path}: is no regular file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = json.loads(file.read(MOST_BYTES).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: cannot be read as JSON ({error})") from None
+        raise ConfigurationError(f"{path}: cannot be read as JSON of at most {MOST_BYTES:,} bytes ({error})") from None
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path}: {what} is a JSON object, not a {type(content).__name__}")
+    level: list[Any] = [content]
+    for _ in range(MOST_LEVELS):
+        level = [item for value in level for item in (value.values() if isinstance(value, dict) else value)]
+        level = [value for value in level if isinstance(value, (dict, list))]
+    if level:
+        raise ConfigurationError(f"{path}: is nested more than {MOST_LEVELS} deep")
     return content
 
 

@@ -73,10 +73,18 @@ class Verdict:
         return sum(outcome.status == status for outcome in self.outcomes)
 
 
+def visible(text: str) -> str:
+    """Return `text` without characters that a terminal would obey: it may quote a stranger's file."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def line_of(outcome: Outcome) -> str:
     """Return one line about an outcome: the status, the case, what is wrong or the error beside its bound."""
     detail = outcome.detail
     if outcome.status == RIGHT and outcome.errors:
         name = "gradient" if "gradient" in outcome.errors else next(iter(outcome.errors))
         detail = f"{name} {outcome.errors[name]:.2g}, bound {outcome.bounds[name]:g}"
-    return f"{MARKS[outcome.status]} {outcome.case:<38} {detail}".rstrip()
+    return visible(f"{MARKS[outcome.status]} {outcome.case:<38} {detail}".rstrip())

@@ -134,15 +134,16 @@ def device_count(kind: str) -> int:
     return int(module.device_count()) if kind != "cpu" and module is not None else 0
 
 
-def join(rank: int, size: int, local_rank: int, address: str, port: int, seconds: float) -> World:
-    """Choose the device of this rank and join the process group. seconds: limit of every collective."""
+def join(rank: int, size: int, local_rank: int, address: str, port: int, seconds: float, file: str = "") -> World:
+    """Choose the device of this rank and join the process group. seconds: limit of every collective. file: of the store, where all
+    ranks are on this machine."""
     kind = device_type()
     device = torch.device("cpu")
     if kind != "cpu":
         device = torch.device(kind, local_rank % max(device_count(kind), 1))
         getattr(torch, kind).set_device(device)
     limit = timedelta(seconds=seconds)
-    store = open_store(address, port, rank == 0, seconds)
+    store = open_file_store(file, size) if file else open_store(address, port, rank == 0, seconds)
     backend = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl"}.get(kind)
     torch.distributed.init_process_group(
         backend, store=within(store, "group"), rank=rank, world_size=size, timeout=limit

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,10 +17,13 @@ from dstune.core import files, handoff
 from dstune.core.errors import UserError
 from dstune.launch import mirror, records
 from dstune.rank.finalize import write_result
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.served_sampler import ServedSampler, claim, weights_folder
 from dstune.tracking.jsonl import JsonLines
 from dstune.zero import swap
 
 VICTIM = "precious\n"
+ALONE: Any = SimpleNamespace(is_main=True, broadcast=lambda value: value)
 
 
 @pytest.fixture
@@ -152,6 +157,28 @@ def test_handoff_files_are_this_users_own(fault: str, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="cannot read the environment"):
         handoff.take(1, variables)
     assert variables["PATH"] == "/bin"
+
+
+@pytest.mark.parametrize("fault", ["link", "owner"])
+def test_weights_for_a_server_are_in_a_folder_of_this_user(fault: str, tmp_path: Path) -> None:
+    """Its name can be guessed, and others may write to the shared folder: whoever made it first could swap the weights."""
+    run, shared = tmp_path / "run", tmp_path / "shared"
+    assert (
+        claim(weights_folder(str(shared), tmp_path / "mine"))
+        == claim(weights_folder(str(shared), tmp_path / "mine"))
+        == ""
+    )
+    planted = weights_folder(str(shared), run)
+    if fault == "link":
+        planted.symlink_to(tmp_path)
+    else:
+        if os.getuid() != 0:
+            pytest.skip("needs root, to make a folder of another user")
+        planted.mkdir()
+        os.chown(planted, 65534, 65534)
+    task = ReinforcementConfig(rollout_url="http://127.0.0.1:1", rollout_folder=str(shared))
+    with pytest.raises(UserError, match="is a link or belongs to another user"):
+        ServedSampler(task, SimpleNamespace(module=SimpleNamespace()), ALONE, run, {0})
 
 
 def test_a_node_does_not_write_through_a_link(tmp_path: Path, victim: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +47,26 @@ def weights_folder(shared: str | None, run_dir: Path) -> Path:
     return Path(shared).resolve() / f"{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
 
 
+def claim(folder: Path) -> str:
+    """Make a folder below a shared one, where others may write too. Return why it cannot be used; empty if it can: another user who
+    made it first could give the server other weights."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o755)
+            return ""
+        status = folder.lstat()
+        with tempfile.TemporaryFile(
+            dir=folder.parent
+        ) as file:  # a network file system may know this user by another number
+            user = os.fstat(file.fileno()).st_uid
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror}"
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != user:
+        return f"{folder} is a link or belongs to another user"
+    return ""
+
+
 class ServedSampler:
     """The server at `task.rollout_url`, used by all ranks together. Rank 0 loads weights; each rank requests its own completions.
 
@@ -55,7 +78,12 @@ class ServedSampler:
     def __init__(self, task: ReinforcementConfig, engine: Engine, world: World, run_dir: Path, ends: Collection[int]):
         assert task.rollout_url is not None
         self._task, self._world = task, world
-        self._weights = PublishedWeights(engine, world, weights_folder(task.rollout_folder, run_dir.resolve()))
+        folder = weights_folder(task.rollout_folder, run_dir.resolve())
+        reason = world.broadcast(claim(folder) if task.rollout_folder is not None and world.is_main else "")
+        if reason:
+            fix = "a folder in which no other user may write"
+            raise UserError(Problem("task.rollout_folder", reason, fix, str(task.rollout_folder)))
+        self._weights = PublishedWeights(engine, world, folder)
         self._server = VllmServer(task.rollout_url, read_key(), task.rollout_seconds)
         if self._weights.is_adapter:
             self._server.recover = self._load
