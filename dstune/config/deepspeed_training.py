@@ -1,7 +1,8 @@
 """Translates what a DeepSpeed configuration says of training: batch, clipping, precision, optimizer, schedule.
 
-A key that the file leaves out has DeepSpeed's default, which is not always dstune's. A section `optimizer` or `scheduler` that the
-file leaves out is the script's business in DeepSpeed, so dstune's own group decides. So it does for `auto`.
+A key that the file leaves out has DeepSpeed's default, which is not always dstune's. A section `optimizer` that the file leaves out
+is the script's business in DeepSpeed, so dstune's own group decides. So it does for `auto`. Without `scheduler`, a rate that the
+file sets stays the same, as in DeepSpeed; a rate that it leaves to the script has dstune's own schedule.
 """
 
 from __future__ import annotations
@@ -93,10 +94,21 @@ OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "lion": "lion", "muon": "muon"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
     "lion": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0},
+    "muon": {"momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-10, "weight_decay": 0.0},
     "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0},
 }
 """DeepSpeed's defaults of the parameters that dstune has a key for. Their keys are all that an optimizer has."""
-SAME_RESULT = ("torch_adam", "fused", "foreach", "set_grad_none", "capturable", "differentiable", "maximize")
+RATES_OF_MUON = ("lr", "muon_lr", "adam_lr")
+SAME_RESULT = (
+    "torch_adam",
+    "fused",
+    "foreach",
+    "set_grad_none",
+    "capturable",
+    "differentiable",
+    "maximize",
+    "ns_method",
+)
 """Parameters that decide how an update is computed, if they are not in `ONLY`."""
 ONLY: dict[str, Any] = {
     "adam_w_mode": True,
@@ -106,6 +118,7 @@ ONLY: dict[str, Any] = {
     "dampening": 0,
     "maximize": False,
     "fp32_optimizer_states": True,
+    "per_head_muon": False,
 }
 """Parameters that have to be what dstune's optimizers do anyway."""
 
@@ -129,9 +142,6 @@ def _read_optimizer(settings: Any, content: Content, where: str) -> None:
         content.problems.append(Problem(f"optimizer.type in {where}", reason, fix, str(kind)))
         return
     content.values.append(Value("optimizer", choice, "optimizer.type"))
-    if choice == "muon":
-        _refuse_muon(params, content, where)
-        return
     if choice not in DEFAULTS:  # a plugin's own keys, which composing checks
         settled = {name: value for name, value in params.items() if value != AUTO}
         content.values += [
@@ -147,6 +157,8 @@ def _read_optimizer(settings: Any, content: Content, where: str) -> None:
             content.values.append(Value(f"optimizer.{name}", default, source, True))
         elif name in params and value != AUTO:
             content.values.append(Value(f"optimizer.{name}", value, source))
+    if choice == "muon" and not whole_section:
+        params = _refuse_rates_of_muon(params, content, where)
     is_adamw = str(kind).lower() == "adamw"  # for which DeepSpeed ignores `adam_w_mode`
     for name, value in params.items():
         is_same = name in SAME_RESULT and name not in ONLY
@@ -158,12 +170,22 @@ def _read_optimizer(settings: Any, content: Content, where: str) -> None:
             content.problems.append(Problem(f"optimizer.params.{name} in {where}", reason, fix, format_value(value)))
 
 
-def _refuse_muon(params: Mapping[str, Any], content: Content, where: str) -> None:
-    for name, value in params.items():
+def _refuse_rates_of_muon(params: Mapping[str, Any], content: Content, where: str) -> Mapping[str, Any]:
+    """Add a problem for each rate, also for DeepSpeed's default. Returns the other parameters.
+
+    With ZeRO, DeepSpeed orthogonalizes before it clips, by a norm over updates of matrices and gradients of the rest. So even the
+    size of the loss changes its updates of matrices.
+    """
+    rates = {name: params[name] for name in RATES_OF_MUON if name in params}
+    reason = (
+        "no rate of dstune's Muon trains the same: DeepSpeed scales an update by the shape of its matrix, dstune to the size of"
+        " AdamW's, and at ZeRO 1 to 3 DeepSpeed clips updates instead of gradients"
+    )
+    fix = 'write "lr": "auto" alone, which leaves the rate to optimizer.lr: rates for AdamW fit dstune\'s Muon'
+    for name, value in (rates or {"lr": 0.02}).items():
         if value != AUTO:
-            reason = "DeepSpeed scales Muon's updates by the shape of a matrix, dstune to the size of AdamW's"
-            fix = 'write "auto", and give optimizer.lr'
             content.problems.append(Problem(f"optimizer.params.{name} in {where}", reason, fix, format_value(value)))
+    return {name: value for name, value in params.items() if name not in rates}
 
 
 def _params(
@@ -218,10 +240,12 @@ SCHEDULE_DEFAULTS = {
 
 def _read_scheduler(settings: Any, content: Content, where: str) -> None:
     if not isinstance(settings, Mapping):
+        _keep_rate(content)
         return
     params = _params("scheduler", settings, content, where, ("type", "params"))
     kind = settings.get("type")
     if _has_no_type("scheduler", kind, params, content, where):
+        _keep_rate(content)
         return
     if kind not in SCHEDULERS:
         reason = f"dstune has no such schedule; {', '.join(SCHEDULERS)} have one"
@@ -258,6 +282,15 @@ def _read_scheduler(settings: Any, content: Content, where: str) -> None:
             content.problems.append(
                 Problem(f"scheduler.params.{name} in {where}", reason, "remove it", format_value(value))
             )
+
+
+def _keep_rate(content: Content) -> None:
+    """Keep the rate that the file or DeepSpeed's default sets, since there is no schedule. One that it leaves to the script has
+    dstune's."""
+    if any(value.key == "optimizer.lr" for value in content.values):
+        content.values.append(Value("schedule", "constant", "scheduler", implied=True, note="(one rate for all steps)"))
+    else:
+        content.leaves_schedule = True
 
 
 def _put_default(kind: str, name: str, key: str, content: Content, where: str) -> None:

@@ -41,6 +41,8 @@ class Content:
     """Whether the rows of a micro-batch follow from the batch, `accumulation` and the ranks, as the file leaves them out."""
     start_rate: Value | None = None
     """Learning rate that the schedule begins with. Its share of the peak is known when the peak is."""
+    leaves_schedule: bool = False
+    """Whether the file sets neither rate nor schedule, as both are the script's business."""
     processes: int | None = None
     """Ranks on this machine, which only accelerate's files contain. `launch.processes`, if given, takes precedence."""
     problems: list[Problem] = field(default_factory=list)

@@ -48,6 +48,7 @@ def with_file(config: RunConfig, given: Given) -> tuple[RunConfig, dict[str, str
     for value in sorted(content.values, key=lambda value: "." in value.key):  # choices of groups come first
         merge.put(value)
     merge.put_start_rate(content)
+    merge.say_schedule(content)
     merge.put_ranks(content)
     problems = content.problems + merge.problems
     if problems:
@@ -95,22 +96,39 @@ class _Merge:
 
     def _choose(self, value: Value) -> None:
         group, current_name = value.key, self.tree[value.key]["name"]
+        giver_by_name = {name: giver for name in self.tree[group] if (giver := self.given(f"{group}.{name}"))}
+        if value.implied:
+            giver = self.given(group) or next(iter(giver_by_name.values()), None)
+            if giver is None:
+                self.add_origin(replace(value, key=f"{group}.name"))
+            elif self.given(group) != COMMAND_LINE:
+                self.origins[f"{group}.name"] = (
+                    f"{giver} decides, though {self.path} leaves out {value.source}: DeepSpeed's default is {value.value}"
+                )
+            if giver is not None:
+                return
         if current_name == value.value:
             return
         if giver := self.given(group):
             self._add_contradiction(value, current_name, giver)
         field_names = type_hints(classes_of(group)[value.value])
-        old = {
-            name: part
-            for name, part in self.tree[group].items()
-            if name in field_names and self.given(f"{group}.{name}")
-        }
+        old = {name: self.tree[group][name] for name in giver_by_name if name in field_names}
+        for name in giver_by_name.keys() - old.keys() if giver is None else ():
+            reason = f"{group}={value.value}, which {value.source} in {self.path} chooses, has no such key"
+            fix = f"leave it out, or choose {group}={current_name} and remove the section {value.source.split('.')[0]}"
+            self.problems.append(Problem(f"{group}.{name}", reason, fix, format_value(self.tree[group][name])))
         defaults = to_dict(classes_of(group)[value.value]())
         self.tree[group] = {**defaults, **old, "name": value.value}
 
     def add_origin(self, value: Value) -> None:
         origin = f"DeepSpeed's default, since {self.path} leaves out {value.source}"
         self.origins[value.key] = f"{origin} {value.note}".rstrip()
+
+    def say_schedule(self, content: Content) -> None:
+        """Name the schedule as dstune's own where the file leaves rate and schedule to the script."""
+        if content.leaves_schedule and not self.given("schedule"):
+            reason = f"dstune's own, since {self.path} has no scheduler, which DeepSpeed leaves to the script"
+            self.origins["schedule.name"] = reason
 
     def put_start_rate(self, content: Content) -> None:
         """Merge the rate that the schedule begins with, as a share of the peak rate, which the other values decide."""

@@ -196,7 +196,7 @@ def _prepare(
     before = rundir.before_launch(composed, work)
     origins = dict(composed.origins)
     for key, why in composed.origins.items():
-        console.stage(f"{key}={format_value(attrgetter(key)(composed.config))}: {why}")
+        console.stage(f"{key.removesuffix('.name')}={format_value(attrgetter(key)(composed.config))}: {why}")
     try:
         if write_rows is not None:
             write_rows(before.path)

@@ -14,6 +14,7 @@ from support import deepspeed_files
 from support.ranks import run_ranks
 
 from dstune.config.compose import compose
+from dstune.config.convert import to_dict
 from dstune.config.run_file import Composed
 from dstune.config.schema import Precision
 from dstune.config.validate import validate
@@ -70,7 +71,7 @@ def without_auto(content: dict[str, Any], run: Composed) -> dict[str, Any]:
                     del section[key]
 
     fill(filled)
-    if filled.get("optimizer", {}).get("type", "").lower() in ("adam", "adamw"):
+    if filled.get("optimizer", {}).get("type", "").lower() in ("adam", "adamw", "muon"):
         filled["optimizer"].setdefault("params", {})["torch_adam"] = True  # DeepSpeed's own is compiled first
         filled["optimizer"]["params"].pop("bias_correction", None)  # which torch's always does
     return filled
@@ -101,12 +102,19 @@ def test_a_run_is_what_deepspeed_makes_of_the_file(name, runs, engines):
     assert trainer.grad_clip == engine["clip"]
     if "auto" not in (content.get("bf16", {}).get("enabled"), content.get("fp16", {}).get("enabled")):
         assert trainer.precision is Precision[engine["precision"]]
-    if "scheduler" in content:
+    if engine["muon"]:
+        for key, value in engine["muon"].items():
+            assert to_dict(getattr(config.optimizer, key)) == value, key
+    elif "scheduler" in content or "optimizer" in content:  # otherwise the script's optimizer has the rates
         schedule = schedule_of(config.schedule)
         rates = [config.optimizer.lr * schedule.factor(step, STEPS) for step in range(STEPS)]
         assert rates == pytest.approx(engine["rates"], rel=1e-12, abs=1e-18)
-    elif "optimizer" in content:
-        assert [config.optimizer.lr] * STEPS == engine["rates"]
+
+
+def test_why_rates_of_muon_are_refused(engines):
+    """DeepSpeed clips what it has orthogonalized: a loss that is 100 times as large makes updates of matrices as much smaller."""
+    small_loss, large_loss = engines["updates of Muon"]
+    assert large_loss < small_loss / 50
 
 
 @pytest.mark.parametrize("name", deepspeed_files.REFUSED)

@@ -168,6 +168,10 @@ SAME: dict[str, dict[str, Any]] = {
     "AdamW, whose mode DeepSpeed ignores": {"train_batch_size": 8, **adam(lr=1e-4, adam_w_mode=False)},
     "SGD": {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
     "SGD without a rate": {"train_batch_size": 8, "optimizer": {"type": "SGD"}},
+    "Muon, its rate left to the script": {
+        "train_batch_size": 8,
+        "optimizer": {"type": "Muon", "params": {"lr": "auto", "momentum": 0.9, "weight_decay": 0.1}},
+    },
     # batches, clipping
     "batch and steps": {"train_batch_size": 24, "gradient_accumulation_steps": 3, "gradient_clipping": 0.3},
     "micro-batch alone": {"train_micro_batch_size_per_gpu": 6},
@@ -191,6 +195,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a misspelt section": ({"optimizer": {"type": "AdamW", "parms": {"lr": 1}}}, "optimizer.parms", "ignores this key"),
     "an optimizer without a type": ({"optimizer": {"params": {"lr": 1e-4}}}, "optimizer.type", "ignores"),
     "Lamb": ({"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}}, "optimizer.type", "no such optimizer"),
+    "Muon's rates": (
+        {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02, "adam_lr": "auto"}}},
+        "optimizer.params.muon_lr",
+        "clips updates instead of gradients",
+    ),
+    "Muon's default rate": ({"optimizer": {"type": "Muon"}}, "optimizer.params.lr", "no rate of dstune's Muon"),
     "moments in half precision": (
         adam(lr=1e-4, fp32_optimizer_states=False),
         "optimizer.params.fp32_optimizer_states",

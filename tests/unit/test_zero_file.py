@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,51 @@ def test_defaults_of_deepspeed_are_named_as_the_origin(write):
     assert "leaves out optimizer.params.lr" in result.origins["optimizer.lr"]
     assert "optimizer.weight_decay" not in result.origins
     assert "trainer.grad_clip" not in compose([*result.overrides, "trainer.grad_clip=0.5"]).origins
+
+
+WITH_RATE = {"optimizer": {"type": "AdamW", "params": {"lr": 2e-4}}, "zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "schedule", "origin"),
+    [
+        (WITH_RATE, [], "constant", "DeepSpeed's default, since .* leaves out scheduler"),
+        (WITH_RATE, ["schedule=cosine"], "cosine", None),
+        (
+            WITH_RATE,
+            ["schedule.min_lr_ratio=0.1"],
+            "cosine",
+            "the command line decides, though .* leaves out scheduler",
+        ),
+        (WITH_RATE, ["experiment=ner"], "linear", "experiment=ner decides, though .* default is constant"),
+        (WITH_RATE | {"scheduler": {"type": "auto"}}, [], "constant", "leaves out scheduler"),
+        (WITH_RATE | {"scheduler": {"type": "WarmupLR"}}, [], "deepspeed", None),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+            [],
+            "cosine",
+            "dstune's own, since .* no scheduler",
+        ),
+        ({"zero_optimization": {"stage": 1}}, [], "cosine", "dstune's own, since .* no scheduler"),
+        ({"zero_optimization": {"stage": 1}}, ["schedule=constant"], "constant", None),
+    ],
+)
+def test_a_file_without_a_scheduler_keeps_the_rate_that_it_sets_and_says_so(
+    write, content, overrides, schedule, origin
+):
+    result = compose(["data=chitchat", *overrides, "zero=file", f"zero.path={write(content)}"])
+    assert result.config.schedule.name == schedule
+    if origin is None:
+        assert "schedule.name" not in result.origins
+    else:
+        assert re.search(origin, result.origins["schedule.name"])
+
+
+def test_a_key_that_the_file_s_choice_lacks_is_refused(write):
+    problems = refused(write({"optimizer": {"type": "SGD"}}), "optimizer.betas=[0.9,0.95]")
+    assert "optimizer=sgd, which optimizer.type in" in problems["optimizer.betas"]
+    path = write({"gradient_clipping": 1.0})  # what the fix says
+    assert composed(path, "optimizer=adamw", "optimizer.betas=[0.9,0.95]").optimizer.name == "adamw"
 
 
 def test_sizes_of_several_nodes_and_of_ranks_that_share_rows(write):
