@@ -255,8 +255,8 @@ _OTHER: dict[str, Mutation] = {
     ),
     "unit/test_defaults.py::test_the_stage_is_the_fastest_that_fits": undo(
         "planning/stage.py",
-        "return at_stage(config, best.setup.stage), _reason",
-        "return at_stage(config, stages[0]), _reason",
+        "chosen = at_stage(config, best.setup.stage)",
+        "chosen = at_stage(config, stages[0])",
     ),
     "unit/test_defaults.py::test_steps_passes_and_shares_of_the_run": undo(
         "config/cadence.py", "return step // period > (step - 1) // period", "return step % period == 0"
