@@ -17,6 +17,7 @@ from dstune.core import files
 from dstune.core.api_client import Address, check_address
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.text import one_line
 from dstune.grading.verdicts import FEWEST, PASSED, GateResult
 from dstune.recording.answers import Asking
 from dstune.recording.folder import MANIFEST, Folder
@@ -217,6 +218,7 @@ def compare(old: Side, new: Side, judge: Judge | None, arguments: argparse.Names
     notes.insert(0, f"{len(questions):,} prompts are compared")
     print(notes[0], flush=True)
     (old_name, old_records), (new_name, new_records) = ask_both(old, new, questions, arguments)
+    questions, notes[1:1] = answered_by(OLD, old_name, questions, old_records)
     rows, missing = rows_of(questions, old_records, new_records)
     if judge is not None:
         rows, note = judged(list(questions.values()), rows, judge, arguments.output)
@@ -344,18 +346,34 @@ def ask_both(
     return answers[0], answers[1]
 
 
+def answered_by(
+    flag: str, model: str, questions: Mapping[str, Question], records: Records
+) -> tuple[dict[str, Question], list[str]]:
+    """Return the questions that the old model answered, and a note about the others: as wrong answers, they would let any new model
+    pass. Raises UserError if too few are left."""
+    answered = {key: question for key, question in questions.items() if "error" not in records.get(key, {"error": {}})}
+    count = len(questions) - len(answered)
+    if len(answered) >= FEWEST:
+        return answered, [f"{count:,} prompts are left out: {OLD} has no answer to them"] if count else []
+    errors = (records[key].get("error") for key in questions if key in records and key not in answered)
+    error = next(errors, None)
+    first = error.get("message") if isinstance(error, dict) else error
+    reason = f"{model} answered {len(answered)} of {len(questions):,} prompts, {FEWEST} are needed"
+    fix = "a model that answers; `dstune record` asks again for the answers that a recording lacks"
+    raise UserError(Problem(flag, f"{reason}: {one_line(str(first))[:200]}" if first else reason, fix))
+
+
 def rows_of(questions: Mapping[str, Question], old: Records, new: Records) -> tuple[list[Row], list[str]]:
-    """Return the answers side by side, and notes about missing ones."""
+    """Return the answers side by side, and a note about those of the new model that are missing."""
     rows: list[Row] = []
-    counts: Counter[str] = Counter()
+    missing = 0
     for key, question in questions.items():
-        records = {"old": old.get(key, {"error": {}}), "new": new.get(key, {"error": {}})}
-        for name, record in records.items():
-            counts[f"have no answer of the {name} model, which counts as wrong"] += "error" in record
-        old_answer, new_answer = (text_of(record.get("answer")) for record in records.values())
+        answer = new.get(key, {"error": {}})
+        missing += "error" in answer
         prompt = text_of(question.stored.messages[-1]) if question.stored.messages else ""
-        rows.append(Row(prompt, text_of(question.stored.expected), old_answer, new_answer))
-    return rows, [f"{count:,} prompts {reason}" for reason, count in counts.items() if count]
+        texts = [text_of(each) for each in (question.stored.expected, old[key].get("answer"), answer.get("answer"))]
+        rows.append(Row(prompt, *texts))
+    return rows, [f"{missing:,} prompts have no answer of the new model, which counts as wrong"] if missing else []
 
 
 def judged(questions: Sequence[Question], rows: Sequence[Row], judge: Judge, output: Path) -> tuple[list[Row], str]:

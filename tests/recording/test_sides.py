@@ -108,6 +108,38 @@ def test_a_server_that_answers_worse_is_worse(recording, tmp_path, monkeypatch):
     assert result(tmp_path / "out")["verdict"] == "worse"
 
 
+def test_prompts_that_the_old_model_did_not_answer_decide_nothing(tmp_path, monkeypatch, capsys):
+    """A server's errors are no wrong answers: beside them, any new model would pass."""
+    right = lambda body: f"right {body['messages'][0]['content'].split()[-1]}"  # noqa: E731
+    prompts = write_rows(tmp_path / "prompts.jsonl", [row(f"question {n}", f"right {n}") for n in range(60)])
+
+    def recorded(folder: Path, failing: int, text_of: Callable[[dict], str]) -> str:
+        hosted = answering(Hosted(jobs=1), text_of)
+        answer = hosted.answer
+
+        def answer_or_fail(body: dict) -> dict:
+            fails = int(body["messages"][0]["content"].split()[-1]) < failing
+            return {"error": {"message": "the model is away"}} if fails else answer(body)
+
+        hosted.answer = answer_or_fail
+        monkeypatch.setenv("OPENAI_API_KEY", hosted.key)
+        with serving(hosted) as url:
+            words = ["--server", f"{url}/v1", "--prompts", prompts, "--models", "old", "--max-tokens", "5"]
+            assert record([str(folder), *words]) == 0
+        return str(folder)
+
+    wrong = recorded(tmp_path / "new", 0, lambda body: "wrong")
+    half = recorded(tmp_path / "half", 30, right)
+    assert main([half, wrong, "--output", str(tmp_path / "out"), *WIDE]) == 1
+    assert result(tmp_path / "out")["verdict"] == "worse"
+    assert "30 prompts are left out: OLD has no answer to them" in capsys.readouterr().out
+    nothing = recorded(tmp_path / "nothing", 60, right)
+    with pytest.raises(UserError, match="the model is away"):
+        main([nothing, wrong, "--output", str(tmp_path / "other"), *WIDE])
+    assert main([half, nothing, "--output", str(tmp_path / "third"), *WIDE]) == 1
+    assert result(tmp_path / "third")["gates"][0]["candidate"] == 0
+
+
 @pytest.fixture(scope="module")
 def chat_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
