@@ -227,8 +227,8 @@ class Fleet:
             raise UserError(Problem("name", reason, fix, source.name))
         self._check_started()
         if not (source.adapter and source.generates):
-            fix = "start a server for it"
-            raise UserError(Problem("path", "is not an adapter of a language model", fix, source.path))
+            reason = "is a complete model, which needs a server of its own" if source.generates else "writes no text"
+            raise UserError(Problem("path", reason, "dstune serve, with this model alone", source.path))
         if source.name in self._adding:
             raise UserError(Problem("name", "a model of this name is being added", value=source.name))
         self._adding.add(source.name)
