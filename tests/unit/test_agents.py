@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from dstune.core.errors import TrainingFailed
-from dstune.core.lease import LEASE, Lease, refuse_if_superseded
+from dstune.core.lease import LEASE, Lease, LeaseRecord, refuse_if_superseded
 from dstune.launch import records
 from dstune.launch.agents import wire
 from dstune.launch.agents.agent import Agent
@@ -279,6 +279,42 @@ def test_a_leader_without_nodes_yields_once_and_then_waits(run_dir):
     nodes.wait(nodes.places(0, 1, size=2, after=first))
     assert "node1, which led the run, was lost" not in nodes.log()
     assert finish(nodes)["status"] == "completed"
+
+
+def test_a_message_of_one_of_many_nodes_is_read_alone(run_dir, monkeypatch):
+    """Each of 512 agents wakes the leader once a second: with a look at all connections each time, the leader keeps a core busy."""
+    nodes = Nodes(run_dir, 1, nodes=61, expected=61, min_nodes=61)
+    leader = nodes.wait(lambda: nodes.agents["node1"].leader)
+    nodes.stopped.add("node1")
+    links = [wire.connect("127.0.0.1", leader.keeper.record.port, "secret", 3.0) for _ in range(60)]
+    for number, link in enumerate(links):
+        link.send({"hello": f"other{number}", "order": number + 1, "ranks": 1})
+    now = time.monotonic()
+    while len(leader.group.members) < 60:
+        assert time.monotonic() < now + 30
+        leader.tick(now)
+        for link in links:
+            link.receive()
+    reads: list[wire.Link] = []
+    receive = wire.Link.receive
+    monkeypatch.setattr(wire.Link, "receive", lambda link: (reads.append(link), receive(link))[1])
+    for link in links[:30]:
+        link.send({"alive": True})
+        leader.tick(now)
+    assert len(reads) == 30
+    leader.keeper.ended.set()
+    leader.close()
+
+
+def test_where_many_nodes_are_lost_at_once_another_leads_soon(run_dir):
+    """The first 170 of 512 nodes, as of a partition that is preempted: the next node does not wait for the turns of all of them."""
+    record = LeaseRecord("node 0", "node1", "127.0.0.1", 1, "-", "job")
+    agents = [Agent(task_for(run_dir, order), f"keeper {order}") for order in (1, 3, 170, 511)]
+    waits = []
+    for agent in agents:
+        at = agent._lease_changed_at
+        waits.append(next(second for second in range(2000) if agent._may_lead(1, record, at + second)))
+    assert waits == [17, 21, 23, 23]
 
 
 def test_agents_lead_nothing_where_the_run_directory_is_gone(run_dir):

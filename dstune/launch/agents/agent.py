@@ -35,6 +35,8 @@ DOUBT_SECONDS = 3 * BEAT_SECONDS
 """Once the leader has been silent for this long, an agent watches the lease too, to know how long that stays unchanged."""
 TURN_SECONDS = 2.0
 """Delay between one node's attempt to take a lease that nobody holds and that of the next node in order."""
+LAST_TURN = 4
+"""The turn that all further nodes share: only one of them gets the lease, and of a hundred nodes a third may be lost at once."""
 
 
 class Agent:
@@ -109,7 +111,7 @@ class Agent:
             if self.leader.is_deposed:
                 if self.leader.has_yielded:
                     self._waiting_since = self.leader.waiting_since
-                    self._lead_not_before = now + TURN_SECONDS * (self.task.settings.expected + 1)
+                    self._lead_not_before = now + TURN_SECONDS * (min(self.task.settings.expected, LAST_TURN) + 1)
                 self.leader = None
         link = self._link
         is_doubtful = link is None or not link.is_proven or now - self._last_heard > DOUBT_SECONDS
@@ -122,7 +124,7 @@ class Agent:
 
     def _wait(self) -> None:
         sockets: list[Any] = [] if self._link is None or self._link.closed else [self._link]
-        sockets += [] if self.leader is None else self.leader.sockets()
+        sockets += [] if self.leader is None else [self.leader.events]
         poll = select.poll()
         for sock in sockets:
             with suppress(OSError, ValueError):
@@ -198,7 +200,7 @@ class Agent:
         if now < self._lead_not_before:
             return False
         unchanged = now - self._lease_changed_at
-        turn = TURN_SECONDS * self.task.order
+        turn = TURN_SECONDS * min(self.task.order, LAST_TURN)
         if generation == 0 or (record is not None and record.is_released):
             return unchanged >= turn
         if record is not None and record.holder in (self.holder, self._dead_holder):

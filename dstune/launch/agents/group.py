@@ -213,8 +213,10 @@ class Group:
 
     def _start(self, members: Sequence[Member]) -> None:
         shares: list[Share] = []
+        first_rank = 0
         for member in members:
-            shares.append(Share(member.node, sum(share.ranks for share in shares), member.ranks))
+            shares.append(Share(member.node, first_rank, member.ranks))
+            first_rank += member.ranks
         self.attempt = Attempt(shares, running={share.node for share in shares})
         self._announced = ""
         self._orders.start(self.attempt)

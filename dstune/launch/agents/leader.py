@@ -3,6 +3,7 @@ ends and restarts their ranks together."""
 
 from __future__ import annotations
 
+import selectors
 import socket
 import threading
 import time
@@ -62,6 +63,8 @@ class Peer:
     last_heard: float
     node: str = ""
     """Empty until its agent has introduced itself."""
+    descriptor: int = -1
+    """Number of its socket, which the link forgets when it is closed."""
 
 
 class LeaseKeeper(threading.Thread):
@@ -165,6 +168,9 @@ class Leader(Orders):
         if lost_leader or not may_yield:
             self.group.expect_soon()
         self.peers: list[Peer] = []
+        self._peer_of_node: dict[str, Peer] = {}
+        """The newest connection of each node whose agent has introduced itself."""
+        self._selector = selectors.DefaultSelector()
         self._log_starts: dict[int, int] = {}
         self._signals: dict[str, dict[str, float]] = {}
         """When each node reported a signal, by name of the signal and node."""
@@ -173,6 +179,7 @@ class Leader(Orders):
         self._written_status: GroupStatus | None = None
         self._first_step = self._last_step()
         server.setblocking(False)
+        self._selector.register(server, selectors.EVENT_READ)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -192,10 +199,14 @@ class Leader(Orders):
         if now - self.keeper.renewed > max(self.settings.silence_seconds * 0.6, gap + BEAT_SECONDS):
             self._depose("the lease of the run cannot be renewed: its file system does not answer")
             return
+        is_beat = now - self._last_beat >= BEAT_SECONDS
         self._accept(now)
+        # Each of many agents wakes this process once a beat: to read all their connections each time would take the square of them.
+        ready = {key.fd for key, _ in self._selector.select(0)}
         for peer in list(self.peers):
-            self._receive(peer, now)
-        if now - self._last_beat >= BEAT_SECONDS:
+            if is_beat or peer.descriptor in ready or peer.link.closed or peer.link.has_unsent:
+                self._receive(peer, now)
+        if is_beat:
             self._last_beat = now
             for peer in self.peers:
                 peer.link.send({"alive": True})
@@ -214,15 +225,16 @@ class Leader(Orders):
         """When the wait for nodes began."""
         return self.group.waiting_since
 
-    def sockets(self) -> list[Any]:
-        """Return the sockets on which events arrive."""
-        return [self._server, *(peer.link for peer in self.peers if not peer.link.closed)]
+    @property
+    def events(self) -> Any:
+        """What a poll shows as readable while a message or a connection waits."""
+        return self._selector
 
     def close(self) -> None:
         """Disconnect from all agents. Unless the run is over, they end their ranks and look for another leader."""
-        for peer in self.peers:
-            peer.link.close("the leader has left")
-        self.peers = []
+        for peer in list(self.peers):
+            self._drop(peer, "the leader has left")
+        self._selector.close()
         with suppress(OSError):
             self._server.close()
         self.keeper.ended.set()
@@ -235,9 +247,17 @@ class Leader(Orders):
                 return
             strangers = [peer for peer in self.peers if not peer.node]
             if len(strangers) >= MOST_STRANGERS:
-                strangers[0].link.close("too many others have connected since")
-                self.peers.remove(strangers[0])
-            self.peers.append(Peer(Link(sock, self._secret, LEADER), now))
+                self._drop(strangers[0], "too many others have connected since")
+            descriptor = sock.fileno()
+            self.peers.append(Peer(Link(sock, self._secret, LEADER), now, descriptor=descriptor))
+            self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def _drop(self, peer: Peer, reason: str) -> None:
+        peer.link.close(reason)
+        self._selector.unregister(peer.descriptor)
+        self.peers.remove(peer)
+        if self._peer_of_node.get(peer.node) is peer:
+            del self._peer_of_node[peer.node]
 
     def _receive(self, peer: Peer, now: float) -> None:
         for message in peer.link.receive():
@@ -247,18 +267,19 @@ class Leader(Orders):
         if silence > (self.settings.silence_seconds if peer.node else PROOF_SECONDS):
             peer.link.close(f"{SILENT} for {silence:.0f} s")
         if peer.link.closed:
-            self.peers.remove(peer)
-            if peer.node and all(other.node != peer.node for other in self.peers):
+            is_newest = self._peer_of_node.get(peer.node) is peer
+            self._drop(peer, peer.link.closed)
+            if is_newest:
                 self.group.lose(peer.node, peer.link.closed)
 
     def _follow(self, peer: Peer, message: Message, now: float) -> None:
         """Act on a message. Its sender has proven that it knows the secret, so it is an agent and its messages are well-formed."""
         if "hello" in message:
             peer.node = message["hello"]
-            for other in list(self.peers):  # an earlier connection of the same node
-                if other is not peer and other.node == peer.node:
-                    other.link.close("its agent was started again")
-                    self.peers.remove(other)
+            earlier = self._peer_of_node.get(peer.node)
+            if earlier is not None and earlier is not peer:
+                self._drop(earlier, "its agent was started again")
+            self._peer_of_node[peer.node] = peer
             self.group.join(Member(peer.node, message["order"], message["ranks"]))
         elif message.get("generation") == self.keeper.generation:
             if "ended" in message:
@@ -404,9 +425,8 @@ class Leader(Orders):
         self.keeper.release(is_over=True)
 
     def _send(self, node: str, message: Message) -> None:
-        for peer in self.peers:
-            if peer.node == node:
-                peer.link.send(message)
+        if node in self._peer_of_node:
+            self._peer_of_node[node].link.send(message)
 
     def _write_status(self) -> None:
         attempt = self.group.attempt

@@ -44,6 +44,11 @@ class Link:
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the network has not taken all of what was sent."""
+        return bool(self._unsent)
+
     def send(self, message: Message) -> None:
         """Queue `message` and send as much as the network takes now."""
         if not self._key:
