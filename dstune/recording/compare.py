@@ -371,8 +371,8 @@ def rows_of(questions: Mapping[str, Question], old: Records, new: Records) -> tu
         answer = new.get(key, {"error": {}})
         missing += "error" in answer
         prompt = text_of(question.stored.messages[-1]) if question.stored.messages else ""
-        texts = [text_of(each) for each in (question.stored.expected, old[key].get("answer"), answer.get("answer"))]
-        rows.append(Row(prompt, *texts))
+        expected, old_answer = text_of(question.stored.expected), text_of(old[key].get("answer"))
+        rows.append(Row(prompt, expected, old_answer, text_of(answer.get("answer"))))
     return rows, [f"{missing:,} prompts have no answer of the new model, which counts as wrong"] if missing else []
 
 
