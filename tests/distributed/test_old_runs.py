@@ -70,7 +70,8 @@ def test_an_old_run_goes_on(shelf: Shelf, name: str) -> None:
     expected = shelf.expected[name]
     assert [sorted(row) for row in done.metrics] == [sorted(row) for row in expected["metrics"]]
     for row, before in zip(done.metrics, expected["metrics"], strict=True):
-        assert row == (before if shelf.same_machine else pytest.approx(before, rel=1e-4)), row["step"]
+        # Of log-probabilities of the sampler and of training, what differs is rounding: one unit of fp32 near 8 is 1e-6.
+        assert row == (before if shelf.same_machine else pytest.approx(before, rel=1e-4, abs=1e-6)), row["step"]
     tensors = {key: digest for key, digest in done.export.items() if ".safetensors:" in key}
     before = {key: digest for key, digest in expected["export"].items() if ".safetensors:" in key}
     # Exports hold every tensor of the base by now: the pooler of an encoder whose vectors are means was left out once.
