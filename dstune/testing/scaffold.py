@@ -163,7 +163,7 @@ class @Name@(dstune.Callback):
         self.lowest = min(self.lowest, step.loss)  # of the global batch: the same on every rank
         if step.number % self.every == 0 and run.log is not None:  # rank 0
             run.log.message(f"lowest loss so far {self.lowest:.4f}")
-        return dstune.Request()
+        return dstune.Request()  # nothing; Request(dstune.Action.STOP, "why") ends the run as planned
 
     def results(self):
         return {"@name@": self.lowest}
