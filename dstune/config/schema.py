@@ -286,7 +286,7 @@ class EvaluateConfig:
     slices: list[str] = setting([])
     """Columns for whose values metrics are reported separately, with the worst value and the gap."""
     slice_metric: str | None = setting(None, example="loss")
-    """Metric that decides which slice is the worst; the task's own when not given (docs/tasks.md)."""
+    """Metric that decides which slice is the worst; the task's own when not given (docs/evaluation.md)."""
     min_slice_rows: int = setting(10, at_least=1)
     """A slice with fewer rows is shown, but cannot be the worst or the best one."""
     counterfactual: str | None = None

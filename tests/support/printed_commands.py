@@ -11,6 +11,7 @@ from pathlib import Path
 from dstune.config.validate import validate
 from dstune.core.verb import VERBS
 from dstune.launch import plan, train
+from dstune.show import command as show
 from dstune.sweep import command as sweep
 
 FILLED = "FILLED-IN"
@@ -74,6 +75,7 @@ def check(words: Sequence[str]) -> None:
     verb, *rest = words
     if verb == "data":
         assert rest.pop(0) == "show", words
+        _, rest = show._parse(rest)  # its own flags
     if verb in ("train", "data"):
         if {"-m", "--multirun"} & set(rest):
             sweep.parse(rest)
