@@ -8,7 +8,7 @@
 Three nodes are namespaces of this machine (tests/cluster/machines.py), with sshd and SLURM's real daemons. Two of them train a
 tiny model in fp32. With `spare`, the third waits for the place of a lost one, and the curve has to be equal to the bit; with
 `fewer`, one node goes on alone, and losses have to be equal within 1e-6; with `cut`, cables are pulled. Needs root; see
-docs/clusters.md.
+docs/evidence.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One real, short run of each way in which dstune is started on several ranks; each must give the curve of `launch=local`.
 
-The table of routes in `docs/clusters.md` names these tests (`tests/packaging/test_routes_table.py`).
+The table of routes in `docs/evidence.md` names these tests (`tests/packaging/test_routes_table.py`).
 """
 
 from __future__ import annotations

@@ -23,6 +23,19 @@ def test_named_files_exist(guide: str) -> None:
     assert [name for name, path in sorted(paths.items()) if not path.exists()] == []
 
 
+def test_named_scripts_and_tests_exist() -> None:
+    """A test or a measurement that was renamed holds nothing any more."""
+    named = {
+        (page.name, path)
+        for page in (ROOT / "docs").rglob("*.md")
+        for path in re.findall(
+            r"(?<![\w/.-])(?:tests|benchmarks|dstune)/[\w/-]+\.py\b", page.read_text(encoding="utf-8")
+        )
+    }
+    assert len(named) > 100
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
 def test_named_goals_exist() -> None:
     goals = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for guide in ("CONTRIBUTING.md", "README.md", "CHANGELOG.md"):

@@ -1,4 +1,4 @@
-"""Each route of docs/clusters.md has a test that is collected, in the tier that the page says."""
+"""Each route of docs/evidence.md has a test that is collected, in the tier that the page says."""
 
 from __future__ import annotations
 

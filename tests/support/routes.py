@@ -1,4 +1,4 @@
-"""The table of routes in docs/clusters.md: what a user types, the test that runs it, and the tier of that test."""
+"""The table of routes in docs/evidence.md: what a user types, the test that runs it, and the tier of that test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 DEBIAN = {
     "ip": "iproute2",
     "mpirun": "openmpi-bin",
@@ -35,7 +35,7 @@ class Route:
 
 
 def routes(text: str | None = None) -> list[Route]:
-    """Return the rows of the table under `## Routes`. text: a page; by default docs/clusters.md."""
+    """Return the rows of the table under `## Routes`. text: a page; by default docs/evidence.md."""
     page = PAGE.read_text(encoding="utf-8") if text is None else text
     section = page.partition("\n## Routes\n")[2].partition("\n## ")[0]
     return [
