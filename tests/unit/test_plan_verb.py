@@ -187,7 +187,9 @@ def test_a_model_too_large_by_far_does_not_fit() -> None:
 
 
 def documented() -> list[list[str]]:
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/recipes.md", "docs/planning.md", "docs/memory.md")]
+    texts = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/recipes.md", "docs/planning.md", "docs/memory.md")
+    ]
     blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
