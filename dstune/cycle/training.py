@@ -17,6 +17,7 @@ from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import RunConfig
 from dstune.core import files
+from dstune.core.child_python import child_environment
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, TrainingFailed
 from dstune.cycle.settings import CycleSettings
 from dstune.launch import records
@@ -91,7 +92,7 @@ def train(run: Path) -> None:
     if result is not None and result.get("status") == "completed":
         return
     # In a separate process: ranks of a notebook, or of a test, would inherit state of an earlier training.
-    code = subprocess.run([sys.executable, "-m", "dstune", "train", str(run)], env=dict(os.environ)).returncode
+    code = subprocess.run([sys.executable, "-m", "dstune", "train", str(run)], env=child_environment()).returncode
     if code == EXIT_PREEMPTED:
         raise Preempted(f"the training in {run} was stopped: repeat the command to go on")
     if code != EXIT_DONE:
