@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,7 @@ from dstune_verify.cases import STATUSES
 FULL, SHORT, CHOSEN = "full", "short", "chosen"
 """Which cases ran: all, those of `--short`, or what the user chose by other options."""
 LARGEST_BYTES = 1 << 20
+DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 def make(verdict: Mapping[str, Any], form: str) -> dict[str, Any]:
@@ -55,12 +57,22 @@ def newest(folder: Path) -> dict[str, Any] | None:
 def read(file: Path) -> dict[str, Any] | None:
     """Return the content of a certificate; None if the file is none."""
     try:
-        if file.stat().st_size > LARGEST_BYTES:
-            return None
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load(file)
     except (OSError, ValueError, RecursionError):
         return None
     return content if not problem_of(content) else None
+
+
+def load(file: Path) -> Any:
+    """Return what a file holds, which may be a stranger's. Raises OSError, ValueError, RecursionError: it is too large, no JSON, or
+    a pipe or a device, which might never end."""
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = stream.read(LARGEST_BYTES + 1)
+    if len(content) > LARGEST_BYTES:
+        raise ValueError(f"it has more than {LARGEST_BYTES:,} bytes")
+    return json.loads(content.decode("utf-8"))
 
 
 def problem_of(content: Any) -> str:
@@ -71,21 +83,25 @@ def problem_of(content: Any) -> str:
     if not isinstance(stack, dict) or not isinstance(stack.get("device"), dict):
         return "stack.device is no object"
     for name, value in (
-        ("made", content.get("made")),
         ("digest", stack.get("digest")),
         ("python", stack.get("python")),
+        ("stack.device.type", stack["device"].get("type")),
     ):
         if not _is_word(value):
             return f"{name} is no word"
+    if not isinstance(content.get("made"), str) or not DATE.fullmatch(content["made"]):
+        return "made is no date such as 2026-12-01T10:00:00Z"
     if not isinstance(stack.get("packages"), dict) or not all(
         map(_is_word, [*stack["packages"], *stack["packages"].values()])
     ):
         return "stack.packages is no object of words"
-    if not all(_is_text(value, 100) for value in [*stack["device"], *stack["device"].values()]):
-        return "stack.device is no object of texts"
+    if not all(_is_printable(value, 100) for value in [*stack["device"], *stack["device"].values()]):
+        return "stack.device is no object of printable texts"
+    if not stack["device"].get("name"):
+        return "stack.device.name is missing"
     if content.get("form") not in (FULL, SHORT, CHOSEN):
         return f"form is none of {FULL}, {SHORT}, {CHOSEN}"
-    if not isinstance(content.get("ranks"), int) or not isinstance(content.get("cases"), list):
+    if type(content.get("ranks")) is not int or not isinstance(content.get("cases"), list):
         return "ranks or cases are missing"
     for case in content["cases"]:
         if not isinstance(case, dict) or not _is_word(case.get("case")) or case.get("status") not in STATUSES:
@@ -93,8 +109,8 @@ def problem_of(content: Any) -> str:
         if not _is_text(case.get("detail", ""), 2000) or not _is_figures(case.get("errors", {})):
             return f"detail or errors of {case['case']} are of another type"
         known = case.get("known") or {}
-        if not isinstance(known, dict) or not all(_is_text(value, 300) for value in known.values()):
-            return f"known of {case['case']} is no object of texts"
+        if not isinstance(known, dict) or not all(_is_printable(value, 300) for value in known.values()):
+            return f"known of {case['case']} is no object of printable texts"
     return ""
 
 
@@ -104,6 +120,11 @@ def _is_word(value: Any) -> bool:
 
 def _is_text(value: Any, most: int) -> bool:
     return isinstance(value, str) and len(value) <= most
+
+
+def _is_printable(value: Any, most: int) -> bool:
+    """Return whether a page can show the text: without escapes, changes of direction, halves of characters."""
+    return _is_text(value, most) and value.isprintable()
 
 
 def _is_figures(value: Any) -> bool:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,16 @@ def read(file: Path) -> dict[str, Any]:
         raise SystemExit(f"{file}: no certificate: {reason_of(file)}")
     if content["form"] == certificate.CHOSEN:
         raise SystemExit(f"{file}: only some cases were chosen; the page takes all cases, or those of --short")
+    if content["made"] > (datetime.now(UTC) + timedelta(days=1)).isoformat():
+        # No later one of the same stack would take its place.
+        raise SystemExit(f"{file}: made on {content['made']}, which is ahead of now")
     return content
 
 
 def reason_of(file: Path) -> str:
     """Return why a file is no certificate."""
     try:
-        return certificate.problem_of(json.loads(file.read_text(encoding="utf-8"))) or "it is too large"
+        return certificate.problem_of(certificate.load(file))
     except (OSError, ValueError, RecursionError) as error:
         return str(error)
 
@@ -60,7 +63,7 @@ def add(files: Iterable[Path], folder: Path) -> list[Path]:
     added = []
     for content in [read(file) for file in files]:
         device, stack = content["stack"]["device"], content["stack"]
-        name = re.sub(r"\W+", "-", device["name"]).strip("-").lower()[:60] or device["type"]
+        name = re.sub(r"\W+", "-", device["name"], flags=re.ASCII).strip("-").lower()[:60] or device["type"]
         target = folder / f"{name}-{stack['digest']}-{content['form']}.json"
         earlier = certificate.read(target)
         if earlier is None or earlier["made"] <= content["made"]:

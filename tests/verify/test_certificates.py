@@ -65,11 +65,11 @@ def test_nothing_private_is_in_it(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"made": "<script>"}, "made is no word"),
+        ({"made": "<script>"}, "made is no date"),
         ({"form": "half"}, "form is none of full, short, chosen"),
         ({"ranks": "8"}, "ranks or cases are missing"),
         (
-            {"stack": {"device": {}, "digest": "a", "python": "3", "packages": {"torch": "| x |"}}},
+            {"stack": {"device": {"type": "cpu"}, "digest": "a", "python": "3", "packages": {"torch": "| x |"}}},
             "stack.packages is no",
         ),
         ({"cases": [{"case": "a b", "status": "right"}]}, "a case has no name"),
