@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from dstune.core import text as core_text
 from dstune.report import numbers
 
 PACKAGE = "dstune.report"
@@ -40,12 +41,10 @@ def _finalize(value: Any) -> Any:
 
 def visible(text: str) -> str:
     """Return `text` with control characters as pictures (U+2400...), line feeds and tabs as they are: a browser drops some of
-    them and HTML forbids others."""
-    return (
-        "".join(
-            chr(0x2400 + ord(character)) if ord(character) < 32 and character not in "\n\t" else character
-            for character in text.replace("\r\n", "\n").replace("\x7f", "\u2421")
-        )
-        .encode("utf-8", "replace")
-        .decode("utf-8")
+    them and HTML forbids others. Characters that turn or hide the text around them are written as their codes: a command would not
+    read as it runs."""
+    pictures = "".join(
+        chr(0x2400 + ord(character)) if ord(character) < 32 and character not in "\n\t" else character
+        for character in text.replace("\r\n", "\n").replace("\x7f", "\u2421")
     )
+    return core_text.visible(pictures.encode("utf-8", "replace").decode("utf-8"))

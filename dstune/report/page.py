@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +34,8 @@ class RunView:
     label: str
     colour: int
     files: RunFiles
+    command: str
+    """Starts the same run in a shell."""
     outcome: Outcome
     summary: str
     started: str
@@ -63,7 +66,15 @@ def of_foreign(make: Callable[[], str], where: str) -> str:
     write."""
     try:
         return make()
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        jinja2.TemplateError,
+    ) as error:
         reason = f"its files hold what dstune does not write: {type(error).__name__}: {str(error)[:200]}"
         raise UserError(Problem(where, reason, "give another run")) from error
 
@@ -97,6 +108,7 @@ def _run_view(run: RunFiles, label: str, position: int, metrics: Mapping[str, Se
         label=label,
         colour=position % curves.COLOURS,
         files=run,
+        command=shlex.join(["dstune", "train", *run.overrides]),
         outcome=outcome(run, metrics),
         summary=configuration.one_line(run),
         started=_date(run.launch.get("started")),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
+from dstune.report.run_files import ROLLOUTS
 
-FOLDER = "rollouts"
 SHOWN_STEPS = 6
 LONGEST_TEXT = 1500
 """Longest part of a prompt or an answer that is shown, in characters."""
@@ -44,7 +44,7 @@ class Episode:
 
 def story(run: Path) -> list[Episode]:
     """Return evenly spaced steps of a run, among them the first and the last; empty if the run saved no completions."""
-    folder = run / FOLDER
+    folder = run / ROLLOUTS
     if not folder.is_dir():
         return []
     files = {int(match[1]): file for file in folder.iterdir() if (match := _FILE.fullmatch(file.name))}

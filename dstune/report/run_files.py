@@ -12,12 +12,16 @@ from typing import Any
 import yaml
 
 from dstune.checkpoint import store
+from dstune.config.run_links import refuse_files_elsewhere
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import METRICS_BYTES, object_in, parse_json, parse_yaml, read_file
 from dstune.core.paths import RUN_FILE as RUN_FILE
 
 SEARCHED_DEPTH = 3
 """Levels of folders that are searched for runs: SWEEP/TRIAL, NAME/DATE_TIME below `runs`, or one level more."""
+
+ROLLOUTS = "rollouts"
+"""Folder of a run with the model's own answers."""
 
 Row = dict[str, Any]
 
@@ -121,9 +125,10 @@ def read(path: Path) -> RunFiles:
     """Return everything the report needs of the run at `path`.
 
     Raises:
-        UserError: its `run.yaml` cannot be read.
+        UserError: its `run.yaml` cannot be read, or a stranger's run has links to files outside of it.
     """
     try:
+        refuse_files_elsewhere(path, ROLLOUTS)
         stored = parse_yaml(read_file(path / RUN_FILE).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = f"cannot be read: {first_line(error)}"
