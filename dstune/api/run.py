@@ -153,7 +153,8 @@ class Report:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
-        return f'<iframe srcdoc="{page}" width="100%" height="700" frameborder="0"></iframe>'
+        # In a folder that others write to, the page may no longer be dstune's: without an origin, it cannot reach the notebook.
+        return f'<iframe sandbox="allow-scripts" srcdoc="{page}" width="100%" height="700" frameborder="0"></iframe>'
 
 
 def _number(value: Any) -> str:

@@ -18,6 +18,9 @@ from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
 from dstune.tracking.trials import Record, best_first, is_sweep, objectives_of, ranked, read_records, valid_seconds
 
+MOST_CHARACTERS = 200
+"""Of a cell; a stranger's status may have megabytes."""
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -155,7 +158,11 @@ def cell(value: object) -> str:
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
-    """Return a table as text, with columns as wide as their widest cell."""
+    """Return a table as text, with columns as wide as their widest cell, and one line for each row."""
+    rows = [
+        [one_line(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …") for text in row]
+        for row in rows
+    ]
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (heading, *rows))
     return "\n".join(line.rstrip() for line in lines)

@@ -285,6 +285,14 @@ def test_one_bad_directory_takes_no_other_run_from_the_list(name: str, tmp_path:
     assert "good" in as_text(list(found.values()), [tmp_path])
 
 
+def test_a_status_of_megabytes_or_lines_is_one_line_of_the_list(tmp_path: Path) -> None:
+    run_in(tmp_path, "bad", result_json=json.dumps({"status": "completed\ngood  failed\n" + "x" * 10_000_000}))
+    run_in(tmp_path, "good", result_json='{"status": "completed", "eval_final": {"loss": 1.5}}')
+    text = as_text(listed(tmp_path), [tmp_path])
+    assert len(text) < 10_000
+    assert len(text.splitlines()) == 4  # the folder, the heading, two runs
+
+
 def test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n' + '{"step": 1, "a": ' + "[" * 200_000 + "]" * 200_000 + '}\n{"step": 2}\n')
