@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
+import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from support.command import Commands, at_step, exact, overrides_of_run, ranks_of, result, wait_until
+from support.command import ROOT, Commands, at_step, exact, overrides_of_run, ranks_of, result, wait_until
 from support.tiny import save_decoder, write_dialogues
 
 from dstune.launch.local import warm
@@ -87,6 +89,47 @@ def test_a_plugin_is_the_one_that_the_run_names(offered, workplace) -> None:
         (workplace.folder / "plugin.py").write_text(PLUGIN.format(value=value))
         trained(offered, f"plugin-{value}", "plugins=[plugin.py]", "trainer.callbacks=[says]")
         assert result(workplace.folder / f"plugin-{value}")["says"] == value
+
+
+SECRETS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "OPENAI_API_KEY",
+    "ANTHROPIC_API_KEY", "DSTUNE_TRUST_KEY", "DSTUNE_ROLLOUT_KEY", "ENGINE_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+    "AZURE_CLIENT_SECRET", "DATABRICKS_TOKEN", "PGPASSWORD", "GITHUB_TOKEN", "NPM_AUTH", "MY_PASS", "HTTPS_PROXY", "HTTP_PROXY",
+)  # fmt: skip
+SEARCH = """
+import hashlib
+from dstune.protocols import callback
+from dstune.protocols.callback import Callback
+
+@callback
+class Searches(Callback):
+    name = "searches"
+
+    def results(self):
+        return {"planted": sorted(hashlib.sha256(secret.encode()).hexdigest() for secret in planted_in("self"))}
+"""
+"""Digests, because secrets themselves are written by their references."""
+
+
+def test_a_run_finds_no_secret_of_an_earlier_one_in_its_memory(offered, workplace, monkeypatch) -> None:
+    """The first run has all of them, which shows that they can be found."""
+    memory = ROOT / "tests" / "support" / "memory_of_a_rank.py"
+    (workplace.folder / "search.py").write_text(memory.read_text().partition("\nif __name__")[0] + SEARCH)
+    searching = ("plugins=[search.py]", "trainer.callbacks=[searches]", "launch.processes=1")
+
+    def planted(name: str) -> str:
+        secret = f"planted-{secrets.token_hex(16)}"
+        monkeypatch.setitem(offered.env, name, f"http://me:{secret}@proxy.invalid" if "PROXY" in name else secret)
+        return hashlib.sha256(secret.encode()).hexdigest()
+
+    theirs = {planted(name) for name in SECRETS}
+    trained(offered, "secrets", *searching, f"launch.export_env=[{','.join(SECRETS)}]")
+    assert set(result(workplace.folder / "secrets")["planted"]) == theirs
+    for name in SECRETS:
+        monkeypatch.delitem(offered.env, name, raising=False)
+    mine = planted("HF_TOKEN")
+    trained(offered, "without", *searching)
+    assert result(workplace.folder / "without")["planted"] == [mine]
 
 
 def test_other_threads_start_cold(offered, workplace, cold, monkeypatch) -> None:
