@@ -142,6 +142,9 @@ _BY_ATTACK: dict[str, Mutation] = {
         "if variables is None else variables) | SAFE_PATH",
         "if variables is None else variables)",
     ),
+    "working_directory.test_the_training_of_a_cycle": undo(
+        "cycle/training.py", "env=child_environment()", "env=dict(os.environ)"
+    ),
     "working_directory.test_every_python_process_gets_an_environment": undo(
         "serve/prepare.py", "env=child_environment(), ", ""
     ),
@@ -422,6 +425,53 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "files.test_names_in_a_marker_stay_in_their_checkpoint": undo(
         "checkpoint/store.py", "for name in sizes if not _is_inside(name)]", "for name in ()]"
+    ),
+    "verify.test_the_file_of_a_model_names_no_kernel": undo(
+        "../dstune_verify/network.py", "    config = _without_kernels(config)\n", ""
+    ),
+    "verify.test_the_file_of_a_model_takes_no_memory": undo(
+        "../dstune_verify/network.py", "if isinstance(value, int) and value > MOST_LAYERS", "if False", case="layers"
+    ),
+    "verify.test_a_file_that_never_ends_or_speaks_to_the_terminal_is_refused": undo(
+        "../dstune_verify/command.py",
+        'print(visible(f"dstune-verify: {error}")',
+        'print(str(f"dstune-verify: {error}")',
+        case="escapes",
+    ),
+    "verify.test_no_other_user_reaches_the_store_of_ranks": undo(
+        "../dstune_verify/runner.py", "if runner.agents.size == 1:", "if False:"
+    ),
+    # Certificates and pages.
+    "certificates.test_what_never_ends_is_no_certificate": undo(
+        "../dstune_verify/certificate.py", "stream.read(LARGEST_BYTES + 1)", "stream.read()", case="sparse"
+    ),
+    "certificates.test_the_file_of_a_certificate_is_in_its_folder": undo(
+        "../dstune_verify/certificate.py", '        ("stack.device.type", stack["device"].get("type")),\n', ""
+    ),
+    "certificates.test_nothing_in_a_certificate_breaks_or_turns_the_page": undo(
+        "../dstune_verify/certificate.py", "_is_text(value, most) and value.isprintable()", "_is_text(value, most)"
+    ),
+    "certificates.test_text_of_a_certificate_is_no_markup": undo(
+        "../tools/certificates.py", 'html.escape(" ".join(value.split()), quote=False)', '" ".join(value.split())'
+    ),
+    "pages.test_the_command_on_a_page_runs_nothing_else": undo(
+        "report/page.py",
+        'shlex.join(["dstune", "train", *run.overrides])',
+        '" ".join(["dstune", "train", *run.overrides])',
+    ),
+    "pages.test_text_on_a_page_is_not_turned": undo("report/html.py", "core_text.visible(", "("),
+    "pages.test_a_page_shows_no_file_outside_of_a_strangers_run": undo(
+        "report/run_files.py", "        refuse_files_elsewhere(path, ROLLOUTS)\n", ""
+    ),
+    "pages.test_a_pipe_among_the_answers_of_a_run_is_named": undo(
+        "report/page.py", "        OSError,\n        TypeError,", "        TypeError,"
+    ),
+    "pages.test_a_page_in_a_notebook_has_no_origin": undo("api/run.py", ' sandbox="allow-scripts"', ""),
+    "hangs.test_a_status_of_megabytes_or_lines_is_one_line_of_the_list": undo(
+        "launch/runs.py", "    rows = [[one_line(text if len(text)", "    [[one_line(text if len(text)"
+    ),
+    "pages.test_the_page_of_a_cycle_has_no_markup_of_others": undo(
+        "report/html.py", "autoescape=True", "autoescape=False"
     ),
     "leaks.test_a_saved_data_set_reads_no_file_outside_its_folder": undo(
         "data/sources.py", "if strange := [name for name in names if not", "if strange := [name for name in () if not"

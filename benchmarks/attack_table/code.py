@@ -84,6 +84,12 @@ CODE = (
         "working_directory.test_a_child_of_python",
     ),
     Attack(
+        "the same in the folder where a cycle is run",
+        "`dstune cycle`",
+        "its training gets `PYTHONSAFEPATH` too",
+        "working_directory.test_the_training_of_a_cycle",
+    ),
+    Attack(
         "the same for a process that somebody adds",
         "source",
         "each is given an environment",

@@ -203,6 +203,12 @@ HANGS = (
         "hangs.test_a_pipe_or_a_device_is_not_read_for_ever",
     ),
     Attack(
+        "a status of megabytes, or of several lines that look like other runs",
+        "`dstune runs FOLDER`",
+        "200 characters, on one line",
+        "hangs.test_a_status_of_megabytes_or_lines_is_one_line_of_the_list",
+    ),
+    Attack(
         "a line of `metrics.jsonl` that is 200,000 deep",
         "`dstune train RUN`",
         "dropped",
