@@ -468,7 +468,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "pages.test_a_page_in_a_notebook_has_no_origin": undo("api/run.py", ' sandbox="allow-scripts"', ""),
     "hangs.test_a_status_of_megabytes_or_lines_is_one_line_of_the_list": undo(
-        "launch/runs.py", "    rows = [[one_line(text if len(text)", "    [[one_line(text if len(text)"
+        "launch/runs.py",
+        '        [one_line(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …") for text in row]',
+        "        row",
     ),
     "pages.test_the_page_of_a_cycle_has_no_markup_of_others": undo(
         "report/html.py", "autoescape=True", "autoescape=False"
