@@ -177,6 +177,9 @@ class DataConfig:
     """What is a row of a plain text file (.txt, .md): a line, a paragraph, the whole document, or `tagged` words (CoNLL)."""
     max_length: int = setting(1024, at_least=8)
     """Longest row in tokens; longer ones are cut. The number of learned position embeddings of a model is a limit too."""
+    order: str | None = setting(None, example="order.jsonl", needs="data.packing=false")
+    """File with the rows of every optimizer step, in JSON lines (`{"epoch": 0, "rows": [17, 4]}`, rows from 0), instead of the
+    order that follows from `trainer.seed`."""
     packing: bool = True
     """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
     padding: Padding = Padding.checked

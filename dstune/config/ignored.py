@@ -86,6 +86,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     if data.packing:
         yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
         yield "data.padding", ("packed rows are not padded", "data.packing=false")
+    if data.order is not None:
+        yield "trainer.length_grouping", (f"data.order={data.order} has the rows of each step", "leave data.order out")
     stage = stage_of(zero)
     if stage == 0:
         yield "zero.reduce_bucket_size", ("zero.stage is 0", "zero=stage1")

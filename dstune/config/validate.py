@@ -91,6 +91,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_multi_task,
         check_augment,
         check_streaming,
+        check_order,
         check_task,
         check_model,
         lambda view: method_of(view.method).check(view),
@@ -199,6 +200,27 @@ def check_mixture(config: RunConfig) -> Iterator[Problem]:
         if not source.path.strip():
             key = f"data.mixture.{name}.path"
             yield Problem(key, "no rows are given", f"{key}=rows.jsonl, or a sample such as sample://chitchat", "''")
+
+
+def check_order(config: RunConfig) -> Iterator[Problem]:
+    data, reason = config.data, "data.order numbers the rows of one file, and "
+    if data.order is None:
+        return
+    if data.packing:
+        yield Problem("data.packing", f"{reason}packed rows hold several of them", "data.packing=false", "true")
+    if data.streaming:
+        yield Problem("data.streaming", f"{reason}a stream is never read completely", "data.streaming=false", "true")
+    if data.mixture:
+        yield Problem("data.mixture", f"{reason}a mixture has several", "data.mixture={} and data.train=FILE")
+    if config.forgetting.replay:
+        fix = "forgetting.replay=0, or leave data.order out"
+        value = format_value(config.forgetting.replay)
+        yield Problem("forgetting.replay", f"{reason}replayed rows come from another", fix, value)
+    if config.trainer.spike.action is SpikeAction.rollback:
+        fix = "trainer.spike.action=warn, or leave data.order out"
+        yield Problem(
+            "trainer.spike.action", "data.order has no rows for steps that are trained again", fix, "rollback"
+        )
 
 
 def check_streaming(config: RunConfig) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from dstune.config.schema import RunConfig
+from dstune.data.order_file import WrittenSteps
 from dstune.data.pack import best_fit, group
 from dstune.data.repeats import Repeats
 
@@ -53,11 +54,13 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The rows of one epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`."""
+    """The rows of one epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`, step s the rows from `steps[s]` to
+    `steps[s + 1]`."""
 
     epoch: int
     samples: np.ndarray
     starts: np.ndarray
+    steps: np.ndarray
 
     def row(self, number: int) -> Row:
         return tuple(self.samples[self.starts[number] : self.starts[number + 1]].tolist())
@@ -140,8 +143,7 @@ class TrainingOrder:
         """Return global batch `index` of `epoch`; both count from 0."""
         assert 0 <= index < self.steps_in(epoch), f"epoch {epoch} has no global batch {index}"
         plan = self._plan(epoch)
-        first = index * self._global
-        last = min(first + self._global, len(plan.starts) - 1)
+        first, last = plan.steps[index], plan.steps[index + 1]
         rows = [plan.row(row) for row in range(first, last)]
         micro_batches = tuple(_micro_batches(rows, self._micro, self._lengths, padded=self._padded))
         samples = plan.samples[plan.starts[first] : plan.starts[last]]
@@ -160,9 +162,7 @@ class TrainingOrder:
         plan = self._plan(0)
         row_lengths = np.add.reduceat(self._lengths[plan.samples], plan.starts[:-1])
         rows = len(row_lengths)
-        starts = np.concatenate(
-            [np.arange(first, min(first + self._global, rows), self._micro) for first in range(0, rows, self._global)]
-        )
+        starts = np.concatenate([np.arange(first, last, self._micro) for first, last in pairwise(plan.steps)])
         sizes = np.diff(np.append(starts, rows))
         widths = np.maximum.reduceat(row_lengths, starts)
         if not self._packing:
@@ -190,10 +190,14 @@ class TrainingOrder:
             new_starts = np.concatenate([[0], np.cumsum(sizes)])
             # Where each sample of the reordered rows lies in `samples`.
             moved = np.repeat(starts[order] - new_starts[:-1], sizes) + np.arange(len(samples))
-            return _Plan(epoch, shuffled[samples[moved]], new_starts)
+            return _Plan(epoch, shuffled[samples[moved]], new_starts, self._step_starts(len(sizes)))
         if self._length_grouping:
             shuffled = self._grouped(shuffled, random)
-        return _Plan(epoch, shuffled, np.arange(len(shuffled) + 1))
+        return _Plan(epoch, shuffled, np.arange(len(shuffled) + 1), self._step_starts(len(shuffled)))
+
+    def _step_starts(self, rows: int) -> np.ndarray:
+        """Return the first row of each step of an epoch of `rows` rows, and their number: [steps + 1]."""
+        return np.append(np.arange(0, rows, self._global), rows)
 
     def _grouped(self, shuffled: np.ndarray, random: np.random.RandomState) -> np.ndarray:
         """Return the samples in an order that gives each micro-batch similar lengths.
@@ -221,6 +225,52 @@ class TrainingOrder:
                 grouped[starts[slot] : starts[slot] + size] = bucket[used : used + size]
                 used += size
         return grouped
+
+
+class WrittenOrder(TrainingOrder):
+    """The order in a file (`data.order`), without packing.
+
+    steps: the samples of each step. Raises UserError if a run asks for more epochs or steps than the file has.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        weights: np.ndarray,
+        steps: WrittenSteps,
+        *,
+        micro_batch_size: int,
+        padded: bool = True,
+    ):
+        super().__init__(
+            lengths,
+            weights,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=steps.longest,
+            max_length=1,
+            packing=False,
+            length_grouping=False,
+            seed=0,
+            padded=padded,
+        )
+        self._steps = steps
+        self._constant = False
+
+    def steps_in(self, epoch: int) -> int:
+        if epoch >= self._steps.epochs:
+            raise self._steps.too_short(
+                f"{self._steps.epochs} passes over the rows", f"trainer.epochs={self._steps.epochs}"
+            )
+        return self._steps.steps_in(epoch)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        if step >= len(self._steps):
+            raise self._steps.too_short(f"{len(self._steps):,} steps", f"trainer.max_steps={len(self._steps)}")
+        return super().locate(step)
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        samples, steps = self._steps.epoch(epoch)
+        return _Plan(epoch, samples, np.arange(len(samples) + 1), steps)
 
 
 def _micro_batches(rows: list[Row], size: int, lengths: np.ndarray, *, padded: bool) -> Iterator[MicroBatch]:

@@ -13,9 +13,10 @@ from dstune.config.schema import RunConfig, SpikeAction
 from dstune.core.errors import Problem, UserError
 from dstune.data.blocks import Block, Blocks
 from dstune.data.mixture import source_weights
+from dstune.data.order_file import read_order
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.repeats import Repeats
-from dstune.data.sampler import GlobalBatch, TrainingOrder
+from dstune.data.sampler import GlobalBatch, TrainingOrder, WrittenOrder
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,18 @@ class DataLoader(Protocol):
 
 
 def order_of(config: RunConfig, split: Split) -> TrainingOrder:
-    """Return the global order of training samples, which is the same on every rank and for any number of ranks."""
+    """Return the global order of training samples, which is the same on every rank and for any number of ranks.
+
+    Raises UserError for a wrong line of `data.order`.
+    """
+    if config.data.order is not None:
+        return WrittenOrder(
+            split.lengths,
+            split.weights,
+            read_order(config.data.order, len(split.lengths), config.trainer.global_batch_size),
+            micro_batch_size=config.trainer.rows,
+            padded=config.data.pads_rows,
+        )
     repeats = None
     if split.sources is not None:
         counts = np.bincount(split.sources, minlength=len(config.data.mixture)).tolist()
@@ -82,15 +94,33 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
     )
 
 
+def refuse_other_numbers(order: str, data: PreparedData) -> None:
+    """Raise UserError unless sample N is row N of the file, as the numbers in `order` (`data.order`) have it."""
+    rows, samples = data.report["train"]["rows_read"], len(data.train.lengths)
+    if rows != samples:
+        reason = (
+            f"it numbers the rows of the file, and its {rows:,} rows make {samples:,} samples, so the numbers are off"
+        )
+        fix = (
+            "train each row once: data.clean.duplicates=keep, data.split.validation=0 and no other filter that the start "
+            "of the run reports; or leave data.order out"
+        )
+        raise UserError(Problem("data.order", reason, fix, order))
+
+
 class PreparedLoader:
     """Loads completely prepared samples, in a new order each epoch.
 
-    Raises UserError if the weights of a mixture leave no sample in `trainer.epochs`.
+    Raises UserError if the weights of a mixture leave no sample in `trainer.epochs`, or `data.order` does not fit.
     """
 
     def __init__(self, config: RunConfig, data: PreparedData):
         self._split = data.train
+        if config.data.order is not None:
+            refuse_other_numbers(config.data.order, data)
         self._order = order_of(config, data.train)
+        if config.data.order is not None and config.trainer.max_steps is not None:
+            self._order.locate(config.trainer.max_steps - 1)
         if config.trainer.max_steps is None and self.steps(config.trainer.epochs) == 0:
             weights = {name: source.weight for name, source in config.data.mixture.items()}
             size = len(data.train.lengths)
