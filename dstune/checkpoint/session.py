@@ -78,7 +78,10 @@ class Checkpoints(CheckpointAccess):
                         )
                     )
                 with self._refused_other_weights(checkpoint):
-                    self._engine.restore(Shards(checkpoint))
+                    shards = Shards(checkpoint)
+                    if in_pieces(checkpoint) and set(shards.shapes) - self._engine.trained_names:
+                        raise KeyError("weights that the model does not train would be dropped")
+                    self._engine.restore(shards)
         return TrainState.from_dict(saved["train"])
 
     def remembered(self, name: str) -> Any:
