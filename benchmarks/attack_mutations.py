@@ -182,6 +182,30 @@ _BY_ATTACK: dict[str, Mutation] = {
     "import.test_references_are_not_carried_over": undo(
         "importing/convert.py", "    _without_references(imported)\n    _finish(imported)", "    _finish(imported)"
     ),
+    "checkpoints_of_others.test_nothing_in_a_checkpoint_runs": undo(
+        "zero/safe_load.py", 'map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)'
+    ),
+    "checkpoints_of_others.test_a_class_of_an_unknown_package_is_not_imported": undo(
+        "zero/safe_load.py",
+        '(type("_Named", (_StandIn,), {"name": name}), name)',
+        "(getattr(importlib.import_module(name.rpartition('.')[0]), name.rpartition('.')[2]), name)",
+    ),
+    "checkpoints_of_others.test_files_of_random_states_are_not_opened": undo(
+        "importing/trainer_checkpoint.py",
+        "    shard_folder = _shard_folder(folder)\n",
+        "    shard_folder = _shard_folder(folder)\n    torch.load(folder / 'rng_state_0.pth', weights_only=False)\n",
+    ),
+    "checkpoints_of_others.test_settings_that_grow_or_hold_themselves": undo(
+        "zero/safe_load.py", "if count[0] > MAX_VALUES or level > MAX_LEVELS:", "if level > MAX_LEVELS:"
+    ),
+    "checkpoints_of_others.test_descriptions_that_fit_no_weights": undo(
+        "importing/trainer_checkpoint.py", "        _check_tensors(checkpoint, optim_files)\n", ""
+    ),
+    "checkpoints_of_others.test_the_newest_shards_are_in_the_checkpoint": undo(
+        "importing/trainer_checkpoint.py",
+        're.fullmatch(r"[A-Za-z0-9_.-]+", tag) or tag in (".", "..") or not (folder / tag).is_dir()',
+        "(folder / tag).is_dir()",
+    ),
     # Runs of others.
     "runs_of_others.test_code_of_a_model_does_not_run": undo(
         "config/schema.py",

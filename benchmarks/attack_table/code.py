@@ -151,6 +151,42 @@ CODE = (
         "import.test_references_are_not_carried_over",
     ),
     Attack(
+        "a checkpoint of another tool calls something while it is read: `training_args.bin`, shards",
+        "`dstune import`",
+        "torch's restricted unpickler; classes of settings are replaced by empty ones",
+        "checkpoints_of_others.test_nothing_in_a_checkpoint_runs",
+    ),
+    Attack(
+        "its settings are of a class in the working directory",
+        "`dstune import`",
+        "not imported",
+        "checkpoints_of_others.test_a_class_of_an_unknown_package_is_not_imported",
+    ),
+    Attack(
+        "its random states, schedule or scripts run something",
+        "`dstune import`",
+        "not opened",
+        "checkpoints_of_others.test_files_of_random_states_are_not_opened",
+    ),
+    Attack(
+        "its settings grow without end, or are compressed",
+        "`dstune import`",
+        "16 MiB, 100,000 values, 20 levels, nothing compressed",
+        "checkpoints_of_others.test_settings_that_grow_or_hold_themselves",
+    ),
+    Attack(
+        "its shards describe other weights than they hold, or have names of other tensors",
+        "`dstune import`",
+        "refused before weights are read",
+        "checkpoints_of_others.test_descriptions_that_fit_no_weights",
+    ),
+    Attack(
+        "its `latest` names a folder elsewhere",
+        "`dstune import`",
+        "refused",
+        "checkpoints_of_others.test_the_newest_shards_are_in_the_checkpoint",
+    ),
+    Attack(
         "`attn_implementation` or `experts_implementation` of a `config.json` names a repository of kernels",
         "models",
         "left out, with a warning, unless transformers itself has it",

@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dstune.config.words import packaged_choices
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_USER, Problem, UserError
+from dstune.core.text import one_line
 from dstune.importing.convert import Experiment, convert
 from dstune.importing.files import TOOLS, TRAINER_KEY, read, tool_of
 from dstune.importing.trl import SUPPORTED
+from dstune.launch.console import Console
+
+if TYPE_CHECKING:
+    from dstune.importing.half_finished import ContinuedRun
 
 DESCRIPTION = """\
 Convert a configuration of axolotl, LLaMA-Factory, ms-swift or TRL (YAML, or a shell script with its command) into an experiment,
 and list every key that could not be carried over. Exit code 2: the experiment does not compose as it is.
+
+Given a folder, continue a half-finished run: a checkpoint that transformers' Trainer, or a tool built on it, wrote with DeepSpeed
+becomes a run directory, which `dstune train RUN` continues on any number of ranks and at any ZeRO stage.
+
+  dstune import checkpoint-50 --output runs/mine data.train=rows.jsonl
 """
 
 
 def _parser() -> VerbParser:
-    parser = VerbParser("dstune import", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("file", metavar="FILE", type=Path)
-    parser.add_argument("--output", "-o", type=Path, metavar="DIR/experiment/NAME.yaml", help="write it there")
+    parser = VerbParser(
+        "dstune import",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="a configuration, or the folder of a checkpoint")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="with a checkpoint: what it does not say, data.train=... first",
+    )
+    parser.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="PATH",
+        help="write it there: DIR/experiment/NAME.yaml, or with a checkpoint the new run directory",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument(
         "--from", dest="tool", metavar="|".join(TOOLS), help="the tool; recognised by the keys otherwise"
@@ -41,7 +70,13 @@ def _parser() -> VerbParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb. Raises UserError; returns the exit code of the public contract."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
+    if arguments.file.is_dir():
+        return _continue(arguments)
+    if arguments.overrides:
+        fix = "give it to `dstune train` after experiment=NAME"
+        reason = "a configuration is converted as it is"
+        raise UserError(Problem("command line", reason, fix, arguments.overrides[0]))
     if arguments.ranks is not None and arguments.ranks < 1:
         raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(arguments.ranks)))
     if arguments.output is not None:
@@ -77,6 +112,47 @@ def main(argv: list[str]) -> int:
     return EXIT_USER if experiment.problems else EXIT_DONE
 
 
+def _continue(arguments: argparse.Namespace) -> int:
+    """Write the run directory that continues a checkpoint. Raises UserError."""
+    from dstune.importing.half_finished import continue_checkpoint  # imports DeepSpeed
+
+    for flag in ("ranks", "tool", "trainer"):
+        if value := getattr(arguments, flag):
+            name = {"tool": "from"}.get(flag, flag)
+            raise UserError(Problem(f"--{name}", "a checkpoint says it itself", "leave it out", str(value)))
+    if arguments.output is None:
+        fix = f"dstune import {arguments.file} --output runs/{arguments.file.absolute().parent.name or 'mine'}"
+        raise UserError(Problem("--output", "a checkpoint becomes a run directory, and none is given", fix))
+    continued = continue_checkpoint(
+        arguments.file, arguments.output, arguments.overrides, Console(sys.stderr if arguments.json else sys.stdout)
+    )
+    print(json.dumps(asdict(continued)) if arguments.json else report_continued(continued))
+    return EXIT_DONE
+
+
+def report_continued(continued: ContinuedRun) -> str:
+    """Return what was carried, what was not and why, what was assumed, and the next command."""
+    ranks = f"{continued.ranks} rank{'s' * (continued.ranks != 1)}"
+    lines = [
+        f"{continued.kind}, step {continued.step} of {continued.total_steps}, written by {ranks} at ZeRO stage {continued.stage}",
+        f"carried: weights, moments, schedule, and the order of {continued.rows:,} rows for all {continued.total_steps} steps",
+    ]
+    if continued.dropped:
+        lines.append("not carried:")
+    for key, dropped in continued.dropped.items():
+        lines.append(f"  {one_line(key)}: {_shortened(dropped.value)}\n    {dropped.kind}: {one_line(dropped.reason)}")
+    if continued.differences:
+        lines += ["losses will differ from those of the Trainer:", *(f"  {text}" for text in continued.differences)]
+    lines += ["assumed:", *(f"  {text}" for text in continued.assumed)]
+    lines += [f"written: {continued.run}", f"next: {shlex.join(['dstune', 'train', continued.run])}"]
+    return "\n".join(lines)
+
+
+def _shortened(value: object) -> str:
+    text = one_line(str(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _check_output(output: Path, force: bool) -> None:
     """Raise UserError for a file that `experiment=NAME` would not find, or that exists."""
     if output.suffix != ".yaml":
@@ -96,9 +172,7 @@ def report(experiment: Experiment, output: Path | None) -> str:
         f"{experiment.tool}: {len(experiment.carried)} keys carried, {len(experiment.dropped)} not or not to the letter"
     ]
     for key, dropped in experiment.dropped.items():
-        value_text = str(dropped.value)
-        value_text = value_text if len(value_text) <= 60 else f"{value_text[:57]}..."
-        lines.append(f"  {key}: {value_text}\n    {dropped.kind}: {dropped.reason}")
+        lines.append(f"  {key}: {_shortened(dropped.value)}\n    {dropped.kind}: {dropped.reason}")
     if experiment.assumed:
         lines += ["assumed:", *(f"  {text}" for text in experiment.assumed)]
     if experiment.problems:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dstune.config.by_method import RATE
@@ -48,6 +50,25 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     Raises:
         UserError: dstune does not have the kind of training, or the file's number of ranks is invalid.
     """
+    imported = carry(raw, tool, source, ranks)
+    text = text_of(imported, tool, source)
+    carried = {key: names for key, names in imported.carried.items() if key in raw and key not in imported.dropped}
+    problems = [*imported.problems, *problems_of(text)]
+    off = [key for key in raw if key not in carried and key not in imported.dropped]
+    return Experiment(tool, text, carried, imported.dropped, off, imported.assumed, problems)
+
+
+def carry(
+    raw: dict[str, Any],
+    tool: str,
+    source: Path,
+    ranks: int | None = None,
+    choices: Mapping[str, str] = MappingProxyType({}),
+) -> Import:
+    """Apply the tool's table to the keys `raw`, and return what becomes of them.
+
+    choices: options of configuration groups that are settled otherwise. Raises as `convert`.
+    """
     module = TOOLS[tool]
     module.check(raw)
     defaults = module.defaults(raw)
@@ -62,13 +83,10 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     imported.raw["_file"] = str(source)
     apply({**module.TABLE, "_file": lambda imported, value: None}, imported)
     del imported.raw["_file"]
+    imported.choices |= choices
     _without_references(imported)
     _finish(imported)
-    text = _text(imported, tool, source)
-    carried = {key: names for key, names in imported.carried.items() if key in raw and key not in imported.dropped}
-    problems = [*imported.problems, *problems_of(text)]
-    off = [key for key in raw if key not in carried and key not in imported.dropped]
-    return Experiment(tool, text, carried, imported.dropped, off, imported.assumed, problems)
+    return imported
 
 
 def _ranks(processes: Any) -> int:
@@ -119,7 +137,8 @@ def _undo(imported: Import, key: str, reason: str, kind: str = MEANINGLESS) -> N
         imported.drop(reason, kind, key=foreign_key)
 
 
-def _text(imported: Import, tool: str, source: Path) -> str:
+def text_of(imported: Import, tool: str, source: Path) -> str:
+    """Return the YAML of the experiment."""
     lines = ["# @package _global_", f"# From {one_line(source.name)} ({tool}) by `dstune import`."]
     wished = {key: dropped for key, dropped in imported.dropped.items() if dropped.kind != MEANINGLESS}
     if wished:

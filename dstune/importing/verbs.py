@@ -8,6 +8,6 @@ from dstune.core.verb import Verb, verb
 @verb
 class Import(Verb):
     name = "import"
-    summary = "an experiment from a configuration of axolotl, LLaMA-Factory, ms-swift or TRL"
+    summary = "an experiment from another tool's configuration, or a run from its half-finished checkpoint"
     action = "dstune.importing.command:main"
     needs_plugins = False

@@ -62,6 +62,7 @@ WHOLE_FILES = {
     "parity/test_experts.py": 110,
     "parity/test_forgetting.py": 55,
     "parity/test_few_bits.py": 60,
+    "parity/test_half_finished.py": 240,
     "parity/test_heads.py": 80,
     "parity/test_hpz.py": 230,
     "parity/test_ladder.py": 80,
