@@ -6,6 +6,7 @@ import inspect
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import dstune
 from dstune import protocols
@@ -42,6 +43,28 @@ def test_the_first_plugin_of_the_page_works(tmp_path, monkeypatch):
         assert kappa.compute([0, 1, 1, 0], [0, 1, 1, 0], ("a", "b")) == 1.0
     finally:
         plugins.activate([])
+
+
+def test_the_callback_of_the_page_ends_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "plugins.md").read_text()
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block.startswith("# target.py")
+    )
+    Path("target.py").write_text(code)
+    try:
+        words = ["plugins=[./target.py]", "trainer.callbacks=[{target: {loss: 0.5}}]", "data=chitchat"]
+        validate(compose(words).config)
+        (make,) = (cls for name, cls in protocols.CALLBACKS.classes().items() if name == "target")
+        below, above = (
+            make(loss=0.5).on_evaluate(None, SimpleNamespace(metrics={"loss": loss})) for loss in (0.4, 0.6)
+        )
+    finally:
+        plugins.activate([])
+    assert below == dstune.Request(dstune.Action.SAVE | dstune.Action.STOP, "the held-out loss is below 0.5")
+    assert above is None
+    table = re.findall(r"^\| ((?:`[A-Z]+`(?:, )?)+) \| ", text, re.MULTILINE)
+    assert {name for row in table for name in re.findall(r"[A-Z]+", row)} == {action.name for action in dstune.Action}
 
 
 def test_every_kind_that_registers_is_in_the_table():
