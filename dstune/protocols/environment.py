@@ -15,6 +15,9 @@ class Environment:
     """
 
     name: ClassVar[str] = ""
+    at_once: ClassVar[int] = 32
+    """In how many instances `reset`, tools and `get_reward` run at the same time, each in a thread. With 1 they run one after the
+    other in the main thread, for instances that share something that only one may use."""
     random: random.Random
     """Set before `reset`, from seed, step, prompt and sample: an environment that draws from nothing else is the same after a
     resume."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,17 +16,21 @@ from dstune.data.chat.tool_calls import FORMS
 from dstune.data.collate import NO_TARGET
 from dstune.tasks.reinforcement import turns
 from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.environment_host import in_threads
 from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.reward_process import RewardProcess
 from dstune.tasks.reinforcement.rollout import Rollouts
 from dstune.testing.tiny import word_tokenizer
 
 CALL, WRONG, HANG, HALF = CALLS = [*map(call_of, ("peek", "none", "hang", "half"))]
-LEAVE = call_of("leave")
+LEAVE, WAIT = call_of("leave"), call_of("wait")
 ENVIRONMENTS = '''
+import threading
 import time
 import dstune
 import numpy
+
+everyone = threading.Barrier(14)
 
 @dstune.environment
 class Hidden(dstune.Environment):
@@ -45,6 +50,11 @@ class Hidden(dstune.Environment):
     def hang(self) -> str:
         """Never answer."""
         time.sleep(1000)
+
+    def wait(self) -> str:
+        """Answer once 14 completions wait."""
+        everyone.wait(timeout=60)
+        return "w2"
 
     def half(self) -> str:
         """Return half of a character."""
@@ -110,8 +120,8 @@ def act(tmp_path, monkeypatch):
     file.write_text(ENVIRONMENTS)
     plugins.activate([str(file)])
     tokenizer = word_tokenizer([*("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"), *["user", "assistant", "tool", "tools"],
-                                *["go", "now", "w1", "w2", "peek", "hang", "half", "leave", "error:", "ok"],
-                                *CALLS, LEAVE])  # fmt: skip
+                                *["go", "now", "w1", "w2", "peek", "hang", "half", "leave", "wait", "error:", "ok"],
+                                *CALLS, LEAVE, WAIT])  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     world = SimpleNamespace(any=bool, gather=lambda value: [value], rank=0, size=1)
     opened = []
@@ -140,9 +150,7 @@ def test_tokens_of_tools_are_read_and_not_trained(act):
     rows = {0: {"prompt": "go", "word": "w2"}, 1: {"prompt": [{"role": "user", "content": "go"}], "word": "w1"}}
     answers = {(0, 0): [f"ok {CALL} <|im_end|>", "w2 <|im_end|>"], (1, 0): ["w1 w1 <|im_end|>"]}
     (first, second), script, process, tokenizer = act(answers, rows=rows)
-    prompt = (
-        "<|im_start|> tools half hang leave peek <|im_end|> <|im_start|> user go now <|im_end|> <|im_start|> assistant"
-    )
+    prompt = "<|im_start|> tools half hang leave peek wait <|im_end|> <|im_start|> user go now <|im_end|> <|im_start|> assistant"
     assert tokenizer.decode(first.completion.prompt_ids) == prompt
     written = f"ok {CALL} <|im_end|> <|im_start|> tool w2 <|im_end|> <|im_start|> assistant w2 <|im_end|>"
     assert tokenizer.decode(first.completion.ids) == written
@@ -195,12 +203,33 @@ def test_an_environment_that_hangs_scores_nothing_and_the_run_goes_on(act):
     rows = {0: {"prompt": "go", "word": "w1"}}
     answers = {(0, 0): [f"{HANG} <|im_end|>", "w1 <|im_end|>"]}
     (hanging,), _, process, _ = act(answers, rows=rows, environment_seconds=2.0)
-    assert "longer than 2 s (task.environment_seconds)" in process.last_error
-    assert "longer than 2 s" in hanging.failures["hidden"]
+    assert "hang: its calls took longer than 2 s (task.environment_seconds)" in hanging.failures["hidden"]
     scores = process("hidden", ["go"], [hanging.messages], [[1]], {}, environments=["0/0"])
     assert scores.scores == [None]
     (later,), *_ = act({(0, 0): ["w1 <|im_end|>"]}, rows=rows)
     assert later.completion.ended
+
+
+def test_calls_of_several_completions_run_at_the_same_time_each_with_its_own_clock(act):
+    rows = {n: {"prompt": "go", "word": "w1"} for n in range(16)}
+    answers = {(n, 0): [f"{WAIT} <|im_end|>", "w1 <|im_end|>"] for n in rows}
+    answers[3, 0], answers[4, 0] = [[f"{call} <|im_end|>", "w1 <|im_end|>"] for call in (HANG, CALL)]
+    scored, _, process, _ = act(answers, rows=rows, environment_seconds=10.0)
+    assert [bool(each.failures) for each in scored] == [n == 3 for n in rows]
+    assert [each.messages[1]["content"] for n, each in enumerate(scored) if n != 3] == ["w2"] * 3 + ["w1"] + ["w2"] * 11
+    assert all(each.completion.ended for n, each in enumerate(scored) if n != 3)
+    keys = [f"{n}/0" for n in rows]
+    messages = [each.messages for each in scored]
+    scores = process("hidden", ["go"] * 16, messages, [[1]] * 16, {}, environments=keys).scores
+    assert scores == [None if n == 3 else float(n == 4) for n in rows], "the process and all other environments live on"
+
+
+def test_where_only_one_may_run_at_a_time_it_runs_in_the_callers_thread():
+    numbers = in_threads(lambda item: (item, threading.get_ident()), range(3), threads=1)
+    assert numbers == [(item, threading.get_ident()) for item in range(3)]
+    assert (
+        len({thread for _, thread in in_threads(lambda item: (item, threading.get_ident()), range(3), threads=2)}) > 1
+    )
 
 
 def test_an_environment_that_fails_costs_its_own_episode(act):
@@ -239,7 +268,7 @@ def test_a_class_for_trl_is_an_environment(act):
         row = {"key": "0/0", "seed": 1, "columns": {"prompt": "p"}}
         process.ask({"kind": "reset", "environment": "TrlStyle", "rows": [row], "again": False}, 60, "")
         calls = [{"key": "0/0", "name": "add", "arguments": json.loads(text)} for text in ('{"amount": 2}', '{"x": 1}')]
-        results = process.ask({"kind": "call", "calls": calls}, 60, "")["results"]
+        results = process.ask({"kind": "call", "calls": calls, "seconds": 60.0}, 60, "")["results"]
         assert [result["failed"] for result in results] == [False, True]
         assert results[0]["text"] == "2"
         assert process("counted", ["p"], ["c"], [[1]], {}, environments=["0/0"]).scores == [2.0]

@@ -95,8 +95,8 @@ class ReinforcementConfig(TaskConfig):
     turns: int = setting(8, at_least=1)
     """With an environment, the largest number of the model's answers in one completion."""
     environment_seconds: float = setting(60.0, above=0.0)
-    """Time limit of the tool calls of a micro-batch's completions in one turn. An environment that takes longer is ended, and its
-    completions do not train."""
+    """Time limit of a completion's tool calls in one turn. A completion whose environment takes longer ends there and does not
+    train."""
     loss: PolicyLoss = PolicyLoss.dapo
     """`dapo` (mean over all tokens of a step; TRL's default too), `grpo` (mean over completions of the mean over tokens),
     `dr_grpo` (divided by completions times `max_new_tokens`), `gspo` (ratio of whole completions, by token mean), `cispo`

@@ -109,7 +109,7 @@ def answer_requests() -> None:
                 case "reset":
                     result = {"results": host.reset(request["environment"], request["rows"], again=request["again"])}
                 case "call":
-                    result = {"results": host.call(request["calls"])}
+                    result = {"results": host.call(request["calls"], request["seconds"])}
         except Exception as error:
             failure = Failure.of(error)
             result = {"error": failure.reason, "may_pass": failure.may_pass}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from dstune.tasks.reinforcement.records import Scored, place_of
 from dstune.tasks.reinforcement.scoring import Scorer
 
 Messages = list[dict[str, Any]]
+LATE_SECONDS = 5.0
+"""How much longer than the time limits of calls their process may take until it answers."""
 
 
 @dataclass
@@ -145,7 +148,7 @@ class Environments:
         def ask(some: Sequence[dict[str, Any]]) -> list[str | Failure]:
             again = len(some) < len(requests)
             request = {"kind": "reset", "environment": self._task.environment, "rows": list(some), "again": again}
-            answer = self._ask(request)
+            answer = self._ask(request, self._task.environment_seconds)
             if "results" not in answer:
                 return [Failure(str(answer["error"]), bool(answer.get("may_pass")))] * len(some)
             return [
@@ -210,7 +213,10 @@ class Environments:
                 owners.append((episode, call))
         if not calls:
             return
-        answer = self._ask({"kind": "call", "calls": calls}) if self._scorer.process.starts == starts else {}
+        answer = {}
+        if self._scorer.process.starts == starts:
+            request = {"kind": "call", "calls": calls, "seconds": self._task.environment_seconds}
+            answer = self._ask(request, self._seconds_of(len(waiting)))
         if "results" not in answer:  # the process has ended, and all environments with it
             ended = {"lost": answer.get("error", "its environment has ended")}
         for (episode, call), result in zip(owners, answer.get("results") or [ended] * len(owners), strict=True):
@@ -265,8 +271,14 @@ class Environments:
         ids: list[int] = self._tokenizer(after[end:], add_special_tokens=False)["input_ids"]
         return ids
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        answer = self._scorer.process.ask(request, self._task.environment_seconds, "task.environment_seconds")
+    def _seconds_of(self, episodes: int) -> float:
+        """Return the time after which the process of the environments is ended. Where calls run side by side, it gives up late ones
+        itself."""
+        seconds, at_once = self._task.environment_seconds, ENVIRONMENTS[self._task.environment or ""].at_once
+        return seconds if at_once < 2 else seconds * math.ceil(episodes / at_once) + LATE_SECONDS
+
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        answer = self._scorer.process.ask(request, seconds, "task.environment_seconds")
         if error := answer.get("error"):
             self._scorer.process.last_error = str(error)
         return answer
