@@ -128,7 +128,7 @@ def test_a_run_finds_no_secret_of_an_earlier_one_in_its_memory(offered, workplac
     for name in SECRETS:
         monkeypatch.delitem(offered.env, name, raising=False)
     mine = planted("HF_TOKEN")
-    trained(offered, "without", *searching)
+    trained(offered, "without", *searching, "launch.export_env=[HF_TOKEN]")
     assert result(workplace.folder / "without")["planted"] == [mine]
 
 
