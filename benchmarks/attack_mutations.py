@@ -406,6 +406,11 @@ _BY_ATTACK: dict[str, Mutation] = {
         "    temporary = path.with_name(",
         "    return path.write_bytes(data) and None\n    temporary = path.with_name(",
     ),
+    "files.test_a_start_that_is_undone_copies_no_private_file_into_the_run": undo(
+        "launch/rundir.py",
+        'with os.fdopen(open_plain(path / name, os.O_RDONLY), "rb") as stream:',
+        'with (path / name).open("rb") as stream:',
+    ),
     "files.test_rows_are_not_appended_through_a_link": undo(
         "tracking/jsonl.py",
         'files.write(path, b"".join(kept_lines), sync=True)',

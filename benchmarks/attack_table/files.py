@@ -12,6 +12,12 @@ FILES = (
         "files.test_records_replace_links_and_do_not_follow_them",
     ),
     Attack(
+        "the same, to a private file, which a start that fails would restore as a copy in the folder of whoever made the link",
+        "run directory",
+        "links are left alone",
+        "files.test_a_start_that_is_undone_copies_no_private_file_into_the_run",
+    ),
+    Attack(
         "`metrics.jsonl` is one",
         "run directory",
         "the link is replaced",

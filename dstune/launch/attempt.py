@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError, from_json
+from dstune.core.parsing import read_file
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.verdict import Ended, Verdict
@@ -36,7 +37,7 @@ def read_errors(run_dir: Path, size: int, launch_folder: Path | None = None) -> 
     for rank in range(size):
         for folder in filter(None, (launch_folder, run_dir / "logs")):
             with suppress(OSError, ValueError, KeyError, TypeError):
-                errors[rank] = from_json((folder / f"rank-{rank}.error").read_text())
+                errors[rank] = from_json(read_file(folder / f"rank-{rank}.error").decode())
     return errors
 
 

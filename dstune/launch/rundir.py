@@ -20,7 +20,8 @@ from dstune.config.schema import RunConfig
 from dstune.core import plugins
 from dstune.core.disk import fix_of_unwritable_folder
 from dstune.core.errors import Problem, UserError
-from dstune.core.files import INCOMPLETE, write
+from dstune.core.files import INCOMPLETE, open_plain, write
+from dstune.core.parsing import MAX_BYTES
 from dstune.core.paths import BEGUN
 from dstune.core.paths import RUN_FILE as RUN_FILE
 from dstune.core.secrets import publish
@@ -47,7 +48,7 @@ class Before:
     created: tuple[Path, ...]
     """The folders that the launch creates: the directory and its parents, the innermost first."""
     files: dict[str, bytes | None]
-    """Content, by name, of the files that a start replaces; None for a file that did not exist."""
+    """Content, by name, of the plain files that a start replaces; None for a file that did not exist."""
     began: tuple[int | None, ...]
     """When training last began there, by stage: modification times of environment.json in nanoseconds."""
 
@@ -56,8 +57,7 @@ class Before:
         """Record the state of the directory `path`."""
         created = [folder for folder in (path, *path.parents) if not folder.exists()]
         copies = [str(file.relative_to(path)) for file in path.glob(f"{plugins.FOLDER}/*.py")]
-        files = {name: _content(path / name) for name in (*REPLACED, *copies)}
-        return cls(path, tuple(created), files, _begin_times(path))
+        return cls(path, tuple(created), _contents(path, (*REPLACED, *copies)), _begin_times(path))
 
     def restore(self) -> bool:
         """Undo the launch unless training has begun. Returns whether it was undone."""
@@ -73,7 +73,7 @@ class Before:
         for name, content in self.files.items():
             if content is None:
                 (self.path / name).unlink(missing_ok=True)
-            elif content != _content(self.path / name):
+            elif content != _contents(self.path, [name]).get(name):
                 write(self.path / name, content)
         for error in (self.path / "logs").glob("rank-*.error"):
             error.unlink()
@@ -94,11 +94,25 @@ def _begin_times(path: Path) -> tuple[int | None, ...]:
     return tuple(_modified_ns(file) for file in (path / BEGUN, *sorted(path.glob(f"*/{BEGUN}"))))
 
 
-def _content(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except OSError:
-        return None
+def _contents(path: Path, names: Sequence[str]) -> dict[str, bytes | None]:
+    """Return by name the content of files in the directory `path`; None for a file that does not exist.
+
+    Links, pipes, devices and files of more than MAX_BYTES are left out, so they are not restored: a copy of the private file that a
+    stranger's link leads to would be theirs to read.
+    """
+    contents: dict[str, bytes | None] = {}
+    for name in names:
+        try:
+            with os.fdopen(open_plain(path / name, os.O_RDONLY), "rb") as stream:
+                content = stream.read(MAX_BYTES + 1)
+        except OSError:
+            contents[name] = None
+        except UserError:  # no plain file
+            continue
+        else:
+            if len(content) <= MAX_BYTES:
+                contents[name] = content
+    return contents
 
 
 def _modified_ns(file: Path) -> int | None:

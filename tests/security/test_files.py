@@ -16,6 +16,7 @@ from dstune.checkpoint import store
 from dstune.core import files, handoff
 from dstune.core.errors import UserError
 from dstune.launch import mirror, records
+from dstune.launch.rundir import Before
 from dstune.rank.finalize import write_result
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.served_sampler import ServedSampler, claim, weights_folder
@@ -48,6 +49,31 @@ def test_records_replace_links_and_do_not_follow_them(name: str, run_dir: Path, 
     write_result(run_dir, {"status": "completed"})
     assert victim.read_text() == VICTIM
     assert not (run_dir / name.removesuffix(".incomplete")).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "launch.json", "result.json"])
+def test_a_start_that_is_undone_copies_no_private_file_into_the_run(name: str, run_dir: Path, victim: Path) -> None:
+    """What a start has replaced is restored if no training begins: in a folder that the maker of the link reads."""
+    (run_dir / name).symlink_to(victim)
+    (run_dir / "plugins").mkdir()
+    (run_dir / "plugins" / "a.py").symlink_to(victim)
+    before = Before.of(run_dir)
+    files.write(run_dir / name, "of the start")
+    files.write(run_dir / "plugins" / "a.py", "of the start")
+    assert before.restore()
+    assert (run_dir / name).read_text() == (run_dir / "plugins" / "a.py").read_text() == "of the start"
+    assert victim.read_text() == VICTIM
+
+
+def test_a_link_that_a_start_left_alone_stays(run_dir: Path, victim: Path) -> None:
+    (run_dir / "result.json").symlink_to(victim)
+    (run_dir / "launch.json").write_text("before")
+    before = Before.of(run_dir)
+    files.write(run_dir / "launch.json", "of the start")
+    files.write(run_dir / "run.yaml", "of the start")
+    assert before.restore()
+    assert (run_dir / "result.json").is_symlink()
+    assert (run_dir / "launch.json").read_text() == "before" and not (run_dir / "run.yaml").exists()
 
 
 def test_rows_are_not_appended_through_a_link(run_dir: Path, victim: Path) -> None:

@@ -27,6 +27,8 @@ from dstune.data import read_text, sources
 from dstune.data.files import DataFile
 from dstune.inference.resolve_model import check_adapter
 from dstune.launch import records
+from dstune.launch.attempt import read_errors
+from dstune.launch.rundir import Before
 from dstune.launch.runs import as_text, listed
 from dstune.methods._peft.files import read_settings
 from dstune.planning.architecture import architecture
@@ -319,6 +321,11 @@ def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
         rewind(run / "metrics.jsonl", 2)
     assert records.read_result(run) is None
     assert records.read_launch(run) is None
+    assert {*Before.of(run).files} == {"run.yaml"}
+    (run / "logs").mkdir()
+    os.mkfifo(run / "logs" / "rank-0.error")
+    (run / "logs" / "rank-1.error").symlink_to("/dev/zero")
+    assert read_errors(run, 3) == {}
     with pytest.raises(OSError, match="not a regular file"):
         read_file(Path("/dev/zero"))
 
