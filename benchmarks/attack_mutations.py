@@ -411,6 +411,9 @@ _BY_ATTACK: dict[str, Mutation] = {
         'with os.fdopen(open_plain(path / name, os.O_RDONLY), "rb") as stream:',
         'with (path / name).open("rb") as stream:',
     ),
+    "files.test_a_copied_run_is_read_through_no_link": undo(
+        "checkpoint/copied.py", "if (place / name).is_symlink() or spare_of(place / name).is_symlink():", "if False:"
+    ),
     "files.test_rows_are_not_appended_through_a_link": undo(
         "tracking/jsonl.py",
         'files.write(path, b"".join(kept_lines), sync=True)',

@@ -33,6 +33,12 @@ FILES = (
         "links of files are replaced, those of folders refused in unsigned runs",
         "files.test_a_copied_run_is_written_through_no_link",
     ),
+    Attack(
+        "a file of such a place is a link to a private file, with a spare file beside it, and is copied back as a plain one",
+        "places that cannot lock or rename",
+        "links are not read",
+        "files.test_a_copied_run_is_read_through_no_link",
+    ),
     Attack("the lock is a link", "run directory", "refused", "files.test_the_lock_is_no_link"),
     Attack(
         "a folder for the weights of a run is made first by another user, who swaps them for the server",

@@ -167,6 +167,8 @@ def fetch(place: Path, work: Path) -> None:
     spares = {path.relative_to(place) for path in place.rglob(f".*{SPARE}")}
     names = {*names_in(place), *(str(spare.with_name(spare.name[1 : -len(SPARE)])) for spare in spares)}
     for name in sorted(names):
+        if (place / name).is_symlink() or spare_of(place / name).is_symlink():
+            continue  # a stranger's link to a private file, which would be copied back to the place
         if (place / name).exists() or is_whole(spare_of(place / name)):
             read_back(place / name, work / name)
     for run in runs_in(place):

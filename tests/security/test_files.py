@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dstune.checkpoint import store
+from dstune.checkpoint import copied, store
 from dstune.core import files, handoff
 from dstune.core.errors import UserError
 from dstune.launch import mirror, records
@@ -119,6 +119,22 @@ def test_a_copied_run_is_written_through_no_link(
     with pytest.raises(UserError, match="this is a link"):
         mirror.open_mirror(run_dir, lambda text: None)
     assert not (run_dir / records.LEASE).exists()
+
+
+@pytest.mark.parametrize("linked", [("notes.txt", ".notes.txt.spare"), ("notes.txt",), (".notes.txt.spare",)])
+def test_a_copied_run_is_read_through_no_link(
+    linked: tuple[str, ...], tmp_path: Path, run_dir: Path, victim: Path
+) -> None:
+    """What is read is written again, into a folder that whoever made the links reads."""
+    (run_dir / "run.yaml").write_text("config: {}")
+    (run_dir / "notes.txt").write_text("theirs")
+    (run_dir / ".notes.txt.spare").write_text("")
+    for name in linked:
+        (run_dir / name).unlink()
+        (run_dir / name).symlink_to(victim)
+    copied.fetch(run_dir, tmp_path / "work")
+    assert (tmp_path / "work" / "run.yaml").exists()
+    assert VICTIM not in [file.read_text() for file in (tmp_path / "work").rglob("*") if file.is_file()]
 
 
 def test_the_lock_is_no_link(run_dir: Path, victim: Path) -> None:
