@@ -224,15 +224,13 @@ def _imported(checkpoint: TrainerCheckpoint, run: Path, overrides: Sequence[str]
         "optimizer.betas": group.betas,
         "optimizer.eps": group.eps,
         "optimizer.weight_decay": max(each.weight_decay for each in checkpoint.groups),
+        "trainer.grad_clip": checkpoint.gradient_clipping,
         "trainer.max_steps": checkpoint.total_steps,
         "trainer.length_grouping": False,
         "trainer.precision": checkpoint.precision,
         "run.dir": str(run),
         "run.name": run.name,
     }
-    clip = checkpoint.deepspeed.get("gradient_clipping")
-    if isinstance(clip, (int, float)) and not isinstance(clip, bool):
-        imported.values["trainer.grad_clip"] = float(clip)
     imported.values["model.path"] = str(checkpoint.folder)
     if checkpoint.has_adapter:
         imported.values["method.adapter"] = str(checkpoint.folder)

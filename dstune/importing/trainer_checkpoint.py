@@ -27,6 +27,8 @@ STATE, ARGUMENTS, LATEST = "trainer_state.json", "training_args.bin", "latest"
 ADAPTER = "adapter_config.json"
 MOMENTS = {"exp_avg", "exp_avg_sq"}
 WHERE = "CHECKPOINT"
+CLIPS_SINCE = (0, 19, 3)
+"""Release of DeepSpeed from which on a file without `gradient_clipping` means 1.0; it was off before."""
 MAX_STEPS = 10_000_000
 """Most steps of a run: each has a line in the file of its order."""
 
@@ -53,7 +55,9 @@ class TrainerCheckpoint:
     """The content of `trainer_state.json`."""
     arguments: Settings
     deepspeed: Mapping[str, Any]
-    """DeepSpeed's configuration, with numbers in the place of `auto`; empty if the shards do not hold it."""
+    """DeepSpeed's configuration, with numbers in the place of `auto`."""
+    gradient_clipping: float
+    """Largest norm of a gradient; 0 is off."""
     stage: int
     ranks: int
     groups: list[ParameterGroup]
@@ -106,6 +110,7 @@ def read(folder: Path) -> TrainerCheckpoint:
             state,
             _arguments(folder),
             _config_of(model_states),
+            _clipping(model_states, optim_states),
             int(getattr(optim_states["zero_stage"], "value", optim_states["zero_stage"])),
             len(optim_files),
             [_group(group) for group in optimizer["param_groups"]],
@@ -212,7 +217,20 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _config_of(model_states: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _section(model_states, "ds_config")
+    if config := _section(model_states, "ds_config"):
+        return config
+    raise ValueError("it does not hold the configuration, as releases of DeepSpeed before 0.6 did")
+
+
+def _clipping(model_states: Mapping[str, Any], optim_states: Mapping[str, Any]) -> float:
+    """Return the largest norm of a gradient: of the file, else of the optimizer (stages 1 and 2), else DeepSpeed's default."""
+    for value in (_config_of(model_states).get("gradient_clipping"), optim_states.get("clip_grad")):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    release = re.match(r"(\d+)\.(\d+)\.(\d+)", str(model_states.get("ds_version")))
+    if release is None:
+        raise ValueError("it says neither how gradients were clipped nor which DeepSpeed wrote it")
+    return 1.0 if tuple(map(int, release.groups())) >= CLIPS_SINCE else 0.0
 
 
 def _group(group: Mapping[str, Any]) -> ParameterGroup:

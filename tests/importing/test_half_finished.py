@@ -56,7 +56,7 @@ def rewrite(edit: Callable[[dict[str, Any]], None]) -> None:
 def rewrite_shards(edit: Callable[[dict[str, Any]], None], pattern: str = "*_optim_states.pt") -> None:
     for file in Path("checkpoint-8/global_step8").glob(pattern):
         content = torch.load(file, weights_only=True)
-        edit(content.get("optimizer_state_dict", content))
+        edit(content.get("optimizer_state_dict") or content)
         torch.save(content, file)
 
 
@@ -286,6 +286,45 @@ def test_a_run_trains_the_rows_of_the_file(tmp_path):
         order.locate(3)
     with pytest.raises(UserError, match=r"the file has 2 passes over the rows"):
         order.steps(3)
+
+
+def test_numbers_of_rows_that_make_no_sample_are_refused(tmp_path):
+    """Where sample 3 is not row 3, because a row before it was a duplicate."""
+    from types import SimpleNamespace
+
+    from support.configs import run_config
+
+    from dstune.config.schema import DataConfig
+    from dstune.data.prepared import PreparedData, Split
+    from dstune.trainer.data_loader import PreparedLoader
+
+    (tmp_path / "order.jsonl").write_text('{"epoch": 0, "rows": [3, 0]}\n')
+    config = run_config(data=DataConfig(train="rows.jsonl", packing=False, order=str(tmp_path / "order.jsonl")))
+    split: Any = Split("train", SimpleNamespace(), np.array([5, 6, 7, 8]), np.array([1, 2, 3, 4]))
+    assert PreparedLoader(config, PreparedData(split, None, None, report={"train": {"rows_read": 4}})).steps(1) == 1
+    with pytest.raises(UserError, match="its 5 rows make 4 samples, so the numbers are off"):
+        PreparedLoader(config, PreparedData(split, None, None, report={"train": {"rows_read": 5}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "state", "version", "clip"),
+    [
+        ({"gradient_clipping": 0.5}, {}, None, 0.5),
+        ({}, {"clip_grad": 0.0}, "0.19.8", 0.0),
+        ({}, {}, "0.19.8", 1.0),
+        ({}, {}, "0.18.2", 0.0),
+    ],
+)
+def test_gradients_are_clipped_as_before(folder, config, state, version, clip):
+    def edit(content):
+        del content["ds_config"]["gradient_clipping"]
+        content["ds_config"].update(config)
+        content["ds_version"] = version
+
+    rewrite_shards(edit, "*_model_states.pt")
+    rewrite_shards(lambda content: content.update(state))
+    assert imported() == 0
+    assert read_run(Path("run/run.yaml")).config.trainer.grad_clip == clip
 
 
 WRONG_LINES = {

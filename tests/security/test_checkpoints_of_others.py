@@ -86,12 +86,15 @@ def evil_objects() -> dict[str, Any]:
         "eval": Runs(eval, "open('sentinel', 'w')"),
         "open": Runs(open, "sentinel", "w"),
         "getattr": Runs(getattr, "x", "upper"),
+        "package": Runs(torch.save, {}, "sentinel"),
         "rmtree": Runs(shutil.rmtree, "model"),
         "import": Runs(__import__, "support.import_that_leaks"),
     }
 
 
-@pytest.mark.parametrize("attack", ["system", "popen", "exec", "eval", "open", "getattr", "rmtree", "import"])
+@pytest.mark.parametrize(
+    "attack", ["system", "popen", "exec", "eval", "open", "getattr", "package", "rmtree", "import"]
+)
 @pytest.mark.parametrize("place", ["arguments", "argument", "model", "optimizer", "buffer"])
 def test_nothing_in_a_checkpoint_runs(attack, place, folder, capsys):
     evil = evil_objects()[attack]
@@ -110,7 +113,8 @@ def test_nothing_in_a_checkpoint_runs(attack, place, folder, capsys):
         ] = evil
         torch.save(content, file)
     message = refused(capsys)
-    assert "is not read" in message
+    # A function of a package becomes an empty class: the setting is then of no type that is read.
+    assert "is not read" in message or (attack == "package" and "damaged" in message)
     assert Path("model").is_dir()
 
 
