@@ -41,6 +41,15 @@ GUIDES = tuple(
         "start/first-fine-tune",
         "start/how-much",
         "start/choose",
+        "distillation",
+        "experts",
+        "images",
+        "long-rows",
+        "models",
+        "offloading",
+        "optimizers",
+        "scaling",
+        "tensor-parallel",
     )
 )
 """Their commands are checked as the README's are."""
