@@ -318,16 +318,17 @@ def main() -> None:
     parser.add_argument("--model", default="sample://smollm2")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="dstune-generation-"))
-    model = model_folder(arguments.model, folder)
-    if arguments.what == "transformers":
-        result = beside_transformers(model, arguments.rounds)
-    else:
-        trees = {"new": ROOT, "old": arguments.against.resolve()}
-        if arguments.what == "runs":
-            result = compare_runs(trees, folder, model, arguments.rounds)
+    with tempfile.TemporaryDirectory(prefix="dstune-generation-") as name:  # runs of SmolLM2 take some 20 GB
+        folder = Path(name)
+        model = model_folder(arguments.model, folder)
+        if arguments.what == "transformers":
+            result = beside_transformers(model, arguments.rounds)
         else:
-            result = asyncio.run(compare_engines(trees, folder, model, arguments.rounds))
+            trees = {"new": ROOT, "old": arguments.against.resolve()}
+            if arguments.what == "runs":
+                result = compare_runs(trees, folder, model, arguments.rounds)
+            else:
+                result = asyncio.run(compare_engines(trees, folder, model, arguments.rounds))
     result["load"] = os.getloadavg()[0]
     print(json.dumps(result, indent=2))
 
