@@ -218,7 +218,7 @@ def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tm
             await fleet.add(adapter("good"))
         with pytest.raises(UserError, match="was trained on elsewhere"):
             await fleet.add(stub_source("new", folder=tmp_path, adapter=True, base="elsewhere"))
-        with pytest.raises(UserError, match="is not an adapter"):
+        with pytest.raises(UserError, match="a complete model"):
             await fleet.add(stub_source("new"))
         await fleet.remove("good")
         assert (list(fleet.models), made[0].loaded) == (["base"], [])

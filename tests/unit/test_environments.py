@@ -225,11 +225,12 @@ def test_calls_of_several_completions_run_at_the_same_time_each_with_its_own_clo
 
 
 def test_where_only_one_may_run_at_a_time_it_runs_in_the_callers_thread():
-    numbers = in_threads(lambda item: (item, threading.get_ident()), range(3), threads=1)
-    assert numbers == [(item, threading.get_ident()) for item in range(3)]
-    assert (
-        len({thread for _, thread in in_threads(lambda item: (item, threading.get_ident()), range(3), threads=2)}) > 1
-    )
+    def thread_of(item: int) -> tuple[int, int]:
+        return item, threading.get_ident()
+
+    this = threading.get_ident()
+    assert in_threads(thread_of, range(3), threads=1) == [(item, this) for item in range(3)]
+    assert this not in {thread for _, thread in in_threads(thread_of, range(3), threads=2)}
 
 
 def test_an_environment_that_fails_costs_its_own_episode(act):
