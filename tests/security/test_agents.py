@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from pathlib import Path
 
@@ -95,4 +96,27 @@ def test_a_signal_counts_once_and_where_all_nodes_get_it(leader: Leader) -> None
     for number in (1, 2, 3):
         leader._note_signal("SIGUSR1", f"node{number}", 30.0)
     assert asked == ["SIGUSR1"] * 2
+    leader.close()
+
+
+def test_a_connection_that_is_reset_at_once_does_not_end_the_leader(leader: Leader) -> None:
+    """As those of a port scanner: its socket is closed before the leader has written to it, and its number is used again."""
+    address = ("127.0.0.1", leader.keeper.record.port)
+    for _ in range(3):
+        reset = [socket.create_connection(address) for _ in range(5)]
+        for connection in reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        leader.tick(time.monotonic())
+        leader.tick(time.monotonic())
+        assert not leader.peers
+    silent = socket.create_connection(address)
+    leader.tick(time.monotonic())
+    (peer,) = leader.peers
+    peer.link.close("Broken pipe")  # as after a message that could not be sent
+    another = socket.create_connection(address)
+    leader.tick(time.monotonic())
+    assert [each.link.closed for each in leader.peers] == [""]
+    silent.close()
+    another.close()
     leader.close()

@@ -200,11 +200,13 @@ class Leader(Orders):
             self._depose("the lease of the run cannot be renewed: its file system does not answer")
             return
         is_beat = now - self._last_beat >= BEAT_SECONDS
+        for peer in [peer for peer in self.peers if peer.link.closed]:
+            self._receive(peer, now)  # before others connect, whose sockets may get the same numbers
         self._accept(now)
         # Each of many agents wakes this process once a beat: to read all their connections each time would take the square of them.
         ready = {key.fd for key, _ in self._selector.select(0)}
         for peer in list(self.peers):
-            if is_beat or peer.descriptor in ready or peer.link.closed or peer.link.has_unsent:
+            if is_beat or peer.descriptor in ready or peer.link.has_unsent:
                 self._receive(peer, now)
         if is_beat:
             self._last_beat = now
@@ -248,12 +250,16 @@ class Leader(Orders):
             strangers = [peer for peer in self.peers if not peer.node]
             if len(strangers) >= MOST_STRANGERS:
                 self._drop(strangers[0], "too many others have connected since")
-            descriptor = sock.fileno()
-            self.peers.append(Peer(Link(sock, self._secret, LEADER), now, descriptor=descriptor))
-            self._selector.register(descriptor, selectors.EVENT_READ)
+            peer = Peer(Link(sock, self._secret, LEADER), now, descriptor=sock.fileno())
+            if not peer.link.closed:  # as of a connection that was reset before its greeting
+                self.peers.append(peer)
+                self._selector.register(peer.descriptor, selectors.EVENT_READ)
 
     def _drop(self, peer: Peer, reason: str) -> None:
+        """Close a connection; nothing if it has been dropped since the list of them was read."""
         peer.link.close(reason)
+        if peer not in self.peers:
+            return
         self._selector.unregister(peer.descriptor)
         self.peers.remove(peer)
         if self._peer_of_node.get(peer.node) is peer:
