@@ -16,6 +16,7 @@ from dstune.launch.console import Console
 from dstune.launch.verdict import Ended, Verdict
 
 TAIL_LINES = 20
+ERROR_FILE = re.compile(r"rank-(0|[1-9][0-9]{0,8})\.error")
 GLOO_FAREWELL = " GLHF! \N{BEACH WITH UMBRELLA}\N{VARIATION SELECTOR-16}"
 """How gloo ends the message of a closed connection, which would read as the cause of a failure."""
 DISCONNECTED = re.compile(
@@ -34,11 +35,23 @@ def read_errors(run_dir: Path, size: int, launch_folder: Path | None = None) -> 
     launch_folder: where ranks wrote it if the disk of the run was full.
     """
     errors: dict[int, DstuneError] = {}
-    for rank in range(size):
-        for folder in filter(None, (launch_folder, run_dir / "logs")):
+    for folder in filter(None, (launch_folder, run_dir / "logs")):
+        for rank in _ranks_with_error(folder, size):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 errors[rank] = from_json(read_file(folder / f"rank-{rank}.error").decode())
-    return errors
+    return dict(sorted(errors.items()))
+
+
+def _ranks_with_error(folder: Path, size: int) -> list[int]:
+    """Return the ranks below `size` that left a file of their error in `folder`.
+
+    Lists the folder: every node of a run asks, and asking for the file of each rank would take nodes times ranks openings.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [rank for match in map(ERROR_FILE.fullmatch, names) if match and (rank := int(match[1])) < size]
 
 
 def size(log: Path) -> int:

@@ -15,6 +15,7 @@ from dstune.core import files
 from dstune.core.errors import EXIT_FAILED, Problem, UserError, from_json
 from dstune.core.rank_env import STORE, RankEnv
 from dstune.core.rank_errors import error_file, leave_error, report_once, report_to_launcher
+from dstune.launch import attempt
 from dstune.launch.attempt import read_errors
 from dstune.rank.process import guarded
 
@@ -87,6 +88,17 @@ def test_on_a_full_disk_an_error_goes_to_the_folder_of_the_launch(tmp_path, monk
     monkeypatch.setenv(STORE, str(launch_folder / "store"))
     leave_error(run_dir, 1, OWN)
     assert {rank: str(error) for rank, error in read_errors(run_dir, 2, launch_folder).items()} == {1: str(OWN)}
+
+
+def test_only_files_of_errors_are_opened_and_ranks_come_in_order(tmp_path, monkeypatch):
+    for number in (400, 3, 511, 512):
+        leave_error(tmp_path, number, OWN)
+    for name in ("rank-03.error", "rank-4.error.part", "rank-5.log"):
+        (tmp_path / "logs" / name).touch()
+    opened, read = [], attempt.read_file
+    monkeypatch.setattr(attempt, "read_file", lambda file: opened.append(file.name) or read(file))
+    assert list(attempt.read_errors(tmp_path, 512)) == [3, 400, 511]  # rank 512 is of an earlier, larger launch
+    assert sorted(opened) == ["rank-3.error", "rank-400.error", "rank-511.error"]
 
 
 def test_a_rank_that_a_full_disk_ends_says_so(monkeypatch, capsys):
