@@ -82,6 +82,31 @@ FEATURES: dict[str, tuple[str, str]] = {
         "DeepCompile compiles ZeRO's gathers into the model's graph, for GPUs only, and is built on torch.compile",
         "zero.hpz=true between nodes, and model.fused_activations=true",
     ),
+    "critic": (
+        (
+            "PPO with a critic: a second model as large as the policy would be trained, sharded and saved with it; the other"
+            " completions of a prompt give the baseline instead (GRPO, arXiv:2402.03300)"
+        ),
+        "task=reinforcement task.loss=rloo, or another task.loss, which have PPO's clipped ratio",
+    ),
+    "moving_reference": (
+        (
+            "a reference model that follows the policy: `kl` would mean another distance at each step, and every checkpoint would"
+            " have to hold a second model"
+        ),
+        "task.kl.coefficient=0.01, whose reference is the model at the start; model.path=RUN/export starts from a later one",
+    ),
+    "curriculum": (
+        "a curriculum: the rows of a step depend on seed and step alone, never on rewards, so that a resumed run repeats them",
+        "data.order=FILE with the rows of every step, easy ones first; task.redraws=4 leaves out what is too easy or too hard",
+    ),
+    "overlapped_rollouts": (
+        (
+            "rollouts that overlap with training: completions would come from older weights, by how fast the ranks were, so that"
+            " a run could be neither repeated nor resumed to the bit"
+        ),
+        "task.rollout=fast or vllm, which sample with the current weights",
+    ),
     "compile": (
         (
             "torch.compile: compiled blocks deliver their gradients in a different order on each rank, and ZeRO-2 sums them"
@@ -118,14 +143,32 @@ WORDS: dict[tuple[str, str], str] = {
     ("trainer.torch_compile", "true"): "compile",
     ("trainer.compile", "true"): "compile",
     ("model.compile", "true"): "compile",
+    ("task", "ppo"): "critic",
+    ("task.loss", "ppo"): "critic",
+    ("task.loss", "gae"): "critic",
+    ("task.rollout", "async"): "overlapped_rollouts",
+    ("task.rollout", "asynchronous"): "overlapped_rollouts",
 }
 """The name of the feature by the key and value that a user writes for it."""
+
+KEYS: dict[str, str] = {
+    **dict.fromkeys(("task.critic", "task.critic_model", "task.value_model"), "critic"),
+    **dict.fromkeys(("task.gae_lambda", "task.vf_coef", "task.cliprange_value"), "critic"),
+    **dict.fromkeys(
+        ("task.sync_ref_model", "task.ref_model_sync_steps", "task.ref_model_mixup_alpha"), "moving_reference"
+    ),
+    **dict.fromkeys(("task.kl.moving", "task.kl.sync_every"), "moving_reference"),
+    **dict.fromkeys(("task.curriculum", "data.curriculum", "trainer.curriculum"), "curriculum"),
+    **dict.fromkeys(("task.max_staleness", "task.staleness", "task.max_off_policy_steps"), "overlapped_rollouts"),
+    **dict.fromkeys(("task.async", "task.one_step_off_policy"), "overlapped_rollouts"),
+}
+"""The name of the feature by a key that only the feature has, whatever its value, unless that switches it off."""
 
 
 def not_offered(key: str, value: Any) -> Problem | None:
     """Return the problem if `key=value` asks for a feature that dstune does not offer; else None."""
     word = str(value).lower()
-    feature = WORDS.get((key, word))
+    feature = WORDS.get((key, word)) or (None if word in ("false", "none", "0") else KEYS.get(key))
     if feature is None:
         return None
     reason, fix = FEATURES[feature]

@@ -79,6 +79,14 @@ class World:
         """Gather one value from each rank; return them in rank order on every rank. The type must be one for `messages.encode`."""
         return messages.gather(value, self._control)
 
+    def gather_groups(self, value: T) -> list[T]:
+        """Gather one value from each group of ranks that reads the same rows, that of its first rank, in the order of groups. Every
+        rank must call it."""
+        by_group: dict[int, T] = {}
+        for group, theirs in self.gather((self.data_parallel_rank, value)):
+            by_group.setdefault(group, theirs)
+        return [by_group[group] for group in sorted(by_group)]
+
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank. The type must be one for `messages.encode`."""
         return cast(T, messages.broadcast(value, self._control))

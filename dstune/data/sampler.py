@@ -300,9 +300,9 @@ def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> li
     return micro_batches[rank::world]
 
 
-def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
-    """Return the micro-batches of an evaluation that gives every sample its own row."""
-    size = config.evaluate.micro_batch_size or config.trainer.rows
+def padded_batches(lengths: np.ndarray, config: RunConfig, *, answers: int = 1) -> list[MicroBatch]:
+    """Return the micro-batches of an evaluation that gives every sample its own row, or as many as it gets `answers`."""
+    size = max(1, (config.evaluate.micro_batch_size or config.trainer.rows) // answers)
     padded, max_length = config.data.pads_rows, config.data.max_length
     return evaluation_batches(lengths, micro_batch_size=size, max_length=max_length, packing=False, padded=padded)
 

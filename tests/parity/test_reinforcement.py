@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,16 @@ KINDS = {
     # One ratio for a whole completion: within the usual bounds none is left after the first of two updates, and no gradient.
     "rloo": ["task.loss=rloo", "task.clip_low=0.9", "task.clip_high=50"],
     "dapo-ended": ["task.loss=dapo", "task.mask_truncated=true", "task.max_new_tokens=40"],
+    "dapo-redraws": ["task.loss=dapo", "task.redraws=2", "task.overlong_tokens=3", "trainer.seed=7"],
+    "grpo-batch": ["task.loss=grpo", "task.scale_rewards=batch", "trainer.seed=11"],
+    "grpo-k2": ["task.loss=grpo", "task.kl.coefficient=0.3", "task.kl.estimator=k2", "trainer.seed=13"],
+    "dapo-mask": ["task.loss=dapo", "task.importance_cap=1.5", "task.correction=mask", "trainer.seed=17"],
 }
 CELLS = {
-    1: [("dapo", 0), ("grpo-lora-kl", 2), ("grpo-kl", 0)],
+    1: [
+        *[("dapo", 0), ("grpo-lora-kl", 2), ("grpo-kl", 0)],
+        *[("dapo-redraws", 0), ("grpo-batch", 2), ("grpo-k2", 0), ("dapo-mask", 0)],
+    ],
     2: [
         ("dapo", 3),
         ("dapo-narrow", 1),
@@ -64,8 +72,12 @@ CELLS = {
         ("cispo", 0),
         ("rloo", 2),
         ("dapo-ended", 3),
+        ("dapo-redraws", 3),
+        ("grpo-batch", 0),
+        ("grpo-k2", 1),
+        ("dapo-mask", 2),
     ],
-    3: [("dapo", 2), ("rloo", 3)],
+    3: [("dapo", 2), ("rloo", 3), ("dapo-redraws", 2), ("grpo-batch", 3), ("grpo-k2", 0), ("dapo-mask", 1)],
 }
 
 
@@ -82,6 +94,7 @@ def workshop(tmp_path_factory):
         sources = [f"model.path={save_decoder(folder / 'model')}", f"data.train={folder / 'prompts.jsonl'}"]
         shop = Workshop(folder, [*BASE, *sources])
         run_ranks(PROGRAM, 1, [shop.case(f"{kind}-recorded", *overrides) for kind, overrides in KINDS.items()])
+        disturb(shop.folder / "dapo-mask-recorded" / "rollouts")
         changed = ["optimizer=adamw", "optimizer.lr=1e-2"]
         cases = replays(shop, 2) + shop.stopped_and_continued("lora", *KINDS["grpo-lora-kl"], "zero=stage2", *changed)
         cases += shop.stopped_and_continued("full", *KINDS["dapo"], "zero=stage3", *changed)
@@ -107,12 +120,23 @@ def recorded(run: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def disturb(folder: Path) -> None:
+    """Let the sampler's log-probabilities differ from the trained model's, as those of another program would."""
+    noise = random.Random(0)
+    for file in folder.iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row["logps"] = [logp + noise.gauss(0, 0.4) for logp in row["logps"]]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 class Plain:
     """Three steps of two updates each, from formulas written out for one completion."""
 
     def __init__(self, kind: str, config, policy, reference, split, run: Path):
         self.kind, self.task, self.split, self.run = kind.partition("-")[0], config.task, split, run
         self.policy, self.reference = policy, reference
+        self.masked = self.replaced = 0
 
     def logps(self, model, completion: dict) -> torch.Tensor:
         prompt = self.split.sample(completion["prompt"])["input_ids"].tolist()
@@ -120,6 +144,17 @@ class Plain:
         logits = model(input_ids=tokens, use_cache=False).logits[0] / TEMPERATURE
         at = range(len(prompt), len(prompt) + len(completion["ids"]))
         return torch.stack([torch.log_softmax(logits[place - 1], 0)[tokens[0, place]] for place in at])
+
+    def advantages(self, completions: list[dict]) -> list[float]:
+        """Of completions that lie beside those of the same prompt."""
+        rewards = torch.tensor([c["reward"] for c in completions], dtype=torch.float64).view(-1, self.task.samples)
+        centred = rewards - rewards.mean(1, keepdim=True)
+        if self.kind == "rloo":
+            return (centred * self.task.samples / (self.task.samples - 1)).flatten().tolist()
+        if self.kind == "dr_grpo":
+            return centred.flatten().tolist()
+        spread = rewards.std() if self.task.scale_rewards.value == "batch" else rewards.std(1, keepdim=True)
+        return (centred / (spread + 1e-4)).flatten().tolist()
 
     def loss(self, completions: list[dict], old: list[torch.Tensor]) -> torch.Tensor:
         trained = [c for c in completions if c["ended"] or not self.task.mask_truncated]
@@ -137,7 +172,7 @@ class Plain:
 
     def completion(self, completion: dict, old: torch.Tensor) -> torch.Tensor:
         """The losses of its tokens; of one ratio for all of them a single loss."""
-        logps, advantage = self.logps(self.policy, completion), completion["advantage"]
+        logps, advantage = self.logps(self.policy, completion), completion["own_advantage"]
         low, high = self.task.clip
         if self.kind == "cispo":
             return -(logps - old).exp().detach().clamp(max=high) * advantage * logps
@@ -148,9 +183,16 @@ class Plain:
         else:
             ratio = (logps - old).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        if self.task.importance_cap:
+            importance = (old - torch.tensor(completion["logps"], dtype=torch.float64)).exp()
+            is_near = (importance <= self.task.importance_cap) & (importance >= 1 / self.task.importance_cap)
+            self.masked += int((~is_near).sum())
+            loss = loss * torch.where(is_near, importance, 0.0)
         if self.task.kl.coefficient:
             with torch.no_grad():
                 base = self.logps(self.reference, completion)
+            if self.task.kl.estimator.value == "k2":
+                return loss + self.task.kl.coefficient * (logps - base).square() / 2
             loss = loss + self.task.kl.coefficient * ((base - logps).exp() - (base - logps) - 1)
         return loss
 
@@ -159,7 +201,11 @@ class Plain:
         losses, norms = [], []
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         for step in range(1, STEPS + 1):
-            completions = recorded(self.run, step)
+            everything = recorded(self.run, step)
+            completions = [row for row in everything if not row.get("replaced")]
+            self.replaced += len(everything) - len(completions)
+            for row, advantage in zip(completions, self.advantages(completions), strict=True):
+                row["own_advantage"] = advantage
             with torch.no_grad():
                 old = [self.logps(self.policy, completion) for completion in completions]
             for _ in range(2):
@@ -184,7 +230,12 @@ def references(workshop):
         policy, reference = (load_model(config, tokenizer, (), torch.float32) for _ in range(2))
         policy = method_of(config.method).apply(policy, config).double()
         run = workshop.folder / f"{kind}-recorded"
-        found[kind] = Plain(kind, config, policy, reference.double(), data.train, run).descend()
+        plain = Plain(kind, config, policy, reference.double(), data.train, run)
+        found[kind] = plain.descend()
+        if kind == "dapo-mask":
+            assert plain.masked > 20, "there is something to mask"
+        if kind == "dapo-redraws":
+            assert plain.replaced > 0 and plain.replaced % config.task.samples == 0
     return found
 
 
@@ -201,6 +252,8 @@ def test_replayed_completions_on_any_ranks_and_stage_equal_the_plain_loop(worksh
 
 def test_the_recording_run_itself_equals_the_plain_loop(workshop, references):
     for kind, (losses, norms) in references.items():
+        if kind == "dapo-mask":  # its recording was disturbed afterwards
+            continue
         rows = [row for row in workshop.rows(f"{kind}-recorded") if "loss" in row]
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=LOSS, abs=1e-6), kind
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4), kind

@@ -374,6 +374,8 @@ def test_a_wrong_word_of_an_optional_choice_gets_one_that_exists() -> None:
         ("model.attention=flex_attention", "flex attention"),
         ("trainer.liger=true", "Liger"),
         ("trainer.activation_checkpointing=offload", "activations in host memory"),
+        ("task=ppo", "PPO with a critic"),
+        ("data.curriculum=difficulty", "a curriculum"),
     ],
 )
 def test_what_is_known_and_not_offered_is_refused_by_its_name(word: str, name: str) -> None:
@@ -383,3 +385,38 @@ def test_what_is_known_and_not_offered_is_refused_by_its_name(word: str, name: s
     assert problem.where == word.partition("=")[0]
     assert f"is not offered: {name}" in problem.reason
     assert problem.fix
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("task.loss=ppo", "PPO with a critic"),
+        ("task.value_model=judge", "PPO with a critic"),
+        ("task.sync_ref_model=true", "a reference model that follows the policy"),
+        ("task.kl.sync_every=100", "a reference model that follows the policy"),
+        ("task.curriculum=adaptive", "a curriculum"),
+        ("task.rollout=async", "rollouts that overlap with training"),
+        ("task.max_staleness=4", "rollouts that overlap with training"),
+    ],
+)
+def test_what_reinforcement_does_not_offer_is_refused_by_its_name(word: str, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["model=smollm2", "data.train=rows.jsonl", "task=reinforcement", "task.rewards=[number]", word])
+    (problem,) = caught.value.problems
+    assert problem.where == word.partition("=")[0]
+    assert f"is not offered: {name}" in problem.reason
+    assert problem.fix
+
+
+def test_a_key_that_switches_off_what_is_not_offered_is_only_unknown() -> None:
+    with pytest.raises(UserError) as caught:
+        compose(
+            [
+                "model=smollm2",
+                "data.train=rows.jsonl",
+                "task=reinforcement",
+                "task.rewards=[number]",
+                "task.sync_ref_model=false",
+            ]
+        )
+    assert "is not offered" not in str(caught.value)

@@ -72,8 +72,8 @@ class ReinforcementConfig(TaskConfig):
     """Models whose scores are added to the rewards: a run or export of `task=reward`, a sequence classifier with one output, or
     the address of a server that has one (`http://HOST:PORT#MODEL`)."""
     reward_weights: list[float] = setting([], example="[0.5]")
-    """A factor for each of `rewards`, then of `graders`, then of `reward_models`, and for the environment's own reward last; 1
-    for all when not given."""
+    """A factor for each of `rewards`, then of `graders`, then of `reward_models`, then for the environment's own reward, and for
+    the reward `overlong` of `overlong_tokens` last; 1 for all when not given."""
     reward_seconds: float = setting(60.0, above=0.0)
     """Time limit of one reward for the completions of a micro-batch; a reward that runs programs gets `program_seconds` more for
     every four completions. A reward that takes longer is ended, and its completions do not train."""
@@ -144,9 +144,20 @@ class ReinforcementConfig(TaskConfig):
     """Standard deviation that advantages are divided by: of the `group` (the completions of a prompt), of the `batch` (all
     completions of a step), or `none`. `auto` is `none` with `dr_grpo` and `rloo`, as they are defined, and else `group`."""
     kl: KlConfig = field(default_factory=KlConfig)
+    redraws: int = setting(0, at_least=0, example="4")
+    """Prompts whose completions all get the same reward teach nothing. At most this many times a step, they are replaced with other
+    prompts of the training data, which are answered and scored (DAPO's dynamic sampling). Those that remain then train as they
+    are. 0 replaces none."""
+    overlong_tokens: int = setting(0, at_least=0, example="64")
+    """Length of the last part of `max_new_tokens` in which the reward `overlong` falls from 0 to -1 (DAPO's soft overlong
+    punishment). 0 for no such reward."""
     mask_truncated: bool = False
     """Whether completions that did not end within `max_new_tokens` are left out of the loss (their rewards still count in
     their group)."""
+    evaluation_samples: int = setting(1, at_least=1, example="8")
+    """Completions of each held-out prompt in an evaluation. With more than one, it reports `pass@k` with its interval."""
+    pass_reward: float = setting(1.0, example="0.5", needs="task.evaluation_samples=8")
+    """The reward from which a completion counts as right in `pass@k`; `overlong` does not count."""
     replay: str | None = setting(None, example="RUN/rollouts")
     """The folder `rollouts` of another run. Each step trains on that run's completions and rewards instead of new ones."""
     template_date: str | None = setting(None, example="2026-01-31")
@@ -193,14 +204,22 @@ class ReinforcementConfig(TaskConfig):
         names = [*self.rewards, *self.grader_files, *self.model_paths]
         if self.environment is not None and hasattr(ENVIRONMENTS[self.environment], "get_reward"):
             names.append(self.environment)
-        return names
+        return [*names, OVERLONG] if self.overlong_tokens else names
 
     @property
     def weights(self) -> list[float]:
         """A factor for each of `reward_names`."""
         return list(self.reward_weights) or [1.0] * len(self.reward_names)
 
+    @property
+    def weights_of_content(self) -> list[float]:
+        """The same, without what only measures the length: 0 for `overlong`."""
+        names = zip(self.reward_names, self.weights, strict=True)
+        return [0.0 if self.overlong_tokens and name == OVERLONG else weight for name, weight in names]
 
+
+OVERLONG = "overlong"
+"""Name of the reward that `overlong_tokens` adds."""
 DEFAULT_CAP = 2.0
 """The default of verl (`rollout_is_threshold`); TRL truncates at 3."""
 DEFAULT_CLIP = {

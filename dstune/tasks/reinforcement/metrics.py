@@ -29,6 +29,10 @@ def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "completions/clipped_ratio": 1 - _ratio(ended, completions),
         "entropy": _ratio(sums["entropy"], tokens),
     }
+    if "replaced_groups" in sums:
+        trained = sums["groups"] - sums["replaced_groups"]
+        metrics["redraws/replaced"] = _ratio(sums["replaced_groups"], sums["groups"])
+        metrics["redraws/without_signal"] = _ratio(sums["trained_without_signal"], trained)
     if "tool_calls" in sums:
         metrics["tools/call_frequency"] = _ratio(sums["tool_calls"], completions)
         metrics["tools/failure_frequency"] = _ratio(sums["failed_tool_calls"], sums["tool_calls"])
@@ -63,15 +67,16 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
     lengths = [len(scored.completion.ids) for scored in completions]
     ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
     rewards = [[reward_of(scored, task.weights) for scored in group] for group in groups]
-    deviations = [_deviation([reward for reward in group if reward == reward]) for group in rewards]
-    flat = [reward for group in rewards for reward in group if reward == reward]
+    scored_rewards = [[reward for reward in group if reward == reward] for group in rewards]
+    deviations = [_deviation(group) for group in scored_rewards]
+    flat = [reward for group in scored_rewards for reward in group]
     sums = {
         "groups": float(len(groups)),
         "completions": float(len(completions)),
         "reward_sum": sum(flat),
         "rewarded": float(len(flat)),
         "reward_deviations": sum(deviations),
-        "equal_groups": float(sum(deviation == 0 for deviation in deviations)),
+        "equal_groups": float(sum(len({*group}) < 2 for group in scored_rewards)),
         "length_sum": float(sum(lengths)),
         "shortest": float(min(lengths, default=0)),
         "longest": float(max(lengths, default=0)),
@@ -79,6 +84,11 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
         "ended_length_sum": float(sum(ended)),
         "entropy": sum(scored.completion.entropy for scored in completions),
     }
+    if task.redraws:
+        replaced = [group[0].replaced for group in groups]
+        trained = [group for group, is_replaced in zip(groups, replaced, strict=True) if not is_replaced]
+        sums["replaced_groups"] = float(sum(replaced))
+        sums["trained_without_signal"] = float(sum(lacks_signal(task, group) for group in trained))
     if task.environment is not None:
         sums["tool_calls"] = float(sum(scored.calls for scored in completions))
         sums["failed_tool_calls"] = float(sum(scored.failed_calls for scored in completions))
@@ -92,6 +102,13 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
             f"rewards/{name}/failures": float(sum(name in scored.failures for scored in completions)),
         }
     return sums
+
+
+def lacks_signal(task: ReinforcementConfig, group: Sequence[Scored]) -> bool:
+    """Return whether all completions of a prompt that are scored have the same reward, without what only measures their length. A
+    group of which a reward failed to score a completion is not judged."""
+    rewards = {reward_of(scored, task.weights_of_content) for scored in group}
+    return not any(scored.failures for scored in group) and len({reward for reward in rewards if reward == reward}) < 2
 
 
 def reward_of(scored: Scored, weights: Sequence[float]) -> float:

@@ -38,6 +38,9 @@ class Scored:
     failures: dict[str, str] = field(default_factory=dict)
     """Why rewards failed to score the completion, by name. A reward that returned None without failing is not among them."""
 
+    replaced: bool = False
+    """Whether its prompt was replaced with another one, since its completions all got the same reward: it does not train."""
+
     @property
     def answer(self) -> Any:
         """The answer that rewards score: the messages, or the text."""
@@ -92,7 +95,7 @@ def pack_scored(scored: Scored) -> dict[str, Any]:
     completion = {name: value for name, value in vars(scored.completion).items() if value or name not in OPTIONAL}
     row: dict[str, Any] = {**completion, "text": scored.text, "scores": list(scored.scores)}
     optional = {"messages": scored.messages, "extra": scored.extra, "calls": scored.calls}
-    optional |= {"failed_calls": scored.failed_calls, "failures": scored.failures}
+    optional |= {"failed_calls": scored.failed_calls, "failures": scored.failures, "replaced": scored.replaced}
     return row | {name: value for name, value in optional.items() if value}
 
 
@@ -100,7 +103,7 @@ def unpack_scored(row: Mapping[str, Any]) -> Scored:
     """Build the completion that `pack_scored` packed."""
     needed = {name: row[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
     optional = {name: row[name] for name in OPTIONAL if name in row}
-    names = ("messages", "extra", "calls", "failed_calls", "failures")
+    names = ("messages", "extra", "calls", "failed_calls", "failures", "replaced")
     further = {name: row[name] for name in names if name in row}
     return Scored(Completion(**needed, **optional), row["text"], list(row["scores"]), **further)
 

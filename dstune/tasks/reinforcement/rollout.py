@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
+from dstune.data.batches import batch_of
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
@@ -40,6 +42,7 @@ from dstune.tasks.reinforcement.records import (
     unpack_scored,
     write_records,
 )
+from dstune.tasks.reinforcement.redraws import Candidates, Prompts, Replaced, redraw
 from dstune.tasks.reinforcement.sampler_check import allowed, examine, is_allowed, looks_like, problem_of
 from dstune.tasks.reinforcement.scoring import Scorer
 from dstune.tasks.reinforcement.served_sampler import ServedSampler
@@ -94,35 +97,93 @@ class Rollouts:
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
         """Return the completions of a step's prompts as the micro-batches to train on."""
         prompts = [(part, batch) for part, batch in step.batch.batches]
+        parts = [part for part, _ in prompts]
         recorded = recorded_step(self._task, self._world, step.number)
+        complete: Callable[[Sequence[Prompts]], list[list[Scored]]]
         if recorded is None:
-            state = {"global_step": step.number - 1, "max_steps": run.total_steps, "epoch": step.epoch}
-            written, local_completions = written_step(self._task, self._world, self._run_dir, step.number), []
-            # Environments live until the next ones start, so each batch is scored before the next one is generated.
-            for part in prompts if self._environments else [None]:
-                with run.around("generating"):
-                    new = self._write(prompts if part is None else [part], step.number, written)
-                with run.around("scoring"):
-                    self._scorer.score(new, written, state)
-                    self._refuse_outage()
-                local_completions += new
+            complete = self._sampling(run, step)
         else:
-            local_completions = replayed(self._task, self._world, prompts, recorded)
-        groups = self._with_advantages(local_completions, [part for part, _ in prompts])
+            complete = partial(replayed, self._task, self._world, recorded=recorded)
+        local_completions = complete(prompts)
+        replaced = self._redraw(step.number, parts, local_completions, complete)
+        if recorded is None and self._server is not None:
+            self._server.rest()
+        groups = self._with_advantages(local_completions, parts)
+        everything = [*groups, *self._gathered_replaced(replaced)]
+        completions = [scored for group in everything for scored in group]
         if recorded is None:
-            self._refuse_failed([scored for group in groups for scored in group], is_first=not step.number_in_launch)
+            self._refuse_failed(completions, is_first=not step.number_in_launch)
         if recorded is None and self._run_dir is not None and self._world.is_main:
-            completions = [scored for group in groups for scored in group]
             numbers = {scored.completion.prompt for scored in completions}
             questions = {number: self._scorer.question_of(number) for number in numbers}
             write_records(self._run_dir / FOLDER, step.number, completions, self._task.reward_names, questions)
         self._head.largest_difference = 0.0
         logged = self._logged()
-        sums = self._sums_of(groups) | logged
+        sums = rollout_sums(self._task, everything) | logged
         self._sums = sums if self._world.is_main else dict.fromkeys(sums, 0.0)
         trained = self._training_batch(local_completions, step.batch, groups)
         self._scorer.forget_rows()
         return trained
+
+    def _sampling(self, run: RolloutRun, step: RolloutStep) -> Callable[[Sequence[Prompts]], list[list[Scored]]]:
+        """Return a function that samples and scores the completions of prompts in this step, a list for each micro-batch."""
+        state = {"global_step": step.number - 1, "max_steps": run.total_steps, "epoch": step.epoch}
+        written = written_step(self._task, self._world, self._run_dir, step.number)
+        if self._server is not None:
+            with run.around("generating"):
+                self._server.publish()
+
+        def complete(prompts: Sequence[Prompts]) -> list[list[Scored]]:
+            completed: list[list[Scored]] = []
+            # Environments live until the next ones start, so each batch is scored before the next one is generated.
+            for batches in [[part] for part in prompts] if self._environments else [prompts]:
+                with run.around("generating"):
+                    new = self._write(batches, step.number, written)
+                with run.around("scoring"):
+                    self._scorer.score(new, written, state)
+                    self._refuse_outage()
+                completed += new
+            return completed
+
+        return complete
+
+    def _redraw(
+        self,
+        step: int,
+        parts: Sequence[MicroBatch],
+        completed: list[list[Scored]],
+        complete: Callable[[Sequence[Prompts]], list[list[Scored]]],
+    ) -> list[Replaced]:
+        """Replace groups without signal in `completed`; see `redraws.redraw`."""
+        for batch in completed:
+            for scored in batch:
+                scored.replaced = False  # of a replay
+        if not self._task.redraws:
+            return []
+        config, split = self._config, self._split
+
+        def complete_parts(redrawn: Sequence[MicroBatch]) -> list[list[Scored]]:
+            pad = self._tokenizer.pad_token_id
+            return complete([(part, batch_of(config, split, part, pad)) for part in redrawn])
+
+        keys = config.trainer.seed, step
+        candidates = partial(Candidates, keys, len(split.lengths))
+        return redraw(self._task, self._world, parts, completed, candidates, complete_parts)
+
+    def _gathered_replaced(self, replaced: Sequence[Replaced]) -> list[list[Scored]]:
+        """Return the replaced groups of all ranks, in the order of their rounds and places."""
+        if not self._task.redraws:
+            return []
+        packed: list[Any] = [
+            [item.round, item.place, [pack_scored(scored) for scored in item.group]] for item in replaced
+        ]
+        everyone = [row for of_rank in self._world.gather_groups(packed) for row in of_rank]
+        everyone.sort(key=lambda row: row[:2])
+        groups = [[unpack_scored(scored) for scored in group] for _, _, group in everyone]
+        for scored in (scored for group in groups for scored in group):
+            reward = reward_of(scored, self._task.weights)
+            scored.reward = None if math.isnan(reward) else reward
+        return groups
 
     def _logged(self) -> dict[str, float]:
         """Return the mean, by name, of the metrics that rewards logged in this step on any rank; the same on all ranks."""
@@ -173,7 +234,7 @@ class Rollouts:
         """
         if self._server is None:
             return self.complete(prompts, step)
-        version = self._server.publish()
+        version = self._server.version
         completed = {
             place_of(scored.completion): scored.completion
             for scored in written.values()
@@ -185,7 +246,6 @@ class Rollouts:
         numbered_prompts = [(number, self._split.sample(number)["input_ids"].tolist()) for number in missing]
         for completion in self._server.complete(numbered_prompts, samples, (self._config.trainer.seed, step)):
             completed[place_of(completion)] = completion
-        self._server.rest()
         return [
             [
                 Scored(completion, self._tokenizer.decode(completion.ids, skip_special_tokens=True))
@@ -295,7 +355,7 @@ class Rollouts:
             [pack_scored(scored) for scored in batch] if not part.filler else []
             for part, batch in zip(parts, local_completions, strict=True)
         ]
-        everyone = world.gather(counted) if world.size > 1 else [counted]
+        everyone = world.gather_groups(counted) if world.size > 1 else [counted]
         ordered = [
             unpack_scored(packed)
             for position in range(len(counted))
@@ -390,10 +450,6 @@ class Rollouts:
         if self._shares_prompts:
             return shared_batch(completions)
         return completion_batch(completions, self._tokenizer.pad_token_id)
-
-    def _sums_of(self, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-        """Sum over all ranks together; see `metrics.reinforcement_metrics`."""
-        return rollout_sums(self._task, groups)
 
     def _refuse_different(self, step: RolloutStep, signed: float, absolute: float, largest: float) -> None:
         dtype = next(below_adapters(self._engine.module).parameters()).dtype

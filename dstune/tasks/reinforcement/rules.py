@@ -11,7 +11,7 @@ from dstune.config.convert import format_value
 from dstune.config.schema import Automatic, RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import ENVIRONMENTS, REWARDS, method_of, parallelism_of
-from dstune.tasks.reinforcement.config import Correction, PolicyLoss, ReinforcementConfig, Rollout
+from dstune.tasks.reinforcement.config import OVERLONG, Correction, PolicyLoss, ReinforcementConfig, Rollout
 
 
 def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
@@ -111,11 +111,21 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
         yield Problem("task.environment", "there is no such environment", fix, task.environment)
         return
     scorers = task.reward_names
-    if not scorers:
+    if task.overlong_tokens > task.max_new_tokens:
+        reason = (
+            f"it is the last part of a completion, which has at most {task.max_new_tokens} tokens (task.max_new_tokens)"
+        )
+        fix = f"task.overlong_tokens={max(1, task.max_new_tokens // 4)}"
+        yield Problem("task.overlong_tokens", reason, fix, format_value(task.overlong_tokens))
+    if task.evaluation_samples == 1 and task.pass_reward != ReinforcementConfig.pass_reward:
+        reason = "pass@k is reported only with several completions of each held-out prompt"
+        fix = "task.evaluation_samples=8, or leave it out"
+        yield Problem("task.pass_reward", reason, fix, format_value(task.pass_reward))
+    if set(scorers) <= {OVERLONG}:
         reason = "nothing scores the completions"
         fix = f"task.rewards=[NAME], one or more of {names}, or a plugin's; or task.graders, task.reward_models"
         yield Problem("task.rewards", reason, fix, "[]")
-    if len(set(scorers)) < len(task.rewards) + len(task.graders) + len(task.reward_models):
+    if len(set(scorers)) < len(task.rewards) + len(task.graders) + len(task.reward_models) + bool(task.overlong_tokens):
         value = format_value([*task.rewards, *task.graders, *task.reward_models])
         yield Problem("task.rewards", "two of them have the same name", "name each once", value)
     if task.reward_weights and len(task.reward_weights) != len(scorers):

@@ -12,7 +12,7 @@ from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split
 from dstune.generation.completions import Completion
 from dstune.protocols import REWARDS
-from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.config import OVERLONG, ReinforcementConfig
 from dstune.tasks.reinforcement.outages import Failure, Patience
 from dstune.tasks.reinforcement.records import Scored, identity_of, place_of
 from dstune.tasks.reinforcement.reward_model import RewardModel, conversation_of, load_reward_model
@@ -92,7 +92,10 @@ class Scorer:
             if scored.failures:
                 scored.scores = [None] * len(self.names)
         for name in self.names if whole else ():
-            scores = self.patience.ask(whole, partial(self._ask, name, state))
+            if self._task.overlong_tokens and name == OVERLONG:
+                scores: list[float | Failure | None] = [overlong_score(self._task, scored) for scored in whole]
+            else:
+                scores = self.patience.ask(whole, partial(self._ask, name, state))
             for scored, score in zip(whole, scores, strict=True):
                 if isinstance(score, float | int) and not math.isfinite(score):
                     score = Failure(f"it returned {score}") if math.isinf(score) else None
@@ -125,6 +128,16 @@ class Scorer:
 
     def close(self) -> None:
         self.process.close()
+
+
+def overlong_score(task: ReinforcementConfig, scored: Scored) -> float | None:
+    """Return the soft overlong punishment of a completion: 0 up to `max_new_tokens - overlong_tokens` tokens, then falling evenly
+    to -1 (Yu et al. 2025, DAPO, arXiv:2503.14476, equation 13). None if no other reward scored it: its length alone would be
+    compared with the others' whole rewards."""
+    if all(score is None for score in scored.scores):
+        return None
+    excess = len(scored.completion.ids) - (task.max_new_tokens - task.overlong_tokens)
+    return -min(1.0, max(0, excess) / task.overlong_tokens)
 
 
 def last_answer(scored: Scored) -> str:
