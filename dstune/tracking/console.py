@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import textwrap
 import threading
@@ -24,6 +25,7 @@ MOST_COLUMNS = 119
 COUNTS = ("rows", "targets", "tokens")
 """Metrics of an evaluation that are integers."""
 SECONDS = "seconds"
+PART_OF_REWARD = re.compile(r"rewards/(.+)/mean")
 SHOWN_METRICS = 3
 """Of an evaluation on the console; `metrics.jsonl` has all of them."""
 FEW_ROWS = 20
@@ -154,9 +156,18 @@ def _facts(metrics: Metrics) -> list[str]:
         "peak_memory_gib": lambda value: f"{value:.2f} GiB",
     }
     facts = [format_metric(float(metrics[name])) for name, format_metric in formats.items() if name in metrics]
+    if "reward" in metrics:  # says what the loss of a policy does not
+        facts.insert(0, _reward(metrics))
     if "skipped" in metrics:
         facts.insert(0, f"skipped ({metrics['skipped']})")
     return facts
+
+
+def _reward(metrics: Metrics) -> str:
+    """Return the mean reward of a step; if it is the sum of several rewards, also the mean of each."""
+    means = {match[1]: float(metrics[name]) for name in metrics if (match := PART_OF_REWARD.fullmatch(name))}
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    return f"reward {float(metrics['reward']):.3f}" + (f" ({parts})" if len(means) > 1 else "")
 
 
 def _bar(share: float) -> str:

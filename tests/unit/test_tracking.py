@@ -250,3 +250,14 @@ def test_a_long_evaluation_shows_how_far_it_is(monkeypatch, clock, kind, lines):
     printed = stream.getvalue().replace("\r", "\n").splitlines()
     assert len(printed) == lines
     assert [line for line in printed if "evaluation after step 3" in line and "2/3" in line]
+
+
+def test_a_step_shows_its_reward_and_the_parts_of_it():
+    stream = io.StringIO()
+    console = Console(stream)
+    rewards = {"reward": 0.75, "rewards/number/mean": 0.5, "rewards/overlong/mean": -0.25, "rewards/number/std": 0.1}
+    console.progress(1, 2, {"loss": 0.0, **rewards})
+    console.progress(2, 2, {"loss": 0.0, "reward": 0.5, "rewards/number/mean": 0.5})
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("step 1/2  reward 0.750 (number 0.5, overlong -0.25)  loss 0.0000")
+    assert second.startswith("step 2/2  reward 0.500  loss")
