@@ -98,6 +98,7 @@ def report(runs: Sequence[RunFiles]) -> str:
         differences=configuration.differences(runs) if len(runs) > 1 else [],
         samples=samples.answered(runs, labels),
         story=rollouts.story(runs[0].path) if len(runs) == 1 else [],
+        by_reward=rollouts.by_reward(runs[0].path) if len(runs) == 1 else (0, []),
         version=__version__,
         made=_date(datetime.now(UTC).timestamp()),
     )
