@@ -53,7 +53,11 @@ def test_every_task_has_a_page_that_the_table_names() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_are_understood(page: str) -> None:
+def test_commands_are_understood(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "environments.md").read_text(encoding="utf-8")
+    for name, source in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        (tmp_path / name).write_text(source, encoding="utf-8")  # what a recipe names as its plugin
     assert commands(page)
     for program, *words in commands(page):
         assert program == "dstune"
@@ -92,6 +96,7 @@ def test_metrics_of_a_rollout_are_explained() -> None:
     names += " failed_tool_calls clipped_low clipped_high kl absolute_difference largest_difference importance"
     sums = dict.fromkeys(names.split(), 1.0) | {"rewards/NAME/squares": 1.0, "rewards/NAME/failures": 0.0}
     sums |= dict.fromkeys(("completions", "rewarded", "groups", "ended", "tokens", "compared"), 2.0)
+    sums |= {"replaced_groups": 1.0, "trained_without_signal": 1.0}
     sums |= {"rewards/NAME/sum": 1.0, "rewards/NAME/count": 2.0, "logged/NAME": 1.0}
     explained = []
     for name in re.findall(r"`([\w/]+)`", section("reinforcement", "Metrics")):
@@ -104,7 +109,9 @@ def test_metrics_of_a_rollout_are_explained() -> None:
     [pytest.param(page, marks=[] if page in ("chat", "embedding") else [pytest.mark.ci]) for page in OF_ONE_TASK],
 )
 def test_the_plan_prints_what_the_page_shows(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ((words, shown),) = re.findall(r"```bash\ndstune plan (.*?)\n```\n\n```text\n(.*?)\n```", PAGES[page], re.DOTALL)
-    assert plan.main(shlex.split(words)) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert [line for line in shown.splitlines() if line not in printed] == []
+    plans = re.findall(r"```bash\ndstune plan ([^\n]*)\n```\n\n```text\n(.*?)\n```", PAGES[page], re.DOTALL)
+    assert plans
+    for words, shown in plans:
+        assert plan.main(shlex.split(words)) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in shown.splitlines() if line not in printed] == []
