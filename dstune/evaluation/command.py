@@ -59,6 +59,10 @@ def run_command(argv: list[str]) -> int:
         return _harness(arguments, console.stage)
     if arguments.safety:
         return safety.measure_changes(arguments, console, _configuration)
+    if arguments.against:
+        from dstune.evaluation.against.command import main as compare
+
+        return compare(arguments, console.stage)
     code, result = measure(arguments, console)
     if result is not None:
         rows = result.pop("row_results", [])
@@ -140,7 +144,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line, checked. Raises UserError."""
     parser = VerbParser(prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows.")
     parser.add_argument(
-        "target", metavar="RUN|CHECKPOINT|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME"
+        "target",
+        metavar="RUN|CHECKPOINT|EXPORT|MODEL",
+        help="run directory, folder, hub id or sample://NAME; with --against also a .gguf file or a server's address",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"
@@ -178,20 +184,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--against",
-        metavar="MODEL",
-        help="with --safety: the model to compare with (default for a run: its base model)",
+        metavar="RUN|MODEL|GGUF|URL",
+        help="name what differs between two models; with --safety: the model to compare with (default for a run: its base)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="with --against: prompts on which both are compared, as for `dstune generate`",
+    )
+    parser.add_argument("--served-model", metavar="NAME", help="with --against and a server: the model's name there")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="with --against: run the code that the models' folders bring"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(weights=None)
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.against and not arguments.safety and arguments.target.startswith(("http://", "https://")):
+        return arguments
     if not is_path(arguments.target):
         fix = f"dstune evaluate RUN {arguments.target}"
         raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
     arguments.target = local_path(arguments.target, "MODEL")
     path = Path(arguments.target)
-    if path.is_file():
+    if path.is_file() and not (arguments.against and path.suffix == ".gguf"):
         fix = f"give a run, an export or a model, and the rows after it: data.{arguments.split}=FILE"
         raise UserError(Problem("MODEL", "this is a file", fix, arguments.target))
     if store.is_checkpoint(path):
@@ -204,6 +222,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.output is not None:
         refuse_place(arguments.output, arguments.force)
     safety.check(arguments)
+    if not arguments.against or arguments.safety:
+        for flag, value in (("--prompts", arguments.prompts), ("--served-model", arguments.served_model)):
+            if value is not None:
+                raise UserError(
+                    Problem(flag, "is read by --against alone", f"dstune evaluate MODEL --against MODEL {flag} {value}")
+                )
     if arguments.checkpoint != "last" and (arguments.shots is not None or not _is_run(arguments.target)):
         reason = "only a run has checkpoints" if arguments.shots is None else "--shots prompts the untuned model"
         fix = f"give {arguments.target} without a checkpoint"

@@ -42,9 +42,6 @@ class _Failed(Exception):
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
     if not arguments.safety:
-        if arguments.against:
-            fix = "dstune evaluate RUN --safety --against MODEL"
-            raise UserError(Problem("--against", "only --safety compares two models", fix, arguments.against))
         return
     others = ("shots", "harness", "grader", "output")
     if flags := [f"--{name}" for name in others if getattr(arguments, name) not in (None, [])]:

@@ -20,16 +20,13 @@ from dstune.checkpoint.record import read_record
 from dstune.core.errors import DstuneError
 from dstune.core.parsing import parse_json, read_file
 from dstune.core.paths import REFERENCE_FILE
+from dstune.inference.bounds import BOUNDS, difference
 from dstune.serve.engines.base import Engine, Unprovable
 from dstune.serve.images import shows_image
 from dstune.serve.source import Source
 
 MOST_BYTES = 64 << 20
 """The largest reference that is read."""
-
-BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
-"""Allowed differences of log-probabilities from the reference, which is in fp32. For fp32: the largest difference of a token; for
-the others: the mean over a row's targets (single tokens of a bf16 model differed by 0.5, their mean by 0.03)."""
 
 EFFECT = 10
 """If its reference does not hold the base's log-probabilities, an adapter must change at least one row by this many times the
@@ -171,13 +168,13 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
     scored: list[Scored] = []
     for number, row in enumerate(rows, 1):
         logprobs = await _logprobs(engine, name, row)
-        difference = _difference(logprobs, row["logprobs"][: len(logprobs)], engine.dtype)
-        if not difference <= bound:
+        measured = difference(logprobs, row["logprobs"][: len(logprobs)], engine.dtype)
+        if not measured <= bound:
             raise Refused(
                 f"{name} is not the model that was trained: the log-probabilities of row {number} of its reference differ by "
-                f"{difference:.3g}, {engine.dtype} allows {bound:g}. Another base, revision, adapter or number format is loaded."
+                f"{measured:.3g}, {engine.dtype} allows {bound:g}. Another base, revision, adapter or number format is loaded."
             )
-        largest = max(largest, difference)
+        largest = max(largest, measured)
         if logprobs:
             scored.append((row, logprobs))
     if len(scored) < max(LEAST_COMPARED * len(rows), 1):
@@ -247,7 +244,7 @@ class Effect:
 
     def add_row(self, row: Mapping[str, Any], logprobs: Sequence[float], base_logprobs: Sequence[float]) -> None:
         """Add a row of the reference, with the engine's log-probabilities of its targets with the adapter and without."""
-        self.largest = max(self.largest, _difference(logprobs, base_logprobs, self._dtype))
+        self.largest = max(self.largest, difference(logprobs, base_logprobs, self._dtype))
         if self._has_base_logprobs:
             count = len(logprobs)  # an engine may report only the first targets
             changes = zip(row["logprobs"][:count], row["base_logprobs"][:count], strict=True)
@@ -292,13 +289,13 @@ async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]])
         if len(numbers) != len(expected):
             raise Refused(f"{name} gives {len(numbers)} numbers for row {number} of its reference, not {len(expected)}")
         is_vector = "vector" in answer
-        difference = _distance(numbers, expected) if is_vector else _difference(numbers, expected, engine.dtype)
-        if not difference <= bound or _words(answer, engine.dtype) != _words(row["answer"], engine.dtype):
+        measured = _distance(numbers, expected) if is_vector else difference(numbers, expected, engine.dtype)
+        if not measured <= bound or _words(answer, engine.dtype) != _words(row["answer"], engine.dtype):
             raise Refused(
                 f"{name} is not the model that was trained: its answer to row {number} of its reference differs by "
-                f"{difference:.3g}, {engine.dtype} allows {bound:g}"
+                f"{measured:.3g}, {engine.dtype} allows {bound:g}"
             )
-        largest = max(largest, difference)
+        largest = max(largest, measured)
     return Proof("proven", "", len(rows), largest, bound, None, engine.dtype)
 
 
@@ -324,16 +321,6 @@ def _words(answer: Mapping[str, Any], dtype: str) -> Any:
     if "no_answer" in answer:
         return answer.get("predicted") if dtype == "float32" else None
     return None if _numbers(answer) else answer.get("predicted")
-
-
-def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str) -> float:
-    """Return the difference as `BOUNDS` defines it: the largest for fp32, the mean for other formats. NaN if a value is NaN."""
-    differences = [abs(first - second) for first, second in zip(logprobs, expected, strict=True)]
-    if any(math.isnan(value) for value in differences):
-        return math.nan
-    if not differences:
-        return 0.0
-    return max(differences) if dtype == "float32" else sum(differences) / len(differences)
 
 
 def _distance(vector: Sequence[float], expected: Sequence[float]) -> float:
