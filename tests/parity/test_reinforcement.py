@@ -52,7 +52,13 @@ KINDS = {
     # One ratio for a whole completion: within the usual bounds none is left after the first of two updates, and no gradient.
     "rloo": ["task.loss=rloo", "task.clip_low=0.9", "task.clip_high=50"],
     "dapo-ended": ["task.loss=dapo", "task.mask_truncated=true", "task.max_new_tokens=40"],
-    "dapo-redraws": ["task.loss=dapo", "task.redraws=2", "task.overlong_tokens=3", "trainer.seed=7"],
+    "dapo-redraws": [
+        "task.loss=dapo",
+        "task.redraws=2",
+        "task.overlong_tokens=3",
+        "task.reward_weights=[1,0.5,0.3]",
+        "trainer.seed=7",
+    ],
     "grpo-batch": ["task.loss=grpo", "task.scale_rewards=batch", "trainer.seed=11"],
     "grpo-k2": ["task.loss=grpo", "task.kl.coefficient=0.3", "task.kl.estimator=k2", "trainer.seed=13"],
     "dapo-mask": ["task.loss=dapo", "task.importance_cap=1.5", "task.correction=mask", "trainer.seed=17"],
@@ -215,7 +221,7 @@ class Plain:
                 with torch.no_grad():
                     for parameter, gradient in present:
                         parameter -= RATE * gradient
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             norms.append(math.sqrt(sum(float(gradient.square().sum()) for _, gradient in present)))
         return losses, norms
 
