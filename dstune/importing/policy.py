@@ -62,14 +62,22 @@ OWN_WAY = {
 }
 """Keys that dstune handles in its own way, with the reason."""
 KEYS = (
-    *("num_generations", "temperature", "scale_rewards", "num_iterations", "epsilon", "epsilon_high"),
+    *(
+        "num_generations",
+        "num_generations_eval",
+        "temperature",
+        "scale_rewards",
+        "num_iterations",
+        "epsilon",
+        "epsilon_high",
+    ),
     *("mask_truncated_completions", "reward_funcs", "reward_weights", "reward_model_name_or_path"),
     *("importance_sampling_level", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs"),
     *(name for name in OWN_WAY if name not in ("shuffle_dataset", "disable_dropout")),
 )
 """Keys of `put_policy` that only GRPO has; it also reads `loss_type`, `beta` and `max_completion_length`."""
 MISSING = (
-    *("num_generations_eval", "generation_kwargs", "cache_implementation", "use_adaptive_entropy"),
+    *("generation_kwargs", "cache_implementation", "use_adaptive_entropy"),
     *("multi_objective_aggregation", "sapo_temperature_neg", "sapo_temperature_pos", "max_tool_calling_iterations"),
     *("vllm_structured_outputs_regex", "use_bias_correction_kl", "use_transformers_continuous_batching"),
 )
@@ -90,6 +98,8 @@ def put_policy(imported: Import, settings: Mapping[str, Any], drop: Callable[...
         raise UserError(Problem("loss_type", "this loss is not supported", f"one of {', '.join(LOSSES)}", loss))
     put("loss_type", ("task.loss", "gspo" if has_sequence_ratios else loss))
     put("num_generations", ("task.samples", int(settings["num_generations"])))
+    if settings.get("num_generations_eval"):
+        put("num_generations_eval", ("task.evaluation_samples", int(settings["num_generations_eval"])))
     put("max_completion_length", ("task.max_new_tokens", int(settings["max_completion_length"])))
     put("temperature", ("task.temperature", float(settings["temperature"])))
     put("scale_rewards", ("task.scale_rewards", SCALES.get(settings["scale_rewards"], "auto")))

@@ -112,7 +112,7 @@ GRPO = {
 @pytest.mark.parametrize("tool", ["trl", "axolotl"])
 def test_grpo_is_reinforcement(tool, tmp_path):
     if tool == "trl":
-        keys = {**GRPO, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+        keys = {**GRPO, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations_eval": 2}
     else:
         keys = {"rl": "grpo", "trl": GRPO, "micro_batch_size": 8, "gradient_accumulation_steps": 2}
     _, found = values(tool, **keys)
@@ -120,6 +120,7 @@ def test_grpo_is_reinforcement(tool, tmp_path):
     task = config.task
     assert found.problems == []
     assert (task.name, task.loss.name, task.samples, task.max_new_tokens) == ("reinforcement", "dr_grpo", 4, 64)
+    assert task.evaluation_samples == (2 if tool == "trl" else 1)
     assert (task.rewards, task.reward_weights) == (["boxed_answer", "reasoning_format"], [1.0, 0.5])
     assert (task.clip, task.updates, task.temperature, task.mask_truncated) == ((0.2, 0.28), 2, 0.9, True)
     assert (config.trainer.micro_batch_size, config.trainer.global_batch_size) == (8, 4), "16 completions of 4 prompts"
