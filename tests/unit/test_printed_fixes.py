@@ -35,6 +35,8 @@ PLACEHOLDERS = {
     "METRIC": "loss",
     "IMAGE": "image.sif",
 }
+OTHER_COMMAND = re.compile(r"`dstune (?!train\b)[^`]*`")
+"""What another verb than `train` is given."""
 UNFILLED = re.compile(r"\b(VALUE|CHOICE|KEY|STEPS|ROWS)\b|\.\.\.|\.NAME\b")
 """What only the user can fill in."""
 GRADER = {
@@ -96,9 +98,10 @@ def fixes_of(problem: Problem) -> list[list[str]]:
     a placeholder for a value that only the user knows are left out."""
     alternatives: list[list[str]] = []
     end = 0
-    for match in SETTING.finditer(problem.fix):
+    fix = OTHER_COMMAND.sub("", problem.fix)
+    for match in SETTING.finditer(fix):
         setting = match["quoted"] or match["plain"].replace("'", "")
-        between = problem.fix[end : match.start()]
+        between = fix[end : match.start()]
         together = between == " " or (between == " and " and key_of(setting) != key_of(alternatives[-1][-1]))
         if alternatives and together:
             alternatives[-1].append(setting)

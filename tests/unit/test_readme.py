@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,12 +74,27 @@ TRAIN = [arguments for arguments in map(arguments_of_train, commands()) if argum
 
 
 @pytest.mark.parametrize("arguments", TRAIN, ids=" ".join)
-def test_every_train_command_composes(arguments):
+def test_every_train_command_composes(arguments, tmp_path):
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     if "-m" in arguments:
         found = split(overrides, {})
         overrides = [*found.fixed, *first(found.axes).overrides]
-    validate(compose(overrides).config)
+    if any(word.startswith("plugins=") for word in overrides):
+        compose_with_plugins(overrides, tmp_path)
+    else:
+        validate(compose(overrides).config)
+
+
+def compose_with_plugins(overrides: list[str], folder: Path) -> None:
+    """Compose and validate a command line in a process of its own, in a folder with the files that the docs say to save: what a
+    plugin registers stays in its process."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    for program in re.findall(r"```python\n(# \w+\.py\n.*?)```", pages, re.DOTALL):
+        (folder / program.split()[1]).write_text(program, encoding="utf-8")
+    imports = "import sys; from dstune.config.compose import compose; from dstune.config.validate import validate"
+    words = [sys.executable, "-c", f"{imports}; validate(compose(sys.argv[1:]).config)", *overrides]
+    finished = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_every_command_is_one_that_exists():

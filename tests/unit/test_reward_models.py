@@ -135,7 +135,7 @@ def test_scores_that_are_no_numbers_are_none(monkeypatch):
     scorer.names, scorer.process, scorer.logged = ["judge"], SimpleNamespace(), {}
     scorer._models = {"judge": lambda talks: [0.5, math.nan, -math.inf, Failure("one failed")]}
     scorer.patience = Patience(0.0)
-    scorer._task = SimpleNamespace(environment=None)
+    scorer._task = SimpleNamespace(environment=None, overlong_tokens=0)
     monkeypatch.setattr(Scorer, "columns_of", lambda self, prompt: {"prompt": "p"})
     batch = [Scored(Completion(0, number, [1], [], 0.0, True), "a", []) for number in range(4)]
     scorer._score_batch(batch, {})

@@ -205,9 +205,7 @@ def test_the_gates_and_the_probe_of_the_page_work(tmp_path: Path, monkeypatch: p
     assert [probe.score(question, "Ask Sales.") for question in probe.questions()] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    "words", [["--safety", "--shots", "0"], ["--safety", "--output", "x"], ["--against", "sample://smollm2"]]
-)
+@pytest.mark.parametrize("words", [["--safety", "--shots", "0"], ["--safety", "--output", "x"], ["--prompts", "x"]])
 def test_options_that_do_not_go_together(tmp_path: Path, words: list[str]) -> None:
     with pytest.raises(UserError):
         parse([str(full_run(tmp_path / "run")), *words])

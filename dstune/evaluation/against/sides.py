@@ -125,7 +125,7 @@ def _gguf_file(path: Path, where: str) -> Path | None:
 
 
 def _open_gguf(name: str, file: Path, where: str) -> Side:
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     from dstune.checkpoint.gguf_header import matrix_types
 
@@ -135,8 +135,12 @@ def _open_gguf(name: str, file: Path, where: str) -> Side:
     with files_of_others(where, str(file), "the GGUF file", fix):
         metadata_digests(file)  # refuses counts that would never end
         types = matrix_types(file)
+        architecture = without_stored_implementations(
+            AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        )
         module, loading = AutoModelForCausalLM.from_pretrained(
             file.parent,
+            config=architecture,
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
