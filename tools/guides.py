@@ -31,7 +31,7 @@ Every key of a run, with its type, default and meaning. `dstune train --help KEY
 ```bash
 dstune train experiment=chat_lora optimizer.lr=1e-4          # a group with its choice, and a key with its value
 dstune train my.yaml optimizer.lr=5e-5                       # the same from a file, with one value changed
-dstune train --cfg job experiment=chat_lora                  # print the configuration only
+dstune train --cfg job experiment=chat_lora                  # check the configuration and print it
 ```
 
 A list is `key=[a,b]`, no value is `key=null`. If a key is set in several places, the command line wins, then your file,

@@ -18,6 +18,7 @@ from dstune.config import by_method
 from dstune.config import overrides as user_overrides
 from dstune.config.convert import (
     EnvironmentText,
+    UnsetVariable,
     chosen_class,
     interpolation_problem,
     partly_from_dict,
@@ -110,6 +111,29 @@ def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> No
                 composed[section][key] = value
 
 
+def refuse_wrong_values(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a composition that `dstune train` would refuse.
+
+    Keys that refer to environment variables which are not set here are not judged: only the machine of the run may have them.
+
+    Raises:
+        UserError: every problem.
+    """
+    raw, references = _plain_sections(composed)
+    config, values = partly_from_dict(raw, "the composed configuration")
+    unresolved = {problem.where for problem in references}
+    wrong = [problem for problem in values if problem.where not in unresolved]
+    wrong += [problem for problem in references if not isinstance(problem, UnsetVariable)]
+    problems = [by_method.with_composed_default(problem, raw) for problem in wrong]
+    if not unresolved and not problems:
+        problems += _overruled(hydra, overrides, config)
+    from dstune.config.validate import find_problems  # not at the top: `--info` does not need it
+
+    doubtful = {where.split(".", 1)[0] for where in (*unresolved, *(problem.where for problem in problems))}
+    if problems := problems + find_problems(config, doubtful):
+        raise UserError(problems)
+
+
 def frozen_at_start() -> tuple[str, ...]:
     """Return the keys that the first start of a run fills in (today's date, the hub's commit) and later starts adopt."""
     of_tasks = dict.fromkeys(f"task.{key}" for cls in TASKS.classes().values() for key in cls.frozen_keys)
@@ -141,7 +165,7 @@ def typed_config(raw: Any, where: str) -> RunConfig:
     config, problems = partly_from_dict(raw, where)
     if problems:
         problems = [by_method.with_composed_default(problem, raw) for problem in problems]
-        from dstune.config.validate import find_problems  # not at the top: showing a configuration does not need it
+        from dstune.config.validate import find_problems  # not at the top: overrides without problems do not need it
 
         raise UserError(problems + find_problems(config, {problem.where.split(".", 1)[0] for problem in problems}))
     return config
@@ -246,15 +270,21 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: all references that cannot be resolved.
     """
+    raw, problems = _plain_sections(composed)
+    if problems:
+        raise UserError(problems)
+    return raw
+
+
+def _plain_sections(composed: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the sections as plain values, None for what cannot be resolved, and a problem for each of these."""
     problems: list[Problem] = []
     raw = {
         str(section): _plain_node(composed[section], str(section), composed, problems)
         for section in composed
         if section not in ("hydra", plugins.KEY)  # plugins are active already
     }
-    if problems:
-        raise UserError(problems)
-    return raw
+    return raw, problems
 
 
 def _plain_node(node: Any, path: str, root: DictConfig, problems: list[Problem]) -> Any:

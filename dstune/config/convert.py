@@ -88,13 +88,16 @@ def resolve_text(text: str, where: str) -> EnvironmentText:
         raise UserError(interpolation_problem(where, text, error)) from None
 
 
+class UnsetVariable(Problem):
+    """A reference to an environment variable that is not set, directly or through another key."""
+
+
 def interpolation_problem(where: str, text: str, error: Exception) -> Problem:
     """Return the problem with a `${...}` that cannot be resolved."""
     reason = first_line(error)
-    name = _REFERS.split(text, maxsplit=1)[1].split("}", 1)[0].strip() if refers(text) else ""
-    if name and "not found" in reason:
-        fix = f"export {name}=..., or give a default: {ENVIRONMENT}{name},default}}"
-        return Problem(where, f"the environment variable {name} is not set", fix, text)
+    if match := re.search(r"Environment variable '([^']+)' not found", reason):
+        fix = f"export {match[1]}=..., or give a default: {ENVIRONMENT}{match[1]},default}}"
+        return UnsetVariable(where, f"the environment variable {match[1]} is not set", fix, text)
     return Problem(where, f"this reference cannot be resolved: {reason}", f"write {ENVIRONMENT}NAME}} or a value", text)
 
 

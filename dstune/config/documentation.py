@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+from dstune.config import habits
 from dstune.config.by_method import RATE
 from dstune.config.convert import DEFAULT, describe, format_value
 from dstune.config.examples import complete_example
 from dstune.config.fields import BY_METHOD, DOC
 from dstune.config.guidance import advice_of
 from dstune.config.names import (
+    OTHER_TOOLS,
     ROOT_KEYS,
     classes_of,
     entry_class,
@@ -126,7 +128,7 @@ def merged() -> list[Setting]:
 
 FLAGS = {
     "--multirun, -m": "a sweep: KEY=A,B, choice(A,B), range(FROM,TO,STEP) and, for Optuna, interval(FROM,TO) start a run for each",
-    "--cfg, -c job|hydra|all": "print the composed configuration instead of running",
+    "--cfg, -c job|hydra|all": "check the composed configuration and print it instead of running",
     "--resolve": "with --cfg: references such as ${oc.env:NAME} as their values",
     "--package, -p KEY": "with --cfg: this part only, for example -p trainer",
     "--config-dir, -cd FOLDER": "add groups of your own: FOLDER/method/mine.yaml gives method=mine",
@@ -143,7 +145,7 @@ EXAMPLES = {
     "dstune train data.train='shards/*.parquet' task=causal_lm zero=stage2": "plain text",
     "dstune train experiment=sentiment run.dir=runs/mine": "the same command again continues the run",
     "dstune train -m experiment=chat_lora optimizer.lr=1e-4,2e-4 method.rank=8,16": "four runs, side by side in one report",
-    "dstune train --cfg job experiment=sentiment": "print the configuration only",
+    "dstune train --cfg job experiment=sentiment": "check the configuration and print it",
 }
 
 
@@ -162,7 +164,7 @@ def index(groups: Mapping[str, Sequence[str]]) -> str:
         "More:",
         "  dstune train --help GROUP     choices and keys of a group: --help method",
         "  dstune train --help CHOICE    keys of a choice: --help method=lora",
-        "  dstune train --help KEY       type, range, default and advice: --help optimizer.lr",
+        "  dstune train --help KEY       meaning, range, default and advice: --help optimizer.lr",
         "  dstune train --help all       every key",
         "",
         *_block("Examples", EXAMPLES, 8),
@@ -217,19 +219,44 @@ def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _key_text(key: str) -> str:
+    """Return one block about a key. Where the choices that have it differ, each text follows the choices that it is for."""
+    settings = [setting for setting in merged() if setting.key == key]
+    groups = [setting.group for setting in settings if "=" in setting.group]
+    section = key.partition(".")[0]
+    choices = "|".join(group.partition("=")[2] for group in groups)
+    registered = registered_values().get(key)
+    other_names = _names_elsewhere(key)
+    lines = [
+        f"{key}   ({section}={choices})" if choices else key,
+        *_by_choice("meaning", [(setting.group, setting.doc) for setting in settings]),
+        *_by_choice("type", [(setting.group, setting.type) for setting in settings]),
+        *(_wrapped("values", ", ".join(registered)) if registered else []),
+        *_by_choice("range", [(setting.group, _bounds(setting)) for setting in settings]),
+        *_by_choice("default", [(setting.group, _default_of(setting)) for setting in settings]),
+        *_by_choice("advice", [(setting.group, advice_of(key, setting.group)) for setting in settings]),
+        *_wrapped("example", f"dstune train ... {_example(key)}"),
+        *(_wrapped("also", f"{', '.join(other_names)} in other tools") if other_names else []),
+    ]
+    return "\n".join(lines)
+
+
+def _by_choice(title: str, texts: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the lines of one property of a key. texts: its text for each group (`Setting.group`), empty where it has none."""
+    choices_by_text: dict[str, list[str]] = {}
+    for group, text in texts:
+        choices_by_text.setdefault(text, []).append(group.partition("=")[2])
+    same = len(choices_by_text) == 1
     lines: list[str] = []
-    for setting in merged():
-        if setting.key != key:
-            continue
-        where = f"   ({setting.group})" if "=" in setting.group else ""
-        names = registered_values().get(key)
-        kind = f"{setting.type}; there are: {', '.join(names)}" if names else setting.type
-        bounds = _bounds(setting)
-        text = "" if any("  advice" in line for line in lines) else advice_of(key, setting.group)
-        advice = _wrapped("advice", text) if text else []
-        lines += [f"{key}{where}", *_wrapped("type", kind + (f", {bounds}" if bounds else ""))]
-        lines += [*_wrapped("default", _default_of(setting)), *_wrapped("meaning", setting.doc), *advice]
-    return "\n".join([*lines, *_wrapped("example", f"dstune train ... {_example(key)}")])
+    for text, choices in choices_by_text.items():
+        if text:
+            lines += _wrapped("" if lines else title, text if same else f"{'|'.join(choices)}: {text}")
+    return lines
+
+
+def _names_elsewhere(key: str) -> list[str]:
+    """Return what other tools call a key."""
+    same_value = [name for name, answer in habits.ANSWERS.items() if answer == f"{key}={{value}}" and "." not in name]
+    return sorted({name for name, ours in OTHER_TOOLS.items() if ours == key} | {*same_value})
 
 
 def _example(key: str) -> str:
@@ -242,13 +269,14 @@ def _default_of(setting: Setting) -> str:
     if setting.key != RATE or BY_METHOD not in _metadata(setting.key, setting.group):
         return setting.default
     share = OPTIMIZERS.classes()[setting.group.partition("=")[2].split("|")[0]].rate_share
-    rates = {name: cls.learning_rate * share for name, cls in METHODS.classes().items()}
-    by_rate: dict[float, list[str]] = {}
-    for name, rate in rates.items():
-        by_rate.setdefault(rate, []).append(name)
-    of_methods = "; ".join(f"{rate:g} with method={'|'.join(names)}" for rate, names in sorted(by_rate.items()))
+    if share != 1:
+        return f"{share:g} times the rate for adamw"
+    methods_by_rate: dict[float, list[str]] = {}
+    for name, cls in METHODS.classes().items():
+        methods_by_rate.setdefault(cls.learning_rate, []).append(name)
+    of_methods = "; ".join(f"{rate:g} with method={'|'.join(names)}" for rate, names in sorted(methods_by_rate.items()))
     few = "|".join(name for name, cls in TASKS.classes().items() if cls.low_learning_rate)
-    return f"the method's: {of_methods}" + (f"; a tenth of it for task={few}" if few else "")
+    return of_methods + (f"; a tenth of it for task={few}" if few else "")
 
 
 def _bounds(setting: Setting) -> str:

@@ -166,8 +166,8 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
         verbs: the verbs that completion offers; None if `flags` do not ask for completion.
 
     Raises:
-        UserError: wrong overrides or a wrong file of zero.path, as `compose` does, or a package that the configuration does
-            not have.
+        UserError: wrong overrides or a wrong file of zero.path, as `compose` does; with `--cfg job` or `all`, a configuration
+            that `dstune train` would refuse; a package that the configuration does not have.
     """
     if flags.shell_completion:
         from dstune.config.completion import shell_completion
@@ -208,16 +208,17 @@ def _topics(words: Sequence[str]) -> list[str]:
 
 
 def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
-    """Return the text that Hydra prints for `--cfg`. Raises UserError if the configuration has no such package."""
+    """Return the text that Hydra prints for `--cfg`. Raises UserError for a wrong value, or a package that does not exist."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import Container, OmegaConf
 
-    from dstune.config.compose import compose_dict_config, put_file
+    from dstune.config.compose import compose_dict_config, put_file, refuse_wrong_values
 
     composed = compose_dict_config(hydra, overrides)
     HydraConfig.instance().set_config(composed)  # for references such as ${hydra:runtime.cwd}
     if flags.cfg != "hydra":
         put_file(hydra, composed, overrides)
+        refuse_wrong_values(hydra, composed, overrides)
     OmegaConf.set_readonly(composed.hydra, None)
     selected_config: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
     header = ""

@@ -111,7 +111,15 @@ def test_cfg_has_the_values_of_a_deepspeed_file(capsys: pytest.CaptureFixture[st
         "bf16": {"enabled": True},
     }
     path.write_text(json.dumps(content))
-    argv = ("--cfg", "job", "data=chitchat", "zero=file", f"zero.path={path}", "trainer.epochs=${trainer.seed}")
+    argv = (
+        "--cfg",
+        "job",
+        "data=chitchat",
+        "zero=file",
+        f"zero.path={path}",
+        "trainer.seed=2",
+        "trainer.epochs=${trainer.seed}",
+    )
     config = yaml.safe_load(printed(capsys, *argv))
     run = to_dict(compose(argv[2:]).config)
     assert config["trainer"].pop("epochs") == "${trainer.seed}"
@@ -142,15 +150,37 @@ def test_references_are_shown_as_written_unless_resolved(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SECRET_NAME", "hunter2")
-    argv = ("--cfg", "job", "run.name=${oc.env:SECRET_NAME}")
+    argv = ("--cfg", "job", "run.dir=${oc.env:SECRET_NAME}")
     assert "hunter2" not in printed(capsys, *argv)
-    assert "name: hunter2" in printed(capsys, *argv, "--resolve")
+    assert "dir: hunter2" in printed(capsys, *argv, "--resolve")
 
 
 def test_wrong_overrides_are_explained_for_every_flag():
     for argv in (["--cfg", "job"], ["--cfg", "hydra"], ["--info", "defaults"]):
         error = refused(*argv, "method=lorra", "trainer.max_step=3")
         assert [problem.where for problem in error.problems] == ["method", "trainer.max_step"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wheres"),
+    [
+        (["optimizer.lr=-1"], ["optimizer.lr"]),
+        (["method=lora", "method.rank=0", "trainer.epochs=abc"], ["trainer.epochs", "method.rank"]),
+        (["data=files"], ["data.train"]),
+        (["trainer.seed=${trainer.sed}"], ["trainer.seed"]),
+        (["trainer.seed=${oc.env:DSTUNE_TEST_UNSET}", "optimizer.lr=-1"], ["optimizer.lr"]),
+    ],
+)
+def test_cfg_refuses_what_train_refuses(overrides: list[str], wheres: list[str]):
+    for argv in (["--cfg", "job"], ["--cfg", "all"], ["--cfg", "job", "-p", "run"]):
+        assert [problem.where for problem in refused(*argv, *overrides).problems] == wheres
+
+
+def test_cfg_refuses_a_choice_that_the_experiment_overrides(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nmodel: {path: sample://smollm2}\n")
+    error = refused("--cfg", "job", "--config-dir", str(tmp_path), "experiment=mine", "data=chitchat", "model=minilm")
+    assert [problem.where for problem in error.problems] == ["model"]
 
 
 def test_info(capfd: pytest.CaptureFixture[str]):
@@ -195,10 +225,11 @@ def test_help_is_an_index_of_a_page(capsys: pytest.CaptureFixture[str], my_group
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("optimizer.lr", ["a number, at least 0", "0.0002 with method=lora|qlora", "three times", "optimizer.lr=2e-05"]),
-        ("zero.stage", ["at least 0 and at most 3", "default   auto"]),
+        ("optimizer.lr", ["type a number range at least 0", "0.0002 with method=lora|qlora", "three times", "optimizer.lr=2e-05"]),
+        ("optimizer.lr", ["lion: 0.1 times the rate for adamw sgd: 0.001", "also learning_rate in other tools"]),
+        ("zero.stage", ["range at least 0 and at most 3 default   auto"]),
         ("trainer.precision", ["one of auto, fp32, bf16, fp16"]),
-        ("trainer.early_stopping.metric", ["there are: loss, text_loss, perplexity"]),
+        ("trainer.early_stopping.metric", ["values loss, text_loss, perplexity"]),
         ("trainer.early_stopping", ["trainer.early_stopping.patience=0"]),
         ("data.mixture.NAME.weight", ["How often its rows come"]),
         ("plugins", ["Files"]),
@@ -224,11 +255,19 @@ def test_help_of_what_does_not_exist_names_the_nearest():
         assert f"--help {similar}" in refused("--help", name).problems[0].fix
 
 
+def test_help_of_a_key_is_one_block_whatever_choices_have_it():
+    for key in ("optimizer.lr", "task.beta", "launch.processes"):
+        lines = topic(key, {}).splitlines()
+        assert [line for line in lines if not line.startswith(" ")] == lines[:1]
+        titles = [line[:12].strip() for line in lines[1:] if line[:12].strip()]
+        order = ("meaning", "type", "values", "range", "default", "advice", "example", "also")
+        assert titles == [title for title in order if title in titles]
+
+
 def test_advice_is_for_the_choice_that_it_was_written_for():
-    preference, distillation = topic("task.beta", {}).split("task.beta   (task=distillation)")
-    assert "stays close to the reference" in preference and "advice" not in distillation
-    lora, vera = topic("method.rank", {}).split("method.rank   (method=vera)")
-    assert "8 to 16 for style" in lora and "advice" not in vera
+    assert "advice    preference: 0.1 stays close to the reference" in topic("task.beta", {})
+    assert "advice    lora|qlora: 8 to 16 for style" in topic("method.rank", {})
+    assert "advice    8 to 32 for a few thousand rows" in topic("trainer.global_batch_size", {})
 
 
 def test_every_key_has_help(capsys: pytest.CaptureFixture[str]):

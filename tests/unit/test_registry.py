@@ -47,12 +47,12 @@ def test_no_such_member(name):
 def test_showing_a_configuration_imports_the_rooms_that_it_chooses():
     program = (
         "import sys\nfrom dstune.cli import main\n"
-        "assert main(['train', '--cfg', 'job', 'task=classification', 'method=lora', 'trainer.max_steps=3']) == 0\n"
+        "assert main(['train', '--cfg', 'hydra', 'task=classification', 'method=lora', 'trainer.max_steps=3']) == 0\n"
         "print(*sorted({'.'.join(name.split('.')[:3]) for name in sys.modules"
         " if name.startswith(('dstune.tasks.', 'dstune.methods.', 'dstune.launch.'))}), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and "name: classification" in done.stdout, done.stderr
+    assert done.returncode == 0 and "task: classification" in done.stdout, done.stderr
     rooms = set(done.stderr.split())
     assert {"dstune.tasks.classification", "dstune.methods.lora", "dstune.launch.local"} <= rooms
     assert rooms.isdisjoint({"dstune.tasks.embedding", "dstune.methods.ulmfit", "dstune.launch.slurm"})

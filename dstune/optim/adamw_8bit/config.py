@@ -18,4 +18,4 @@ class AdamW8bitConfig(AdamWConfig):
 
     name: str = "adamw_8bit"
     lr: float = setting(2e-5, at_least=0.0, by_method=True)
-    """Peak learning rate; if unset, the method's default, as for adamw."""
+    """Peak learning rate; if unset, the method's default (docs/methods.md), a tenth of it for task=preference|reinforcement."""
