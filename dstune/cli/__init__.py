@@ -19,31 +19,32 @@ from dstune.core.disk import is_disk_full
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
 from dstune.core.paths import PROJECT_FILE
 from dstune.core.text import Filtered, visible_but_colours
-from dstune.core.verb import VERBS, Verb, other_names
+from dstune.core.verb import GROUPS, VERBS, Verb, other_names
 
 ORDER = (
+    "init",
+    "models",
+    "samples",
+    "data",
     "train",
     "plan",
-    "evaluate",
-    "generate",
-    "predict",
-    "export",
-    "data",
-    "report",
     "runs",
     "status",
     "cancel",
     "checkpoints",
+    "prune",
     "upgrade",
-    "trust",
+    "evaluate",
+    "generate",
+    "predict",
+    "report",
+    "export",
     "doctor",
     "verify",
-    "models",
-    "samples",
-    "init",
+    "trust",
     "completion",
 )
-"""The verbs that come first in `dstune --help`, in this order; those of wings and plugins follow."""
+"""The verbs that come first in their group of `dstune --help`, in this order; those of wings and plugins follow."""
 
 EXAMPLES = """\
 examples:
@@ -174,11 +175,14 @@ def help_text() -> str:
     except UserError as error:  # of a plugin
         print(f"dstune: note: lists no verbs of plugins: {error}", file=sys.stderr)
         verbs = VERBS.without_installed()
-    rows = [f"  {name:<12} {verb.summary}" for name, verb in verbs.items()]
+    rows = []
+    for group in GROUPS:
+        lines = [f"  {name:<12} {verb.summary}" for name, verb in verbs.items() if verb.group == group]
+        rows += [group, *lines, ""] if lines else []
     usage = (
         "usage: dstune VERB [PATH] [key=value ...] [--json] [--trust KEY,...] [Hydra flags]\n       dstune --version"
     )
-    return "\n".join([usage, "", "Fine-tune language models with DeepSpeed ZeRO.", "", "verbs:", *rows, "", EXAMPLES])
+    return "\n".join([usage, "", "Fine-tune language models with DeepSpeed ZeRO.", "", *rows, EXAMPLES])
 
 
 def unknown_verb(word: str) -> Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dstune.core.errors import EXIT_DONE, Problem, UserError
-from dstune.core.verb import VERBS, Verb, verb
+from dstune.core.verb import MACHINE, VERBS, Verb, verb
 
 HELP = """\
 usage: dstune completion bash|zsh|fish
@@ -17,7 +17,8 @@ fish: put dstune completion fish | source into ~/.config/fish/config.fish
 @verb
 class Completion(Verb):
     name = "completion"
-    summary = 'shell completion: eval "$(dstune completion bash)"'
+    summary = 'print the shell completion: eval "$(dstune completion bash)"'
+    group = MACHINE
     takes_files = False
     further_words = ("bash", "zsh", "fish")
 

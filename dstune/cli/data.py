@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dstune.core.verb import VERBS, Verb, Words, verb
+from dstune.core.verb import START, VERBS, Verb, Words, verb
 
 
 @verb
 class Data(Verb):
     name = "data"
-    summary = "`data show`: rows as the model sees them, lengths, repetitions"
+    summary = "`data show`: show rows as the model sees them, their lengths and repetitions"
+    group = START
     action = "dstune.show.command:main"
     overrides = True
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import MEASURE, Verb, verb
 
 
 @verb
 class Generate(Verb):
     name = "generate"
-    summary = "text from a run, an export or a model"
+    summary = "write text with a run, an export or a model"
+    group = MEASURE
     action = "dstune.inference.generate:main"
     other_names = (
         (("chat", "sample"), "`dstune generate RUN --prompt TEXT`"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dstune.core.verb import Verb, Words, verb
+from dstune.core.verb import START, Verb, Words, verb
 
 
 class InitPlugin(Verb):
@@ -18,9 +18,8 @@ class InitPlugin(Verb):
 @verb
 class Init(Verb):
     name = "init"
-    summary = (
-        "`init DATA`: a configuration file for your rows and machine; `init plugin KIND FILE`: a plugin to begin from"
-    )
+    summary = "write a configuration file for your rows and this machine, or a plugin to begin from"
+    group = START
     action = "dstune.launch.starter:main"
     other_names = ((("new", "create", "scaffold", "setup", "wizard"), "`dstune init rows.jsonl` writes my.yaml"),)
     overrides = True

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dstune.cli._hardware import with_hardware
-from dstune.core.verb import Verb, Words, verb
+from dstune.core.verb import START, Verb, Words, verb
 
 
 @verb
 class Models(Verb):
     name = "models"
-    summary = "models that a task can start from, what they take, and how good they are untuned"
+    summary = "list the models that a task can start from, those that this machine can train first"
+    group = START
     action = "dstune.catalogue:main"
     needs_plugins = False
     overrides = True

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dstune.cli._hardware import with_hardware
-from dstune.core.verb import Verb, Words, verb
+from dstune.core.verb import TRAIN, Verb, Words, verb
 
 
 @verb
 class Plan(Verb):
     name = "plan"
-    summary = "memory of a rank and time of a step for each ZeRO choice, before anything runs"
+    summary = "say what fits before anything runs: memory of a rank and time of a step"
+    group = TRAIN
     action = "dstune.launch.plan:main"
     overrides = True
     further_words = ("hardware=", "nodes=", "price=", "--calibrate", "--json", "--help")

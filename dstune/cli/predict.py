@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import MEASURE, Verb, verb
 
 
 @verb
 class Predict(Verb):
     name = "predict"
-    summary = "labels, tags, answers, scores or vectors of rows that have none"
+    summary = "add labels, tags, answers, scores or vectors to rows"
+    group = MEASURE
     action = "dstune.inference.predict:main"
     other_names = (
         (("classify", "label", "tag", "embed"), "`dstune predict RUN --text TEXT`"),

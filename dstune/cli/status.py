@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import TRAIN, Verb, verb
 
 
 @verb
 class Status(Verb):
     name = "status"
-    summary = "where a run stands"
+    summary = "say where a run stands"
+    group = TRAIN
     action = "dstune.launch.manage:status"

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from dstune.core.arguments import is_path
 from dstune.core.rank_env import from_environment
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import TRAIN, Verb, verb
 
 
 @verb
 class Train(Verb):
     name = "train"
-    summary = "compose a run, check it, start its ranks and wait"
+    summary = "train a model: check the configuration, start the ranks and wait"
+    group = TRAIN
     action = "dstune.launch.train:train"
     other_names = (
         (("resume",), "`dstune train RUN` continues a run"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
 from dstune.core.paths import PROJECT_FILE
 from dstune.core.text import one_line
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import MACHINE, Verb, verb
 
 if TYPE_CHECKING:
     from dstune.config.project import Candidate
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Trust(Verb):
     name = "trust"
     summary = "let the plugins that a folder's dstune.yaml names run as you"
+    group = MACHINE
     action = "dstune.cli.trust:main"
     other_names = ((("allow",), "`dstune trust FOLDER`"),)
 

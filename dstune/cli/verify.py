@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import MACHINE, Verb, verb
 
 
 @verb
 class Verify(Verb):
     name = "verify"
-    summary = "whether the installed stack computes the right gradients"
+    summary = "check whether the installed stack computes the right gradients"
+    group = MACHINE
     action = "dstune.launch.verify:main"
     overrides = True
     needs_plugins = False

@@ -13,6 +13,16 @@ from typing import ClassVar, cast
 
 from dstune.core.registry import Registry
 
+START = "Start"
+TRAIN = "Train"
+MEASURE = "Measure, use and hand over"
+SERVE = "Serve and watch"
+HOSTED = "Leave a hosted service"
+MACHINE = "This machine"
+PLUGINS = "Plugins"
+GROUPS = (START, TRAIN, MEASURE, SERVE, HOSTED, MACHINE, PLUGINS)
+"""The groups of verbs in `dstune --help`, in its order."""
+
 
 @dataclass(frozen=True)
 class Words:
@@ -33,7 +43,9 @@ class Verb:
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    """Its line in `dstune --help`."""
+    """Its line in `dstune --help`, which begins with a verb."""
+    group: ClassVar[str] = PLUGINS
+    """The heading above it in `dstune --help`; one of `GROUPS`."""
     action: ClassVar[str]
     """`module:function`; the function takes the words after the verb and returns the exit code."""
     other_names: ClassVar[tuple[tuple[tuple[str, ...], str], ...]] = ()

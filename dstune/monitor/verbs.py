@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import SERVE, Verb, verb
 
 
 @verb
 class Monitor(Verb):
     name = "monitor"
-    summary = "whether live rows still resemble those that a run was trained on"
+    summary = "tell whether live rows still resemble those that a run was trained on"
+    group = SERVE
     action = "dstune.monitor.command:main"
     other_names = ((("drift", "watch"), "`dstune monitor RUN --data LOGS`"),)
 
@@ -16,5 +17,6 @@ class Monitor(Verb):
 @verb
 class DataShift(Verb):
     name = "data shift"
-    summary = "how far rows are from other rows, or from a run's"
+    summary = "measure how far rows are from other rows, or from a run's"
+    group = SERVE
     action = "dstune.monitor.shift_command:main"

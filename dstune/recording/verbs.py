@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import HOSTED, Verb, verb
 
 
 @verb
 class Record(Verb):
     name = "record"
     summary = "keep jobs, files, models and answers of a hosted service before it is switched off"
+    group = HOSTED
     action = "dstune.recording.command:main"
     other_names = ((("backup", "snapshot"), "`dstune record FOLDER --server URL`"),)
 
@@ -16,9 +17,8 @@ class Record(Verb):
 @verb
 class Retrain(Verb):
     name = "retrain"
-    summary = (
-        "train an open model as a recorded job trained the hosted one: a configuration, or a job on another server"
-    )
+    summary = "train an open model as a recorded job trained the hosted one"
+    group = HOSTED
     action = "dstune.recording.retrain:main"
     overrides = True
 
@@ -26,5 +26,6 @@ class Retrain(Verb):
 @verb
 class Compare(Verb):
     name = "compare"
-    summary = "whether a new model answers your prompts as well as the old one: recordings, servers, runs or models"
+    summary = "tell whether another model answers your prompts as well as the old one"
+    group = HOSTED
     action = "dstune.recording.compare:main"

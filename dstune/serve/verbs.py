@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import SERVE, Verb, verb
 
 
 @verb
 class Serve(Verb):
     name = "serve"
-    summary = "trained models behind an OpenAI-compatible API"
+    summary = "serve trained models behind an OpenAI-compatible API"
+    group = SERVE
     action = "dstune.serve.command:main"
     other_names = ((("deploy", "server", "api"), "`dstune serve RUN`"),)
 
@@ -27,7 +28,8 @@ class Serve(Verb):
 @verb
 class ServeKeys(Verb):
     name = "serve-keys"
-    summary = "keys of clients of `dstune serve`"
+    summary = "make, list and revoke the keys of clients of `dstune serve`"
+    group = SERVE
     action = "dstune.serve.keys_command:main"
     takes_files = False
     further_words = ("add", "list", "revoke")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dstune.core.verb import Verb, verb
+from dstune.core.verb import START, Verb, verb
 
 
 @verb
 class Synthesize(Verb):
     name = "synthesize"
-    summary = "rows that a served model writes: answers, instructions, questions, pairs, rewrites"
+    summary = "let a served model write rows: answers, instructions, questions, pairs, rewrites"
+    group = START
     action = "dstune.synthesize.command:main"
     other_names = ((("distill-data", "generate-data", "self-instruct"), "`dstune synthesize KIND --input FILE`"),)

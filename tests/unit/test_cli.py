@@ -15,6 +15,7 @@ from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.schema import RunSection
 from dstune.core.errors import DstuneError, Preempted, Problem, UserError
 from dstune.core.rank_env import RankEnv
+from dstune.core.verb import GROUPS
 from dstune.launch import preflight, train
 from dstune.launch.local import Local
 from tests.support.configs import run_config
@@ -68,6 +69,17 @@ def test_help_names_every_verb_and_imports_nothing_heavy(capsys):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_help_lists_every_verb_once_under_the_heading_of_its_group():
+    blocks = [block.splitlines() for block in cli.help_text().split("\n\n")]
+    listed = {block[0]: block[1:] for block in blocks if block[0] in GROUPS}
+    assert list(listed) == [group for group in GROUPS if group in listed]
+    for group, lines in listed.items():
+        of_group = [name for name, verb in cli.VERBS.classes().items() if verb.group == group]
+        assert [line[:15].strip() for line in lines] == of_group
+        assert max(map(len, lines)) <= 110
+    assert sum(map(len, listed.values())) == len([*cli.VERBS])
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"dstune {dstune.__version__}\n"
@@ -87,7 +99,7 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
     ("arguments", "message"),
     [
         (["trian"], "did you mean `dstune train`?"),
-        (["zzz"], "the verbs are train, "),
+        (["zzz"], "the verbs are init, "),
         (["trainer.max_steps=3"], "fix: dstune train trainer.max_steps=3"),
         (["--cfg", "job"], "flags go after the verb"),
         (["train", "quickstart"], "experiment=quickstart"),
