@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
 from dstune.core.paths import STOP_FILE
 from dstune.launch import records
 from dstune.launch.agents.status import GroupStatus, read_group
-from dstune.launch.queues import queue_of
+from dstune.launch.queues import UnfinishedJobs, queue_of
 from dstune.launch.rundir import run_directory
-from dstune.protocols.launcher import Job, Unreachable
+from dstune.protocols.launcher import Unreachable
 from dstune.tracking.trials import is_sweep, read_records
 
 TWICE_SECONDS = 0.5
@@ -68,13 +67,17 @@ class Status:
         }
 
 
-def status_of(run_dir: Path) -> Status:
-    """Return the status of the run in `run_dir`, from its files, its process and its queue."""
+def status_of(run_dir: Path, unfinished_jobs: UnfinishedJobs | None = None) -> Status:
+    """Return the status of the run in `run_dir`, from its files, its process and its queue.
+
+    unfinished_jobs: of this and other runs; the queue is queried when not given.
+    """
     launcher = records.read_launch(run_dir)
     result = records.read_result(run_dir)
     last = records.read_metrics(run_dir).last
     reason = ""
-    jobs, unreachable = _jobs(launcher)
+    unfinished_jobs = unfinished_jobs or UnfinishedJobs([launcher] if launcher else [])
+    jobs, unreachable = unfinished_jobs.of(launcher)
     if jobs:
         state, reason = ("pending" if jobs[0].is_waiting else "running"), str(jobs[0])
     elif unreachable:
@@ -93,20 +96,6 @@ def status_of(run_dir: Path) -> Status:
         age = round(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, 1)
     step, loss, checkpoint = int(last.get("step", 0)), last.get("loss"), store.newest(run_dir)
     return Status(state, reason, step, loss, age, launcher, checkpoint, read_group(run_dir))
-
-
-def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
-    """Return the unfinished jobs of the run, and the reason if they cannot be determined."""
-    if launcher is None or not launcher.jobs:
-        return [], ""
-    try:
-        queue = queue_of(launcher)
-    except UserError as error:  # the launcher's plugin is missing, and the status must show without it too
-        return [], error.problems[0].reason
-    try:
-        return queue.alive(launcher.jobs), ""
-    except Unreachable as error:
-        return [], f"{queue.name}, which runs it as job {launcher.jobs[-1]}, does not answer here: {error}"
 
 
 def status(argv: list[str]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import LAUNCHERS, launcher_of
+from dstune.protocols.launcher import Job, Unreachable
 from dstune.protocols.launcher_options import SubmitsRuns
 
 if TYPE_CHECKING:
@@ -36,3 +38,36 @@ def queue_of(record: LaunchRecord) -> Queue:
         reason = "the run's jobs are in the queue of a launcher that is not installed here"
         raise UserError(Problem("launch.json", reason, "install or name the plugin that provides it", record.launcher))
     return queue
+
+
+class UnfinishedJobs:
+    """The unfinished jobs of several runs. Each queue is queried once, for the jobs of all of them."""
+
+    def __init__(self, launch_records: Iterable[LaunchRecord]):
+        self._job_by_id: dict[str, dict[str, Job]] = {}
+        self._failure: dict[str, str] = {}
+        ids_by_launcher: dict[str, list[str]] = {}
+        for record in launch_records:
+            if record.jobs:
+                ids_by_launcher.setdefault(record.launcher, []).extend(record.jobs)
+        for launcher, ids in ids_by_launcher.items():
+            queue = queue_named(launcher)
+            if queue is None:
+                continue
+            try:
+                self._job_by_id[launcher] = {job.id: job for job in queue.alive(list(dict.fromkeys(ids)))}
+            except Unreachable as error:
+                self._failure[launcher] = str(error)
+
+    def of(self, record: LaunchRecord | None) -> tuple[Sequence[Job], str]:
+        """Return the unfinished jobs of one of the runs, and the reason if they cannot be determined."""
+        if record is None or not record.jobs:
+            return [], ""
+        try:
+            queue = queue_of(record)
+        except UserError as error:  # the launcher's plugin is missing, and the status must show without it too
+            return [], error.problems[0].reason
+        if failure := self._failure.get(record.launcher):
+            return [], f"{queue.name}, which runs it as job {record.jobs[-1]}, does not answer here: {failure}"
+        job_by_id = self._job_by_id.get(record.launcher, {})
+        return [job_by_id[number] for number in record.jobs if number in job_by_id], ""

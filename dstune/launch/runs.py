@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.core.text import one_line
 from dstune.launch import records
 from dstune.launch.manage import status_of
+from dstune.launch.queues import UnfinishedJobs
 from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
 from dstune.tracking.trials import Record, best_first, is_sweep, objectives_of, ranked, read_records, valid_seconds
 
 MOST_CHARACTERS = 200
 """Of a cell; a stranger's status may have megabytes."""
+DAMAGED = (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What reading a damaged run directory raises."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +81,34 @@ def _parser() -> VerbParser:
 def listed(folder: Path) -> list[Listed]:
     """Return the runs below `folder`, the newest first, or all trials of a sweep, the best first. Raises UserError."""
     if is_sweep(folder):
-        return [_list_trial(folder, record) for record in ranked(read_records(folder), objectives_of(folder)[0])]
-    runs = [_list_directory(path) for path in find_runs([folder])]
+        trials = ranked(read_records(folder), objectives_of(folder)[0])
+        jobs = _unfinished_jobs([folder / record.name for record in trials])
+        return [_list_trial(folder, record, jobs) for record in trials]
+    paths = find_runs([folder])
+    jobs = _unfinished_jobs(paths)
+    runs = [_list_directory(path, jobs) for path in paths]
     return sorted(runs, key=lambda run: -(run.began or 0.0))
 
 
-def _list_directory(path: Path, record: Record | None = None) -> Listed:
+def _unfinished_jobs(paths: Iterable[Path]) -> UnfinishedJobs:
+    launch_records = []
+    for path in paths:
+        with suppress(*DAMAGED):  # the run is listed as unreadable
+            launch_records.append(records.read_launch(path))
+    return UnfinishedJobs([record for record in launch_records if record is not None])
+
+
+def _list_directory(path: Path, jobs: UnfinishedJobs, record: Record | None = None) -> Listed:
     """List a run directory, as unreadable if its files are damaged: another user's files must not hide the other runs."""
     try:
-        return _list_run(path, record)
-    except (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        return _list_run(path, jobs, record)
+    except DAMAGED as error:
         reason = f"its files cannot be read: {one_line(str(error) or type(error).__name__)}"
         return Listed(str(path), "unreadable", reason, 0, {}, None, None, None, dict(record.values) if record else {})
 
 
-def _list_run(path: Path, record: Record | None = None) -> Listed:
-    status = status_of(path)
+def _list_run(path: Path, jobs: UnfinishedJobs, record: Record | None = None) -> Listed:
+    status = status_of(path, jobs)
     logged, result = records.read_metrics(path), records.read_result(path) or {}
     metrics = {name: value for name, value in (logged.eval_last or {}).items() if isinstance(value, (int, float))}
     metrics = {name: value for name, value in metrics.items() if name not in ("rows", "targets", "tokens")}
@@ -111,10 +128,10 @@ def _list_run(path: Path, record: Record | None = None) -> Listed:
     )
 
 
-def _list_trial(sweep: Path, record: Record) -> Listed:
+def _list_trial(sweep: Path, record: Record, jobs: UnfinishedJobs) -> Listed:
     path = sweep / record.name
     if (path / RUN_FILE).is_file():
-        return _list_directory(path, record)
+        return _list_directory(path, jobs, record)
     return Listed(str(path), record.status, record.reason, 0, {}, None, record.seconds, None, dict(record.values))
 
 

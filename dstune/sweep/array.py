@@ -20,7 +20,7 @@ from dstune.config.sweep_space import Axis
 from dstune.core.errors import Problem, UserError
 from dstune.launch import records
 from dstune.launch.console import Console
-from dstune.launch.queues import submitter_of
+from dstune.launch.queues import UnfinishedJobs, submitter_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.train import Command, prepare
 from dstune.protocols import launcher_of
@@ -60,9 +60,15 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
     assert queue is not None
     queue.require()
     ready: list[tuple[Trial, Prepared]] = []
-    while (trial := grid.next()) is not None:
-        run_dir = sweep.path / trial.name
-        if (record := records.read_launch(run_dir)) is not None and record.jobs and queue.alive(record.jobs):
+    trials = list(iter(grid.next, None))
+    launch_records = {trial.name: records.read_launch(sweep.path / trial.name) for trial in trials}
+    unfinished_jobs = UnfinishedJobs(filter(None, launch_records.values()))
+    for trial in trials:
+        jobs_in_queue, unreachable = unfinished_jobs.of(launch_records[trial.name])
+        if unreachable:
+            reason = f"{trial.name} may be in the queue already: {unreachable}"
+            raise UserError(Problem("launch", reason, "run this command on a login node", sweep.base.launch.name))
+        if jobs_in_queue:
             console.stage(f"{trial.name} is in the queue already")
             continue
         try:

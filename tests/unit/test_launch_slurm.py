@@ -14,7 +14,7 @@ from dstune.config.launch_rules import check_launch
 from dstune.config.schema import RunSection, tracking_class
 from dstune.core.errors import UserError
 from dstune.core.paths import STOP_REASON
-from dstune.launch import records
+from dstune.launch import records, runs
 from dstune.launch import slurm_job as queued
 from dstune.launch.agents.status import GroupStatus
 from dstune.launch.slurm import job as slurm_job
@@ -347,7 +347,10 @@ def test_slurms_programs_that_hang_are_named(tmp_path, monkeypatch):
 
 SQUEUE = """\
 #!/bin/sh
+echo "$*" >> "$0.calls"
 case "$*" in
+  *--jobs=7_1,8,7,9*) printf '7_2|7|PENDING|Resources|\\n7_3|7|RUNNING|None|node2\\n7_1|8|RUNNING|None|node1\\n' ;;
+  *--jobs=7,-9*) echo "squeue: error: Invalid job id: -9" >&2; exit 1 ;;
   *--jobs=7_1*) echo "7_1|8|RUNNING|None|node1" ;;
   *--jobs=8*) echo "7_1|8|RUNNING|None|node1" ;;
   *--jobs=7*) printf '7_2|7|PENDING|Resources|\\n7_3|7|RUNNING|None|node2\\n' ;;
@@ -364,6 +367,33 @@ def test_tasks_of_an_array_are_known_by_both_their_names(tmp_path, monkeypatch):
         assert [str(job) for job in slurm_jobs.alive([name])] == [f"job {name} is running on node1"]
     assert [str(job) for job in slurm_jobs.alive(["7"])] == ["job 7 is running on node2"]
     assert slurm_jobs.alive(["9"]) == []
+    calls = tmp_path / "squeue.calls"
+    calls.unlink()
+    names = [str(job) for job in slurm_jobs.alive(["7_1", "8", "7", "9"])]
+    assert names == [
+        f"job {name} is running on {node}" for name, node in (("7_1", "node1"), ("8", "node1"), ("7", "node2"))
+    ]
+    assert len(calls.read_text().splitlines()) == 1, "one query for all"
+    assert [job.id for job in slurm_jobs.alive(["7", "-9"])] == ["7"], "one refused id hides no other job"
+
+
+def test_a_list_of_trials_asks_squeue_once(tmp_path, monkeypatch):
+    """The tasks of an array of 200, and a run whose record names a task number on which squeue crashes."""
+    (tmp_path / "squeue").write_text(
+        '#!/bin/sh\necho x >> "$0.calls"\nfor i in $(seq 0 199); do echo "7_$i|7|PENDING|Resources|"; done\n'
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for number in range(200):
+        run_dir = tmp_path / "runs" / f"trial-{number:03}"
+        run_dir.mkdir(parents=True)
+        (run_dir / "run.yaml").touch()
+        records.begin(run_dir, "x", 1, [f"7_{number}"], "slurm")
+    forged = json.loads((run_dir / "launch.json").read_text()) | {"jobs": ["1_99999999999999"]}
+    (run_dir / "launch.json").write_text(json.dumps(forged))
+    listed = runs.listed(tmp_path / "runs")
+    assert [run.status for run in listed].count("pending") == 199
+    assert len((tmp_path / "squeue.calls").read_text().splitlines()) == 1
 
 
 def test_jobs_of_a_chain_behind_the_end_have_nothing_to_do(tmp_path):

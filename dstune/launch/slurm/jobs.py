@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from dstune.core import files
@@ -20,6 +21,8 @@ FINAL |= {"DEADLINE", "REVOKED"}
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 SECONDS = 60
 """Limit of a command."""
+MOST_IDS = 1000
+"""Job ids on a command line."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +86,34 @@ def ask(ids: Sequence[str]) -> list[Job]:
     Raises:
         Unreachable: squeue does not answer, which says nothing about the jobs.
     """
-    job_by_id: dict[str, Job] = {}
-    for number in ids:  # one by one: an unknown number would make squeue refuse all of them
-        done = _squeue("--array", "--states=all", f"--jobs={number}", "--format=%i|%A|%T|%r|%N")
-        if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
-            raise Unreachable(done.stderr.strip())
-        # A task of an array has two ids: ARRAY_TASK, and a job number of its own. Until the tasks start, all of them have the
-        # array's number as their job number, and the last one keeps it.
-        by_task_id, by_job_number = [], []
-        for line in done.stdout.splitlines():
-            if line.count("|") < 4:
-                continue  # a notice that the site prints
-            task_id, job_number, state, fields = line.split("|", 3)
-            reason, _, nodes = fields.rpartition("|")
-            job = Job(number, state, reason if state in WAITING else nodes or reason)
-            by_task_id += [job] if task_id == number else []
-            by_job_number += [job] if job_number == number else []
-        if candidates := by_task_id or sorted(by_job_number, key=lambda job: job.is_waiting):
-            job_by_id[number] = candidates[0]
-    return [job_by_id[number] for number in ids if number in job_by_id]
+    answers = [_list(ids[start : start + MOST_IDS]) for start in range(0, len(ids), MOST_IDS)]
+    # A task of an array has two ids: ARRAY_TASK, and a job number of its own. Until the tasks start, all of them have the
+    # array's number as their job number, and the last one keeps it.
+    by_task_id: dict[str, Job] = {}
+    by_job_number: dict[str, Job] = {}
+    for line in chain.from_iterable(answers):
+        if line.count("|") < 4:
+            continue  # a notice that the site prints
+        task_id, job_number, state, fields = line.split("|", 3)
+        reason, _, nodes = fields.rpartition("|")
+        job = Job(task_id, state, reason if state in WAITING else nodes or reason)
+        by_task_id.setdefault(task_id, job)
+        if job_number not in by_job_number or by_job_number[job_number].is_waiting > job.is_waiting:
+            by_job_number[job_number] = job
+    jobs = [(number, by_task_id.get(number) or by_job_number.get(number)) for number in ids]
+    return [replace(job, id=number) for number, job in jobs if job is not None]
+
+
+def _list(ids: Sequence[str]) -> list[str]:
+    """Return squeue's lines about `ids`. Raises Unreachable."""
+    done = _squeue("--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%A|%T|%r|%N")
+    if done.returncode == 0:
+        return done.stdout.splitlines()
+    is_crash = done.returncode < 0
+    if is_crash or "invalid job id" in done.stderr.lower():
+        # squeue leaves out numbers that it does not know, but refuses the only one, or all for one that is no number to it.
+        return list(chain.from_iterable(_list([number]) for number in ids)) if len(ids) > 1 else []
+    raise Unreachable(done.stderr.strip())
 
 
 def alive(ids: Sequence[str]) -> list[Job]:
@@ -184,8 +196,8 @@ class SlurmQueue(Queue):
     """SLURM as a queue of jobs."""
 
     name = "SLURM"
-    job = re.compile(r"\d+(_\d+)?")
-    """The number of a job, or of a task of an array."""
+    job = re.compile(r"\d{1,10}(_\d{1,8})?")
+    """The number of a job, or of a task of an array. squeue (24.11) crashes on a task number of 14 digits."""
     variables = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 
     def require(self, *, cancel: bool = False) -> None:
